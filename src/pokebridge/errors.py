@@ -1,0 +1,100 @@
+"""Every error that pokebridge raises on purpose, in one tree.
+
+    PokebridgeError
+    ├── ConfigError                 a setting is wrong: the start stops with one line that names it
+    │   └── MissingExtraError       a part was chosen whose driver is not installed
+    ├── InputError                  somebody sent something that the contract does not allow
+    │   ├── SignalError             a signal on the transport is none of protocol.md section 2
+    │   └── FrameError              a WebSocket peer broke RFC 6455 or protocol.md section 3
+    ├── AuthError                   no valid token
+    │   ├── ForbiddenError          a valid token that does not allow this
+    │   └── KeysUnavailableError    the keys that would verify the token can't be had just now
+    └── UnavailableError            a part that we depend on does not answer: worth a retry
+        ├── TransportError
+        └── MailboxError
+
+Each class knows the HTTP status and the WebSocket close code that its kind is answered with, so
+that no caller keeps a table of its own. Messages are written for the person who reads them, name
+what to change, and never carry a secret.
+"""
+
+from http import HTTPStatus
+
+
+class PokebridgeError(Exception):
+    """The root of the tree: whatever pokebridge raises on purpose."""
+
+    status = HTTPStatus.INTERNAL_SERVER_ERROR
+    close_code = 1011
+
+
+class ConfigError(PokebridgeError):
+    """A setting is wrong; the message names the setting and what it may be."""
+
+
+class MissingExtraError(ConfigError):
+    """A part was chosen by URL whose driver is not installed."""
+
+    def __init__(self, scheme: str, extra: str) -> None:
+        super().__init__(
+            f"{scheme}:// needs a driver that is not installed: pip install 'pokebridge[{extra}]'"
+        )
+
+
+class InputError(PokebridgeError):
+    """The input breaks the contract; nothing was changed by it."""
+
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
+    close_code = 1008
+
+
+class SignalError(InputError):
+    """A signal's body is not one that protocol.md section 2 describes."""
+
+
+class FrameError(InputError):
+    """A WebSocket peer broke the framing or the frame rules.
+
+    ``close_code`` is the instance's own: 1002 framing, 1003 binary, 1007 not UTF-8, 1008 not one
+    of our messages, 1009 too big.
+    """
+
+    def __init__(self, close_code: int, reason: str) -> None:
+        super().__init__(reason)
+        self.close_code = close_code
+
+
+class AuthError(PokebridgeError):
+    """There is no token, or it is not valid (any more)."""
+
+    status = HTTPStatus.UNAUTHORIZED
+    close_code = 4401
+
+
+class ForbiddenError(AuthError):
+    """The token is valid and does not allow what was asked."""
+
+    status = HTTPStatus.FORBIDDEN
+    close_code = 4403
+
+
+class KeysUnavailableError(AuthError):
+    """The key set that would verify this token can't be fetched now: worth a retry."""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+    close_code = 1013
+
+
+class UnavailableError(PokebridgeError):
+    """A part that we depend on does not answer."""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+    close_code = 1013
+
+
+class TransportError(UnavailableError):
+    """The transport can't publish or subscribe now."""
+
+
+class MailboxError(UnavailableError):
+    """The mailbox can't be read or written now; what was to be written is not committed."""

@@ -1,0 +1,101 @@
+"""The nouns of the contract as values: a poke, a message, a page of a mailbox.
+
+A recipient is an opaque string; only its form is checked here (protocol.md section 1).
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import msgspec
+
+from pokebridge.errors import InputError
+
+MAX_RECIPIENT_LENGTH = 256
+MAX_DEVICE_LENGTH = 128
+DEFAULT_DEVICE = "default"
+# The largest integer that JSON carries safely through JavaScript (RFC 8259, section 6).
+MAX_VERSION = 2**53 - 1
+
+
+class Poke(msgspec.Struct, frozen=True, gc=False):
+    """A wake-up hint: ``recipient`` is behind ``version``, or behind some version when ``None``."""
+
+    recipient: str
+    version: int | None = None
+
+
+def is_recipient(value: str) -> bool:
+    """Whether ``value`` has a recipient's form: 1 to 256 visible ASCII characters."""
+    return (
+        0 < len(value) <= MAX_RECIPIENT_LENGTH
+        and value.isascii()
+        and value.isprintable()
+        and " " not in value
+    )
+
+
+def check_recipient(value: str) -> str:
+    """Return ``value``, or raise :class:`InputError` when it is no recipient."""
+    if not is_recipient(value):
+        raise InputError(
+            f"a recipient is 1 to {MAX_RECIPIENT_LENGTH} visible ASCII characters (0x21-0x7E)"
+        )
+    return value
+
+
+def check_device(value: str) -> str:
+    """Return ``value``, or raise :class:`InputError` when it can't name a device."""
+    if not (is_recipient(value) and len(value) <= MAX_DEVICE_LENGTH):
+        raise InputError(f"a device is 1 to {MAX_DEVICE_LENGTH} visible ASCII characters")
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class NewMessage:
+    """A message on its way into a mailbox.
+
+    ``body`` is a JSON text as bytes, kept as it came. ``id`` is the sender's own when
+    ``id_is_senders``: then the same id from the same sender is the same message, for ever the
+    first answer. ``ttl_s`` seconds after the commit it may be deleted unread; ``None``: never.
+    """
+
+    recipient: str
+    sender: str
+    id: str
+    body: bytes
+    ttl_s: float | None = None
+    id_is_senders: bool = False
+
+
+class Receipt(NamedTuple):
+    """What an append committed: ``duplicate`` when an earlier append of the same id had done it."""
+
+    id: str
+    version: int
+    duplicate: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A committed message. ``sent_at_ms`` is Unix time in milliseconds; ``body`` is JSON text."""
+
+    version: int
+    id: str
+    sender: str
+    body: bytes
+    sent_at_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Messages with a version above the cursor, in order.
+
+    ``version`` is the last one returned, or the head when there is none: the next cursor.
+    ``head`` is the newest version ever given out to the recipient, 0 for an empty mailbox.
+    ``more``: the limit cut the page.
+    """
+
+    messages: tuple[Message, ...]
+    version: int
+    head: int
+    more: bool

@@ -1,0 +1,24 @@
+"""Which shard a recipient is in (protocol.md section 1, seed section 4)."""
+
+from zlib import crc32
+
+from pokebridge.errors import ConfigError
+
+DEFAULT_SHARD_COUNT = 100
+MAX_SHARD_COUNT = 10_000
+
+
+def shard_of(recipient: str, shard_count: int = DEFAULT_SHARD_COUNT) -> int:
+    """The shard of ``recipient``: unsigned CRC-32 (zlib's) of the whole string, modulo the count.
+
+    >>> shard_of("urn:user:bob", 100)
+    69
+    """
+    return crc32(recipient.encode("ascii")) % shard_count
+
+
+def check_shard_count(value: int) -> int:
+    """Return ``value``, or raise :class:`ConfigError` outside 1 to 10,000 (the subscription cap)."""
+    if not 1 <= value <= MAX_SHARD_COUNT:
+        raise ConfigError(f"shard_count must be from 1 to {MAX_SHARD_COUNT}, not {value}")
+    return value
