@@ -1,0 +1,1 @@
+"""pokebridge: clients stop polling; they sleep on a WebSocket, hear a poke, and pull."""

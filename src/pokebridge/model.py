@@ -3,8 +3,9 @@
 A recipient is an opaque string; only its form is checked here (protocol.md section 1).
 """
 
+import re
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import msgspec
 
@@ -16,22 +17,21 @@ DEFAULT_DEVICE = "default"
 # The largest integer that JSON carries safely through JavaScript (RFC 8259, section 6).
 MAX_VERSION = 2**53 - 1
 
+Version = Annotated[int, msgspec.Meta(ge=1, le=MAX_VERSION)]
+
+_VISIBLE_ASCII = re.compile(r"[\x21-\x7e]+")
+
 
 class Poke(msgspec.Struct, frozen=True, gc=False):
     """A wake-up hint: ``recipient`` is behind ``version``, or behind some version when ``None``."""
 
     recipient: str
-    version: int | None = None
+    version: Version | None = None
 
 
 def is_recipient(value: str) -> bool:
     """Whether ``value`` has a recipient's form: 1 to 256 visible ASCII characters."""
-    return (
-        0 < len(value) <= MAX_RECIPIENT_LENGTH
-        and value.isascii()
-        and value.isprintable()
-        and " " not in value
-    )
+    return len(value) <= MAX_RECIPIENT_LENGTH and _VISIBLE_ASCII.fullmatch(value) is not None
 
 
 def check_recipient(value: str) -> str:

@@ -18,7 +18,10 @@ def shard_of(recipient: str, shard_count: int = DEFAULT_SHARD_COUNT) -> int:
 
 
 def check_shard_count(value: int) -> int:
-    """Return ``value``, or raise :class:`ConfigError` outside 1 to 10,000 (the subscription cap)."""
+    """Return ``value``, or raise :class:`ConfigError` outside 1 to 10,000.
+
+    10,000 is Google Pub/Sub's cap on the subscriptions of a topic.
+    """
     if not 1 <= value <= MAX_SHARD_COUNT:
         raise ConfigError(f"shard_count must be from 1 to {MAX_SHARD_COUNT}, not {value}")
     return value

@@ -1,0 +1,1 @@
+"""The web page on which two users can be tried."""

@@ -1,0 +1,1 @@
+"""The WebSocket half of an instance: sockets, their map, and the bridge that feeds it."""

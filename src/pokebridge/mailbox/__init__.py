@@ -1,0 +1,1 @@
+"""A recipient's durable log: the port, and its adapters."""

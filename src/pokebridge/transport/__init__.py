@@ -1,0 +1,1 @@
+"""What carries signals between processes: the port, and its adapters."""

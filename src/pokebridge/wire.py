@@ -1,0 +1,173 @@
+"""What goes over the wire as JSON: signals on the transport, messages on the WebSocket.
+
+Signals are protocol.md section 2, WebSocket messages section 3. Everything a session sends is
+returned as a finished WebSocket frame, so that a poke costs one write and no formatting.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from pokebridge.errors import FrameError, SignalError
+from pokebridge.framing import Opcode, encode_frame
+from pokebridge.model import Poke, Version, is_recipient
+
+# --- signals --------------------------------------------------------------------------------
+
+
+class Disconnect(NamedTuple):
+    """The signal that closes a recipient's sessions with 4401."""
+
+    recipient: str
+
+
+class Probe(NamedTuple):
+    """The signal by which an instance proves that its own subscription delivers."""
+
+    id: str
+
+
+class _Body(msgspec.Struct, gc=False):
+    """The union of all signal bodies, flat, so that one C call decodes any of them."""
+
+    type: str = "poke"
+    recipient: str | None = None
+    version: Version | None = None
+    pokes: list[Poke] | None = None
+    id: str | None = None
+
+
+_decode_body = msgspec.json.Decoder(_Body).decode
+_encode_json = msgspec.json.Encoder().encode
+
+
+def decode_signal(body: bytes) -> Sequence[Poke] | Disconnect | Probe:
+    """What ``body`` says.
+
+    Raises:
+        SignalError: it is none of the bodies of protocol.md section 2, nor a probe of ours.
+    """
+    try:
+        fields = _decode_body(body)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise SignalError(str(error)) from None
+    if fields.type == "poke":
+        if fields.recipient is not None and fields.pokes is None:
+            pokes = [Poke(fields.recipient, fields.version)]
+        elif fields.pokes is not None and fields.recipient is None:
+            pokes = fields.pokes
+        else:
+            raise SignalError("a poke signal has either a recipient or pokes")
+        for poke in pokes:
+            if not is_recipient(poke.recipient):
+                raise SignalError("a recipient is 1 to 256 visible ASCII characters")
+        return pokes
+    if fields.type == "disconnect" and fields.recipient is not None:
+        return Disconnect(fields.recipient)
+    if fields.type == "probe" and fields.id is not None:
+        return Probe(fields.id)
+    raise SignalError(f"no signal of ours has the type {fields.type[:32]!r}")
+
+
+def encode_pokes(pokes: Sequence[Poke]) -> bytes:
+    """The signal body for ``pokes`` (at least one): the short form when there is just one."""
+    if len(pokes) == 1:
+        return _encode_json(_without_none(pokes[0]))
+    return _encode_json({"pokes": [_without_none(poke) for poke in pokes]})
+
+
+def _without_none(poke: Poke) -> dict[str, Any]:
+    if poke.version is None:
+        return {"recipient": poke.recipient}
+    return {"recipient": poke.recipient, "version": poke.version}
+
+
+def encode_disconnect(recipient: str) -> bytes:
+    """The signal body that closes every session of ``recipient``, on every instance."""
+    return _encode_json({"type": "disconnect", "recipient": recipient})
+
+
+def encode_probe(probe_id: str) -> bytes:
+    """The signal body of a probe: whoever did not send it drops it."""
+    return _encode_json({"type": "probe", "id": probe_id})
+
+
+# --- WebSocket messages, server to client -----------------------------------------------------
+
+
+def _text_frame(message: dict[str, Any]) -> bytes:
+    return encode_frame(Opcode.TEXT, _encode_json(message))
+
+
+POKE_FRAME = _text_frame({"type": "poke"})
+PONG_FRAME = _text_frame({"type": "pong"})
+PING_CONTROL_FRAME = encode_frame(Opcode.PING, b"")
+
+# A poke with a version is a JSON text of 29 to 45 bytes, so its frame header is two bytes:
+# FIN | TEXT, and the length.
+_VERSION_POKE = b'{"type":"poke","version":%d}'
+
+
+def poke_frame(version: int | None, within_ms: int = 0) -> bytes:
+    """The frame that says *pull*, with the newest ``version`` when it is known.
+
+    ``within_ms`` asks the client to wait a random time up to it first.
+    """
+    if within_ms:
+        message: dict[str, Any] = {"type": "poke", "within_ms": within_ms}
+        if version is not None:
+            message["version"] = version
+        return _text_frame(message)
+    if version is None:
+        return POKE_FRAME
+    text = _VERSION_POKE % version
+    return b"\x81%c%b" % (len(text), text)
+
+
+def ready_frame(
+    *, session: str, instance: str, expires_in_s: int, version: int | None = None
+) -> bytes:
+    """The first frame of a session: its subscription is live, so *pull now*."""
+    message: dict[str, Any] = {
+        "type": "ready",
+        "session": session,
+        "instance": instance,
+        "expires_in": expires_in_s,
+    }
+    if version is not None:
+        message["version"] = version
+    return _text_frame(message)
+
+
+def auth_frame(expires_in_s: int) -> bytes:
+    """A new token was accepted; it runs out in ``expires_in_s`` seconds."""
+    return _text_frame({"type": "auth", "expires_in": expires_in_s})
+
+
+# --- WebSocket messages, client to server -----------------------------------------------------
+
+
+class Ping(msgspec.Struct, tag="ping", tag_field="type"):
+    """The client asks for a pong."""
+
+
+class Auth(msgspec.Struct, tag="auth", tag_field="type"):
+    """The client brings a new token."""
+
+    token: str
+
+
+_decode_client_message: Callable[[bytes], Ping | Auth] = msgspec.json.Decoder(Ping | Auth).decode
+
+
+def decode_client_message(text: bytes) -> Ping | Auth:
+    """What the client says in a text message.
+
+    Raises:
+        FrameError: with 1008; the text is no message that a client may send.
+    """
+    try:
+        return _decode_client_message(text)
+    except msgspec.DecodeError:
+        raise FrameError(1008, "not a message of pokebridge.v1") from None
