@@ -1,0 +1,76 @@
+# One short entry for every habit. `make` alone lists them.
+# Needs: Python >= 3.11 with venv, make, gcc. Node and npm serve only the tests of the JavaScript client.
+
+PORT ?= 8080
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-done
+CODE := src tests $(wildcard benchmarks examples)
+NODE_TESTS := $(wildcard tests/node/package-lock.json)
+
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+.PHONY: help setup run test test-deps check fix bench lock clean
+
+help:  ## list these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+
+setup: $(STAMP)  ## put everything the project needs into .venv
+
+# Only pip comes with Python. It brings the one uv that the lock names, by its hash; uv does the rest.
+$(STAMP): requirements.lock pyproject.toml
+	@if ! $(BIN)/python -c 'import pip' 2>/dev/null; then \
+	  for python in python3 python3.14 python3.13 python3.12 python3.11; do \
+	    $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; \
+	    python=; \
+	  done; \
+	  test -n "$$python" || { echo "setup: needs Python 3.11 or newer with its venv module (Debian: apt-get install python3-venv)" >&2; exit 1; }; \
+	  $$python -m venv --clear $(VENV); \
+	fi
+	@awk '/^[^ #]/ {wanted = /^uv==/} wanted' requirements.lock > $(VENV)/uv.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r $(VENV)/uv.lock
+	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip sync --quiet --require-hashes requirements.lock
+	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+run: setup  ## start a development instance on PORT (8080)
+	@mkdir -p var
+	@exec $(BIN)/pokebridge serve --dev --port $(PORT) --mailbox sqlite:///var/pokebridge.db
+
+test: setup test-deps  ## run the whole test suite, real engines included
+	@$(BIN)/pytest -q
+
+# What the suite needs beside Python. Where something can't be had the tests say so: they skip, and in CI they fail.
+test-deps:
+	@command -v chromium >/dev/null || { \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    echo "test: installing Debian's chromium"; \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium >/dev/null; \
+	  else echo "test: chromium is missing, so the tests in a real browser won't run" >&2; fi; }
+ifneq ($(NODE_TESTS),)
+	@if command -v npm >/dev/null; then cd tests/node && npm ci --silent --no-audit --no-fund; \
+	else echo "test: npm is missing, so the tests of the JavaScript client won't run" >&2; fi
+endif
+
+check: setup  ## formatting, lint, types, layers, docstrings, style rules
+	@$(BIN)/ruff format --check --quiet $(CODE)
+	@$(BIN)/ruff check --quiet $(CODE)
+	@$(BIN)/mypy --no-error-summary
+	@$(BIN)/lint-imports --no-cache > $(VENV)/lint-imports.log || { cat $(VENV)/lint-imports.log; exit 1; }
+	@$(BIN)/interrogate --quiet src
+	@$(BIN)/pytest -q tests/test_style.py
+	@echo "check: all good"
+
+fix: setup  ## format, and mend what lint can mend
+	@$(BIN)/ruff format $(CODE)
+	@$(BIN)/ruff check --fix $(CODE)
+
+bench: setup  ## run the benchmarks
+	@$(BIN)/python benchmarks/run.py
+
+lock: setup  ## compile requirements.lock anew from pyproject.toml (UPGRADE=1: newest releases)
+	@$(BIN)/uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --all-extras --group dev \
+	  --generate-hashes --no-header $(if $(UPGRADE),--upgrade) --output-file requirements.lock
+
+clean:  ## delete all that these commands made, the development mailbox in var/ included
+	@rm -rf $(VENV) .cache .ruff_cache .hypothesis var node_modules tests/node/node_modules
