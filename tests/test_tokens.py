@@ -1,0 +1,476 @@
+"""Tokens: what is accepted, what is refused, and how the key set behaves."""
+
+import asyncio
+import base64
+import json
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import jwt
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from hypothesis import given
+from hypothesis import strategies as st
+from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
+
+from pokebridge import tokens
+from pokebridge.errors import AuthError, ConfigError, InputError, KeysUnavailableError
+from pokebridge.tokens import TokenVerifier, sign_token
+
+SECRET = "a-secret-of-more-than-32-bytes-for-tests"
+OTHER = "another-secret-of-more-than-32-bytes-too"
+BOB = "urn:user:bob"
+
+RSA_KEY = rsa.generate_private_key(65537, 2048)
+EC_KEY = ec.generate_private_key(ec.SECP256R1())
+ED_KEY = ed25519.Ed25519PrivateKey.generate()
+
+
+def b64(data: bytes) -> str:
+    """Unpadded base64url."""
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+def claims(**changes: Any) -> dict[str, Any]:
+    """Valid claims with ``changes``; ``None`` takes one away."""
+    base = {"sub": BOB, "exp": time.time() + 60} | changes
+    return {name: value for name, value in base.items() if value is not None}
+
+
+def hs256(**changes: Any) -> str:
+    """A token of :func:`claims`, signed with the secret."""
+    return jwt.encode(claims(**changes), SECRET, "HS256")
+
+
+RSA_JWK = RSAAlgorithm.to_jwk(RSA_KEY.public_key(), as_dict=True) | {"kid": "r"}
+EC_JWK = ECAlgorithm.to_jwk(EC_KEY.public_key(), as_dict=True) | {"kid": "e"}
+ED_JWK = OKPAlgorithm.to_jwk(ED_KEY.public_key(), as_dict=True) | {"kid": "d"}
+
+
+class Issuer:
+    """A key endpoint on loopback that counts its requests and can be told to fail or to hang."""
+
+    def __init__(self) -> None:
+        self.answer: Any = {"keys": [RSA_JWK, EC_JWK, ED_JWK]}
+        self.status = 200
+        self.requests = 0
+        self.release = asyncio.Event()
+        self.release.set()
+        self.url = ""
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Answer one request."""
+        await reader.readuntil(b"\r\n\r\n")
+        self.requests += 1
+        await self.release.wait()
+        body = json.dumps(self.answer).encode()
+        head = (
+            f"HTTP/1.1 {self.status} X\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        )
+        writer.write(head.encode() + body)
+        await writer.drain()
+        writer.close()
+
+    async def requested(self, count: int) -> None:
+        """Wait for the request number ``count``."""
+        await _until(lambda: self.requests >= count)
+
+
+@pytest.fixture
+async def issuer() -> AsyncIterator[Issuer]:
+    """A running key endpoint."""
+    endpoint = Issuer()
+    server = await asyncio.start_server(endpoint.serve, "127.0.0.1", 0)
+    endpoint.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/keys"
+    yield endpoint
+    endpoint.release.set()
+    server.close()
+    await server.wait_closed()
+
+
+class Clock:
+    """A monotonic clock that the test turns."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        """The time now, in seconds."""
+        return self.now
+
+
+@pytest.fixture
+async def clock() -> Clock:
+    """The clock of :func:`jwks`."""
+    return Clock()
+
+
+@pytest.fixture
+async def jwks(issuer: Issuer, clock: Clock) -> AsyncIterator[TokenVerifier]:
+    """A verifier on ``issuer``'s keys."""
+    verifier = TokenVerifier(jwks_url=issuer.url, audience="pokes", clock=clock)
+    yield verifier
+    await verifier.close()
+
+
+def signed(key: Any, algorithm: str, kid: str | None, **changes: Any) -> str:
+    """A token signed with ``key`` that names it ``kid``."""
+    headers = {} if kid is None else {"kid": kid}
+    return jwt.encode(claims(aud="pokes", **changes), key, algorithm, headers)
+
+
+# --- HS256 ---------------------------------------------------------------------------------------
+
+
+def test_a_signed_token_gives_back_its_claims() -> None:
+    """What sign_token signs, the verifier reads back."""
+    token = sign_token(SECRET, BOB, {"send", "poke"}, ttl_s=60)
+    found = TokenVerifier(secret=SECRET).verify_now(token)
+    assert found.subject == BOB
+    assert found.scopes == {"send", "poke"}
+    assert 55 < found.expires_at - time.time() <= 61
+
+
+def test_a_token_without_scope_has_none() -> None:
+    """Scope is optional."""
+    assert TokenVerifier(secret=SECRET).verify_now(hs256()).scopes == frozenset()
+
+
+def test_both_secrets_are_accepted_during_a_rotation() -> None:
+    """The previous secret still verifies; a third one does not."""
+    verifier = TokenVerifier(secret=OTHER, previous_secret=SECRET)
+    assert verifier.verify_now(sign_token(SECRET, BOB)).subject == BOB
+    assert verifier.verify_now(sign_token(OTHER, BOB)).subject == BOB
+    with pytest.raises(AuthError, match="signature"):
+        verifier.verify_now(sign_token("x" * 32, BOB))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"exp": None}, "exp"),
+        ({"exp": 1}, "expired"),
+        ({"exp": "4102444800"}, "exp"),
+        ({"exp": True}, "exp"),
+        ({"exp": float("nan")}, "JSON"),
+        ({"sub": None}, "sub"),
+        ({"sub": 7}, "sub"),
+        ({"sub": ""}, "recipient"),
+        ({"sub": "two words"}, "recipient"),
+        ({"sub": "x" * 257}, "recipient"),
+        ({"sub": "bj\u00f6rn"}, "recipient"),
+        ({"nbf": time.time() + 600}, "not valid yet"),
+        ({"scope": ["send"]}, "scope"),
+        ({"iss": "mallory"}, "issuer"),
+        ({"iss": None}, "issuer"),
+        ({"aud": "elsewhere"}, "audience"),
+        ({"aud": ["elsewhere"]}, "audience"),
+        ({"aud": None}, "audience"),
+        ({"aud": [1]}, "aud"),
+    ],
+)
+def test_a_wrong_claim_is_refused(changes: dict[str, Any], message: str) -> None:
+    """Each claim that is missing, malformed or not for us is named."""
+    verifier = TokenVerifier(secret=SECRET, issuer="us", audience="pokes")
+    good = {"iss": "us", "aud": ["else", "pokes"]}
+    token = jwt.PyJWS().encode(json.dumps(claims(**(good | changes))).encode(), SECRET)
+    assert verifier.verify_now(hs256(**good)).subject == BOB
+    with pytest.raises(AuthError, match=message):
+        verifier.verify_now(token)
+
+
+def test_issuer_and_audience_are_not_asked_for_unless_configured() -> None:
+    """A token may carry more than we check."""
+    assert TokenVerifier(secret=SECRET).verify_now(hs256(iss="x", aud="y")).subject == BOB
+
+
+def test_a_time_far_away_stays_a_number_that_json_carries() -> None:
+    """An expiry in the year 10^22 is cut, not passed on to timers."""
+    assert TokenVerifier(secret=SECRET).verify_now(hs256(exp=10**30)).expires_at == 2**53 - 1
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        "",
+        "a",
+        "a.b",
+        "a.b.c",
+        "a.b.c.d",
+        "e30.e30.e30",
+        f"{b64(b'[]')}.e30.e30",
+        f"{b64(b'{' * 3000)}.e30.e30",
+        b64(b'{"alg":"HS256","x":' + b"[" * 5000) + ".e30.e30",
+        f"{b64(bytes([255]))}.e30.e30",
+        "\u00e9.e30.e30",
+        hs256() + "=",
+        hs256() + "\n",
+        " " + hs256(),
+        hs256() + "." + hs256(),
+        hs256(pad="x" * 8192),
+    ],
+)
+def test_what_is_no_token_is_refused(token: str) -> None:
+    """Garbage of every shape ends in AuthError, nothing else."""
+    with pytest.raises(AuthError):
+        TokenVerifier(secret=SECRET).verify_now(token)
+
+
+def test_a_payload_that_is_no_json_is_refused() -> None:
+    """Also when it is properly signed."""
+    for payload in (b"hello", b"\xff", b"[1]", b'{"x":' + b"[" * 5000):
+        with pytest.raises(AuthError, match="claims"):
+            TokenVerifier(secret=SECRET).verify_now(jwt.PyJWS().encode(payload, SECRET))
+
+
+@pytest.mark.parametrize("algorithm", ["none", "HS384", "HS512", "hs256", "", "RS256"])
+def test_no_other_algorithm_is_taken(algorithm: str) -> None:
+    """An alg that is not HS256 finds no key, whatever the signature is."""
+    token = hs256()
+    header = b64(json.dumps({"alg": algorithm, "typ": "JWT"}).encode())
+    _, payload, signature = token.split(".")
+    with pytest.raises(AuthError, match="algorithm"):
+        TokenVerifier(secret=SECRET).verify_now(f"{header}.{payload}.{signature}")
+
+
+def test_a_critical_extension_is_refused() -> None:
+    """RFC 7515, section 4.1.11: what must be understood and isn't makes the token invalid."""
+    token = jwt.encode(claims(), SECRET, "HS256", {"crit": ["x"], "x": 1})
+    with pytest.raises(AuthError, match="extension"):
+        TokenVerifier(secret=SECRET).verify_now(token)
+
+
+@given(data=st.data())
+def test_what_is_accepted_pyjwt_accepts_too(data: st.DataObject) -> None:
+    """A token changed anywhere is refused, or means the same to the reference implementation."""
+    token = sign_token(SECRET, BOB, ["send"], issuer="us")
+    start = data.draw(st.integers(0, len(token)))
+    end = data.draw(st.integers(start, min(len(token), start + 3)))
+    filler = data.draw(st.text("ABCwxyz0189-_.=", max_size=3))
+    changed = token[:start] + filler + token[end:]
+    try:
+        found = TokenVerifier(secret=SECRET).verify_now(changed)
+    except AuthError:
+        return
+    reference = jwt.decode(changed, SECRET, ["HS256"])
+    assert (found.subject, found.expires_at) == (reference["sub"], reference["exp"])
+
+
+@pytest.mark.parametrize("secret", ["", "short", "x" * 31])
+def test_a_short_secret_is_refused(secret: str) -> None:
+    """RFC 7518 asks for 32 bytes, of the signer as of the verifier."""
+    with pytest.raises(ConfigError, match="32 bytes"):
+        TokenVerifier(secret=secret)
+    with pytest.raises(ConfigError, match="32 bytes"):
+        sign_token(secret, BOB)
+
+
+def test_only_a_recipient_can_be_signed_for() -> None:
+    """The signer refuses what no verifier would take."""
+    with pytest.raises(InputError, match="recipient"):
+        sign_token(SECRET, "two words")
+
+
+def test_no_message_holds_the_token_or_the_secret() -> None:
+    """Errors go to logs and to callers."""
+    token = hs256(exp=1, nbf=1)
+    with pytest.raises(AuthError) as caught:
+        TokenVerifier(secret=OTHER).verify_now(token)
+    assert token not in str(caught.value)
+    assert OTHER not in str(caught.value)
+    with pytest.raises(ConfigError) as short:
+        TokenVerifier(secret="hunter2")
+    assert "hunter2" not in str(short.value)
+
+
+# --- JWKS ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "algorithm", "kid"),
+    [
+        (RSA_KEY, "RS256", "r"),
+        (EC_KEY, "ES256", "e"),
+        (ED_KEY, "EdDSA", "d"),
+        (ED_KEY, "EdDSA", None),
+    ],
+)
+async def test_the_issuers_keys_verify(
+    jwks: TokenVerifier, issuer: Issuer, key: Any, algorithm: str, kid: str | None
+) -> None:
+    """Each key type, and no key id where the key is the only one of its kind."""
+    token = signed(key, algorithm, kid)
+    with pytest.raises(KeysUnavailableError):
+        jwks.verify_now(token)
+    assert (await jwks.verify(token)).subject == BOB
+    assert jwks.verify_now(token).subject == BOB
+    assert issuer.requests == 1
+    with pytest.raises(AuthError, match="signature"):
+        jwks.verify_now(token[:-8] + "AAAAAAAA")
+    with pytest.raises(AuthError, match="signature"):
+        jwks.verify_now(token.rpartition(".")[0] + ".e30")
+
+
+async def test_a_public_key_is_no_hmac_secret(jwks: TokenVerifier) -> None:
+    """The classic confusion: HS256 signed with the PEM, or the JWK, that everybody can read."""
+    await jwks.verify(signed(RSA_KEY, "RS256", "r"))
+    pem = RSA_KEY.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    header = b64(b'{"alg":"HS256","kid":"r"}')
+    payload = b64(json.dumps(claims(aud="pokes")).encode())
+    hmac = jwt.get_algorithm_by_name("HS256")
+    for secret in (pem, pem.strip(), json.dumps(RSA_JWK).encode(), b""):
+        signature = b64(hmac.sign(f"{header}.{payload}".encode(), secret))
+        with pytest.raises(AuthError, match="algorithm"):
+            await jwks.verify(f"{header}.{payload}.{signature}")
+
+
+async def test_the_key_decides_the_algorithm(jwks: TokenVerifier, issuer: Issuer) -> None:
+    """PS256 with an RS256 key, or ES256 under the RSA key's name, finds no key."""
+    await jwks.verify(signed(RSA_KEY, "RS256", "r"))
+    for token in (signed(RSA_KEY, "PS256", "r"), signed(RSA_KEY, "RS512", "r")):
+        with pytest.raises(AuthError, match="algorithm"):
+            await jwks.verify(token)
+    with pytest.raises(AuthError, match="none of the issuer's"):
+        await jwks.verify(signed(EC_KEY, "ES256", "r"))
+    assert issuer.requests == 1
+
+
+async def test_secret_and_key_set_work_side_by_side(issuer: Issuer) -> None:
+    """HS256 goes to the secret, the rest to the key set."""
+    verifier = TokenVerifier(secret=SECRET, jwks_url=issuer.url, audience="pokes")
+    assert (await verifier.verify(hs256(aud="pokes"))).subject == BOB
+    assert issuer.requests == 0
+    assert (await verifier.verify(signed(EC_KEY, "ES256", "e"))).subject == BOB
+    await verifier.close()
+    await verifier.close()
+
+
+async def test_one_fetch_serves_all_who_wait(jwks: TokenVerifier, issuer: Issuer) -> None:
+    """A reconnect storm costs one request, and one caller that gives up disturbs nobody."""
+    issuer.release.clear()
+    token = signed(EC_KEY, "ES256", "e")
+    waiting = [asyncio.create_task(jwks.verify(token)) for _ in range(50)]
+    await issuer.requested(1)
+    waiting[0].cancel()
+    issuer.release.set()
+    done = await asyncio.gather(*waiting, return_exceptions=True)
+    assert isinstance(done[0], asyncio.CancelledError)
+    assert all(isinstance(found, tokens.Claims) for found in done[1:])
+    assert issuer.requests == 1
+
+
+async def test_garbage_key_ids_do_not_hammer_the_issuer(
+    jwks: TokenVerifier, issuer: Issuer, clock: Clock
+) -> None:
+    """Unknown ids cause one fetch an interval, and are refused in between."""
+    for round_ in range(1, 4):
+        for n in range(20):
+            with pytest.raises(AuthError, match="none of the issuer's"):
+                await jwks.verify(signed(EC_KEY, "ES256", f"made-up-{n}"))
+        assert issuer.requests == round_
+        clock.now += tokens.KEYS_RETRY_S
+
+
+async def test_a_rotated_key_is_found(jwks: TokenVerifier, issuer: Issuer, clock: Clock) -> None:
+    """A new id is fetched; the key that is gone from the set is refused from then on."""
+    new = ec.generate_private_key(ec.SECP256R1())
+    await jwks.verify(signed(EC_KEY, "ES256", "e"))
+    issuer.answer = {"keys": [ECAlgorithm.to_jwk(new.public_key(), as_dict=True) | {"kid": "new"}]}
+    clock.now += tokens.KEYS_RETRY_S
+    assert (await jwks.verify(signed(new, "ES256", "new"))).subject == BOB
+    with pytest.raises(AuthError, match="none of the issuer's"):
+        await jwks.verify(signed(EC_KEY, "ES256", "e"))
+
+
+async def test_an_old_key_set_is_renewed_without_a_wait(
+    jwks: TokenVerifier, issuer: Issuer, clock: Clock
+) -> None:
+    """A stale set verifies at once, and the new one replaces it behind the scenes."""
+    token = signed(EC_KEY, "ES256", "e")
+    await jwks.verify(token)
+    clock.now += tokens.KEYS_FRESH_S
+    issuer.answer = {"keys": [RSA_JWK]}
+    assert jwks.verify_now(token).subject == BOB
+
+    def revoked() -> bool:
+        try:
+            jwks.verify_now(token)
+        except AuthError:
+            return True
+        return False
+
+    await _until(revoked)
+    assert issuer.requests == 2
+
+
+@pytest.mark.parametrize(
+    ("status", "answer"),
+    [(500, {}), (302, {}), (200, {"keys": []}), (200, []), (200, {"keys": [7, {"kty": "oct"}]})],
+)
+async def test_keys_outlive_an_outage(
+    jwks: TokenVerifier, issuer: Issuer, clock: Clock, status: int, answer: Any
+) -> None:
+    """While the endpoint fails, known keys verify; an unknown one means 'try again'."""
+    token = signed(EC_KEY, "ES256", "e")
+    await jwks.verify(token)
+    issuer.status, issuer.answer = status, answer
+    clock.now += tokens.KEYS_FRESH_S
+    for _ in range(5):
+        with pytest.raises(KeysUnavailableError):
+            await jwks.verify(signed(EC_KEY, "ES256", "unknown"))
+        assert (await jwks.verify(token)).subject == BOB
+    assert issuer.requests == 2
+
+
+async def test_an_unreachable_issuer_is_unavailable() -> None:
+    """Nobody listens: the caller hears 'try again', not 'your token is bad'."""
+    verifier = TokenVerifier(jwks_url="http://127.0.0.1:9/keys", audience="pokes")
+    with pytest.raises(KeysUnavailableError):
+        await verifier.verify(signed(EC_KEY, "ES256", "e"))
+    await verifier.close()
+
+
+@pytest.mark.parametrize(
+    "jwk",
+    [
+        EC_JWK | {"use": "enc"},
+        EC_JWK | {"alg": "ES384"},
+        EC_JWK | {"key_ops": ["sign"]},
+        EC_JWK | {"key_ops": 7},
+        EC_JWK | {"crv": "P-384"},
+        EC_JWK | {"crv": ["P-256"]},
+        EC_JWK | {"x": "AAAA"},
+        EC_JWK | {"x": None},
+        RSAAlgorithm.to_jwk(rsa.generate_private_key(65537, 1024).public_key(), as_dict=True),
+        {"kty": "oct", "k": b64(SECRET.encode()), "kid": "e", "alg": "HS256"},
+        {},
+    ],
+)
+async def test_an_unusable_key_is_left_out(jwks: TokenVerifier, issuer: Issuer, jwk: Any) -> None:
+    """A strange key in the set is not used, and does not spoil the others."""
+    issuer.answer = {"keys": [jwk, ED_JWK]}
+    assert (await jwks.verify(signed(ED_KEY, "EdDSA", "d"))).subject == BOB
+    with pytest.raises(AuthError):
+        jwks.verify_now(signed(EC_KEY, "ES256", "e"))
+
+
+async def test_close_gives_up_a_fetch(issuer: Issuer) -> None:
+    """A shutdown does not wait for a hanging key endpoint."""
+    issuer.release.clear()
+    verifier = TokenVerifier(jwks_url=issuer.url, audience="pokes")
+    waiting = asyncio.create_task(verifier.verify(signed(EC_KEY, "ES256", "e")))
+    await issuer.requested(1)
+    async with asyncio.timeout(2):
+        await verifier.close()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110  # the condition is another object's state
+            await asyncio.sleep(0.001)
