@@ -3,6 +3,7 @@
     PokebridgeError
     ├── ConfigError                 a setting is wrong: the start stops with one line that names it
     │   └── MissingExtraError       a part was chosen whose driver is not installed
+    ├── RefusedError                a WebSocket handshake is refused: limits, Origin, or none at all
     ├── InputError                  somebody sent something that the contract does not allow
     │   ├── SignalError             a signal on the transport is none of protocol.md section 2
     │   └── FrameError              a WebSocket peer broke RFC 6455 or protocol.md section 3
@@ -24,8 +25,8 @@ from http import HTTPStatus
 class PokebridgeError(Exception):
     """The root of the tree: whatever pokebridge raises on purpose."""
 
-    status = HTTPStatus.INTERNAL_SERVER_ERROR
-    close_code = 1011
+    status: HTTPStatus = HTTPStatus.INTERNAL_SERVER_ERROR
+    close_code: int = 1011
 
 
 class ConfigError(PokebridgeError):
@@ -39,6 +40,17 @@ class MissingExtraError(ConfigError):
         super().__init__(
             f"{scheme}:// needs a driver that is not installed: pip install 'pokebridge[{extra}]'"
         )
+
+
+class RefusedError(PokebridgeError):
+    """A WebSocket handshake is refused with ``status`` and ``headers``, whoever asks."""
+
+    def __init__(
+        self, status: HTTPStatus, detail: str, headers: dict[str, str] | None = None
+    ) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.headers = headers or {}
 
 
 class InputError(PokebridgeError):

@@ -1,0 +1,291 @@
+"""The WebSocket half of an instance: it admits sessions, keeps them, and ends them.
+
+HTTP upgrade → upgrade() → [token] → Connection → SessionMap → ``ready`` once the bridge is live
+"""
+
+import asyncio
+import contextlib
+import random
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import structlog
+
+from pokebridge.errors import AuthError, KeysUnavailableError, PokebridgeError, RefusedError
+from pokebridge.gateway.admission import Admission
+from pokebridge.gateway.bridge import Bridge, BridgeTiming
+from pokebridge.gateway.connection import Connection
+from pokebridge.gateway.handshake import (
+    Handshake,
+    Network,
+    UpgradeRequest,
+    read_handshake,
+    refusal_response,
+)
+from pokebridge.gateway.session_map import SessionMap
+from pokebridge.gateway.wheel import Wheel
+from pokebridge.session import Session, State, Timing
+from pokebridge.transport.base import Transport
+
+log = structlog.get_logger(__name__)
+
+
+class Identity(Protocol):
+    """What a valid token says: who, and until when (Unix seconds)."""
+
+    @property
+    def subject(self) -> str:
+        """The recipient."""
+
+    @property
+    def expires_at(self) -> float:
+        """Unix seconds."""
+
+
+class Verifier(Protocol):
+    """Tells whose a token is; raises AuthError when it is nobody's."""
+
+    def verify_now(self, token: str) -> Identity:
+        """At once; raises KeysUnavailableError when a key would have to be fetched."""
+
+    async def verify(self, token: str) -> Identity:
+        """The same, and fetches the key."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayConfig:
+    """The gateway's settings; ``None`` is no limit, and any Origin."""
+
+    instance: str
+    allowed_origins: frozenset[str] | None = frozenset()
+    trusted_proxies: Sequence[Network] = ()
+    max_sessions: int | None = None
+    max_sessions_per_recipient: int = 64
+    max_sessions_per_address: int | None = None
+    handshakes_per_s: float | None = None
+    timing: Timing = field(default_factory=Timing)
+    bridge_timing: BridgeTiming = field(default_factory=BridgeTiming)
+
+
+class Gateway:
+    """All sessions of one instance, and the bridge that feeds them."""
+
+    def __init__(self, config: GatewayConfig, transport: Transport, verifier: Verifier) -> None:
+        self._config = config
+        self._verifier = verifier
+        self._admission = Admission(
+            handshakes_per_s=config.handshakes_per_s,
+            max_sessions=config.max_sessions,
+            max_sessions_per_address=config.max_sessions_per_address,
+        )
+        self.sessions: SessionMap[Connection] = SessionMap(config.max_sessions_per_recipient)
+        self.bridge = Bridge(
+            transport,
+            self.sessions,
+            instance=config.instance,
+            timing=config.bridge_timing,
+            on_live=self._open_waiting,
+        )
+        self.wheel = Wheel()
+        self.instance = config.instance
+        self.handshakes: Counter[str] = Counter()
+        """Handshakes by outcome: the HTTP status that they were answered with."""
+        self._connections: set[Connection] = set()
+        self._waiting: dict[Connection, None] = {}
+        self._all_gone = asyncio.Event()
+        self._verifying: set[asyncio.Task[None]] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def start(self) -> None:
+        """Subscribe and begin to take sessions.
+
+        Raises:
+            TransportError: the transport can't be had.
+        """
+        self._loop = asyncio.get_running_loop()
+        self.wheel.start(self._loop)
+        await self.bridge.start()
+
+    async def close(self) -> None:
+        """Stop; whoever is still connected is cut off."""
+        self._admission.draining = True
+        for task in self._verifying:
+            task.cancel()
+        for connection in list(self._connections):
+            connection.abort()
+        await self.bridge.close()
+        self.wheel.stop()
+
+    def now(self) -> float:
+        """Seconds of the loop's clock, the one that all deadlines here are in."""
+        assert self._loop is not None, "the gateway is not started"  # noqa: S101 - a caller's bug
+        return self._loop.time()
+
+    @property
+    def draining(self) -> bool:
+        """Whether new sessions are refused because this instance is about to stop."""
+        return self._admission.draining
+
+    async def drain(self, window_s: float, code: int = 1012) -> None:
+        """Refuse new sessions and close those there are, spread over ``window_s`` seconds.
+
+        Returns when all are gone, or when those left have had their time to answer.
+        """
+        self._admission.draining = True
+        connections = list(self._connections)
+        if not connections:
+            return
+        random.shuffle(connections)
+        log.info("draining", sessions=len(connections), window_s=window_s)
+        start = self.now()
+        for position, connection in enumerate(connections):
+            ahead_s = start + window_s * position / len(connections) - self.now()
+            if ahead_s > 0:
+                await asyncio.sleep(ahead_s)
+            connection.close(code, "this instance stops")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._config.timing.close_timeout_s + 1):
+                await self._all_gone.wait()
+
+    # --- admitting --------------------------------------------------------------------------------
+
+    def upgrade(
+        self, transport: asyncio.Transport, request: UpgradeRequest, hand_over: Callable[[], None]
+    ) -> None:
+        """Answer an upgrade request; ``hand_over`` is called just before the transport is taken.
+
+        Until then, which is at once unless a key must be fetched first, the transport remains the
+        caller's, with reading paused, and so does the deadline.
+        """
+        try:
+            self._admission.check_handshake(self.now())
+            handshake = read_handshake(
+                request,
+                allowed_origins=self._config.allowed_origins,
+                trusted_proxies=self._config.trusted_proxies,
+            )
+            self._admission.check_session(handshake.address)
+            identity = self._verifier.verify_now(handshake.token)
+        except KeysUnavailableError:
+            transport.pause_reading()
+            task = asyncio.create_task(self._upgrade_later(transport, handshake, hand_over))
+            self._verifying.add(task)
+            task.add_done_callback(self._verifying.discard)
+        except PokebridgeError as error:
+            self._refuse(transport, error)
+        else:
+            self._accept(transport, handshake, identity, hand_over)
+
+    async def _upgrade_later(
+        self, transport: asyncio.Transport, handshake: Handshake, hand_over: Callable[[], None]
+    ) -> None:
+        try:
+            identity = await self._verifier.verify(handshake.token)
+            self._admission.check_session(handshake.address)
+        except PokebridgeError as error:
+            self._refuse(transport, error)
+        else:
+            if not transport.is_closing():
+                self._accept(transport, handshake, identity, hand_over)
+
+    def _refuse(self, transport: asyncio.Transport, error: PokebridgeError) -> None:
+        headers = error.headers if isinstance(error, RefusedError) else {}
+        if isinstance(error, KeysUnavailableError):
+            headers = {"Retry-After": "2"}
+        elif isinstance(error, AuthError):
+            headers = {"WWW-Authenticate": "Bearer"}
+        self.handshakes[str(int(error.status))] += 1
+        transport.write(refusal_response(error.status, str(error), headers))
+        transport.close()
+
+    def _accept(
+        self,
+        transport: asyncio.Transport,
+        handshake: Handshake,
+        identity: Identity,
+        hand_over: Callable[[], None],
+    ) -> None:
+        now = self.now()
+        session = Session(
+            identity.subject,
+            handshake.device,
+            secrets.token_hex(8),
+            expires_at=self._on_our_clock(identity.expires_at),
+            now=now,
+            timing=self._config.timing,
+        )
+        connection = Connection(self, transport, session, handshake.address)
+        self.handshakes["101"] += 1
+        self._admission.enter(handshake.address)
+        self._connections.add(connection)
+        self._all_gone.clear()
+        hand_over()
+        connection.begin(handshake.response)
+        log.debug("session accepted", session=session.id, device=session.device)
+        replaced = self.sessions.add(connection)
+        if replaced is not None:
+            replaced.close(4409, "replaced: the recipient has too many sessions")
+        if self.bridge.live:
+            self._open(connection)
+        else:
+            self._waiting[connection] = None
+
+    def _open(self, connection: Connection) -> None:
+        # Sessions that came together, as after a restart, are not pinged together.
+        spread = random.uniform(0.5, 1.0)  # noqa: S311 - spreads load
+        connection.open(self._config.timing.ping_interval_s * spread)
+
+    def _open_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, {}
+        for connection in waiting:
+            self._open(connection)
+
+    # --- what a connection asks for ---------------------------------------------------------------
+
+    def forget(self, connection: Connection) -> None:
+        """The socket of ``connection`` is gone."""
+        self._connections.discard(connection)
+        if not self._connections:
+            self._all_gone.set()
+        self._waiting.pop(connection, None)
+        self.sessions.remove(connection)
+        self.wheel.cancel(connection)
+        self._admission.leave(connection.address)
+        log.debug("session ended", session=connection.session.id)
+
+    def renew(self, connection: Connection, token: str) -> None:
+        """The client of ``connection`` brings a new token."""
+        try:
+            identity = self._verifier.verify_now(token)
+        except KeysUnavailableError:
+            task = asyncio.create_task(self._renew_later(connection, token))
+            self._verifying.add(task)
+            task.add_done_callback(self._verifying.discard)
+        except AuthError as error:
+            connection.close(error.close_code, str(error))
+        else:
+            self._renewed(connection, identity)
+
+    async def _renew_later(self, connection: Connection, token: str) -> None:
+        try:
+            identity = await self._verifier.verify(token)
+        except KeysUnavailableError:
+            # An outage of the key server ends nobody's session: the old token goes on.
+            log.warning("no keys to renew a token with", session=connection.session.id)
+        except AuthError as error:
+            connection.close(error.close_code, str(error))
+        else:
+            self._renewed(connection, identity)
+
+    def _renewed(self, connection: Connection, identity: Identity) -> None:
+        if identity.subject != connection.recipient:
+            connection.close(4403, "a new token must be of the same recipient")
+        elif connection.session.state is State.OPEN:
+            connection.renew(self._on_our_clock(identity.expires_at))
+
+    def _on_our_clock(self, unix_s: float) -> float:
+        return self.now() + (unix_s - time.time())

@@ -1,0 +1,163 @@
+"""The opening handshake: RFC 6455, section 4.2, and protocol.md, section 3."""
+
+import ipaddress
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from urllib.parse import parse_qs, urlsplit
+
+from websockets.datastructures import Headers
+from websockets.exceptions import InvalidHandshake, InvalidUpgrade
+from websockets.http11 import Request
+from websockets.server import ServerProtocol
+
+from pokebridge.errors import AuthError, InputError, RefusedError
+from pokebridge.model import DEFAULT_DEVICE, check_device
+
+CONNECT_PATH = "/v1/connect"
+SUBPROTOCOL = "pokebridge.v1"
+_BEARER_SUBPROTOCOL = "bearer."
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+# Used for its checks alone, which keep no state between requests.
+_rfc6455 = ServerProtocol()
+
+
+@dataclass(frozen=True, slots=True)
+class UpgradeRequest:
+    """The head of an upgrade request: names in lower case, as httptools gives them."""
+
+    method: str
+    target: str
+    headers: Sequence[tuple[bytes, bytes]]
+    peer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Handshake:
+    """What a valid request asks for; ``response`` is the 101 that accepts it."""
+
+    token: str = field(repr=False)
+    device: str
+    address: str
+    response: bytes
+
+
+def read_handshake(
+    request: UpgradeRequest,
+    *,
+    allowed_origins: frozenset[str] | None,
+    trusted_proxies: Sequence[Network],
+) -> Handshake:
+    """Check all of ``request`` but its token; ``allowed_origins`` None allows any.
+
+    Raises:
+        RefusedError: with the status that protocol.md names for it.
+        AuthError: there is no token.
+    """
+    headers = Headers(
+        (name.decode("latin-1"), value.decode("latin-1")) for name, value in request.headers
+    )
+    url = urlsplit(request.target)
+    if url.path != CONNECT_PATH:
+        raise RefusedError(HTTPStatus.NOT_FOUND, f"WebSockets are served at {CONNECT_PATH} only")
+    try:
+        # The library reads HTTP versions; httptools has already refused all but 1.x.
+        accept, _, _ = _rfc6455.process_request(
+            Request(request.target, headers, method=request.method)
+        )
+    except InvalidUpgrade as error:
+        raise RefusedError(
+            HTTPStatus.UPGRADE_REQUIRED, str(error), {"Upgrade": "websocket"}
+        ) from None
+    except InvalidHandshake as error:
+        raise RefusedError(
+            HTTPStatus.BAD_REQUEST, str(error), {"Sec-WebSocket-Version": "13"}
+        ) from None
+    origin = headers.get("Origin")
+    if allowed_origins is not None and origin is not None and origin not in allowed_origins:
+        raise RefusedError(HTTPStatus.FORBIDDEN, "this Origin is not in allowed_origins")
+    query = parse_qs(url.query)
+    try:
+        device = check_device(query.get("device", [DEFAULT_DEVICE])[-1])
+    except InputError as error:
+        raise RefusedError(HTTPStatus.BAD_REQUEST, str(error)) from None
+    offered = [
+        name.strip()
+        for value in headers.get_all("Sec-WebSocket-Protocol")
+        for name in value.split(",")
+    ]
+    return Handshake(
+        token=_find_token(headers, offered, query.get("access_token", ())),
+        device=device,
+        address=client_address(request.peer, headers.get_all("X-Forwarded-For"), trusted_proxies),
+        response=_accept_response(accept, SUBPROTOCOL if SUBPROTOCOL in offered else None),
+    )
+
+
+def _find_token(headers: Headers, offered: Sequence[str], in_query: Sequence[str]) -> str:
+    """The token, from the first of the three places that has one."""
+    for value in headers.get_all("Authorization"):
+        scheme, _, token = value.partition(" ")
+        if scheme.lower() == "bearer" and token.strip():
+            return token.strip()
+    for name in offered:
+        if name.startswith(_BEARER_SUBPROTOCOL):
+            return name.removeprefix(_BEARER_SUBPROTOCOL)
+    if in_query:
+        return in_query[-1]
+    raise AuthError("a token is needed")
+
+
+def client_address(
+    peer: str, forwarded_for: Iterable[str], trusted_proxies: Sequence[Network]
+) -> str:
+    """The address that a connection counts against.
+
+    ``X-Forwarded-For`` is believed from the right, as far as each hop is a trusted proxy.
+    """
+    if not trusted_proxies:
+        return peer
+    hops = [hop.strip() for value in forwarded_for for hop in value.split(",")]
+    address = peer
+    while hops and _is_trusted(address, trusted_proxies):
+        address = hops.pop()
+    return address
+
+
+def _is_trusted(address: str, trusted_proxies: Sequence[Network]) -> bool:
+    try:
+        ip = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    return any(ip in network for network in trusted_proxies)
+
+
+def _accept_response(accept: str, subprotocol: str | None) -> bytes:
+    lines = [
+        "HTTP/1.1 101 Switching Protocols",
+        "Upgrade: websocket",
+        "Connection: Upgrade",
+        f"Sec-WebSocket-Accept: {accept}",
+    ]
+    if subprotocol is not None:
+        lines.append(f"Sec-WebSocket-Protocol: {subprotocol}")
+    return "\r\n".join([*lines, "", ""]).encode("ascii")
+
+
+def refusal_response(status: int, detail: str, headers: dict[str, str] | None = None) -> bytes:
+    """A whole HTTP response that refuses, as RFC 9457 problem details, and ends the connection."""
+    phrase = HTTPStatus(status).phrase
+    body = json.dumps(
+        {"type": "about:blank", "title": phrase, "status": status, "detail": detail}
+    ).encode()
+    lines = [
+        f"HTTP/1.1 {status} {phrase}",
+        "Content-Type: application/problem+json",
+        f"Content-Length: {len(body)}",
+        "Connection: close",
+        *(f"{name}: {value}" for name, value in (headers or {}).items()),
+    ]
+    return "\r\n".join([*lines, "", ""]).encode("latin-1") + body

@@ -1,0 +1,81 @@
+"""One timing wheel for all sockets of an instance, instead of a timer each.
+
+A timer handle costs more memory than the rest of an idle session and ten thousand of them keep the
+loop's heap busy. Here a deadline is a place in a set; the loop wakes once a tick.
+"""
+
+import asyncio
+import functools
+import math
+from typing import Protocol
+
+TICK_S = 0.25
+_STALL_TICKS = 8
+
+
+class Timed(Protocol):
+    """What can be put on the wheel; ``wheel_slot`` is the wheel's own note, 0 when not on it."""
+
+    wheel_slot: int
+
+    def wake(self, now: float) -> None:
+        """The deadline has passed, by less than a tick; it is off the wheel now."""
+
+
+class Wheel:
+    """Deadlines with a resolution of ``tick_s`` seconds; never early, at most one tick late."""
+
+    def __init__(self, tick_s: float = TICK_S) -> None:
+        self._tick_s = tick_s
+        self._slots: dict[int, set[Timed]] = {}
+        self._last_slot = 0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Turn, until ``stop``, by the loop's clock."""
+        self._last_slot = int(loop.time() / self._tick_s)
+        self._turn(loop)
+
+    def stop(self) -> None:
+        """Turn no more."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def schedule(self, item: Timed, at: float) -> None:
+        """Wake ``item`` once ``at`` has passed; an earlier deadline of it is forgotten."""
+        slot = max(math.ceil(at / self._tick_s), self._last_slot + 1)
+        if slot == item.wheel_slot:
+            return
+        self.cancel(item)
+        item.wheel_slot = slot
+        self._slots.setdefault(slot, set()).add(item)
+
+    def cancel(self, item: Timed) -> None:
+        """Take ``item`` off the wheel."""
+        if item.wheel_slot:
+            slot = self._slots.get(item.wheel_slot)
+            if slot is not None:
+                slot.discard(item)
+            item.wheel_slot = 0
+
+    def advance(self, now: float) -> None:
+        """Wake whatever was due by ``now``."""
+        current = int(now / self._tick_s)
+        for slot in range(self._last_slot + 1, current + 1):
+            self._last_slot = slot
+            for item in self._slots.pop(slot, ()):
+                if item.wheel_slot == slot:  # not cancelled by one woken before it
+                    item.wheel_slot = 0
+                    item.wake(now)
+        self._last_slot = max(self._last_slot, current)
+
+    def _turn(self, loop: asyncio.AbstractEventLoop, *, late: bool = False) -> None:
+        now = loop.time()
+        # After a stall (the process was stopped, the loop was blocked) timers run before sockets
+        # are read: let the loop read first what peers sent in time, or they would be dropped.
+        if now / self._tick_s - self._last_slot > _STALL_TICKS and not late:
+            turn = functools.partial(self._turn, loop, late=True)
+        else:
+            turn = functools.partial(self._turn, loop)
+            self.advance(now)
+        self._timer = loop.call_later(self._tick_s, turn)
