@@ -242,6 +242,15 @@ def test_a_critical_extension_is_refused() -> None:
         TokenVerifier(secret=SECRET).verify_now(token)
 
 
+def test_a_signature_has_one_spelling() -> None:
+    """The bits that base64 leaves over must be zero: no second token with the same meaning."""
+    token = hs256()
+    alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+    twin = token[:-1] + alphabet[alphabet.index(token[-1]) + 1]
+    with pytest.raises(AuthError, match="not a JWT"):
+        TokenVerifier(secret=SECRET).verify_now(twin)
+
+
 @given(data=st.data())
 def test_what_is_accepted_pyjwt_accepts_too(data: st.DataObject) -> None:
     """A token changed anywhere is refused, or means the same to the reference implementation."""
@@ -445,7 +454,6 @@ async def test_an_unreachable_issuer_is_unavailable() -> None:
         EC_JWK | {"crv": ["P-256"]},
         EC_JWK | {"x": "AAAA"},
         EC_JWK | {"x": None},
-        RSAAlgorithm.to_jwk(rsa.generate_private_key(65537, 1024).public_key(), as_dict=True),
         {"kty": "oct", "k": b64(SECRET.encode()), "kid": "e", "alg": "HS256"},
         {},
     ],
@@ -456,6 +464,19 @@ async def test_an_unusable_key_is_left_out(jwks: TokenVerifier, issuer: Issuer, 
     assert (await jwks.verify(signed(ED_KEY, "EdDSA", "d"))).subject == BOB
     with pytest.raises(AuthError):
         jwks.verify_now(signed(EC_KEY, "ES256", "e"))
+
+
+async def test_a_short_rsa_key_is_left_out(jwks: TokenVerifier, issuer: Issuer) -> None:
+    """RFC 7518 asks for 2048 bits."""
+    short = rsa.generate_private_key(65537, 1024)
+    issuer.answer["keys"].append(
+        RSAAlgorithm.to_jwk(short.public_key(), as_dict=True) | {"kid": "short"}
+    )
+    with (
+        pytest.warns(jwt.InsecureKeyLengthWarning),
+        pytest.raises(AuthError, match="none of the issuer's"),
+    ):
+        await jwks.verify(signed(short, "RS256", "short"))
 
 
 async def test_close_gives_up_a_fetch(issuer: Issuer) -> None:
