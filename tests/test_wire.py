@@ -1,0 +1,140 @@
+"""Signals and WebSocket messages as JSON."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pokebridge import wire
+from pokebridge.errors import FrameError, SignalError
+from pokebridge.framing import Opcode, encode_frame
+from pokebridge.model import MAX_VERSION, Poke
+
+recipients = st.text(
+    st.characters(min_codepoint=0x21, max_codepoint=0x7E), min_size=1, max_size=256
+)
+pokes = st.builds(Poke, recipients, st.none() | st.integers(1, MAX_VERSION))
+
+
+@given(st.lists(pokes, min_size=1, max_size=20))
+def test_pokes_round_trip(sent: list[Poke]) -> None:
+    """What encode_pokes writes, decode_signal reads, single and in batches."""
+    assert list(wire.decode_signal(wire.encode_pokes(sent))) == sent
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (b'{"recipient": "urn:user:bob"}', [Poke("urn:user:bob")]),
+        (b'{"recipient":"b","version":17}', [Poke("b", 17)]),
+        (b'{"recipient":"b","version":null}', [Poke("b")]),
+        (b'{"type":"poke","recipient":"b","more":{"x":1}}', [Poke("b")]),
+        (
+            b'{"pokes":[{"recipient":"b","version":17},{"recipient":"e"}]}',
+            [Poke("b", 17), Poke("e")],
+        ),
+        (b'{"pokes":[]}', []),
+        (b'{"type":"disconnect","recipient":"b"}', wire.Disconnect("b")),
+        (b'{"type":"probe","id":"i:1"}', wire.Probe("i:1")),
+    ],
+)
+def test_signals_made_by_hand_are_understood(body: bytes, expected: object) -> None:
+    """Every form of protocol.md section 2 is read, with and without its optional parts."""
+    assert wire.decode_signal(body) == expected
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"null",
+        b"[]",
+        b'"urn:user:bob"',
+        b"{}",
+        b"\xff\xfe",
+        b'{"recipient":',
+        b'{"recipient":""}',
+        b'{"recipient":7}',
+        b'{"recipient":"a b"}',
+        b'{"recipient":"b\\n"}',
+        '{"recipient":"grüße"}'.encode(),
+        b'{"recipient":"%b"}' % (b"x" * 257),
+        b'{"recipient":"b","version":"17"}',
+        b'{"recipient":"b","version":0}',
+        b'{"recipient":"b","version":-1}',
+        b'{"recipient":"b","version":1.5}',
+        b'{"recipient":"b","version":99999999999999999999}',
+        b'{"recipient":"b","pokes":[]}',
+        b'{"pokes":[{"version":1}]}',
+        b'{"pokes":[{"recipient":"b"},{"recipient":"a b"}]}',
+        b'{"pokes":{"recipient":"b"}}',
+        b'{"type":"restart","recipient":"b"}',
+        b'{"type":"disconnect"}',
+        b'{"type":null,"recipient":"b"}',
+        b"[" * 100_000,
+    ],
+)
+def test_anything_else_is_a_signal_error(body: bytes) -> None:
+    """A body that is none of ours is refused as a whole, never half taken, and never harms."""
+    with pytest.raises(SignalError):
+        wire.decode_signal(body)
+
+
+@given(st.binary(max_size=200))
+def test_garbage_is_a_signal_error_or_a_signal(garbage: bytes) -> None:
+    """No bytes make decode_signal raise anything but SignalError."""
+    try:
+        wire.decode_signal(garbage)
+    except SignalError:
+        return
+
+
+@given(st.none() | st.integers(1, MAX_VERSION), st.integers(0, 10**6))
+def test_poke_frames_are_valid_frames(version: int | None, within_ms: int) -> None:
+    """The hand-made frame of a poke is what the general encoder would write."""
+    message: dict[str, object] = {"type": "poke"}
+    if within_ms:
+        message["within_ms"] = within_ms
+    if version is not None:
+        message["version"] = version
+    text = json.dumps(message, separators=(",", ":")).encode()
+    assert wire.poke_frame(version, within_ms) == encode_frame(Opcode.TEXT, text)
+
+
+def test_ready_names_the_session_and_its_instance() -> None:
+    """``ready`` carries what the contract says, and ``version`` only when it is known."""
+    frame = wire.ready_frame(session="s", instance="i", expires_in_s=900)
+    assert json.loads(frame[2:]) == {
+        "type": "ready",
+        "session": "s",
+        "instance": "i",
+        "expires_in": 900,
+    }
+
+
+def test_client_messages() -> None:
+    """A client may say ping and auth, with members that we do not know."""
+    assert isinstance(wire.decode_client_message(b'{"type":"ping","x":1}'), wire.Ping)
+    message = wire.decode_client_message(b'{"type":"auth","token":"t"}')
+    assert isinstance(message, wire.Auth)
+    assert message.token == "t"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"ping",
+        b"{}",
+        b"[]",
+        b'{"type":"poke"}',
+        b'{"type":"auth"}',
+        b'{"type":"auth","token":1}',
+    ],
+)
+def test_other_client_messages_close_1008(text: bytes) -> None:
+    """Anything else is a policy violation."""
+    with pytest.raises(FrameError) as error:
+        wire.decode_client_message(text)
+    assert error.value.close_code == 1008
