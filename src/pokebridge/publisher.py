@@ -1,0 +1,320 @@
+"""How a backend pokes: straight onto the transport, or over HTTP when it runs beside an instance.
+
+Both publishers take pokes from any number of callers, merge them for a few milliseconds and send
+few, large requests. Merging is safe because a poke is level-triggered: it says "you are behind
+version v", so the newest one says all (architecture.md section 1). A call returns when what it
+brought has been accepted, so a caller that is not told otherwise knows that nothing was lost.
+"""
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import suppress
+from http import HTTPStatus
+from types import TracebackType
+from typing import Self, TypeVar
+
+import httpx
+import msgspec
+
+from pokebridge.errors import (
+    AuthError,
+    ConfigError,
+    ForbiddenError,
+    InputError,
+    TransportError,
+)
+from pokebridge.model import MAX_VERSION, Poke, check_recipient
+from pokebridge.sharding import DEFAULT_SHARD_COUNT, check_shard_count, shard_of
+from pokebridge.transport.base import Signal, Transport
+from pokebridge.wire import encode_disconnect, encode_pokes
+
+# How long the first poke waits for others to travel with it.
+LINGER_S = 0.003
+# At 256 bytes a recipient a signal stays under 160 KB, far below NATS's limit of 1 MB.
+MAX_POKES_PER_SIGNAL = 500
+# Recipients that gather or are being sent. At the limit callers wait, which slows them down to
+# what the transport takes and bounds the memory to about 3 MB.
+MAX_PENDING_RECIPIENTS = 10_000
+# A slow answer must not hold up the pokes behind it, nor may requests pile up without a limit.
+MAX_CONCURRENT_SENDS = 8
+# Of one POST /v1/pokes (protocol.md section 4).
+MAX_RECIPIENTS_PER_REQUEST = 1000
+HTTP_TIMEOUT_S = 10.0
+
+T = TypeVar("T")
+
+
+class _PokeCalls:
+    """The calls that every publisher has, above a merger of its own."""
+
+    def __init__(
+        self, send: Callable[[Sequence[Poke]], Awaitable[None]], linger_s: float, max_pending: int
+    ) -> None:
+        self._merger = _Merger(send, linger_s, max_pending)
+
+    async def poke(self, recipient: str, version: int | None = None) -> None:
+        """Tell ``recipient`` that it is behind ``version``, or behind some version when ``None``.
+
+        Returns and raises as :meth:`publish` does.
+        """
+        await self.publish([Poke(recipient, version)])
+
+    async def publish(self, pokes: Sequence[Poke]) -> None:
+        """Send ``pokes``, merged with those of other callers; returns when all are accepted.
+
+        Waits while :data:`MAX_PENDING_RECIPIENTS` others are under way.
+
+        Raises:
+            InputError: one of them has no valid recipient or version; none of them is sent.
+            TransportError: they were not accepted, or not all of them: worth a retry.
+        """
+        for poke in pokes:
+            _check(poke)
+        await self._merger.publish(pokes)
+
+    async def close(self) -> None:
+        """Send what has gathered and wait for it. May be called twice."""
+        await self._merger.close()
+
+    async def __aenter__(self) -> Self:
+        """Nothing to open: the first poke does."""
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close."""
+        await self.close()
+
+
+class Publisher(_PokeCalls):
+    """Publishes pokes on a transport, each tagged with its recipient's shard.
+
+    Args:
+        transport: where to; it stays the caller's to close.
+        shard_count: the cluster's (protocol.md section 1).
+        linger_s: how long the first poke waits for others to travel with it.
+        max_pokes_per_signal: more pokes of one shard make several signals.
+        max_pending: recipients under way; at this limit callers wait.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        *,
+        shard_count: int = DEFAULT_SHARD_COUNT,
+        linger_s: float = LINGER_S,
+        max_pokes_per_signal: int = MAX_POKES_PER_SIGNAL,
+        max_pending: int = MAX_PENDING_RECIPIENTS,
+    ) -> None:
+        super().__init__(self._send, linger_s, max_pending)
+        self._transport = transport
+        self._shard_count = check_shard_count(shard_count)
+        self._max_pokes_per_signal = max_pokes_per_signal
+
+    async def disconnect(self, recipient: str) -> None:
+        """Close every session of ``recipient`` with 4401, on every instance.
+
+        Raises:
+            InputError: it is no recipient.
+            TransportError: the signal was not accepted.
+        """
+        shard = shard_of(check_recipient(recipient), self._shard_count)
+        await self._transport.publish([Signal(encode_disconnect(recipient), shard)])
+
+    async def _send(self, pokes: Sequence[Poke]) -> None:
+        by_shard: dict[int, list[Poke]] = defaultdict(list)
+        for poke in pokes:
+            by_shard[shard_of(poke.recipient, self._shard_count)].append(poke)
+        await self._transport.publish(
+            [
+                Signal(encode_pokes(some), shard)
+                for shard, its_pokes in by_shard.items()
+                for some in _chunks(its_pokes, self._max_pokes_per_signal)
+            ]
+        )
+
+
+class HttpPublisher(_PokeCalls):
+    """Pokes through an instance's ``POST /v1/pokes``, for a backend that has no transport.
+
+    The HTTP call carries no versions, so clients pull on every poke. :meth:`publish` also raises
+    :class:`~pokebridge.errors.AuthError` when the token is not accepted and
+    :class:`~pokebridge.errors.ForbiddenError` when it lacks the scope ``poke``.
+
+    Args:
+        url: the instance's HTTP address, ``https://bridge.example.org``.
+        token: a JWT with the scope ``poke``, or a coroutine function that returns a fresh one; it
+            is asked before every request.
+        linger_s: how long the first poke waits for others to travel with it.
+        max_pending: recipients under way; at this limit callers wait.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        token: str | Callable[[], Awaitable[str]],
+        *,
+        linger_s: float = LINGER_S,
+        max_pending: int = MAX_PENDING_RECIPIENTS,
+    ) -> None:
+        super().__init__(self._send, linger_s, max_pending)
+        if not url.startswith(("http://", "https://")):
+            raise ConfigError(f"the publisher's url must start with http:// or https://: {url!r}")
+        self._url = f"{url.rstrip('/')}/v1/pokes"
+        self._token = token
+        self._http = httpx.AsyncClient(timeout=HTTP_TIMEOUT_S)
+
+    async def close(self) -> None:
+        """Send what has gathered, wait for it, and close the connections."""
+        await super().close()
+        await self._http.aclose()
+
+    async def _send(self, pokes: Sequence[Poke]) -> None:
+        recipients = [poke.recipient for poke in pokes]
+        for some in _chunks(recipients, MAX_RECIPIENTS_PER_REQUEST):
+            await self._post(some)
+
+    async def _post(self, recipients: Sequence[str]) -> None:
+        token = self._token if isinstance(self._token, str) else await self._token()
+        try:
+            response = await self._http.post(
+                self._url,
+                content=msgspec.json.encode({"recipients": recipients}),
+                headers={"Authorization": f"Bearer {token}", "Content-Type": "application/json"},
+            )
+        except httpx.HTTPError as error:
+            raise TransportError(f"{self._url} can't be reached: {error!r}") from error
+        if not response.is_success:
+            raise _error_of(response)
+
+
+class _Batch:
+    """Pokes that travel together; ``done`` is resolved for all who brought them."""
+
+    def __init__(self) -> None:
+        self.versions: dict[str, int | None] = {}
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+
+class _Merger:
+    """Gathers pokes for ``linger_s`` seconds and sends them as one batch.
+
+    One timer and at most :data:`MAX_CONCURRENT_SENDS` tasks, however many callers there are. While
+    that many sends are under way the next batch goes on gathering.
+    """
+
+    def __init__(
+        self, send: Callable[[Sequence[Poke]], Awaitable[None]], linger_s: float, max_pending: int
+    ) -> None:
+        self._send = send
+        self._linger_s = linger_s
+        self._max_pending = max_pending
+        self._gathering: _Batch | None = None
+        # None while a batch gathers means that it is overdue: the next send that ends starts it.
+        self._timer: asyncio.TimerHandle | None = None
+        self._sends: set[asyncio.Task[None]] = set()
+        self._pending = 0
+        self._room = asyncio.Event()
+        self._closed = False
+
+    async def publish(self, pokes: Sequence[Poke]) -> None:
+        waiting_for: set[asyncio.Future[None]] = set()
+        for poke in pokes:
+            while not (batch := self._add(poke)):
+                self._room.clear()
+                await self._room.wait()
+            waiting_for.add(batch.done)
+        if waiting_for:
+            await asyncio.wait(waiting_for)
+        for done in waiting_for:
+            done.result()
+
+    async def close(self) -> None:
+        self._closed = True
+        self._room.set()
+        while self._gathering or self._sends:
+            self._start_send()
+            await asyncio.wait(self._sends)
+
+    def _add(self, poke: Poke) -> _Batch | None:
+        """The batch that ``poke`` is merged into; ``None`` when there is no room for it."""
+        if self._closed:
+            raise TransportError("the publisher is closed")
+        batch = self._gathering
+        if batch and poke.recipient in batch.versions:
+            batch.versions[poke.recipient] = _newest(batch.versions[poke.recipient], poke.version)
+            return batch
+        if self._pending >= self._max_pending:
+            return None
+        if batch is None:
+            batch = self._gathering = _Batch()
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(self._linger_s, self._start_send)
+        batch.versions[poke.recipient] = poke.version
+        self._pending += 1
+        return batch
+
+    def _start_send(self) -> None:
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None
+        if self._gathering and len(self._sends) < MAX_CONCURRENT_SENDS:
+            batch, self._gathering = self._gathering, None
+            task = asyncio.get_running_loop().create_task(self._send_batch(batch))
+            self._sends.add(task)
+            task.add_done_callback(self._send_ended)
+
+    async def _send_batch(self, batch: _Batch) -> None:
+        try:
+            await self._send([Poke(*item) for item in batch.versions.items()])
+        except Exception as error:  # noqa: BLE001 - whatever it was, the callers must hear of it
+            batch.done.set_exception(error)
+            batch.done.exception()  # a caller may have been cancelled: then nobody else asks
+        else:
+            batch.done.set_result(None)
+        finally:
+            batch.done.cancel()  # nothing, unless this task was cancelled
+            self._pending -= len(batch.versions)
+            self._room.set()
+
+    def _send_ended(self, task: asyncio.Task[None]) -> None:
+        self._sends.discard(task)
+        if self._timer is None:
+            self._start_send()
+
+
+def _check(poke: Poke) -> None:
+    """Raise InputError now: in a merged batch a bad poke would take all the others with it."""
+    check_recipient(poke.recipient)
+    if poke.version is not None and not 1 <= poke.version <= MAX_VERSION:
+        raise InputError(f"a version is from 1 to {MAX_VERSION}, not {poke.version}")
+
+
+def _newest(one: int | None, other: int | None) -> int | None:
+    """An unknown version may be newer than any that is known, so it wins."""
+    return None if one is None or other is None else max(one, other)
+
+
+def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _error_of(response: httpx.Response) -> Exception:
+    """What an answer that is no success means to a publisher."""
+    said = f"{response.url} answered {response.status_code}"
+    with suppress(ValueError, AttributeError):
+        if detail := response.json().get("detail"):  # RFC 9457
+            said = f"{said}: {detail}"
+    if response.status_code == HTTPStatus.UNAUTHORIZED:
+        return AuthError(said)
+    if response.status_code == HTTPStatus.FORBIDDEN:
+        return ForbiddenError(said)
+    if response.is_client_error and response.status_code != HTTPStatus.TOO_MANY_REQUESTS:
+        return InputError(said)
+    return TransportError(said)
