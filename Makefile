@@ -28,7 +28,7 @@ $(STAMP): requirements.lock pyproject.toml
 	  $$python -m venv --clear $(VENV); \
 	fi
 	@awk '/^[^ #]/ {wanted = /^uv==/} wanted' requirements.lock > $(VENV)/uv.lock
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r $(VENV)/uv.lock
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --require-hashes -r $(VENV)/uv.lock
 	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip sync --quiet --require-hashes requirements.lock
 	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
@@ -73,4 +73,4 @@ lock: setup  ## compile requirements.lock anew from pyproject.toml (UPGRADE=1: n
 	  --generate-hashes --no-header $(if $(UPGRADE),--upgrade) --output-file requirements.lock
 
 clean:  ## delete all that these commands made, the development mailbox in var/ included
-	@rm -rf $(VENV) .cache .ruff_cache .hypothesis var node_modules tests/node/node_modules
+	@rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis var node_modules tests/node/node_modules

