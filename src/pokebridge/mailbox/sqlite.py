@@ -1,0 +1,322 @@
+"""The mailbox in one SQLite file: for one machine; several processes may share the file.
+
+All writes of a process go through one thread. What arrives while a transaction is being committed
+waits and shares the next one (group commit), so the price of the disk's flush is divided by the
+load. Reads have a few threads of their own: in WAL mode they never wait for the writer.
+"""
+
+import asyncio
+import sqlite3
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Final
+
+from pokebridge.errors import ConfigError, MailboxError
+from pokebridge.mailbox.base import RECEIPT_KEPT_MS, expiry_ms, page_of
+from pokebridge.mailbox.sqlite_lane import (
+    LOCK_TIMEOUT_S,
+    Lane,
+    commit_together,
+    do_each,
+    patiently,
+    result_code,
+)
+from pokebridge.model import Message, NewMessage, Page, Poke, Receipt
+
+READERS: Final = 2
+# What one thread takes at once. A write batch is a transaction; a read batch only saves wake-ups.
+WRITE_BATCH: Final = 512
+READ_BATCH: Final = 16
+# Beyond this, a checkpoint cuts the write-ahead log's file back.
+WAL_SIZE_BYTES: Final = 64 * 1024 * 1024
+
+APPLICATION_ID: Final = int.from_bytes(b"poke", "big")
+MIGRATIONS: Final = (
+    (
+        """CREATE TABLE heads (
+            recipient TEXT PRIMARY KEY,
+            head INTEGER NOT NULL
+        ) WITHOUT ROWID""",
+        """CREATE TABLE messages (
+            recipient TEXT NOT NULL,
+            version INTEGER NOT NULL,
+            id TEXT NOT NULL,
+            sender TEXT NOT NULL,
+            body BLOB NOT NULL,
+            sent_at_ms INTEGER NOT NULL,
+            expires_ms INTEGER,
+            PRIMARY KEY (recipient, version)
+        ) WITHOUT ROWID""",
+        "CREATE INDEX messages_by_expiry ON messages (expires_ms) WHERE expires_ms IS NOT NULL",
+        """CREATE TABLE receipts (
+            sender TEXT NOT NULL,
+            id TEXT NOT NULL,
+            version INTEGER NOT NULL,
+            at_ms INTEGER NOT NULL,
+            PRIMARY KEY (sender, id)
+        ) WITHOUT ROWID""",
+        "CREATE INDEX receipts_by_age ON receipts (at_ms)",
+        # No index by age: in good times the table is next to empty, in bad ones all of it is old.
+        """CREATE TABLE outbox (
+            recipient TEXT PRIMARY KEY,
+            version INTEGER NOT NULL,
+            since_ms INTEGER NOT NULL
+        ) WITHOUT ROWID""",
+        """CREATE TABLE devices (
+            recipient TEXT NOT NULL,
+            device TEXT NOT NULL,
+            acked INTEGER NOT NULL,
+            PRIMARY KEY (recipient, device)
+        ) WITHOUT ROWID""",
+    ),
+)
+"""The statements of each schema version; the file's ``user_version`` counts those done."""
+
+
+class SqliteMailbox:
+    """The mailbox in one SQLite file; make it with :meth:`open`, on the loop that will use it."""
+
+    def __init__(
+        self,
+        writer: sqlite3.Connection,
+        readers: Sequence[sqlite3.Connection],
+        clock: Callable[[], float],
+    ) -> None:
+        self._clock = clock
+        self._writes = Lane("mailbox-writer", [writer], commit_together, WRITE_BATCH)
+        self._reads = Lane("mailbox-reader", readers, do_each, READ_BATCH)
+
+    @classmethod
+    async def open(
+        cls, path: str | Path, clock: Callable[[], float] = time.time
+    ) -> "SqliteMailbox":
+        """Open the mailbox at ``path``, made anew when there is no file.
+
+        ``clock`` gives Unix time in seconds and is called from other threads.
+
+        Raises:
+            ConfigError: the path can't be used, or the file is something else.
+            MailboxError: another process keeps the file locked.
+        """
+        writer, *readers = await asyncio.to_thread(_open_file, Path(path))
+        return cls(writer, readers, clock)
+
+    async def append(self, message: NewMessage) -> Receipt:
+        """See the port."""
+        return await self._writes.do(lambda db: _append(db, message, self._now_ms()))
+
+    async def read(self, recipient: str, *, after: int, limit: int) -> Page:
+        """See the port."""
+        return await self._reads.do(lambda db: _read(db, recipient, after, limit, self._now_ms()))
+
+    async def head(self, recipient: str) -> int:
+        """See the port."""
+        return await self._reads.do(lambda db: _head(db, recipient))
+
+    async def see_device(self, recipient: str, device: str) -> None:
+        """See the port."""
+        await self._writes.do(lambda db: _raise_acked(db, recipient, device, 0))
+
+    async def ack(self, recipient: str, device: str, version: int) -> None:
+        """See the port."""
+        await self._writes.do(lambda db: _ack(db, recipient, device, version))
+
+    async def unpoked(self, *, older_than_s: float, limit: int) -> Sequence[Poke]:
+        """See the port."""
+        return await self._reads.do(lambda db: _unpoked(db, older_than_s, limit, self._now_ms()))
+
+    async def poked(self, pokes: Sequence[Poke]) -> None:
+        """See the port."""
+        await self._writes.do(lambda db: _poked(db, pokes, self._now_ms()))
+
+    async def purge(self, *, limit: int) -> int:
+        """See the port."""
+        return await self._writes.do(lambda db: _purge(db, limit, self._now_ms()))
+
+    async def check(self) -> None:
+        """Return when a transaction could be begun and committed, and a reader answered."""
+        await self._writes.do(lambda db: _head(db, ""))
+        await self._reads.do(lambda db: _head(db, ""))
+
+    async def close(self) -> None:
+        """See the port."""
+        await self._reads.close()
+        await self._writes.close()
+
+    def _now_ms(self) -> int:
+        return int(self._clock() * 1000)
+
+
+# -- the operations, each within a transaction when it writes -------------------------------------
+
+
+def _append(db: sqlite3.Connection, message: NewMessage, now_ms: int) -> Receipt:
+    if message.id_is_senders:
+        first = db.execute(
+            "SELECT version FROM receipts WHERE sender = ? AND id = ?", (message.sender, message.id)
+        ).fetchone()
+        if first:
+            return Receipt(message.id, first[0], duplicate=True)
+    version = _head(db, message.recipient) + 1
+    db.execute(
+        "INSERT INTO heads VALUES (?, ?)"
+        " ON CONFLICT (recipient) DO UPDATE SET head = excluded.head",
+        (message.recipient, version),
+    )
+    db.execute(
+        "INSERT INTO messages VALUES (?, ?, ?, ?, ?, ?, ?)",
+        (
+            message.recipient,
+            version,
+            message.id,
+            message.sender,
+            message.body,
+            now_ms,
+            expiry_ms(message, now_ms),
+        ),
+    )
+    db.execute(
+        "INSERT INTO outbox VALUES (?, ?, ?)"
+        " ON CONFLICT (recipient) DO UPDATE SET version = excluded.version",
+        (message.recipient, version, now_ms),
+    )
+    if message.id_is_senders:
+        db.execute(
+            "INSERT INTO receipts VALUES (?, ?, ?, ?)",
+            (message.sender, message.id, version, now_ms),
+        )
+    return Receipt(message.id, version)
+
+
+def _head(db: sqlite3.Connection, recipient: str) -> int:
+    row = db.execute("SELECT head FROM heads WHERE recipient = ?", (recipient,)).fetchone()
+    return row[0] if row else 0
+
+
+def _read(db: sqlite3.Connection, recipient: str, after: int, limit: int, now_ms: int) -> Page:
+    head = _head(db, recipient)
+    if after >= head:
+        return page_of((), head=head, limit=limit)
+    # Cut to the head just read: what is committed in between belongs to the next page.
+    rows = db.execute(
+        "SELECT version, id, sender, body, sent_at_ms FROM messages"
+        " WHERE recipient = ? AND version > ? AND version <= ?"
+        " AND (expires_ms IS NULL OR expires_ms > ?) ORDER BY version LIMIT ?",
+        (recipient, max(after, 0), head, now_ms, limit + 1),
+    )
+    return page_of([Message(*row) for row in rows], head=head, limit=limit)
+
+
+def _raise_acked(db: sqlite3.Connection, recipient: str, device: str, version: int) -> None:
+    db.execute(
+        "INSERT INTO devices VALUES (?, ?, ?)"
+        " ON CONFLICT (recipient, device) DO UPDATE SET acked = max(acked, excluded.acked)",
+        (recipient, device, version),
+    )
+
+
+def _ack(db: sqlite3.Connection, recipient: str, device: str, version: int) -> None:
+    _raise_acked(db, recipient, device, max(0, min(version, _head(db, recipient))))
+    db.execute(
+        "DELETE FROM messages WHERE recipient = ?1"
+        " AND version <= (SELECT min(acked) FROM devices WHERE recipient = ?1)",
+        (recipient,),
+    )
+
+
+def _unpoked(db: sqlite3.Connection, older_than_s: float, limit: int, now_ms: int) -> list[Poke]:
+    rows = db.execute(
+        "SELECT recipient, version FROM outbox WHERE since_ms <= ? OR since_ms > ? LIMIT ?",
+        (now_ms - int(older_than_s * 1000), now_ms, limit),
+    )
+    return [Poke(*row) for row in rows]
+
+
+def _poked(db: sqlite3.Connection, pokes: Sequence[Poke], now_ms: int) -> None:
+    confirmed = [(poke.recipient, poke.version) for poke in pokes if poke.version is not None]
+    db.executemany("DELETE FROM outbox WHERE recipient = ? AND version <= ?", confirmed)
+    db.executemany(
+        "UPDATE outbox SET since_ms = ? WHERE recipient = ?",
+        [(now_ms, recipient) for recipient, _ in confirmed],
+    )
+
+
+def _purge(db: sqlite3.Connection, limit: int, now_ms: int) -> int:
+    messages = db.execute(
+        "DELETE FROM messages WHERE (recipient, version) IN"
+        " (SELECT recipient, version FROM messages WHERE expires_ms <= ? LIMIT ?)",
+        (now_ms, limit),
+    ).rowcount
+    receipts = db.execute(
+        "DELETE FROM receipts WHERE (sender, id) IN"
+        " (SELECT sender, id FROM receipts WHERE at_ms <= ? LIMIT ?)",
+        (now_ms - RECEIPT_KEPT_MS, limit - messages),
+    ).rowcount
+    return messages + receipts
+
+
+# -- opening the file -----------------------------------------------------------------------------
+
+_UNUSABLE: Final = {
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_CORRUPT,
+    sqlite3.SQLITE_NOTADB,
+    sqlite3.SQLITE_PERM,
+    sqlite3.SQLITE_READONLY,
+}
+
+
+def _open_file(path: Path) -> list[sqlite3.Connection]:
+    """Bring the file to our schema; return the writer's connection, then the readers'."""
+    try:
+        path = path.absolute()  # so that ":memory:" too is a file like any other
+        if not path.parent.is_dir():
+            raise ConfigError(f"mailbox: there is no directory {path.parent}")
+        with closing(_connect(path, timeout_s=0)) as db:
+            patiently(lambda: _bring_up_to_date(db, path))
+        readers = [_connect(path, timeout_s=LOCK_TIMEOUT_S) for _ in range(READERS)]
+        return [_connect(path, timeout_s=0), *readers]
+    except sqlite3.Error as error:
+        if result_code(error) in _UNUSABLE:
+            raise ConfigError(f"mailbox: {path} can't be used: {error}") from error
+        raise MailboxError(f"the mailbox {path} can't be opened now: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"mailbox: {path} can't be used: {error.strerror}") from error
+
+
+def _connect(path: Path, *, timeout_s: float) -> sqlite3.Connection:
+    db = sqlite3.connect(path, timeout=timeout_s, isolation_level=None, check_same_thread=False)
+    db.execute("PRAGMA synchronous = FULL")  # a commit is on the disk, not only in its cache
+    db.execute(f"PRAGMA journal_size_limit = {WAL_SIZE_BYTES}")
+    return db
+
+
+def _bring_up_to_date(db: sqlite3.Connection, path: Path) -> None:
+    """Check that the file is ours, or new, and do the migrations that it lacks."""
+    try:
+        db.execute("BEGIN IMMEDIATE")
+        done = _pragma(db, "user_version")
+        if _pragma(db, "application_id") != APPLICATION_ID:
+            if db.execute("SELECT 1 FROM sqlite_master").fetchone():
+                raise ConfigError(f"mailbox: {path} is the database of another program")
+            db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        if done > len(MIGRATIONS):
+            raise ConfigError(
+                f"mailbox: {path} was written by a newer pokebridge: upgrade this one"
+            )
+        for statements in MIGRATIONS[done:]:
+            for statement in statements:
+                db.execute(statement)
+        db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+        db.execute("COMMIT")
+    finally:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+    if db.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
+        raise ConfigError(f"mailbox: {path} is on a file system without shared memory for SQLite")
+
+
+def _pragma(db: sqlite3.Connection, name: str) -> int:
+    return int(db.execute(f"PRAGMA {name}").fetchone()[0])
