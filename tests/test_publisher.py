@@ -1,6 +1,7 @@
 """The publishers: what they merge, tag and batch, and what their callers hear of a failure."""
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 
@@ -169,7 +170,9 @@ async def test_a_bad_poke_harms_only_its_caller(poke: Poke) -> None:
 
 
 async def test_a_cancelled_caller_takes_nobody_along() -> None:
-    """Who gives up leaves the batch to the others, and a failure then goes unremarked."""
+    """Who gives up leaves the batch to the others, and a failure then disturbs nobody."""
+    complaints: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
     transport = Spy()
     transport.open.clear()
     async with Publisher(transport) as publisher:
@@ -188,6 +191,8 @@ async def test_a_cancelled_caller_takes_nobody_along() -> None:
         impatient.cancel()
         transport.open.set()
     assert transport.pokes == [Poke(BOB), Poke(EVE), Poke(BOB)]
+    gc.collect()
+    assert complaints == []
 
 
 async def test_a_slow_send_does_not_hold_up_the_next() -> None:
@@ -200,8 +205,11 @@ async def test_a_slow_send_does_not_hold_up_the_next() -> None:
         for number in range(limit):
             callers.append(asyncio.create_task(publisher.poke(f"u{number}")))
             await wait_until(lambda: len(transport.calls) == len(callers))
-        callers += [asyncio.create_task(publisher.poke(f"late{number}")) for number in range(5)]
-        await asyncio.sleep(0)
+        for number in range(5):
+            callers.append(asyncio.create_task(publisher.poke(f"late{number}")))
+            for _ in range(5):  # turns of the loop, in which a send would start
+                await asyncio.sleep(0)
+        assert len(transport.calls) == limit
         transport.open.set()
         await asyncio.gather(*callers)
     assert len(transport.calls) == limit + 1
