@@ -1,0 +1,287 @@
+"""Every setting of an instance, and where it may come from (protocol.md section 6).
+
+The attribute docstrings are the settings' documentation: ``pokebridge serve --help`` prints them.
+"""
+
+import difflib
+import os
+import re
+import secrets
+import tomllib
+from collections.abc import Mapping
+from ipaddress import IPv4Network, IPv6Network, ip_network
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
+
+from pokebridge.errors import ConfigError
+from pokebridge.sharding import DEFAULT_SHARD_COUNT, MAX_SHARD_COUNT
+
+ENV_PREFIX = "POKEBRIDGE_"
+# Variables with our prefix that are no settings: the file's path, and what client commands read.
+_OTHER_VARIABLES = frozenset({"config", "url", "token"})
+# What Kubernetes puts into every container for a Service called pokebridge or pokebridge-….
+_SERVICE_LINK = re.compile(r"(.+_)?(SERVICE_(HOST|PORT(_.+)?)|PORT_\d+_(TCP|UDP|SCTP)(_.+)?)")
+_SERVICE_LINK_VALUE = re.compile(r"(tcp|udp|sctp)://.+")
+
+_Role = Literal["gateway", "api", "processor", "coordinator"]
+_ALL_ROLES: frozenset[_Role] = frozenset(get_args(_Role))
+
+
+def _split(value: Any) -> Any:
+    """A list in a flag or a variable is separated by commas."""
+    if not isinstance(value, str):
+        return value
+    return [part.strip() for part in value.split(",") if part.strip()]
+
+
+def _check_secret(secret: SecretStr) -> SecretStr:
+    if len(secret.get_secret_value().encode()) < 32:  # RFC 7518, section 3.2
+        raise ValueError("must have at least 32 bytes")
+    return secret
+
+
+def _check_origin(origin: str) -> str:
+    if origin != "*" and re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin) is None:
+        raise ValueError("must be origins like https://app.example.com, or * for any")
+    return origin
+
+
+def _unless_dev(limit: int) -> Any:
+    """``limit`` by default, and none with ``dev``."""
+    return Field(default_factory=lambda given: None if given.get("dev") else limit, ge=0)
+
+
+def _matching(pattern: str, meaning: str) -> AfterValidator:
+    def check(value: str) -> str:
+        if re.fullmatch(pattern, value) is None:
+            raise ValueError(f"must be {meaning}")
+        return value
+
+    return AfterValidator(check)
+
+
+def _only(supported: Any, meaning: str) -> AfterValidator:
+    def check(value: Any) -> Any:
+        if value != supported:
+            raise ValueError(meaning)
+        return value
+
+    return AfterValidator(check)
+
+
+def _network(value: Any) -> IPv4Network | IPv6Network:
+    try:
+        return ip_network(value)
+    except ValueError:
+        raise ValueError("must be networks like 10.0.0.0/8, separated by commas") from None
+
+
+def _zero_is_none(limit: int | None) -> int | None:
+    return limit or None
+
+
+_Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_Network = Annotated[IPv4Network | IPv6Network, BeforeValidator(_network)]
+_Limit = Annotated[int | None, AfterValidator(_zero_is_none)]
+_Secret = Annotated[SecretStr, AfterValidator(_check_secret)]
+_PartUrl = Annotated[str, _matching(r"[a-z]+://\S*", "a URL, like memory://")]
+# Such a name is a label, a part of a subscription's name and of a subject on every engine.
+_Name = Annotated[
+    str, _matching(r"[a-z0-9][a-z0-9-]{0,62}", "1 to 63 lower-case letters, digits and hyphens")
+]
+
+
+class Settings(BaseModel):
+    """The settings of one instance, checked and unchangeable."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        hide_input_in_errors=True,
+        use_attribute_docstrings=True,
+        # Defaults such as the limits depend on `dev`, which is therefore the first field.
+        validate_default=True,
+    )
+
+    dev: bool = False
+    """Development mode: a random secret when none is given, any origin, no limits, and
+    POST /v1/dev/token hands out tokens."""
+
+    # Loopback, because an instance that nobody has looked at yet must not be open to the network;
+    # a container sets 0.0.0.0.
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 or :: for every interface."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8080
+    """TCP port to listen on; 0 picks a free one."""
+    instance: _Name = Field(default_factory=lambda: secrets.token_hex(4))
+    """This instance's name, different for each; random by default."""
+    cluster: _Name = "default"
+    """Name of the cluster; instances of one cluster share a transport and a mailbox."""
+    advertise_url: Annotated[str, _matching(r"wss?://\S+", "a ws:// or wss:// URL")] | None = None
+    """WebSocket URL under which clients reach just this instance, like wss://b1.example.com."""
+    roles: Annotated[
+        frozenset[_Role],
+        BeforeValidator(_split),
+        _only(_ALL_ROLES, "must be all of them: a part is not available yet"),
+    ] = _ALL_ROLES
+    """What this instance does: gateway,api,processor,coordinator."""
+
+    transport: _PartUrl = "memory://"
+    """URL of what carries pokes between instances; memory:// is this process only."""
+    mailbox: _PartUrl = "sqlite:///pokebridge.db"
+    """URL of what keeps the messages: sqlite:///FILE or memory://."""
+    coordination: Annotated[
+        _PartUrl, _only("memory://", "must be memory://: the others are not available yet")
+    ] = "memory://"
+    """URL of what instances agree through; memory:// is this process only."""
+    mode: Annotated[
+        Literal["fanout", "partitioned"],
+        _only("fanout", "must be fanout: partitioned is not available yet"),
+    ] = "fanout"
+    """Whether every instance hears every poke (fanout) or just its shards' (partitioned)."""
+    shard_count: Annotated[int, Field(ge=1, le=MAX_SHARD_COUNT)] = DEFAULT_SHARD_COUNT
+    """Number of shards, the same everywhere in a cluster."""
+    red_line_ops_per_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5000
+    """Deliveries per second in the whole cluster above which fan-out is no longer advisable."""
+
+    jwt_secret: _Secret | None = Field(
+        default_factory=lambda given: (
+            SecretStr(secrets.token_urlsafe(48)) if given.get("dev") else None
+        )
+    )
+    """Secret for HS256 tokens, at least 32 bytes."""
+    jwt_previous_secret: _Secret | None = None
+    """The secret before, still accepted while a new one is rolled out."""
+    jwks_url: Annotated[str, _matching(r"https?://\S+", "an http(s):// URL")] | None = None
+    """URL of the JWKS with the token issuer's public keys (RS256, ES256, EdDSA)."""
+    jwt_issuer: str | None = None
+    """The `iss` that a token must have."""
+    jwt_audience: str | None = None
+    """The `aud` that a token must have. Set it with jwks_url: else tokens that the issuer made
+    for other services are accepted too."""
+    allowed_origins: Annotated[
+        tuple[Annotated[str, AfterValidator(_check_origin)], ...], BeforeValidator(_split)
+    ] = Field(default_factory=lambda given: ("*",) if given.get("dev") else ())
+    """Origins whose pages may connect, separated by commas; * for any. None by default."""
+
+    max_sessions: Annotated[int | None, Field(ge=1)] = None
+    """Open sessions of this process; by default what its file descriptor limit allows."""
+    max_sessions_per_recipient: Annotated[int, Field(ge=1)] = 64
+    """Sessions of one recipient on this instance; one more closes the oldest."""
+    max_sessions_per_address: _Limit = _unless_dev(1000)
+    """Sessions from one client address; 0 for no limit. Behind a proxy set trusted_proxies."""
+    handshakes_per_s: _Limit = _unless_dev(500)
+    """Handshakes accepted per second; the rest is told when to come back. 0 for no limit."""
+    trusted_proxies: Annotated[tuple[_Network, ...], BeforeValidator(_split)] = ()
+    """Networks (CIDR), separated by commas, whose X-Forwarded-For is believed."""
+
+    ping_interval_s: _Seconds = 25
+    """Seconds between two pings of a session."""
+    pong_timeout_s: _Seconds = 20
+    """Seconds without a pong after which a session is closed."""
+    drain_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5
+    """Seconds over which a stopping instance spreads the closing of its sessions."""
+    grace_s: _Seconds = 10
+    """Seconds that a stopping instance gives requests under way."""
+
+    log_format: Literal["json", "console"] = Field(
+        default_factory=lambda given: "console" if given.get("dev") else "json"
+    )
+    """json, one object a line, or console, for people."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """debug, info, warning or error."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.jwt_secret is None and self.jwks_url is None:
+            raise ValueError(
+                "jwt_secret (at least 32 bytes) or jwks_url must be set, or dev to try things out"
+            )
+        return self
+
+
+class _Given(NamedTuple):
+    value: Any
+    origin: str
+
+
+def load_settings(
+    config_file: Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Settings:
+    """The settings from ``overrides`` (flags), then ``environ``, then the TOML ``config_file``.
+
+    An override of ``None`` and an empty variable count as not given. Without a ``config_file``
+    the one that ``POKEBRIDGE_CONFIG`` names is read. ``environ`` is the process's by default.
+
+    Raises :class:`~pokebridge.errors.ConfigError`: one line with the setting, where it came from
+    and what it may be; its value is left out, for it may be a secret.
+    """
+    environ = os.environ if environ is None else environ
+    if config_file is None and environ.get(f"{ENV_PREFIX}CONFIG"):
+        config_file = Path(environ[f"{ENV_PREFIX}CONFIG"])
+    given = {} if config_file is None else _from_file(config_file)
+    given |= _from_environment(environ)
+    for name, value in (overrides or {}).items():
+        if value is not None:
+            given[name] = _Given(value, f"--{name.replace('_', '-')}")
+    for name, (_, origin) in given.items():
+        if name not in Settings.model_fields:
+            raise ConfigError(f"{origin}: there is no such setting{_did_you_mean(name)}")
+    try:
+        return Settings.model_validate({name: item.value for name, item in given.items()})
+    except ValidationError as error:
+        raise ConfigError(_one_line(error, given)) from None
+
+
+def _from_file(path: Path) -> dict[str, _Given]:
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"config {path}: not TOML: {error}") from None
+    return {name: _Given(value, f"{name} in {path}") for name, value in table.items()}
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, _Given]:
+    given = {}
+    for variable, value in environ.items():
+        suffix = variable.removeprefix(ENV_PREFIX)
+        name = suffix.lower()
+        is_ours = suffix != variable and name not in _OTHER_VARIABLES
+        if is_ours and value and not _is_service_link(suffix, value):
+            given[name] = _Given(value, variable)
+    return given
+
+
+def _is_service_link(suffix: str, value: str) -> bool:
+    if _SERVICE_LINK.fullmatch(suffix):
+        return True
+    return suffix.endswith("PORT") and _SERVICE_LINK_VALUE.fullmatch(value) is not None
+
+
+def _did_you_mean(name: str) -> str:
+    close = difflib.get_close_matches(name, Settings.model_fields, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _one_line(error: ValidationError, given: Mapping[str, _Given]) -> str:
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    meaning = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    if not first["loc"]:
+        return meaning
+    name = str(first["loc"][0])
+    return f"{given[name].origin if name in given else name}: {meaning}"

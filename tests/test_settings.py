@@ -1,0 +1,201 @@
+"""Settings: precedence, defaults, and one line for everything that is wrong."""
+
+from ipaddress import ip_network
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from pokebridge.errors import ConfigError
+from pokebridge.settings import Settings, load_settings
+
+SECRET = "a-secret-of-more-than-32-bytes-for-tests"
+
+
+def toml(tmp_path: Path, text: str) -> Path:
+    """A TOML file with ``text``."""
+    path = tmp_path / "pokebridge.toml"
+    path.write_text(text)
+    return path
+
+
+def refusal(
+    overrides: dict[str, Any] | None = None,
+    environ: dict[str, str] | None = None,
+    config_file: Path | None = None,
+) -> str:
+    """The line with which these settings are refused."""
+    with pytest.raises(ConfigError) as caught:
+        load_settings(config_file, {"dev": True} | (overrides or {}), environ or {})
+    line = str(caught.value)
+    assert "\n" not in line
+    return line
+
+
+def test_a_flag_beats_the_environment_beats_the_file(tmp_path: Path) -> None:
+    """protocol.md section 6: precedence flag, then environment, then file."""
+    path = toml(tmp_path, 'port = 1\ninstance = "a"\nshard_count = 7\ndev = true\n')
+    environ = {"POKEBRIDGE_PORT": "2", "POKEBRIDGE_INSTANCE": "b"}
+    found = load_settings(path, {"port": "3", "host": None}, environ)
+    assert (found.port, found.instance, found.shard_count, found.host) == (3, "b", 7, "127.0.0.1")
+
+
+def test_the_environment_names_the_file(tmp_path: Path) -> None:
+    """POKEBRIDGE_CONFIG stands for --config, which beats it."""
+    path = toml(tmp_path, "shard_count = 7\ndev = true\n")
+    environ = {"POKEBRIDGE_CONFIG": str(path)}
+    assert load_settings(None, {}, environ).shard_count == 7
+    other = tmp_path / "other.toml"
+    other.write_text("shard_count = 8\ndev = true\n")
+    assert load_settings(other, {}, environ).shard_count == 8
+
+
+def test_dev_opens_what_is_closed_otherwise() -> None:
+    """Limits, origins and the log's form depend on dev; each can still be set."""
+    dev = Settings(dev=True)
+    assert (dev.handshakes_per_s, dev.max_sessions_per_address) == (None, None)
+    assert (dev.allowed_origins, dev.log_format) == (("*",), "console")
+    prod = load_settings(None, {"jwt_secret": SECRET}, {})
+    assert (prod.handshakes_per_s, prod.max_sessions_per_address) == (500, 1000)
+    assert (prod.allowed_origins, prod.log_format) == ((), "json")
+    own = load_settings(None, {"dev": True, "handshakes_per_s": 9, "allowed_origins": ""}, {})
+    assert (own.handshakes_per_s, own.allowed_origins) == (9, ())
+
+
+def test_zero_switches_a_limit_off() -> None:
+    """The only way to say None in a flag or a variable."""
+    environ = {"POKEBRIDGE_HANDSHAKES_PER_S": "0", "POKEBRIDGE_JWT_SECRET": SECRET}
+    assert load_settings(None, {"max_sessions_per_address": 0}, environ).handshakes_per_s is None
+
+
+def test_dev_makes_a_secret_unless_one_is_given() -> None:
+    """A random one, different each time; a given one is kept, so that instances agree."""
+    first, second = Settings(dev=True).jwt_secret, Settings(dev=True).jwt_secret
+    assert first is not None
+    assert len(first.get_secret_value()) >= 32
+    assert first != second
+    given = load_settings(None, {"dev": True}, {"POKEBRIDGE_JWT_SECRET": SECRET}).jwt_secret
+    assert given is not None
+    assert given.get_secret_value() == SECRET
+
+
+def test_without_keys_there_is_no_start() -> None:
+    """Not in dev, somebody must say how tokens are verified; either way will do."""
+    assert "jwt_secret" in refusal({"dev": None})
+    assert "jwks_url" in refusal({"dev": None})
+    assert load_settings(None, {"jwks_url": "https://issuer/keys"}, {}).jwt_secret is None
+
+
+def test_lists_come_with_commas_or_as_lists(tmp_path: Path) -> None:
+    """In variables and flags, and in TOML."""
+    path = toml(tmp_path, 'dev = true\nallowed_origins = ["https://a.example", "app://b"]\n')
+    environ = {"POKEBRIDGE_TRUSTED_PROXIES": "10.0.0.0/8, ::1"}
+    found = load_settings(path, {}, environ)
+    assert found.allowed_origins == ("https://a.example", "app://b")
+    assert found.trusted_proxies == (ip_network("10.0.0.0/8"), ip_network("::1"))
+
+
+def test_kubernetes_service_links_are_no_settings() -> None:
+    """A Service called pokebridge puts such variables into every container of its namespace."""
+    environ = {
+        "POKEBRIDGE_PORT": "tcp://10.0.0.1:8080",
+        "POKEBRIDGE_SERVICE_HOST": "10.0.0.1",
+        "POKEBRIDGE_SERVICE_PORT": "8080",
+        "POKEBRIDGE_SERVICE_PORT_HTTP": "8080",
+        "POKEBRIDGE_PORT_8080_TCP": "tcp://10.0.0.1:8080",
+        "POKEBRIDGE_PORT_8080_TCP_ADDR": "10.0.0.1",
+        "POKEBRIDGE_NATS_PORT": "tcp://10.0.0.2:4222",
+        "POKEBRIDGE_NATS_SERVICE_HOST": "10.0.0.2",
+    }
+    assert load_settings(None, {"dev": True}, environ).port == 8080
+
+
+def test_client_variables_and_empty_ones_are_no_settings() -> None:
+    """POKEBRIDGE_URL and _TOKEN are for clients; compose files pass empty values for unset ones."""
+    environ = {
+        "POKEBRIDGE_URL": "x",
+        "POKEBRIDGE_TOKEN": "x",
+        "POKEBRIDGE_JWKS_URL": "",
+        "PATH": "",
+    }
+    assert load_settings(None, {"dev": True}, environ).jwks_url is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "meaning"),
+    [
+        ("port", "http", "integer"),
+        ("port", 70000, "65535"),
+        ("shard_count", 0, "greater than or equal to 1"),
+        ("shard_count", 10_001, "10000"),
+        ("mode", "sideways", "'fanout' or 'partitioned'"),
+        ("mode", "partitioned", "not available yet"),
+        ("roles", "gateway", "not available yet"),
+        ("roles", "gateway,cook", "'gateway'"),
+        ("coordination", "redis://x", "not available yet"),
+        ("cluster", "My Cluster", "lower-case"),
+        ("instance", "", "lower-case"),
+        ("instance", "x" * 64, "1 to 63"),
+        ("advertise_url", "https://x", "ws:// or wss://"),
+        ("transport", "nats", "URL"),
+        ("mailbox", "pokebridge.db", "URL"),
+        ("jwt_secret", "hunter2", "32 bytes"),
+        ("jwt_previous_secret", "hunter2", "32 bytes"),
+        ("jwks_url", "file:///etc/passwd", "http"),
+        ("allowed_origins", "https://a.example/path", "origins like"),
+        ("trusted_proxies", "10.0.0.1/8", "networks like"),
+        ("handshakes_per_s", -1, "0"),
+        ("max_sessions", 0, "1"),
+        ("max_sessions_per_recipient", 0, "1"),
+        ("ping_interval_s", 0, "greater than 0"),
+        ("drain_s", "inf", "finite"),
+        ("log_format", "xml", "'json' or 'console'"),
+        ("log_level", "loud", "'debug'"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_source(
+    tmp_path: Path, name: str, value: Any, meaning: str
+) -> None:
+    """One line: where it came from and what it may be, never the value."""
+    flag = refusal({name: value})
+    assert flag.startswith(f"--{name.replace('_', '-')}: ")
+    assert meaning in flag
+    assert "hunter2" not in flag
+    quoted = f'"{value}"' if isinstance(value, str) else value
+    path = toml(tmp_path, f"{name} = {quoted}\n")
+    assert refusal(config_file=path).startswith(f"{name} in {path}: ")
+    if value != "":
+        variable = f"POKEBRIDGE_{name.upper()}"
+        assert refusal(environ={variable: str(value)}).startswith(f"{variable}: ")
+
+
+def test_an_unknown_name_is_refused_with_a_guess(tmp_path: Path) -> None:
+    """A typo must not silently leave a default in place."""
+    variable = refusal(environ={"POKEBRIDGE_JWT_SECRETS": "hunter2"})
+    assert variable == "POKEBRIDGE_JWT_SECRETS: there is no such setting; did you mean jwt_secret?"
+    path = toml(tmp_path, "[serve]\nport = 1\n")
+    assert refusal(config_file=path) == f"serve in {path}: there is no such setting"
+
+
+def test_a_config_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    """Missing, a directory, not TOML, not UTF-8."""
+    for path in (tmp_path / "missing.toml", tmp_path, toml(tmp_path, "port ?")):
+        assert str(path) in refusal(config_file=path)
+    binary = tmp_path / "binary.toml"
+    binary.write_bytes(b"\xff")
+    assert "not TOML" in refusal(config_file=binary)
+
+
+def test_settings_do_not_change_and_hide_their_secrets() -> None:
+    """They are passed around and may end in a log."""
+    settings = load_settings(None, {"jwt_secret": SECRET}, {})
+    assert SECRET not in repr(settings)
+    assert SECRET not in str(settings.model_dump(mode="json"))
+    with pytest.raises(ValidationError):
+        settings.port = 1
+
+
+def test_every_setting_is_documented() -> None:
+    """--help prints the attribute docstrings."""
+    assert all(field.description for field in Settings.model_fields.values())
