@@ -1,0 +1,140 @@
+"""What an instance says about itself: the names of its metrics, and its log.
+
+Connections, faults and changes of state are logged, single pokes and messages are counted. A log
+line holds no token, no secret and no query string: values under telling names are left out whole,
+and whatever looks like a token is cut out of every text.
+"""
+
+import logging
+import logging.config
+import re
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Any
+
+import structlog
+from structlog.typing import EventDict, Processor, WrappedLogger
+
+
+class Metric(StrEnum):
+    """Every Prometheus metric. ``…_total`` counts, ``…_seconds`` is a histogram, others are gauges.
+
+    Labels, where there are any, stand in parentheses.
+    """
+
+    BUILD_INFO = "pokebridge_build_info"
+    """Always 1 (version, instance)."""
+    SESSIONS = "pokebridge_sessions"
+    """Open sessions."""
+    HANDSHAKES = "pokebridge_handshakes_total"
+    """Handshakes, by how they ended (outcome)."""
+    SIGNALS_RECEIVED = "pokebridge_signals_received_total"
+    """Signals that the transport delivered, probes included."""
+    SIGNALS_MALFORMED = "pokebridge_signals_malformed_total"
+    """Signals dropped because they are none of protocol.md section 2."""
+    POKES_RECEIVED = "pokebridge_pokes_received_total"
+    """Pokes that the signals carried."""
+    POKES_NOISE = "pokebridge_pokes_noise_total"
+    """Pokes for recipients without a session here."""
+    POKES_DELIVERED = "pokebridge_pokes_delivered_total"
+    """Poke frames handed to a socket."""
+    POKES_MERGED = "pokebridge_pokes_merged_total"
+    """Pokes merged into one that a session had pending."""
+    POKES_PUBLISHED = "pokebridge_pokes_published_total"
+    """Pokes that the transport accepted."""
+    GAPS = "pokebridge_gaps_total"
+    """Times the transport may have lost signals: the sessions concerned were poked."""
+    PROBES = "pokebridge_probes_total"
+    """Probe signals, by whether they came back (outcome)."""
+    MESSAGES_COMMITTED = "pokebridge_messages_committed_total"
+    """Messages committed to a mailbox."""
+    HTTP_REQUESTS = "pokebridge_http_requests_total"
+    """HTTP requests (method, route, status)."""
+    HTTP_DURATION = "pokebridge_http_request_duration_seconds"
+    """Time to answer an HTTP request (route)."""
+
+
+_HIDDEN = "[hidden]"
+_SECRET_NAME = re.compile(r"(^|_)(token|secret|authorization|password)$", re.IGNORECASE)
+# A query string of a URL or of a request's target, credentials after their scheme, any JWT.
+_SECRET_TEXT = re.compile(
+    r"(?<=\?)[\w.~%-]+=[^\s\"'<>]*"
+    r"|(?<=bearer[ .])[^\s\"',;]+"
+    r"|\beyJ[\w-]+\.[\w-]*(\.[\w-]*)?"
+    r"|(?<=://)[^\s/@:]*:[^\s/@]+(?=@)",
+    re.IGNORECASE,
+)
+
+
+def configure_logging(log_format: str, level: str) -> None:
+    """Send structlog's and the standard library's log lines to stderr in one form.
+
+    ``log_format`` is ``json`` (one object a line) or ``console``; ``level`` as in ``logging``, in
+    any case. May be called again. There is no access log: it would repeat the metrics, at a cost
+    for each request.
+    """
+    shared: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.stdlib.ExtraAdder(),
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    render: list[Processor] = (
+        [structlog.dev.ConsoleRenderer(colors=False)]
+        if log_format == "console"
+        else [structlog.processors.EventRenamer("message"), structlog.processors.JSONRenderer()]
+    )
+    formatter = {
+        "()": structlog.stdlib.ProcessorFormatter,
+        "foreign_pre_chain": [structlog.stdlib.PositionalArgumentsFormatter(), *shared],
+        "processors": [
+            structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+            structlog.processors.format_exc_info,
+            hide_secrets,
+            *render,
+        ],
+    }
+    logging.config.dictConfig(
+        {
+            "version": 1,
+            "disable_existing_loggers": False,
+            "formatters": {"pokebridge": formatter},
+            "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "pokebridge"}},
+            "root": {"handlers": ["stderr"], "level": level.upper()},
+            "loggers": {
+                "uvicorn": {"handlers": [], "level": "NOTSET", "propagate": True},
+                "uvicorn.error": {"handlers": [], "level": "WARNING", "propagate": True},
+                "uvicorn.access": {"handlers": [], "level": "CRITICAL", "propagate": False},
+                # They log every request and its URL.
+                "httpx": {"level": "WARNING"},
+                "httpcore": {"level": "WARNING"},
+            },
+        }
+    )
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *shared,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+    )
+
+
+def hide_secrets(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """A structlog processor that takes secrets out of an event, nested values included."""
+    return {name: _hidden(name, value) for name, value in event.items()}
+
+
+def _hidden(name: str, value: Any) -> Any:
+    if _SECRET_NAME.search(name):
+        return _HIDDEN
+    if isinstance(value, str):
+        return _SECRET_TEXT.sub(_HIDDEN, value)
+    if isinstance(value, Mapping):
+        return {str(key): _hidden(str(key), item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_hidden(name, item) for item in value]
+    return value
