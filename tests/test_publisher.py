@@ -191,7 +191,7 @@ async def test_a_cancelled_caller_takes_nobody_along() -> None:
         impatient.cancel()
         transport.open.set()
     assert transport.pokes == [Poke(BOB), Poke(EVE), Poke(BOB)]
-    del impatient  # its traceback holds the batch
+    del impatient, transport.error  # their tracebacks hold the batch
     gc.collect()
     assert complaints == []
 

@@ -278,7 +278,8 @@ class _Merger:
         else:
             batch.done.set_result(None)
         finally:
-            batch.done.cancel()  # nothing, unless this task was cancelled
+            if not batch.done.done():  # this task was cancelled
+                batch.done.cancel()
             self._pending -= len(batch.versions)
             self._room.set()
 
