@@ -87,7 +87,7 @@ def configure_logging(log_format: str, level: str) -> None:
     )
     formatter = {
         "()": structlog.stdlib.ProcessorFormatter,
-        "foreign_pre_chain": [structlog.stdlib.PositionalArgumentsFormatter(), *shared],
+        "foreign_pre_chain": shared,
         "processors": [
             structlog.stdlib.ProcessorFormatter.remove_processors_meta,
             structlog.processors.format_exc_info,
@@ -137,4 +137,6 @@ def _hidden(name: str, value: Any) -> Any:
         return {str(key): _hidden(str(key), item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_hidden(name, item) for item in value]
-    return value
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    return _SECRET_TEXT.sub(_HIDDEN, repr(value))
