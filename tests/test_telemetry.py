@@ -128,3 +128,4 @@ def test_every_metric_has_a_proper_name() -> None:
     """Prefix and units as Prometheus wants them, and no name twice."""
     assert len(set(Metric)) == len(Metric.__members__)
     assert all(metric.startswith("pokebridge_") and metric.islower() for metric in Metric)
+    assert all(metric.meaning for metric in Metric)

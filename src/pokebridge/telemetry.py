@@ -10,48 +10,44 @@ import logging.config
 import re
 from collections.abc import Mapping
 from enum import StrEnum
-from typing import Any
+from typing import Any, Self
 
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
 
 class Metric(StrEnum):
-    """Every Prometheus metric. ``…_total`` counts, ``…_seconds`` is a histogram, others are gauges.
+    """Every Prometheus metric and its ``meaning``; its labels, if any, stand in parentheses.
 
-    Labels, where there are any, stand in parentheses.
+    ``…_total`` counts, ``…_seconds`` is a histogram, the others are gauges.
     """
 
-    BUILD_INFO = "pokebridge_build_info"
-    """Always 1 (version, instance)."""
-    SESSIONS = "pokebridge_sessions"
-    """Open sessions."""
-    HANDSHAKES = "pokebridge_handshakes_total"
-    """Handshakes, by how they ended (outcome)."""
-    SIGNALS_RECEIVED = "pokebridge_signals_received_total"
-    """Signals that the transport delivered, probes included."""
-    SIGNALS_MALFORMED = "pokebridge_signals_malformed_total"
-    """Signals dropped because they are none of protocol.md section 2."""
-    POKES_RECEIVED = "pokebridge_pokes_received_total"
-    """Pokes that the signals carried."""
-    POKES_NOISE = "pokebridge_pokes_noise_total"
-    """Pokes for recipients without a session here."""
-    POKES_DELIVERED = "pokebridge_pokes_delivered_total"
-    """Poke frames handed to a socket."""
-    POKES_MERGED = "pokebridge_pokes_merged_total"
-    """Pokes merged into one that a session had pending."""
-    POKES_PUBLISHED = "pokebridge_pokes_published_total"
-    """Pokes that the transport accepted."""
-    GAPS = "pokebridge_gaps_total"
-    """Times the transport may have lost signals: the sessions concerned were poked."""
-    PROBES = "pokebridge_probes_total"
-    """Probe signals, by whether they came back (outcome)."""
-    MESSAGES_COMMITTED = "pokebridge_messages_committed_total"
-    """Messages committed to a mailbox."""
-    HTTP_REQUESTS = "pokebridge_http_requests_total"
-    """HTTP requests (method, route, status)."""
-    HTTP_DURATION = "pokebridge_http_request_duration_seconds"
-    """Time to answer an HTTP request (route)."""
+    meaning: str
+
+    BUILD_INFO = "pokebridge_build_info", "Always 1 (version, instance)"
+    SESSIONS = "pokebridge_sessions", "Open sessions"
+    HANDSHAKES = "pokebridge_handshakes_total", "WebSocket handshakes answered (status)"
+    SIGNALS = "pokebridge_signals_total", "Signals that the transport delivered, probes included"
+    SIGNALS_MALFORMED = "pokebridge_signals_malformed_total", "Signals dropped: not of the contract"
+    POKES = "pokebridge_pokes_total", "Pokes that the signals carried"
+    POKES_NOISE = "pokebridge_pokes_noise_total", "Pokes for recipients without a session here"
+    POKES_DELIVERED = "pokebridge_pokes_delivered_total", "Poke frames handed to a socket"
+    POKES_MERGED = "pokebridge_pokes_merged_total", "Pokes merged into a session's pending one"
+    POKES_PUBLISHED = "pokebridge_pokes_published_total", "Pokes that the transport accepted"
+    GAPS = "pokebridge_gaps_total", "Gaps of the transport, after which its sessions were poked"
+    PROBES = "pokebridge_probes_total", "Probes sent through the transport"
+    MESSAGES_COMMITTED = "pokebridge_messages_committed_total", "Messages committed to a mailbox"
+    HTTP_SECONDS = (
+        "pokebridge_http_request_duration_seconds",
+        "Time to answer an HTTP request (method, route, status)",
+    )
+
+    def __new__(cls, name: str, meaning: str) -> Self:
+        """A metric is its name, with a meaning."""
+        metric = str.__new__(cls, name)
+        metric._value_ = name
+        metric.meaning = meaning
+        return metric
 
 
 _HIDDEN = "[hidden]"
