@@ -1,0 +1,108 @@
+"""From URLs to the parts that they choose: the one place that knows every adapter.
+
+An adapter's module, and with it its driver, is imported when a URL asks for it and not before.
+"""
+
+# ruff: noqa: PLC0415 - an adapter is imported when it is chosen, since its driver may be missing
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Generic, NoReturn, TypeVar
+
+from pokebridge.errors import ConfigError, MissingExtraError
+from pokebridge.mailbox.base import Mailbox
+from pokebridge.transport.base import Transport
+
+_Part = TypeVar("_Part")
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """What a transport's URL may need to know beside itself."""
+
+    url: str
+    instance: str
+    cluster: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Adapter(Generic[_Part]):
+    """How to open a part, what its URL looks like, and the extra that installs its driver."""
+
+    open: Callable[[_Choice], Awaitable[_Part]]
+    form: str
+    extra: str | None = None
+
+
+async def open_transport(url: str, *, instance: str, cluster: str) -> Transport:
+    """The transport that ``url`` chooses, for ``instance`` of ``cluster``.
+
+    Raises:
+        ConfigError: there is none with this scheme, or the URL is not one of its.
+        MissingExtraError: its driver is not installed.
+        TransportError: it can't be reached.
+    """
+    return await _open("transport", _TRANSPORTS, _Choice(url, instance, cluster))
+
+
+async def open_mailbox(url: str) -> Mailbox:
+    """The mailbox that ``url`` chooses.
+
+    Raises:
+        ConfigError: there is none with this scheme, or the URL is not one of its.
+        MissingExtraError: its driver is not installed.
+        MailboxError: it can't be reached.
+    """
+    return await _open("mailbox", _MAILBOXES, _Choice(url, "", ""))
+
+
+async def _open(part: str, adapters: Mapping[str, _Adapter[_Part]], choice: _Choice) -> _Part:
+    scheme, separator, _ = choice.url.partition("://")
+    adapter = adapters.get(scheme)
+    if adapter is None or not separator:
+        _refuse(part, " or ".join(adapter.form for adapter in adapters.values()))
+    try:
+        return await adapter.open(choice)
+    except ModuleNotFoundError as error:
+        if adapter.extra is None or (error.name or "").startswith("pokebridge"):
+            raise
+        raise MissingExtraError(scheme, adapter.extra) from error
+
+
+def _refuse(part: str, form: str) -> NoReturn:
+    # The URL itself is left out: it may carry a password.
+    raise ConfigError(f"{part}: must be {form}")
+
+
+async def _memory_transport(choice: _Choice) -> Transport:
+    from pokebridge.transport.memory import MemoryTransport
+
+    if choice.url != "memory://":
+        _refuse("transport", "memory:// and nothing behind it")
+    return MemoryTransport()
+
+
+async def _memory_mailbox(choice: _Choice) -> Mailbox:
+    from pokebridge.mailbox.memory import MemoryMailbox
+
+    if choice.url != "memory://":
+        _refuse("mailbox", "memory:// and nothing behind it")
+    return MemoryMailbox()
+
+
+async def _sqlite_mailbox(choice: _Choice) -> Mailbox:
+    from pokebridge.mailbox.sqlite import SqliteMailbox
+
+    path = choice.url.removeprefix("sqlite:///")
+    if path in {choice.url, "", ":memory:"}:
+        _refuse("mailbox", "sqlite:///FILE, or sqlite:////FILE for an absolute path")
+    return await SqliteMailbox.open(path)
+
+
+_TRANSPORTS: Mapping[str, _Adapter[Transport]] = {
+    "memory": _Adapter(_memory_transport, "memory://"),
+}
+_MAILBOXES: Mapping[str, _Adapter[Mailbox]] = {
+    "sqlite": _Adapter(_sqlite_mailbox, "sqlite:///FILE"),
+    "memory": _Adapter(_memory_mailbox, "memory://"),
+}

@@ -1,0 +1,77 @@
+"""From URLs to adapters."""
+
+from pathlib import Path
+
+import pytest
+
+from pokebridge import adapters
+from pokebridge.adapters import open_mailbox, open_transport
+from pokebridge.errors import ConfigError, MissingExtraError
+from pokebridge.mailbox.memory import MemoryMailbox
+from pokebridge.mailbox.sqlite import SqliteMailbox
+from pokebridge.transport.base import Transport
+from pokebridge.transport.memory import MemoryTransport
+
+
+async def test_memory_chooses_what_lives_in_this_process() -> None:
+    """memory:// is a transport and a mailbox."""
+    transport = await open_transport("memory://", instance="a", cluster="c")
+    mailbox = await open_mailbox("memory://")
+    assert isinstance(transport, MemoryTransport)
+    assert isinstance(mailbox, MemoryMailbox)
+    await transport.close()
+    await mailbox.close()
+
+
+async def test_sqlite_chooses_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three slashes for a relative path, four for an absolute one."""
+    monkeypatch.chdir(tmp_path)
+    for url, path in (
+        ("sqlite:///here.db", tmp_path / "here.db"),
+        (f"sqlite:///{tmp_path}/there.db", tmp_path / "there.db"),
+    ):
+        mailbox = await open_mailbox(url)
+        assert isinstance(mailbox, SqliteMailbox)
+        assert path.exists()
+        await mailbox.close()
+
+
+@pytest.mark.parametrize("url", ["kafka://user:hunter2host", "hunter2", "MEMORY://", ""])
+async def test_an_unknown_scheme_is_answered_with_those_there_are(url: str) -> None:
+    """One line for the user, without the URL, which may hold a password."""
+    with pytest.raises(ConfigError, match="transport: must be memory://") as transport:
+        await open_transport(url, instance="a", cluster="c")
+    with pytest.raises(ConfigError, match="mailbox: must be sqlite:///FILE or memory://"):
+        await open_mailbox(url)
+    assert "hunter2" not in str(transport.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["sqlite://pokebridge.db", "sqlite:///", "sqlite:///:memory:", "memory://x"]
+)
+async def test_a_url_of_the_wrong_form_is_refused(url: str) -> None:
+    """The scheme is known and the rest is not what it needs."""
+    with pytest.raises(ConfigError, match="mailbox: must be"):
+        await open_mailbox(url)
+
+
+async def test_a_transport_url_of_the_wrong_form_is_refused() -> None:
+    """memory:// has no host."""
+    with pytest.raises(ConfigError, match="transport: must be memory://"):
+        await open_transport("memory://host", instance="a", cluster="c")
+
+
+async def test_a_missing_driver_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part whose driver is not installed says what to install; a bug of ours stays a bug."""
+    missing = "no_such_driver"
+
+    async def open_it(choice: adapters._Choice) -> Transport:
+        raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
+
+    table = {"far": adapters._Adapter(open_it, "far://HOST", "faraway")}
+    monkeypatch.setattr(adapters, "_TRANSPORTS", table)
+    with pytest.raises(MissingExtraError, match=r"pip install 'pokebridge\[faraway\]'"):
+        await open_transport("far://host", instance="a", cluster="c")
+    missing = "pokebridge.transport.far"
+    with pytest.raises(ModuleNotFoundError):
+        await open_transport("far://host", instance="a", cluster="c")
