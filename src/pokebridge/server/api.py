@@ -59,7 +59,8 @@ class Parts:
     """What the API needs of its instance.
 
     Every call may raise a :class:`~pokebridge.errors.PokebridgeError`, which is answered with its
-    status. ``connect_url`` is where clients connect; ``None``: at the host that they asked.
+    status. ``advertise_url`` is where clients reach this instance (``wss://host``);
+    ``None``: at the host that they asked.
     ``not_ready`` says why the instance can't serve now, an empty sequence that it can. ``drain``
     begins to send the sessions of this instance elsewhere, and returns at once.
     ``allowed_origins`` may call from a browser, ``"*"`` stands for any. ``sign_dev_token`` makes
@@ -77,7 +78,7 @@ class Parts:
     drain: Callable[[], None]
     not_ready: Callable[[], Awaitable[Sequence[str]]]
     registry: CollectorRegistry
-    connect_url: str | None = None
+    advertise_url: str | None = None
     allowed_origins: Sequence[str] = ()
     sign_dev_token: Callable[[str, Iterable[str], float], str] | None = None
 
@@ -332,7 +333,7 @@ def _add_sessions_and_cluster(app: _Api, parts: Parts) -> None:
         caller = (await _authorize(parts, request)).subject
         return _json(
             schema.ConnectInfo(
-                url=parts.connect_url or _connect_url_at(request),
+                url=f"{parts.advertise_url or _url_asked(request)}/v1/connect",
                 shard=shard_of(caller, parts.shard_count),
                 instance=parts.instance,
             )
@@ -418,9 +419,9 @@ def _add_sessions_and_cluster(app: _Api, parts: Parts) -> None:
     )
 
 
-def _connect_url_at(request: Request) -> str:
+def _url_asked(request: Request) -> str:
     scheme = "wss" if request.url.scheme == "https" else "ws"
-    return f"{scheme}://{request.url.netloc}/v1/connect"
+    return f"{scheme}://{request.url.netloc}"
 
 
 # --- operations -------------------------------------------------------------------------------

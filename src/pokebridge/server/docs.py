@@ -1,9 +1,14 @@
 """The page at ``/docs``: Swagger UI from the installed package, with nothing from elsewhere."""
 
+import mimetypes
+
 from fastapi import FastAPI, Request, Response
 from starlette.responses import HTMLResponse
 from starlette.staticfiles import StaticFiles
 from swagger_ui_bundle import swagger_ui_path  # type: ignore[import-untyped]  # it has none
+
+# The table of file types is read from disk once: here, not at a request on the event loop.
+mimetypes.init()
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -48,4 +53,5 @@ def install(app: FastAPI) -> None:
 
     app.add_route("/docs", page, include_in_schema=False)
     app.add_route("/docs/start.js", script, include_in_schema=False)
-    app.mount("/docs/assets", StaticFiles(directory=swagger_ui_path))
+    # The directory is looked at on the first request, off the event loop.
+    app.mount("/docs/assets", StaticFiles(directory=swagger_ui_path, check_dir=False))

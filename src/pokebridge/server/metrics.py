@@ -5,6 +5,7 @@ list of integers, and the collectors here turn them into families at a scrape.
 """
 
 from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from http import HTTPStatus
 from itertools import accumulate
@@ -27,10 +28,19 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pokebridge.telemetry import Metric
 
 BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_LABELS = {
+    Metric.BUILD_INFO: ("version", "instance"),
+    Metric.HANDSHAKES: ("status",),
+    Metric.HTTP_SECONDS: ("method", "route", "status"),
+}
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS"})
 
 
-def expose(registry: CollectorRegistry, read: Callable[[], Mapping[Metric, float]]) -> None:
+Value = float | Mapping[tuple[str, ...], float]
+"""A metric's one number, or one for each combination of its labels' values."""
+
+
+def expose(registry: CollectorRegistry, read: Callable[[], Mapping[Metric, Value]]) -> None:
     """Have ``registry`` show the numbers that ``read`` returns at every scrape."""
     registry.register(_Numbers(read))
 
@@ -42,19 +52,24 @@ def exposition(registry: CollectorRegistry) -> Response:
 
 
 class _Numbers(Collector):
-    def __init__(self, read: Callable[[], Mapping[Metric, float]]) -> None:
+    def __init__(self, read: Callable[[], Mapping[Metric, Value]]) -> None:
         self._read = read
 
     def collect(self) -> Iterable[Family]:
         for metric, value in self._read().items():
-            if metric.endswith("_total"):
-                yield CounterMetricFamily(metric, metric.meaning, value=value)
-            else:
-                yield GaugeMetricFamily(metric, metric.meaning, value=value)
+            yield _family(metric, value)
 
 
-class _Timings:
-    """How long the requests of one kind took: a histogram of plain numbers."""
+def _family(metric: Metric, value: Value) -> Family:
+    kind = CounterMetricFamily if metric.endswith("_total") else GaugeMetricFamily
+    family = kind(metric, metric.meaning, labels=_LABELS.get(metric, ()))
+    for labels, number in value.items() if isinstance(value, Mapping) else [((), value)]:
+        family.add_metric(labels, number)
+    return family
+
+
+class _Durations:
+    """How long things took: a histogram of plain numbers."""
 
     __slots__ = ("counts", "sum_s")
 
@@ -66,9 +81,13 @@ class _Timings:
         self.counts[bisect_left(BUCKETS_S, duration_s)] += 1
         self.sum_s += duration_s
 
+    def buckets(self) -> list[tuple[str, float]]:
+        bounds = [*map(str, BUCKETS_S), "+Inf"]
+        return list(zip(bounds, accumulate(self.counts), strict=True))
+
 
 class RequestMetrics(Collector):
-    """ASGI middleware that times every HTTP request, by method, route and status.
+    """ASGI middleware that counts and times HTTP requests.
 
     The route is the template, never the path, and an unknown method is ``other``: a caller can't
     make up labels. A request that fails with an exception counts as the 500 that it becomes.
@@ -76,7 +95,7 @@ class RequestMetrics(Collector):
 
     def __init__(self, app: ASGIApp, *, registry: CollectorRegistry) -> None:
         self._app = app
-        self._timings: dict[tuple[str, str, str], _Timings] = {}
+        self._durations: defaultdict[tuple[str, str, str], _Durations] = defaultdict(_Durations)
         registry.register(self)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -98,18 +117,12 @@ class RequestMetrics(Collector):
         finally:
             route = getattr(scope.get("route"), "path", "none")
             method = scope["method"] if scope["method"] in _METHODS else "other"
-            key = (method, route, str(status))
-            if key not in self._timings:
-                self._timings[key] = _Timings()
-            self._timings[key].add(perf_counter() - started_at)
+            self._durations[method, route, str(status)].add(perf_counter() - started_at)
 
     def collect(self) -> Iterable[Family]:
         """The histogram as it stands."""
-        family = HistogramMetricFamily(
-            Metric.HTTP_SECONDS, Metric.HTTP_SECONDS.meaning, labels=("method", "route", "status")
-        )
-        bounds = [*map(str, BUCKETS_S), "+Inf"]
-        for key, timings in self._timings.items():
-            buckets = list(zip(bounds, accumulate(timings.counts), strict=True))
-            family.add_metric(key, buckets, timings.sum_s)
+        metric = Metric.HTTP_SECONDS
+        family = HistogramMetricFamily(metric, metric.meaning, labels=_LABELS[metric])
+        for labels, durations in self._durations.items():
+            family.add_metric(labels, durations.buckets(), durations.sum_s)
         yield family
