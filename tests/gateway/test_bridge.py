@@ -1,0 +1,77 @@
+"""The bridge's promise: ``ready`` only when live, and nobody left asleep by a gap."""
+
+import asyncio
+
+import pytest
+from tests.gateway.harness import BOB, QUICK, running
+from tests.support.waiting import wait_until
+
+from pokebridge.transport.base import Feed
+
+
+async def test_ready_waits_until_the_subscription_is_proven() -> None:
+    """No ``ready`` while probes do not come back; it comes once they do."""
+    async with running() as server:
+        server.transport.deaf = True
+        await wait_until(lambda: not server.gateway.bridge.live)
+        client = await server.connect()
+        with pytest.raises(TimeoutError):
+            await client.frame(0.4)
+        server.transport.deaf = False
+        assert (await client.message())["type"] == "ready"
+
+
+async def test_never_proven_is_1013_in_bounded_time() -> None:
+    """A client is sent elsewhere when the subscription does not become live."""
+    async with running(QUICK) as server:
+        server.transport.deaf = True
+        await wait_until(lambda: not server.gateway.bridge.live)
+        client = await server.connect()
+        assert await client.closed() == 1013
+
+
+async def test_silent_deafness_is_noticed_and_healed() -> None:
+    """A subscription that stops delivering without a word goes red, and then wakes everyone."""
+    async with running() as server:
+        clients = [await server.open(f"urn:user:{number}") for number in range(3)]
+        server.transport.deaf = True
+        await wait_until(lambda: server.gateway.bridge.trouble is not None)
+        await server.poke("urn:user:0")  # lost
+        server.transport.deaf = False
+        for client in clients:
+            assert (await client.message())["type"] == "poke"
+        assert server.gateway.bridge.trouble is None
+
+
+async def test_a_reported_gap_wakes_everyone_with_a_window() -> None:
+    """After a gap each session is poked, ``within_ms`` growing with their number."""
+    async with running() as server:
+        clients = [await server.open(f"urn:user:{number}") for number in range(20)]
+        for receiver in server.transport.receivers:
+            receiver.on_gap(Feed.ALL, "the test says so")
+        for client in clients:
+            assert await client.message() == {"type": "poke", "within_ms": 20}
+        assert server.gateway.bridge.counters.gaps == 1
+
+
+async def test_a_quiet_bridge_probes_and_a_busy_one_does_not() -> None:
+    """Probes are sent when nothing is heard, and spared while signals flow."""
+    async with running() as server:
+        counters = server.gateway.bridge.counters
+        await wait_until(lambda: counters.probes >= 3)
+        before = counters.probes
+        for _ in range(20):
+            await server.poke()
+            await asyncio.sleep(0.05)
+        assert counters.probes <= before + 1
+
+
+async def test_pokes_for_nobody_here_are_noise() -> None:
+    """What is dropped is counted, what is delivered too."""
+    async with running() as server:
+        client = await server.open()
+        for recipient in (BOB, "urn:user:nobody", "urn:user:else"):
+            await server.poke(recipient)
+        await client.message()
+        counters = server.gateway.bridge.counters
+        assert (counters.pokes, counters.noise, counters.delivered) == (3, 2, 1)
