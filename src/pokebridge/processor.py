@@ -39,7 +39,7 @@ _log = structlog.get_logger("pokebridge.processor")
 class Pokes(Protocol):
     """Who publishes pokes."""
 
-    async def poke(self, pokes: Sequence[Poke]) -> None:
+    async def publish(self, pokes: Sequence[Poke]) -> None:
         """Return when the transport has accepted ``pokes``.
 
         Raises :class:`~pokebridge.errors.TransportError` when it has not; some may have gone out.
@@ -179,7 +179,7 @@ class Processor:
     async def _publish(self, pokes: Sequence[Poke]) -> None:
         try:
             with self._transport.watched():
-                await self._publisher.poke(pokes)
+                await self._publisher.publish(pokes)
         except Exception:
             self.stats.poke_failures += len(pokes)
             raise

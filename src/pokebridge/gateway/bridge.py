@@ -8,6 +8,7 @@ drops. Around it the bridge keeps the subscription *proven live*, for a session 
 import asyncio
 import contextlib
 import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ import structlog
 
 from pokebridge.errors import SignalError, TransportError
 from pokebridge.gateway.connection import Connection
+from pokebridge.gateway.meter import SAMPLE_EVERY, Meter, Traffic
 from pokebridge.gateway.session_map import SessionMap
 from pokebridge.model import Poke
 from pokebridge.transport.base import Feed, Selection, Signal, Subscription, Transport
@@ -71,7 +73,8 @@ class Bridge:
         self._timing = timing or BridgeTiming()
         self._on_live = on_live
         self._subscription: Subscription | None = None
-        self._watcher: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._meter = Meter()
         self._doubt = asyncio.Event()
         self._missed = False
         self._probe_id: str | None = None
@@ -89,6 +92,11 @@ class Bridge:
         """Whether a poke published from now on reaches this instance."""
         return self._trouble is None
 
+    @property
+    def traffic(self) -> Traffic:
+        """What reaches this instance now, and what of it is noise."""
+        return self._meter.read(self.counters.signals)
+
     async def start(self) -> None:
         """Subscribe and prove the subscription live, then keep watch over it.
 
@@ -96,14 +104,13 @@ class Bridge:
             TransportError: the transport can't be had; a start should say so, not wait.
         """
         self._subscription = await self._transport.subscribe(Feed.ALL, self)
-        self._watcher = asyncio.create_task(self._watch(), name="bridge-watch")
+        self._tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._keep_time())]
 
     async def close(self) -> None:
         """Stop watching and give the subscription back."""
-        if self._watcher is not None:
-            self._watcher.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._watcher
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._subscription is not None:
             await self._subscription.close()
 
@@ -111,7 +118,18 @@ class Bridge:
 
     def on_signal(self, body: bytes) -> None:
         """Take a signal from the transport; a body that is none of ours is counted and dropped."""
-        self.counters.signals += 1
+        counters = self.counters
+        counters.signals += 1
+        if counters.signals % SAMPLE_EVERY:
+            self._take(body)
+            return
+        pokes, noise, started_s = counters.pokes, counters.noise, time.thread_time()
+        self._take(body)
+        if counters.pokes > pokes:
+            others = (counters.noise - noise) / (counters.pokes - pokes)
+            self._meter.add_noise((time.thread_time() - started_s) * others)
+
+    def _take(self, body: bytes) -> None:
         try:
             content = decode_signal(body)
         except SignalError:
@@ -200,6 +218,11 @@ class Bridge:
                 return
             if self.counters.signals == heard:
                 return
+
+    async def _keep_time(self) -> None:
+        while True:
+            await asyncio.sleep(1.0)
+            self._meter.mark(self.counters.signals)
 
     async def _wake_everyone(self) -> None:
         """Poke every session, with a window for its pull that grows with their number."""

@@ -1,0 +1,103 @@
+"""An instance on one port: the HTTP API, and the WebSockets beside it."""
+
+import asyncio
+import contextlib
+import functools
+import signal
+import socket
+from collections.abc import Iterator
+
+import structlog
+import uvicorn
+
+from pokebridge.errors import ConfigError
+from pokebridge.mailbox.base import Mailbox
+from pokebridge.server.http import HttpProtocol
+from pokebridge.server.instance import Instance
+from pokebridge.settings import Settings
+from pokebridge.transport.base import Transport
+
+log = structlog.get_logger(__name__)
+
+_KEEP_ALIVE_S = 75  # longer than load balancers keep theirs, so that they close first
+_BACKLOG = 4096
+
+
+async def serve(settings: Settings, *, transport: Transport, mailbox: Mailbox) -> None:
+    """Serve until SIGTERM or SIGINT, then drain, finish what is under way and return.
+
+    ``transport`` and ``mailbox`` are closed, whatever happens.
+
+    Raises:
+        ConfigError: the address can't be listened on.
+        TransportError: the transport can't be had.
+    """
+    listener = _listen(settings.host, settings.port)
+    instance = Instance(settings, transport, mailbox)
+    try:
+        await instance.start()
+        config = uvicorn.Config(
+            instance.app,
+            http=functools.partial(HttpProtocol, gateway=instance.gateway),  # type: ignore[arg-type] # called, never subclassed
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_graceful_shutdown=int(settings.grace_s),
+            backlog=_BACKLOG,
+        )
+        await _Server(config, instance).serve(sockets=[listener])
+    finally:
+        listener.close()
+        await instance.close()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, stopped our way: sessions are drained first, and the exit status is 0."""
+
+    def __init__(self, config: uvicorn.Config, instance: Instance) -> None:
+        super().__init__(config)
+        self._instance = instance
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Stop on SIGTERM and SIGINT, and do not raise them again afterwards."""
+        loop = asyncio.get_running_loop()
+        signals = (signal.SIGTERM, signal.SIGINT)
+        for number in signals:
+            loop.add_signal_handler(number, self.handle_exit, number, None)
+        try:
+            yield
+        finally:
+            for number in signals:
+                loop.remove_signal_handler(number)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Tell where we listen, once we do."""
+        await super().startup(sockets)
+        for listener in sockets or []:
+            host, port = listener.getsockname()[:2]
+            log.info("listening", url=f"http://{_url_host(host)}:{port}")
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Drain while pulls are still answered, then stop listening and finish requests."""
+        if not self.force_exit:
+            await self._instance.drain()
+        await super().shutdown(sockets)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise ConfigError(
+            f"host, port: can't listen on {_url_host(host)}:{port} ({error.strerror})"
+        ) from None
+
+
+def _url_host(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

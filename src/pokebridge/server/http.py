@@ -84,9 +84,9 @@ class HttpProtocol(HttpToolsProtocol):
     # --- what may come of it ----------------------------------------------------------------------
 
     def _upgrade(self, rest: bytes) -> None:
-        """Hand a WebSocket upgrade to the gateway; refuse any other protocol."""
+        """Hand a WebSocket upgrade to the gateway; answer any other as if none was asked for."""
         if self._get_upgrade() != b"websocket":
-            self._hang_up(400, "no protocol but websocket can be upgraded to")
+            self.cycle.keep_alive = False  # RFC 9110, section 7.8: an upgrade may be ignored
             return
         if rest:
             # RFC 6455, section 4.1: a client sends nothing before our answer.
