@@ -9,7 +9,7 @@ import asyncio
 import sqlite3
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Final
 
@@ -274,10 +274,15 @@ def _open_file(path: Path) -> list[sqlite3.Connection]:
         path = path.absolute()  # so that ":memory:" too is a file like any other
         if not path.parent.is_dir():
             raise ConfigError(f"mailbox: there is no directory {path.parent}")
-        with closing(_connect(path, timeout_s=0)) as db:
-            patiently(lambda: _bring_up_to_date(db, path))
-        readers = [_connect(path, timeout_s=LOCK_TIMEOUT_S) for _ in range(READERS)]
-        return [_connect(path, timeout_s=0), *readers]
+        with ExitStack() as unless_all_is_well:
+            connections = [
+                unless_all_is_well.enter_context(closing(_connect(path)))
+                for _ in range(1 + READERS)
+            ]
+            patiently(lambda: _bring_up_to_date(connections[0], path))
+            connections[0].execute("PRAGMA busy_timeout = 0")  # the lane is patient by itself
+            unless_all_is_well.pop_all()
+        return connections
     except sqlite3.Error as error:
         if result_code(error) in _UNUSABLE:
             raise ConfigError(f"mailbox: {path} can't be used: {error}") from error
@@ -286,8 +291,10 @@ def _open_file(path: Path) -> list[sqlite3.Connection]:
         raise ConfigError(f"mailbox: {path} can't be used: {error.strerror}") from error
 
 
-def _connect(path: Path, *, timeout_s: float) -> sqlite3.Connection:
-    db = sqlite3.connect(path, timeout=timeout_s, isolation_level=None, check_same_thread=False)
+def _connect(path: Path) -> sqlite3.Connection:
+    db = sqlite3.connect(
+        path, timeout=LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False
+    )
     db.execute("PRAGMA synchronous = FULL")  # a commit is on the disk, not only in its cache
     db.execute(f"PRAGMA journal_size_limit = {WAL_SIZE_BYTES}")
     return db

@@ -1,0 +1,567 @@
+"""The contract of every mailbox, as pytest suites to subclass.
+
+    class TestMyMailbox(DurableMailboxContract):
+        @pytest.fixture
+        async def connect(self, clock, my_server):
+            ...  # yield an async function that returns a new mailbox on the same store
+
+Each call of ``connect`` stands for another process; what it returns takes its time from ``clock``
+and is closed by the fixture. A mailbox that lives in one process subclasses
+:class:`MailboxContract` and gives the fixture ``mailbox``. A store starts empty for each test.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from itertools import pairwise
+
+import pytest
+
+from pokebridge.errors import MailboxError
+from pokebridge.mailbox.base import Mailbox
+from pokebridge.model import MAX_VERSION, Message, NewMessage, Poke
+
+BOB = "urn:user:bob"
+EVE = "urn:user:eve"
+ALICE = "urn:user:alice"
+DAY_S = 24 * 3600.0
+
+Connect = Callable[[], Awaitable[Mailbox]]
+
+
+class ManualClock:
+    """A clock that stands still until a test sets it."""
+
+    def __init__(self, now_s: float = 1_800_000_000.0) -> None:
+        self.now_s = now_s
+
+    def __call__(self) -> float:
+        """The Unix time in seconds."""
+        return self.now_s
+
+
+def message(
+    recipient: str = BOB,
+    *,
+    id: str = "m",  # noqa: A002 - the field's name
+    sender: str = ALICE,
+    body: bytes = b"{}",
+    ttl_s: float | None = None,
+    id_is_senders: bool = False,
+) -> NewMessage:
+    """A message of which a test names only what matters to it."""
+    return NewMessage(recipient, sender, id, body, ttl_s, id_is_senders)
+
+
+async def versions(mailbox: Mailbox, recipient: str = BOB, *, after: int = 0) -> list[int]:
+    """The versions of all that can be read, page by page."""
+    found: list[int] = []
+    more = True
+    while more:
+        page = await mailbox.read(recipient, after=after, limit=500)
+        found += [kept.version for kept in page.messages]
+        after, more = page.version, page.more
+    return found
+
+
+async def fill(mailbox: Mailbox, count: int, recipient: str = BOB) -> None:
+    """Append ``count`` messages."""
+    for _ in range(count):
+        await mailbox.append(message(recipient))
+
+
+async def unpoked(mailbox: Mailbox, older_than_s: float = 0) -> dict[str, int | None]:
+    """The outbox entries of at least that age: newest version by recipient."""
+    pokes = await mailbox.unpoked(older_than_s=older_than_s, limit=1000)
+    by_recipient = {poke.recipient: poke.version for poke in pokes}
+    assert len(by_recipient) == len(pokes), "one entry a recipient"
+    return by_recipient
+
+
+@pytest.mark.asyncio
+class MailboxContract:
+    """What every mailbox promises (``pokebridge.mailbox.base``), but to survive its process."""
+
+    @pytest.fixture
+    def clock(self) -> ManualClock:
+        """The mailbox's time."""
+        return ManualClock()
+
+    # -- append and read ---------------------------------------------------------------------------
+
+    async def test_an_unknown_recipient_has_an_empty_mailbox(self, mailbox: Mailbox) -> None:
+        """Nothing was ever sent: head 0, an empty page, cursor 0."""
+        page = await mailbox.read(BOB, after=0, limit=50)
+        assert (page.messages, page.version, page.head, page.more) == ((), 0, 0, False)
+        assert await mailbox.head(BOB) == 0
+
+    async def test_what_was_appended_is_read_back(
+        self, mailbox: Mailbox, clock: ManualClock
+    ) -> None:
+        """A message comes back with its id, sender, body, version and the time of its commit."""
+        receipt = await mailbox.append(message(id="a", sender=EVE, body=b'{"n": 1}'))
+        assert receipt == ("a", 1, False)
+        page = await mailbox.read(BOB, after=0, limit=50)
+        assert page.messages == (Message(1, "a", EVE, b'{"n": 1}', int(clock.now_s * 1000)),)
+        assert (page.version, page.head, page.more) == (1, 1, False)
+
+    async def test_versions_are_dense_per_recipient(self, mailbox: Mailbox) -> None:
+        """Each recipient counts 1, 2, 3, … for itself, whoever else gets messages in between."""
+        for expected in (1, 2, 3):
+            assert (await mailbox.append(message(BOB))).version == expected
+            assert (await mailbox.append(message(EVE))).version == expected
+        assert await versions(mailbox, BOB) == await versions(mailbox, EVE) == [1, 2, 3]
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            b"null",
+            '{"text":"grüße ☃ 🦆 \\u0000"}'.encode(),
+            b' { "spaces" : [ ] } ',
+            b'"' + b"x" * 65_534 + b'"',
+        ],
+        ids=["null", "unicode", "spaces", "64 KiB"],
+    )
+    async def test_a_body_is_kept_as_it_came(self, mailbox: Mailbox, body: bytes) -> None:
+        """A body is kept byte for byte: no JSON is read and written anew."""
+        await mailbox.append(message(body=body))
+        page = await mailbox.read(BOB, after=0, limit=1)
+        assert [kept.body for kept in page.messages] == [body]
+
+    async def test_recipients_are_opaque(self, mailbox: Mailbox) -> None:
+        """Case, wildcards, quotes and the 256th character tell recipients apart."""
+        every_character = "".join(map(chr, range(0x21, 0x7F)))
+        longest = "r" * 255
+        recipients = [
+            "bob",
+            "BOB",
+            "b%b",
+            "b_b",
+            "bo",
+            every_character,
+            longest + "a",
+            longest + "b",
+        ]
+        for count, recipient in enumerate(recipients, 1):
+            await fill(mailbox, count, recipient)
+        assert [await mailbox.head(recipient) for recipient in recipients] == [
+            1,
+            2,
+            3,
+            4,
+            5,
+            6,
+            7,
+            8,
+        ]
+        for count, recipient in enumerate(recipients, 1):
+            await mailbox.ack(recipient, "d" * 128, count)
+            await mailbox.poked([Poke(recipient, count)])
+            assert await versions(mailbox, recipient) == []
+            assert set(await unpoked(mailbox)) == set(recipients[count:])
+
+    async def test_pages_join_without_gap_or_overlap(self, mailbox: Mailbox) -> None:
+        """A page has at most ``limit`` messages, says when there are more, and where to go on."""
+        await asyncio.gather(*(mailbox.append(message()) for _ in range(1203)))
+        seen, after, sizes = [], 0, []
+        more = True
+        while more:
+            page = await mailbox.read(BOB, after=after, limit=500)
+            assert page.head == 1203
+            seen += [kept.version for kept in page.messages]
+            sizes.append(len(page.messages))
+            after, more = page.version, page.more
+        assert (seen, sizes, after) == (list(range(1, 1204)), [500, 500, 203], 1203)
+
+    async def test_more_is_said_only_when_there_is_more(self, mailbox: Mailbox) -> None:
+        """A page that the limit fills but does not cut has no more."""
+        await fill(mailbox, 3)
+        assert (await mailbox.read(BOB, after=0, limit=2)).more
+        assert not (await mailbox.read(BOB, after=0, limit=3)).more
+        assert not (await mailbox.read(BOB, after=1, limit=2)).more
+
+    async def test_any_cursor_can_be_read_from(self, mailbox: Mailbox) -> None:
+        """A cursor at or above the head reads nothing and gets the head; one below 0 reads all."""
+        await fill(mailbox, 2)
+        for after in (2, 3, MAX_VERSION, 10**30):
+            page = await mailbox.read(BOB, after=after, limit=50)
+            assert (page.messages, page.version, page.head, page.more) == ((), 2, 2, False)
+        for after in (0, -1, -(10**30)):
+            assert len((await mailbox.read(BOB, after=after, limit=50)).messages) == 2
+
+    # -- concurrency -------------------------------------------------------------------------------
+
+    async def test_concurrent_senders_get_dense_versions(self, mailbox: Mailbox) -> None:
+        """Fifty senders at once to one recipient: every version once, none missing."""
+
+        async def send(sender: str) -> list[int]:
+            return [(await mailbox.append(message(sender=sender))).version for _ in range(20)]
+
+        given = await asyncio.gather(*(send(f"urn:user:{n}") for n in range(50)))
+        assert all(one < other for own in given for one, other in pairwise(own))
+        assert sorted(version for own in given for version in own) == list(range(1, 1001))
+        assert await versions(mailbox) == list(range(1, 1001))
+
+    async def test_a_reader_sees_no_hole(self, mailbox: Mailbox) -> None:
+        """While messages are committed, each page goes on right after its cursor."""
+        sending = asyncio.gather(*(mailbox.append(message()) for _ in range(300)))
+        after = 0
+        while after < 300:
+            page = await mailbox.read(BOB, after=after, limit=7)
+            read = [kept.version for kept in page.messages]
+            assert read == list(range(after + 1, after + 1 + len(read)))
+            assert page.version == after + len(read) <= page.head
+            after = page.version
+            await asyncio.sleep(0)
+        await sending
+
+    async def test_a_cancelled_append_is_whole_or_nothing(self, mailbox: Mailbox) -> None:
+        """Callers that go away leave no hole, no half, and a mailbox that goes on."""
+        calls = [asyncio.create_task(mailbox.append(message(id=f"{n}"))) for n in range(100)]
+        await asyncio.sleep(0)
+        for call in calls[::2]:
+            call.cancel()
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        assert not any(isinstance(answer, Exception) for answer in answers)
+        last = await mailbox.append(message(id="last"))
+        page = await mailbox.read(BOB, after=0, limit=500)
+        assert [kept.version for kept in page.messages] == list(range(1, last.version + 1))
+        assert {f"{n}" for n in range(1, 100, 2)} <= {kept.id for kept in page.messages}
+        assert await unpoked(mailbox) == {BOB: last.version}
+
+    # -- idempotency -------------------------------------------------------------------------------
+
+    async def test_a_repeated_id_commits_nothing(self, mailbox: Mailbox) -> None:
+        """The same id from the same sender gets the first receipt; the first message stays."""
+        first = await mailbox.append(message(id="a", body=b"1", id_is_senders=True))
+        await mailbox.append(message(id="b", id_is_senders=True))
+        again = await mailbox.append(message(id="a", body=b"2", id_is_senders=True))
+        assert (first, again) == (("a", 1, False), ("a", 1, True))
+        page = await mailbox.read(BOB, after=0, limit=50)
+        assert [(kept.id, kept.body) for kept in page.messages] == [("a", b"1"), ("b", b"{}")]
+
+    async def test_a_repeated_id_is_the_same_message_for_any_recipient(
+        self, mailbox: Mailbox
+    ) -> None:
+        """A sender's id names one message: repeated to somebody else, it is still the first."""
+        await fill(mailbox, 4, BOB)
+        await mailbox.append(message(BOB, id="a", id_is_senders=True))
+        assert await mailbox.append(message(EVE, id="a", id_is_senders=True)) == ("a", 5, True)
+        assert await mailbox.head(EVE) == 0
+
+    async def test_an_id_is_its_senders_own(self, mailbox: Mailbox) -> None:
+        """An equal id of another sender, or one that no sender gave, is another message."""
+        await mailbox.append(message(id="a", sender=ALICE, id_is_senders=True))
+        await mailbox.append(message(id="a", sender=EVE, id_is_senders=True))
+        await mailbox.append(message(id="a", sender=ALICE))
+        await mailbox.append(message(id="a", sender=ALICE))
+        assert await versions(mailbox) == [1, 2, 3, 4]
+
+    async def test_racing_repeats_commit_once(self, mailbox: Mailbox) -> None:
+        """Twenty retries at once: one is the first, all get the same answer."""
+        retry = message(id="a", id_is_senders=True)
+        receipts = await asyncio.gather(*(mailbox.append(retry) for _ in range(20)))
+        assert sorted(receipts) == [("a", 1, False)] + [("a", 1, True)] * 19
+        assert await versions(mailbox) == [1]
+
+    async def test_a_receipt_outlives_its_message_by_a_week(
+        self, mailbox: Mailbox, clock: ManualClock
+    ) -> None:
+        """Acked or expired, and purged, a message's id is still known six days later."""
+        acked = message(id="acked", id_is_senders=True)
+        expired = message(id="expired", ttl_s=1, id_is_senders=True)
+        await mailbox.append(acked)
+        await mailbox.ack(BOB, "phone", 1)
+        await mailbox.append(expired)
+        clock.now_s += 6 * DAY_S
+        assert await mailbox.purge(limit=100) == 1
+        assert await versions(mailbox) == []
+        assert await mailbox.append(acked) == ("acked", 1, True)
+        assert await mailbox.append(expired) == ("expired", 2, True)
+
+    async def test_an_old_receipt_is_forgotten(self, mailbox: Mailbox, clock: ManualClock) -> None:
+        """Receipts don't pile up: one of eight days is purged, a younger one is not."""
+        await mailbox.append(message(id="old", id_is_senders=True))
+        clock.now_s += 4 * DAY_S
+        await mailbox.append(message(id="young", id_is_senders=True))
+        clock.now_s += 4 * DAY_S
+        assert await mailbox.purge(limit=100) == 1
+        assert (await mailbox.append(message(id="young", id_is_senders=True))).duplicate
+        assert await mailbox.append(message(id="old", id_is_senders=True)) == ("old", 3, False)
+
+    # -- expiry ------------------------------------------------------------------------------------
+
+    async def test_an_expired_message_is_not_read(
+        self, mailbox: Mailbox, clock: ManualClock
+    ) -> None:
+        """After its TTL a message is gone at once, purged or not; others and the head stay."""
+        for ttl_s in (10, None, 10, 30, 10):
+            await mailbox.append(message(ttl_s=ttl_s))
+        clock.now_s += 9.9
+        assert await versions(mailbox) == [1, 2, 3, 4, 5]
+        clock.now_s += 0.2
+        assert await versions(mailbox) == [2, 4]
+        assert await mailbox.purge(limit=100) == 3
+        assert await versions(mailbox) == [2, 4]
+        clock.now_s += 30
+        page = await mailbox.read(BOB, after=2, limit=50)
+        assert (page.messages, page.version, page.head, page.more) == ((), 5, 5, False)
+
+    async def test_expired_messages_do_not_fill_a_page(
+        self, mailbox: Mailbox, clock: ManualClock
+    ) -> None:
+        """``limit`` and ``more`` count what can be read, not what has expired."""
+        for ttl_s in (10, None, 10, None, 10):
+            await mailbox.append(message(ttl_s=ttl_s))
+        clock.now_s += 11
+        page = await mailbox.read(BOB, after=0, limit=1)
+        assert ([kept.version for kept in page.messages], page.version, page.more) == ([2], 2, True)
+        page = await mailbox.read(BOB, after=0, limit=2)
+        assert (page.version, page.more) == (4, False)
+
+    async def test_a_purge_is_bounded(self, mailbox: Mailbox, clock: ManualClock) -> None:
+        """A purge deletes at most ``limit`` and says how many, until there is nothing left."""
+        for n in range(7):
+            await mailbox.append(message(f"urn:user:{n % 2}", ttl_s=1))
+        for n in range(3):
+            await mailbox.append(message(id=f"{n}", id_is_senders=True))
+        assert await mailbox.purge(limit=4) == 0
+        clock.now_s += 8 * DAY_S
+        assert [await mailbox.purge(limit=4) for _ in range(4)] == [4, 4, 2, 0]
+        assert await versions(mailbox) == [1, 2, 3]
+
+    async def test_any_ttl_can_be_given(self, mailbox: Mailbox, clock: ManualClock) -> None:
+        """A TTL beyond all time never passes; one of nothing has passed already."""
+        for ttl_s in (1e300, float("inf"), 0, -5):
+            await mailbox.append(message(ttl_s=ttl_s))
+        clock.now_s += 100 * 365 * DAY_S
+        assert await versions(mailbox) == [1, 2]
+
+    # -- devices -----------------------------------------------------------------------------------
+
+    async def test_an_ack_of_the_only_device_deletes(self, mailbox: Mailbox) -> None:
+        """What the one known device has acked is deleted; the head and the next version stay."""
+        await fill(mailbox, 3)
+        await mailbox.ack(BOB, "phone", 2)
+        assert await versions(mailbox) == [3]
+        await mailbox.ack(BOB, "phone", 3)
+        page = await mailbox.read(BOB, after=0, limit=50)
+        assert (page.messages, page.version, page.head, page.more) == ((), 3, 3, False)
+        assert await mailbox.head(BOB) == 3
+        assert (await mailbox.append(message())).version == 4
+
+    async def test_messages_wait_for_every_known_device(self, mailbox: Mailbox) -> None:
+        """A device that was seen or has acked holds what it has not acked yet."""
+        await fill(mailbox, 4)
+        await mailbox.see_device(BOB, "tablet")
+        await mailbox.ack(BOB, "phone", 4)
+        assert await versions(mailbox) == [1, 2, 3, 4]
+        await mailbox.ack(BOB, "tablet", 1)
+        assert await versions(mailbox) == [2, 3, 4]
+        await mailbox.ack(BOB, "laptop", 3)
+        await mailbox.ack(BOB, "tablet", 4)
+        assert await versions(mailbox) == [4]
+        await mailbox.ack(BOB, "laptop", 4)
+        assert await versions(mailbox) == []
+
+    async def test_devices_are_their_recipients_own(self, mailbox: Mailbox) -> None:
+        """One recipient's device of the same name acks nothing for another, and holds nothing."""
+        await fill(mailbox, 1, BOB)
+        await fill(mailbox, 1, EVE)
+        await mailbox.see_device(EVE, "tablet")
+        await mailbox.ack(BOB, "phone", 1)
+        assert await versions(mailbox, BOB) == []
+        assert await versions(mailbox, EVE) == [1]
+
+    async def test_an_ack_is_cut_to_the_head(self, mailbox: Mailbox) -> None:
+        """An ack of the future covers what is there, not what comes later."""
+        await mailbox.ack(BOB, "phone", 5)
+        await fill(mailbox, 2)
+        assert await versions(mailbox) == [1, 2]
+        await mailbox.ack(BOB, "phone", 10**30)
+        await fill(mailbox, 1)
+        assert await versions(mailbox) == [3]
+
+    async def test_an_ack_never_moves_back(self, mailbox: Mailbox) -> None:
+        """A late or repeated ack, also by a connect, takes nothing back."""
+        await fill(mailbox, 3)
+        await mailbox.see_device(BOB, "tablet")
+        await mailbox.ack(BOB, "phone", 3)
+        await mailbox.ack(BOB, "phone", 1)
+        await mailbox.ack(BOB, "phone", -7)
+        await mailbox.see_device(BOB, "phone")
+        await mailbox.ack(BOB, "tablet", 3)
+        assert await versions(mailbox) == []
+
+    # -- the outbox --------------------------------------------------------------------------------
+
+    async def test_a_commit_owes_a_poke_until_it_is_confirmed(self, mailbox: Mailbox) -> None:
+        """An append leaves one entry a recipient with the newest version; ``poked`` drops it."""
+        await fill(mailbox, 3, BOB)
+        await fill(mailbox, 1, EVE)
+        assert await unpoked(mailbox) == {BOB: 3, EVE: 1}
+        await mailbox.poked([Poke(BOB, 3), Poke("urn:user:nobody", 9)])
+        assert await unpoked(mailbox) == {EVE: 1}
+        await mailbox.poked([Poke(EVE, 7)])
+        assert await unpoked(mailbox) == {}
+        await mailbox.poked([])
+
+    async def test_a_duplicate_owes_no_poke(self, mailbox: Mailbox) -> None:
+        """What commits nothing puts nothing in the outbox."""
+        await mailbox.append(message(id="a", id_is_senders=True))
+        await mailbox.poked([Poke(BOB, 1)])
+        await mailbox.append(message(id="a", id_is_senders=True))
+        assert await unpoked(mailbox) == {}
+
+    async def test_only_old_entries_are_asked_for(
+        self, mailbox: Mailbox, clock: ManualClock
+    ) -> None:
+        """Entries younger than ``older_than_s`` are left to whoever is publishing them."""
+        await fill(mailbox, 1, BOB)
+        clock.now_s += 2
+        await fill(mailbox, 1, EVE)
+        assert await unpoked(mailbox, older_than_s=1) == {BOB: 1}
+        assert await unpoked(mailbox, older_than_s=3) == {}
+        clock.now_s += 2
+        assert await unpoked(mailbox, older_than_s=1) == {BOB: 1, EVE: 1}
+
+    async def test_the_outbox_is_given_in_bounded_steps(self, mailbox: Mailbox) -> None:
+        """Step by step, confirming each, every entry comes up once."""
+        for n in range(25):
+            await mailbox.append(message(f"urn:user:{n}"))
+        seen: list[Poke] = []
+        while pokes := await mailbox.unpoked(older_than_s=0, limit=10):
+            assert len(pokes) <= 10
+            seen += pokes
+            await mailbox.poked(pokes)
+        assert sorted(poke.recipient for poke in seen) == sorted(f"urn:user:{n}" for n in range(25))
+
+    async def test_a_steady_sender_keeps_no_entry_young(
+        self, mailbox: Mailbox, clock: ManualClock
+    ) -> None:
+        """While nothing is confirmed, an entry's age counts from its oldest commit."""
+        for _ in range(4):
+            await fill(mailbox, 1)
+            clock.now_s += 0.5
+        assert await unpoked(mailbox, older_than_s=1.5) == {BOB: 4}
+
+    async def test_a_late_confirmation_leaves_the_newer_message(
+        self, mailbox: Mailbox, clock: ManualClock
+    ) -> None:
+        """Confirming an older version leaves the entry of a newer one, its age counted anew."""
+        await fill(mailbox, 2)
+        clock.now_s += 5
+        await mailbox.poked([Poke(BOB, 1)])
+        assert await unpoked(mailbox) == {BOB: 2}
+        assert await unpoked(mailbox, older_than_s=1) == {}
+        clock.now_s += 1
+        assert await unpoked(mailbox, older_than_s=1) == {BOB: 2}
+
+    async def test_a_poke_without_a_version_confirms_nothing(self, mailbox: Mailbox) -> None:
+        """Somebody's bare poke says nothing of what was committed."""
+        await fill(mailbox, 1)
+        await mailbox.poked([Poke(BOB)])
+        assert await unpoked(mailbox) == {BOB: 1}
+
+    async def test_a_clock_set_back_silences_nothing(
+        self, mailbox: Mailbox, clock: ManualClock
+    ) -> None:
+        """An entry from the future counts as old, not as one that is young for an hour."""
+        await fill(mailbox, 1)
+        clock.now_s -= 3600
+        assert await unpoked(mailbox, older_than_s=1) == {BOB: 1}
+
+    async def test_deleting_a_message_keeps_its_poke_owed(self, mailbox: Mailbox) -> None:
+        """One device's ack is no poke: others may sleep still."""
+        await fill(mailbox, 1)
+        await mailbox.ack(BOB, "phone", 1)
+        assert await unpoked(mailbox) == {BOB: 1}
+
+    # -- life --------------------------------------------------------------------------------------
+
+    async def test_check_returns_while_it_answers(self, mailbox: Mailbox) -> None:
+        """An open store passes the check, and the check leaves nothing behind."""
+        await mailbox.check()
+        assert await unpoked(mailbox) == {}
+
+    async def test_closing_finishes_what_is_under_way(self, mailbox: Mailbox) -> None:
+        """Calls made before close() get their answer."""
+        calls = [asyncio.create_task(mailbox.append(message())) for _ in range(50)]
+        await asyncio.sleep(0)
+        await mailbox.close()
+        assert sorted(receipt.version for receipt in await asyncio.gather(*calls)) == [
+            *range(1, 51)
+        ]
+
+    async def test_a_closed_mailbox_refuses(self, mailbox: Mailbox) -> None:
+        """After close() every call raises MailboxError; closing again is fine."""
+        await mailbox.close()
+        await mailbox.close()
+        for call in (
+            mailbox.append(message()),
+            mailbox.read(BOB, after=0, limit=1),
+            mailbox.head(BOB),
+            mailbox.see_device(BOB, "phone"),
+            mailbox.ack(BOB, "phone", 1),
+            mailbox.unpoked(older_than_s=0, limit=1),
+            mailbox.poked([Poke(BOB, 1)]),
+            mailbox.purge(limit=1),
+            mailbox.check(),
+        ):
+            with pytest.raises(MailboxError):
+                await call
+
+
+class DurableMailboxContract(MailboxContract):
+    """What a mailbox promises beyond its process: other processes share it, and it survives."""
+
+    @pytest.fixture
+    async def mailbox(self, connect: Connect) -> Mailbox:
+        """One process's mailbox."""
+        return await connect()
+
+    async def test_everything_survives_a_restart(self, connect: Connect) -> None:
+        """Messages, the head, receipts, devices and the outbox are there after close and open."""
+        before = await connect()
+        await before.append(message(id="a", body=b"1", id_is_senders=True))
+        await before.append(message(id="b", body=b"2"))
+        await before.see_device(BOB, "tablet")
+        await before.ack(BOB, "phone", 2)
+        await before.close()
+        after = await connect()
+        page = await after.read(BOB, after=0, limit=50)
+        assert [(kept.id, kept.body) for kept in page.messages] == [("a", b"1"), ("b", b"2")]
+        assert await unpoked(after) == {BOB: 2}
+        assert await after.append(message(id="a", id_is_senders=True)) == ("a", 1, True)
+        await after.ack(BOB, "tablet", 1)
+        assert await versions(after) == [2]
+        assert (await after.append(message())).version == 3
+
+    async def test_processes_share_one_count(self, connect: Connect) -> None:
+        """Senders in several processes to one recipient: every version once, none missing."""
+        mailboxes = [await connect() for _ in range(3)]
+        receipts = await asyncio.gather(
+            *(mailbox.append(message()) for _ in range(100) for mailbox in mailboxes)
+        )
+        assert sorted(receipt.version for receipt in receipts) == list(range(1, 301))
+        for mailbox in mailboxes:
+            assert await versions(mailbox) == list(range(1, 301))
+
+    async def test_racing_repeats_in_several_processes_commit_once(self, connect: Connect) -> None:
+        """A retry that lands on another process is still the same message."""
+        mailboxes = [await connect() for _ in range(3)]
+        retry = message(id="a", id_is_senders=True)
+        receipts = await asyncio.gather(
+            *(mailbox.append(retry) for _ in range(5) for mailbox in mailboxes)
+        )
+        assert sorted(receipts) == [("a", 1, False)] + [("a", 1, True)] * 14
+
+    async def test_a_commit_is_seen_by_other_processes_at_once(self, connect: Connect) -> None:
+        """When append has returned, another process reads the message, and can confirm its poke."""
+        one, other = await connect(), await connect()
+        for version in range(1, 21):
+            await one.append(message())
+            page = await other.read(BOB, after=version - 1, limit=50)
+            assert [kept.version for kept in page.messages] == [version]
+        assert await unpoked(other) == {BOB: 20}
+        await other.poked([Poke(BOB, 20)])
+        assert await unpoked(one) == {}

@@ -1,0 +1,15 @@
+"""The in-process mailbox keeps the contract."""
+
+import pytest
+
+from pokebridge.mailbox.memory import MemoryMailbox
+from pokebridge.testing.mailbox import MailboxContract, ManualClock
+
+
+class TestMemoryMailbox(MailboxContract):
+    """The shipped suite."""
+
+    @pytest.fixture
+    async def mailbox(self, clock: ManualClock) -> MemoryMailbox:
+        """An empty mailbox."""
+        return MemoryMailbox(clock)

@@ -1,0 +1,105 @@
+"""Whatever is done to them, the mailbox in memory and the one in SQLite answer the same."""
+
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pokebridge.mailbox.base import RECEIPT_KEPT_MS, Mailbox
+from pokebridge.mailbox.memory import MemoryMailbox
+from pokebridge.mailbox.sqlite import SqliteMailbox
+from pokebridge.model import NewMessage, Poke
+from pokebridge.testing.mailbox import ManualClock
+
+Operation = Callable[[Mailbox], Awaitable[Any]]
+
+recipients = st.sampled_from(["urn:user:bob", "urn:user:eve", "r" * 256])
+devices = st.sampled_from(["phone", "tablet"])
+numbers = st.integers(-1, 9)
+
+
+def append(new: NewMessage) -> Operation:
+    """Append ``new``."""
+    return lambda mailbox: mailbox.append(new)
+
+
+def read(recipient: str, after: int, limit: int) -> Operation:
+    """Read a page."""
+    return lambda mailbox: mailbox.read(recipient, after=after, limit=limit)
+
+
+def head(recipient: str) -> Operation:
+    """Ask for the head."""
+    return lambda mailbox: mailbox.head(recipient)
+
+
+def ack(recipient: str, device: str, version: int) -> Operation:
+    """Ack."""
+    return lambda mailbox: mailbox.ack(recipient, device, version)
+
+
+def see_device(recipient: str, device: str) -> Operation:
+    """Make a device known."""
+    return lambda mailbox: mailbox.see_device(recipient, device)
+
+
+def poked(pokes: list[Poke]) -> Operation:
+    """Confirm pokes."""
+    return lambda mailbox: mailbox.poked(pokes)
+
+
+def unpoked(older_than_s: int) -> Operation:
+    """All outbox entries of that age; their order is not promised."""
+
+    async def ask(mailbox: Mailbox) -> set[Poke]:
+        return set(await mailbox.unpoked(older_than_s=older_than_s, limit=100))
+
+    return ask
+
+
+async def purge(mailbox: Mailbox) -> int:
+    """Purge all: which part of it a smaller limit leaves is not promised."""
+    return await mailbox.purge(limit=1000)
+
+
+messages = st.builds(
+    NewMessage,
+    recipient=recipients,
+    sender=st.sampled_from(["urn:user:alice", "urn:user:eve"]),
+    id=st.sampled_from(["a", "b", "ü\0🦆"]),
+    body=st.binary(max_size=20),
+    ttl_s=st.sampled_from([None, None, 0, 1, 5]),
+    id_is_senders=st.booleans(),
+)
+pokes = st.builds(Poke, recipients, st.none() | numbers)
+operations: st.SearchStrategy[Operation | float] = st.one_of(
+    st.builds(append, messages),
+    st.builds(append, messages),
+    st.builds(read, recipients, numbers, st.integers(1, 4)),
+    st.builds(ack, recipients, devices, numbers),
+    st.builds(see_device, recipients, devices),
+    st.builds(head, recipients),
+    st.builds(poked, st.lists(pokes, max_size=3)),
+    st.builds(unpoked, st.integers(0, 3)),
+    st.just(purge),
+    st.sampled_from([0.5, 1.0, 3.0, -2.0, RECEIPT_KEPT_MS / 1000]),  # time passes
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps=st.lists(operations, max_size=40))
+async def test_both_mailboxes_answer_the_same(steps: list[Operation | float]) -> None:
+    """A random history gives the same answer at each step, whichever keeps it."""
+    clock = ManualClock()
+    with TemporaryDirectory() as folder:
+        memory = MemoryMailbox(clock)
+        on_disk = await SqliteMailbox.open(Path(folder) / "mailbox.db", clock)
+        for step in steps:
+            if isinstance(step, float):
+                clock.now_s += step
+            else:
+                assert await step(memory) == await step(on_disk)
+        await on_disk.close()

@@ -1,0 +1,281 @@
+"""The SQLite mailbox keeps the contract, through crashes, locks and full disks too."""
+# ruff: noqa: ASYNC240 - what a test does to a file may block
+
+import asyncio
+import sqlite3
+import sys
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from tests.support.waiting import wait_until
+
+from pokebridge.errors import ConfigError, MailboxError
+from pokebridge.mailbox import sqlite, sqlite_lane
+from pokebridge.mailbox.base import Mailbox
+from pokebridge.mailbox.sqlite import SqliteMailbox
+from pokebridge.model import Receipt
+from pokebridge.testing.mailbox import (
+    BOB,
+    Connect,
+    DurableMailboxContract,
+    ManualClock,
+    fill,
+    message,
+    unpoked,
+    versions,
+)
+
+APPENDER = Path(__file__).with_name("appender.py")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where a mailbox can be made."""
+    return tmp_path / "mailbox.db"
+
+
+@pytest.fixture
+async def mailbox(path: Path) -> AsyncIterator[SqliteMailbox]:
+    """An open mailbox at ``path``."""
+    mailbox = await SqliteMailbox.open(path)
+    yield mailbox
+    await mailbox.close()
+
+
+async def start_appender(path: Path, sender: str, count: int) -> Process:
+    """Another process that appends to the mailbox at ``path``."""
+    return await asyncio.create_subprocess_exec(
+        sys.executable, APPENDER, path, sender, f"{count}", stdout=PIPE, stderr=PIPE
+    )
+
+
+class TestSqliteMailbox(DurableMailboxContract):
+    """The shipped suite, on a file of its own for each test."""
+
+    @pytest.fixture
+    async def connect(self, clock: ManualClock, path: Path) -> AsyncIterator[Connect]:
+        """Mailboxes on one file, closed afterwards."""
+        opened: list[SqliteMailbox] = []
+
+        async def connect() -> Mailbox:
+            opened.append(await SqliteMailbox.open(path, clock))
+            return opened[-1]
+
+        yield connect
+        for mailbox in opened:
+            await mailbox.close()
+
+
+class TestSeveralProcesses:
+    """What only real processes can show."""
+
+    async def test_processes_share_one_count(self, path: Path) -> None:
+        """Two processes that append to one recipient as fast as they can: dense, none refused.
+
+        They also make the file at the same time, and end without closing it, silently.
+        """
+        processes = [await start_appender(path, f"urn:user:{n}", 300) for n in range(2)]
+        outputs = [await process.communicate() for process in processes]
+        assert [process.returncode for process in processes] == [0, 0]
+        assert [errors for _, errors in outputs] == [b"", b""]
+        printed = [int(line) for output, _ in outputs for line in output.split()]
+        assert sorted(printed) == list(range(1, 601))
+        mailbox = await SqliteMailbox.open(path)
+        assert await versions(mailbox) == list(range(1, 601))
+        await mailbox.close()
+
+    async def test_what_was_acknowledged_survives_a_kill(self, path: Path) -> None:
+        """A SIGKILL amid appends loses no printed receipt, tears no hole and forgets no poke."""
+        process = await start_appender(path, "urn:user:killed", 0)
+        assert process.stdout is not None
+        printed = [int(await process.stdout.readline()) for _ in range(500)]
+        process.kill()
+        rest, _ = await process.communicate()
+        printed += [int(line) for line in rest.splitlines(keepends=True) if line.endswith(b"\n")]
+
+        mailbox = await SqliteMailbox.open(path)
+        kept = await versions(mailbox)
+        assert kept == list(range(1, len(kept) + 1))
+        assert set(printed) <= set(kept)
+        assert await unpoked(mailbox) == {BOB: kept[-1]}
+        retry = message(sender="urn:user:killed", id="0", id_is_senders=True)
+        assert (await mailbox.append(retry)).duplicate
+        await mailbox.close()
+
+
+class TestTheWriter:
+    """One thread, one transaction for what waits."""
+
+    async def test_waiting_appends_share_a_transaction(self, mailbox: SqliteMailbox) -> None:
+        """Two hundred appends at once cost a few commits, so the disk is flushed a few times."""
+        statements: list[str] = []
+        await mailbox._writes.do(lambda db: db.set_trace_callback(statements.append))
+        await asyncio.gather(*(mailbox.append(message()) for _ in range(200)))
+        assert statements.count("COMMIT") < 20
+
+    async def test_a_failing_append_fails_alone(self, mailbox: SqliteMailbox) -> None:
+        """An append that breaks half-way is undone; its neighbours in the transaction commit."""
+        calls = [mailbox.append(message(id="\ud800" if n == 7 else f"{n}")) for n in range(20)]
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        assert isinstance(answers.pop(7), UnicodeEncodeError)
+        assert sorted(answer.version for answer in answers if isinstance(answer, Receipt)) == list(
+            range(1, 20)
+        )
+        assert await versions(mailbox) == list(range(1, 20))
+
+    async def test_a_full_disk_is_no_end(self, mailbox: SqliteMailbox) -> None:
+        """While the disk is full appends raise MailboxError and reads work; then it goes on."""
+        await mailbox.append(message())
+        await mailbox._writes.do(lambda db: db.execute("PRAGMA max_page_count = 20"))
+        big = message(body=b'"' + b"x" * 60_000 + b'"')
+        answers = await asyncio.gather(
+            *(mailbox.append(big) for _ in range(10)), return_exceptions=True
+        )
+        failures = [answer for answer in answers if not isinstance(answer, Receipt)]
+        assert failures
+        assert all(isinstance(failure, MailboxError) for failure in failures)
+        assert "full" in str(failures[0])
+        committed = 1 + len(answers) - len(failures)
+        assert await versions(mailbox) == list(range(1, committed + 1))
+        await mailbox._writes.do(lambda db: db.execute("PRAGMA max_page_count = 10000"))
+        assert (await mailbox.append(big)).version == committed + 1
+
+    async def test_a_lock_held_too_long_is_an_error(
+        self, path: Path, mailbox: SqliteMailbox, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """While another process keeps the write lock, writes fail in time, and reads go on."""
+        monkeypatch.setattr(sqlite_lane, "LOCK_TIMEOUT_S", 0.1)
+        await mailbox.append(message())
+        with closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            with pytest.raises(MailboxError, match="locked"):
+                await mailbox.append(message())
+            with pytest.raises(MailboxError, match="locked"):
+                await mailbox.check()
+            assert await versions(mailbox) == [1]
+        assert (await mailbox.append(message())).version == 2
+
+    async def test_waiting_calls_are_bounded(
+        self, path: Path, mailbox: SqliteMailbox, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A call too many is refused at once; those that wait are done when the lock is free."""
+        monkeypatch.setattr(sqlite_lane, "MAX_WAITING", 3)
+        with closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            calls = [asyncio.create_task(mailbox.append(message())) for _ in range(3)]
+            await asyncio.sleep(0)
+            with pytest.raises(MailboxError, match="too much to do"):
+                await mailbox.append(message())
+        assert sorted(receipt.version for receipt in await asyncio.gather(*calls)) == [1, 2, 3]
+        assert (await mailbox.append(message())).version == 4
+
+    async def test_a_cancelled_caller_gives_its_place_back(
+        self, path: Path, mailbox: SqliteMailbox, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Callers that went away don't fill the queue for ever."""
+        monkeypatch.setattr(sqlite_lane, "MAX_WAITING", 3)
+        with closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            calls = [asyncio.create_task(mailbox.append(message())) for _ in range(3)]
+            await asyncio.sleep(0)
+            for call in calls:
+                call.cancel()
+            await asyncio.gather(*calls, return_exceptions=True)
+        await wait_until(lambda: mailbox._writes._waiting == 0)
+        assert (await mailbox.append(message())).version == 4
+
+
+class TestReading:
+    """What a pull costs."""
+
+    async def test_nothing_to_read_is_one_look_up(
+        self, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """An idle client's pull is one search by primary key; one with news is two."""
+        monkeypatch.setattr(sqlite, "READERS", 1)
+        mailbox = await SqliteMailbox.open(path)
+        await fill(mailbox, 3)
+        statements: list[str] = []
+        await mailbox._reads.do(lambda db: db.set_trace_callback(statements.append))
+        await mailbox.read(BOB, after=3, limit=50)
+        assert len(statements) == 1
+        await mailbox.read(BOB, after=2, limit=50)
+        assert len(statements) == 3
+        await mailbox.close()
+        with closing(sqlite3.connect(path)) as db:
+            for statement in statements:
+                plan = db.execute(f"EXPLAIN QUERY PLAN {statement}").fetchall()
+                assert all("USING PRIMARY KEY" in step[3] for step in plan), plan
+
+
+class TestOpening:
+    """What is no mailbox is refused with one clear line, and left as it was."""
+
+    async def test_a_missing_directory(self, tmp_path: Path) -> None:
+        """The line names the directory; nothing is made."""
+        with pytest.raises(ConfigError, match=f"no directory {tmp_path / 'no'}$"):
+            await SqliteMailbox.open(tmp_path / "no" / "mailbox.db")
+        assert not list(tmp_path.iterdir())
+
+    async def test_a_directory_where_nothing_can_be_made(self) -> None:
+        """A directory that can't be written (here one where even root can't) is a wrong setting."""
+        with pytest.raises(ConfigError, match=r"^mailbox: /proc/mailbox\.db can't be used: unable"):
+            await SqliteMailbox.open("/proc/mailbox.db")
+
+    async def test_a_directory_for_a_file(self, tmp_path: Path) -> None:
+        """A path that is a directory is a wrong setting."""
+        with pytest.raises(ConfigError, match="can't be used"):
+            await SqliteMailbox.open(tmp_path)
+
+    async def test_a_text_file(self, path: Path) -> None:
+        """A file that is no database is a wrong setting."""
+        path.write_text("Dear diary, " * 100)
+        with pytest.raises(ConfigError, match="not a database"):
+            await SqliteMailbox.open(path)
+        assert path.read_text() == "Dear diary, " * 100
+
+    async def test_another_programs_database(self, path: Path) -> None:
+        """Another program's database is a wrong setting, and is not touched."""
+        with closing(sqlite3.connect(path)) as db:
+            db.execute("CREATE TABLE photos (name)")
+        before = path.read_bytes()
+        with pytest.raises(ConfigError, match="another program"):
+            await SqliteMailbox.open(path)
+        assert path.read_bytes() == before
+
+    async def test_a_newer_schema(self, path: Path) -> None:
+        """A file that a newer version wrote is not read by guess."""
+        await (await SqliteMailbox.open(path)).close()
+        with closing(sqlite3.connect(path)) as db:
+            db.execute("PRAGMA user_version = 99")
+        with pytest.raises(ConfigError, match="newer pokebridge"):
+            await SqliteMailbox.open(path)
+
+    async def test_an_empty_file_becomes_a_mailbox(self, path: Path) -> None:
+        """An empty file, as mktemp makes it, is taken as a new one."""
+        path.touch()
+        mailbox = await SqliteMailbox.open(path)
+        assert (await mailbox.append(message())).version == 1
+        await mailbox.close()
+
+    async def test_memory_is_a_file_name(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """SQLite's magic name, with which each connection would have a database of its own."""
+        monkeypatch.chdir(tmp_path)
+        mailbox = await SqliteMailbox.open(":memory:")
+        await fill(mailbox, 1)
+        assert await versions(mailbox) == [1]
+        await mailbox.close()
+        assert (tmp_path / ":memory:").exists()
+
+    async def test_many_can_open_a_new_file_at_once(self, path: Path) -> None:
+        """Whoever is first makes the tables; the others wait for it."""
+        mailboxes = await asyncio.gather(*(SqliteMailbox.open(path) for _ in range(8)))
+        await asyncio.gather(*(mailbox.append(message()) for mailbox in mailboxes))
+        assert await versions(mailboxes[0]) == list(range(1, 9))
+        for mailbox in mailboxes:
+            await mailbox.close()
