@@ -263,6 +263,14 @@ class Client:
                     pass
         return True
 
+    def stop_reading(self) -> None:
+        """Leave what comes in the kernel's buffer."""
+        self.writer.transport.pause_reading()  # type: ignore[attr-defined] # a socket's has it
+
+    def read_on(self) -> None:
+        """Undo ``stop_reading``."""
+        self.writer.transport.resume_reading()  # type: ignore[attr-defined] # a socket's has it
+
     async def close(self) -> None:
         """Hang up without a word."""
         self.writer.transport.abort()
