@@ -206,7 +206,8 @@ class Settings(BaseModel):
     def _check(self) -> Self:
         if self.jwt_secret is None and self.jwks_url is None:
             raise ValueError(
-                "jwt_secret (at least 32 bytes) or jwks_url must be set, or dev to try things out"
+                f"jwt_secret ({ENV_PREFIX}JWT_SECRET, at least 32 bytes) or jwks_url must be set;"
+                " to try things out, --dev makes up a secret"
             )
         return self
 

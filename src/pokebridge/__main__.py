@@ -1,0 +1,5 @@
+"""``python -m pokebridge`` is the command ``pokebridge``."""
+
+from pokebridge.cli import main
+
+main()

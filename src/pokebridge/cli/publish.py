@@ -1,0 +1,94 @@
+"""``pokebridge poke`` and ``pokebridge send``."""
+
+import asyncio
+import json
+import sys
+from typing import Any, NoReturn
+
+import click
+
+from pokebridge.cli.api import Access, Api, api_options
+from pokebridge.cli.options import json_option
+
+# Of one POST /v1/pokes (protocol.md section 4).
+RECIPIENTS_PER_REQUEST = 1000
+# Who a message or a poke is from when the token is made here.
+SUBJECT = "urn:pokebridge:cli"
+
+
+@click.command(
+    epilog="Example: pokebridge poke urn:user:bob urn:user:eve", short_help="Poke recipients."
+)
+@click.argument("recipients", metavar="RECIPIENT...", nargs=-1, required=True)
+@api_options
+@json_option
+def poke(recipients: tuple[str, ...], *, as_json: bool, **access: Any) -> None:
+    """Wake every client of each RECIPIENT: it pulls."""
+    accepted = asyncio.run(_poke(recipients, Access(**access)))
+    click.echo(json.dumps({"accepted": accepted}) if as_json else f"{accepted} poked")
+
+
+async def _poke(recipients: tuple[str, ...], access: Access) -> int:
+    accepted = 0
+    async with Api(access) as api:
+        token = await api.token_for(SUBJECT, ["poke"])
+        for start in range(0, len(recipients), RECIPIENTS_PER_REQUEST):
+            body = {"recipients": recipients[start : start + RECIPIENTS_PER_REQUEST]}
+            accepted += (await api.post("/v1/pokes", token, body))["accepted"]
+    return accepted
+
+
+@click.command(
+    epilog="""\b
+    Examples:
+      pokebridge send urn:user:bob '{"text": "hello"}'
+      date | pokebridge send urn:user:bob -""",
+    short_help="Send a message.",
+)
+@click.argument("recipient")
+@click.argument("body")
+@click.option("--id", "message_id", help="Your own id: the same one again is not sent twice.")
+@click.option("--ttl-s", type=float, help="Seconds after which it may be deleted unread.")
+@api_options
+@json_option
+def send(
+    recipient: str,
+    body: str,
+    message_id: str | None,
+    ttl_s: float | None,
+    *,
+    as_json: bool,
+    **access: Any,
+) -> None:
+    """Put BODY into RECIPIENT's mailbox and poke its clients.
+
+    BODY is JSON; what is not JSON is sent as a string. With - it is read from stdin.
+    """
+    message: dict[str, Any] = {"recipient": recipient, "body": _body(body)}
+    if message_id is not None:
+        message["id"] = message_id
+    if ttl_s is not None:
+        message["ttl_s"] = ttl_s
+    receipt = asyncio.run(_send(message, Access(**access)))
+    click.echo(
+        json.dumps(receipt) if as_json else f"version {receipt['version']}, id {receipt['id']}"
+    )
+
+
+async def _send(message: dict[str, Any], access: Access) -> dict[str, Any]:
+    async with Api(access) as api:
+        return await api.post("/v1/messages", await api.token_for(SUBJECT, ["send"]), message)
+
+
+def _body(text: str) -> Any:
+    if text == "-":
+        text = sys.stdin.buffer.read().decode("utf-8", "replace").removesuffix("\n")
+    try:
+        return json.loads(text, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _refuse(name: str) -> NoReturn:
+    """NaN and Infinity are Python's, not JSON's (RFC 8259, section 6)."""
+    raise ValueError(name)

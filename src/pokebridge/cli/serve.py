@@ -1,0 +1,68 @@
+"""``pokebridge serve``: run an instance."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+import click
+import uvloop
+from pydantic.fields import FieldInfo
+
+from pokebridge.adapters import open_mailbox, open_transport
+from pokebridge.cli.options import config_option
+from pokebridge.settings import Settings, load_settings
+from pokebridge.telemetry import configure_logging
+
+# A flag would show them to everybody who can list processes.
+_NO_FLAGS = frozenset({"jwt_secret", "jwt_previous_secret"})
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+def _setting_options(command: _Command) -> _Command:
+    """One flag for each setting; what it may be is checked by the settings alone."""
+    for name, field in reversed(Settings.model_fields.items()):
+        if name not in _NO_FLAGS:
+            command = _setting_option(name, field)(command)
+    return command
+
+
+def _setting_option(name: str, field: FieldInfo) -> Callable[[_Command], _Command]:
+    flag = f"--{name.replace('_', '-')}"
+    if field.annotation is bool:
+        return click.option(flag, is_flag=True, default=None, help=field.description)
+    choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    has_default = isinstance(field.default, (str, int, float))
+    default = f" [default: {field.default}]" if has_default else ""
+    metavar = "|".join(choices) or "VALUE"
+    return click.option(flag, metavar=metavar, help=f"{field.description}{default}")
+
+
+@click.command(epilog="Example: pokebridge serve --dev --port 8080", short_help="Run an instance.")
+@config_option
+@_setting_options
+def serve(config: Path | None, **overrides: Any) -> None:
+    """Run an instance until SIGTERM, then drain it.
+
+    Every setting is also a TOML key and an environment variable: --shard-count is shard_count and
+    POKEBRIDGE_SHARD_COUNT. A flag beats the environment, which beats the file. The secrets
+    jwt_secret and jwt_previous_secret have no flag.
+    """
+    settings = load_settings(config, overrides)
+    configure_logging(settings.log_format, settings.log_level)
+    uvloop.run(_serve(settings))
+
+
+async def _serve(settings: Settings) -> None:
+    # The web framework takes half a second to import; the other commands do without.
+    from pokebridge import server  # noqa: PLC0415
+
+    transport = await open_transport(
+        settings.transport, instance=settings.instance, cluster=settings.cluster
+    )
+    try:
+        mailbox = await open_mailbox(settings.mailbox)
+    except BaseException:
+        await transport.close()
+        raise
+    await server.serve(settings, transport=transport, mailbox=mailbox)
