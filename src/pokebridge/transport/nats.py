@@ -1,0 +1,429 @@
+"""The NATS transport: core NATS, a subject a shard, at most once (docs/transports/nats.md).
+
+push-notifications            signals without a shard, and whatever people publish by hand
+push-notifications.<shard>    signals of one shard
+push-notifications-census     "who takes everything?", asked now and then, and the count
+push-notifications-census.*   the answers
+"""
+
+import asyncio
+import re
+import secrets
+import ssl
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import contextmanager, suppress
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Self
+from urllib.parse import unquote, urlsplit
+
+from nats import errors
+from nats.aio.client import Client, RawCredentials
+from nats.aio.subscription import Subscription as NatsSubscription
+
+from pokebridge.errors import ConfigError, MissingExtraError, TransportError
+from pokebridge.transport.base import Feed, Receiver, Selection, Signal, Subscription
+from pokebridge.transport.link import (
+    CLOSE_TIMEOUT_S,
+    DIAL_TIMEOUT_S,
+    TLS_OPTIONS,
+    CachedCount,
+    Deliver,
+    Link,
+    check_topic,
+    url_options,
+)
+
+URL_OPTIONS = TLS_OPTIONS | {"creds_file", "nkey_file"}
+# How long the instances have to answer a census: they answer at once, so this is round trips.
+CENSUS_WINDOW_S = 0.25
+
+_REFUSAL = re.compile(r'permissions violation for (publish|subscription) to "([^"]+)"')
+_TOKEN = re.compile(rb"[0-9a-f]{1,32}")
+
+
+class NatsTransport:
+    """Signals over core NATS. Made by :meth:`connect`; one connection carries everything."""
+
+    def __init__(self, link: "Link[_NatsConnection]", subject: str) -> None:
+        self._link = link
+        self._subject = subject
+        self._census = _Census(link, f"{subject}-census", self._takes_everything)
+
+    @classmethod
+    async def connect(
+        cls,
+        url: str,
+        *,
+        subject: str = "push-notifications",
+        cluster: str = "default",
+        instance: str = "",
+    ) -> Self:
+        """Connect to the servers in ``url``.
+
+        Args:
+            url: ``nats://`` or ``tls://``, then ``user:password@`` or ``token@`` if need be, and
+                ``host:port,host:port…``; any of the servers will do. ``tls://`` refuses a server
+                without TLS. Options: ``creds_file`` or ``nkey_file`` (NATS credentials),
+                ``ca_file``, ``cert_file`` and ``key_file`` (PEM).
+            subject: where signals are published.
+            cluster: with ``instance`` it names the connection in NATS's monitoring.
+            instance: see ``cluster``.
+
+        Raises:
+            ConfigError: the URL or the subject makes no sense, or a file can't be read.
+            TransportError: no server can be had, or the credentials are refused.
+        """
+        check_topic("the NATS subject", subject)
+        servers = _servers(url)
+        options = await asyncio.to_thread(_client_options, url)
+        options["name"] = f"pokebridge {cluster} {instance}".strip()
+        dials = [partial(_NatsConnection.dial, server, options) for server in servers]
+        link = Link(",".join(servers), dials)
+        await link.open()
+        return cls(link, subject)
+
+    async def publish(self, signals: Sequence[Signal]) -> None:
+        """Publish and wait for the server's answer. Nothing is kept back while it is away.
+
+        Raises:
+            TransportError: the server is away or refuses; some signals may have gone out.
+        """
+        connection = self._link.connection
+        messages = [(self._subject_of(shard), body) for body, shard in signals]
+        await self._link.call(connection, connection.publish(messages))
+
+    async def subscribe(self, selection: Selection, receiver: Receiver) -> Subscription:
+        """Receive what ``selection`` matches; the server has accepted it when this returns."""
+        if selection is Feed.ALL:
+            subjects = [self._subject, f"{self._subject}.*"]
+        elif selection is Feed.UNTAGGED:
+            subjects = [self._subject]
+        else:
+            subjects = [self._subject_of(selection)]
+        subscription = await self._link.subscribe(subjects, receiver, selection)
+        await self._census.join()
+        return subscription
+
+    async def subscriber_count(self) -> int | None:
+        """How many instances take everything, at most some 10 s old; ``None`` while cut off."""
+        return await self._census.count()
+
+    async def close(self) -> None:
+        """Close the connection. May be called twice."""
+        await self._link.close()
+
+    def _subject_of(self, shard: int | None) -> str:
+        return self._subject if shard is None else f"{self._subject}.{shard}"
+
+    def _takes_everything(self) -> bool:
+        return self._link.wants(f"{self._subject}.*")
+
+
+class _Client(Client):
+    """nats-py's client with three things put right; all that we use beyond its API is in here."""
+
+    def __init__(self, *, tls_only: bool) -> None:
+        super().__init__()
+        self._tls_only = tls_only
+        self._inlets: dict[NatsSubscription, Callable[[bytes], None]] = {}
+
+    async def listen(self, subject: str, inlet: Callable[[bytes], None]) -> NatsSubscription:
+        """Call ``inlet`` with the body of every message on ``subject``."""
+        subscription = await self.subscribe(subject)
+        self._inlets[subscription] = inlet
+        return subscription
+
+    async def unlisten(self, subscription: NatsSubscription) -> None:
+        """End what :meth:`listen` began."""
+        del self._inlets[subscription]
+        await subscription.unsubscribe()
+
+    async def round_trip(self) -> None:
+        """Return when the server has dealt with all that was sent before.
+
+        ``flush()`` is not it: its PING overtakes what waits to be written, and it returns without
+        a PONG when the reading task has died.
+        """
+        await self._flush_pending(force_flush=True)
+        pong: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        await self._send_ping(pong)
+        await pong
+
+    async def _process_msg(
+        self,
+        sid: int,
+        subject: bytes,  # noqa: ARG002 - the signature is nats-py's
+        reply: bytes,  # noqa: ARG002
+        data: bytes,
+        headers: bytes,  # noqa: ARG002
+    ) -> None:
+        """Hand over the body at once: no queue, no task, nothing decoded that we do not need.
+
+        The original ends the reading task, and so makes us deaf, over a subject that is not UTF-8
+        or a header that is none; anybody may publish those.
+        """
+        subscription = self._subs.get(sid)
+        if subscription is not None and (inlet := self._inlets.get(subscription)):
+            inlet(data)
+
+    async def _process_info(
+        self,
+        info: dict[str, Any],
+        initial_connection: bool = False,  # noqa: FBT001, FBT002 - the signature is nats-py's
+    ) -> None:
+        """Refuse a server without TLS before the credentials are sent, when TLS was asked for."""
+        if self._tls_only and initial_connection:
+            if not (info.get("tls_required") or info.get("tls_available")):
+                raise errors.SecureConnWantedError
+            info["tls_required"] = True
+        await super()._process_info(info, initial_connection)
+
+
+class _NatsConnection:
+    """One connection to one server (:class:`~pokebridge.transport.link.Connection`).
+
+    nats-py could reconnect by itself, but it gives up for good when it is refused once, and it
+    waits for a dead peer to take what is still unsent; so it is not asked to.
+    """
+
+    def __init__(self, server: str, deliver: Deliver) -> None:
+        self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._server = server
+        self._deliver = deliver
+        self._client = _Client(tls_only=server.startswith("tls://"))
+        self._subscriptions: dict[str, NatsSubscription] = {}
+        self._asking: set[str] = set()
+        self._refused: set[tuple[str, str]] = set()
+        self._trouble: Exception | None = None
+
+    @classmethod
+    async def dial(cls, server: str, options: dict[str, Any], deliver: Deliver) -> Self:
+        """Connect to ``server``; raises TransportError."""
+        connection = cls(server, deliver)
+        try:
+            with connection._translated():
+                await connection._client.connect(
+                    [server],
+                    error_cb=connection._on_error,
+                    closed_cb=connection._on_closed,
+                    allow_reconnect=False,
+                    max_reconnect_attempts=1,  # with 0 it would dial for ever
+                    reconnect_time_wait=0,
+                    connect_timeout=int(DIAL_TIMEOUT_S),
+                    ping_interval=3600,  # the link's heartbeat is stricter
+                    **options,
+                )
+            if not connection._client.is_connected:  # possible, when a PONG was not the next line
+                connection._lose("no answer to the first PING")
+        except BaseException:
+            await connection.close()
+            raise
+        return connection
+
+    @property
+    def topics(self) -> AbstractSet[str]:
+        return self._subscriptions.keys()
+
+    async def subscribe(self, topics: Collection[str]) -> None:
+        subjects = {topic.lower() for topic in topics}  # nats-py hands refusals over in lower case
+        self._asking |= subjects
+        try:
+            with self._translated():
+                for topic in topics:
+                    inlet = partial(self._deliver, topic)
+                    self._subscriptions[topic] = await self._client.listen(topic, inlet)
+            await self._accepted("subscription", topics)
+        finally:
+            self._asking -= subjects
+
+    async def unsubscribe(self, topics: Collection[str]) -> None:
+        with self._translated():
+            for topic in tuple(topics):
+                await self._client.unlisten(self._subscriptions.pop(topic))
+
+    async def publish(self, messages: Sequence[tuple[str, bytes]]) -> None:
+        """Publish bodies on subjects; returns when the server has accepted them all."""
+        with self._translated():
+            for subject, body in messages:
+                await self._client.publish(subject, body)
+        await self._accepted("publish", (subject for subject, _ in messages))
+
+    async def round_trip(self) -> None:
+        await self._client.round_trip()
+
+    async def close(self) -> None:
+        closing = asyncio.ensure_future(self._client.close())
+        await asyncio.wait({closing}, timeout=CLOSE_TIMEOUT_S)
+        closing.cancel()  # a dead peer takes nothing any more; the kernel drops the socket in time
+        with suppress(asyncio.CancelledError, Exception):
+            await closing
+
+    async def _accepted(self, what: str, subjects: Iterable[str]) -> None:
+        """Return after a round trip; the server reports what it refuses before it answers."""
+        await self._client.round_trip()
+        if self._refused and (
+            refused := self._refused & {(what, subject.lower()) for subject in subjects}
+        ):
+            self._refused -= refused
+            raise TransportError(f"{self._server}: no permission for {what} to {min(refused)[1]}")
+
+    async def _on_error(self, error: Exception) -> None:
+        self._trouble = error
+        if refusal := _REFUSAL.search(str(error)):
+            what, subject = refusal.groups()
+            if what == "subscription" and subject not in self._asking:
+                self._lose(f"the server took the permission for {subject} away")
+            else:
+                self._refused.add((what, subject))
+
+    async def _on_closed(self) -> None:
+        self._lose(_text(self._client.last_error or self._trouble))
+
+    def _lose(self, reason: str) -> None:
+        if not self.lost.done():
+            self.lost.set_result(reason)
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        """The driver's errors as TransportError, in one line without secrets."""
+        try:
+            yield
+        except errors.NoServersError:  # after _on_error was told why
+            raise TransportError(f"{self._server}: {_text(self._trouble)}") from self._trouble
+        except (errors.Error, OSError) as error:
+            raise TransportError(f"{self._server}: {_text(error)}") from error
+
+
+class _Census:
+    """Counts the instances that take everything: one asks, they answer, all hear the result.
+
+    So N instances that want to know cost about 3 N small messages every 10 s, not N².
+    """
+
+    def __init__(
+        self, link: Link[_NatsConnection], subject: str, takes_everything: Callable[[], bool]
+    ) -> None:
+        self._link = link
+        self._subject = subject
+        self._takes_everything = takes_everything
+        self._id = secrets.token_hex(8).encode()
+        self._joined = False
+        self._cached = CachedCount()
+        self._result_due_s = float("-inf")
+        self._result: asyncio.Future[int] | None = None
+
+    async def join(self) -> None:
+        """Hear questions and results from now on."""
+        if not self._joined:
+            self._joined = True
+            try:
+                await self._link.subscribe([self._subject], self, None)
+            except TransportError:  # not allowed, say: then we are not counted, and all else works
+                self._joined = False
+
+    async def count(self) -> int | None:
+        """The count, at most some 10 s old; ``None`` while there is no connection."""
+        try:
+            return await self._cached.get(self._count)
+        except TransportError:
+            return None
+
+    def on_signal(self, body: bytes) -> None:
+        """Take a question or a result; whatever else comes on this subject is dropped."""
+        what, _, value = body.partition(b" ")
+        if what == b"who" and _TOKEN.fullmatch(value):
+            self._result_due_s = asyncio.get_running_loop().time() + 2 * CENSUS_WINDOW_S
+            if self._takes_everything():
+                self._link.spawn(self._say(f"{self._subject}.{value.decode()}", self._id))
+        elif what == b"count" and value.isdigit() and len(value) < 10:
+            self._cached.set(int(value))
+            if self._result is not None and not self._result.done():
+                self._result.set_result(int(value))
+
+    def on_gap(self, selection: Selection, reason: str) -> None:
+        """Nothing was missed that would not be asked again."""
+
+    async def _count(self) -> int:
+        """Another's result when one is due, else our own."""
+        self._result = asyncio.get_running_loop().create_future()
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(self._result_due_s):
+                return await self._result
+        answers = _Answers()
+        token = secrets.token_hex(8)
+        hearing = await self._link.subscribe([f"{self._subject}.{token}"], answers, None)
+        try:
+            await self._say(self._subject, b"who " + token.encode())
+            await asyncio.sleep(CENSUS_WINDOW_S)
+        finally:
+            await hearing.close()
+        await self._say(self._subject, b"count %d" % len(answers.ids))
+        return len(answers.ids)
+
+    async def _say(self, subject: str, body: bytes) -> None:
+        connection = self._link.connection
+        await self._link.call(connection, connection.publish([(subject, body)]))
+
+
+class _Answers:
+    def __init__(self) -> None:
+        self.ids: set[bytes] = set()
+
+    def on_signal(self, body: bytes) -> None:
+        self.ids.add(body)
+
+    def on_gap(self, selection: Selection, reason: str) -> None: ...
+
+
+def _servers(url: str) -> list[str]:
+    """The servers that ``url`` names, as URLs without credentials."""
+    parts = urlsplit(url)
+    hosts = [host for host in parts.netloc.rpartition("@")[2].split(",") if host]
+    if parts.scheme not in {"nats", "tls"} or not hosts or parts.path.strip("/"):
+        raise ConfigError("the transport's URL is nats:// or tls://, then HOST:PORT,HOST:PORT…")
+    return [f"{parts.scheme}://{host}" for host in hosts]
+
+
+def _client_options(url: str) -> dict[str, Any]:
+    """What ``url`` says about credentials and TLS, as nats-py takes it. Reads files."""
+    options: dict[str, Any] = {}
+    given = url_options(url, URL_OPTIONS)
+    user, colon, password = urlsplit(url).netloc.rpartition("@")[0].partition(":")
+    if colon:
+        options |= {"user": unquote(user), "password": unquote(password)}
+    elif user:
+        options["token"] = unquote(user)
+    if path := given.get("creds_file"):
+        options["user_credentials"] = RawCredentials(_read("creds_file", path))
+    if path := given.get("nkey_file"):
+        options["nkeys_seed_str"] = _read("nkey_file", path)
+    if urlsplit(url).scheme == "tls" or TLS_OPTIONS & given.keys():
+        options["tls"] = _tls_context(given)
+    return options
+
+
+def _read(option: str, path: str) -> str:
+    if find_spec("nkeys") is None:
+        raise MissingExtraError("nats", "nats")
+    try:
+        return Path(path).read_text(encoding="ascii")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the transport's {option} can't be read: {error}") from None
+
+
+def _tls_context(given: dict[str, str]) -> ssl.SSLContext:
+    try:
+        context = ssl.create_default_context(cafile=given.get("ca_file"))
+        if cert_file := given.get("cert_file"):
+            context.load_cert_chain(cert_file, given.get("key_file"))
+    except OSError as error:
+        raise ConfigError(f"the transport's certificate files can't be used: {error}") from None
+    return context
+
+
+def _text(error: Exception | None) -> str:
+    """What ``error`` says, in the server's own words where they are the server's."""
+    return str(error or "").removeprefix("nats: ").strip("'") or "no answer"
