@@ -16,8 +16,8 @@ from uvicorn.server import ServerState
 from websockets.frames import Frame
 from websockets.frames import Opcode as TheirOpcode
 
-from pokebridge.gateway.bridge import BridgeTiming
 from pokebridge.gateway.gateway import Gateway, GatewayConfig
+from pokebridge.gateway.hold import HoldTiming
 from pokebridge.model import Poke
 from pokebridge.publisher import Publisher
 from pokebridge.server.http import HttpProtocol
@@ -129,7 +129,7 @@ async def running(
         GatewayConfig(
             instance="i-1",
             timing=timing,
-            bridge_timing=BridgeTiming(silence_s=0.2, probe_timeout_s=0.2, retry_s=0.05),
+            hold_timing=HoldTiming(silence_s=0.2, probe_timeout_s=0.2, retry_s=0.05),
         ),
         **config,
     )

@@ -13,7 +13,7 @@ async def test_ready_waits_until_the_subscription_is_proven() -> None:
     """No ``ready`` while probes do not come back; it comes once they do."""
     async with running() as server:
         server.transport.deaf = True
-        await wait_until(lambda: not server.gateway.bridge.live)
+        await wait_until(lambda: not server.gateway.hold.covers(BOB))
         client = await server.connect()
         with pytest.raises(TimeoutError):
             await client.frame(0.4)
@@ -25,7 +25,7 @@ async def test_never_proven_is_1013_in_bounded_time() -> None:
     """A client is sent elsewhere when the subscription does not become live."""
     async with running(QUICK) as server:
         server.transport.deaf = True
-        await wait_until(lambda: not server.gateway.bridge.live)
+        await wait_until(lambda: not server.gateway.hold.covers(BOB))
         client = await server.connect()
         assert await client.closed() == 1013
 
@@ -35,12 +35,12 @@ async def test_silent_deafness_is_noticed_and_healed() -> None:
     async with running() as server:
         clients = [await server.open(f"urn:user:{number}") for number in range(3)]
         server.transport.deaf = True
-        await wait_until(lambda: server.gateway.bridge.trouble is not None)
+        await wait_until(lambda: server.gateway.hold.trouble is not None)
         await server.poke("urn:user:0")  # lost
         server.transport.deaf = False
         for client in clients:
             assert (await client.message())["type"] == "poke"
-        assert server.gateway.bridge.trouble is None
+        assert server.gateway.hold.trouble is None
 
 
 async def test_a_reported_gap_wakes_everyone_with_a_window() -> None:
@@ -51,19 +51,19 @@ async def test_a_reported_gap_wakes_everyone_with_a_window() -> None:
             receiver.on_gap(Feed.ALL, "the test says so")
         for client in clients:
             assert await client.message() == {"type": "poke", "within_ms": 20}
-        assert server.gateway.bridge.counters.gaps == 1
+        assert server.gateway.hold.gaps == 1
 
 
 async def test_a_quiet_bridge_probes_and_a_busy_one_does_not() -> None:
     """Probes are sent when nothing is heard, and spared while signals flow."""
     async with running() as server:
-        counters = server.gateway.bridge.counters
-        await wait_until(lambda: counters.probes >= 3)
-        before = counters.probes
+        hold = server.gateway.hold
+        await wait_until(lambda: hold.probes >= 3)
+        before = hold.probes
         for _ in range(20):
             await server.poke()
             await asyncio.sleep(0.05)
-        assert counters.probes <= before + 1
+        assert hold.probes <= before + 1
 
 
 async def test_pokes_for_nobody_here_are_noise() -> None:

@@ -9,7 +9,7 @@ import random
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -17,7 +17,7 @@ import structlog
 
 from pokebridge.errors import AuthError, KeysUnavailableError, PokebridgeError, RefusedError
 from pokebridge.gateway.admission import Admission
-from pokebridge.gateway.bridge import Bridge, BridgeTiming
+from pokebridge.gateway.bridge import Bridge
 from pokebridge.gateway.connection import Connection
 from pokebridge.gateway.handshake import (
     Handshake,
@@ -26,10 +26,12 @@ from pokebridge.gateway.handshake import (
     read_handshake,
     refusal_response,
 )
+from pokebridge.gateway.hold import Hold, HoldTiming
 from pokebridge.gateway.session_map import SessionMap
 from pokebridge.gateway.wheel import Wheel
 from pokebridge.session import Session, State, Timing
-from pokebridge.transport.base import Transport
+from pokebridge.sharding import DEFAULT_SHARD_COUNT
+from pokebridge.transport.base import Feed, Transport
 
 log = structlog.get_logger(__name__)
 
@@ -68,7 +70,10 @@ class GatewayConfig:
     max_sessions_per_address: int | None = None
     handshakes_per_s: float | None = None
     timing: Timing = field(default_factory=Timing)
-    bridge_timing: BridgeTiming = field(default_factory=BridgeTiming)
+    hold_timing: HoldTiming = field(default_factory=HoldTiming)
+    shard_count: int = DEFAULT_SHARD_COUNT
+    pulls_per_s: float = 1000.0
+    """The rate to which the pulls after a gap are spread."""
 
 
 class Gateway:
@@ -83,12 +88,15 @@ class Gateway:
             max_sessions_per_address=config.max_sessions_per_address,
         )
         self.sessions: SessionMap[Connection] = SessionMap(config.max_sessions_per_recipient)
-        self.bridge = Bridge(
+        self.bridge = Bridge(self.sessions)
+        self.hold = Hold(
             transport,
-            self.sessions,
+            self.bridge.on_signal,
             instance=config.instance,
-            timing=config.bridge_timing,
+            shard_count=config.shard_count,
+            timing=config.hold_timing,
             on_live=self._open_waiting,
+            on_missed=self._wake,
         )
         self.wheel = Wheel()
         self.instance = config.instance
@@ -97,7 +105,7 @@ class Gateway:
         self._connections: set[Connection] = set()
         self._waiting: dict[Connection, None] = {}
         self._all_gone = asyncio.Event()
-        self._verifying: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def start(self) -> None:
@@ -108,16 +116,17 @@ class Gateway:
         """
         self._loop = asyncio.get_running_loop()
         self.wheel.start(self._loop)
-        await self.bridge.start()
+        await self.hold.start({Feed.ALL})
+        self._spawn(self._keep_time())
 
     async def close(self) -> None:
         """Stop; whoever is still connected is cut off."""
         self._admission.draining = True
-        for task in self._verifying:
+        for task in self._tasks:
             task.cancel()
         for connection in list(self._connections):
             connection.abort()
-        await self.bridge.close()
+        await self.hold.close()
         self.wheel.stop()
 
     def now(self) -> float:
@@ -172,9 +181,7 @@ class Gateway:
             identity = self._verifier.verify_now(handshake.token)
         except KeysUnavailableError:
             transport.pause_reading()
-            task = asyncio.create_task(self._upgrade_later(transport, handshake, hand_over))
-            self._verifying.add(task)
-            task.add_done_callback(self._verifying.discard)
+            self._spawn(self._upgrade_later(transport, handshake, hand_over))
         except PokebridgeError as error:
             self._refuse(transport, error)
         else:
@@ -229,7 +236,7 @@ class Gateway:
         replaced = self.sessions.add(connection)
         if replaced is not None:
             replaced.close(4409, "replaced: the recipient has too many sessions")
-        if self.bridge.live:
+        if self.hold.covers(session.recipient):
             self._open(connection)
         else:
             self._waiting[connection] = None
@@ -240,9 +247,23 @@ class Gateway:
         connection.open(self._config.timing.ping_interval_s * spread)
 
     def _open_waiting(self) -> None:
-        waiting, self._waiting = self._waiting, {}
-        for connection in waiting:
+        covered = [each for each in self._waiting if self.hold.covers(each.recipient)]
+        for connection in covered:
+            del self._waiting[connection]
             self._open(connection)
+
+    def _wake(self, concerns: Callable[[str], bool]) -> None:
+        self._spawn(self.bridge.wake(concerns, self._config.pulls_per_s))
+
+    async def _keep_time(self) -> None:
+        while True:
+            await asyncio.sleep(1.0)
+            self.bridge.mark_time()
+
+    def _spawn(self, coroutine: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     # --- what a connection asks for ---------------------------------------------------------------
 
@@ -262,9 +283,7 @@ class Gateway:
         try:
             identity = self._verifier.verify_now(token)
         except KeysUnavailableError:
-            task = asyncio.create_task(self._renew_later(connection, token))
-            self._verifying.add(task)
-            task.add_done_callback(self._verifying.discard)
+            self._spawn(self._renew_later(connection, token))
         except AuthError as error:
             connection.close(error.close_code, str(error))
         else:

@@ -116,8 +116,8 @@ class Instance:
         reasons = []
         if self.gateway.draining:
             reasons.append("draining")
-        if self.gateway.bridge.trouble is not None:
-            reasons.append(f"transport: {self.gateway.bridge.trouble}")
+        if self.gateway.hold.trouble is not None:
+            reasons.append(f"transport: {self.gateway.hold.trouble}")
         try:
             async with asyncio.timeout(_MAILBOX_CHECK_TIMEOUT_S):
                 await self._mailbox.check()
@@ -176,8 +176,8 @@ class Instance:
             Metric.POKES_NOISE: counters.noise,
             Metric.POKES_DELIVERED: counters.delivered,
             Metric.POKES_MERGED: counters.merged,
-            Metric.GAPS: counters.gaps,
-            Metric.PROBES: counters.probes,
+            Metric.GAPS: self.gateway.hold.gaps,
+            Metric.PROBES: self.gateway.hold.probes,
         }
 
 
@@ -191,6 +191,7 @@ def _gateway_config(settings: Settings) -> GatewayConfig:
         max_sessions_per_recipient=settings.max_sessions_per_recipient,
         max_sessions_per_address=settings.max_sessions_per_address,
         handshakes_per_s=settings.handshakes_per_s,
+        shard_count=settings.shard_count,
         timing=Timing(
             ping_interval_s=settings.ping_interval_s, pong_timeout_s=settings.pong_timeout_s
         ),

@@ -1,0 +1,250 @@
+"""What this instance has the transport deliver, and the proof that it does.
+
+The hold is a set of subscriptions: everything in fan-out, the owned and interesting shards when
+partitioned. A session may be told ``ready`` only when its recipient's shard is *proven live*, and
+whoever a gap may have left asleep must be woken. Both are judged here, the same for every
+transport, by probes: signals that an instance publishes and then waits for.
+"""
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import structlog
+
+from pokebridge.errors import TransportError
+from pokebridge.sharding import shard_of
+from pokebridge.transport.base import Feed, Selection, Signal, Subscription, Transport
+from pokebridge.wire import encode_probe
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class HoldTiming:
+    """How subscriptions are watched; in seconds."""
+
+    silence_s: float = 5.0
+    """After so long without any signal, a probe asks whether a subscription still delivers."""
+    probe_timeout_s: float = 2.0
+    retry_s: float = 0.5
+    """Between two probes of a subscription that does not deliver, on average."""
+    probes_per_s: float = 4.0
+    """At most, however many subscriptions there are: then each is asked more rarely."""
+
+
+class Hold:
+    """Keeps the wanted subscriptions, make-before-break."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        on_signal: Callable[[bytes], None],
+        *,
+        instance: str,
+        shard_count: int,
+        timing: HoldTiming,
+        on_live: Callable[[], None],
+        on_missed: Callable[[Callable[[str], bool]], None],
+    ) -> None:
+        """Signals go to ``on_signal``.
+
+        ``on_live`` is called when a subscription becomes live, and ``on_missed`` when it is again,
+        with a test for the recipients to whom pokes may have been lost meanwhile.
+        """
+        self.transport = transport
+        self.on_signal = on_signal
+        self.instance = instance
+        self.timing = timing
+        self.gaps = 0
+        self.probes = 0
+        self._shard_count = shard_count
+        self._on_live = on_live
+        self._on_missed = on_missed
+        self._wanted: frozenset[Selection] = frozenset()
+        self._held: dict[Selection, _Held] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+
+    @property
+    def trouble(self) -> str | None:
+        """Why something wanted is not known to be delivered; ``None`` when all is."""
+        if not self._wanted:
+            return "nothing is subscribed"
+        for selection in self._wanted:
+            trouble = self._held[selection].trouble
+            if trouble is not None:
+                return trouble
+        return None
+
+    @property
+    def selections(self) -> frozenset[Selection]:
+        """What is held now, live or not."""
+        return frozenset(self._held)
+
+    @property
+    def probe_interval_s(self) -> float:
+        """How long one subscription may be silent before it is probed."""
+        return max(self.timing.silence_s, len(self._held) / self.timing.probes_per_s)
+
+    def covers(self, recipient: str) -> bool:
+        """Whether a poke for ``recipient`` that is published from now on arrives here."""
+        if self._is_live(Feed.ALL):
+            return True
+        shard = shard_of(recipient, self._shard_count)
+        return self._is_live(shard) and self._is_live(Feed.UNTAGGED)
+
+    async def start(self, selections: Iterable[Selection]) -> None:
+        """Subscribe to what is wanted first.
+
+        Raises:
+            TransportError: the transport can't be had; a start should say so, not wait.
+        """
+        self._wanted = frozenset(selections)
+        for selection in self._wanted:
+            held = self._held[selection] = _Held(self, selection)
+            await held.subscribe()
+            held.start()
+
+    def want(self, selections: Iterable[Selection]) -> None:
+        """Move to other subscriptions: the old go once all the new are proven live."""
+        self._wanted = frozenset(selections)
+        for selection in self._wanted - self._held.keys():
+            self._held[selection] = _Held(self, selection)
+            self._held[selection].start()
+        self._drop_unwanted()
+
+    async def close(self) -> None:
+        """Give every subscription back."""
+        self._wanted = frozenset()
+        held, self._held = list(self._held.values()), {}
+        await asyncio.gather(*(each.close() for each in held), *self._closing)
+
+    # --- what the subscriptions report --------------------------------------------------------
+
+    def became_live(self, held: "_Held", *, missed: bool) -> None:
+        """``held`` is proven; ``missed`` when it had been before, and failed in between."""
+        self._drop_unwanted()
+        self._on_live()
+        if missed:
+            self._on_missed(self._concerned_by(held.selection))
+
+    def _concerned_by(self, selection: Selection) -> Callable[[str], bool]:
+        if isinstance(selection, Feed):  # an untagged signal may have been for anyone
+            return lambda _: True
+        return lambda recipient: shard_of(recipient, self._shard_count) == selection
+
+    def _is_live(self, selection: Selection) -> bool:
+        held = self._held.get(selection)
+        return held is not None and held.trouble is None
+
+    def _drop_unwanted(self) -> None:
+        if all(self._is_live(selection) for selection in self._wanted):
+            for selection in self._held.keys() - self._wanted:
+                task = asyncio.create_task(self._held.pop(selection).close())
+                self._closing.add(task)
+                task.add_done_callback(self._closing.discard)
+
+
+class _Held:
+    """One subscription under watch. It receives from the transport."""
+
+    def __init__(self, hold: Hold, selection: Selection) -> None:
+        self._hold = hold
+        self.selection = selection
+        self.trouble: str | None = "the subscription is not proven live yet"
+        self._subscription: Subscription | None = None
+        self._watcher: asyncio.Task[None] | None = None
+        self._doubt = asyncio.Event()
+        self._missed = False
+        self._heard = 0
+        self._probe = b""
+        self._probe_back = asyncio.Event()
+
+    async def subscribe(self) -> None:
+        self._subscription = await self._hold.transport.subscribe(self.selection, self)
+
+    def start(self) -> None:
+        self._watcher = asyncio.create_task(self._watch())
+
+    async def close(self) -> None:
+        if self._watcher is not None:
+            self._watcher.cancel()
+            await asyncio.gather(self._watcher, return_exceptions=True)
+        if self._subscription is not None:
+            await self._subscription.close()
+
+    # --- the transport's calls ------------------------------------------------------------------
+
+    def on_signal(self, body: bytes) -> None:
+        self._heard += 1
+        if body == self._probe:
+            self._probe_back.set()
+        self._hold.on_signal(body)
+
+    def on_gap(self, selection: Selection, reason: str) -> None:
+        self._hold.gaps += 1
+        self._lose(f"a gap in the transport ({selection}): {reason}")
+        self._doubt.set()
+
+    # --- the watch --------------------------------------------------------------------------------
+
+    async def _watch(self) -> None:
+        while True:
+            self._doubt.clear()
+            while not await self._prove():  # noqa: ASYNC110 - it is the probe that waits
+                await asyncio.sleep(_spread(self._hold.timing.retry_s, 0.5))
+            missed, self._missed, self.trouble = self._missed, False, None
+            if missed:
+                log.warning("subscription restored", selection=str(self.selection))
+            self._hold.became_live(self, missed=missed)
+            await self._until_doubt()
+
+    async def _prove(self) -> bool:
+        """Whether a probe comes back in time, through this subscription."""
+        hold = self._hold
+        hold.probes += 1
+        shard = self.selection if isinstance(self.selection, int) else None
+        self._probe = encode_probe(f"{hold.instance}:{hold.probes}")
+        self._probe_back.clear()
+        try:
+            async with asyncio.timeout(hold.timing.probe_timeout_s):
+                if self._subscription is None:
+                    await self.subscribe()
+                await hold.transport.publish([Signal(self._probe, shard)])
+                await self._probe_back.wait()
+        except TimeoutError:
+            self._lose("no probe came back")
+            return False
+        except TransportError as error:
+            self._lose(str(error))
+            return False
+        return True
+
+    def _lose(self, trouble: str) -> None:
+        """This is not known to deliver any more, and may have missed something."""
+        if self.trouble is None:
+            log.warning("subscription in doubt", selection=str(self.selection), reason=trouble)
+            self._missed = True
+        self.trouble = trouble
+
+    async def _until_doubt(self) -> None:
+        """Return on a gap, or when nothing at all was heard for a while.
+
+        Any signal proves that the subscription delivers, another instance's probe too: so a quiet
+        cluster of N in fan-out spends about one probe an interval, not N.
+        """
+        while True:
+            heard = self._heard
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_spread(self._hold.probe_interval_s, 0.2)):
+                    await self._doubt.wait()
+                return
+            if self._heard == heard:
+                return
+
+
+def _spread(seconds: float, share: float) -> float:
+    """``seconds``, give or take a ``share`` of it, so that instances do not march in step."""
+    return seconds * random.uniform(1 - share, 1 + share)  # noqa: S311 - spreads load
