@@ -1,0 +1,1 @@
+"""The smart client: hears pokes over one WebSocket and pulls."""

@@ -1,0 +1,449 @@
+"""The smart client's rules as a pure state machine (protocol.md section 3).
+
+:class:`ClientCore` takes events, each with the time and a random number, and returns the actions
+to carry out; after each event ``timer`` says when it wants to hear a :class:`Tick`. No clock, no
+socket, no randomness: a simulator can run it on virtual time, and the JSON of ``tests/vectors`` is
+exactly these events and actions, so a client in another language can be held against the same.
+
+Three things go on side by side. The **socket** is had whenever it can be: lost, it is tried again
+after a full-jitter delay. The **token** is fetched before the first connection, before it runs out
+and when it was refused. **Pulls** follow from what is heard, never two at once, and are retried
+until one succeeds; while the socket can't be had they are made slowly, by the timer.
+"""
+
+from enum import Enum
+from math import inf
+from typing import Any
+
+import msgspec
+
+from pokebridge.client.events import (
+    AnyAction,
+    AnyEvent,
+    Authenticate,
+    Closed,
+    Connect,
+    Disconnect,
+    FetchToken,
+    Ping,
+    Pull,
+    Pulled,
+    PullFailed,
+    Refused,
+    Start,
+    Stop,
+    Text,
+    Tick,
+    Token,
+    TokenFailed,
+    Wake,
+)
+
+CLOSE_MOVED = 4307
+CLOSE_TOKEN = 4401
+CLOSE_FORBIDDEN = 4403
+CLOSE_OVERLOAD = 1013
+
+# What a server may ask a client to wait, so that a wrong header or frame can't silence it for long.
+MAX_ASKED_DELAY_S = 300.0
+# A token is renewed this long before it runs out, or a quarter of its life if that is shorter.
+TOKEN_LEAD_S = 60.0
+# Between two renewals, in case the provider keeps handing out the same old token.
+MIN_TOKEN_REST_S = 5.0
+
+
+class Policy(msgspec.Struct, frozen=True, kw_only=True):
+    """The client's delays, in seconds.
+
+    A delay after the n-th failure in a row is ``random * min(cap, base * 2**n)``: the jitter comes
+    after the cap, so that clients stay spread however long an outage lasts.
+    """
+
+    base_s: float = 1.0
+    cap_s: float = 30.0
+    # After close code 1013.
+    overload_base_s: float = 10.0
+    overload_cap_s: float = 60.0
+    # A socket that was ready this long makes the next failure the first one again.
+    stable_s: float = 60.0
+    # From the start of a connection to its ``ready``.
+    ready_within_s: float = 10.0
+    # Silence after which the server is pinged, and how long it then has to say anything.
+    ping_after_s: float = 30.0
+    pong_within_s: float = 10.0
+    # Without a socket: when slow polling starts (jitter makes it up to twice that), and its mean
+    # interval.
+    poll_after_s: float = 10.0
+    poll_every_s: float = 30.0
+
+
+def parse_frame(text: str) -> dict[str, Any]:
+    """The message in ``text``; an empty one when it is no JSON object."""
+    try:
+        frame = msgspec.json.decode(text)
+    except (ValueError, RecursionError):
+        return {}
+    return frame if isinstance(frame, dict) else {}
+
+
+class Pulls:
+    """When to pull: at once, at a time picked earlier, or after a failure's delay."""
+
+    def __init__(self, cursor: int) -> None:
+        self.cursor = cursor
+        self.running = False
+        self.failures = 0
+        self._wanted_at = inf
+        self._wanted_version: int | None = None  # None: unknown, so no cursor makes it needless
+        self._not_before = -inf
+
+    @property
+    def due_at(self) -> float:
+        """When the next pull is to start; never while one is running."""
+        return inf if self.running else max(self._wanted_at, self._not_before)
+
+    def want(self, at: float, version: int | None = None) -> None:
+        """Pull at ``at`` or earlier, unless the cursor is at ``version`` by then."""
+        if version is not None and version <= self.cursor:
+            return
+        if self._wanted_at == inf:
+            self._wanted_version = version
+        elif version is None or self._wanted_version is None:
+            self._wanted_version = None
+        else:
+            self._wanted_version = max(self._wanted_version, version)
+        self._wanted_at = min(self._wanted_at, at)
+
+    def start(self) -> None:
+        """A pull starts, and answers all that was heard before."""
+        self.running = True
+        self._wanted_at = inf
+
+    def succeeded(self, cursor: int) -> None:
+        """Everything up to ``cursor`` is dealt with; what was heard meanwhile may need no pull."""
+        self.running = False
+        self.cursor = cursor
+        self.retry_now()
+        if self._wanted_version is not None and self._wanted_version <= cursor:
+            self._wanted_at = inf
+
+    def failed(self, now: float, delay_s: float) -> None:
+        """Pull again, but not before ``delay_s`` seconds, whatever is heard meanwhile."""
+        self.running = False
+        self.failures += 1
+        self._not_before = now + delay_s
+        self.want(now)
+
+    def retry_now(self) -> None:
+        """Forget the failures and their delay."""
+        self.failures = 0
+        self._not_before = -inf
+
+
+class _Socket(Enum):
+    DOWN = "down"
+    CONNECTING = "connecting"
+    READY = "ready"
+
+
+class ClientCore:
+    """One client of the bridge.
+
+    Args:
+        url: the WebSocket address, ``wss://…/v1/connect``.
+        cursor: the version up to which everything is dealt with already.
+        policy: the delays.
+    """
+
+    def __init__(self, url: str, *, cursor: int = 0, policy: Policy | None = None) -> None:
+        self._url = url
+        self._policy = policy or Policy()
+        self._pulls = Pulls(cursor)
+        self.stopped = False
+
+        self._socket = _Socket.DOWN
+        self._failures = 0
+        self._connect_at = inf
+        self._ready_by = inf
+        self._ready_since = inf
+        self._ping_at = inf
+        self._pong_by = inf
+        self._poll_at = inf
+        self._move_url: str | None = None  # announced, for when the socket closes with 4307
+        self._next_url: str | None = None  # where to connect next, for once
+        self._moved = False
+
+        self._has_token = False
+        self._fetching = False
+        self._fetch_at = inf
+        self._fetch_failures = 0
+        self._refusals = 0
+        self._refused_at = -inf
+        # The tokens are numbered: the newest, the socket's, and that of the running pull.
+        self._token = 0
+        self._socket_token = 0
+        self._pull_token = 0
+
+        # Of the event that is being handled.
+        self._now = 0.0
+        self._random = 0.0
+        self._actions: list[AnyAction] = []
+
+    @property
+    def cursor(self) -> int:
+        """The version up to which everything is dealt with."""
+        return self._pulls.cursor
+
+    @property
+    def ready(self) -> bool:
+        """Whether a socket is open and has said ``ready``."""
+        return self._socket is _Socket.READY
+
+    @property
+    def timer(self) -> float | None:
+        """When the next :class:`Tick` is due; ``None`` when only other events can change things."""
+        if self.stopped:
+            return None
+        times = [self._ready_by, self._ping_at, self._pong_by, self._poll_at]
+        if not self._fetching:
+            times.append(self._fetch_at)
+        if self._has_token:
+            times += [self._connect_at, self._pulls.due_at]
+        earliest = min(times)
+        return None if earliest == inf else earliest
+
+    def handle(self, event: AnyEvent, *, now: float, random: float) -> list[AnyAction]:
+        """Take in ``event`` at ``now`` seconds; ``random`` is evenly from [0, 1).
+
+        Returns what is to be done, in this order. After a :class:`Stop` that is nothing, for ever.
+        """
+        if self.stopped:
+            return []
+        self._now, self._random, self._actions = now, random, []
+        match event:
+            case Text() | Closed() | Refused():
+                if self._socket is not _Socket.DOWN:
+                    self._on_socket(event)
+            case Token() | TokenFailed():
+                self._on_token(event)
+            case Pulled() | PullFailed():
+                self._on_pull(event)
+            case Start():
+                self._fetch_at = self._connect_at = now
+                self._poll_soon()
+            case Wake():
+                self._on_wake()
+            case Tick():
+                pass  # what is due by now is done after any event
+        if not self.stopped:
+            self._do_what_is_due()
+        return self._actions
+
+    def _do_what_is_due(self) -> None:
+        now = self._now
+        if min(self._ready_by, self._pong_by) <= now:
+            self._actions.append(Disconnect())
+            self._lose_socket()
+            self._reconnect_later()
+        elif self._ping_at <= now:
+            self._actions.append(Ping())
+            self._ping_at = inf
+            self._pong_by = now + self._policy.pong_within_s
+        if self._poll_at <= now:
+            self._pulls.want(now)
+            self._poll_at = now + self._policy.poll_every_s * (0.5 + self._random)
+        if self._fetch_at <= now and not self._fetching:
+            self._actions.append(FetchToken())
+            self._fetching = True
+            self._fetch_at = inf
+        if self._connect_at <= now and self._has_token:
+            self._connect()
+        if self._pulls.due_at <= now and self._has_token:
+            self._actions.append(Pull(self.cursor))
+            self._pulls.start()
+            self._pull_token = self._token
+
+    # --- the socket ---
+
+    def _on_socket(self, event: Text | Closed | Refused) -> None:
+        match event:
+            case Text(text=text):
+                if self.ready:
+                    self._ping_at = self._now + self._policy.ping_after_s
+                    self._pong_by = inf
+                self._on_frame(parse_frame(text))
+            case Closed(code=code):
+                self._on_closed(code)
+            case Refused(status=401):
+                self._on_closed(CLOSE_TOKEN)
+            case Refused(status=403):
+                self._on_closed(CLOSE_FORBIDDEN)
+            case Refused(retry_after_s=retry_after_s):
+                self._lose_socket()
+                self._reconnect_later(asked_s=_asked(retry_after_s))
+
+    def _on_frame(self, frame: dict[str, Any]) -> None:
+        match frame:
+            case {"type": "ready"}:
+                self._on_ready()
+                self._renew_token_before(frame.get("expires_in"))
+            case {"type": "auth"}:
+                self._renew_token_before(frame.get("expires_in"))
+            case {"type": "poke"}:
+                delay_s = self._random * _asked(frame.get("within_ms"), unit_s=0.001)
+                self._pulls.want(self._now + delay_s, _version(frame.get("version")))
+            case {"type": "move", "url": str(url)}:
+                # The token goes there too, so never in the clear where it was not so before.
+                if url.startswith("wss://") or self._url.startswith("ws://"):
+                    self._move_url = url
+
+    def _on_ready(self) -> None:
+        self._socket = _Socket.READY
+        self._ready_since = self._now
+        self._ready_by = self._poll_at = inf
+        self._ping_at = self._now + self._policy.ping_after_s
+        # The server answers again, so an earlier failure is no reason to wait any more.
+        self._pulls.retry_now()
+        # Whatever version the frame knows: it may have been read before the subscription was live.
+        self._pulls.want(self._now)
+        if self._socket_token != self._token:
+            self._authenticate()
+
+    def _on_closed(self, code: int) -> None:
+        moved_again = self._moved and not self._is_stable()
+        self._lose_socket()
+        if code == CLOSE_TOKEN:
+            self._connect_at = self._now
+            self._on_token_refused(self._socket_token)
+        elif 4400 <= code <= 4499:
+            self.stopped = True
+            self._actions.append(Stop(code))
+        elif code == CLOSE_MOVED and self._move_url and not moved_again:
+            self._next_url = self._move_url
+            self._connect_at = self._now
+        else:
+            self._reconnect_later(overload=code == CLOSE_OVERLOAD)
+
+    def _is_stable(self) -> bool:
+        return self._now - self._ready_since >= self._policy.stable_s
+
+    def _lose_socket(self) -> None:
+        if self._is_stable():
+            self._failures = 0
+        if self.ready:
+            self._poll_soon()
+        self._socket = _Socket.DOWN
+        self._ready_since = self._ready_by = self._ping_at = self._pong_by = inf
+
+    def _reconnect_later(self, *, asked_s: float = 0, overload: bool = False) -> None:
+        policy = self._policy
+        if overload:
+            delay_s = self._jitter(self._failures, policy.overload_base_s, policy.overload_cap_s)
+        else:
+            delay_s = self._jitter(self._failures, policy.base_s, policy.cap_s)
+        self._failures += 1
+        self._connect_at = self._now + asked_s + delay_s
+
+    def _connect(self) -> None:
+        self._moved = self._next_url is not None
+        self._actions.append(Connect(self._next_url or self._url, self._moved))
+        self._next_url = self._move_url = None
+        self._socket = _Socket.CONNECTING
+        self._socket_token = self._token
+        self._connect_at = inf
+        self._ready_by = self._now + self._policy.ready_within_s
+
+    # --- the token ---
+
+    def _on_token(self, event: Token | TokenFailed) -> None:
+        self._fetching = False
+        if isinstance(event, TokenFailed):
+            self._fetch_at = self._now + self._backoff(self._fetch_failures)
+            self._fetch_failures += 1
+            return
+        self._fetch_failures = 0
+        self._fetch_at = inf
+        self._has_token = True
+        self._token += 1
+        if self.ready:
+            self._authenticate()
+
+    def _authenticate(self) -> None:
+        self._actions.append(Authenticate())
+        self._socket_token = self._token
+
+    def _renew_token_before(self, expires_in: object) -> None:
+        lifetime_s = _number(expires_in)
+        if lifetime_s > 0:
+            lead_s = min(TOKEN_LEAD_S, lifetime_s / 4)
+            self._fetch_at = self._now + max(lifetime_s - lead_s, MIN_TOKEN_REST_S)
+
+    def _on_token_refused(self, token: int) -> None:
+        """Get another one: at once, but after a delay when that one was refused as well."""
+        if token != self._token or not self._has_token:
+            return  # it was known already
+        if self._now - self._refused_at >= self._policy.stable_s:
+            self._refusals = 0
+        delay_s = self._backoff(self._refusals - 1) if self._refusals else 0
+        self._refusals += 1
+        self._refused_at = self._now
+        self._has_token = False
+        self._fetch_at = self._now + delay_s
+
+    # --- pulls ---
+
+    def _on_pull(self, event: Pulled | PullFailed) -> None:
+        match event:
+            case Pulled(cursor=cursor, more=True) if cursor == self.cursor:
+                # More, and no way to get there: a server's fault that must not make a hot loop.
+                self._pulls.failed(self._now, self._backoff(self._pulls.failures))
+            case Pulled(cursor=cursor, more=more):
+                self._pulls.succeeded(cursor)
+                if more:
+                    self._pulls.want(self._now)
+            case PullFailed(cursor=cursor, retry_after_s=retry_after_s, unauthorized=unauthorized):
+                if cursor is not None:
+                    self._pulls.cursor = cursor
+                if unauthorized:
+                    self._pulls.failed(self._now, 0)
+                    self._on_token_refused(self._pull_token)
+                else:
+                    delay_s = self._backoff(self._pulls.failures)
+                    self._pulls.failed(self._now, _asked(retry_after_s) + delay_s)
+
+    def _poll_soon(self) -> None:
+        self._poll_at = self._now + self._policy.poll_after_s * (1 + self._random)
+
+    def _on_wake(self) -> None:
+        self._pulls.retry_now()
+        if self._connect_at < inf:
+            self._connect_at = self._now
+        if self._fetch_at < inf and not self._has_token:
+            self._fetch_at = self._now
+        if self._ping_at < inf:
+            self._ping_at = self._now
+
+    # --- delays ---
+
+    def _backoff(self, failures: int) -> float:
+        return self._jitter(failures, self._policy.base_s, self._policy.cap_s)
+
+    def _jitter(self, failures: int, base_s: float, cap_s: float) -> float:
+        """Full jitter, after the cap. The exponent is cut where a float would overflow."""
+        return self._random * min(cap_s, base_s * 2.0 ** min(failures, 60))
+
+
+def _number(value: object) -> float:
+    """What a server sent as a number; 0 when it is none, or negative, or absurd."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e9:
+        return float(value)
+    return 0.0
+
+
+def _asked(value: object, *, unit_s: float = 1.0) -> float:
+    """A delay in seconds that the server asked for, within reason."""
+    return min(_number(value) * unit_s, MAX_ASKED_DELAY_S)
+
+
+def _version(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None

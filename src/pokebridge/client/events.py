@@ -1,0 +1,122 @@
+"""What goes into the client's core and what comes out of it: the events and the actions.
+
+They are plain values, told apart in JSON by ``type``: the scenarios in ``tests/vectors`` hold a
+client in any language against them, and an observer is shown them as they pass.
+"""
+
+import msgspec
+
+# --- events ---------------------------------------------------------------------------------
+
+
+class Event(msgspec.Struct, frozen=True, tag_field="type", forbid_unknown_fields=True):
+    """Something happened. A ``reason`` is for people: the core does not look at it."""
+
+
+class Start(Event, frozen=True, tag="start"):
+    """The client was started: the first event, once."""
+
+
+class Token(Event, frozen=True, tag="token"):
+    """A token was fetched; connections, pulls and ``authenticate`` use it from now on."""
+
+
+class TokenFailed(Event, frozen=True, tag="token_failed"):
+    """No token could be fetched."""
+
+    reason: str = ""
+
+
+class Text(Event, frozen=True, tag="text"):
+    """The socket brought a text message."""
+
+    text: str
+
+
+class Closed(Event, frozen=True, tag="closed"):
+    """The socket closed, or none could be opened: then ``code`` is 1006."""
+
+    code: int
+    reason: str = ""
+
+
+class Refused(Event, frozen=True, tag="refused"):
+    """The handshake was answered with an HTTP status other than 101."""
+
+    status: int
+    retry_after_s: float | None = None
+    reason: str = ""
+
+
+class Pulled(Event, frozen=True, tag="pulled"):
+    """The pull succeeded: everything up to ``cursor`` is dealt with; ``more`` is known to wait."""
+
+    cursor: int
+    more: bool = False
+
+
+class PullFailed(Event, frozen=True, tag="pull_failed"):
+    """The pull failed, or dealing with what it brought did.
+
+    ``unauthorized``: its token was refused. ``cursor``: so far it got nonetheless.
+    """
+
+    unauthorized: bool = False
+    retry_after_s: float | None = None
+    cursor: int | None = None
+    reason: str = ""
+
+
+class Wake(Event, frozen=True, tag="wake"):
+    """The network came back or the machine woke up: whatever waits out a delay is tried now."""
+
+
+class Tick(Event, frozen=True, tag="tick"):
+    """The time is ``timer``, or later."""
+
+
+AnyEvent = Start | Token | TokenFailed | Text | Closed | Refused | Pulled | PullFailed | Wake | Tick
+
+# --- actions --------------------------------------------------------------------------------
+
+
+class Action(msgspec.Struct, frozen=True, tag_field="type", forbid_unknown_fields=True):
+    """Something is to be done, now."""
+
+
+class FetchToken(Action, frozen=True, tag="fetch_token"):
+    """Get a new token; answer with :class:`Token` or :class:`TokenFailed`."""
+
+
+class Connect(Action, frozen=True, tag="connect"):
+    """Open the socket; answer with :class:`Text`, :class:`Closed` and :class:`Refused`."""
+
+    url: str
+    moved: bool = False
+
+
+class Disconnect(Action, frozen=True, tag="disconnect"):
+    """Drop the socket, whatever its state; no event of it may follow."""
+
+
+class Ping(Action, frozen=True, tag="ping"):
+    """Send a ``ping`` message."""
+
+
+class Authenticate(Action, frozen=True, tag="authenticate"):
+    """Send the token in an ``auth`` message."""
+
+
+class Pull(Action, frozen=True, tag="pull"):
+    """Pull what is newer than ``after``; answer with :class:`Pulled` or :class:`PullFailed`."""
+
+    after: int
+
+
+class Stop(Action, frozen=True, tag="stop"):
+    """The server wants no more of this client; nothing else will follow."""
+
+    code: int
+
+
+AnyAction = FetchToken | Connect | Disconnect | Ping | Authenticate | Pull | Stop
