@@ -12,6 +12,7 @@ from typing import NoReturn
 
 import click
 
+from pokebridge.cli.bench import bench
 from pokebridge.cli.publish import poke, send
 from pokebridge.cli.serve import serve
 from pokebridge.cli.token import token
@@ -33,7 +34,7 @@ def cli() -> None:
     """
 
 
-for _command in (serve, poke, send, token):
+for _command in (serve, poke, send, token, bench):
     cli.add_command(_command)
 
 

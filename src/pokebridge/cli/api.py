@@ -25,27 +25,31 @@ Sign = Callable[[str, Iterable[str], float], str]
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
+_url_option = click.option(
+    "--url",
+    envvar="POKEBRIDGE_URL",
+    default="http://127.0.0.1:8080",
+    show_default=True,
+    help="The instance's address; POKEBRIDGE_URL does the same.",
+)
+_token_option = click.option(
+    "--token",
+    envvar="POKEBRIDGE_TOKEN",
+    help="Token to use; POKEBRIDGE_TOKEN does the same. Without one it is signed with the"
+    " configured jwt_secret, or asked of a --dev instance.",
+)
 
-def api_options(command: _Command) -> _Command:
+
+def api_options(*, token: bool = True) -> Callable[[_Command], _Command]:
     """The options that say where the API is and with which token: the fields of :class:`Access`."""
-    for option in (
-        config_option,
-        click.option(
-            "--token",
-            envvar="POKEBRIDGE_TOKEN",
-            help="Token to use. Without one it is signed with the configured jwt_secret, or asked"
-            " of a --dev instance.",
-        ),
-        click.option(
-            "--url",
-            envvar="POKEBRIDGE_URL",
-            default="http://127.0.0.1:8080",
-            show_default=True,
-            help="The instance's address.",
-        ),
-    ):
-        command = option(command)
-    return command
+
+    def add(command: _Command) -> _Command:
+        command = config_option(command)
+        if token:
+            command = _token_option(command)
+        return _url_option(command)
+
+    return add
 
 
 def configured_signer(config: Path | None) -> Sign | None:
@@ -75,8 +79,8 @@ class Access:
     """How to reach an instance."""
 
     url: str
-    token: str | None
     config: Path | None
+    token: str | None = None
 
 
 class Api:

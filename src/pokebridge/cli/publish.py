@@ -20,7 +20,7 @@ SUBJECT = "urn:pokebridge:cli"
     epilog="Example: pokebridge poke urn:user:bob urn:user:eve", short_help="Poke recipients."
 )
 @click.argument("recipients", metavar="RECIPIENT...", nargs=-1, required=True)
-@api_options
+@api_options()
 @json_option
 def poke(recipients: tuple[str, ...], *, as_json: bool, **access: Any) -> None:
     """Wake every client of each RECIPIENT: it pulls."""
@@ -49,7 +49,7 @@ async def _poke(recipients: tuple[str, ...], access: Access) -> int:
 @click.argument("body")
 @click.option("--id", "message_id", help="Your own id: the same one again is not sent twice.")
 @click.option("--ttl-s", type=float, help="Seconds after which it may be deleted unread.")
-@api_options
+@api_options()
 @json_option
 def send(
     recipient: str,

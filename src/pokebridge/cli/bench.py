@@ -1,0 +1,163 @@
+"""``pokebridge bench``: put load on an instance and say how it bears it."""
+
+import asyncio
+import json
+import resource
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import click
+import uvloop
+
+from pokebridge.cli.api import Access, Api, api_options
+from pokebridge.cli.load import Load, Plan, Tally
+from pokebridge.cli.options import json_option
+from pokebridge.errors import ConfigError, UnavailableError
+
+# Descriptors that are not clients' sockets.
+_RESERVED_DESCRIPTORS = 200
+_CONNECTS_PER_S = 200
+_PROGRESS_S = 1.0
+
+
+@click.command(
+    epilog="Example: pokebridge bench --clients 1000 --pokes-per-s 2000 --duration-s 20",
+    short_help="Put load on an instance.",
+)
+@click.option(
+    "--clients",
+    type=click.IntRange(min=1),
+    default=100,
+    show_default=True,
+    help="How many connect, each a recipient of its own.",
+)
+@click.option(
+    "--ramp-s",
+    type=click.FloatRange(min=0),
+    help=f"Seconds over which they connect. [default: {_CONNECTS_PER_S} per second]",
+)
+@click.option("--pokes-per-s", type=click.FloatRange(min=0), help="[default: 100]")
+@click.option(
+    "--messages-per-s", type=click.FloatRange(min=0), help="Instead of pokes: messages, stored."
+)
+@click.option(
+    "--duration-s",
+    type=click.FloatRange(min=0),
+    default=10,
+    show_default=True,
+    help="Seconds of sending, once all are connected.",
+)
+@api_options(token=False)
+@json_option
+def bench(
+    clients: int,
+    ramp_s: float | None,
+    pokes_per_s: float | None,
+    messages_per_s: float | None,
+    duration_s: float,
+    *,
+    as_json: bool,
+    **access: Any,
+) -> None:
+    """Connect clients to an instance, poke them, and measure.
+
+    It measures the time from connecting to `ready`, the time from sending a poke to hearing it,
+    and what is lost. It needs the instance's jwt_secret (POKEBRIDGE_JWT_SECRET or --config), or an
+    instance that runs with --dev. The load generator itself takes CPU: for the limits of an
+    instance run it on another machine.
+    """
+    if pokes_per_s is not None and messages_per_s is not None:
+        raise click.UsageError("--pokes-per-s and --messages-per-s exclude each other")
+    _allow_descriptors(clients)
+    messages = messages_per_s is not None
+    rate_per_s = messages_per_s if messages_per_s is not None else pokes_per_s
+    plan = Plan(
+        clients=clients,
+        ramp_s=clients / _CONNECTS_PER_S if ramp_s is None else ramp_s,
+        duration_s=duration_s,
+        rate_per_s=100 if rate_per_s is None else rate_per_s,
+        messages=messages,
+    )
+    tally = uvloop.run(_bench(Access(**access), plan))
+    report = _report(plan, tally)
+    click.echo(json.dumps(report) if as_json else _table(report))
+
+
+async def _bench(access: Access, plan: Plan) -> Tally:
+    async with Api(access) as api:
+        load = Load(api, plan)
+        progress = asyncio.create_task(_show_progress(load))
+        try:
+            await load.run()
+        finally:
+            progress.cancel()
+            with suppress(asyncio.CancelledError):
+                await progress
+    if not load.tally.handshakes_s:
+        (reason, _), *_ = load.tally.failures.most_common(1)
+        raise UnavailableError(f"no client could connect: {reason}")
+    return load.tally
+
+
+async def _show_progress(load: Load) -> None:
+    while True:
+        await asyncio.sleep(_PROGRESS_S)
+        tally = load.tally
+        click.echo(
+            f"{load.connected} connected, {tally.sent} sent, {len(tally.latencies_s)} heard,"
+            f" {tally.failures.total()} failures",
+            err=True,
+        )
+
+
+def _allow_descriptors(clients: int) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    at_most = hard - _RESERVED_DESCRIPTORS
+    if clients > at_most:
+        raise ConfigError(f"--clients: at most {at_most}, by this machine's file limit, ulimit -Hn")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _report(plan: Plan, tally: Tally) -> dict[str, Any]:
+    return {
+        "clients": plan.clients,
+        "connected": len(tally.handshakes_s),
+        "handshake_ms": _percentiles_ms(tally.handshakes_s),
+        "kind": "messages" if plan.messages else "pokes",
+        "sent": tally.sent,
+        "sent_per_s": round(tally.sent / tally.sending_s, 1) if tally.sending_s else 0,
+        "wanted_per_s": plan.rate_per_s,
+        "heard": len(tally.latencies_s),
+        "lost": tally.lost,
+        "latency_ms": _percentiles_ms(tally.latencies_s),
+        "failures": dict(tally.failures),
+    }
+
+
+def _percentiles_ms(times_s: Sequence[float]) -> dict[str, float] | None:
+    """The nearest-rank percentiles; ``None`` when there is nothing to rank."""
+    if not times_s:
+        return None
+    ranked = sorted(times_s)
+    last = len(ranked) - 1
+    shares = {"p50": 0.5, "p99": 0.99, "max": 1.0}
+    return {name: round(ranked[round(last * share)] * 1000, 3) for name, share in shares.items()}
+
+
+def _table(report: dict[str, Any]) -> str:
+    def times(percentiles: dict[str, float] | None) -> str:
+        if percentiles is None:
+            return "-"
+        return ", ".join(f"{name} {value:.1f} ms" for name, value in percentiles.items())
+
+    rate = f"{report['sent_per_s']:g} of {report['wanted_per_s']:g} per s"
+    pokes = f"{report['sent']} sent ({rate}), {report['heard']} heard, {report['lost']} lost"
+    rows = [
+        ("clients", f"{report['connected']} of {report['clients']} connected"),
+        ("handshake", times(report["handshake_ms"])),
+        (report["kind"], pokes),
+        ("latency", times(report["latency_ms"])),
+        *(("failed", f"{count} x {reason}") for reason, count in report["failures"].items()),
+    ]
+    return "\n".join(f"{name:<10} {text}" for name, text in rows)

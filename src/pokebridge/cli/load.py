@@ -1,0 +1,261 @@
+"""The load generator behind ``pokebridge bench``.
+
+Each client holds one session of a recipient of its own. A recipient is poked only while none of
+its pokes is under way, so every poke sent is one poke frame expected: what has not come at the end
+is lost, and nothing is hidden by merging.
+"""
+
+import asyncio
+import json
+import secrets
+import ssl
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from time import perf_counter
+
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
+
+from pokebridge.cli.api import Api
+from pokebridge.errors import PokebridgeError
+
+HANDSHAKE_TIMEOUT_S = 30.0
+CLOSE_TIMEOUT_S = 1.0
+# How often what is due is sent, and how long the last pokes have to arrive.
+TICK_S = 0.01
+STRAGGLERS_S = 5.0
+RECIPIENTS_PER_REQUEST = 1000
+MAX_REQUESTS = 64
+# The mailbox of a benchmark's recipient is of no use afterwards.
+MESSAGE_TTL_S = 60.0
+# Tokens outlive the run by this much.
+TOKEN_SPARE_S = 300.0
+
+_EXPECTED = (OSError, WebSocketException, PokebridgeError)
+# What a frame that is none of protocol.md section 3 leads to.
+_NOT_OURS = (ValueError, LookupError, TypeError)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """``clients`` connect within ``ramp_s``; then ``duration_s`` of ``rate_per_s`` pokes.
+
+    With ``messages`` each poke is that of a message sent through the API.
+    """
+
+    clients: int
+    ramp_s: float
+    duration_s: float
+    rate_per_s: float
+    messages: bool
+
+
+@dataclass(slots=True)
+class Tally:
+    """What has happened so far; times in seconds."""
+
+    handshakes_s: list[float] = field(default_factory=list)
+    latencies_s: list[float] = field(default_factory=list)
+    sent: int = 0
+    sending_s: float = 0
+    failures: Counter[str] = field(default_factory=Counter)
+    """Handshakes and requests that failed, and sessions that ended, by reason."""
+
+    @property
+    def lost(self) -> int:
+        """Pokes that were accepted and have not come (yet)."""
+        return self.sent - len(self.latencies_s)
+
+
+class _Client:
+    """One recipient; ``poked_at`` while a poke is under way to it."""
+
+    def __init__(self, recipient: str) -> None:
+        self.recipient = recipient
+        self.connected = False
+        self.poked_at: float | None = None
+
+
+class Load:
+    """Carries out a :class:`Plan` against the instance behind ``api``."""
+
+    def __init__(self, api: Api, plan: Plan) -> None:
+        self.tally = Tally()
+        self._api = api
+        self._plan = plan
+        run = secrets.token_hex(4)
+        self._subject = f"urn:bench:{run}"
+        self._clients = [_Client(f"{self._subject}:{n}") for n in range(plan.clients)]
+        self._idle: deque[_Client] = deque()
+        self._settled = asyncio.Event()
+        self._unsettled = plan.clients
+        self._ws_url = "ws" + api.url.removeprefix("http") + "/v1/connect"
+        # One for all: making one reads every certificate authority of the machine.
+        self._tls = ssl.create_default_context() if api.url.startswith("https:") else None
+        self._ttl_s = plan.ramp_s + plan.duration_s + TOKEN_SPARE_S
+
+    @property
+    def connected(self) -> int:
+        """Sessions that are ready now."""
+        return sum(client.connected for client in self._clients)
+
+    async def run(self) -> None:
+        """Connect, send, wait for the stragglers, disconnect.
+
+        Raises :class:`~pokebridge.errors.PokebridgeError` when no token can be had to send with.
+        """
+        scope = "send" if self._plan.messages else "poke"
+        token = await self._api.token_for(self._subject, [scope], self._ttl_s)
+        sessions = [
+            asyncio.create_task(self._session(client, self._plan.ramp_s * n / self._plan.clients))
+            for n, client in enumerate(self._clients)
+        ]
+        try:
+            await self._settled.wait()
+            if self._idle:
+                await self._send_at_rate(token)
+                await self._stragglers()
+        finally:
+            for session in sessions:
+                session.cancel()
+            await asyncio.gather(*sessions, return_exceptions=True)
+
+    # --- clients ---
+
+    async def _session(self, client: _Client, delay_s: float) -> None:
+        settled = False
+
+        def settle() -> None:
+            nonlocal settled
+            if not settled:
+                settled = True
+                self._unsettled -= 1
+                if not self._unsettled:
+                    self._settled.set()
+
+        try:
+            await asyncio.sleep(delay_s)
+            await self._listen(client, settle)
+        except (*_EXPECTED, *_NOT_OURS) as error:
+            self.tally.failures[_reason(error)] += 1
+        finally:
+            client.connected = False
+            settle()
+
+    async def _listen(self, client: _Client, on_ready: Callable[[], None]) -> None:
+        token = await self._api.token_for(client.recipient, [], self._ttl_s)
+        started_at = perf_counter()
+        async with connect(
+            self._ws_url,
+            additional_headers={"Authorization": f"Bearer {token}"},
+            compression=None,
+            open_timeout=HANDSHAKE_TIMEOUT_S,
+            close_timeout=CLOSE_TIMEOUT_S,
+            ping_interval=None,
+            ssl=self._tls,
+        ) as socket:
+            async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
+                await _frame(socket, "ready")
+            self.tally.handshakes_s.append(perf_counter() - started_at)
+            client.connected = True
+            self._idle.append(client)
+            on_ready()
+            try:
+                await self._hear(client, socket)
+            except asyncio.CancelledError:
+                await socket.close()  # in good order: the context would close with 1011
+                raise
+
+    async def _hear(self, client: _Client, socket: ClientConnection) -> None:
+        while True:
+            await _frame(socket, "poke")
+            if client.poked_at is not None:
+                self.tally.latencies_s.append(perf_counter() - client.poked_at)
+                client.poked_at = None
+                self._idle.append(client)
+
+    # --- sending ---
+
+    async def _send_at_rate(self, token: str) -> None:
+        started_at = perf_counter()
+        due = 0
+        requests: set[asyncio.Task[None]] = set()
+        while (elapsed_s := perf_counter() - started_at) < self._plan.duration_s:
+            target = int(elapsed_s * self._plan.rate_per_s)
+            clients = self._take_idle(target - due)
+            due += len(clients)
+            size = 1 if self._plan.messages else RECIPIENTS_PER_REQUEST
+            for start in range(0, len(clients), size):
+                while len(requests) >= MAX_REQUESTS:
+                    await asyncio.wait(requests, return_when=asyncio.FIRST_COMPLETED)
+                request = asyncio.create_task(self._send(token, clients[start : start + size]))
+                requests.add(request)
+                request.add_done_callback(requests.discard)
+            await asyncio.sleep(TICK_S)
+        self.tally.sending_s = perf_counter() - started_at
+        if requests:
+            await asyncio.wait(requests)
+
+    def _take_idle(self, at_most: int) -> Sequence[_Client]:
+        """The clients that have waited longest; one that has lost its session is dropped."""
+        taken: list[_Client] = []
+        while self._idle and len(taken) < at_most:
+            client = self._idle.popleft()
+            if client.connected:
+                taken.append(client)
+        return taken
+
+    async def _send(self, token: str, clients: Sequence[_Client]) -> None:
+        recipients = [client.recipient for client in clients]
+        now = perf_counter()
+        for client in clients:
+            client.poked_at = now
+        self.tally.sent += len(clients)
+        try:
+            if self._plan.messages:
+                message = {"recipient": recipients[0], "body": None, "ttl_s": MESSAGE_TTL_S}
+                await self._api.post("/v1/messages", token, message)
+            else:
+                await self._api.post("/v1/pokes", token, {"recipients": recipients})
+        except PokebridgeError as error:
+            self.tally.failures[_reason(error)] += 1
+            self._take_back(clients)
+
+    def _take_back(self, clients: Sequence[_Client]) -> None:
+        """What was not accepted is not expected; if its poke came all the same, it is counted."""
+        for client in clients:
+            if client.poked_at is not None:
+                client.poked_at = None
+                self.tally.sent -= 1
+                self._idle.append(client)
+
+    async def _stragglers(self) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(STRAGGLERS_S):
+                while self.tally.lost:  # noqa: ASYNC110 - each poke would have to set an event
+                    await asyncio.sleep(TICK_S)
+
+
+async def _frame(socket: ClientConnection, wanted: str) -> None:
+    """Wait for a frame of the type ``wanted``; a client ignores others."""
+    while json.loads(await socket.recv())["type"] != wanted:
+        pass
+
+
+def _reason(error: Exception) -> str:
+    match error:
+        case InvalidStatus():
+            return f"the handshake was answered {error.response.status_code}"
+        case ConnectionClosed():
+            code = error.rcvd.code if error.rcvd else 1006
+            return f"a session was closed with {code}"
+        case TimeoutError():
+            return f"no answer within {HANDSHAKE_TIMEOUT_S:g} s"
+        case OSError():
+            return error.strerror or type(error).__name__
+        case PokebridgeError():
+            return str(error)
+        case _:
+            return "the server does not speak pokebridge's protocol"
