@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 from pydantic import SecretStr
 
-from pokebridge import console
+from pokebridge import __version__
 from pokebridge.errors import MailboxError
 from pokebridge.gateway.gateway import Gateway, GatewayConfig
 from pokebridge.mailbox.base import Mailbox
@@ -58,7 +58,7 @@ class Instance:
 
     def _create_app(self, registry: CollectorRegistry) -> FastAPI:
         settings = self.settings
-        app = api.create_api(
+        return api.create_api(
             api.Parts(
                 instance=settings.instance,
                 shard_count=settings.shard_count,
@@ -76,9 +76,6 @@ class Instance:
                 sign_dev_token=self._sign_dev_token if settings.dev else None,
             )
         )
-        if settings.dev:
-            console.install(app)
-        return app
 
     # --- life ---------------------------------------------------------------------------------
 
@@ -166,9 +163,15 @@ class Instance:
             audience=self.settings.jwt_audience,
         )
 
-    def _read_metrics(self) -> Mapping[Metric, float]:
+    def _read_metrics(self) -> Mapping[Metric, metrics.Value]:
         counters, stats = self.gateway.bridge.counters, self._processor.stats
         return {
+            Metric.BUILD_INFO: {(__version__, self.settings.instance): 1},
+            Metric.HANDSHAKES: {
+                (status,): count for status, count in self.gateway.handshakes.items()
+            },
+            Metric.POKES_PUBLISHED: stats.pokes_published,
+            Metric.MESSAGES_COMMITTED: stats.messages_committed,
             Metric.SESSIONS: len(self.gateway.sessions),
             Metric.SIGNALS: counters.signals,
             Metric.SIGNALS_MALFORMED: counters.malformed,
