@@ -9,8 +9,9 @@ from pokebridge.adapters import open_mailbox, open_transport
 from pokebridge.errors import ConfigError, MissingExtraError
 from pokebridge.mailbox.memory import MemoryMailbox
 from pokebridge.mailbox.sqlite import SqliteMailbox
-from pokebridge.transport.base import Transport
+from pokebridge.transport.base import Signal, Transport
 from pokebridge.transport.memory import MemoryTransport
+from tests.support import Daemon
 
 
 async def test_memory_chooses_what_lives_in_this_process() -> None:
@@ -75,3 +76,13 @@ async def test_a_missing_driver_names_the_extra(monkeypatch: pytest.MonkeyPatch)
     missing = "pokebridge.transport.far"
     with pytest.raises(ModuleNotFoundError):
         await open_transport("far://host", instance="a", cluster="c")
+
+
+async def test_a_running_engine_is_reached_by_its_url(
+    nats_server: Daemon, valkey_server: Daemon
+) -> None:
+    """Each engine's scheme opens its transport, which publishes."""
+    for url in (nats_server.url, valkey_server.url):
+        transport = await open_transport(url, instance="a", cluster="c")
+        await transport.publish([Signal(b"{}", 1)])
+        await transport.close()

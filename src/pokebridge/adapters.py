@@ -60,7 +60,7 @@ async def _open(part: str, adapters: Mapping[str, _Adapter[_Part]], choice: _Cho
     scheme, separator, _ = choice.url.partition("://")
     adapter = adapters.get(scheme)
     if adapter is None or not separator:
-        _refuse(part, " or ".join(adapter.form for adapter in adapters.values()))
+        _refuse(part, " or ".join({adapter.form: None for adapter in adapters.values()}))
     try:
         return await adapter.open(choice)
     except ModuleNotFoundError as error:
@@ -99,8 +99,29 @@ async def _sqlite_mailbox(choice: _Choice) -> Mailbox:
     return await SqliteMailbox.open(path)
 
 
+async def _nats_transport(choice: _Choice) -> Transport:
+    from pokebridge.transport.nats import NatsTransport
+
+    return await NatsTransport.connect(choice.url, cluster=choice.cluster, instance=choice.instance)
+
+
+async def _redis_transport(choice: _Choice) -> Transport:
+    from pokebridge.transport.redis import RedisTransport
+
+    return await RedisTransport.connect(
+        choice.url, cluster=choice.cluster, instance=choice.instance
+    )
+
+
+_NATS = _Adapter(_nats_transport, "nats://HOST:PORT", "nats")
+_REDIS = _Adapter(_redis_transport, "redis://HOST:PORT/DB", "redis")
+
 _TRANSPORTS: Mapping[str, _Adapter[Transport]] = {
     "memory": _Adapter(_memory_transport, "memory://"),
+    "nats": _NATS,
+    "tls": _NATS,  # NATS over TLS, as its own clients spell it
+    "redis": _REDIS,
+    "rediss": _REDIS,
 }
 _MAILBOXES: Mapping[str, _Adapter[Mailbox]] = {
     "sqlite": _Adapter(_sqlite_mailbox, "sqlite:///FILE"),
