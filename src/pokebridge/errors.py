@@ -12,7 +12,8 @@
     │   └── KeysUnavailableError    the keys that would verify the token can't be had just now
     └── UnavailableError            a part that we depend on does not answer: worth a retry
         ├── TransportError
-        └── MailboxError
+        ├── MailboxError
+        └── CoordinationError
 
 Each class knows the HTTP status and the WebSocket close code that its kind is answered with, so
 that no caller keeps a table of its own. Messages are written for the person who reads them, name
@@ -110,3 +111,7 @@ class TransportError(UnavailableError):
 
 class MailboxError(UnavailableError):
     """The mailbox can't be read or written now; what was to be written is not committed."""
+
+
+class CoordinationError(UnavailableError):
+    """The coordination store can't be had now: the last shard map stays in force."""

@@ -5,6 +5,7 @@ A recipient is an opaque string; only its form is checked here (protocol.md sect
 
 import re
 from dataclasses import dataclass
+from enum import Enum
 from typing import Annotated, NamedTuple
 
 import msgspec
@@ -27,6 +28,17 @@ class Poke(msgspec.Struct, frozen=True, gc=False):
 
     recipient: str
     version: Version | None = None
+
+
+class Feed(Enum):
+    """The two selections of signals that name no shard."""
+
+    ALL = "all"
+    UNTAGGED = "untagged"
+
+
+Selection = Feed | int
+"""What a subscription receives: everything, the signals without a shard, or one shard's."""
 
 
 def is_recipient(value: str) -> bool:

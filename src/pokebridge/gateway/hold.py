@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import structlog
 
 from pokebridge.errors import TransportError
+from pokebridge.placement import next_steps
 from pokebridge.sharding import shard_of
 from pokebridge.transport.base import Feed, Selection, Signal, Subscription, Transport
 from pokebridge.wire import encode_probe
@@ -110,10 +111,7 @@ class Hold:
     def want(self, selections: Iterable[Selection]) -> None:
         """Move to other subscriptions: the old go once all the new are proven live."""
         self._wanted = frozenset(selections)
-        for selection in self._wanted - self._held.keys():
-            self._held[selection] = _Held(self, selection)
-            self._held[selection].start()
-        self._drop_unwanted()
+        self._step()
 
     async def close(self) -> None:
         """Give every subscription back."""
@@ -125,7 +123,7 @@ class Hold:
 
     def became_live(self, held: "_Held", *, missed: bool) -> None:
         """``held`` is proven; ``missed`` when it had been before, and failed in between."""
-        self._drop_unwanted()
+        self._step()
         self._on_live()
         if missed:
             self._on_missed(self._concerned_by(held.selection))
@@ -139,12 +137,15 @@ class Hold:
         held = self._held.get(selection)
         return held is not None and held.trouble is None
 
-    def _drop_unwanted(self) -> None:
-        if all(self._is_live(selection) for selection in self._wanted):
-            for selection in self._held.keys() - self._wanted:
-                task = asyncio.create_task(self._held.pop(selection).close())
-                self._closing.add(task)
-                task.add_done_callback(self._closing.discard)
+    def _step(self) -> None:
+        steps = next_steps(self._wanted, {s: self._is_live(s) for s in self._held})
+        for selection in steps.subscribe:
+            self._held[selection] = _Held(self, selection)
+            self._held[selection].start()
+        for selection in steps.drop:
+            task = asyncio.create_task(self._held.pop(selection).close())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
 
 
 class _Held:

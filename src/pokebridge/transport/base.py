@@ -5,8 +5,11 @@ batching are the same for every engine and live above it (``bridge``, ``publishe
 """
 
 from collections.abc import Sequence
-from enum import Enum
 from typing import NamedTuple, Protocol
+
+from pokebridge.model import Feed, Selection
+
+__all__ = ["Feed", "Receiver", "Selection", "Signal", "Subscription", "Transport"]
 
 
 class Signal(NamedTuple):
@@ -14,17 +17,6 @@ class Signal(NamedTuple):
 
     body: bytes
     shard: int | None = None
-
-
-class Feed(Enum):
-    """The two selections that name no shard."""
-
-    ALL = "all"
-    UNTAGGED = "untagged"
-
-
-Selection = Feed | int
-"""What a subscription receives: everything, the signals without a shard, or one shard's."""
 
 
 class Receiver(Protocol):

@@ -1,0 +1,1 @@
+"""What instances agree through: the port, and its adapters over stores that already exist."""
