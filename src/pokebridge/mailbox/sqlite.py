@@ -282,7 +282,7 @@ def _open_file(path: Path) -> list[sqlite3.Connection]:
             patiently(lambda: _bring_up_to_date(connections[0], path))
             connections[0].execute("PRAGMA busy_timeout = 0")  # the lane is patient by itself
             unless_all_is_well.pop_all()
-        return connections
+            return connections
     except sqlite3.Error as error:
         if result_code(error) in _UNUSABLE:
             raise ConfigError(f"mailbox: {path} can't be used: {error}") from error

@@ -1,0 +1,434 @@
+"""The processor: every commit is followed by a poke, whatever fails in between."""
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from structlog.testing import capture_logs
+
+from pokebridge import processor
+from pokebridge.errors import InputError, MailboxError, TransportError
+from pokebridge.mailbox.base import Mailbox
+from pokebridge.mailbox.memory import MemoryMailbox
+from pokebridge.mailbox.sqlite import SqliteMailbox
+from pokebridge.model import NewMessage, Poke, Receipt
+from pokebridge.processor import Processor
+from pokebridge.testing.mailbox import BOB, EVE, ManualClock, fill, message, unpoked, versions
+from tests.support.waiting import wait_until
+
+FOREVER_S = 3600.0
+
+
+class Recorder:
+    """A publisher that keeps what it is given, and can be held up or made to fail."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[Poke]] = []
+        self.error: Exception | None = None
+        self.attempts = 0
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def publish(self, pokes: Sequence[Poke]) -> None:
+        """Keep ``pokes``, when the gate is open and no error is set."""
+        self.attempts += 1
+        await self.gate.wait()
+        if self.error:
+            raise self.error
+        self.batches.append(list(pokes))
+
+    @property
+    def pokes(self) -> list[Poke]:
+        """All pokes so far."""
+        return [poke for batch in self.batches for poke in batch]
+
+
+class WatchedMailbox(MemoryMailbox):
+    """A mailbox that counts its calls and can be made to fail."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.error: Exception | None = None
+
+    def _called(self, name: str) -> None:
+        self.calls[name] += 1
+        if self.error:
+            raise self.error
+
+    async def append(self, message: NewMessage) -> Receipt:
+        """Count, then do or fail."""
+        self._called("append")
+        return await super().append(message)
+
+    async def unpoked(self, *, older_than_s: float, limit: int) -> Sequence[Poke]:
+        """Count, then do or fail."""
+        self._called("unpoked")
+        return await super().unpoked(older_than_s=older_than_s, limit=limit)
+
+    async def poked(self, pokes: Sequence[Poke]) -> None:
+        """Count, then do or fail."""
+        self._called("poked")
+        await super().poked(pokes)
+
+
+@pytest.fixture(autouse=True)
+def quick_back_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test waits long for a second try."""
+    monkeypatch.setattr(processor, "BACKOFF_CAP_S", 0.02)
+
+
+@pytest.fixture
+def mailbox() -> WatchedMailbox:
+    """An empty mailbox."""
+    return WatchedMailbox()
+
+
+@pytest.fixture
+async def publisher() -> Recorder:
+    """A publisher that works."""
+    return Recorder()
+
+
+def without_sweep(mailbox: Mailbox, publisher: Recorder) -> Processor:
+    """A processor that sweeps nothing within a test's life."""
+    return Processor(mailbox, publisher, sweep_after_s=FOREVER_S)
+
+
+def sweeping(mailbox: Mailbox, publisher: Recorder) -> Processor:
+    """A processor that takes anything for forgotten, soon."""
+    return Processor(mailbox, publisher, sweep_every_s=0.01, sweep_after_s=0.02)
+
+
+async def confirmed(mailbox: Mailbox) -> None:
+    """Wait until every commit's poke is confirmed."""
+
+    async def nothing_owed() -> bool:
+        return not await unpoked(mailbox)
+
+    await wait_until(nothing_owed, what="the outbox is empty")
+
+
+class TestSending:
+    """The way of a message when all is well."""
+
+    async def test_a_send_is_committed_and_poked(
+        self, mailbox: WatchedMailbox, publisher: Recorder
+    ) -> None:
+        """The receipt is the mailbox's; the poke with its version follows and is confirmed."""
+        async with without_sweep(mailbox, publisher) as sender:
+            assert await sender.send(message(id="a")) == ("a", 1, False)
+            await confirmed(mailbox)
+        assert publisher.pokes == [Poke(BOB, 1)]
+        assert await versions(mailbox) == [1]
+        assert sender.stats.messages_committed == sender.stats.pokes_published == 1
+        assert sender.stats.duplicates == sender.stats.poke_failures == sender.stats.swept == 0
+
+    async def test_nobody_waits_for_the_transport(
+        self, mailbox: WatchedMailbox, publisher: Recorder
+    ) -> None:
+        """A send returns while the transport still hangs."""
+        publisher.gate.clear()
+        async with without_sweep(mailbox, publisher) as sender:
+            for version in (1, 2, 3):
+                assert (await sender.send(message())).version == version
+            assert publisher.batches == []
+            publisher.gate.set()
+
+    async def test_pokes_are_merged_and_batched(
+        self, mailbox: WatchedMailbox, publisher: Recorder
+    ) -> None:
+        """Three hundred sends at once: few publishes, one poke a recipient in each, the newest."""
+        async with without_sweep(mailbox, publisher) as sender:
+            await asyncio.gather(*(sender.send(message(f"r{n % 3}")) for n in range(300)))
+            await confirmed(mailbox)
+        assert len(publisher.batches) <= 3
+        for batch in publisher.batches:
+            assert len({poke.recipient for poke in batch}) == len(batch)
+        assert set(publisher.batches[-1]) == {Poke(f"r{n}", 100) for n in range(3)}
+
+    async def test_a_batch_is_bounded(
+        self, mailbox: WatchedMailbox, publisher: Recorder, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """More recipients than a batch holds take several publishes, each within the bound."""
+        monkeypatch.setattr(processor, "BATCH", 10)
+        async with without_sweep(mailbox, publisher) as sender:
+            await asyncio.gather(*(sender.send(message(f"r{n}")) for n in range(35)))
+            await confirmed(mailbox)
+        assert [len(batch) for batch in publisher.batches] == [10, 10, 10, 5]
+
+    async def test_a_busy_recipient_costs_few_confirmations(
+        self, mailbox: WatchedMailbox, publisher: Recorder
+    ) -> None:
+        """A hundred messages one after the other: the outbox is written a few times."""
+        async with without_sweep(mailbox, publisher) as sender:
+            async with asyncio.timeout(10):
+                for version in range(1, 101):
+                    await sender.send(message())
+                    while len(publisher.batches) < version:
+                        await asyncio.sleep(0)
+            await confirmed(mailbox)
+        assert len(publisher.batches) == 100
+        assert mailbox.calls["poked"] <= 20
+
+    async def test_a_duplicate_is_not_poked_again(
+        self, mailbox: WatchedMailbox, publisher: Recorder
+    ) -> None:
+        """A retry gets the first answer and costs the recipient nothing."""
+        retry = message(id="a", id_is_senders=True)
+        async with without_sweep(mailbox, publisher) as sender:
+            await sender.send(retry)
+            await confirmed(mailbox)
+            assert await sender.send(retry) == ("a", 1, True)
+        assert publisher.pokes == [Poke(BOB, 1)]
+        assert (sender.stats.messages_committed, sender.stats.duplicates) == (1, 1)
+
+    async def test_what_is_no_recipient_is_refused(
+        self, mailbox: WatchedMailbox, publisher: Recorder
+    ) -> None:
+        """A name that no transport could carry is refused before it is committed."""
+        async with without_sweep(mailbox, publisher) as sender:
+            with pytest.raises(InputError):
+                await sender.send(message("Jürgen Müller"))
+        assert mailbox.calls["append"] == 0
+
+    async def test_a_mailbox_that_fails_is_the_callers_to_know(
+        self, mailbox: WatchedMailbox, publisher: Recorder
+    ) -> None:
+        """What is not committed raises MailboxError, and is not poked."""
+        async with without_sweep(mailbox, publisher) as sender:
+            mailbox.error = MailboxError("gone")
+            with pytest.raises(MailboxError):
+                await sender.send(message())
+            mailbox.error = None
+        assert publisher.pokes == []
+        assert sender.stats.messages_committed == 0
+
+
+class TestSweeping:
+    """No commit stays without a poke."""
+
+    async def test_what_a_dead_process_left_is_poked(
+        self, tmp_path: Path, publisher: Recorder
+    ) -> None:
+        """A message that another process committed and never poked is poked by this one."""
+        dead = await SqliteMailbox.open(tmp_path / "mailbox.db")
+        await fill(dead, 2)
+        await dead.close()
+        mailbox = await SqliteMailbox.open(tmp_path / "mailbox.db")
+        async with sweeping(mailbox, publisher) as sweeper:
+            await confirmed(mailbox)
+        await mailbox.close()
+        assert publisher.pokes == [Poke(BOB, 2)]
+        assert sweeper.stats.swept == sweeper.stats.pokes_published == 1
+
+    async def test_a_sweep_comes_at_once_on_start(self, publisher: Recorder) -> None:
+        """What is old enough already does not wait for the sweep's interval."""
+        clock = ManualClock()
+        mailbox = MemoryMailbox(clock)
+        await fill(mailbox, 1)
+        clock.now_s += 10
+        async with Processor(mailbox, publisher, sweep_every_s=FOREVER_S):
+            await confirmed(mailbox)
+
+    async def test_a_backlog_is_swept_in_bounded_steps(
+        self, mailbox: WatchedMailbox, publisher: Recorder, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Many entries are swept within one sweep, batch by batch."""
+        monkeypatch.setattr(processor, "BATCH", 10)
+        for n in range(35):
+            await fill(mailbox, 1, f"r{n}")
+        async with Processor(mailbox, publisher, sweep_every_s=FOREVER_S, sweep_after_s=0):
+            await confirmed(mailbox)
+        assert [len(batch) for batch in publisher.batches] == [10, 10, 10, 5]
+
+    async def test_young_entries_are_left_to_their_sender(
+        self, mailbox: WatchedMailbox, publisher: Recorder
+    ) -> None:
+        """An entry that its own process is just publishing is not doubled."""
+        await fill(mailbox, 1)
+        async with Processor(mailbox, publisher, sweep_every_s=0.01, sweep_after_s=FOREVER_S):
+            await wait_until(lambda: mailbox.calls["unpoked"] >= 3)
+        assert publisher.pokes == []
+
+    async def test_what_did_not_fit_is_swept(
+        self, mailbox: WatchedMailbox, publisher: Recorder, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """While the transport hangs, waiting pokes are bounded; the rest is in the outbox."""
+        monkeypatch.setattr(processor, "MAX_PENDING", 5)
+        publisher.gate.clear()
+        async with sweeping(mailbox, publisher) as sender:
+            await sender.send(message())
+            await wait_until(lambda: publisher.attempts)
+            for n in range(20):
+                await sender.send(message(f"r{n}"))
+            assert len(sender._unpublished._versions) == 5
+            publisher.gate.set()
+            await confirmed(mailbox)
+        assert {poke.recipient for poke in publisher.pokes} == {BOB, *(f"r{n}" for n in range(20))}
+
+    async def test_expired_messages_are_purged(
+        self, publisher: Recorder, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The purge takes all that has expired, in bounded steps, without being asked."""
+        monkeypatch.setattr(processor, "PURGE_BATCH", 10)
+        clock = ManualClock()
+        mailbox = MemoryMailbox(clock)
+        for _ in range(35):
+            await mailbox.append(message(ttl_s=1))
+        clock.now_s += 2
+        async with Processor(mailbox, publisher, purge_every_s=FOREVER_S):
+            await wait_until(lambda: not mailbox._logs[BOB].kept)
+
+
+class TestOutages:
+    """What fails comes back by itself."""
+
+    async def test_a_transport_outage_delays_and_loses_nothing(
+        self, mailbox: WatchedMailbox, publisher: Recorder
+    ) -> None:
+        """Sends go on while the transport is down; when it is back, each recipient is poked."""
+        publisher.error = TransportError("no route")
+        with capture_logs() as logs:
+            async with sweeping(mailbox, publisher) as sender:
+                for n in range(10):
+                    await sender.send(message(f"r{n}"))
+                await wait_until(lambda: publisher.attempts >= 5)
+                assert sender.stats.poke_failures >= 10
+                publisher.error = None
+                await confirmed(mailbox)
+        assert {poke.recipient for poke in publisher.pokes} == {f"r{n}" for n in range(10)}
+        assert sender.stats.swept >= 10
+        assert [(line["event"], line["part"]) for line in logs] == [
+            ("part_unavailable", "transport"),
+            ("part_is_back", "transport"),
+        ]
+        assert logs[0]["error"] == "no route"
+
+    async def test_a_mailbox_outage_delays_and_loses_nothing(
+        self, mailbox: WatchedMailbox, publisher: Recorder
+    ) -> None:
+        """A sweep survives a mailbox that does not answer, and says so once."""
+        await fill(mailbox, 1)
+        mailbox.error = MailboxError("disk full")
+        with capture_logs() as logs:
+            async with sweeping(mailbox, publisher):
+                await wait_until(lambda: mailbox.calls["unpoked"] >= 5)
+                mailbox.error = None
+                await confirmed(mailbox)
+        assert publisher.pokes == [Poke(BOB, 1)]
+        assert ("part_unavailable", "mailbox") in {(line["event"], line["part"]) for line in logs}
+        assert logs[-1]["event"] == "part_is_back"
+
+    async def test_a_confirmation_that_fails_doubles_a_poke_at_most(
+        self, mailbox: WatchedMailbox, publisher: Recorder
+    ) -> None:
+        """A poke that could not be confirmed is swept: doubled, never forgotten."""
+        publisher.gate.clear()
+        async with sweeping(mailbox, publisher) as sender:
+            await sender.send(message())
+            await wait_until(lambda: publisher.attempts)
+            mailbox.error = MailboxError("disk full")
+            publisher.gate.set()
+            await wait_until(lambda: mailbox.calls["poked"])
+            mailbox.error = None
+            await confirmed(mailbox)
+        assert set(publisher.pokes) == {Poke(BOB, 1)}
+        assert sender.stats.swept >= 1
+
+    async def test_a_defect_ends_no_loop(
+        self, mailbox: WatchedMailbox, publisher: Recorder
+    ) -> None:
+        """An error that nobody expected is logged with its traceback, and the work goes on."""
+        publisher.error = RuntimeError("bug")
+        with capture_logs() as logs:
+            async with sweeping(mailbox, publisher) as sender:
+                await sender.send(message())
+                await wait_until(lambda: publisher.attempts >= 3)
+                publisher.error = None
+                await sender.send(message(EVE))
+                await confirmed(mailbox)
+        assert set(publisher.pokes) == {Poke(BOB, 1), Poke(EVE, 1)}
+        assert {(line["event"], line["log_level"]) for line in logs} == {
+            ("processor_step_failed", "error")
+        }
+        assert all(line["exc_info"] for line in logs)
+
+    async def test_pauses_grow_with_full_jitter_to_a_cap(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Each pause is random between nothing and twice the last bound; a success starts anew."""
+        bounds: list[float] = []
+
+        def uniform(low: float, high: float) -> float:
+            assert low == 0
+            bounds.append(high)
+            return 0.0
+
+        async def fail() -> None:
+            raise TransportError("down")
+
+        async def succeed() -> None:
+            pass
+
+        monkeypatch.setattr(random, "uniform", uniform)
+        monkeypatch.setattr(processor, "BACKOFF_CAP_S", 2.0)
+        attempt = processor._Attempts()
+        for _ in range(100):
+            assert not await attempt(fail())
+        assert await attempt(succeed())
+        assert not await attempt(fail())
+        assert bounds == [0.1, 0.2, 0.4, 0.8, 1.6] + [2.0] * 95 + [0.1]
+
+
+class TestClosing:
+    """An orderly end."""
+
+    async def test_closing_publishes_and_confirms_what_is_pending(
+        self, mailbox: WatchedMailbox, publisher: Recorder
+    ) -> None:
+        """Pokes in flight and behind it go out before close returns; no task is left."""
+        publisher.gate.clear()
+        sender = without_sweep(mailbox, publisher)
+        await sender.start()
+        await sender.send(message(BOB))
+        await wait_until(lambda: publisher.attempts)
+        await sender.send(message(EVE))
+        closing = asyncio.create_task(sender.close())
+        await asyncio.sleep(0)
+        publisher.gate.set()
+        await closing
+        assert publisher.pokes == [Poke(BOB, 1), Poke(EVE, 1)]
+        assert await unpoked(mailbox) == {}
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        await sender.close()
+
+    async def test_closing_does_not_wait_longer_than_told(
+        self, mailbox: WatchedMailbox, publisher: Recorder
+    ) -> None:
+        """A transport that hangs holds up no shutdown; the poke stays in the outbox."""
+        publisher.gate.clear()
+        sender = without_sweep(mailbox, publisher)
+        await sender.start()
+        await sender.send(message())
+        with capture_logs() as logs:
+            async with asyncio.timeout(5):
+                await sender.close(deadline_s=0.05)
+        assert await unpoked(mailbox) == {BOB: 1}
+        assert [line["event"] for line in logs] == ["pokes_left_in_the_outbox"]
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    async def test_the_outbox_keeps_what_is_sent_outside_its_life(
+        self, mailbox: WatchedMailbox, publisher: Recorder
+    ) -> None:
+        """A message sent before the start is poked after it; one after the end stays owed."""
+        sender = without_sweep(mailbox, publisher)
+        await sender.send(message(BOB))
+        async with sender:
+            await confirmed(mailbox)
+        await sender.send(message(EVE))
+        assert publisher.pokes == [Poke(BOB, 1)]
+        assert await unpoked(mailbox) == {EVE: 1}
