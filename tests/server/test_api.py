@@ -345,7 +345,7 @@ class TestPull:
         "query",
         [
             *("after=-1", "after=x", "after=1.5", f"after={2**53}", "after=" + "9" * 5000),
-            *("limit=0", "limit=501", "limit="),
+            *("limit=0", "limit=501", "limit=", "limit=1&limit=1"),
             *("device=", "device=a%20b", "device=" + "x" * 129),
         ],
     )

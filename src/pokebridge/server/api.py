@@ -184,9 +184,9 @@ def _add_pokes_and_messages(app: _Api, parts: Parts) -> None:
         reader = (await _authorize(parts, request)).subject
         query = _query(request, schema.AckQuery)
         acked = await read_ack(request)
-        device = query.device if acked.device is UNSET else acked.device
-        device = DEFAULT_DEVICE if device is UNSET else check_device(device)
-        await parts.mailbox.ack(reader, device, acked.version)
+        given = (acked.device, query.device)
+        devices = [check_device(device) for device in given if device is not UNSET]
+        await parts.mailbox.ack(reader, [*devices, DEFAULT_DEVICE][0], acked.version)
         return Response(status_code=HTTPStatus.NO_CONTENT)
 
     app.call(
@@ -363,12 +363,8 @@ def _add_sessions_and_cluster(app: _Api, parts: Parts) -> None:
         parts.drain()
         return _json(wanted, HTTPStatus.ACCEPTED)
 
-    app.call(
-        "GET",
-        "/v1/connect",
-        connect,
-        operation("Connect by WebSocket", scope=None, answers={101: "A session."}, problems=[426]),
-    )
+    # OpenAPI has no words for a WebSocket.
+    app.call("GET", "/v1/connect", connect, {"include_in_schema": False})
     app.call(
         "GET",
         "/v1/connect-info",
@@ -384,7 +380,7 @@ def _add_sessions_and_cluster(app: _Api, parts: Parts) -> None:
             scope="admin",
             path={"recipient": schema.Recipient},
             answers={204: "They close with 4401."},
-            problems=[422],
+            problems=[404, 422],
         ),
     )
     app.call(
@@ -524,8 +520,11 @@ def _decode(decode: Callable[[bytes], _T], text: bytes) -> _T:
 
 
 def _query(request: Request, kind: type[_T]) -> _T:
+    given = request.query_params
+    if len(given) != len(given.multi_items()):
+        raise InputError("query: a parameter is given twice")
     try:
-        return msgspec.convert(dict(request.query_params), kind, strict=False)
+        return msgspec.convert(dict(given), kind, strict=False)
     except msgspec.ValidationError as error:
         raise InputError(f"query: {error}") from None
 

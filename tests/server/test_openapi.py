@@ -1,0 +1,17 @@
+"""The OpenAPI description is true: what it allows is accepted, what it does not is refused."""
+
+import schemathesis
+from hypothesis import settings
+from tests.server.api_world import World, bearer
+
+from pokebridge.server.api import create_api
+
+API = schemathesis.openapi.from_asgi("/openapi.json", create_api(World().dev_parts()))
+API.config.update(headers=bearer("urn:user:root", "poke send admin"))
+
+
+@API.parametrize()
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_description(case: schemathesis.Case) -> None:
+    """Generated requests, good and bad, are answered as described, whatever they hold."""
+    case.call_and_validate()
