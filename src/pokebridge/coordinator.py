@@ -1,0 +1,250 @@
+"""Membership, and the leader's work: one shard map for all, changed by compare-and-swap.
+
+Every instance is a member: it renews its lease, reads the map and applies it. One member at a time
+also leads: it plans the next map from the members there are. A leader that slept through its lease
+is harmless: its write names a revision that has moved on, and is refused.
+"""
+
+import asyncio
+import random
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import msgspec
+import structlog
+
+from pokebridge.assignment import balance, repair, ring
+from pokebridge.coordination.base import Coordination, Document, Member
+from pokebridge.errors import ConfigError, CoordinationError, PokebridgeError
+from pokebridge.placement import Mode, ShardMap
+
+log = structlog.get_logger(__name__)
+
+_encode = msgspec.json.Encoder(order="sorted").encode
+_decode = msgspec.json.Decoder(ShardMap).decode
+_WRITE_ATTEMPTS = 10
+
+
+def empty_map(shard_count: int, mode: Mode) -> ShardMap:
+    """The map of a cluster that has none yet."""
+    return ShardMap(epoch=0, mode=mode, owners=(None,) * shard_count)
+
+
+class Planner:
+    """Plans the next map from the current one and the members; callers pass ``now`` in seconds.
+
+    What must move, because its owner is gone or drains, moves at once. What would only be fairer
+    waits until nobody has joined or left for ``settle_s``, so that a rolling restart does not
+    shuffle the cluster at every step.
+    """
+
+    def __init__(self, settle_s: float = 10.0) -> None:
+        self._settle_s = settle_s
+        self._seen: frozenset[tuple[str, str]] = frozenset()
+        self._changed_at = float("-inf")
+
+    def plan(self, current: ShardMap, members: Sequence[Member], now: float) -> ShardMap | None:
+        """The map that should follow ``current``; ``None`` when it may stay."""
+        seen = frozenset((member.id, member.incarnation) for member in members)
+        if seen != self._seen:
+            self._seen, self._changed_at = seen, now
+        settled = now - self._changed_at >= self._settle_s
+        draining = current.draining & {member.id for member in members}
+        weights = _weights(members, draining)
+        owners = current.owners
+        if any(owner is not None for owner in owners) or settled:
+            owners = repair(owners, weights)
+        if settled:
+            owners = balance(owners, weights)
+        if (owners, draining) == (current.owners, current.draining):
+            return None
+        return replace(current, epoch=current.epoch + 1, owners=owners, draining=draining)
+
+
+def _weights(members: Sequence[Member], draining: Collection[str]) -> dict[str, float]:
+    return {
+        member.id: member.weight
+        for member in members
+        if member.id not in draining and member.state == "active"
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """The cluster as one member last saw it."""
+
+    shard_map: ShardMap
+    members: Mapping[str, Member]
+
+    def owner_of(self, shard: int) -> Member | None:
+        """The member that owns ``shard``, if it is alive."""
+        owner = self.shard_map.owners[shard]
+        return None if owner is None else self.members.get(owner)
+
+
+class Membership:
+    """One member's part: it renews, reads, applies, and leads when it is its turn.
+
+    Args:
+        coordination: the store that all members share.
+        describe: this member's record, asked for at every renewal; ``None`` for a Coordinator
+            that runs alone: it leads, and owns nothing.
+        shard_count: the cluster's.
+        mode: of a cluster that has no map yet.
+        on_view: called with every new view, on the event loop's thread.
+        lease_s: how soon a silent member counts as gone.
+        leads: whether this one may lead.
+        by_ring: own by the ring of live members instead of by a leader's plan.
+    """
+
+    def __init__(
+        self,
+        coordination: Coordination,
+        describe: Callable[[], Member] | None,
+        *,
+        holder: str,
+        shard_count: int,
+        mode: Mode,
+        on_view: Callable[[View], None],
+        lease_s: float = 5.0,
+        leads: bool = True,
+        by_ring: bool = False,
+        planner: Planner | None = None,
+    ) -> None:
+        self._coordination = coordination
+        self._describe = describe
+        self._holder = holder
+        self._on_view = on_view
+        self._lease_s = lease_s
+        self._leads = leads and not by_ring
+        self._by_ring = by_ring
+        self._planner = planner or Planner(settle_s=2 * lease_s)
+        self._view = View(empty_map(shard_count, mode), {})
+        self._task: asyncio.Task[None] | None = None
+        self._trouble: str | None = "the cluster has not been seen yet"
+
+    @property
+    def view(self) -> View:
+        """The cluster as last seen."""
+        return self._view
+
+    @property
+    def trouble(self) -> str | None:
+        """Why the store can't be had; ``None`` when it can."""
+        return self._trouble
+
+    async def start(self) -> None:
+        """Join, see the cluster once, then keep up with it.
+
+        Raises:
+            CoordinationError: the store can't be had; a start should say so, not wait.
+            ConfigError: the cluster has another number of shards.
+        """
+        await self._round()
+        self._task = asyncio.create_task(self._keep_up())
+
+    async def close(self) -> None:
+        """Leave at once, so that nobody waits for the lease to run out."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+        try:
+            if self._leads:
+                await self._coordination.resign(self._holder)
+            if self._describe is not None:
+                member = self._describe()
+                await self._coordination.leave(member.id, member.incarnation)
+        except CoordinationError as error:
+            log.warning("could not leave the cluster", reason=str(error))
+
+    async def change(self, edit: Callable[[ShardMap], ShardMap]) -> ShardMap:
+        """Write ``edit`` of the current map, whoever leads; returns the map then in force.
+
+        Raises:
+            CoordinationError: the store can't be had, or others kept writing.
+        """
+        for _ in range(_WRITE_ATTEMPTS):
+            shard_map, stored = await self._read()
+            edited = edit(shard_map)
+            if edited == shard_map:
+                return shard_map
+            edited = replace(edited, epoch=shard_map.epoch + 1)
+            if await self._write(edited, stored):
+                self._see(edited, self._view.members.values())
+                return edited
+        raise CoordinationError("the shard map is being changed by others all the time")
+
+    # --- keeping up -------------------------------------------------------------------------------
+
+    async def _keep_up(self) -> None:
+        while True:
+            try:
+                # A third of a lease leaves room for one renewal that is lost, and one that is late.
+                pause_s = self._lease_s / 3 * random.uniform(0.8, 1.0)  # noqa: S311 - spreads load
+                await self._coordination.wait_for_change(pause_s)
+                async with asyncio.timeout(self._lease_s):
+                    await self._round()
+            except (PokebridgeError, TimeoutError) as error:
+                if self._trouble is None:
+                    log.warning("coordination lost; the last map stays", reason=str(error))
+                self._trouble = str(error) or "the store does not answer"
+                await asyncio.sleep(self._lease_s / 3 * random.uniform(0.5, 1.0))  # noqa: S311 - spreads load
+
+    async def _round(self) -> None:
+        if self._describe is not None:
+            await self._coordination.renew(self._describe(), self._lease_s)
+        members = await self._coordination.members()
+        shard_map, stored = await self._read()
+        if self._leads and await self._coordination.lead(self._holder, self._lease_s):
+            shard_map = await self._lead(shard_map, stored, members)
+        if self._trouble is not None:
+            log.info("cluster seen", epoch=shard_map.epoch, members=len(members))
+            self._trouble = None
+        self._see(shard_map, members)
+
+    async def _lead(
+        self, shard_map: ShardMap, stored: Document | None, members: Sequence[Member]
+    ) -> ShardMap:
+        """The map in force after what the leader has to do now."""
+        planned = self._planner.plan(shard_map, members, asyncio.get_running_loop().time())
+        if planned is None and stored is None:
+            planned = replace(shard_map, epoch=shard_map.epoch + 1)  # a store that is new, or lost
+        if planned is None or not await self._write(planned, stored):
+            return shard_map
+        log.info("shard map changed", epoch=planned.epoch, members=len(members))
+        return planned
+
+    async def _read(self) -> tuple[ShardMap, Document | None]:
+        """The map in force, and the document to replace.
+
+        A document that is behind what we have seen is one of a store that lost its data: the map
+        that we remember goes on, and the next write restores it.
+        """
+        stored = await self._coordination.read()
+        known = self._view.shard_map
+        if stored is None:
+            return known, None
+        shard_map = _decode(stored.body)
+        if shard_map.shard_count != known.shard_count:
+            raise ConfigError(
+                f"shard_count: the cluster has {shard_map.shard_count}, "
+                f"this instance {known.shard_count}"
+            )
+        return (shard_map if shard_map.epoch >= known.epoch else known), stored
+
+    async def _write(self, shard_map: ShardMap, stored: Document | None) -> bool:
+        revision = None if stored is None else stored.revision
+        return await self._coordination.write(_encode(shard_map), revision)
+
+    def _see(self, shard_map: ShardMap, members: Collection[Member]) -> None:
+        """Take a view over, unless its map is older than the one in force."""
+        if shard_map.epoch < self._view.shard_map.epoch:
+            return
+        if self._by_ring:
+            weights = _weights(list(members), shard_map.draining)
+            shard_map = replace(shard_map, owners=ring(shard_map.shard_count, weights))
+        view = View(shard_map, {member.id: member for member in members})
+        if view != self._view:
+            self._view = view
+            self._on_view(view)
