@@ -14,7 +14,7 @@ import click
 import httpx
 
 from pokebridge.cli.options import config_option
-from pokebridge.errors import AuthError, ConfigError, UnavailableError
+from pokebridge.errors import AuthError, ConfigError, PokebridgeError, UnavailableError
 from pokebridge.settings import load_settings
 from pokebridge.tokens import sign_token
 
@@ -161,4 +161,4 @@ class Api:
             )
         if response.status_code in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
             raise AuthError(f"the token was refused ({response.status_code}): {detail}")
-        raise click.ClickException(f"{self.url} answered {response.status_code}: {detail}")
+        raise PokebridgeError(f"{self.url} answered {response.status_code}: {detail}")

@@ -48,21 +48,21 @@ def serve(config: Path | None, **overrides: Any) -> None:
     POKEBRIDGE_SHARD_COUNT. A flag beats the environment, which beats the file. The secrets
     jwt_secret and jwt_previous_secret have no flag.
     """
-    settings = load_settings(config, overrides)
-    configure_logging(settings.log_format, settings.log_level)
-    uvloop.run(_serve(settings))
-
-
-async def _serve(settings: Settings) -> None:
     # The web framework takes half a second to import; the other commands do without.
     from pokebridge import server  # noqa: PLC0415
 
-    transport = await open_transport(
-        settings.transport, instance=settings.instance, cluster=settings.cluster
-    )
-    try:
-        mailbox = await open_mailbox(settings.mailbox)
-    except BaseException:
-        await transport.close()
-        raise
-    await server.serve(settings, transport=transport, mailbox=mailbox)
+    settings = load_settings(config, overrides)
+    configure_logging(settings.log_format, settings.log_level)
+
+    async def run() -> None:
+        transport = await open_transport(
+            settings.transport, instance=settings.instance, cluster=settings.cluster
+        )
+        try:
+            mailbox = await open_mailbox(settings.mailbox)
+        except BaseException:
+            await transport.close()
+            raise
+        await server.serve(settings, transport=transport, mailbox=mailbox)
+
+    uvloop.run(run())

@@ -1,0 +1,158 @@
+"""What holds for every command: help, one line for an error, the exit status."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+from tests.cli.conftest import Result, Run
+from tests.support import free_port
+from tests.support.serving import POKEBRIDGE
+
+from pokebridge.cli import cli
+
+SHORT = "hunter2"
+
+
+def assert_one_line(result: Result, status: int, text: str) -> None:
+    """The command said ``text`` on stderr, in one line, and nothing else."""
+    assert result.out == ""
+    assert result.err.startswith("pokebridge: ")
+    assert result.err.count("\n") == 1
+    assert text in result.err
+    assert result.status == status
+
+
+def test_every_command_has_help_with_an_example(run: Run) -> None:
+    """And the group lists them all."""
+    overview = run("--help")
+    assert overview.status == 0
+    assert {"serve", "poke", "send", "listen", "token", "bench"} <= set(cli.commands)
+    for name, command in cli.commands.items():
+        assert name in overview.out
+        shown = run(name, "--help")
+        assert shown.status == 0
+        assert f"pokebridge {name}" in shown.out.partition("Example")[2]
+        options = {option for item in command.params for option in item.opts}
+        assert "--json" in options or name == "serve"
+
+
+def test_without_a_command_the_help_is_shown(run: Run) -> None:
+    """It is a usage error all the same, so it goes to stderr."""
+    result = run()
+    assert result.status == 2
+    assert "Usage: pokebridge" in result.err
+
+
+def test_the_version_is_shown(run: Run) -> None:
+    """--version, for bug reports."""
+    assert run("--version").out.startswith("pokebridge, version 0.")
+
+
+def test_the_module_is_the_command() -> None:
+    """It is python -m pokebridge, where the script is not on the PATH."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pokebridge", "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("pokebridge, version")
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (["fly"], "No such command 'fly'"),
+        (["poke"], "Missing argument"),
+        (["poke", "bob", "--what"], "No such option"),
+        (["poke", "bob", "--url", "ftp://x"], "--url: must be an http:// or https:// URL"),
+        (["poke", "bob", "--url", "http://"], "--url: must be an http:// or https:// URL"),
+        (
+            ["poke", "bob", "--url", "http://127.0.0.1:x"],
+            "--url: must be an http:// or https:// URL",
+        ),
+        (["poke", "bob", "--token", "two words"], "--token: must be a JWT"),
+        (["poke", "bob", "--config", "/no/such/file"], "config /no/such/file: No such file"),
+        (["send", "bob", "x", "--ttl-s", "soon"], "--ttl-s"),
+        (["bench", "--clients", "0"], "--clients"),
+        (["bench", "--clients", "100000000"], "--clients: at most"),
+        (["bench", "--pokes-per-s", "1", "--messages-per-s", "1"], "exclude each other"),
+        (["serve"], "jwt_secret"),
+        (["serve", "--dev", "--port", "http"], "--port: must be a valid integer"),
+        (["serve", "--dev", "--transport", "kafka://x"], "transport: must be memory://"),
+        (["serve", "--dev", "--mailbox", "mysql://x"], "mailbox: must be sqlite:///FILE"),
+        (["serve", "--dev", "--mailbox", "sqlite:////no/such/dir/x.db"], "/no/such/dir"),
+        (["serve", "--dev", "--mode", "partitioned"], "--mode: must be fanout"),
+        (["serve", "--dev", "--roles", "gateway"], "--roles: must be all"),
+    ],
+)
+def test_a_wrong_use_is_one_line_and_status_2(run: Run, args: list[str], text: str) -> None:
+    """Whatever was asked for wrongly is named, and nothing is tried."""
+    assert_one_line(run(*args), 2, text)
+
+
+def test_a_wrong_variable_is_one_line_and_status_2(run: Run) -> None:
+    """Also for a command that only reads the secret, which it does not repeat."""
+    result = run("poke", "bob", POKEBRIDGE_JWT_SECRET=SHORT)
+    assert_one_line(result, 2, "POKEBRIDGE_JWT_SECRET: must have at least 32 bytes")
+    assert SHORT not in result.err
+
+
+@pytest.mark.parametrize(
+    "args", [["poke", "bob"], ["send", "bob", "x"], ["bench", "--ramp-s", "0"]]
+)
+def test_a_refused_connection_is_one_line_and_status_1(run: Run, args: list[str]) -> None:
+    """Nobody listens there."""
+    url = f"http://127.0.0.1:{free_port()}"
+    result = run(*args, "--url", url, POKEBRIDGE_JWT_SECRET="x" * 32)
+    assert result.status == 1
+    assert result.err.splitlines()[-1].startswith("pokebridge: ")
+    assert "Traceback" not in result.err
+
+
+def test_a_port_that_is_taken_is_one_line_and_status_2(run: Run) -> None:
+    """It says which address it could not have."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = run("serve", "--dev", "--port", str(port), "--mailbox", "memory://")
+    assert result.status == 2
+    assert f"127.0.0.1:{port}" in result.err
+    assert result.err.count("\n") == 1
+
+
+def test_an_interrupt_is_quiet(clean_environment: None) -> None:
+    """Ctrl-C while a command waits for an instance that does not answer: status 130, no words."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        process = subprocess.Popen(
+            [POKEBRIDGE, "poke", "bob", "--url", url, "--token", "a.b.c"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        connection, _ = silent.accept()
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=10)
+        connection.close()
+    assert (process.returncode, out.strip()) == (130, "")
+
+
+def test_a_closed_pipe_is_no_traceback(clean_environment: None) -> None:
+    """`pokebridge … | head` may leave us without a reader."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [POKEBRIDGE, "--help"], stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writer)
+    assert done.stderr == ""
+
+
+def test_commands_do_not_import_the_server() -> None:
+    """A poke from a shell script should not wait for a web framework to be imported."""
+    code = "import sys, pokebridge.cli; print('fastapi' in sys.modules, 'uvicorn' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]

@@ -1,0 +1,58 @@
+"""The command serve, as an operator starts and stops it."""
+
+import json
+import signal
+import subprocess
+from pathlib import Path
+
+import httpx
+from tests.cli.conftest import Run
+from tests.support import block_until, free_port
+from tests.support.serving import JWT_SECRET, POKEBRIDGE
+
+from pokebridge.settings import Settings
+
+
+def test_a_configured_instance_serves_and_stops(clean_environment: None, tmp_path: Path) -> None:
+    """Settings from the file reach it; SIGTERM ends it with status 0; the log is JSON."""
+    port = free_port()
+    config = tmp_path / "pokebridge.toml"
+    config.write_text(
+        f'port = {port}\njwt_secret = "{JWT_SECRET}"\ninstance = "blue"\ndrain_s = 0\n'
+        'mailbox = "sqlite:///here.db"\n'
+    )
+    process = subprocess.Popen(
+        [POKEBRIDGE, "serve", "--config", config],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        block_until(lambda: _answers(url), timeout_s=30)
+        assert httpx.post(f"{url}/v1/dev/token", json={"sub": "bob"}).status_code == 404
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert (process.returncode, out) == (0, "")
+    assert (tmp_path / "here.db").exists()
+    lines = [json.loads(line) for line in err.splitlines()]
+    assert any(line.get("url") == url for line in lines)
+    assert JWT_SECRET not in err
+
+
+def test_every_setting_but_the_secrets_has_a_flag(run: Run) -> None:
+    """A secret in a command line is no secret."""
+    shown = run("serve", "--help").out
+    for name in Settings.model_fields:
+        has_flag = f" --{name.replace('_', '-')} " in shown
+        assert has_flag == (name not in {"jwt_secret", "jwt_previous_secret"})
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/readyz").is_success
+    except httpx.TransportError:
+        return False
