@@ -1,0 +1,207 @@
+"""Finds the subscriptions that dead instances left behind, without any coordination.
+
+A subscription is alive when somebody reads it, so that is what is tested, and nothing else is
+believed: no heartbeat, no clock, no list of members. Every reader of ours acknowledges on receipt.
+So the janitor publishes a probe, and looks after a while what each subscription still has to give;
+what it gets by looking it gives back at once. Where a message goes unacknowledged for a minute,
+although it was offered to every reader again and again, there is no reader.
+
+The age of a message is told by the service's own clock: its publish time, against the latest
+publish time seen anywhere plus what has passed since. That is a lower bound, so an error makes the
+janitor miss an orphan until the next sweep, never take a live one for dead.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from pokebridge.transport.google_pubsub_api import PubSubApi, PubSubError
+
+NAME_PREFIX = "poke-sub-"
+DEAD_AFTER_S = 60.0
+"""A paused instance is dead by then for its clients as well: they hang up after 45 s."""
+LOOKS_A_LIFE = 20
+EMPTY_LOOKS = 3
+STRIKES = 2
+LOOK_LIMIT = 100
+PAGE_SIZE = 1000
+MAX_CALLS_AT_ONCE = 20
+
+
+class Orphan(NamedTuple):
+    """A subscription that nobody reads. ``problem`` says why it could not be deleted."""
+
+    subscription: str
+    instance: str
+    unread_s: float
+    deleted: bool
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SweepReport:
+    """What a sweep found among the cluster's subscriptions, the sweeper's own aside."""
+
+    examined: int
+    orphans: tuple[Orphan, ...]
+    dry_run: bool
+
+
+async def list_subscriptions(api: PubSubApi, topic: str, cluster: str) -> AsyncIterator[Any]:
+    """The subscriptions of ``cluster``'s instances on ``topic``, at one call per 1,000.
+
+    Raises:
+        PubSubError: they can't be listed.
+    """
+    token = ""
+    while True:
+        page = await api.call(
+            "ListSubscriptions",
+            project=f"projects/{api.project}",
+            page_size=PAGE_SIZE,
+            page_token=token,
+        )
+        for found in page.subscriptions:
+            short_name = found.name.rpartition("/")[2]
+            ours = short_name.startswith(NAME_PREFIX) and found.labels.get("cluster") == cluster
+            if ours and found.topic == topic:
+                yield found
+        token = page.next_page_token
+        if not token:
+            return
+
+
+@dataclass(slots=True)
+class _Suspect:
+    name: str
+    instance: str
+    feed: str
+    due_s: float = 0.0
+    horizon_s: float | None = None
+    """Only messages published before the first look count: a busy reader always has newer ones."""
+    empty_looks: int = 0
+    strikes: int = 0
+    unread_s: float = 0.0
+
+    @property
+    def is_alive(self) -> bool:
+        return self.empty_looks >= EMPTY_LOOKS
+
+    @property
+    def is_dead(self) -> bool:
+        return self.strikes >= STRIKES
+
+
+@dataclass(slots=True)
+class Sweep:
+    """One sweep.
+
+    Args:
+        keep: the full names of the subscriptions that the sweeper itself reads.
+        publish: publishes a probe for each of these feeds (a label ``feed``: a shard's number,
+            ``untagged`` or ``all``).
+        dead_after_s: how long a message must go unacknowledged. A sweep takes a sixth of it, and
+            half as long again where there is an orphan.
+    """
+
+    api: PubSubApi
+    topic: str
+    cluster: str
+    keep: Collection[str]
+    publish: Callable[[Iterable[str]], Awaitable[None]]
+    dead_after_s: float = DEAD_AFTER_S
+    dry_run: bool = False
+    _server_lead_s: float = float("-inf")
+    _calls: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_CALLS_AT_ONCE))
+
+    async def run(self) -> SweepReport:
+        """Find the orphans, and delete them unless it is a dry run.
+
+        Raises:
+            PubSubError: the subscriptions can't be listed, or looked into.
+        """
+        suspects = [
+            _Suspect(found.name, found.labels.get("instance", ""), found.labels.get("feed", ""))
+            async for found in list_subscriptions(self.api, self.topic, self.cluster)
+            if found.name not in self.keep
+        ]
+        dead = await self._judge(suspects)
+        orphans = await asyncio.gather(*(self._bury(suspect) for suspect in dead))
+        return SweepReport(len(suspects), tuple(orphans), self.dry_run)
+
+    async def _judge(self, suspects: list[_Suspect]) -> list[_Suspect]:
+        """Those that nobody reads."""
+        undecided = suspects
+        look_every_s = self.dead_after_s / LOOKS_A_LIFE
+        end_s = time.monotonic() + 1.5 * self.dead_after_s
+        looks = 0
+        while undecided and time.monotonic() < end_s:
+            if looks < EMPTY_LOOKS:  # the first may still be handed to a dead reader
+                await self.publish({suspect.feed for suspect in undecided})
+            looks += 1
+            await asyncio.sleep(look_every_s)
+            now_s = time.monotonic()
+            await asyncio.gather(*(self._look(s) for s in undecided if s.due_s <= now_s))
+            undecided = [s for s in undecided if not (s.is_alive or s.is_dead)]
+        return [suspect for suspect in suspects if suspect.is_dead]
+
+    async def _look(self, suspect: _Suspect) -> None:
+        """See what has gone unread, and give it back."""
+        try:
+            published_s = await self._peek(suspect.name)
+        except PubSubError as error:
+            if error.is_missing:
+                suspect.empty_looks = EMPTY_LOOKS  # deleted, by its owner or by another janitor
+            elif not error.is_transient:
+                raise
+            return
+        now_s = time.monotonic()
+        for moment_s in published_s:
+            self._server_lead_s = max(self._server_lead_s, moment_s - now_s)
+        server_s = now_s + self._server_lead_s
+        if suspect.horizon_s is None and published_s:
+            # This host's clock may be wrong: that could hide an orphan, never make one.
+            suspect.horizon_s = max(server_s, time.time())
+        unread = [moment_s for moment_s in published_s if moment_s <= (suspect.horizon_s or 0.0)]
+        if not unread:
+            suspect.empty_looks += 1
+            suspect.strikes = 0
+            return
+        suspect.unread_s = server_s - min(unread)
+        if suspect.unread_s >= self.dead_after_s:
+            suspect.strikes += 1
+        else:
+            suspect.strikes = 0
+            suspect.due_s = now_s + self.dead_after_s - suspect.unread_s
+
+    async def _peek(self, subscription: str) -> list[float]:
+        """When the messages were published that wait in ``subscription``, in Unix time."""
+        async with self._calls:
+            pulled = await self.api.call(
+                "Pull", subscription=subscription, max_messages=LOOK_LIMIT, return_immediately=True
+            )
+            if not pulled.received_messages:
+                return []
+            await self.api.call(
+                "ModifyAckDeadline",
+                subscription=subscription,
+                ack_ids=[received.ack_id for received in pulled.received_messages],
+                ack_deadline_seconds=0,
+            )
+        return [
+            received.message.publish_time.ToNanoseconds() / 1e9
+            for received in pulled.received_messages
+        ]
+
+    async def _bury(self, suspect: _Suspect) -> Orphan:
+        problem = None
+        if not self.dry_run:
+            try:
+                async with self._calls:
+                    await self.api.call("DeleteSubscription", subscription=suspect.name)
+            except PubSubError as error:
+                problem = None if error.is_missing else str(error)
+        deleted = not self.dry_run and problem is None
+        return Orphan(suspect.name, suspect.instance, suspect.unread_s, deleted, problem)

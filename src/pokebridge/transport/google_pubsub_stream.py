@@ -1,0 +1,355 @@
+"""One Pub/Sub subscription of an instance: created, streamed, restored for ever, deleted.
+
+What can happen to it, and what is made of it:
+
+- The stream ends (every half hour, an outage, a dead connection): it is opened again with full
+  jitter. The subscription keeps what is published meanwhile, so that is a gap only when it took
+  nearly as long as messages are kept.
+- The subscription is gone, or hangs on a topic that was deleted: it is made anew: a gap.
+- Nothing is heard for a while: a probe of its own asks whether it still delivers. If not, the
+  stream is opened again, and the subscription looked at.
+
+A gap is reported only when a probe has come through the restored stream.
+"""
+
+import asyncio
+import random
+import secrets
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+import structlog
+
+from pokebridge.errors import TransportError
+from pokebridge.transport.base import Feed, Receiver, Selection
+from pokebridge.transport.google_pubsub_api import (
+    PubSubApi,
+    PubSubError,
+    StreamingCall,
+    StreamingPullRequest,
+)
+from pokebridge.wire import encode_probe
+
+ACK_DEADLINE_S = 10
+RETENTION_S = 600
+EXPIRY_S = 24 * 60 * 60
+ACK_EVERY_S = 0.1
+MAX_ACKS_A_REQUEST = 2500  # Google's limit is 512 KiB a request; its own clients send as many
+MAX_OUTSTANDING_MESSAGES = 10_000
+MAX_OUTSTANDING_BYTES = 16 * 1024 * 1024
+# Google closes a stream whose client says nothing for a minute.
+HEARTBEAT_S = 30.0
+# An outage is noticed up to a heartbeat and a keepalive late; so much is allowed for.
+COVERED_S = RETENTION_S - 120
+QUIET_S = 60.0
+WATCH_S = 5.0
+PROOF_TIMEOUT_S = 10.0
+PROOF_RETRY_S = 0.25
+SETTLE_S = 5.0
+BACKOFF_BASE_S, BACKOFF_CAP_S = 0.1, 5.0
+STABLE_S = 10.0
+DELETE_TIMEOUT_S = 5.0
+SHARD_ATTRIBUTE = "shard"
+
+log = structlog.get_logger(__name__)
+
+
+def filter_for(selection: Selection) -> str:
+    """The Pub/Sub filter for ``selection``; empty when it takes everything."""
+    if selection is Feed.ALL:
+        return ""
+    if selection is Feed.UNTAGGED:
+        return f"NOT attributes:{SHARD_ATTRIBUTE}"
+    return f'attributes.{SHARD_ATTRIBUTE} = "{selection}"'
+
+
+class PulledSubscription:
+    """A subscription and the stream that pulls from it.
+
+    Args:
+        name: its full resource name.
+        topic: the topic's.
+        labels: say whose it is; no other subscription of that name is ever replaced.
+        publish: publishes the body of a probe so that this subscription selects it.
+        with_topic: does a call that needs the topic, after seeing to the topic if it is missing.
+        on_closed: called when it is closed and deleted.
+    """
+
+    def __init__(
+        self,
+        api: PubSubApi,
+        name: str,
+        topic: str,
+        *,
+        labels: Mapping[str, str],
+        selection: Selection,
+        receiver: Receiver,
+        publish: Callable[[bytes], Awaitable[None]],
+        with_topic: Callable[[Callable[[], Awaitable[None]]], Awaitable[None]],
+        on_closed: Callable[[], None],
+    ) -> None:
+        self._api = api
+        self.name = name
+        self._topic = topic
+        self._labels = dict(labels)
+        self._selection = selection
+        self._receiver = receiver
+        self._publish = publish
+        self._with_topic = with_topic
+        self._on_closed = on_closed
+        self._wanted_shard = None if isinstance(selection, Feed) else str(selection)
+        self._client_id = secrets.token_hex(16)
+        self._acks: list[str] = []
+        self._has_acks = asyncio.Event()
+        self._proof = b""
+        self._proven = asyncio.Event()
+        self._gap: str | None = None
+        self._gone = False
+        self._doubted = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._heard_s = self._good_s = self._loop.time()
+        self._denied: asyncio.Future[PubSubError] = self._loop.create_future()
+        self._task: asyncio.Task[None] | None = None
+        self._may_exist = False
+        self._closed = False
+
+    async def open(self, *, await_refusal_s: float) -> None:
+        """Create it and start to receive.
+
+        Raises:
+            TransportError: it can't be created, or reading it is refused within
+                ``await_refusal_s``: the service does not say when it accepts a stream.
+        """
+        await self._create()
+        self._gone, self._gap = False, None
+        self._task = asyncio.create_task(self._run(), name=self.name)
+        await asyncio.wait({self._denied}, timeout=await_refusal_s)
+        if self._denied.done():
+            raise self._denied.result()
+
+    async def close(self) -> None:
+        """Stop receiving and delete it; what can't be deleted is left to the janitor."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        try:
+            if self._may_exist:
+                await self._api.call(
+                    "DeleteSubscription", subscription=self.name, timeout_s=DELETE_TIMEOUT_S
+                )
+        except PubSubError as error:
+            if not error.is_missing:
+                log.warning("subscription left behind", subscription=self.name, reason=str(error))
+        finally:
+            self._on_closed()
+
+    def lose(self, reason: str) -> None:
+        """The subscription is of no use any more: have it made anew, and report a gap."""
+        self._gone = True
+        self._gap = reason
+        self._doubted.set()
+
+    # --- the subscription -----------------------------------------------------------------------
+
+    async def _create(self) -> None:
+        try:
+            await self._with_topic(self._call_create)
+        except PubSubError as error:
+            if not error.is_taken:
+                raise
+            await self._replace()
+
+    async def _call_create(self) -> None:
+        self._may_exist = True
+        try:
+            await self._api.call(
+                "CreateSubscription",
+                name=self.name,
+                topic=self._topic,
+                labels=self._labels,
+                filter=filter_for(self._selection),
+                ack_deadline_seconds=ACK_DEADLINE_S,
+                message_retention_duration={"seconds": RETENTION_S},
+                expiration_policy={"ttl": {"seconds": EXPIRY_S}},
+            )
+        except PubSubError as error:
+            self._may_exist = error.is_transient
+            raise
+
+    async def _replace(self) -> None:
+        """Make it anew where an earlier life of this instance, or a lost answer, left one.
+
+        It is never shared: two readers of one subscription would hear half each.
+        """
+        found = await self._api.call("GetSubscription", subscription=self.name)
+        if dict(found.labels) != self._labels:
+            raise TransportError(f"{self.name} belongs to somebody else: {dict(found.labels)}")
+        log.warning("replacing a subscription of this instance's name", subscription=self.name)
+        await self._api.call("DeleteSubscription", subscription=self.name)
+        await self._with_topic(self._call_create)
+
+    async def _is_attached(self) -> bool:
+        """Whether it still exists and hangs on the topic, not on a deleted one of that name."""
+        try:
+            found = await self._api.call("GetSubscription", subscription=self.name)
+        except PubSubError as error:
+            return not error.is_missing
+        return bool(found.topic == self._topic)
+
+    # --- the stream -----------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        attempts = 0
+        while True:
+            began_s = self._loop.time()
+            try:
+                if self._gone:
+                    await self._create()
+                    self._gone = False
+                await self._stream()
+            except PubSubError as error:
+                self._note(error)
+            except Exception:  # whatever it was, to give up is to go silent
+                log.exception("stream broke", subscription=self.name)
+            if self._loop.time() - began_s > STABLE_S:
+                attempts = 0
+            cap_s = min(BACKOFF_CAP_S, BACKOFF_BASE_S * 2**attempts)
+            await asyncio.sleep(random.uniform(0, cap_s))  # noqa: S311 - spreads load
+            attempts = min(attempts + 1, 10)
+
+    def _note(self, error: PubSubError) -> None:
+        if error.is_missing:
+            log.warning("subscription gone", subscription=self.name, reason=str(error))
+            self.lose("the subscription was gone")
+        elif error.is_transient:
+            log.info("stream ended", subscription=self.name, reason=str(error))
+        else:
+            log.error("stream refused", subscription=self.name, reason=str(error))
+        if error.is_denied and not self._denied.done():
+            self._denied.set_result(error)
+
+    async def _stream(self) -> None:
+        """Receive until the stream ends; raises PubSubError when it broke."""
+        async with self._api.stream(self.name) as call:
+            await call.write(
+                StreamingPullRequest(
+                    subscription=self.name,
+                    client_id=self._client_id,
+                    stream_ack_deadline_seconds=ACK_DEADLINE_S,
+                    max_outstanding_messages=MAX_OUTSTANDING_MESSAGES,
+                    max_outstanding_bytes=MAX_OUTSTANDING_BYTES,
+                )
+            )
+            self._doubted.clear()
+            self._heard_s = self._loop.time()
+            tasks = [
+                asyncio.create_task(part)
+                for part in (self._read(call), self._write(call), self._watch())
+            ]
+            try:
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                for task in tasks:
+                    if task.done() and not task.cancelled():
+                        task.result()
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _read(self, call: StreamingCall) -> None:
+        async for response in call:
+            self._take(response)
+
+    def _take(self, response: Any) -> None:
+        """Acknowledge on receipt: a poke is worthless later, and its version in the mailbox."""
+        self._mark_good()
+        self._heard_s = self._good_s
+        for received in response.received_messages:
+            self._acks.append(received.ack_id)
+            message = received.message
+            if self._selection is Feed.ALL or self._selects(message.attributes):
+                body = message.data
+                self._receiver.on_signal(body)
+                if body == self._proof:
+                    self._proven.set()
+        self._has_acks.set()
+
+    def _selects(self, attributes: Mapping[str, str]) -> bool:
+        """Whether a message passes the filter: Google's emulator keeps filters and ignores them."""
+        return attributes.get(SHARD_ATTRIBUTE) == self._wanted_shard
+
+    async def _write(self, call: StreamingCall) -> None:
+        """Acknowledge in batches, or say at least that we are there."""
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(HEARTBEAT_S):
+                    await self._has_acks.wait()
+                    await asyncio.sleep(ACK_EVERY_S)
+            self._has_acks.clear()
+            acks, self._acks = self._acks, []
+            for start in range(0, max(len(acks), 1), MAX_ACKS_A_REQUEST):
+                batch = acks[start : start + MAX_ACKS_A_REQUEST]
+                await call.write(StreamingPullRequest(ack_ids=batch))
+            self._mark_good()
+
+    # --- gaps -----------------------------------------------------------------------------------
+
+    def _mark_good(self) -> None:
+        """The stream is up now. If it last was so too long ago, messages are lost."""
+        now_s = self._loop.time()
+        if now_s - self._good_s > COVERED_S:
+            self._gap = f"cut off for {now_s - self._good_s:.0f} s"
+            self._doubted.set()
+        self._good_s = now_s
+
+    async def _watch(self) -> None:
+        """Report gaps once the stream is proven; return when it is to be opened again."""
+        while not self._gone:
+            if self._loop.time() - self._good_s > COVERED_S:
+                self._mark_good()
+            self._doubted.clear()
+            gap, quiet_s = self._gap, self._loop.time() - self._heard_s
+            if gap is not None or quiet_s > QUIET_S:
+                if not await self._prove():
+                    if not await self._is_attached():
+                        self.lose("the subscription was gone or its topic deleted")
+                    return
+                self._heard_s = self._loop.time()
+                if gap is not None and not self._gone:
+                    self._gap = None
+                    log.warning("gap", subscription=self.name, reason=gap)
+                    self._receiver.on_gap(self._selection, gap)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(WATCH_S):
+                    await self._doubted.wait()
+
+    async def _prove(self) -> bool:
+        """Whether a probe comes through.
+
+        Who may not publish can't ask: then a new subscription is given the time that Google's were
+        measured to need, several times over.
+        """
+        self._proof = encode_probe(secrets.token_hex(8))
+        self._proven.clear()
+        wait_s = PROOF_RETRY_S
+        try:
+            async with asyncio.timeout(PROOF_TIMEOUT_S):
+                while not self._proven.is_set():
+                    await self._publish(self._proof)
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(wait_s):
+                            await self._proven.wait()
+                    wait_s *= 2
+        except TimeoutError:
+            return False
+        except PubSubError as error:
+            if error.is_denied:
+                await asyncio.sleep(SETTLE_S)
+            return error.is_denied
+        finally:
+            self._proof = b""
+        return True
