@@ -1,0 +1,108 @@
+"""Coordination within one process."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from pokebridge.coordination.base import Document, Member
+from pokebridge.errors import CoordinationError
+
+
+@dataclass(slots=True)
+class _Store:
+    """What all ends share; leases are deadlines of one clock."""
+
+    members: dict[str, tuple[Member, float]] = field(default_factory=dict)
+    document: Document | None = None
+    leader: tuple[str, float] | None = None
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class MemoryCoordination:
+    """A store for everyone in this process who holds an end of it (``connect``).
+
+    ``clock`` is monotonic, in seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._store = _Store()
+        self._closed = False
+
+    def connect(self) -> "MemoryCoordination":
+        """Another end of the same store."""
+        other = MemoryCoordination(self._clock)
+        other._store = self._store
+        return other
+
+    async def renew(self, member: Member, lease_s: float) -> None:
+        """Be a member for ``lease_s`` seconds from now."""
+        store = self._open_store()
+        known = store.members.get(member.id)
+        store.members[member.id] = (member, self._clock() + lease_s)
+        if known is None or known[0] != member:
+            self._announce()
+
+    async def leave(self, member_id: str, incarnation: str) -> None:
+        """Be one no more, unless another incarnation has taken over."""
+        store = self._open_store()
+        known = store.members.get(member_id)
+        if known is not None and known[0].incarnation == incarnation:
+            del store.members[member_id]
+            self._announce()
+
+    async def members(self) -> list[Member]:
+        """Everyone whose lease lasts, by id."""
+        store, now = self._open_store(), self._clock()
+        store.members = {key: held for key, held in store.members.items() if held[1] > now}
+        return [member for _, (member, _) in sorted(store.members.items())]
+
+    async def read(self) -> Document | None:
+        """The shared document."""
+        return self._open_store().document
+
+    async def write(self, body: bytes, revision: int | None) -> bool:
+        """Replace the document if it is still at ``revision``."""
+        store = self._open_store()
+        current = None if store.document is None else store.document.revision
+        if revision != current:
+            return False
+        store.document = Document(body, (current or 0) + 1)
+        self._announce()
+        return True
+
+    async def lead(self, holder: str, lease_s: float) -> bool:
+        """Become the leader, or stay it."""
+        store, now = self._open_store(), self._clock()
+        if store.leader is not None and store.leader[0] != holder and store.leader[1] > now:
+            return False
+        store.leader = (holder, now + lease_s)
+        return True
+
+    async def resign(self, holder: str) -> None:
+        """Lead no more, if ``holder`` does."""
+        store = self._open_store()
+        if store.leader is not None and store.leader[0] == holder:
+            store.leader = None
+
+    async def wait_for_change(self, timeout_s: float) -> None:
+        """Return at the next change, or after ``timeout_s`` seconds."""
+        changed = self._open_store().changed
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await changed.wait()
+
+    async def close(self) -> None:
+        """Close this end."""
+        self._closed = True
+
+    def _open_store(self) -> _Store:
+        if self._closed:
+            raise CoordinationError("the in-process coordination is closed")
+        return self._store
+
+    def _announce(self) -> None:
+        self._store.changed.set()
+        self._store.changed = asyncio.Event()
