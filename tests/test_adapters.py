@@ -62,6 +62,17 @@ async def test_a_transport_url_of_the_wrong_form_is_refused() -> None:
         await open_transport("memory://host", instance="a", cluster="c")
 
 
+async def test_the_path_of_a_pubsub_url_is_the_topic() -> None:
+    """Project and topic reach the adapter, which refuses them here; the topic has a default."""
+    for url, said in (
+        ("pubsub://pro_ject/topic-a", "'pro_ject' can't be a project"),
+        ("pubsub://project-a/google", "'google' can't be a topic"),
+        ("pubsub://pro_ject", "pubsub://pro_ject/push-notifications"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            await open_transport(url, instance="a", cluster="c")
+
+
 async def test_a_missing_driver_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     """A part whose driver is not installed says what to install; a bug of ours stays a bug."""
     missing = "no_such_driver"

@@ -63,7 +63,7 @@ async def _open(part: str, adapters: Mapping[str, _Adapter[_Part]], choice: _Cho
         _refuse(part, " or ".join({adapter.form: None for adapter in adapters.values()}))
     try:
         return await adapter.open(choice)
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         if adapter.extra is None or (error.name or "").startswith("pokebridge"):
             raise
         raise MissingExtraError(scheme, adapter.extra) from error
@@ -113,6 +113,15 @@ async def _redis_transport(choice: _Choice) -> Transport:
     )
 
 
+async def _google_transport(choice: _Choice) -> Transport:
+    from pokebridge.transport.google_pubsub import DEFAULT_TOPIC, GooglePubSubTransport
+
+    project, _, topic = choice.url.removeprefix("pubsub://").partition("/")
+    return await GooglePubSubTransport.connect(
+        project, topic or DEFAULT_TOPIC, instance=choice.instance, cluster=choice.cluster
+    )
+
+
 _NATS = _Adapter(_nats_transport, "nats://HOST:PORT", "nats")
 _REDIS = _Adapter(_redis_transport, "redis://HOST:PORT/DB", "redis")
 
@@ -122,6 +131,7 @@ _TRANSPORTS: Mapping[str, _Adapter[Transport]] = {
     "tls": _NATS,  # NATS over TLS, as its own clients spell it
     "redis": _REDIS,
     "rediss": _REDIS,
+    "pubsub": _Adapter(_google_transport, "pubsub://PROJECT/TOPIC", "pubsub"),
 }
 _MAILBOXES: Mapping[str, _Adapter[Mailbox]] = {
     "sqlite": _Adapter(_sqlite_mailbox, "sqlite:///FILE"),

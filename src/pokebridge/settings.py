@@ -138,8 +138,8 @@ class Settings(BaseModel):
     """What this instance does: gateway,api,processor,coordinator."""
 
     transport: _PartUrl = "memory://"
-    """URL of what carries pokes between instances: nats://HOST:PORT, redis://HOST:PORT/DB, or
-    memory:// for this process only."""
+    """URL of what carries pokes between instances: nats://HOST:PORT, redis://HOST:PORT/DB,
+    pubsub://PROJECT/TOPIC, or memory:// for this process only."""
     mailbox: _PartUrl = "sqlite:///pokebridge.db"
     """URL of what keeps the messages: sqlite:///FILE or memory://."""
     coordination: Annotated[
