@@ -55,7 +55,7 @@ endif
 check: setup  ## formatting, lint, types, layers, docstrings, style rules
 	@$(BIN)/ruff format --check --quiet $(CODE)
 	@$(BIN)/ruff check --quiet $(CODE)
-	@$(BIN)/mypy --no-error-summary
+	@$(BIN)/mypy --no-error-summary $(CODE)
 	@$(BIN)/lint-imports --no-cache > $(VENV)/lint-imports.log || { cat $(VENV)/lint-imports.log; exit 1; }
 	@$(BIN)/interrogate --quiet src
 	@$(BIN)/pytest -q tests/test_style.py

@@ -86,22 +86,26 @@ def test_files_hold_one_idea() -> None:
 
 
 def test_durations_end_in_their_unit() -> None:
-    """A parameter or field that is a span of time says its unit last: ``timeout_s``."""
+    """A number that is a span of time says its unit last: ``timeout_s``."""
     unitless = [
         f"{path}:{line} {name}"
         for path, tree in _trees("src/**/*.py")
-        for name, line in _declared_names(tree)
+        for name, line in _declared_numbers(tree)
         if DURATION.search(name.lower())
     ]
     assert not unitless
 
 
-def _declared_names(tree: ast.Module) -> Iterator[tuple[str, int]]:
+def _declared_numbers(tree: ast.Module) -> Iterator[tuple[str, int]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.arg):
-            yield node.arg, node.lineno
+            name, annotation = node.arg, node.annotation
         elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            yield node.target.id, node.lineno
+            name, annotation = node.target.id, node.annotation
+        else:
+            continue
+        if annotation and re.search(r"\b(int|float|_?Seconds)\b", ast.unparse(annotation)):
+            yield name, node.lineno
 
 
 def test_nothing_names_a_registry_or_this_machine() -> None:
