@@ -16,6 +16,7 @@ from pokebridge.client.events import (
     Connect,
     Disconnect,
     FetchToken,
+    Opened,
     Ping,
     Pull,
     Pulled,
@@ -89,6 +90,11 @@ class World:
                 self.heard = max(self.heard, version)
             self.feed(Text(json.dumps(message)))
 
+    def opened(self) -> None:
+        """The handshake is done, if one was under way."""
+        if self.socket == "connecting":
+            self.feed(Opened())
+
     def lose(self, event: Closed | Refused) -> None:
         """The socket goes, if there is one."""
         if self.socket:
@@ -135,6 +141,7 @@ class World:
         end = self.now + RECOVERY_S
         while self.now <= end:
             self.fetched(Token())
+            self.opened()
             if self.socket == "connecting":
                 self.frame(type="ready")
             self.pulled(limit=10)
@@ -158,6 +165,7 @@ OPERATIONS: dict[str, Operation] = {
         version=world.head + 1, within_ms=number * 1000
     ),
     "commit and lose": lambda world, _: world.commit_and_lose(),
+    "opened": lambda world, _: world.opened(),
     "ready": lambda world, number: world.frame(type="ready", expires_in=number),
     "auth": lambda world, number: world.frame(type="auth", expires_in=number),
     "move": lambda world, _: world.frame(type="move", url="wss://two.example/v1/connect"),

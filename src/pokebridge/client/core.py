@@ -25,6 +25,7 @@ from pokebridge.client.events import (
     Connect,
     Disconnect,
     FetchToken,
+    Opened,
     Ping,
     Pull,
     Pulled,
@@ -66,8 +67,10 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     overload_cap_s: float = 60.0
     # A socket that was ready this long makes the next failure the first one again.
     stable_s: float = 60.0
-    # From the start of a connection to its ``ready``.
-    ready_within_s: float = 10.0
+    # For the opening handshake; and then for ``ready``: longer than the 30 s that an instance gives
+    # itself to prove the subscription, lest a slow one be left again and again.
+    open_within_s: float = 10.0
+    ready_within_s: float = 35.0
     # Silence after which the server is pinged, and how long it then has to say anything.
     ping_after_s: float = 30.0
     pong_within_s: float = 10.0
@@ -164,7 +167,7 @@ class ClientCore:
         self._socket = _Socket.DOWN
         self._failures = 0
         self._connect_at = inf
-        self._ready_by = inf
+        self._give_up_at = inf
         self._ready_since = inf
         self._ping_at = inf
         self._pong_by = inf
@@ -204,7 +207,7 @@ class ClientCore:
         """When the next :class:`Tick` is due; ``None`` when only other events can change things."""
         if self.stopped:
             return None
-        times = [self._ready_by, self._ping_at, self._pong_by, self._poll_at]
+        times = [self._give_up_at, self._ping_at, self._pong_by, self._poll_at]
         if not self._fetching:
             times.append(self._fetch_at)
         if self._has_token:
@@ -221,7 +224,7 @@ class ClientCore:
             return []
         self._now, self._random, self._actions = now, random, []
         match event:
-            case Text() | Closed() | Refused():
+            case Opened() | Text() | Closed() | Refused():
                 if self._socket is not _Socket.DOWN:
                     self._on_socket(event)
             case Token() | TokenFailed():
@@ -241,7 +244,7 @@ class ClientCore:
 
     def _do_what_is_due(self) -> None:
         now = self._now
-        if min(self._ready_by, self._pong_by) <= now:
+        if min(self._give_up_at, self._pong_by) <= now:
             self._actions.append(Disconnect())
             self._lose_socket()
             self._reconnect_later()
@@ -265,8 +268,10 @@ class ClientCore:
 
     # --- the socket ---
 
-    def _on_socket(self, event: Text | Closed | Refused) -> None:
+    def _on_socket(self, event: Opened | Text | Closed | Refused) -> None:
         match event:
+            case Opened():
+                self._give_up_at = self._now + self._policy.ready_within_s
             case Text(text=text):
                 if self.ready:
                     self._ping_at = self._now + self._policy.ping_after_s
@@ -300,7 +305,7 @@ class ClientCore:
     def _on_ready(self) -> None:
         self._socket = _Socket.READY
         self._ready_since = self._now
-        self._ready_by = self._poll_at = inf
+        self._give_up_at = self._poll_at = inf
         self._ping_at = self._now + self._policy.ping_after_s
         # The server answers again, so an earlier failure is no reason to wait any more.
         self._pulls.retry_now()
@@ -333,7 +338,7 @@ class ClientCore:
         if self.ready:
             self._poll_soon()
         self._socket = _Socket.DOWN
-        self._ready_since = self._ready_by = self._ping_at = self._pong_by = inf
+        self._ready_since = self._give_up_at = self._ping_at = self._pong_by = inf
 
     def _reconnect_later(self, *, asked_s: float = 0, overload: bool = False) -> None:
         policy = self._policy
@@ -351,7 +356,7 @@ class ClientCore:
         self._socket = _Socket.CONNECTING
         self._socket_token = self._token
         self._connect_at = inf
-        self._ready_by = self._now + self._policy.ready_within_s
+        self._give_up_at = self._now + self._policy.open_within_s
 
     # --- the token ---
 

@@ -27,6 +27,10 @@ class TokenFailed(Event, frozen=True, tag="token_failed"):
     reason: str = ""
 
 
+class Opened(Event, frozen=True, tag="opened"):
+    """The handshake is done; ``ready`` is still to come."""
+
+
 class Text(Event, frozen=True, tag="text"):
     """The socket brought a text message."""
 
@@ -75,7 +79,19 @@ class Tick(Event, frozen=True, tag="tick"):
     """The time is ``timer``, or later."""
 
 
-AnyEvent = Start | Token | TokenFailed | Text | Closed | Refused | Pulled | PullFailed | Wake | Tick
+AnyEvent = (
+    Start
+    | Token
+    | TokenFailed
+    | Opened
+    | Text
+    | Closed
+    | Refused
+    | Pulled
+    | PullFailed
+    | Wake
+    | Tick
+)
 
 # --- actions --------------------------------------------------------------------------------
 
@@ -89,7 +105,7 @@ class FetchToken(Action, frozen=True, tag="fetch_token"):
 
 
 class Connect(Action, frozen=True, tag="connect"):
-    """Open the socket; answer with :class:`Text`, :class:`Closed` and :class:`Refused`."""
+    """Open the socket; answer with :class:`Opened`, or :class:`Refused` or :class:`Closed`."""
 
     url: str
     moved: bool = False
