@@ -140,6 +140,11 @@ def ready_frame(
     return _text_frame(message)
 
 
+def move_frame(url: str) -> bytes:
+    """Another instance, at ``url``, serves this client better; close 4307 follows."""
+    return _text_frame({"type": "move", "url": url})
+
+
 def auth_frame(expires_in_s: int) -> bytes:
     """A new token was accepted; it runs out in ``expires_in_s`` seconds."""
     return _text_frame({"type": "auth", "expires_in": expires_in_s})

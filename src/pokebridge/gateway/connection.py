@@ -15,7 +15,7 @@ import structlog
 from pokebridge.errors import FrameError
 from pokebridge.framing import Event, FrameParser, Opcode, decode_close, encode_frame
 from pokebridge.session import Session, State
-from pokebridge.wire import PONG_FRAME, Ping, decode_client_message
+from pokebridge.wire import PONG_FRAME, Ping, decode_client_message, move_frame
 
 if TYPE_CHECKING:
     from pokebridge.gateway.gateway import Gateway
@@ -88,6 +88,12 @@ class Connection(asyncio.Protocol):
             self._transport.resume_reading()
             self._transport.write(frame)
             self._reschedule()
+
+    def move(self, url: str) -> None:
+        """Send the client to another instance."""
+        if self.session.state in {State.WAITING, State.OPEN}:
+            self._transport.write(move_frame(url))
+            self.close(4307, "moved")
 
     def renew(self, expires_at: float) -> None:
         """A new token was accepted: it runs out at ``expires_at`` on the loop's clock."""

@@ -9,7 +9,7 @@ import random
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -27,11 +27,13 @@ from pokebridge.gateway.handshake import (
     refusal_response,
 )
 from pokebridge.gateway.hold import Hold, HoldTiming
+from pokebridge.gateway.homing import Homing
 from pokebridge.gateway.session_map import SessionMap
 from pokebridge.gateway.wheel import Wheel
+from pokebridge.placement import Mode, Placement, PlacementRules, ShardMap
 from pokebridge.session import Session, State, Timing
-from pokebridge.sharding import DEFAULT_SHARD_COUNT
-from pokebridge.transport.base import Feed, Transport
+from pokebridge.sharding import DEFAULT_SHARD_COUNT, shard_of
+from pokebridge.transport.base import Transport
 
 log = structlog.get_logger(__name__)
 
@@ -72,8 +74,15 @@ class GatewayConfig:
     timing: Timing = field(default_factory=Timing)
     hold_timing: HoldTiming = field(default_factory=HoldTiming)
     shard_count: int = DEFAULT_SHARD_COUNT
+    mode: Mode = "fanout"
+    """Until the first shard map is seen."""
+    placement: PlacementRules = field(default_factory=PlacementRules)
     pulls_per_s: float = 1000.0
     """The rate to which the pulls after a gap are spread."""
+    moves_per_s: float = 200.0
+    """The rate at which live sessions follow their shard."""
+    move_delay_s: float = 2.0
+    """Until then a new owner has proven its subscription."""
 
 
 class Gateway:
@@ -98,6 +107,11 @@ class Gateway:
             on_live=self._open_waiting,
             on_missed=self._wake,
         )
+        self.homing = Homing(
+            config.instance,
+            ShardMap(0, config.mode, (None,) * config.shard_count),
+            Placement(config.instance, config.placement),
+        )
         self.wheel = Wheel()
         self.instance = config.instance
         self.handshakes: Counter[str] = Counter()
@@ -116,7 +130,7 @@ class Gateway:
         """
         self._loop = asyncio.get_running_loop()
         self.wheel.start(self._loop)
-        await self.hold.start({Feed.ALL})
+        await self.hold.start(self.homing.wanted(self.now()))
         self._spawn(self._keep_time())
 
     async def close(self) -> None:
@@ -155,10 +169,43 @@ class Gateway:
             ahead_s = start + window_s * position / len(connections) - self.now()
             if ahead_s > 0:
                 await asyncio.sleep(ahead_s)
-            connection.close(code, "this instance stops")
+            self._send_away(connection, code)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._config.timing.close_timeout_s + 1):
                 await self._all_gone.wait()
+
+    # --- where sessions belong ----------------------------------------------------------------
+
+    def apply(self, shard_map: ShardMap, urls: Mapping[str, str]) -> None:
+        """Hold what ``shard_map`` says, and let sessions follow their shard to the owner's URL."""
+        moved = self.homing.see(shard_map, urls)
+        self._rehold()
+        if moved:
+            self._spawn(self._move_sessions(moved))
+
+    def _rehold(self) -> None:
+        self.hold.want(self.homing.wanted(self.now()))
+
+    async def _move_sessions(self, shards: frozenset[int]) -> None:
+        """Send the sessions of ``shards`` after them, spread out, never all at once."""
+        await asyncio.sleep(self._config.move_delay_s)
+        shard_count = self._config.shard_count
+        leaving = [
+            each for each in self.sessions if shard_of(each.recipient, shard_count) in shards
+        ]
+        random.shuffle(leaving)
+        for connection in leaving:
+            if self.homing.url_for(connection.recipient) is not None:  # the map may have moved on
+                self._send_away(connection, 1012)
+                await asyncio.sleep(1 / self._config.moves_per_s)
+
+    def _send_away(self, connection: Connection, code: int) -> None:
+        """To its recipient's home when that is elsewhere, else with ``code`` to anywhere."""
+        url = self.homing.url_for(connection.recipient)
+        if url is None:
+            connection.close(code, "this instance stops")
+        else:
+            connection.move(url)
 
     # --- admitting --------------------------------------------------------------------------------
 
@@ -233,13 +280,19 @@ class Gateway:
         hand_over()
         connection.begin(handshake.response)
         log.debug("session accepted", session=session.id, device=session.device)
+        if not handshake.moved and self.homing.url_for(session.recipient) is not None:
+            self._send_away(connection, 1012)
+            return
         replaced = self.sessions.add(connection)
+        self.homing.enter(session.recipient)
         if replaced is not None:
+            self.homing.leave(session.recipient)
             replaced.close(4409, "replaced: the recipient has too many sessions")
         if self.hold.covers(session.recipient):
             self._open(connection)
         else:
             self._waiting[connection] = None
+            self._rehold()
 
     def _open(self, connection: Connection) -> None:
         # Sessions that came together, as after a restart, are not pinged together.
@@ -259,6 +312,7 @@ class Gateway:
         while True:
             await asyncio.sleep(1.0)
             self.bridge.mark_time()
+            self._rehold()
 
     def _spawn(self, coroutine: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(coroutine)
@@ -273,7 +327,8 @@ class Gateway:
         if not self._connections:
             self._all_gone.set()
         self._waiting.pop(connection, None)
-        self.sessions.remove(connection)
+        if self.sessions.remove(connection):
+            self.homing.leave(connection.recipient)
         self.wheel.cancel(connection)
         self._admission.leave(connection.address)
         log.debug("session ended", session=connection.session.id)

@@ -42,6 +42,7 @@ class Handshake:
     token: str = field(repr=False)
     device: str
     address: str
+    moved: bool
     response: bytes
 
 
@@ -93,6 +94,7 @@ def read_handshake(
         token=_find_token(headers, offered, query.get("access_token", ())),
         device=device,
         address=client_address(request.peer, headers.get_all("X-Forwarded-For"), trusted_proxies),
+        moved=query.get("moved", [""])[-1] == "1",
         response=_accept_response(accept, SUBPROTOCOL if SUBPROTOCOL in offered else None),
     )
 

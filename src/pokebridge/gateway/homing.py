@@ -1,0 +1,71 @@
+"""Where a recipient is at home, and what this instance must therefore hold."""
+
+from collections import Counter
+from collections.abc import Mapping
+
+from pokebridge.model import Selection
+from pokebridge.placement import Placement, ShardMap
+from pokebridge.sharding import shard_of
+
+
+class Homing:
+    """The last shard map, the members' URLs and the shards of the sessions here."""
+
+    def __init__(self, instance: str, shard_map: ShardMap, placement: Placement) -> None:
+        self._instance = instance
+        self._map = shard_map
+        self._urls: Mapping[str, str] = {}
+        self._placement = placement
+        self._interest: Counter[int] = Counter()
+
+    @property
+    def shard_map(self) -> ShardMap:
+        """The map in force."""
+        return self._map
+
+    @property
+    def interest(self) -> frozenset[int]:
+        """The shards of the sessions here."""
+        return frozenset(self._interest)
+
+    def see(self, shard_map: ShardMap, urls: Mapping[str, str]) -> frozenset[int]:
+        """Take over a map and where its members are reached.
+
+        Returns the shards that have their home elsewhere now and had not before: their sessions
+        here should follow.
+        """
+        before, self._map, self._urls = self._map, shard_map, urls
+        if shard_map.mode == "fanout":
+            return frozenset()
+        was_partitioned = before.mode == "partitioned"
+        return frozenset(
+            shard
+            for shard in self._interest
+            if self._url_of(shard) is not None
+            and not (was_partitioned and before.owners[shard] == shard_map.owners[shard])
+        )
+
+    def url_for(self, recipient: str) -> str | None:
+        """Where ``recipient`` is at home, when that is another instance that can be reached."""
+        return self._url_of(shard_of(recipient, self._map.shard_count))
+
+    def wanted(self, now: float) -> frozenset[Selection]:
+        """What to have subscribed; ``now`` in seconds of a monotonic clock."""
+        return self._placement.decide(self._map, self.interest, now)
+
+    def enter(self, recipient: str) -> None:
+        """A session of ``recipient`` begins here."""
+        self._interest[shard_of(recipient, self._map.shard_count)] += 1
+
+    def leave(self, recipient: str) -> None:
+        """A session of ``recipient`` has ended here."""
+        shard = shard_of(recipient, self._map.shard_count)
+        self._interest[shard] -= 1
+        if not self._interest[shard]:
+            del self._interest[shard]
+
+    def _url_of(self, shard: int) -> str | None:
+        if self._map.mode == "fanout":
+            return None
+        owner = self._map.owners[shard]
+        return None if owner is None or owner == self._instance else self._urls.get(owner)
