@@ -1,0 +1,369 @@
+// Two users of pokebridge side by side, and what happens between them.
+
+import { Client } from "./client.js";
+import { Flow } from "./flow.js";
+import { Trace, TraceList, formatMs } from "./trace.js";
+
+const TOKEN_TTL_S = 3600;
+const MESSAGE_TTL_S = 24 * 3600;
+const MAX_MESSAGES = 200;
+const MAX_LOG_LINES = 200;
+const MAX_SUBJECT_LENGTH = 256;
+
+const flow = new Flow(document.querySelector(".flow"));
+const traceList = new TraceList(document.querySelector(".traces"));
+// The messages that this page sent, by id, until their recipient has shown them.
+const underWay = new Map();
+
+const clock = new Intl.DateTimeFormat(undefined, { timeStyle: "medium" });
+
+/** A plain name stands for a URN, as is the custom; anything with a colon is taken as it is. */
+const subjectOf = (name) => (name.includes(":") ? name : `urn:user:${name}`);
+const nameOf = (subject) => subject.replace(/^urn:user:/, "");
+
+function randomId() {
+  const bytes = crypto.getRandomValues(new Uint8Array(8));
+  return Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
+/** What is remembered for this tab, or a new value. A tab is a device: it stays one on reload. */
+function remembered(key, fresh) {
+  const value = sessionStorage.getItem(key) ?? fresh();
+  sessionStorage.setItem(key, value);
+  return value;
+}
+
+const device = remembered("device", () => `web-${randomId()}`);
+
+async function devToken(subject) {
+  const response = await fetch("/v1/dev/token", {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify({ sub: subject, scope: "send poke", ttl_s: TOKEN_TTL_S }),
+  });
+  const answer = await response.json();
+  if (!response.ok) throw new Error(answer.detail);
+  return answer.token;
+}
+
+/** Resolves when what was changed is on the screen; in a hidden tab nothing is painted. */
+function painted() {
+  if (document.hidden) return Promise.resolve();
+  return new Promise((resolve) => {
+    requestAnimationFrame(() => setTimeout(resolve));
+  });
+}
+
+/** Once for each message: the poke can overtake the answer that says "committed". */
+function showCommit(trace) {
+  if (trace.commitWasShown) return;
+  trace.commitWasShown = true;
+  flow.show("commit", trace, `The mailbox has committed it as version ${trace.version}.`);
+}
+
+const textOf = (body) => {
+  if (typeof body === "string") return body;
+  return typeof body?.text === "string" ? body.text : JSON.stringify(body);
+};
+
+class User {
+  #root;
+  #key;
+  #client = null;
+  #pokes = [];
+  #barePokes = [];
+  #unsent = null;
+  other = null;
+
+  constructor(root, defaultName) {
+    this.#root = root;
+    this.#key = root.dataset.user;
+    root.append(document.querySelector("#user-template").content.cloneNode(true));
+    const nameInput = this.#find(".name");
+    nameInput.value = remembered(`name.${this.#key}`, () => defaultName);
+    nameInput.setAttribute("aria-label", `Name of the ${this.#key} user`);
+    nameInput.addEventListener("change", () => this.#rename());
+    nameInput.addEventListener("keydown", (event) => event.key === "Enter" && nameInput.blur());
+    this.#find(".toggle").addEventListener("click", () => this.#toggle());
+    this.#find(".composer").addEventListener("submit", (event) => {
+      event.preventDefault();
+      this.#send();
+    });
+    this.#find(".poke-only").addEventListener("click", () => this.#pokeOnly());
+    this.#find(".ack").addEventListener("click", () => this.#acknowledge());
+  }
+
+  get name() {
+    return nameOf(this.#client?.subject ?? subjectOf(this.#find(".name").value));
+  }
+
+  get subject() {
+    return subjectOf(this.name);
+  }
+
+  /** Become who the name says, and connect. */
+  start() {
+    this.#client?.close();
+    const subject = subjectOf(this.#find(".name").value.trim());
+    const client = new Client({ subject, device, getToken: () => devToken(subject) });
+    this.#client = client;
+    this.#pokes = [];
+    const listen = (type, handler) => {
+      client.addEventListener(type, ({ detail }) => client === this.#client && handler(detail));
+    };
+    listen("state", (detail) => this.#showState(detail));
+    listen("poke", (detail) => this.#onPoke(detail));
+    listen("pull", (detail) => this.#onPull(detail));
+    listen("log", ({ text }) => this.#log(text));
+    this.#find(".messages").replaceChildren();
+    this.#find(".messages").setAttribute("aria-label", `Messages of ${this.name}`);
+    this.#find(".avatar").textContent = [...this.name][0]?.toUpperCase() ?? "?";
+    this.#find(".empty").textContent = `No messages for ${this.name} yet.`;
+    this.#find(".empty").hidden = false;
+    this.showOther();
+    this.other?.showOther();
+    client.open();
+  }
+
+  /** The other user's name has changed. */
+  showOther() {
+    if (!this.other) return;
+    const name = this.other.name;
+    this.#find(".text").placeholder = `Message to ${name}`;
+    this.#find(".text").setAttribute("aria-label", `${this.name}: message to ${name}`);
+    this.#find(".poke-only").title = `Poke ${name} without a message: it pulls and finds nothing`;
+  }
+
+  #find(selector) {
+    return this.#root.querySelector(selector);
+  }
+
+  #rename() {
+    const input = this.#find(".name");
+    const subject = subjectOf(input.value.trim());
+    if (subject === this.subject) return;
+    if (!/^[!-~]+$/.test(subject) || subject.length > MAX_SUBJECT_LENGTH) {
+      this.#fail("A name is made of visible ASCII characters, without spaces.");
+    } else if (subject === this.other.subject) {
+      this.#fail("The other one is called that.");
+    } else {
+      this.#fail("");
+      sessionStorage.setItem(`name.${this.#key}`, input.value.trim());
+      this.start();
+      return;
+    }
+    input.value = this.name;
+  }
+
+  #toggle() {
+    if (this.#root.dataset.state === "off") this.#client.open();
+    else this.#client.close();
+  }
+
+  // --- sending -------------------------------------------------------------------------------
+
+  async #send() {
+    const input = this.#find(".text");
+    const text = input.value;
+    // The same text once more after a failure is the same message: it can't arrive twice.
+    const id = this.#unsent?.text === text ? this.#unsent.id : randomId();
+    this.#unsent = { text, id };
+    input.value = "";
+    const trace = this.#begin("message", text);
+    underWay.set(id, trace);
+    const note = this.#addMessage("own", text, "on its way");
+    trace.onShown = () => {
+      note.textContent = `version ${trace.version} · shown after ${formatMs(trace.totalMs)}`;
+    };
+    try {
+      const options = { id, ttl_s: MESSAGE_TTL_S };
+      const receipt = await this.#client.send(this.other.subject, { text }, options);
+      this.#unsent = null;
+      this.#fail("");
+      this.#committed(trace, receipt.version);
+      if (trace.shownAt === null) note.textContent = `version ${receipt.version}`;
+      else trace.onShown();
+    } catch (error) {
+      underWay.delete(id);
+      note.textContent = "not sent";
+      if (!input.value) input.value = text;
+      this.#failed(trace, error);
+    }
+  }
+
+  async #pokeOnly() {
+    const trace = this.#begin("poke");
+    this.other.#barePokes.push(trace);
+    try {
+      await this.#client.poke(this.other.subject);
+      this.#fail("");
+      this.#committed(trace, null);
+    } catch (error) {
+      this.other.#barePokes = this.other.#barePokes.filter((other) => other !== trace);
+      this.#failed(trace, error);
+    }
+  }
+
+  #begin(kind, text) {
+    const sentAt = performance.now();
+    const trace = new Trace({ kind, from: this.name, to: this.other.name, text, sentAt });
+    traceList.show(trace);
+    const what = kind === "poke" ? "asks for a poke" : "sends a message";
+    flow.show("send", trace, `${trace.from} ${what}.`);
+    return trace;
+  }
+
+  #committed(trace, version) {
+    trace.committedAt = performance.now();
+    trace.version = version;
+    traceList.show(trace);
+    if (trace.kind === "message") showCommit(trace);
+  }
+
+  #failed(trace, error) {
+    trace.failure = "failed";
+    traceList.show(trace);
+    this.#fail(`Not sent: ${error.message}`);
+  }
+
+  async #acknowledge() {
+    try {
+      await this.#client.ack();
+      this.#find(".messages").replaceChildren();
+      this.#find(".empty").hidden = false;
+      this.#fail("");
+    } catch (error) {
+      this.#fail(`Not acknowledged: ${error.message}`);
+    }
+  }
+
+  // --- receiving -----------------------------------------------------------------------------
+
+  #onPoke({ version, at, news }) {
+    if (version !== undefined) this.#pokes.push({ version, at });
+    const trace = news && version === undefined ? this.#barePokes.find((t) => !t.wokenAt) : null;
+    if (trace) {
+      Object.assign(trace, { wokenAt: at, wokenBy: "poke" });
+      traceList.show(trace);
+      flow.show("poke", trace, `${trace.to} is poked.`);
+    }
+  }
+
+  async #onPull({ status, messages, cause, startedAt, endedAt }) {
+    const pulled = { pullStatus: status, pullStartedAt: startedAt, pullEndedAt: endedAt };
+    for (const trace of this.#barePokes.filter((t) => t.wokenAt && t.wokenAt <= startedAt)) {
+      Object.assign(trace, pulled);
+      traceList.show(trace);
+      flow.show("pull", trace, `${trace.to} pulls: ${messages.length || "nothing"} new.`);
+    }
+    this.#barePokes = this.#barePokes.filter((trace) => trace.pullEndedAt === null);
+    const arrived = messages.map((message) => [message, this.#receive(message, cause, pulled)]);
+    this.#showFacts();
+    if (messages.length === 0) return;
+    await painted();
+    const shownAt = performance.now();
+    for (const [message, { trace, note }] of arrived) {
+      if (!trace) continue;
+      trace.shownAt = shownAt;
+      traceList.show(trace);
+      trace.onShown?.();
+      note.textContent += ` · ${formatMs(trace.totalMs)}`;
+      flow.show("shown", trace, `Shown after ${formatMs(trace.totalMs)}; here in slow motion.`);
+      underWay.delete(message.id);
+    }
+    this.#pokes = this.#pokes.filter((poke) => poke.version > this.#client.version);
+  }
+
+  /** Put a message that was pulled on the page, and its steps so far into its trace. */
+  #receive(message, cause, pulled) {
+    const { id, version, sender, body, sent_at: sentAt } = message;
+    const text = textOf(body);
+    const from = nameOf(sender);
+    const at = clock.format(new Date(sentAt));
+    const note = this.#addMessage("theirs", text, `${from} · ${at} · version ${version}`);
+    const poke = this.#pokes.find((candidate) => candidate.version >= version);
+    const known = underWay.get(id);
+    // What was in the mailbox before this page was opened has no steps to show.
+    if (!known && !poke && cause.kind === "ready") return { note };
+    const trace = known ?? new Trace({ kind: "message", from, to: this.name, text });
+    const woken = poke ?? cause;
+    const asleep = trace.sentAt === null || woken.at >= trace.sentAt;
+    Object.assign(trace, pulled, {
+      version,
+      wokenAt: asleep ? woken.at : null,
+      wokenBy: poke ? "poke" : cause.kind,
+    });
+    traceList.show(trace);
+    if (known) showCommit(trace);
+    if (asleep) {
+      const how = trace.wokenBy === "poke" ? "is poked" : "is back";
+      flow.show("poke", trace, `${this.name} ${how}: there is something new.`);
+    }
+    flow.show("pull", trace, `${this.name} pulls what is new.`);
+    return { trace, note };
+  }
+
+  // --- what is shown -------------------------------------------------------------------------
+
+  #addMessage(kind, text, note) {
+    const list = this.#find(".messages");
+    const item = document.querySelector("#message-template").content.firstElementChild;
+    const message = item.cloneNode(true);
+    message.classList.add(kind);
+    message.querySelector(".body").textContent = text;
+    const noteElement = message.querySelector(".note");
+    noteElement.textContent = note;
+    list.append(message);
+    if (list.childElementCount > MAX_MESSAGES) list.firstElementChild.remove();
+    list.scrollTop = list.scrollHeight;
+    this.#find(".empty").hidden = true;
+    return noteElement;
+  }
+
+  #showState({ state, why, delayMs, ready }) {
+    this.#root.dataset.state = state;
+    const words = {
+      connecting: "connecting",
+      ready: "connected",
+      waiting: `back in ${(delayMs / 1000).toFixed(1)} s: ${why}`,
+      off: why,
+    };
+    this.#find(".state").textContent = words[state];
+    this.#find(".toggle").textContent = state === "off" ? "Connect" : "Disconnect";
+    if (ready) this.#showPlace(ready);
+  }
+
+  async #showPlace({ instance }) {
+    this.#root.dataset.instance = instance;
+    const info = await this.#client.connectInfo().catch(() => null);
+    if (info) this.#root.dataset.shard = info.shard;
+    this.#showFacts();
+  }
+
+  #showFacts() {
+    const { instance, shard } = this.#root.dataset;
+    this.#find(".facts").textContent =
+      `${this.subject} · shard ${shard ?? "?"} · version ${this.#client.version}` +
+      (instance ? ` · on ${instance}` : "");
+  }
+
+  #fail(text) {
+    this.#find(".error").textContent = text;
+  }
+
+  #log(text) {
+    const list = this.#find(".log ol");
+    const line = document.createElement("li");
+    line.textContent = `${new Date().toISOString().slice(11, 23)} ${text}`;
+    list.prepend(line);
+    if (list.childElementCount > MAX_LOG_LINES) list.lastElementChild.remove();
+  }
+}
+
+const left = new User(document.querySelector('[data-user="left"]'), "alice");
+const right = new User(document.querySelector('[data-user="right"]'), "bob");
+left.other = right;
+right.other = left;
+flow.name(left.name, right.name);
+left.start();
+right.start();
