@@ -1,1 +1,20 @@
-"""The smart client: hears pokes over one WebSocket and pulls."""
+"""The smart client: sleeps on one WebSocket, hears a poke, and pulls.
+
+:class:`PokeClient` is the client for asyncio. Its rules are in ``core``, without any input or
+output, so that they can be tested, simulated, and held against clients in other languages.
+"""
+
+from pokebridge.client.core import ClientCore, Policy
+from pokebridge.client.poke_client import OnEvent, PokeClient, TokenProvider
+from pokebridge.client.pulling import OnMessages, OnPoke, ReceivedMessage
+
+__all__ = [
+    "ClientCore",
+    "OnEvent",
+    "OnMessages",
+    "OnPoke",
+    "PokeClient",
+    "Policy",
+    "ReceivedMessage",
+    "TokenProvider",
+]

@@ -1,0 +1,338 @@
+"""The asyncio client: carries out what the core says, with a WebSocket, HTTP and a clock."""
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from ssl import SSLContext, create_default_context
+from types import TracebackType
+from typing import Self
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+import msgspec
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
+from websockets.typing import Subprotocol
+
+from pokebridge.client.core import ClientCore, Policy
+from pokebridge.client.events import (
+    AnyAction,
+    AnyEvent,
+    Authenticate,
+    Closed,
+    Connect,
+    Disconnect,
+    FetchToken,
+    Opened,
+    Ping,
+    Pull,
+    PullFailed,
+    Refused,
+    Start,
+    Stop,
+    Text,
+    Tick,
+    Token,
+    TokenFailed,
+    Wake,
+)
+from pokebridge.client.pulling import (
+    MailboxPuller,
+    OnMessages,
+    OnPoke,
+    OwnPuller,
+    Puller,
+    retry_after_s,
+)
+from pokebridge.errors import ConfigError, ForbiddenError
+from pokebridge.model import DEFAULT_DEVICE, check_device
+
+SUBPROTOCOL = Subprotocol("pokebridge.v1")
+TOKEN_TIMEOUT_S = 30.0
+CLOSE_TIMEOUT_S = 1.0
+# Far above what any message of protocol.md section 3 needs.
+MAX_MESSAGE_BYTES = 16 * 1024
+ABNORMAL_CLOSURE = 1006  # RFC 6455, section 7.4.1: no close frame came
+
+TokenProvider = str | Callable[[], Awaitable[str]]
+"""A token that lasts, or a coroutine function that gets a new one when one is needed."""
+
+OnEvent = Callable[[AnyEvent | AnyAction], None]
+"""Is shown what happens and what the client does about it."""
+
+_log = logging.getLogger("pokebridge.client")
+
+
+class PokeClient:
+    """Holds a connection to the bridge, hears pokes and pulls, until it is closed.
+
+    ::
+
+        async with PokeClient("https://bridge.example.org", get_token, on_messages) as client:
+            ...
+
+    It reconnects, renews its token and retries by itself (the rules are
+    :class:`~pokebridge.client.core.ClientCore`'s). Keep ``cursor`` somewhere to go on from there
+    after a restart.
+
+    Args:
+        url: the bridge's HTTP address.
+        token: a JWT, or a coroutine function that returns a new one: it is called at the start,
+            before the old one runs out, and when it was refused.
+        on_messages: gets the mailbox's messages in order, never two calls at once. When it
+            returns they are acked; when it raises, the error is logged and they come again.
+        on_poke: instead of ``on_messages``, for data that is not in the bridge's mailbox: called
+            whenever there may be something new; when it raises it is called again.
+        device: the name of this device: a message waits for the ack of each that is known.
+        cursor: the version up to which everything is dealt with already.
+        on_event: is shown every event and action of the core as it passes; none holds a token.
+        policy: the delays.
+        tls: for ``https``; the system's certificate authorities are trusted by default.
+
+    Raises:
+        ConfigError: the url is none.
+        InputError: the device's name is not allowed.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        token: TokenProvider,
+        on_messages: OnMessages | None = None,
+        *,
+        on_poke: OnPoke | None = None,
+        device: str = DEFAULT_DEVICE,
+        cursor: int = 0,
+        on_event: OnEvent | None = None,
+        policy: Policy | None = None,
+        tls: SSLContext | None = None,
+    ) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise ConfigError(f"the client's url must start with http:// or https://: {url!r}")
+        url = url.rstrip("/")
+        if tls is None and url.startswith("https:"):
+            tls = create_default_context()
+        self._tls = tls
+        self._puller: Puller
+        if on_messages is not None and on_poke is None:
+            self._puller = MailboxPuller(url, on_messages, device=device, cursor=cursor, tls=tls)
+        elif on_poke is not None and on_messages is None:
+            self._puller = OwnPuller(on_poke)
+        else:
+            raise TypeError("a PokeClient takes either on_messages or on_poke")
+        self._core = ClientCore(
+            f"ws{url.removeprefix('http')}/v1/connect", cursor=cursor, policy=policy
+        )
+        self._provider = token
+        self._device = check_device(device)
+        self._on_event = on_event
+        self._token = ""
+        self._main: asyncio.Task[int] | None = None
+        self._tasks = asyncio.TaskGroup()
+        self._fetching: asyncio.Task[None] | None = None
+        self._connecting: asyncio.Task[None] | None = None
+        self._socket: ClientConnection | None = None
+        self._stop_code = 0
+        self._handled = asyncio.Event()
+        self._ready = asyncio.Event()
+
+    @property
+    def cursor(self) -> int:
+        """The version up to which everything is dealt with."""
+        return self._core.cursor
+
+    @property
+    def connected(self) -> bool:
+        """Whether pokes are heard now: the socket is open and the bridge has said ``ready``."""
+        return self._core.ready
+
+    async def wait_ready(self, timeout_s: float | None = None) -> None:
+        """Return as soon as :attr:`connected`.
+
+        Raises:
+            TimeoutError: that took longer than ``timeout_s`` seconds.
+            ForbiddenError: the bridge told this client to stop for good.
+        """
+        main = self._entered()
+        ready = asyncio.create_task(self._ready.wait())
+        await asyncio.wait({ready, main}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        ready.cancel()
+        if main.done():
+            raise ForbiddenError(f"the bridge stopped this client with {main.result()}")
+        if not ready.done():
+            raise TimeoutError(f"not connected within {timeout_s} s")
+
+    async def wait_stopped(self) -> int:
+        """Wait until the bridge stops this client for good; returns the close code.
+
+        That is 4403 (not allowed) or 4409 (replaced: the recipient has too many sessions).
+        """
+        return await asyncio.shield(self._entered())
+
+    def wake(self) -> None:
+        """Try now what waits out a delay: the network is back, or the machine woke up."""
+        self._feed(Wake())
+
+    async def __aenter__(self) -> Self:
+        """Start; does not wait for the connection."""
+        if self._main is not None:
+            raise RuntimeError("a PokeClient runs once: make a new one")
+        self._main = asyncio.create_task(self._run())
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close everything; a handler that is running is cancelled, and its page not acked."""
+        main = self._entered()
+        main.cancel()
+        await asyncio.wait({main})
+        await self._puller.close()
+        if error is None and not main.cancelled():
+            main.result()  # raises what broke the client, if anything did
+
+    def _entered(self) -> asyncio.Task[int]:
+        if self._main is None:
+            raise RuntimeError("enter the PokeClient first: async with PokeClient(...) as client")
+        return self._main
+
+    # --- between the core and the world ---
+
+    async def _run(self) -> int:
+        async with self._tasks:
+            self._feed(Start())
+            while not self._stop_code:
+                self._handled.clear()
+                try:
+                    async with asyncio.timeout_at(self._core.timer):
+                        await self._handled.wait()
+                except TimeoutError:
+                    self._feed(Tick())
+            # A pull that is running may end: its messages were handed over already.
+            for task in (self._fetching, self._connecting):
+                if task is not None:
+                    task.cancel()
+        return self._stop_code
+
+    def _feed(self, event: AnyEvent) -> None:
+        self._show(event)
+        now = asyncio.get_running_loop().time()
+        # It spreads clients and keeps no secret.
+        for action in self._core.handle(event, now=now, random=random.random()):  # noqa: S311
+            self._show(action)
+            self._carry_out(action)
+        if self._core.ready:
+            self._ready.set()
+        else:
+            self._ready.clear()
+        self._handled.set()
+
+    def _show(self, step: AnyEvent | AnyAction) -> None:
+        if self._on_event is not None and not isinstance(step, Tick):
+            try:
+                self._on_event(step)
+            except Exception:  # noqa: BLE001 - a user's code may raise anything
+                _log.exception("on_event failed")
+
+    def _carry_out(self, action: AnyAction) -> None:
+        match action:
+            case FetchToken():
+                self._fetching = self._tasks.create_task(self._fetch_token())
+            case Connect():
+                self._connecting = self._tasks.create_task(self._connect(action))
+            case Disconnect():
+                if self._connecting is not None:
+                    self._connecting.cancel()
+            case Ping():
+                self._tasks.create_task(self._send({"type": "ping"}))
+            case Authenticate():
+                self._tasks.create_task(self._send({"type": "auth", "token": self._token}))
+            case Pull(after=after):
+                self._tasks.create_task(self._pull(after))
+            case Stop(code=code):
+                self._stop_code = code
+
+    async def _fetch_token(self) -> None:
+        try:
+            async with asyncio.timeout(TOKEN_TIMEOUT_S):
+                self._token = await self._new_token()
+        except Exception as error:  # noqa: BLE001 - a user's code may raise anything
+            _log.warning("no token could be had, and it will be tried again: %r", error)
+            self._feed(TokenFailed(repr(error)))
+        else:
+            self._feed(Token())
+
+    async def _new_token(self) -> str:
+        token = self._provider if isinstance(self._provider, str) else await self._provider()
+        if not token or not (token.isascii() and token.isprintable()) or " " in token:
+            raise ValueError("a token is visible ASCII")  # or it could break the HTTP header
+        return token
+
+    async def _pull(self, after: int) -> None:
+        event = await self._puller.pull(after, self._token)
+        if isinstance(event, PullFailed):
+            _log.info("a pull failed and will be tried again: %s", event.reason)
+        self._feed(event)
+
+    # --- the WebSocket ---
+
+    async def _connect(self, action: Connect) -> None:
+        try:
+            socket = await self._open(action)
+        except InvalidStatus as error:
+            response = error.response
+            asked_s = retry_after_s(response.headers.get("Retry-After"))
+            self._feed(Refused(response.status_code, asked_s, str(error)))
+        except (OSError, WebSocketException, ValueError) as error:
+            self._feed(Closed(ABNORMAL_CLOSURE, repr(error)))
+        else:
+            self._socket = socket
+            try:
+                await self._listen(socket)
+            finally:
+                await socket.close()
+
+    async def _open(self, action: Connect) -> ClientConnection:
+        query = {"device": self._device}
+        if action.moved:
+            query["moved"] = "1"
+        url = _with_query(action.url, query)
+        return await connect(
+            url,
+            subprotocols=[SUBPROTOCOL],
+            additional_headers={"Authorization": f"Bearer {self._token}"},
+            compression=None,
+            ssl=(self._tls or True) if url.startswith("wss:") else None,
+            open_timeout=None,  # the core has the deadline for it,
+            ping_interval=None,  # and pings
+            close_timeout=CLOSE_TIMEOUT_S,
+            max_size=MAX_MESSAGE_BYTES,
+        )
+
+    async def _listen(self, socket: ClientConnection) -> None:
+        self._feed(Opened())
+        try:
+            while True:
+                message = await socket.recv()
+                if isinstance(message, str):
+                    self._feed(Text(message))
+        except ConnectionClosed as closed:
+            close = closed.rcvd
+            if close is None:
+                self._feed(Closed(ABNORMAL_CLOSURE, str(closed)))
+            else:
+                self._feed(Closed(close.code, close.reason))
+
+    async def _send(self, message: dict[str, str]) -> None:
+        if self._socket is not None:
+            with suppress(ConnectionClosed):
+                await self._socket.send(msgspec.json.encode(message).decode())
+
+
+def _with_query(url: str, query: dict[str, str]) -> str:
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(query=urlencode(dict(parse_qsl(parts.query)) | query)))
