@@ -194,6 +194,9 @@ def test_settings_do_not_change_and_hide_their_secrets() -> None:
     assert SECRET not in str(settings.model_dump(mode="json"))
     with pytest.raises(ValidationError):
         settings.port = 1
+    with pytest.raises(ValidationError) as caught:
+        Settings.model_validate({"jwt_secret": "hunter2"})
+    assert "hunter2" not in str(caught.value)
 
 
 def test_every_setting_is_documented() -> None:
