@@ -1,0 +1,87 @@
+"""``python -m benchmarks``: take every measure and print one table."""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import psutil
+import uvloop
+
+from benchmarks import handshakes, latency, memory, noise, pokes
+from benchmarks.harness import BenchmarkError, Figure, progress
+
+MEASURES: dict[str, Callable[[], Awaitable[list[Figure]]]] = {
+    "memory": memory.measure,
+    "pokes": pokes.measure,
+    "handshakes": handshakes.measure,
+    "noise": noise.measure,
+    "latency": latency.measure,
+}
+
+
+def main() -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument(
+        "--only", action="append", choices=MEASURES, help="just this measure; may be repeated"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    given = parser.parse_args()
+    try:
+        figures = uvloop.run(_take(given.only or list(MEASURES)))
+    except BenchmarkError as error:
+        sys.exit(f"bench: {error}")
+    print(table(figures))
+    if given.json:
+        given.json.write_text(_as_json(figures))
+
+
+async def _take(names: Sequence[str]) -> list[Figure]:
+    figures = []
+    for name in names:
+        started_s = time.monotonic()
+        figures += await MEASURES[name]()
+        progress(f"{name}: done in {time.monotonic() - started_s:.0f} s")
+    return figures
+
+
+def table(figures: Sequence[Figure]) -> str:
+    """The figures in columns, each with its target and whether that is met."""
+    rows = [("measure", "what", "figure", "target", "", "made of")]
+    rows += [
+        (
+            figure.measure,
+            figure.name,
+            f"{figure.value:.2f} {figure.unit}",
+            "" if figure.at_most is None else f"<= {figure.at_most} {figure.unit}",
+            {True: "met", False: "MISSED", None: ""}[figure.met],
+            figure.detail,
+        )
+        for figure in figures
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def _as_json(figures: Sequence[Figure]) -> str:
+    machine = {
+        "cores": os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+    }
+    taken = [{**asdict(figure), "met": figure.met} for figure in figures]
+    return json.dumps({"machine": machine, "figures": taken}, indent=2) + "\n"
+
+
+if __name__ == "__main__":
+    main()

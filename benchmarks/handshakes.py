@@ -1,0 +1,41 @@
+"""CPU of an authenticated handshake: a real instance, and the websockets library doing as much.
+
+Both verify a token of its own for each client, with the same verifier, and say ``ready``.
+"""
+
+from statistics import median
+
+from benchmarks.harness import (
+    Figure,
+    connect_and_leave,
+    instance,
+    progress,
+    tokens,
+    websockets_server,
+)
+
+AT_MOST_WEBSOCKETS = 1.0
+
+
+async def measure(*, clients: int = 2000, rounds: int = 5) -> list[Figure]:
+    """Connect ``clients`` in every round, to one server after the other; each leaves again."""
+    cpu_ms: dict[str, list[float]] = {"pokebridge": [], "websockets": []}
+    bearers = tokens(clients)
+    async with instance() as ours, websockets_server() as theirs:
+        for number in range(rounds + 1):  # the first warms up
+            for name, server in (("pokebridge", ours), ("websockets", theirs)):
+                used_s = await connect_and_leave(server, bearers)
+                if number:
+                    cpu_ms[name].append(used_s / clients * 1e6)
+            progress(f"handshakes: round {number} of {rounds}")
+    ours_ms, theirs_ms = median(cpu_ms["pokebridge"]), median(cpu_ms["websockets"])
+    return [
+        Figure(
+            "handshakes",
+            "CPU of 1,000 handshakes, to websockets",
+            ours_ms / theirs_ms,
+            "x",
+            AT_MOST_WEBSOCKETS,
+            f"{ours_ms:.0f} to {theirs_ms:.0f} ms",
+        )
+    ]

@@ -1,0 +1,68 @@
+"""CPU of a delivered poke: ``handle_poke``, a C loop of ``send()``, and the websockets library.
+
+Each is a process with its own clients over loopback TCP; in every round each sends as much, so that
+a machine that is slower for a while is slower for all three. A round counts only if its clients
+have heard every single poke: none lost, none merged.
+"""
+
+import contextlib
+from collections.abc import AsyncIterator
+from statistics import median
+
+from benchmarks.harness import Child, Figure, child, herd, load_program, peer, progress, tokens
+
+AT_MOST_FLOOR = 1.4
+AT_MOST_WEBSOCKETS = 0.7
+
+KINDS = ("floor", "pokebridge", "websockets")
+
+
+async def measure(*, clients: int = 1000, sweeps: int = 100, rounds: int = 10) -> list[Figure]:
+    """Send ``sweeps`` pokes to each of ``clients`` in every round: 1M in all, of each kind."""
+    pokes = clients * sweeps
+    cpu_us: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    async with contextlib.AsyncExitStack() as stack:
+        senders = {kind: await stack.enter_async_context(_sender(kind, clients)) for kind in KINDS}
+        herds = {
+            kind: await stack.enter_async_context(herd(port, tokens(clients), pokes_at_once=pokes))
+            for kind, (port, _) in senders.items()
+        }
+        for number in range(rounds + 1):  # the first warms up
+            for kind, (_, sender) in senders.items():
+                sender.tell(f"{sweeps}\n")
+                used_s = float(await sender.line())
+                await herds[kind].hear(pokes)
+                if number:
+                    cpu_us[kind].append(used_s / pokes * 1e6)
+            progress(f"pokes: round {number} of {rounds}")
+    name = f"CPU of {pokes * rounds:,} pokes"
+    floor, ours, theirs = (median(cpu_us[kind]) for kind in KINDS)
+    return [
+        Figure(
+            "pokes",
+            f"{name}, to C send()",
+            ours / floor,
+            "x",
+            AT_MOST_FLOOR,
+            f"{ours:.2f} to {floor:.2f} us a poke",
+        ),
+        Figure(
+            "pokes",
+            f"{name}, to websockets",
+            ours / theirs,
+            "x",
+            AT_MOST_WEBSOCKETS,
+            f"{ours:.2f} to {theirs:.2f} us a poke",
+        ),
+    ]
+
+
+@contextlib.asynccontextmanager
+async def _sender(kind: str, clients: int) -> AsyncIterator[tuple[int, Child]]:
+    """A server's port, and the process to tell how many sweeps of pokes it shall send."""
+    if kind == "floor":
+        async with child("load send", load_program(), "send", str(clients)) as it:
+            yield int(await it.line()), it
+    else:
+        async with peer(kind) as (server, it):
+            yield server.port, it
