@@ -108,6 +108,7 @@ class PubSubError(TransportError):
         """What the call names is not there, or not usable any more."""
         self.is_taken = code is StatusCode.ALREADY_EXISTS
         self.is_denied = code is StatusCode.PERMISSION_DENIED
+        self.is_timeout = code is StatusCode.DEADLINE_EXCEEDED
         self.is_transient = code in _TRANSIENT
         """The same call may work later."""
 
@@ -121,12 +122,23 @@ class _Lane:
 
 
 class PubSubApi:
-    """Calls Pub/Sub for one project. ``connect`` makes one."""
+    """Calls Pub/Sub for one project. ``connect`` makes one.
+
+    ``is_emulator``: it is Google's emulator, which never notices that a client is gone. It goes on
+    handing messages to a stream that was broken or whose process was killed, and takes them back
+    only when their ack deadline has passed, to hand them out the same way.
+    """
 
     def __init__(
-        self, project: str, host: str, open_channel: Callable[[], grpc.aio.Channel]
+        self,
+        project: str,
+        host: str,
+        open_channel: Callable[[], grpc.aio.Channel],
+        *,
+        is_emulator: bool = False,
     ) -> None:
         self.project = project
+        self.is_emulator = is_emulator
         self._host = host
         self._open_channel = open_channel
         self._channel = open_channel()  # for calls; publishing never queues behind streams
@@ -147,9 +159,14 @@ class PubSubApi:
             ConfigError: there are no credentials.
         """
         if emulator := os.environ.get(EMULATOR_VARIABLE):
-            options = _channel_options(keepalive_s or EMULATOR_KEEPALIVE_S)
-            return cls(project, emulator, lambda: grpc.aio.insecure_channel(emulator, options))
-        options = _channel_options(keepalive_s or KEEPALIVE_S)
+            options = channel_options(keepalive_s or EMULATOR_KEEPALIVE_S)
+            return cls(
+                project,
+                emulator,
+                lambda: grpc.aio.insecure_channel(emulator, options),
+                is_emulator=True,
+            )
+        options = channel_options(keepalive_s or KEEPALIVE_S)
         try:
             # Reads files and asks the metadata server.
             credentials, _ = await asyncio.to_thread(
@@ -257,7 +274,8 @@ def _routing(method: _Method, value: str) -> grpc.aio.Metadata:
     return grpc.aio.Metadata(header)
 
 
-def _channel_options(keepalive_s: float) -> list[tuple[str, int]]:
+def channel_options(keepalive_s: float) -> list[tuple[str, int]]:
+    """How a channel notices a dead connection, and that it leaves the waiting to the adapter."""
     return [
         ("grpc.use_local_subchannel_pool", 1),  # else all channels share one connection
         ("grpc.max_receive_message_length", -1),

@@ -3,7 +3,7 @@
 A subscription is alive when somebody reads it, so that is what is tested, and nothing else is
 believed: no heartbeat, no clock, no list of members. Every reader of ours acknowledges on receipt.
 So the janitor publishes a probe, and looks after a while what each subscription still has to give;
-what it gets by looking it gives back at once. Where a message goes unacknowledged for a minute,
+what it gets by looking it gives back at once. Where a message goes unacknowledged for 45 s,
 although it was offered to every reader again and again, there is no reader.
 
 The age of a message is told by the service's own clock: its publish time, against the latest
@@ -17,17 +17,18 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iter
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from pokebridge.transport.google_pubsub_api import PubSubApi, PubSubError
+from pokebridge.transport.google_pubsub_api import CALL_TIMEOUT_S, PubSubApi, PubSubError
 
 NAME_PREFIX = "poke-sub-"
-DEAD_AFTER_S = 60.0
-"""A paused instance is dead by then for its clients as well: they hang up after 45 s."""
+DEAD_AFTER_S = 45.0
+"""A paused instance is dead by then for its clients as well: they hang up."""
 LOOKS_A_LIFE = 20
 EMPTY_LOOKS = 3
 STRIKES = 2
 LOOK_LIMIT = 100
+LOOK_AGAIN_S = 0.5
 PAGE_SIZE = 1000
-MAX_CALLS_AT_ONCE = 20
+MAX_CALLS_AT_ONCE = 50  # half of what a connection may carry
 
 
 class Orphan(NamedTuple):
@@ -103,7 +104,9 @@ class Sweep:
         publish: publishes a probe for each of these feeds (a label ``feed``: a shard's number,
             ``untagged`` or ``all``).
         dead_after_s: how long a message must go unacknowledged. A sweep takes a sixth of it, and
-            half as long again where there is an orphan.
+            all of it where there is an orphan.
+        patience_s: how long a look waits for something unread. 0 is enough where a dead reader's
+            messages come back and stay; an ack deadline where they are handed to it again.
     """
 
     api: PubSubApi
@@ -113,6 +116,7 @@ class Sweep:
     publish: Callable[[Iterable[str]], Awaitable[None]]
     dead_after_s: float = DEAD_AFTER_S
     dry_run: bool = False
+    patience_s: float = 0.0
     _server_lead_s: float = float("-inf")
     _calls: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_CALLS_AT_ONCE))
 
@@ -135,7 +139,7 @@ class Sweep:
         """Those that nobody reads."""
         undecided = suspects
         look_every_s = self.dead_after_s / LOOKS_A_LIFE
-        end_s = time.monotonic() + 1.5 * self.dead_after_s
+        end_s = time.monotonic() + 1.5 * self.dead_after_s + 4 * self.patience_s
         looks = 0
         while undecided and time.monotonic() < end_s:
             if looks < EMPTY_LOOKS:  # the first may still be handed to a dead reader
@@ -149,39 +153,63 @@ class Sweep:
 
     async def _look(self, suspect: _Suspect) -> None:
         """See what has gone unread, and give it back."""
+        end_s = time.monotonic() + self.patience_s
+        unread_s: list[float] = []
         try:
-            published_s = await self._peek(suspect.name)
+            while not unread_s:
+                unread_s = self._unread(suspect, await self._peek(suspect.name, end_s))
+                if time.monotonic() + LOOK_AGAIN_S > end_s:
+                    break
+                await asyncio.sleep(LOOK_AGAIN_S)
         except PubSubError as error:
             if error.is_missing:
                 suspect.empty_looks = EMPTY_LOOKS  # deleted, by its owner or by another janitor
             elif not error.is_transient:
                 raise
             return
-        now_s = time.monotonic()
-        for moment_s in published_s:
-            self._server_lead_s = max(self._server_lead_s, moment_s - now_s)
-        server_s = now_s + self._server_lead_s
-        if suspect.horizon_s is None and published_s:
-            # This host's clock may be wrong: that could hide an orphan, never make one.
-            suspect.horizon_s = max(server_s, time.time())
-        unread = [moment_s for moment_s in published_s if moment_s <= (suspect.horizon_s or 0.0)]
-        if not unread:
+        if not unread_s:
             suspect.empty_looks += 1
             suspect.strikes = 0
             return
-        suspect.unread_s = server_s - min(unread)
+        suspect.unread_s = self._server_now_s() - min(unread_s)
         if suspect.unread_s >= self.dead_after_s:
             suspect.strikes += 1
         else:
             suspect.strikes = 0
-            suspect.due_s = now_s + self.dead_after_s - suspect.unread_s
+            suspect.due_s = time.monotonic() + self.dead_after_s - suspect.unread_s
 
-    async def _peek(self, subscription: str) -> list[float]:
-        """When the messages were published that wait in ``subscription``, in Unix time."""
+    def _unread(self, suspect: _Suspect, published_s: list[float]) -> list[float]:
+        """Those of the publish times that tell of a reader that is missing."""
+        for moment_s in published_s:
+            self._server_lead_s = max(self._server_lead_s, moment_s - time.monotonic())
+        if suspect.horizon_s is None and published_s:
+            # This host's clock may be wrong: that could hide an orphan, never make one.
+            suspect.horizon_s = max(self._server_now_s(), time.time())
+        return [moment_s for moment_s in published_s if moment_s <= (suspect.horizon_s or 0.0)]
+
+    def _server_now_s(self) -> float:
+        """The service's clock: it shows at least this."""
+        return time.monotonic() + self._server_lead_s
+
+    async def _peek(self, subscription: str, end_s: float) -> list[float]:
+        """When the messages were published that wait in ``subscription``, in Unix time.
+
+        Waits for one until ``end_s``.
+        """
         async with self._calls:
-            pulled = await self.api.call(
-                "Pull", subscription=subscription, max_messages=LOOK_LIMIT, return_immediately=True
-            )
+            wait_s = end_s - time.monotonic()
+            try:
+                pulled = await self.api.call(
+                    "Pull",
+                    timeout_s=wait_s if wait_s > 0 else CALL_TIMEOUT_S,
+                    subscription=subscription,
+                    max_messages=LOOK_LIMIT,
+                    return_immediately=wait_s <= 0,
+                )
+            except PubSubError as error:
+                if error.is_timeout and wait_s > 0:
+                    return []
+                raise
             if not pulled.received_messages:
                 return []
             await self.api.call(

@@ -8,6 +8,8 @@ What can happen to it, and what is made of it:
 - The subscription is gone, or hangs on a topic that was deleted: it is made anew: a gap.
 - Nothing is heard for a while: a probe of its own asks whether it still delivers. If not, the
   stream is opened again, and the subscription looked at.
+- Google's emulator keeps feeding the broken stream: there every broken stream costs the
+  subscription.
 
 A gap is reported only when a probe has come through the restored stream.
 """
@@ -225,6 +227,8 @@ class PulledSubscription:
         if error.is_missing:
             log.warning("subscription gone", subscription=self.name, reason=str(error))
             self.lose("the subscription was gone")
+        elif self._api.is_emulator:
+            self.lose("the stream broke")
         elif error.is_transient:
             log.info("stream ended", subscription=self.name, reason=str(error))
         else:
@@ -315,8 +319,8 @@ class PulledSubscription:
             gap, quiet_s = self._gap, self._loop.time() - self._heard_s
             if gap is not None or quiet_s > QUIET_S:
                 if not await self._prove():
-                    if not await self._is_attached():
-                        self.lose("the subscription was gone or its topic deleted")
+                    if self._api.is_emulator or not await self._is_attached():
+                        self.lose("the subscription did not deliver")
                     return
                 self._heard_s = self._loop.time()
                 if gap is not None and not self._gone:
