@@ -423,7 +423,7 @@ class ClientCore:
         self._pulls.retry_now()
         if self._connect_at < inf:
             self._connect_at = self._now
-        if self._fetch_at < inf and not self._has_token:
+        if not self._has_token:
             self._fetch_at = self._now
         if self._ping_at < inf:
             self._ping_at = self._now
