@@ -1,5 +1,7 @@
 """The OpenAPI description is true: what it allows is accepted, what it does not is refused."""
 
+from typing import Any
+
 import schemathesis
 from hypothesis import settings
 from tests.server.api_world import World, bearer
@@ -12,6 +14,6 @@ API.config.update(headers=bearer("urn:user:root", "poke send admin"))
 
 @API.parametrize()
 @settings(max_examples=25, deadline=None, derandomize=True)
-def test_description(case: schemathesis.Case) -> None:
+def test_description(case: schemathesis.Case[Any]) -> None:
     """Generated requests, good and bad, are answered as described, whatever they hold."""
     case.call_and_validate()

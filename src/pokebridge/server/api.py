@@ -24,6 +24,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
+from pokebridge import console
 from pokebridge.errors import AuthError, ForbiddenError, InputError
 from pokebridge.mailbox.base import Mailbox
 from pokebridge.model import (
@@ -143,6 +144,7 @@ def create_api(parts: Parts) -> FastAPI:
     _add_operations(app, parts)
     if parts.sign_dev_token is not None:
         _add_dev_token(app, parts.sign_dev_token)
+        console.install(app)
     return app
 
 

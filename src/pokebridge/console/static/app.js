@@ -1,6 +1,6 @@
 // Two users of pokebridge side by side, and what happens between them.
 
-import { Client } from "./client.js";
+import { Client, Refusal, reach } from "./client.js";
 import { Flow } from "./flow.js";
 import { Trace, TraceList, formatMs } from "./trace.js";
 
@@ -36,14 +36,13 @@ function remembered(key, fresh) {
 const device = remembered("device", () => `web-${randomId()}`);
 
 async function devToken(subject) {
-  const response = await fetch("/v1/dev/token", {
+  const response = await reach("/v1/dev/token", {
     method: "POST",
     headers: { "Content-Type": "application/json" },
     body: JSON.stringify({ sub: subject, scope: "send poke", ttl_s: TOKEN_TTL_S }),
   });
-  const answer = await response.json();
-  if (!response.ok) throw new Error(answer.detail);
-  return answer.token;
+  if (!response.ok) throw await Refusal.of(response);
+  return (await response.json()).token;
 }
 
 /** Resolves when what was changed is on the screen; in a hidden tab nothing is painted. */
@@ -165,13 +164,16 @@ class User {
   async #send() {
     const input = this.#find(".text");
     const text = input.value;
+    if (!text) return;
     // The same text once more after a failure is the same message: it can't arrive twice.
-    const id = this.#unsent?.text === text ? this.#unsent.id : randomId();
-    this.#unsent = { text, id };
+    const again = this.#unsent?.text === text ? this.#unsent : null;
+    const id = again?.id ?? randomId();
+    again?.note.parentElement.remove();
     input.value = "";
     const trace = this.#begin("message", text);
     underWay.set(id, trace);
     const note = this.#addMessage("own", text, "on its way");
+    this.#unsent = { text, id, note };
     trace.onShown = () => {
       note.textContent = `version ${trace.version} · shown after ${formatMs(trace.totalMs)}`;
     };
@@ -250,6 +252,10 @@ class User {
   }
 
   async #onPull({ status, messages, cause, startedAt, endedAt }) {
+    // A poke to somebody who was away is not kept: the pull on `ready` makes up for it.
+    for (const trace of this.#barePokes.filter((t) => !t.wokenAt && cause.kind === "ready")) {
+      Object.assign(trace, { wokenAt: cause.at, wokenBy: "ready" });
+    }
     const pulled = { pullStatus: status, pullStartedAt: startedAt, pullEndedAt: endedAt };
     for (const trace of this.#barePokes.filter((t) => t.wokenAt && t.wokenAt <= startedAt)) {
       Object.assign(trace, pulled);
@@ -325,10 +331,11 @@ class User {
     const words = {
       connecting: "connecting",
       ready: "connected",
-      waiting: `back in ${(delayMs / 1000).toFixed(1)} s: ${why}`,
+      waiting: `retry in ${(delayMs / 1000).toFixed(1)} s: ${why}`,
       off: why,
     };
     this.#find(".state").textContent = words[state];
+    this.#find(".state").title = words[state];
     this.#find(".toggle").textContent = state === "off" ? "Connect" : "Disconnect";
     if (ready) this.#showPlace(ready);
   }
@@ -342,9 +349,9 @@ class User {
 
   #showFacts() {
     const { instance, shard } = this.#root.dataset;
-    this.#find(".facts").textContent =
-      `${this.subject} · shard ${shard ?? "?"} · version ${this.#client.version}` +
-      (instance ? ` · on ${instance}` : "");
+    const facts = [this.subject, `shard ${shard ?? "?"}`, `v${this.#client.version}`, instance];
+    this.#find(".facts").textContent = facts.join(" · ");
+    this.#find(".facts").title = "recipient · shard · version pulled · instance";
   }
 
   #fail(text) {

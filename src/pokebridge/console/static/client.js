@@ -28,6 +28,16 @@ function sleep(delayMs) {
   return new Promise((resolve) => setTimeout(resolve, delayMs));
 }
 
+/** `fetch`, uncached, that gives up in time and says in plain words when there is no answer. */
+export async function reach(path, options) {
+  try {
+    const signal = AbortSignal.timeout(REQUEST_TIMEOUT_MS);
+    return await fetch(path, { ...options, cache: "no-store", signal });
+  } catch {
+    throw new Error("the server does not answer");
+  }
+}
+
 /** An answer that is not a success, in the server's own words (RFC 9457). */
 export class Refusal extends Error {
   static async of(response) {
@@ -114,7 +124,7 @@ export class Client extends EventTarget {
     try {
       this.#token ??= await this.#getToken();
     } catch (error) {
-      if (turn === this.#turn) this.#reconnect(`no token: ${error.message}`);
+      if (turn === this.#turn) this.#reconnect(error.message);
       return;
     }
     if (turn !== this.#turn) return;
@@ -282,7 +292,7 @@ export class Client extends EventTarget {
   async #request(method, path, body, headers = {}, mayRenew = true) {
     this.#token ??= await this.#getToken();
     const token = this.#token;
-    const response = await fetch(path, {
+    const response = await reach(path, {
       method,
       headers: {
         Authorization: `Bearer ${token}`,
@@ -290,8 +300,6 @@ export class Client extends EventTarget {
         ...headers,
       },
       body: body === undefined ? undefined : JSON.stringify(body),
-      cache: "no-store",
-      signal: AbortSignal.timeout(REQUEST_TIMEOUT_MS),
     });
     this.#log(`→ ${method} ${path.split("?")[0]} ${response.status}`);
     if (response.status === 401 && mayRenew) {

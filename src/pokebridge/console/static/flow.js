@@ -23,11 +23,12 @@ export class Flow {
     this.#caption = root.querySelector(".caption");
   }
 
-  /** Show `step` of a message between two users, after the steps that are still to be shown. */
+  /** Show `step` of a message between two users, after its steps that are still to be shown. */
   show(step, { from, to }, caption) {
-    this.#queue.push({ step, from, to, caption });
     // Nobody wants to watch a backlog.
-    if (this.#queue.length > MAX_QUEUED) this.#queue.splice(0, this.#queue.length - MAX_QUEUED);
+    if (step === "send") this.#queue = [];
+    this.#queue.push({ step, from, to, caption });
+    if (this.#queue.length > MAX_QUEUED) this.#queue.shift();
     if (!this.#running) this.#run();
   }
 

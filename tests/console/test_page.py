@@ -1,0 +1,171 @@
+"""The page at ``/``, in a real browser against a real instance."""
+
+import re
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+from playwright.async_api import Browser, Locator, Page, expect
+from tests.support import Instance, Serve
+
+STEPS = ["commit", "poke", "pull", "shown"]
+
+
+@pytest.fixture
+def instance(serve: Serve) -> Instance:
+    """An instance with ``--dev`` and an empty mailbox."""
+    return serve("--mailbox", "memory://")
+
+
+@pytest.fixture
+async def page(chromium: Browser, instance: Instance) -> AsyncIterator[Page]:
+    """The page with both users connected. It may not break its own content policy, nor throw."""
+    page = await chromium.new_page()
+    complaints: list[str] = []
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("console", lambda line: complaints.append(line.text) if line.type == "error" else None)
+    await page.goto(instance.url)
+    for user in (alice(page), bob(page)):
+        await expect(user.locator(".state")).to_have_text("connected")
+    yield page
+    await page.close()
+    assert complaints == []
+
+
+def alice(page: Page) -> Locator:
+    """The user on the left."""
+    return page.locator("[data-user=left]")
+
+
+def bob(page: Page) -> Locator:
+    """The user on the right."""
+    return page.locator("[data-user=right]")
+
+
+async def send(user: Locator, text: str) -> None:
+    """Write ``text`` and press enter."""
+    await user.get_by_role("textbox", name="message to").fill(text)
+    await user.get_by_role("textbox", name="message to").press("Enter")
+
+
+async def expect_steps(trace: Locator, steps: list[str]) -> None:
+    """The trace shows ``steps``, each with its duration, and the time from end to end."""
+    await expect(trace.locator("dd")).to_have_text([re.compile(r"^\d+(\.\d)? ms$")] * len(steps))
+    shown = await trace.locator("dd").evaluate_all("all => all.map(dd => dd.dataset.step)")
+    assert shown == steps
+    await expect(trace.locator(".total")).to_have_text(re.compile(r"^\d+(\.\d)? ms$"))
+
+
+async def test_both_ways(page: Page) -> None:
+    """A message is shown at the other user with all its steps timed, in both directions."""
+    for sender, recipient, names in (
+        (alice(page), bob(page), "alice → bob"),
+        (bob(page), alice(page), "bob → alice"),
+    ):
+        text = f"<b>hello</b> from {names}"
+        await send(sender, text)
+        await expect(recipient.locator(".message.theirs .body")).to_have_text(text)
+        await expect(sender.locator(".message.own .note")).to_have_text(
+            re.compile(r"version 1 · shown after \d+(\.\d)? ms")
+        )
+        trace = page.locator(".trace").first
+        await expect(trace.locator(".who")).to_have_text(names)
+        await expect_steps(trace, STEPS)
+
+
+async def test_poke_only(page: Page) -> None:
+    """A bare poke makes the other one pull, and the pull finds nothing new."""
+    await alice(page).get_by_role("button", name="Poke only").click()
+    await expect(page.locator(".trace dt").last).to_have_text("pull, nothing new")
+    await expect_steps(page.locator(".trace"), ["commit", "poke", "pull"])
+    await expect(bob(page).locator(".message")).to_have_count(0)
+
+
+async def test_away(page: Page) -> None:
+    """What is sent to somebody who is away arrives by the pull on ``ready``."""
+    await bob(page).get_by_role("button", name="Disconnect").click()
+    await expect(bob(page).locator(".state")).to_have_text("disconnected")
+    await send(alice(page), "while you were out")
+    await expect(alice(page).locator(".message.own .note")).to_have_text("version 1")
+    await bob(page).get_by_role("button", name="Connect").click()
+    await expect(bob(page).locator(".message.theirs .body")).to_have_text("while you were out")
+    await expect(page.locator(".trace dt").nth(1)).to_have_text("ready")
+
+
+async def test_two_devices(page: Page, instance: Instance) -> None:
+    """The page in a second window is a second device: both show the message."""
+    assert page.context.browser is not None
+    second = await page.context.browser.new_page()
+    await second.goto(instance.url)
+    await expect(bob(second).locator(".state")).to_have_text("connected")
+    await send(alice(page), "to all of you")
+    for window in (page, second):
+        await expect(bob(window).locator(".message.theirs .body")).to_have_text("to all of you")
+    await second.close()
+
+
+async def test_revoked_and_renamed(page: Page, instance: Instance) -> None:
+    """4401 makes the page take a new token and come back; another name is another recipient."""
+    sessions = bob(page).locator(".log li", has_text='"ready"')
+    await expect(sessions).to_have_count(1)
+    async with instance.async_http("root", "admin") as http:
+        assert (await http.delete("/v1/sessions/urn:user:bob")).status_code == 204
+    await expect(sessions).to_have_count(2)
+    await expect(bob(page).locator(".log li", has_text="closed 4401")).to_have_count(1)
+
+    name = bob(page).get_by_role("textbox", name="Name of the right user")
+    await name.fill("carol")
+    await name.press("Enter")
+    await expect(bob(page).locator(".facts")).to_contain_text("urn:user:carol · shard")
+    await expect(bob(page).locator(".state")).to_have_text("connected")
+    await send(alice(page), "hello carol")
+    await expect(bob(page).locator(".message.theirs .body")).to_have_text("hello carol")
+
+
+async def test_replaced(chromium: Browser, serve: Serve) -> None:
+    """4409 stops the page: it does not fight with the session that replaced it."""
+    instance = serve("--mailbox", "memory://", max_sessions_per_recipient=1)
+    first, second = await chromium.new_page(), await chromium.new_page()
+    await first.goto(instance.url)
+    await expect(bob(first).locator(".state")).to_have_text("connected")
+    await second.goto(instance.url)
+    await expect(bob(first).locator(".state")).to_have_text("replaced by a newer session")
+    await expect(bob(second).locator(".state")).to_have_text("connected")
+    await expect(bob(first).get_by_role("button", name="Connect")).to_be_visible()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+async def test_fits(page: Page, width: int) -> None:
+    """Nothing sticks out to the side, on a desk or in a hand, however long a message is."""
+    await page.set_viewport_size({"width": width, "height": 844})
+    await send(alice(page), "x" * 500)
+    await expect(bob(page).locator(".message.theirs")).to_be_visible()
+    assert await page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+async def test_docs_render(chromium: Browser, instance: Instance) -> None:
+    """The page to try the API shows its calls, under its own content policy."""
+    page = await chromium.new_page()
+    complaints: list[str] = []
+    page.on("console", lambda line: complaints.append(line.text) if line.type == "error" else None)
+    await page.goto(f"{instance.url}/docs")
+    await expect(page.locator("#operations-default-pull")).to_be_visible()
+    assert complaints == []
+
+
+def test_headers(instance: Instance) -> None:
+    """The page allows no script but its own, and is asked about before it is used again."""
+    with httpx.Client(base_url=instance.url, trust_env=False) as http:
+        page = http.get("/")
+        assert page.headers["content-type"].startswith("text/html")
+        assert "script-src 'self';" in page.headers["content-security-policy"]
+        assert page.headers["x-content-type-options"] == "nosniff"
+        assert page.headers["referrer-policy"] == "no-referrer"
+        for path, kind in (("/console/app.js", "javascript"), ("/console/style.css", "text/css")):
+            file = http.get(path)
+            assert kind in file.headers["content-type"]
+            again = http.get(path, headers={"If-None-Match": file.headers["etag"]})
+            assert again.status_code == 304
+            assert file.headers["cache-control"] == "no-cache"
+        assert http.get("/console/../__init__.py").status_code == 404
+        assert http.get("/console/%2e%2e/__init__.py").status_code == 404
