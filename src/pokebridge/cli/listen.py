@@ -1,0 +1,136 @@
+"""``pokebridge listen``: a smart client in the terminal."""
+
+import asyncio
+import json
+from collections.abc import Sequence
+from http import HTTPStatus
+from typing import Any
+
+import click
+import msgspec
+
+from pokebridge.cli.api import Access, Api, api_options
+from pokebridge.cli.options import json_option
+from pokebridge.client import PokeClient, ReceivedMessage
+from pokebridge.client.core import CLOSE_TOKEN, parse_frame
+from pokebridge.client.events import AnyAction, AnyEvent, Closed, Refused, Text
+from pokebridge.errors import AuthError, ForbiddenError, UnavailableError
+
+
+@click.command(
+    epilog="Example: pokebridge listen urn:user:bob", short_help="Show messages as they come."
+)
+@click.argument("recipient")
+@click.option(
+    "--after",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Show what is newer than this version.",
+)
+@click.option(
+    "--device",
+    default="terminal",
+    show_default=True,
+    help="Name of this device. A message is kept until each device that was ever seen has it.",
+)
+@api_options()
+@json_option
+def listen(recipient: str, after: int, device: str, *, as_json: bool, **access: Any) -> None:
+    """Sleep until RECIPIENT is poked, then show its new messages; until interrupted.
+
+    What cannot be reached at the start is an error; a connection that is lost later is made anew.
+    """
+    asyncio.run(_listen(recipient, after, device, Access(**access), as_json=as_json))
+
+
+async def _listen(
+    recipient: str, after: int, device: str, access: Access, *, as_json: bool
+) -> None:
+    async with Api(access) as api:
+
+        async def new_token() -> str:
+            return await api.token_for(recipient, [])
+
+        # Once beforehand: the client would go on trying, and not say in a line what is wrong.
+        await new_token()
+        terminal = _Terminal(api.url, as_json=as_json, token_is_fixed=access.token is not None)
+        async with PokeClient(
+            api.url,
+            new_token,
+            terminal.show_messages,
+            device=device,
+            cursor=after,
+            on_event=terminal.on_event,
+        ) as client:
+            stopped = asyncio.create_task(client.wait_stopped())
+            ends: set[asyncio.Future[Any]] = {stopped, terminal.failed}
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if terminal.failed.done():
+                stopped.cancel()
+                terminal.failed.result()
+            raise ForbiddenError(f"{api.url} wants no more of this session: {stopped.result()}")
+
+
+class _Terminal:
+    """Messages go to stdout, what happens to the connection to stderr.
+
+    ``failed`` gets the error that ends the command.
+    """
+
+    def __init__(self, url: str, *, as_json: bool, token_is_fixed: bool) -> None:
+        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._url = url
+        self._as_json = as_json
+        self._token_is_fixed = token_is_fixed
+        self._was_ready = False
+
+    async def show_messages(self, messages: Sequence[ReceivedMessage]) -> None:
+        """Print them. When nobody reads us any more they are not acked."""
+        try:
+            for message in messages:
+                click.echo(_json_line(message) if self._as_json else _line(message))
+        except OSError as error:
+            self._fail(error)
+            raise
+
+    def on_event(self, event: AnyEvent | AnyAction) -> None:
+        """Tell what happens, and give up where trying again would not help."""
+        match event:
+            case Text(text=text):
+                self._on_frame(parse_frame(text))
+            case Refused(status=status):
+                self._on_loss(status == HTTPStatus.UNAUTHORIZED, f"the answer was {status}")
+            case Closed(code=code, reason=reason):
+                self._on_loss(code == CLOSE_TOKEN, f"closed with {code} {reason}".rstrip())
+            case _:
+                pass
+
+    def _on_frame(self, frame: dict[str, Any]) -> None:
+        if frame.get("type") == "ready":
+            self._was_ready = True
+        if frame.get("type") in {"ready", "poke", "move"}:
+            click.echo(" ".join(f"{key}={frame[key]}" for key in frame), err=True)
+
+    def _on_loss(self, is_about_token: bool, reason: str) -> None:  # noqa: FBT001 - one caller
+        if is_about_token and (self._token_is_fixed or not self._was_ready):
+            self._fail(AuthError(f"{self._url} refused the token: {reason}"))
+        elif not self._was_ready:
+            self._fail(UnavailableError(f"{self._url} can't be listened to: {reason}"))
+        else:
+            click.echo(f"connection lost, {reason}; it is made anew", err=True)
+
+    def _fail(self, error: Exception) -> None:
+        if not self.failed.done():
+            self.failed.set_exception(error)
+
+
+def _json_line(message: ReceivedMessage) -> str:
+    return json.dumps(msgspec.to_builtins(message))
+
+
+def _line(message: ReceivedMessage) -> str:
+    body = json.dumps(message.body, ensure_ascii=False)
+    # A sender must not be able to move the cursor of this terminal.
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in body)
+    return f"{message.version} {message.sender} {shown}"
