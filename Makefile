@@ -66,7 +66,7 @@ fix: setup  ## format, and mend what lint can mend
 	@$(BIN)/ruff check --fix $(CODE)
 
 bench: setup  ## run the benchmarks
-	@$(BIN)/python benchmarks/run.py
+	@$(BIN)/python -m benchmarks
 
 lock: setup  ## compile requirements.lock anew from pyproject.toml (UPGRADE=1: newest releases)
 	@$(BIN)/uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --all-extras --group dev \
