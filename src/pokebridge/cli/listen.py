@@ -86,13 +86,13 @@ class _Terminal:
         self._was_ready = False
 
     async def show_messages(self, messages: Sequence[ReceivedMessage]) -> None:
-        """Print them. When nobody reads us any more they are not acked."""
+        """Print them. When nobody reads us any more this does not return, so they are not acked."""
         try:
             for message in messages:
                 click.echo(_json_line(message) if self._as_json else _line(message))
         except OSError as error:
             self._fail(error)
-            raise
+            await asyncio.Event().wait()
 
     def on_event(self, event: AnyEvent | AnyAction) -> None:
         """Tell what happens, and give up where trying again would not help."""
