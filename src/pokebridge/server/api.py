@@ -220,6 +220,7 @@ def _add_pokes_and_messages(app: _Api, parts: Parts) -> None:
         operation(
             "Pull the caller's messages",
             query=schema.PullQuery,
+            has_etag=True,
             answers={200: schema.Pulled, 304: "Nothing new: `If-None-Match` has the `ETag`."},
         ),
     )

@@ -239,6 +239,13 @@ _PROBLEMS = {
     503: "A part that this depends on does not answer: worth a retry.",
 }
 _OF_A_BODY = (400, 408, 413, 422)
+_IF_NONE_MATCH = {
+    "name": "If-None-Match",
+    "in": "header",
+    "description": "The `ETag` of the last answer: then nothing new is a 304.",
+    "schema": {"type": "string", "example": '"17"'},
+}
+_ETAG = {"ETag": {"description": "The newest version.", "schema": {"type": "string"}}}
 _REF = "#/components/schemas/{name}"
 _DESCRIBED = (
     PokeRequest,
@@ -267,14 +274,20 @@ def operation(
     body: type[Struct] | None = None,
     query: type[Struct] | None = None,
     path: Mapping[str, Any] | None = None,
+    has_etag: bool = False,
 ) -> dict[str, Any]:
     """A route's OpenAPI part, as keyword arguments for FastAPI's ``add_api_route``.
 
     ``answers`` maps a status to the struct that answers, or to words when there is no JSON body.
     ``scope`` is what the token must have, ``""`` a token without any, ``None`` no token.
+    ``has_etag``: the answers carry an ``ETag``, and ``If-None-Match`` is heeded.
     """
     failures = {*problems, 413, *(_OF_A_BODY if body else ()), *((422,) if query else ())}
     extra: dict[str, Any] = {"parameters": [*_query_parameters(query), *_path_parameters(path)]}
+    described = {status: _answer(status, answer) for status, answer in answers.items()}
+    if has_etag:
+        extra["parameters"].append(_IF_NONE_MATCH)
+        described = {status: {**answer, "headers": _ETAG} for status, answer in described.items()}
     if body is not None:
         extra["requestBody"] = {"required": True, "content": _json_content(body)}
     if scope is not None:
@@ -286,7 +299,7 @@ def operation(
         "description": f"Needs the scope `{scope}`." if scope else "",
         "status_code": first,
         "responses": {
-            **{status: _answer(status, answer) for status, answer in answers.items()},
+            **described,
             **{status: _failure(status) for status in sorted(failures)},
         },
         "openapi_extra": extra,
