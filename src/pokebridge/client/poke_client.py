@@ -134,6 +134,7 @@ class PokeClient:
         self._connecting: asyncio.Task[None] | None = None
         self._socket: ClientConnection | None = None
         self._stop_code = 0
+        self._leaving = False
         self._handled = asyncio.Event()
         self._ready = asyncio.Event()
 
@@ -156,8 +157,12 @@ class PokeClient:
         """
         main = self._entered()
         ready = asyncio.create_task(self._ready.wait())
-        await asyncio.wait({ready, main}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        ready.cancel()
+        try:
+            await asyncio.wait(
+                {ready, main}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
+            )
+        finally:
+            ready.cancel()
         if main.done():
             raise ForbiddenError(f"the bridge stopped this client with {main.result()}")
         if not ready.done():
@@ -172,6 +177,7 @@ class PokeClient:
 
     def wake(self) -> None:
         """Try now what waits out a delay: the network is back, or the machine woke up."""
+        self._entered()
         self._feed(Wake())
 
     async def __aenter__(self) -> Self:
@@ -189,9 +195,12 @@ class PokeClient:
     ) -> None:
         """Close everything; a handler that is running is cancelled, and its page not acked."""
         main = self._entered()
+        self._leaving = True
         main.cancel()
-        await asyncio.wait({main})
-        await self._puller.close()
+        try:
+            await asyncio.wait({main})
+        finally:
+            await self._puller.close()
         if error is None and not main.cancelled():
             main.result()  # raises what broke the client, if anything did
 
@@ -219,6 +228,8 @@ class PokeClient:
         return self._stop_code
 
     def _feed(self, event: AnyEvent) -> None:
+        if self._leaving:
+            return  # said by a handler that did not heed its cancellation
         self._show(event)
         now = asyncio.get_running_loop().time()
         # It spreads clients and keeps no secret.
@@ -254,6 +265,7 @@ class PokeClient:
             case Pull(after=after):
                 self._tasks.create_task(self._pull(after))
             case Stop(code=code):
+                _log.warning("the bridge has stopped this client for good: %d", code)
                 self._stop_code = code
 
     async def _fetch_token(self) -> None:
@@ -275,7 +287,7 @@ class PokeClient:
     async def _pull(self, after: int) -> None:
         event = await self._puller.pull(after, self._token)
         if isinstance(event, PullFailed):
-            _log.info("a pull failed and will be tried again: %s", event.reason)
+            _log.warning("a pull failed and will be tried again: %s", event.reason)
         self._feed(event)
 
     # --- the WebSocket ---
@@ -286,11 +298,11 @@ class PokeClient:
         except InvalidStatus as error:
             response = error.response
             asked_s = retry_after_s(response.headers.get("Retry-After"))
+            _log.warning("the connection was refused with %d", response.status_code)
             self._feed(Refused(response.status_code, asked_s, str(error)))
         except (OSError, WebSocketException, ValueError) as error:
             self._feed(Closed(ABNORMAL_CLOSURE, repr(error)))
         else:
-            self._socket = socket
             try:
                 await self._listen(socket)
             finally:
@@ -314,6 +326,7 @@ class PokeClient:
         )
 
     async def _listen(self, socket: ClientConnection) -> None:
+        self._socket = socket
         self._feed(Opened())
         try:
             while True:

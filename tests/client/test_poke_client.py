@@ -1,0 +1,621 @@
+"""The asyncio client against a small bridge that misbehaves."""
+
+import asyncio
+import logging
+import ssl
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.client.faulty_bridge import Bad, FaultyBridge
+from tests.support import CutProxy, wait_until
+from tests.transport.certificates import make_certificates
+
+from pokebridge.client import OnPoke, PokeClient, Policy, ReceivedMessage, core
+from pokebridge.client.events import Closed, Connect, Pull, Pulled, Text
+from pokebridge.errors import ConfigError, ForbiddenError, InputError
+
+# Nothing waits for long; polling and pings stay out of the way where a test does not want them.
+QUICK = Policy(base_s=0.01, cap_s=0.05, overload_base_s=0.01, overload_cap_s=0.05)
+
+
+class Handler:
+    """Keeps the messages it gets, and fails or waits where a test wants it to."""
+
+    def __init__(self) -> None:
+        self.got: list[ReceivedMessage] = []
+        self.failures: list[Exception] = []
+        self.calls = 0
+        self.running = 0
+        self.cancelled = False
+        self.go_on = asyncio.Event()
+        self.go_on.set()
+
+    async def __call__(self, messages: Sequence[ReceivedMessage]) -> None:
+        """Deal with ``messages``."""
+        self.calls += 1
+        self.running += 1
+        assert self.running == 1, "two calls at once"
+        try:
+            await self.go_on.wait()
+            if self.failures:
+                raise self.failures.pop(0)
+            self.got += messages
+        except asyncio.CancelledError:
+            self.cancelled = True
+            raise
+        finally:
+            self.running -= 1
+
+    @property
+    def bodies(self) -> list[Any]:
+        """What the messages said."""
+        return [message.body for message in self.got]
+
+    async def has(self, *bodies: Any) -> None:
+        """Wait until exactly these have come."""
+        await wait_until(lambda: len(self.got) >= len(bodies), what=f"{bodies}, not {self.bodies}")
+        assert self.bodies == list(bodies)
+
+
+class Tokens:
+    """A token provider that numbers its tokens, and fails where a test wants it to."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.failures: list[Exception | Any] = []
+
+    async def __call__(self) -> str:
+        """The next token."""
+        if self.failures:
+            failure = self.failures.pop(0)
+            if isinstance(failure, Exception):
+                raise failure
+            return failure  # type: ignore[no-any-return]  # a provider of a user's may return anything
+        self.count += 1
+        return f"token-{self.count}"
+
+
+@pytest.fixture
+async def bridge() -> AsyncIterator[FaultyBridge]:
+    """A running bridge, without faults so far."""
+    async with FaultyBridge().run() as bridge:
+        yield bridge
+
+
+@pytest.fixture
+def handler() -> Handler:
+    """What the client hands its messages to."""
+    return Handler()
+
+
+# --- messages -------------------------------------------------------------------------------
+
+
+async def test_messages_come_in_order_and_are_acked(bridge: FaultyBridge, handler: Handler) -> None:
+    """What was there before, in pages, and what a poke announces; cursor and acks follow."""
+    bridge.page_size = 2
+    bridge.commit("a", "b", "c", "d", "e")
+    async with PokeClient(bridge.url, "token", handler, device="phone") as client:
+        await client.wait_ready(5)
+        assert client.connected
+        await handler.has("a", "b", "c", "d", "e")
+        await bridge.say(type="poke", version=bridge.commit({"rich": [1, None]}))
+        await handler.has("a", "b", "c", "d", "e", {"rich": [1, None]})
+        await wait_until(lambda: bridge.acks == [2, 4, 5, 6])
+        await wait_until(lambda: client.cursor == 6)
+    assert bridge.connects == [{"token": "token", "device": "phone"}]
+    assert {pull["device"] for pull in bridge.pulls} == {"phone"}
+    first = handler.got[0]
+    assert (first.version, first.id, first.sender) == (1, "id-1", "urn:user:eve")
+    assert first.sent_at.isoformat() == "2026-11-24T05:30:00.123000+00:00"
+
+
+async def test_it_goes_on_from_a_cursor(bridge: FaultyBridge, handler: Handler) -> None:
+    """A client that was told its cursor pulls only what is newer, and acks nothing twice."""
+    bridge.commit("a", "b", "c")
+    async with PokeClient(bridge.url, "token", handler, cursor=2):
+        await handler.has("c")
+        await wait_until(lambda: bridge.acks == [3])
+
+
+async def test_what_it_has_costs_no_pull_and_nothing_new_no_body(
+    bridge: FaultyBridge, handler: Handler
+) -> None:
+    """A known version is not pulled; an unversioned poke is answered with 304 by the ETag."""
+    bridge.commit("a")
+    async with PokeClient(bridge.url, "token", handler):
+        await handler.has("a")
+        await wait_until(lambda: bridge.acks == [1])
+        await bridge.say(type="poke", version=1)
+        await bridge.say(type="poke")
+        await wait_until(lambda: len(bridge.pulls) == 2)
+        assert [pull["etag"] for pull in bridge.pulls] == ["", '"1"']
+        await bridge.say(type="poke", version=bridge.commit("b"))
+        await handler.has("a", "b")
+
+
+async def test_pokes_during_a_pull_cause_exactly_one_more(
+    bridge: FaultyBridge, handler: Handler
+) -> None:
+    """A slow handler is never called twice at once, however much is heard meanwhile."""
+    bridge.commit("a")
+    handler.go_on.clear()
+    events: list[object] = []
+    async with PokeClient(bridge.url, "token", handler, on_event=events.append):
+        await wait_until(lambda: handler.calls)
+        bridge.commit("b", "c")
+        for _ in range(20):
+            await bridge.say(type="poke")
+        await wait_until(lambda: sum(isinstance(event, Text) for event in events) == 21)
+        handler.go_on.set()
+        await handler.has("a", "b", "c")
+        await wait_until(lambda: bridge.acks == [1, 3])
+    assert len(bridge.pulls) == 2
+
+
+async def test_a_page_comes_again_when_its_handler_fails(
+    bridge: FaultyBridge, handler: Handler, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is not acked, it is offered until it is dealt with, and the error is logged."""
+    bridge.commit("a", "b")
+    handler.failures = [ValueError("no such thing"), RuntimeError("not now")]
+    async with PokeClient(bridge.url, "token", handler, policy=QUICK) as client:
+        await handler.has("a", "b")
+        await wait_until(lambda: bridge.acks == [2])
+        await wait_until(lambda: client.cursor == 2)
+    assert handler.calls == 3
+    assert [pull["etag"] for pull in bridge.pulls] == ["", "", ""]
+    assert "no such thing" in caplog.text
+
+
+async def test_an_ack_that_fails_is_repeated_without_its_messages(
+    bridge: FaultyBridge, handler: Handler
+) -> None:
+    """The messages were dealt with, so only the ack is made up for."""
+    bridge.commit("a")
+    bridge.bad_acks = [Bad(503), Bad(500)]
+    async with PokeClient(bridge.url, "token", handler, policy=QUICK) as client:
+        await wait_until(lambda: bridge.acks == [1])
+        await wait_until(lambda: client.cursor == 1)
+    assert handler.bodies == ["a"]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Bad(500),
+        Bad(503, {"Retry-After": "0"}),
+        Bad(429, {"Retry-After": "Tue, 24 Nov 2026 05:30:00 GMT"}),
+        Bad(302, {"Location": "/elsewhere"}),
+        Bad(200, body=b"no JSON"),
+        Bad(200, body=b'{"messages": 3}'),
+        Bad(200, body=b'{"messages":[{"version":"x"}],"version":1,"more":false}'),
+        Bad(200, body=b"[" * 100_000),
+        Bad(200, body=b'{"messages":[{"id":"\xff"}],"version":1,"more":false}'),
+        Bad(200, {"Content-Encoding": "gzip"}, body=b"no gzip"),
+    ],
+    ids=lambda answer: f"{answer.status} {answer.body[:20]!r}",
+)
+async def test_a_pull_that_fails_is_retried(
+    bridge: FaultyBridge, handler: Handler, answer: Bad
+) -> None:
+    """Whatever the server answers in place of a page, the page is had in the end."""
+    bridge.commit("a")
+    bridge.bad_pulls = [answer]
+    async with PokeClient(bridge.url, "token", handler, policy=QUICK):
+        await handler.has("a")
+
+
+async def test_a_mailbox_that_was_begun_anew_is_read_from_its_start(
+    bridge: FaultyBridge, handler: Handler, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A cursor ahead of the server's head is no reason to be silent until the head gets there."""
+    bridge.commit("a", "b")
+    async with PokeClient(bridge.url, "token", handler, cursor=17) as client:
+        await handler.has("a", "b")
+        await wait_until(lambda: bridge.acks == [2])
+        await wait_until(lambda: client.cursor == 2)
+    assert "begun anew" in caplog.text
+
+
+# --- the connection -------------------------------------------------------------------------
+
+
+async def test_a_lost_connection_is_had_again(bridge: FaultyBridge, handler: Handler) -> None:
+    """What was committed while it was gone is pulled when it is back, without any poke."""
+    async with PokeClient(bridge.url, "token", handler, policy=QUICK) as client:
+        await client.wait_ready(5)
+        for number, lose in enumerate([1001, 1012, 1013, 1008, 4307, None]):
+            bridge.commit(number)
+            if lose is None:
+                bridge.cut()
+            else:
+                await bridge.close(lose)
+            await wait_until(lambda: len(bridge.connects) == number + 2)  # noqa: B023 - called here
+            await handler.has(*range(number + 1))
+    assert all(connect == {"token": "token", "device": "default"} for connect in bridge.connects)
+
+
+async def test_a_message_that_is_no_message_is_survived(
+    bridge: FaultyBridge, handler: Handler
+) -> None:
+    """Unknown, broken and binary ones are ignored; one that is too large costs the connection."""
+    async with PokeClient(bridge.url, "token", handler, policy=QUICK) as client:
+        await client.wait_ready(5)
+        await bridge.sockets[-1].send_str("not JSON")
+        await bridge.sockets[-1].send_bytes(b'{"type":"poke"}')
+        await bridge.say(type="news")
+        await bridge.say(type="poke", version=bridge.commit("a"))
+        await handler.has("a")
+        assert len(bridge.connects) == 1
+        await bridge.say(type="news", text="x" * 17_000)
+        await wait_until(lambda: len(bridge.connects) == 2)
+        await wait_until(lambda: client.connected)
+
+
+@pytest.mark.parametrize("status", [429, 500, 502, 503])
+async def test_a_refused_handshake_is_tried_again(
+    bridge: FaultyBridge, handler: Handler, status: int
+) -> None:
+    """A bridge that can't have the client now is asked again."""
+    bridge.refusals = [Bad(status, {"Retry-After": "0"})] * 3
+    async with PokeClient(bridge.url, "token", handler, policy=QUICK) as client:
+        await client.wait_ready(5)
+    assert len(bridge.connects) == 4
+
+
+async def test_a_move_is_followed(bridge: FaultyBridge, handler: Handler) -> None:
+    """After 4307 it connects where the bridge said, and says that it was moved."""
+    async with FaultyBridge().run() as other:
+        async with PokeClient(bridge.url, "token", handler, device="phone") as client:
+            await client.wait_ready(5)
+            await bridge.say(type="move", url=f"{other.url.replace('http', 'ws')}/v1/connect?x=1")
+            await bridge.close(4307)
+            await wait_until(lambda: other.sockets)
+            await other.say(type="poke", version=bridge.commit("a"))
+            await handler.has("a")
+        assert other.connects == [{"token": "token", "device": "phone", "moved": "1", "x": "1"}]
+        assert other.pulls == []
+
+
+@pytest.mark.parametrize("url", ["ws://[", "ws://", "ws://127.0.0.1:1/", "ws://nowhere.invalid/"])
+async def test_a_move_to_nowhere_leads_home(
+    bridge: FaultyBridge, handler: Handler, url: str
+) -> None:
+    """An address that can't be had costs an attempt and no more."""
+    async with PokeClient(bridge.url, "token", handler, policy=QUICK) as client:
+        await client.wait_ready(5)
+        await bridge.say(type="move", url=url)
+        await bridge.close(4307)
+        await wait_until(lambda: len(bridge.connects) == 2)
+
+
+@pytest.mark.parametrize("code", [4403, 4409, 4499])
+async def test_it_stops_when_it_is_told_to(
+    bridge: FaultyBridge, handler: Handler, code: int
+) -> None:
+    """The code is reported, nothing is tried again, and a page that was handed over is finished."""
+    bridge.commit("a")
+    handler.go_on.clear()
+    async with PokeClient(bridge.url, "token", handler, policy=QUICK) as client:
+        await wait_until(lambda: handler.calls)
+        await bridge.close(code)
+        await wait_until(lambda: not client.connected)
+        handler.go_on.set()
+        assert await client.wait_stopped() == code
+        with pytest.raises(ForbiddenError, match=str(code)):
+            await client.wait_ready(5)
+        client.wake()
+    assert bridge.acks == [1]
+    assert len(bridge.connects) == 1
+
+
+async def test_a_forbidden_handshake_stops_it(bridge: FaultyBridge, handler: Handler) -> None:
+    """403 is for good."""
+    bridge.refusals = [Bad(403)]
+    async with PokeClient(bridge.url, "token", handler) as client:
+        with pytest.raises(ForbiddenError, match="4403"):
+            await client.wait_ready(5)
+
+
+async def test_half_open_connections_are_noticed(bridge: FaultyBridge, handler: Handler) -> None:
+    """When nothing comes through any more it pings, gives up, and gets through elsewhere."""
+    policy = Policy(base_s=0.01, cap_s=0.05, ping_after_s=0.1, pong_within_s=0.1)
+    async with (
+        CutProxy("127.0.0.1", int(bridge.url.rpartition(":")[2])) as proxy,
+        PokeClient(f"http://{proxy.address}", "token", handler, policy=policy) as client,
+    ):
+        await client.wait_ready(5)
+        await wait_until(lambda: {"type": "ping"} in bridge.heard)
+        assert len(bridge.connects) == 1
+        proxy.cut()
+        await wait_until(lambda: not client.connected)
+        bridge.commit("a")
+        proxy.heal()
+        await handler.has("a")
+        assert len(bridge.connects) >= 2
+
+
+@pytest.mark.parametrize("stage", ["handshake", "ready"])
+async def test_a_bridge_that_never_gets_ready_is_left(
+    bridge: FaultyBridge, handler: Handler, stage: str
+) -> None:
+    """Neither a handshake nor a ``ready`` is waited for without a limit."""
+    bridge.silent = stage == "handshake"
+    bridge.ready = {"type": "later"}
+    policy = Policy(base_s=0.01, cap_s=0.05, open_within_s=0.1, ready_within_s=0.1)
+    async with PokeClient(bridge.url, "token", handler, policy=policy) as client:
+        await wait_until(lambda: len(bridge.connects) == 2)
+        bridge.silent = False
+        bridge.ready = {"type": "ready"}
+        await client.wait_ready(5)
+
+
+async def test_it_polls_slowly_while_it_can_t_connect(
+    bridge: FaultyBridge, handler: Handler
+) -> None:
+    """Where no WebSocket gets through, messages come all the same; with one, polling ends."""
+    bridge.refusals = [Bad(502)] * 10_000
+    bridge.commit("a")
+    policy = Policy(base_s=0.01, cap_s=0.05, poll_after_s=0.05, poll_every_s=0.05)
+    async with PokeClient(bridge.url, "token", handler, policy=policy) as client:
+        await handler.has("a")
+        bridge.commit("b")
+        await handler.has("a", "b")
+        assert not client.connected
+        bridge.refusals.clear()
+        await client.wait_ready(5)
+
+
+async def test_wake_ends_a_delay(bridge: FaultyBridge, handler: Handler) -> None:
+    """After a long outage nobody has to wait for the next attempt."""
+    bridge.refusals = [Bad(503, {"Retry-After": "200"})]
+    async with PokeClient(bridge.url, "token", handler) as client:
+        await wait_until(lambda: bridge.connects)
+        with pytest.raises(TimeoutError, match=r"0\.05 s"):
+            await client.wait_ready(0.05)
+        client.wake()
+        await client.wait_ready(5)
+
+
+async def test_tls(tmp_path: Path, handler: Handler) -> None:
+    """Over https and wss with an authority of one's own; without it the bridge is not trusted."""
+    files = make_certificates(tmp_path)
+    server_tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    server_tls.load_cert_chain(files.cert_file, files.key_file)
+    client_tls = ssl.create_default_context(cafile=str(files.ca_file))
+    async with FaultyBridge().run(server_tls) as bridge:
+        bridge.commit("a")
+        async with PokeClient(bridge.url, "token", handler, tls=client_tls) as client:
+            await client.wait_ready(5)
+            await handler.has("a")
+        seen: list[object] = []
+        async with PokeClient(bridge.url, "token", handler, on_event=seen.append) as client:
+            await wait_until(lambda: any(isinstance(event, Closed) for event in seen))
+    assert "CERTIFICATE_VERIFY_FAILED" in repr(seen)
+    assert len(bridge.connects) == 1
+
+
+# --- tokens ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["handshake", "close"])
+async def test_a_refused_token_is_replaced(
+    bridge: FaultyBridge, handler: Handler, how: str
+) -> None:
+    """401 and 4401 get a new token first; a provider that keeps giving bad ones is not hurried."""
+    if how == "handshake":
+        bridge.refusals = [Bad(401)] * 3
+    async with PokeClient(bridge.url, Tokens(), handler, policy=QUICK) as client:
+        await client.wait_ready(5)
+        if how == "close":
+            while len(bridge.sockets) < 4:
+                had = len(bridge.sockets)
+                await bridge.close(4401)
+                await wait_until(lambda: len(bridge.sockets) > had)  # noqa: B023 - called here
+    assert [connect["token"] for connect in bridge.connects] == [
+        "token-1",
+        "token-2",
+        "token-3",
+        "token-4",
+    ]
+
+
+async def test_a_token_is_renewed_before_it_runs_out(
+    bridge: FaultyBridge, handler: Handler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new one goes to the bridge on the open socket, and with the next pulls."""
+    monkeypatch.setattr(core, "MIN_TOKEN_REST_S", 0)
+    bridge.ready["expires_in"] = 0.2
+    async with PokeClient(bridge.url, Tokens(), handler):
+        await wait_until(lambda: bridge.heard)
+        assert bridge.heard == [{"type": "auth", "token": "token-2"}]
+        await bridge.say(type="poke")
+        await wait_until(lambda: len(bridge.pulls) == 2)
+    assert bridge.pulls[-1]["token"] == "token-2"
+    assert len(bridge.connects) == 1
+
+
+async def test_a_pull_s_refused_token_is_replaced(bridge: FaultyBridge, handler: Handler) -> None:
+    """A pull that is answered with 401 is made again with a new token, which the socket gets."""
+    bridge.commit("a")
+    bridge.bad_pulls = [Bad(401)]
+    async with PokeClient(bridge.url, Tokens(), handler):
+        await handler.has("a")
+        await wait_until(lambda: bridge.heard == [{"type": "auth", "token": "token-2"}])
+    assert [pull["token"] for pull in bridge.pulls] == ["token-1", "token-2"]
+
+
+async def test_a_token_that_can_t_be_had_is_asked_for_again(
+    bridge: FaultyBridge, handler: Handler
+) -> None:
+    """Whatever the provider raises, and whatever it returns that is no token."""
+    tokens = Tokens()
+    tokens.failures = [OSError("down"), "", "two words", "a\r\nHost: evil", "é", None, 7]
+    async with PokeClient(bridge.url, tokens, handler, policy=QUICK) as client:
+        await client.wait_ready(5)
+    assert [connect["token"] for connect in bridge.connects] == ["token-1"]
+
+
+# --- the end, and the user's part -------------------------------------------------------------
+
+
+async def test_leaving_closes_everything(bridge: FaultyBridge, handler: Handler) -> None:
+    """The socket is closed in good order, a running handler is cancelled, no task is left."""
+    bridge.commit("a")
+    handler.go_on.clear()
+    async with PokeClient(bridge.url, "token", handler) as client:
+        await client.wait_ready(5)
+        await wait_until(lambda: handler.running)
+        assert any("PokeClient" in repr(task) for task in asyncio.all_tasks())
+    assert handler.cancelled
+    assert not any("PokeClient" in repr(task) for task in asyncio.all_tasks())
+    await wait_until(lambda: bridge.closes == [1000])
+    assert bridge.acks == []
+
+
+async def test_leaving_before_anything_happened(bridge: FaultyBridge, handler: Handler) -> None:
+    """A client may be left at once, and while nothing answers."""
+    async with PokeClient(bridge.url, "token", handler):
+        pass
+    bridge.silent = True
+    async with PokeClient(bridge.url, "token", handler):
+        await wait_until(lambda: bridge.connects)
+
+
+async def test_a_handler_that_ignores_its_cancellation_does_no_harm(
+    bridge: FaultyBridge,
+) -> None:
+    """Leaving waits for it and raises nothing."""
+    bridge.commit("a")
+    started = asyncio.Event()
+
+    async def stubborn(_: Sequence[ReceivedMessage]) -> None:
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            return
+
+    async with PokeClient(bridge.url, "token", stubborn):
+        await started.wait()
+
+
+async def test_the_user_s_own_error_comes_through_as_it_is(
+    bridge: FaultyBridge, handler: Handler
+) -> None:
+    """What the body of ``async with`` raises is not wrapped in a group."""
+    with pytest.raises(KeyError, match="mine"):
+        async with PokeClient(bridge.url, "token", handler):
+            raise KeyError("mine")
+
+
+async def test_a_fault_of_the_client_s_own_is_not_silent(
+    bridge: FaultyBridge, handler: Handler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reaches whoever waits, and whoever leaves."""
+
+    def broken(*_: object, **__: object) -> list[Any]:
+        raise ZeroDivisionError
+
+    client = PokeClient(bridge.url, "token", handler)
+    monkeypatch.setattr(client._core, "handle", broken)
+    await client.__aenter__()
+    with pytest.raises(ExceptionGroup, match="TaskGroup"):
+        await client.wait_ready(5)
+    with pytest.raises(ExceptionGroup, match="TaskGroup"):
+        await client.wait_stopped()
+    with pytest.raises(ExceptionGroup, match="TaskGroup"):
+        await client.__aexit__(None, None, None)
+
+
+async def test_own_pulls(bridge: FaultyBridge) -> None:
+    """With ``on_poke`` the mailbox is left alone; it gets the cursor, and is retried."""
+    asked: list[int] = []
+    errors = [OSError("my database is down")]
+
+    async def pull(after: int) -> int:
+        asked.append(after)
+        if errors:
+            raise errors.pop()
+        return 5
+
+    async with PokeClient(bridge.url, "token", on_poke=pull, cursor=3, policy=QUICK) as client:
+        await wait_until(lambda: client.cursor == 5)
+        assert asked == [3, 3]
+        await bridge.say(type="poke", version=5)
+        await bridge.say(type="poke", version=6)
+        await wait_until(lambda: len(asked) == 3)
+    assert asked == [3, 3, 5]
+    assert bridge.pulls == []
+
+
+async def test_own_pulls_need_no_cursor(bridge: FaultyBridge) -> None:
+    """Data without versions: every poke is a call."""
+    calls = 0
+
+    async def pull(_: int) -> None:
+        nonlocal calls
+        calls += 1
+
+    async with PokeClient(bridge.url, "token", on_poke=pull):
+        await wait_until(lambda: calls == 1)
+        await bridge.say(type="poke")
+        await wait_until(lambda: calls == 2)
+
+
+async def test_an_observer_is_shown_what_happens(
+    bridge: FaultyBridge, handler: Handler, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every step but no token; an observer that raises is logged and no more."""
+    seen: list[object] = []
+
+    def observe(event: object) -> None:
+        seen.append(event)
+        raise ValueError("an observer's own fault")
+
+    bridge.commit("a")
+    async with PokeClient(bridge.url, "s3cret", handler, on_event=observe, policy=QUICK):
+        await wait_until(lambda: Pulled(1) in seen)
+        await bridge.close(1012, "deploy")
+        await wait_until(lambda: Closed(1012, "deploy") in seen)
+    url = f"{bridge.url.replace('http', 'ws')}/v1/connect"
+    assert Connect(url) in seen
+    assert Pull(0) in seen
+    assert "s3cret" not in repr(seen)
+    assert "s3cret" not in caplog.text
+    assert "own fault" in caplog.text
+
+
+async def test_no_token_is_logged(
+    bridge: FaultyBridge, handler: Handler, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not in the client's own log, whatever goes wrong."""
+    caplog.set_level(logging.DEBUG, "pokebridge.client")
+    bridge.refusals = [Bad(401), Bad(503)]
+    bridge.bad_pulls = [Bad(401), Bad(500)]
+    async with PokeClient(bridge.url, "s3cret", handler, policy=QUICK) as client:
+        await client.wait_ready(5)
+        await wait_until(lambda: len(bridge.pulls) >= 3)
+    own = [record for record in caplog.records if record.name == "pokebridge.client"]
+    assert own
+    assert "s3cret" not in "".join(record.getMessage() for record in own)
+
+
+async def test_what_is_wrong_from_the_start_is_said_at_once(handler: Handler) -> None:
+    """A wrong argument, or a call out of turn, is no matter for the network."""
+    with pytest.raises(ConfigError, match="http"):
+        PokeClient("ws://127.0.0.1", "token", handler)
+    with pytest.raises(InputError, match="device"):
+        PokeClient("http://127.0.0.1", "token", handler, device="my phone")
+    no_pull: OnPoke | None = None
+    with pytest.raises(TypeError, match="either"):
+        PokeClient("http://127.0.0.1", "token", on_poke=no_pull)
+    client = PokeClient("http://127.0.0.1:1", "token", handler)
+    with pytest.raises(RuntimeError, match="async with"):
+        await client.wait_ready()
+    async with client:
+        with pytest.raises(RuntimeError, match="once"):
+            await client.__aenter__()
