@@ -36,11 +36,23 @@ __all__ = [
 ]
 
 
+log_sizes = pytest.StashKey[dict[daemon.Daemon, int]]()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Note where the logs of the shared servers stand, for the report tells what came after."""
+    item.stash[log_sizes] = {server: len(server.log()) for server in daemon.alive}
+
+
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Show what the servers of a failed test had to say."""
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show what the servers had to say during a test that failed."""
     report = yield
     if report.failed:
         for server in sorted(daemon.alive, key=lambda server: server.name):
-            report.sections.append((f"log of {server.name} ({server.address})", server.log_tail()))
+            if said := server.log_tail(since=item.stash[log_sizes].get(server, 0)):
+                report.sections.append((f"log of {server.name} ({server.address})", said))
     return report

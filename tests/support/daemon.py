@@ -83,9 +83,9 @@ class Daemon:
         """All that the server has written to stdout and stderr, over all its lives."""
         return self._log.read_text(errors="replace") if self._log.exists() else ""
 
-    def log_tail(self) -> str:
-        """The end of the log."""
-        return "\n".join(self.log().splitlines()[-LOG_TAIL_LINES:])
+    def log_tail(self, since: int = 0) -> str:
+        """The end of the log, of what was written after its first ``since`` characters."""
+        return "\n".join(self.log()[since:].splitlines()[-LOG_TAIL_LINES:])
 
     def rss_bytes(self) -> int:
         """The resident memory of the process."""
