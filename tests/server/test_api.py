@@ -9,6 +9,7 @@ from urllib.parse import quote
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.types import Message
 from tests.server.api_world import ALICE, BOB, INSTANCE, SECRET, World, bearer, http_client
 
 from pokebridge.model import NewMessage, Poke
@@ -627,6 +628,31 @@ class TestProblems:
 
         response = await http.post("/v1/messages", content=body(), headers=bearer(ALICE, "send"))
         assert_problem(response, 408, "too long")
+
+    async def test_vanished_caller(self, world: World) -> None:
+        """A caller that goes away in the middle of its body is no defect of the server."""
+        events: list[Message] = [
+            {"type": "http.request", "body": b"{", "more_body": True},
+            {"type": "http.disconnect"},
+        ]
+        answers: list[Message] = []
+
+        async def receive() -> Message:
+            return events.pop(0)
+
+        async def note(message: Message) -> None:
+            answers.append(message)
+
+        authorization = bearer(ALICE, "send")["Authorization"].encode()
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/v1/messages",
+            "query_string": b"",
+            "headers": [(b"authorization", authorization)],
+        }
+        await create_api(world.parts())(scope, receive, note)
+        assert answers[0]["status"] == 400
 
     @pytest.mark.parametrize(
         ("origins", "origin", "allowed"),
