@@ -123,6 +123,8 @@ async def test_sessions_that_end_are_counted(faulty: Faulty, bench: Bench) -> No
     report = json.loads((await bench()).out)
     assert report["connected"] == 20
     assert report["failures"] == {"a session was closed with 1012": 20}
+    # The last may be told just before it ends; the others ended while it connected.
+    assert report["sent"] < 10
 
 
 async def test_a_server_of_another_kind_is_a_failure(faulty: Faulty, bench: Bench) -> None:
