@@ -89,7 +89,8 @@ class _Durations:
 class RequestMetrics(Collector):
     """ASGI middleware that counts and times HTTP requests.
 
-    The route is the template, never the path, and an unknown method is ``other``: a caller can't
+    The route is the template, never the path (``none`` outside the API), and an unknown method is
+    ``other``: a caller can't
     make up labels. A request that fails with an exception counts as the 500 that it becomes.
     """
 
