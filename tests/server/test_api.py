@@ -13,7 +13,8 @@ from starlette.types import Message
 from tests.server.api_world import ALICE, BOB, INSTANCE, SECRET, World, bearer, http_client
 
 from pokebridge.model import NewMessage, Poke
-from pokebridge.server.api import BODY_CAP_BYTES, MAX_BODY_DEPTH, create_api
+from pokebridge.server.api import BODY_CAP_BYTES, create_api
+from pokebridge.server.messages import MAX_BODY_DEPTH
 from pokebridge.server.metrics import Value, expose
 from pokebridge.sharding import shard_of
 from pokebridge.telemetry import Metric
@@ -367,7 +368,7 @@ class TestPull:
         self, world: World, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A device's later pulls cost one read each and no write; the memory of it is bounded."""
-        monkeypatch.setattr("pokebridge.server.api.SEEN_DEVICES", 2)
+        monkeypatch.setattr("pokebridge.server.messages.SEEN_DEVICES", 2)
         seen: list[str] = []
 
         class Counting(type(world.mailbox)):  # type: ignore[misc]  # a class made for this test
@@ -620,7 +621,7 @@ class TestProblems:
         self, http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A body that does not arrive is given up."""
-        monkeypatch.setattr("pokebridge.server.api.BODY_DEADLINE_S", 0)
+        monkeypatch.setattr("pokebridge.server.exchange.BODY_DEADLINE_S", 0)
 
         async def body() -> AsyncIterator[bytes]:
             await asyncio.Event().wait()

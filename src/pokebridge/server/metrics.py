@@ -90,8 +90,8 @@ class RequestMetrics(Collector):
     """ASGI middleware that counts and times HTTP requests.
 
     The route is the template, never the path (``none`` outside the API), and an unknown method is
-    ``other``: a caller can't
-    make up labels. A request that fails with an exception counts as the 500 that it becomes.
+    ``other``: a caller can't make up labels. A request that fails with an exception counts as the
+    500 that it becomes.
     """
 
     def __init__(self, app: ASGIApp, *, registry: CollectorRegistry) -> None:

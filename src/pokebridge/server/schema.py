@@ -1,20 +1,14 @@
-"""The HTTP API's bodies and queries as types, and its OpenAPI description made from them.
+"""The HTTP API's bodies and queries as types (protocol.md section 4).
 
-One struct both decodes a request and describes it, so that the description can't drift from the
-code. OpenAPI 3.0, as the Swagger UI that we can ship reads nothing newer.
+One struct both decodes a request and describes it in OpenAPI, so that the description can't drift
+from the code.
 """
 
-from collections.abc import Iterable, Mapping
-from http import HTTPStatus
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import msgspec
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from pokebridge.model import DEFAULT_DEVICE, MAX_DEVICE_LENGTH, MAX_RECIPIENT_LENGTH, MAX_VERSION
-from pokebridge.server.problems import MEDIA_TYPE, Problem
-
-OPENAPI_VERSION = "3.0.3"
 
 MAX_POKES = 1000
 MAX_PAGE = 500
@@ -223,124 +217,3 @@ class Health(Struct):
     """All is well."""
 
     status: Literal["ok"] = "ok"
-
-
-# --- OpenAPI ----------------------------------------------------------------------------------
-
-_PROBLEMS = {
-    400: "The body is not JSON, or did not arrive whole.",
-    401: "There is no valid bearer token.",
-    403: "The token lacks the scope.",
-    404: "There is no such thing here.",
-    408: "The body took too long to arrive.",
-    409: "That can't be done in the present state.",
-    413: "The body is too large.",
-    422: "The request is not one that the contract allows.",
-    503: "A part that this depends on does not answer: worth a retry.",
-}
-_OF_A_BODY = (400, 408, 413, 422)
-_IF_NONE_MATCH = {
-    "name": "If-None-Match",
-    "in": "header",
-    "description": "The `ETag` of the last answer: then nothing new is a 304.",
-    "schema": {"type": "string", "example": '"17"'},
-}
-_ETAG = {"ETag": {"description": "The newest version.", "schema": {"type": "string"}}}
-_REF = "#/components/schemas/{name}"
-_DESCRIBED = (
-    PokeRequest,
-    PokesAccepted,
-    SendRequest,
-    Sent,
-    Pulled,
-    AckRequest,
-    ConnectInfo,
-    Cluster,
-    ModeRequest,
-    DrainRequest,
-    TokenRequest,
-    Token,
-    Health,
-    Problem,
-)
-
-
-def operation(
-    summary: str,
-    *,
-    answers: Mapping[int, type[Struct] | str],
-    problems: Iterable[int] = (),
-    scope: str | None = "",
-    body: type[Struct] | None = None,
-    query: type[Struct] | None = None,
-    path: Mapping[str, Any] | None = None,
-    has_etag: bool = False,
-) -> dict[str, Any]:
-    """A route's OpenAPI part, as keyword arguments for FastAPI's ``add_api_route``.
-
-    ``answers`` maps a status to the struct that answers, or to words when there is no JSON body.
-    ``scope`` is what the token must have, ``""`` a token without any, ``None`` no token.
-    ``has_etag``: the answers carry an ``ETag``, and ``If-None-Match`` is heeded.
-    """
-    failures = {*problems, 413, *(_OF_A_BODY if body else ()), *((422,) if query else ())}
-    extra: dict[str, Any] = {"parameters": [*_query_parameters(query), *_path_parameters(path)]}
-    described = {status: _answer(status, answer) for status, answer in answers.items()}
-    if has_etag:
-        extra["parameters"].append(_IF_NONE_MATCH)
-        described = {status: {**answer, "headers": _ETAG} for status, answer in described.items()}
-    if body is not None:
-        extra["requestBody"] = {"required": True, "content": _json_content(body)}
-    if scope is not None:
-        failures |= {401, 503, *((403,) if scope else ())}
-        extra["security"] = [{"bearer": []}]
-    first, *_ = answers
-    return {
-        "summary": summary,
-        "description": f"Needs the scope `{scope}`." if scope else "",
-        "status_code": first,
-        "responses": {
-            **described,
-            **{status: _failure(status) for status in sorted(failures)},
-        },
-        "openapi_extra": extra,
-    }
-
-
-def components() -> dict[str, Any]:
-    """The ``components`` of the OpenAPI description: every schema, and how to authenticate."""
-    _, schemas = msgspec.json.schema_components(_DESCRIBED, ref_template=_REF)
-    # One of the two: msgspec has no way to say it.
-    schemas[PokeRequest.__name__] |= {"minProperties": 1, "maxProperties": 1}
-    bearer = {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}
-    return {"schemas": schemas, "securitySchemes": {"bearer": bearer}}
-
-
-def _query_parameters(query: type[Struct] | None) -> list[dict[str, Any]]:
-    if query is None:
-        return []
-    _, schemas = msgspec.json.schema_components([query], ref_template=_REF)
-    properties: dict[str, dict[str, Any]] = schemas[query.__name__]["properties"]
-    return [{"name": name, "in": "query", "schema": schema} for name, schema in properties.items()]
-
-
-def _path_parameters(path: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    return [
-        {"name": name, "in": "path", "required": True, "schema": msgspec.json.schema(of)}
-        for name, of in (path or {}).items()
-    ]
-
-
-def _json_content(struct: type[Struct]) -> dict[str, Any]:
-    return {"application/json": {"schema": {"$ref": _REF.format(name=struct.__name__)}}}
-
-
-def _answer(status: int, answer: type[Struct] | str) -> dict[str, Any]:
-    if isinstance(answer, str):
-        return {"description": answer}
-    words = (answer.__doc__ or HTTPStatus(status).phrase).strip()
-    return {"description": words, "content": _json_content(answer)}
-
-
-def _failure(status: int) -> dict[str, Any]:
-    schema = {"$ref": _REF.format(name=Problem.__name__)}
-    return {"description": _PROBLEMS[status], "content": {MEDIA_TYPE: {"schema": schema}}}

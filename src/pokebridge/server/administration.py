@@ -1,0 +1,157 @@
+"""The calls about sessions and the cluster."""
+
+from collections.abc import Awaitable, Callable
+from http import HTTPStatus
+
+from fastapi import Request, Response
+from starlette.exceptions import HTTPException
+
+from pokebridge.model import check_recipient
+from pokebridge.server import schema
+from pokebridge.server.exchange import Verify, authorize, body_reader, json_response
+from pokebridge.server.openapi import Api
+from pokebridge.server.problems import problem
+from pokebridge.sharding import shard_of
+
+
+class SessionCalls:
+    """Where to connect, and the end of sessions."""
+
+    def __init__(
+        self,
+        verify: Verify,
+        *,
+        instance: str,
+        shard_count: int,
+        advertise_url: str | None,
+        disconnect: Callable[[str], Awaitable[None]],
+    ) -> None:
+        self._verify = verify
+        self._instance = instance
+        self._shard_count = shard_count
+        self._advertise_url = advertise_url
+        self._disconnect = disconnect
+
+    async def connect(self, _: Request) -> Response:
+        """GET /v1/connect that is no WebSocket handshake: those never come this far."""
+        return problem(
+            HTTPStatus.UPGRADE_REQUIRED,
+            "connect here by WebSocket, version 13",
+            headers={"Upgrade": "websocket", "Connection": "Upgrade"},
+        )
+
+    async def connect_info(self, request: Request) -> Response:
+        """GET /v1/connect-info."""
+        caller = (await authorize(self._verify, request)).subject
+        return json_response(
+            schema.ConnectInfo(
+                url=f"{self._advertise_url or _url_asked(request)}/v1/connect",
+                shard=shard_of(caller, self._shard_count),
+                instance=self._instance,
+            )
+        )
+
+    async def disconnect(self, request: Request) -> Response:
+        """DELETE /v1/sessions/{recipient}."""
+        await authorize(self._verify, request, "admin")
+        await self._disconnect(check_recipient(request.path_params["recipient"]))
+        return Response(status_code=HTTPStatus.NO_CONTENT)
+
+    def add_to(self, app: Api) -> None:
+        """Have ``app`` answer these calls."""
+        # OpenAPI has no words for a WebSocket.
+        app.add_route("/v1/connect", self.connect, include_in_schema=False)
+        app.call(
+            "GET",
+            "/v1/connect-info",
+            self.connect_info,
+            "Where to connect",
+            answers={200: schema.ConnectInfo},
+        )
+        app.call(
+            "DELETE",
+            "/v1/sessions/{recipient:path}",
+            self.disconnect,
+            "Close every session of a recipient",
+            scope="admin",
+            path_types={"recipient": schema.Recipient},
+            answers={204: "They close with 4401."},
+            problems=[404, 422],
+        )
+
+
+class ClusterCalls:
+    """The cluster: look at it, migrate it, drain an instance."""
+
+    def __init__(
+        self,
+        verify: Verify,
+        *,
+        instance: str,
+        view_cluster: Callable[[], Awaitable[schema.Cluster]],
+        drain: Callable[[], None],
+    ) -> None:
+        self._verify = verify
+        self._instance = instance
+        self._view_cluster = view_cluster
+        self._drain = drain
+        self._read_mode = body_reader(schema.ModeRequest)
+        self._read_drain = body_reader(schema.DrainRequest)
+
+    async def cluster(self, request: Request) -> Response:
+        """GET /v1/cluster."""
+        await authorize(self._verify, request, "admin")
+        return json_response(await self._view_cluster())
+
+    async def migrate(self, request: Request) -> Response:
+        """PUT /v1/cluster/mode."""
+        await authorize(self._verify, request, "admin")
+        wanted = await self._read_mode(request)
+        if wanted.mode != "fanout":
+            raise HTTPException(HTTPStatus.CONFLICT, "not available on this instance yet")
+        return json_response(wanted, HTTPStatus.ACCEPTED)
+
+    async def drain(self, request: Request) -> Response:
+        """POST /v1/cluster/drain."""
+        await authorize(self._verify, request, "admin")
+        wanted = await self._read_drain(request)
+        if wanted.instance != self._instance:
+            raise HTTPException(HTTPStatus.NOT_FOUND, "this instance knows no such instance")
+        self._drain()
+        return json_response(wanted, HTTPStatus.ACCEPTED)
+
+    def add_to(self, app: Api) -> None:
+        """Have ``app`` answer these calls."""
+        app.call(
+            "GET",
+            "/v1/cluster",
+            self.cluster,
+            "Look at the cluster",
+            scope="admin",
+            answers={200: schema.Cluster},
+        )
+        app.call(
+            "PUT",
+            "/v1/cluster/mode",
+            self.migrate,
+            "Change the mode",
+            scope="admin",
+            body=schema.ModeRequest,
+            answers={202: schema.ModeRequest},
+            problems=[409],
+        )
+        app.call(
+            "POST",
+            "/v1/cluster/drain",
+            self.drain,
+            "Drain an instance",
+            scope="admin",
+            body=schema.DrainRequest,
+            answers={202: schema.DrainRequest},
+            problems=[404],
+        )
+
+
+def _url_asked(request: Request) -> str:
+    scheme = "wss" if request.url.scheme == "https" else "ws"
+    return f"{scheme}://{request.url.netloc}"

@@ -1,0 +1,78 @@
+"""What every call of the HTTP API does: ask who it is, read what it says, write the answer."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from http import HTTPStatus
+from typing import TypeVar
+
+import msgspec
+from fastapi import Request, Response
+from starlette.exceptions import HTTPException
+
+from pokebridge.errors import AuthError, ForbiddenError, InputError
+from pokebridge.tokens import Claims
+
+BODY_DEADLINE_S = 30.0
+
+Verify = Callable[[str], Awaitable[Claims]]
+T = TypeVar("T")
+
+
+async def authorize(verify: Verify, request: Request, scope: str = "") -> Claims:
+    """Who calls, by the bearer token alone (RFC 6750, section 2.1); ``scope`` must be granted."""
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer":
+        raise AuthError("this call needs a token: Authorization: Bearer …")
+    claims = await verify(token.strip())
+    if scope and scope not in claims.scopes:
+        raise ForbiddenError(f"the token lacks the scope {scope!r}")
+    return claims
+
+
+def body_reader(kind: type[T]) -> Callable[[Request], Awaitable[T]]:
+    """What reads a request's JSON body as ``kind``."""
+    decode = msgspec.json.Decoder(kind).decode
+
+    async def read(request: Request) -> T:
+        try:
+            async with asyncio.timeout(BODY_DEADLINE_S):
+                text = await request.body()
+        except TimeoutError:
+            raise HTTPException(
+                HTTPStatus.REQUEST_TIMEOUT, "the body took too long to arrive"
+            ) from None
+        return decode_json(decode, text)
+
+    return read
+
+
+def decode_json(decode: Callable[[bytes], T], text: bytes) -> T:
+    """``decode(text)``, its complaints as errors of ours: 422, or 400 when it is no JSON."""
+    try:
+        return decode(text)
+    except msgspec.ValidationError as error:
+        raise InputError(str(error)) from None
+    except RecursionError:
+        raise InputError("the body is nested too deeply") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise HTTPException(HTTPStatus.BAD_REQUEST, f"the body is not JSON: {error}") from None
+
+
+def read_query(request: Request, kind: type[T]) -> T:
+    """The query as ``kind``; raises :class:`~pokebridge.errors.InputError` when it is none."""
+    given = request.query_params
+    if len(given) != len(given.multi_items()):
+        raise InputError("query: a parameter is given twice")
+    try:
+        return msgspec.convert(dict(given), kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise InputError(f"query: {error}") from None
+
+
+def json_response(
+    answer: msgspec.Struct, status: int = HTTPStatus.OK, *, headers: dict[str, str] | None = None
+) -> Response:
+    """``answer`` as a finished response."""
+    return Response(
+        msgspec.json.encode(answer), status, headers=headers, media_type="application/json"
+    )
