@@ -1,14 +1,82 @@
-"""The Pub/Sub transport keeps the contract, over our own server and over Google's emulator."""
+"""The Pub/Sub transport keeps the contract and restores what breaks.
 
+It runs over Google's emulator and over our own server, which can do what the emulator can't:
+filter, break on demand, notice that a client is gone, and outlive a restart as Google's does.
+"""
+
+import asyncio
 import secrets
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from typing import Any
 
+import grpc
 import pytest
+from google.pubsub_v1 import PublisherAsyncClient, SubscriberAsyncClient
+from google.pubsub_v1.services.publisher.transports import PublisherGrpcAsyncIOTransport
+from google.pubsub_v1.services.subscriber.transports import SubscriberGrpcAsyncIOTransport
+from grpc import StatusCode
+from tests.support import CutProxy, Daemon, wait_until
 
+from pokebridge.errors import ConfigError, TransportError
 from pokebridge.testing.pubsub import PubSubServer
-from pokebridge.testing.transport import Connect, TransportContract
-from pokebridge.transport.base import Transport
+from pokebridge.testing.transport import (
+    Connect,
+    RecordingReceiver,
+    TransportContract,
+    subscribe_live,
+)
+from pokebridge.transport import google_pubsub_stream
+from pokebridge.transport.base import Feed, Selection, Signal
 from pokebridge.transport.google_pubsub import GooglePubSubTransport
+
+TOPIC = "push-notifications"
+
+
+class World:
+    """Transports and Google's administrative clients on one server, in a project of its own."""
+
+    def __init__(self, address: str) -> None:
+        self.project = f"test-{secrets.token_hex(4)}"
+        self.topic = f"projects/{self.project}/topics/{TOPIC}"
+        self.transports: list[GooglePubSubTransport] = []
+        channel = self.channel = grpc.aio.insecure_channel(address)
+        self.publisher = PublisherAsyncClient(
+            transport=PublisherGrpcAsyncIOTransport(channel=channel)
+        )
+        self.subscriber = SubscriberAsyncClient(
+            transport=SubscriberGrpcAsyncIOTransport(channel=channel)
+        )
+
+    async def connect(self, instance: str | None = None, **more: Any) -> GooglePubSubTransport:
+        """A transport of an instance of its own."""
+        more = {"sweep_every_s": None, **more}
+        instance = instance or secrets.token_hex(4)
+        transport = await GooglePubSubTransport.connect(self.project, instance=instance, **more)
+        self.transports.append(transport)
+        return transport
+
+    async def connect_google(self, **more: Any) -> GooglePubSubTransport:
+        """A transport that takes the server for Google's service."""
+        transport = await self.connect(**more)
+        transport._api.is_emulator = False
+        return transport
+
+    async def subscriptions(self) -> dict[str, Any]:
+        """What exists in the project, by short name."""
+        pager = await self.subscriber.list_subscriptions(project=f"projects/{self.project}")
+        return {found.name.rpartition("/")[2]: found async for found in pager}
+
+    async def delete(self, short_name: str) -> None:
+        """Delete a subscription behind its owner's back."""
+        name = f"projects/{self.project}/subscriptions/{short_name}"
+        await self.subscriber.delete_subscription(subscription=name)
+
+    async def close(self) -> None:
+        """Close everything."""
+        for transport in self.transports:
+            await transport.close()
+        await self.channel.close()
 
 
 @pytest.fixture
@@ -19,42 +87,498 @@ async def server(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[PubSubServer]
         yield server
 
 
-async def _connector() -> AsyncIterator[Connect]:
-    """Transports of instances with names of their own, on a project of the test's own."""
-    project = f"test-{secrets.token_hex(4)}"
-    transports: list[GooglePubSubTransport] = []
-
-    async def connect() -> Transport:
-        transports.append(
-            await GooglePubSubTransport.connect(
-                project, instance=secrets.token_hex(4), sweep_every_s=None
-            )
-        )
-        return transports[-1]
-
-    yield connect
-    for transport in transports:
-        await transport.close()
+@pytest.fixture
+async def world(server: PubSubServer) -> AsyncIterator[World]:
+    """A world on our own server."""
+    world = World(server.address)
+    yield world
+    await world.close()
 
 
-class TestOnOwnServer(TransportContract):
+@pytest.fixture
+async def emulated(pubsub_emulator: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
+    """A world on Google's emulator."""
+    monkeypatch.setenv("PUBSUB_EMULATOR_HOST", pubsub_emulator)
+    world = World(pubsub_emulator)
+    yield world
+    await world.close()
+
+
+@pytest.fixture(params=["own", "emulator"])
+async def either(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[World]:
+    """A world on each of the two, one after the other."""
+    async with AsyncExitStack() as stack:
+        if request.param == "own":
+            address = (await stack.enter_async_context(PubSubServer())).address
+        else:
+            address = request.getfixturevalue("pubsub_emulator")
+        monkeypatch.setenv("PUBSUB_EMULATOR_HOST", address)
+        world = World(address)
+        yield world
+        await world.close()
+
+
+class TestContractOnOwnServer(TransportContract):
     """The shipped suite, over the server that filters."""
 
     @pytest.fixture
-    async def connect(self, server: PubSubServer) -> AsyncIterator[Connect]:
-        """Instances on that server."""
-        async for connect in _connector():
-            yield connect
+    def connect(self, world: World) -> Connect:
+        """Instances on our server."""
+        return world.connect_google
 
 
-class TestOnEmulator(TransportContract):
+class TestContractOnEmulator(TransportContract):
     """The shipped suite, over Google's emulator; the adapter does the filtering it leaves out."""
 
     @pytest.fixture
-    async def connect(
-        self, pubsub_emulator: str, monkeypatch: pytest.MonkeyPatch
-    ) -> AsyncIterator[Connect]:
+    def connect(self, emulated: World) -> Connect:
         """Instances on the emulator."""
-        monkeypatch.setenv("PUBSUB_EMULATOR_HOST", pubsub_emulator)
-        async for connect in _connector():
-            yield connect
+        return emulated.connect
+
+
+async def assert_hears(transport: GooglePubSubTransport, receiver: RecordingReceiver) -> None:
+    """One signal, published once, arrives: what a gap's end promises."""
+    body = b'{"after":"%s"}' % secrets.token_hex(4).encode()
+    await transport.publish([Signal(body, 42)])
+    await receiver.wait_for(lambda heard: body in heard.bodies)
+
+
+async def hear_gap(receiver: RecordingReceiver, selection: Selection = Feed.ALL) -> str:
+    """The reason of the first gap."""
+    await receiver.wait_for(lambda heard: bool(heard.gaps))
+    assert receiver.gaps[0][0] == selection
+    return receiver.gaps[0][1]
+
+
+# --- what is made -----------------------------------------------------------------------------
+
+
+async def test_subscriptions_are_named_labelled_and_short_lived(either: World) -> None:
+    """Each selection has its name, filter and labels; they expire early, and go when closed."""
+    transport = await either.connect("i-1", cluster="c-1")
+    for selection in (Feed.ALL, Feed.UNTAGGED, 42):
+        await transport.subscribe(selection, RecordingReceiver())
+    made = await either.subscriptions()
+    assert {name: found.filter for name, found in made.items()} == {
+        "poke-sub-i-1": "",
+        "poke-sub-i-1.untagged": "NOT attributes:shard",
+        "poke-sub-i-1.42": 'attributes.shard = "42"',
+    }
+    for found in made.values():
+        assert found.labels["cluster"] == "c-1"
+        assert found.labels["instance"] == "i-1"
+        assert found.topic == either.topic
+        assert found.ack_deadline_seconds == 10
+        assert found.message_retention_duration.total_seconds() == 600
+        assert found.expiration_policy.ttl.total_seconds() == 86400
+    await transport.close()
+    assert await either.subscriptions() == {}
+
+
+async def test_two_subscriptions_of_one_selection_are_two(either: World) -> None:
+    """Both hear everything, and closing the first leaves the second."""
+    transport = await either.connect()
+    first, heard_first = await subscribe_live(transport, Feed.ALL)
+    _, heard_second = await subscribe_live(transport, Feed.ALL)
+    await assert_hears(transport, heard_first)
+    await first.close()
+    await assert_hears(transport, heard_second)
+
+
+async def test_received_signals_are_acknowledged(world: World, server: PubSubServer) -> None:
+    """Within a second nothing is left that could be delivered again."""
+    transport = await world.connect_google(instance="i-1")
+    _, receiver = await subscribe_live(transport, Feed.ALL)
+    await transport.publish([Signal(b'{"n":%d}' % n, 1) for n in range(3000)])
+    await receiver.wait_for(lambda heard: len(heard.payloads) == 3000)
+    queue = server.broker._queues[f"projects/{world.project}/subscriptions/poke-sub-i-1"]
+    await wait_until(lambda: not (queue._leases or queue._waiting), 5.0, "all acknowledged")
+
+
+async def test_signals_are_published_in_batches(world: World, server: PubSubServer) -> None:
+    """1,000 a request at most, 9 MB a request at most, each tagged with its shard."""
+    transport = await world.connect_google()
+    await transport.publish([])
+    assert server.calls["Publish"] == 0
+    await transport.publish([Signal(b"{}", n % 7) for n in range(2500)])
+    assert server.calls["Publish"] == 3
+    await transport.publish([Signal(b"x" * 4_000_000, 1) for _ in range(5)])
+    assert server.calls["Publish"] == 6
+
+
+async def test_more_streams_than_a_connection_carries(world: World) -> None:
+    """120 shards on one instance: Google allows 100 streams a connection."""
+    transport = await world.connect_google()
+    receivers = [RecordingReceiver() for _ in range(120)]
+    await asyncio.gather(
+        *(transport.subscribe(shard, receiver) for shard, receiver in enumerate(receivers))
+    )
+    await transport.publish([Signal(b'{"shard":%d}' % shard, shard) for shard in range(120)])
+    for shard, receiver in enumerate(receivers):
+        await receiver.wait_for(lambda heard: bool(heard.bodies))
+        assert receiver.bodies == [b'{"shard":%d}' % shard]
+
+
+async def test_subscribers_are_counted_cheaply(world: World, server: PubSubServer) -> None:
+    """Only this cluster's subscriptions to everything count, and asking again costs nothing."""
+    one, two = await world.connect_google(), await world.connect_google()
+    other = await world.connect_google(cluster="other")
+    for transport in (one, two, other):
+        await transport.subscribe(Feed.ALL, RecordingReceiver())
+        await transport.subscribe(7, RecordingReceiver())
+    await world.subscriber.create_subscription(
+        name=f"projects/{world.project}/subscriptions/poke-sub-foreign", topic=world.topic
+    )
+    asked = server.calls["ListSubscriptions"]
+    assert [await one.subscriber_count() for _ in range(3)] == [2, 2, 2]
+    assert server.calls["ListSubscriptions"] == asked + 1
+    server.deny("ListSubscriptions")
+    assert await two.subscriber_count() is None
+
+
+# --- starts that fail ---------------------------------------------------------------------------
+
+
+async def test_an_unreachable_server_fails_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line that names the address, within the call's timeout."""
+    monkeypatch.setenv("PUBSUB_EMULATOR_HOST", "127.0.0.1:1")
+    with pytest.raises(TransportError, match=r"127\.0\.0\.1:1 can't be reached") as failure:
+        await GooglePubSubTransport.connect("project", instance="i")
+    assert "\n" not in str(failure.value)
+
+
+async def test_missing_credentials_fail_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an emulator and credentials, one line says how to get them."""
+    monkeypatch.delenv("PUBSUB_EMULATOR_HOST", raising=False)
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/nonexistent.json")
+    with pytest.raises(ConfigError, match="gcloud auth application-default login") as failure:
+        await GooglePubSubTransport.connect("project", instance="i")
+    assert "\n" not in str(failure.value)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"project": "Under_Score"},
+        {"project": ""},
+        {"topic": "go"},
+        {"topic": "goog-topic"},
+        {"topic": "a/b"},
+        {"instance": "Upper"},
+        {"instance": "dot.ted"},
+        {"cluster": ""},
+    ],
+)
+async def test_wrong_names_fail_the_start(wrong: dict[str, str]) -> None:
+    """A name that Pub/Sub would refuse, or that could be mistaken, is a setting to correct."""
+    names: Any = {"project": "p", "topic": TOPIC, "instance": "i", "cluster": "c", **wrong}
+    with pytest.raises(ConfigError, match="can't be a"):
+        await GooglePubSubTransport.connect(**names)
+
+
+async def test_a_missing_topic_is_made_if_that_is_allowed(
+    world: World, server: PubSubServer
+) -> None:
+    """Created by default; else, or without the permission, the start says what is missing."""
+    with pytest.raises(ConfigError, match=f"{TOPIC} does not exist"):
+        await world.connect(create_topic=False)
+    server.deny("CreateTopic")
+    with pytest.raises(ConfigError, match=r"does not exist.*pubsub\.topics\.create"):
+        await world.connect()
+    server.allow("CreateTopic")
+    await world.connect()
+    await world.connect(create_topic=False)
+    server.deny("GetTopic", "CreateTopic")
+    await world.connect()  # a publisher's account may not look, and need not
+
+
+@pytest.mark.parametrize(
+    ("method", "permission"),
+    [
+        ("CreateSubscription", r"pubsub\.subscriptions\.create"),
+        ("StreamingPull", r"pubsub\.subscriptions\.consume"),
+    ],
+)
+async def test_a_missing_permission_is_named(
+    world: World, server: PubSubServer, method: str, permission: str
+) -> None:
+    """Subscribing fails with the permission's name, and leaves nothing behind."""
+    transport = await world.connect_google()
+    server.deny(method)
+    with pytest.raises(TransportError, match=permission):
+        await transport.subscribe(Feed.ALL, RecordingReceiver())
+    assert await world.subscriptions() == {}
+    server.deny("Publish")
+    with pytest.raises(TransportError, match=r"pubsub\.topics\.publish"):
+        await transport.publish([Signal(b"{}")])
+
+
+# --- what breaks ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("selection", [Feed.ALL, Feed.UNTAGGED, 42])
+async def test_a_deleted_subscription_is_made_anew(either: World, selection: Selection) -> None:
+    """The gap is reported once it delivers again, and everything after it is heard."""
+    transport = await either.connect("i-1")
+    _, receiver = await subscribe_live(transport, selection)
+    (name,) = await either.subscriptions()
+    await either.delete(name)
+    assert "gone" in await hear_gap(receiver, selection)
+    body = b'{"after":1}'
+    await transport.publish([Signal(body, None if selection is Feed.UNTAGGED else 42)])
+    await receiver.wait_for(lambda heard: body in heard.bodies)
+    assert list(await either.subscriptions()) == [name]
+    assert len(receiver.gaps) == 1
+
+
+async def test_a_gap_ends_only_when_the_new_subscription_delivers(
+    world: World, server: PubSubServer
+) -> None:
+    """Google's need a second to receive: what is published when the gap is reported is heard."""
+    transport = await world.connect_google(instance="i-1")
+    _, receiver = await subscribe_live(transport, 42)
+    server.broker.liveness_delay_s = 1.0
+    await world.delete("poke-sub-i-1.42")
+    await hear_gap(receiver, 42)
+    await assert_hears(transport, receiver)
+
+
+async def test_who_may_not_publish_hears_of_gaps_too(
+    world: World, server: PubSubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the permission for a probe the gap is reported after a while of grace."""
+    monkeypatch.setattr(google_pubsub_stream, "SETTLE_S", 0.1)
+    transport = await world.connect_google(instance="i-1")
+    publisher = await world.connect_google()
+    _, receiver = await subscribe_live(transport, Feed.ALL)
+    server.deny("Publish")
+    await world.delete("poke-sub-i-1")
+    await hear_gap(receiver)
+    server.allow("Publish")
+    await assert_hears(publisher, receiver)
+
+
+async def test_broken_streams_lose_nothing(world: World, server: PubSubServer) -> None:
+    """A subscription keeps what is published while its stream is away: no loss, and no gap."""
+    transport = await world.connect_google()
+    publisher = await world.connect_google()
+    _, receiver = await subscribe_live(transport, Feed.ALL)
+    sent = {b'{"n":%d}' % n for n in range(300)}
+    for number, body in enumerate(sorted(sent)):
+        if number % 60 == 0:
+            server.break_streams()
+        await publisher.publish([Signal(body, 1)])
+    # What a broken stream took along comes back after the ack deadline.
+    await receiver.wait_for(lambda heard: set(heard.payloads) == sent, 30.0)
+    assert receiver.gaps == []
+
+
+async def test_refused_streams_are_opened_again(world: World, server: PubSubServer) -> None:
+    """Whatever a stream is refused with, the next try comes, for as long as it takes."""
+    transport = await world.connect_google()
+    _, receiver = await subscribe_live(transport, Feed.ALL)
+    server.fail(
+        "StreamingPull",
+        StatusCode.UNAVAILABLE,
+        StatusCode.INTERNAL,
+        StatusCode.PERMISSION_DENIED,
+        StatusCode.INVALID_ARGUMENT,
+    )
+    opened = server.calls["StreamingPull"]
+    server.break_streams()
+    await wait_until(lambda: server.calls["StreamingPull"] >= opened + 5, 20.0, "five tries")
+    await assert_hears(transport, receiver)
+    assert receiver.gaps == []
+
+
+async def test_an_outage_of_the_service_is_no_gap(world: World, server: PubSubServer) -> None:
+    """A server that comes back with all it knew has lost nothing."""
+    transport = await world.connect_google()
+    publisher = await world.connect_google()
+    _, receiver = await subscribe_live(transport, Feed.ALL)
+    await server.stop()
+    publishing = asyncio.create_task(publisher.publish([Signal(b'{"during":1}', 1)]))
+    await server.start()
+    await publishing
+    await receiver.wait_for(lambda heard: b'{"during":1}' in heard.payloads)
+    await assert_hears(publisher, receiver)
+    assert receiver.gaps == []
+
+
+async def test_an_outage_longer_than_the_retention_is_a_gap(
+    world: World, server: PubSubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Away for longer than messages are kept, the subscription may have lost some."""
+    transport = await world.connect_google()
+    _, receiver = await subscribe_live(transport, Feed.ALL)
+    monkeypatch.setattr(google_pubsub_stream, "COVERED_S", 0.2)
+    server.deny("StreamingPull")
+    began = server.calls["StreamingPull"]
+    server.break_streams()
+    await wait_until(lambda: server.calls["StreamingPull"] >= began + 4)
+    server.allow("StreamingPull")
+    assert "cut off" in await hear_gap(receiver)
+    await assert_hears(transport, receiver)
+
+
+async def test_a_server_that_forgets_everything_is_a_gap(
+    world: World, server: PubSubServer
+) -> None:
+    """Restarted empty on its port: topic and subscriptions are made anew, for all instances."""
+    transports = [await world.connect_google() for _ in range(3)]
+    receivers = [(await subscribe_live(t, which))[1] for t in transports for which in (Feed.ALL, 3)]
+    port = int(server.address.rpartition(":")[2])
+    await server.stop()
+    reborn = PubSubServer()
+    await reborn.start(port)
+    for receiver in receivers:
+        await receiver.wait_for(lambda heard: bool(heard.gaps))
+    await transports[0].publish([Signal(b'{"after":1}', 3)])
+    for receiver in receivers:
+        await receiver.wait_for(lambda heard: b'{"after":1}' in heard.payloads)
+    await world.close()
+    await reborn.stop()
+
+
+async def test_a_killed_emulator_is_a_gap(
+    own_pubsub_emulator: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kill -9 of Google's emulator and a restart, with signals flowing: gap, then all is heard."""
+    monkeypatch.setenv("PUBSUB_EMULATOR_HOST", own_pubsub_emulator.address)
+    world = World(own_pubsub_emulator.address)
+    transport, publisher = await world.connect(), await world.connect()
+    _, receiver = await subscribe_live(transport, Feed.ALL)
+    await asyncio.to_thread(own_pubsub_emulator.kill)
+    await asyncio.to_thread(own_pubsub_emulator.start)
+    await hear_gap(receiver)
+    await assert_hears(publisher, receiver)
+    await world.close()
+
+
+async def test_a_deleted_topic_is_restored(world: World) -> None:
+    """The next publish makes it anew, and all of this instance's subscriptions with it."""
+    transport = await world.connect_google()
+    _, receiver = await subscribe_live(transport, Feed.ALL)
+    _, of_shard = await subscribe_live(transport, 42)
+    await world.publisher.delete_topic(topic=world.topic)
+    await transport.publish([Signal(b"{}", 42)])
+    await hear_gap(receiver)
+    await hear_gap(of_shard, 42)
+    await assert_hears(transport, receiver)
+    await assert_hears(transport, of_shard)
+
+
+async def test_a_subscription_on_a_deleted_topic_notices(
+    either: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another makes a topic of the same name: no error is seen, only silence, and it is enough."""
+    monkeypatch.setattr(google_pubsub_stream, "QUIET_S", 0.2)
+    monkeypatch.setattr(google_pubsub_stream, "WATCH_S", 0.1)
+    monkeypatch.setattr(google_pubsub_stream, "PROOF_TIMEOUT_S", 3.0)
+    transport = await either.connect()
+    publisher = await either.connect()
+    _, receiver = await subscribe_live(transport, Feed.ALL)
+    await either.publisher.delete_topic(topic=either.topic)
+    await either.publisher.create_topic(name=either.topic)
+    await hear_gap(receiver)
+    await assert_hears(publisher, receiver)
+
+
+async def test_silence_is_no_reason_to_reconnect(
+    world: World, server: PubSubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quiet subscription is asked by a probe, which it answers, and its stream stays."""
+    monkeypatch.setattr(google_pubsub_stream, "QUIET_S", 0.05)
+    monkeypatch.setattr(google_pubsub_stream, "WATCH_S", 0.05)
+    transport = await world.connect_google()
+    _, receiver = await subscribe_live(transport, Feed.ALL)
+    streams = server.calls["StreamingPull"]
+    heard = len(receiver.bodies)
+    await receiver.wait_for(lambda r: len(r.bodies) >= heard + 5)
+    assert server.calls["StreamingPull"] == streams
+    assert receiver.gaps == []
+
+
+async def test_a_cut_connection_is_noticed(
+    server: PubSubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packets that vanish without an error: the keepalive notices, and a new connection delivers.
+
+    The proxy holds everything back, so nothing can be heard until the transport has given the old
+    connections up and opened new ones.
+    """
+    async with CutProxy("127.0.0.1", int(server.address.rpartition(":")[2])) as proxy:
+        monkeypatch.setenv("PUBSUB_EMULATOR_HOST", proxy.address)
+        world = World(server.address)
+        transport = await world.connect_google(keepalive_s=1.0)
+        monkeypatch.setenv("PUBSUB_EMULATOR_HOST", server.address)
+        publisher = await world.connect_google()
+        _, receiver = await subscribe_live(transport, Feed.ALL)
+        proxy.cut()
+        before = proxy.connection_count
+        await publisher.publish([Signal(b'{"during":1}', 1)])
+        await wait_until(lambda: proxy.connection_count > before, 15.0, "a new connection")
+        proxy.heal()
+        await receiver.wait_for(lambda heard: b'{"during":1}' in heard.payloads)
+        await assert_hears(publisher, receiver)
+        assert receiver.gaps == []
+        await world.close()
+
+
+async def test_a_reset_connection_to_the_emulator_is_a_gap(
+    pubsub_emulator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The emulator goes on feeding the broken stream, so the subscription is made anew."""
+    host, _, port = pubsub_emulator.rpartition(":")
+    async with CutProxy(host, int(port)) as proxy:
+        monkeypatch.setenv("PUBSUB_EMULATOR_HOST", proxy.address)
+        world = World(pubsub_emulator)
+        transport = await world.connect()
+        _, receiver = await subscribe_live(transport, Feed.ALL)
+        proxy.reset()
+        await hear_gap(receiver)
+        for _ in range(10):
+            await assert_hears(transport, receiver)
+        await world.close()
+
+
+# --- names ------------------------------------------------------------------------------------
+
+
+async def test_what_an_earlier_life_left_is_replaced(either: World) -> None:
+    """An instance that comes back under its name starts with a new subscription, not the old."""
+    earlier = await either.connect("i-1")
+    await earlier.subscribe(Feed.ALL, RecordingReceiver())
+    await crash(earlier)
+    await earlier._api.close()
+    await either.subscriptions()
+    again = await either.connect("i-1")
+    await again.publish([Signal(b'{"stale":1}')])
+    _, receiver = await subscribe_live(again, Feed.ALL)
+    assert receiver.payloads == []
+    assert list(await either.subscriptions()) == ["poke-sub-i-1"]
+
+
+async def test_somebody_elses_subscription_is_never_replaced(world: World) -> None:
+    """A subscription of that name with other labels is left alone, and the start fails."""
+    name = f"projects/{world.project}/subscriptions/poke-sub-i-1"
+    transport = await world.connect_google(instance="i-1")
+    await world.subscriber.create_subscription(
+        request={"name": name, "topic": world.topic, "labels": {"owner": "else"}}
+    )
+    with pytest.raises(TransportError, match="belongs to somebody else"):
+        await transport.subscribe(Feed.ALL, RecordingReceiver())
+    assert list(await world.subscriptions()) == ["poke-sub-i-1"]
+
+
+async def crash(transport: GooglePubSubTransport) -> None:
+    """End a transport as kill -9 would: nothing is given back."""
+    for subscription in transport._subscriptions.values():
+        assert subscription._task is not None
+        subscription._task.cancel()
+        await asyncio.gather(subscription._task, return_exceptions=True)
+        subscription._closed = True
+    await transport._api.close()
+    transport._subscriptions.clear()

@@ -25,10 +25,13 @@ from pokebridge.errors import ConfigError, TransportError
 EMULATOR_VARIABLE = "PUBSUB_EMULATOR_HOST"
 GOOGLE_HOST = "pubsub.googleapis.com:443"
 CALL_TIMEOUT_S = 10.0
-# Pings that notice a dead connection, and wait a third of that for the answer. Google's own clients
-# use 30 s; the emulator, as every grpc-java server, throws out who pings more than every 5 minutes.
+# Pings that notice a dead connection, and how long they wait for the answer. Google's own clients
+# ping every 30 s; the emulator, as every grpc-java server, throws out who does so more often than
+# every 5 minutes.
 KEEPALIVE_S, EMULATOR_KEEPALIVE_S = 30.0, 310.0
-# Google's front ends allow 100 streams a connection; the 101st would wait without an error.
+PING_TIMEOUT_S = 10.0
+# Google's front ends allow 100 streams a connection, calls included; the 101st is refused, or
+# waits without an error.
 MAX_STREAMS_A_CHANNEL = 90
 _MAX_DETAILS = 300
 
@@ -142,6 +145,7 @@ class PubSubApi:
         self._host = host
         self._open_channel = open_channel
         self._channel = open_channel()  # for calls; publishing never queues behind streams
+        self._free_calls = asyncio.Semaphore(MAX_STREAMS_A_CHANNEL)
         self._lanes: list[_Lane] = []
         self._calls = {
             name: self._channel.unary_unary(**_stub(name))
@@ -197,7 +201,8 @@ class PubSubApi:
         request = _protobuf(spec.request)(**fields)
         metadata = _routing(spec, fields[spec.routed_by])
         try:
-            return await self._calls[method](request, timeout=timeout_s, metadata=metadata)
+            async with self._free_calls:
+                return await self._calls[method](request, timeout=timeout_s, metadata=metadata)
         except grpc.aio.AioRpcError as error:
             raise self._translate(method, error) from None
         except grpc.aio.UsageError:
@@ -276,11 +281,14 @@ def _routing(method: _Method, value: str) -> grpc.aio.Metadata:
 
 def channel_options(keepalive_s: float) -> list[tuple[str, int]]:
     """How a channel notices a dead connection, and that it leaves the waiting to the adapter."""
+    timeout_ms = int(min(keepalive_s, PING_TIMEOUT_S) * 1000)
     return [
         ("grpc.use_local_subchannel_pool", 1),  # else all channels share one connection
         ("grpc.max_receive_message_length", -1),
         ("grpc.keepalive_time_ms", int(keepalive_s * 1000)),
-        ("grpc.keepalive_timeout_ms", int(keepalive_s * 1000 / 3)),
+        # gRPC takes the longer of these two, and the second is a minute by default.
+        ("grpc.keepalive_timeout_ms", timeout_ms),
+        ("grpc.http2.ping_timeout_ms", timeout_ms),
         ("grpc.http2.max_pings_without_data", 0),
         # The adapter has its own back-off; the channel's would only delay it.
         ("grpc.initial_reconnect_backoff_ms", 100),

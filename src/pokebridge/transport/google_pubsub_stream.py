@@ -52,6 +52,7 @@ SETTLE_S = 5.0
 BACKOFF_BASE_S, BACKOFF_CAP_S = 0.1, 5.0
 STABLE_S = 10.0
 DELETE_TIMEOUT_S = 5.0
+EMULATOR_FORGETS_S = 0.2
 SHARD_ATTRIBUTE = "shard"
 
 log = structlog.get_logger(__name__)
@@ -192,6 +193,9 @@ class PulledSubscription:
             raise TransportError(f"{self.name} belongs to somebody else: {dict(found.labels)}")
         log.warning("replacing a subscription of this instance's name", subscription=self.name)
         await self._api.call("DeleteSubscription", subscription=self.name)
+        if self._api.is_emulator:
+            # It looks every 50 ms which streams to end, and goes by the subscription's name.
+            await asyncio.sleep(EMULATOR_FORGETS_S)
         await self._with_topic(self._call_create)
 
     async def _is_attached(self) -> bool:
