@@ -31,6 +31,7 @@ class Recorder:
         self.attempts = 0
         self.gate = asyncio.Event()
         self.gate.set()
+        self.published = asyncio.Event()
 
     async def publish(self, pokes: Sequence[Poke]) -> None:
         """Keep ``pokes``, when the gate is open and no error is set."""
@@ -39,6 +40,7 @@ class Recorder:
         if self.error:
             raise self.error
         self.batches.append(list(pokes))
+        self.published.set()
 
     @property
     def pokes(self) -> list[Poke]:
@@ -70,8 +72,10 @@ class WatchedMailbox(MemoryMailbox):
         return await super().unpoked(older_than_s=older_than_s, limit=limit)
 
     async def poked(self, pokes: Sequence[Poke]) -> None:
-        """Count, then do or fail."""
+        """Count, then do or fail; suspend first, as a real store does."""
         self._called("poked")
+        for _ in range(5):
+            await asyncio.sleep(0)
         await super().poked(pokes)
 
 
@@ -165,11 +169,11 @@ class TestSending:
     ) -> None:
         """A hundred messages one after the other: the outbox is written a few times."""
         async with without_sweep(mailbox, publisher) as sender:
-            async with asyncio.timeout(10):
-                for version in range(1, 101):
-                    await sender.send(message())
-                    while len(publisher.batches) < version:
-                        await asyncio.sleep(0)
+            for _ in range(100):
+                publisher.published.clear()
+                await sender.send(message())
+                async with asyncio.timeout(10):
+                    await publisher.published.wait()
             await confirmed(mailbox)
         assert len(publisher.batches) == 100
         assert mailbox.calls["poked"] <= 20

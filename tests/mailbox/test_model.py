@@ -16,7 +16,7 @@ from pokebridge.testing.mailbox import ManualClock
 
 Operation = Callable[[Mailbox], Awaitable[Any]]
 
-recipients = st.sampled_from(["urn:user:bob", "urn:user:eve", "r" * 256])
+recipients = st.sampled_from(["urn:user:bob", "r" * 256])
 devices = st.sampled_from(["phone", "tablet"])
 numbers = st.integers(-1, 9)
 
@@ -90,7 +90,7 @@ operations: st.SearchStrategy[Operation | float] = st.one_of(
 
 
 @settings(max_examples=60, deadline=None)
-@given(steps=st.lists(operations, max_size=40))
+@given(steps=st.lists(operations, min_size=10, max_size=40))
 async def test_both_mailboxes_answer_the_same(steps: list[Operation | float]) -> None:
     """A random history gives the same answer at each step, whichever keeps it."""
     clock = ManualClock()

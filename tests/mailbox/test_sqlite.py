@@ -4,10 +4,12 @@
 import asyncio
 import sqlite3
 import sys
+import threading
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.support.waiting import wait_until
@@ -16,6 +18,7 @@ from pokebridge.errors import ConfigError, MailboxError
 from pokebridge.mailbox import sqlite, sqlite_lane
 from pokebridge.mailbox.base import Mailbox
 from pokebridge.mailbox.sqlite import SqliteMailbox
+from pokebridge.mailbox.sqlite_lane import Lane, commit_together
 from pokebridge.model import Receipt
 from pokebridge.testing.mailbox import (
     BOB,
@@ -142,6 +145,44 @@ class TestTheWriter:
         assert await versions(mailbox) == list(range(1, committed + 1))
         await mailbox._writes.do(lambda db: db.execute("PRAGMA max_page_count = 10000"))
         assert (await mailbox.append(big)).version == committed + 1
+
+    async def test_a_commit_that_fails_fails_for_all(self) -> None:
+        """When the commit itself fails nobody is told otherwise, and the next one starts clean."""
+        db = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+        db.execute("PRAGMA foreign_keys = ON")
+        db.execute("CREATE TABLE parent (id INTEGER PRIMARY KEY)")
+        db.execute("CREATE TABLE child (id REFERENCES parent DEFERRABLE INITIALLY DEFERRED)")
+        lane = Lane("test", [db], commit_together, batch_size=10)
+
+        def add(table: str, number: int) -> Coroutine[Any, Any, object]:
+            return lane.do(lambda db: db.execute(f"INSERT INTO {table} VALUES ({number})"))
+
+        def keep_busy(_: sqlite3.Connection) -> bool:
+            started.set()
+            return released.wait(10)
+
+        # The first keeps the thread busy, so that the next two share a transaction.
+        started, released = threading.Event(), threading.Event()
+        first = asyncio.create_task(lane.do(keep_busy))
+        await wait_until(started.is_set)
+        both = asyncio.gather(add("parent", 1), add("child", 2), return_exceptions=True)
+        await asyncio.sleep(0)
+        released.set()
+        assert [type(answer) for answer in await both] == [MailboxError, MailboxError]
+        assert await first
+        await add("parent", 1)
+        await lane.close()
+
+    async def test_a_commit_is_flushed(self, mailbox: SqliteMailbox) -> None:
+        """Power loss can't be tested here, its remedy can: WAL mode, and a flush each commit."""
+
+        def settings(db: sqlite3.Connection) -> list[tuple[str | int]]:
+            return [
+                db.execute(f"PRAGMA {name}").fetchone() for name in ("journal_mode", "synchronous")
+            ]
+
+        full = 2
+        assert await mailbox._writes.do(settings) == [("wal",), (full,)]
 
     async def test_a_lock_held_too_long_is_an_error(
         self, path: Path, mailbox: SqliteMailbox, monkeypatch: pytest.MonkeyPatch

@@ -20,7 +20,6 @@ from pokebridge.mailbox.sqlite_lane import (
     Lane,
     commit_together,
     do_each,
-    patiently,
     result_code,
 )
 from pokebridge.model import Message, NewMessage, Page, Poke, Receipt
@@ -279,8 +278,8 @@ def _open_file(path: Path) -> list[sqlite3.Connection]:
                 unless_all_is_well.enter_context(closing(_connect(path)))
                 for _ in range(1 + READERS)
             ]
-            patiently(lambda: _bring_up_to_date(connections[0], path))
-            connections[0].execute("PRAGMA busy_timeout = 0")  # the lane is patient by itself
+            _bring_up_to_date(connections[0], path)
+            connections[0].execute("PRAGMA busy_timeout = 0")  # its lane waits in its own way
             unless_all_is_well.pop_all()
             return connections
     except sqlite3.Error as error:

@@ -132,7 +132,7 @@ def _do(db: sqlite3.Connection, job: Job) -> Outcome:
 def commit_together(db: sqlite3.Connection, jobs: Sequence[Job]) -> list[Outcome]:
     """Do ``jobs`` in one transaction; one that fails is undone alone, unless all of it fails."""
     try:
-        patiently(lambda: db.execute("BEGIN IMMEDIATE"))
+        _begin(db)
         outcomes = [_do_undoably(db, job) for job in jobs]
         db.execute("COMMIT")
     except sqlite3.Error as error:
@@ -153,20 +153,22 @@ def _do_undoably(db: sqlite3.Connection, job: Job) -> Outcome:
     return outcome
 
 
-def patiently(action: Callable[[], T]) -> T:
-    """Do ``action`` again while another process has the lock, for at most LOCK_TIMEOUT_S.
+def _begin(db: sqlite3.Connection) -> None:
+    """Begin a transaction with the write lock, waiting LOCK_TIMEOUT_S for other processes at most.
 
     SQLite's own busy handler backs off to 100 ms, and a process that commits without pause then
-    starves the others for seconds; short random waits share the lock fairly. So a connection used
-    here has no timeout of its own.
+    starves the others for seconds; short random waits share the lock fairly. So the connection has
+    no busy timeout of its own.
     """
     deadline_s = time.monotonic() + LOCK_TIMEOUT_S
     while True:
         try:
-            return action()
+            db.execute("BEGIN IMMEDIATE")
         except sqlite3.OperationalError as error:
             if result_code(error) != sqlite3.SQLITE_BUSY or time.monotonic() > deadline_s:
                 raise
+        else:
+            return
         time.sleep(random.uniform(0.0005, 0.003))  # noqa: S311 - no secret
 
 
