@@ -13,7 +13,7 @@ from tests.support import CutProxy, wait_until
 from tests.transport.certificates import make_certificates
 
 from pokebridge.client import OnPoke, PokeClient, Policy, ReceivedMessage, core
-from pokebridge.client.events import Closed, Connect, Pull, Pulled, Text
+from pokebridge.client.events import Closed, Connect, Pull, Pulled, Text, Tick
 from pokebridge.errors import ConfigError, ForbiddenError, InputError
 
 # Nothing waits for long; polling and pings stay out of the way where a test does not want them.
@@ -106,6 +106,8 @@ async def test_messages_come_in_order_and_are_acked(bridge: FaultyBridge, handle
         await wait_until(lambda: bridge.acks == [2, 4, 5, 6])
         await wait_until(lambda: client.cursor == 6)
     assert bridge.connects == [{"token": "token", "device": "phone"}]
+    assert bridge.sockets[0].ws_protocol == "pokebridge.v1"
+    assert "Sec-WebSocket-Extensions" not in bridge.requests[0].headers
     assert {pull["device"] for pull in bridge.pulls} == {"phone"}
     first = handler.got[0]
     assert (first.version, first.id, first.sender) == (1, "id-1", "urn:user:eve")
@@ -134,6 +136,7 @@ async def test_what_it_has_costs_no_pull_and_nothing_new_no_body(
         assert [pull["etag"] for pull in bridge.pulls] == ["", '"1"']
         await bridge.say(type="poke", version=bridge.commit("b"))
         await handler.has("a", "b")
+        await wait_until(lambda: bridge.acks == [1, 2])
 
 
 async def test_pokes_during_a_pull_cause_exactly_one_more(
@@ -192,7 +195,7 @@ async def test_an_ack_that_fails_is_repeated_without_its_messages(
         Bad(200, body=b"no JSON"),
         Bad(200, body=b'{"messages": 3}'),
         Bad(200, body=b'{"messages":[{"version":"x"}],"version":1,"more":false}'),
-        Bad(200, body=b"[" * 100_000),
+        Bad(200, body=b'{"messages":[{"body":' + b"[" * 100_000),
         Bad(200, body=b'{"messages":[{"id":"\xff"}],"version":1,"more":false}'),
         Bad(200, {"Content-Encoding": "gzip"}, body=b"no gzip"),
     ],
@@ -242,13 +245,17 @@ async def test_a_message_that_is_no_message_is_survived(
     bridge: FaultyBridge, handler: Handler
 ) -> None:
     """Unknown, broken and binary ones are ignored; one that is too large costs the connection."""
-    async with PokeClient(bridge.url, "token", handler, policy=QUICK) as client:
+    seen: list[object] = []
+    async with PokeClient(
+        bridge.url, "token", handler, on_event=seen.append, policy=QUICK
+    ) as client:
         await client.wait_ready(5)
         await bridge.sockets[-1].send_str("not JSON")
-        await bridge.sockets[-1].send_bytes(b'{"type":"poke"}')
+        await bridge.sockets[-1].send_bytes(b'{"type":"binary"}')
         await bridge.say(type="news")
         await bridge.say(type="poke", version=bridge.commit("a"))
         await handler.has("a")
+        assert "binary" not in repr(seen)
         assert len(bridge.connects) == 1
         await bridge.say(type="news", text="x" * 17_000)
         await wait_until(lambda: len(bridge.connects) == 2)
@@ -320,6 +327,37 @@ async def test_a_forbidden_handshake_stops_it(bridge: FaultyBridge, handler: Han
             await client.wait_ready(5)
 
 
+async def test_stopping_waits_for_no_token(bridge: FaultyBridge, handler: Handler) -> None:
+    """A provider that never answers does not keep a stopped client from ending."""
+    calls = 0
+
+    async def once() -> str:
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            await asyncio.Event().wait()
+        return "token"
+
+    bridge.bad_pulls = [Bad(401)]
+    async with PokeClient(bridge.url, once, handler) as client:
+        await wait_until(lambda: calls == 2)
+        await bridge.close(4403)
+        assert await asyncio.wait_for(client.wait_stopped(), 5) == 4403
+
+
+async def test_what_can_t_be_sent_any_more_is_dropped(
+    bridge: FaultyBridge, handler: Handler
+) -> None:
+    """A message for a socket that has just closed is no fault; its close is heard anyway."""
+    async with PokeClient(bridge.url, "token", handler) as client:
+        await client.wait_ready(5)
+        bridge.refusals = [Bad(503, {"Retry-After": "200"})]
+        await bridge.close(1012)
+        await wait_until(lambda: not client.connected)
+        await client._send({"type": "ping"})
+    assert bridge.heard == []
+
+
 async def test_half_open_connections_are_noticed(bridge: FaultyBridge, handler: Handler) -> None:
     """When nothing comes through any more it pings, gives up, and gets through elsewhere."""
     policy = Policy(base_s=0.01, cap_s=0.05, ping_after_s=0.1, pong_within_s=0.1)
@@ -332,6 +370,8 @@ async def test_half_open_connections_are_noticed(bridge: FaultyBridge, handler: 
         assert len(bridge.connects) == 1
         proxy.cut()
         await wait_until(lambda: not client.connected)
+        with pytest.raises(TimeoutError):
+            await client.wait_ready(0.05)
         bridge.commit("a")
         proxy.heal()
         await handler.has("a")
@@ -351,6 +391,7 @@ async def test_a_bridge_that_never_gets_ready_is_left(
         bridge.silent = False
         bridge.ready = {"type": "ready"}
         await client.wait_ready(5)
+        await wait_until(lambda: sum(not socket.closed for socket in bridge.sockets) == 1)
 
 
 async def test_it_polls_slowly_while_it_can_t_connect(
@@ -481,8 +522,14 @@ async def test_leaving_before_anything_happened(bridge: FaultyBridge, handler: H
     async with PokeClient(bridge.url, "token", handler):
         pass
     bridge.silent = True
-    async with PokeClient(bridge.url, "token", handler):
+    bridge.connects.clear()
+    async with PokeClient(bridge.url, "token", handler) as client:
         await wait_until(lambda: bridge.connects)
+        before = asyncio.all_tasks()
+        with pytest.raises(TimeoutError):
+            await client.wait_ready(0)
+        await asyncio.sleep(0)
+        assert asyncio.all_tasks() <= before
 
 
 async def test_a_handler_that_ignores_its_cancellation_does_no_harm(
@@ -491,6 +538,7 @@ async def test_a_handler_that_ignores_its_cancellation_does_no_harm(
     """Leaving waits for it and raises nothing."""
     bridge.commit("a")
     started = asyncio.Event()
+    seen: list[object] = []
 
     async def stubborn(_: Sequence[ReceivedMessage]) -> None:
         started.set()
@@ -499,8 +547,10 @@ async def test_a_handler_that_ignores_its_cancellation_does_no_harm(
         except asyncio.CancelledError:
             return
 
-    async with PokeClient(bridge.url, "token", stubborn):
+    async with PokeClient(bridge.url, "token", stubborn, on_event=seen.append):
         await started.wait()
+        await bridge.say(type="poke")
+        await wait_until(lambda: '"poke"' in repr(seen))
 
 
 async def test_the_user_s_own_error_comes_through_as_it_is(
@@ -560,10 +610,11 @@ async def test_own_pulls_need_no_cursor(bridge: FaultyBridge) -> None:
         nonlocal calls
         calls += 1
 
-    async with PokeClient(bridge.url, "token", on_poke=pull):
+    async with PokeClient(bridge.url, "token", on_poke=pull, cursor=3) as client:
         await wait_until(lambda: calls == 1)
         await bridge.say(type="poke")
         await wait_until(lambda: calls == 2)
+        await wait_until(lambda: client.cursor == 3)
 
 
 async def test_an_observer_is_shown_what_happens(
@@ -581,8 +632,9 @@ async def test_an_observer_is_shown_what_happens(
         await wait_until(lambda: Pulled(1) in seen)
         await bridge.close(1012, "deploy")
         await wait_until(lambda: Closed(1012, "deploy") in seen)
-    url = f"{bridge.url.replace('http', 'ws')}/v1/connect"
-    assert Connect(url) in seen
+        url = f"{bridge.url.replace('http', 'ws')}/v1/connect"
+        await wait_until(lambda: seen.count(Connect(url)) == 2)
+    assert Tick() not in seen
     assert Pull(0) in seen
     assert "s3cret" not in repr(seen)
     assert "s3cret" not in caplog.text
