@@ -16,7 +16,7 @@ from pokebridge.mailbox.memory import MemoryMailbox
 from pokebridge.mailbox.sqlite import SqliteMailbox
 from pokebridge.model import NewMessage, Poke, Receipt
 from pokebridge.processor import Processor
-from pokebridge.testing.mailbox import BOB, EVE, ManualClock, fill, message, unpoked, versions
+from pokebridge.testing.mailbox_kit import BOB, EVE, ManualClock, fill, message, unpoked, versions
 from tests.support.waiting import wait_until
 
 FOREVER_S = 3600.0

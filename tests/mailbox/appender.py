@@ -10,7 +10,7 @@ import itertools
 import sys
 
 from pokebridge.mailbox.sqlite import SqliteMailbox
-from pokebridge.testing.mailbox import message
+from pokebridge.testing.mailbox_kit import message
 
 CONCURRENCY = 8
 

@@ -3,7 +3,8 @@
 import pytest
 
 from pokebridge.mailbox.memory import MemoryMailbox
-from pokebridge.testing.mailbox import MailboxContract, ManualClock
+from pokebridge.testing.mailbox import MailboxContract
+from pokebridge.testing.mailbox_kit import ManualClock
 
 
 class TestMemoryMailbox(MailboxContract):

@@ -12,7 +12,7 @@ from pokebridge.mailbox.base import RECEIPT_KEPT_MS, Mailbox
 from pokebridge.mailbox.memory import MemoryMailbox
 from pokebridge.mailbox.sqlite import SqliteMailbox
 from pokebridge.model import NewMessage, Poke
-from pokebridge.testing.mailbox import ManualClock
+from pokebridge.testing.mailbox_kit import ManualClock
 
 Operation = Callable[[Mailbox], Awaitable[Any]]
 

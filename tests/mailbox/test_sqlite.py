@@ -20,16 +20,8 @@ from pokebridge.mailbox.base import Mailbox
 from pokebridge.mailbox.sqlite import SqliteMailbox
 from pokebridge.mailbox.sqlite_lane import Lane, commit_together
 from pokebridge.model import Receipt
-from pokebridge.testing.mailbox import (
-    BOB,
-    Connect,
-    DurableMailboxContract,
-    ManualClock,
-    fill,
-    message,
-    unpoked,
-    versions,
-)
+from pokebridge.testing.mailbox import Connect, DurableMailboxContract
+from pokebridge.testing.mailbox_kit import BOB, ManualClock, fill, message, unpoked, versions
 
 APPENDER = Path(__file__).with_name("appender.py")
 

@@ -18,73 +18,26 @@ import pytest
 
 from pokebridge.errors import MailboxError
 from pokebridge.mailbox.base import Mailbox
-from pokebridge.model import MAX_VERSION, Message, NewMessage, Poke
+from pokebridge.model import MAX_VERSION, Message, Poke
+from pokebridge.testing.mailbox_kit import (
+    ALICE,
+    BOB,
+    EVE,
+    ManualClock,
+    fill,
+    message,
+    unpoked,
+    versions,
+)
+from pokebridge.testing.mailbox_outbox import OutboxContract
 
-BOB = "urn:user:bob"
-EVE = "urn:user:eve"
-ALICE = "urn:user:alice"
 DAY_S = 24 * 3600.0
 
 Connect = Callable[[], Awaitable[Mailbox]]
 
 
-class ManualClock:
-    """A clock that stands still until a test sets it."""
-
-    def __init__(self, now_s: float = 1_800_000_000.0) -> None:
-        self.now_s = now_s
-
-    def __call__(self) -> float:
-        """The Unix time in seconds."""
-        return self.now_s
-
-
-def message(
-    recipient: str = BOB,
-    *,
-    id: str = "m",  # noqa: A002 - the field's name
-    sender: str = ALICE,
-    body: bytes = b"{}",
-    ttl_s: float | None = None,
-    id_is_senders: bool = False,
-) -> NewMessage:
-    """A message of which a test names only what matters to it."""
-    return NewMessage(recipient, sender, id, body, ttl_s, id_is_senders)
-
-
-async def versions(mailbox: Mailbox, recipient: str = BOB, *, after: int = 0) -> list[int]:
-    """The versions of all that can be read, page by page."""
-    found: list[int] = []
-    more = True
-    while more:
-        page = await mailbox.read(recipient, after=after, limit=500)
-        found += [kept.version for kept in page.messages]
-        after, more = page.version, page.more
-    return found
-
-
-async def fill(mailbox: Mailbox, count: int, recipient: str = BOB) -> None:
-    """Append ``count`` messages."""
-    for _ in range(count):
-        await mailbox.append(message(recipient))
-
-
-async def unpoked(mailbox: Mailbox, older_than_s: float = 0) -> dict[str, int | None]:
-    """The outbox entries of at least that age: newest version by recipient."""
-    pokes = await mailbox.unpoked(older_than_s=older_than_s, limit=1000)
-    by_recipient = {poke.recipient: poke.version for poke in pokes}
-    assert len(by_recipient) == len(pokes), "one entry a recipient"
-    return by_recipient
-
-
-@pytest.mark.asyncio
-class MailboxContract:
+class MailboxContract(OutboxContract):
     """What every mailbox promises (``pokebridge.mailbox.base``), but to survive its process."""
-
-    @pytest.fixture
-    def clock(self) -> ManualClock:
-        """The mailbox's time."""
-        return ManualClock()
 
     # -- append and read ---------------------------------------------------------------------------
 
@@ -194,6 +147,7 @@ class MailboxContract:
         """Fifty senders at once to one recipient: every version once, none missing."""
 
         async def send(sender: str) -> list[int]:
+            """The versions that one sender's messages got."""
             return [(await mailbox.append(message(sender=sender))).version for _ in range(20)]
 
         given = await asyncio.gather(*(send(f"urn:user:{n}") for n in range(50)))
@@ -393,90 +347,6 @@ class MailboxContract:
         await mailbox.see_device(BOB, "phone")
         await mailbox.ack(BOB, "tablet", 3)
         assert await versions(mailbox) == []
-
-    # -- the outbox --------------------------------------------------------------------------------
-
-    async def test_a_commit_owes_a_poke_until_it_is_confirmed(self, mailbox: Mailbox) -> None:
-        """An append leaves one entry a recipient with the newest version; ``poked`` drops it."""
-        await fill(mailbox, 3, BOB)
-        await fill(mailbox, 1, EVE)
-        assert await unpoked(mailbox) == {BOB: 3, EVE: 1}
-        await mailbox.poked([Poke(BOB, 3), Poke("urn:user:nobody", 9)])
-        assert await unpoked(mailbox) == {EVE: 1}
-        await mailbox.poked([Poke(EVE, 7)])
-        assert await unpoked(mailbox) == {}
-        await mailbox.poked([])
-
-    async def test_a_duplicate_owes_no_poke(self, mailbox: Mailbox) -> None:
-        """What commits nothing puts nothing in the outbox."""
-        await mailbox.append(message(id="a", id_is_senders=True))
-        await mailbox.poked([Poke(BOB, 1)])
-        await mailbox.append(message(id="a", id_is_senders=True))
-        assert await unpoked(mailbox) == {}
-
-    async def test_only_old_entries_are_asked_for(
-        self, mailbox: Mailbox, clock: ManualClock
-    ) -> None:
-        """Entries younger than ``older_than_s`` are left to whoever is publishing them."""
-        await fill(mailbox, 1, BOB)
-        clock.now_s += 2
-        await fill(mailbox, 1, EVE)
-        assert await unpoked(mailbox, older_than_s=1) == {BOB: 1}
-        assert await unpoked(mailbox, older_than_s=3) == {}
-        clock.now_s += 2
-        assert await unpoked(mailbox, older_than_s=1) == {BOB: 1, EVE: 1}
-
-    async def test_the_outbox_is_given_in_bounded_steps(self, mailbox: Mailbox) -> None:
-        """Step by step, confirming each, every entry comes up once."""
-        for n in range(25):
-            await mailbox.append(message(f"urn:user:{n}"))
-        seen: list[Poke] = []
-        while pokes := await mailbox.unpoked(older_than_s=0, limit=10):
-            assert len(pokes) <= 10
-            seen += pokes
-            await mailbox.poked(pokes)
-        assert sorted(poke.recipient for poke in seen) == sorted(f"urn:user:{n}" for n in range(25))
-
-    async def test_a_steady_sender_keeps_no_entry_young(
-        self, mailbox: Mailbox, clock: ManualClock
-    ) -> None:
-        """While nothing is confirmed, an entry's age counts from its oldest commit."""
-        for _ in range(4):
-            await fill(mailbox, 1)
-            clock.now_s += 0.5
-        assert await unpoked(mailbox, older_than_s=1.5) == {BOB: 4}
-
-    async def test_a_late_confirmation_leaves_the_newer_message(
-        self, mailbox: Mailbox, clock: ManualClock
-    ) -> None:
-        """Confirming an older version leaves the entry of a newer one, its age counted anew."""
-        await fill(mailbox, 2)
-        clock.now_s += 5
-        await mailbox.poked([Poke(BOB, 1)])
-        assert await unpoked(mailbox) == {BOB: 2}
-        assert await unpoked(mailbox, older_than_s=1) == {}
-        clock.now_s += 1
-        assert await unpoked(mailbox, older_than_s=1) == {BOB: 2}
-
-    async def test_a_poke_without_a_version_confirms_nothing(self, mailbox: Mailbox) -> None:
-        """Somebody's bare poke says nothing of what was committed."""
-        await fill(mailbox, 1)
-        await mailbox.poked([Poke(BOB)])
-        assert await unpoked(mailbox) == {BOB: 1}
-
-    async def test_a_clock_set_back_silences_nothing(
-        self, mailbox: Mailbox, clock: ManualClock
-    ) -> None:
-        """An entry from the future counts as old, not as one that is young for an hour."""
-        await fill(mailbox, 1)
-        clock.now_s -= 3600
-        assert await unpoked(mailbox, older_than_s=1) == {BOB: 1}
-
-    async def test_deleting_a_message_keeps_its_poke_owed(self, mailbox: Mailbox) -> None:
-        """One device's ack is no poke: others may sleep still."""
-        await fill(mailbox, 1)
-        await mailbox.ack(BOB, "phone", 1)
-        assert await unpoked(mailbox) == {BOB: 1}
 
     # -- life --------------------------------------------------------------------------------------
 

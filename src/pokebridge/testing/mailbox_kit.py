@@ -1,0 +1,57 @@
+"""What tests around a mailbox are made of: a clock, messages, and short ways to look inside."""
+
+from pokebridge.mailbox.base import Mailbox
+from pokebridge.model import NewMessage
+
+BOB = "urn:user:bob"
+EVE = "urn:user:eve"
+ALICE = "urn:user:alice"
+
+
+class ManualClock:
+    """A clock that stands still until a test sets it."""
+
+    def __init__(self, now_s: float = 1_800_000_000.0) -> None:
+        self.now_s = now_s
+
+    def __call__(self) -> float:
+        """The Unix time in seconds."""
+        return self.now_s
+
+
+def message(
+    recipient: str = BOB,
+    *,
+    id: str = "m",  # noqa: A002 - the field's name
+    sender: str = ALICE,
+    body: bytes = b"{}",
+    ttl_s: float | None = None,
+    id_is_senders: bool = False,
+) -> NewMessage:
+    """A message of which a test names only what matters to it."""
+    return NewMessage(recipient, sender, id, body, ttl_s, id_is_senders)
+
+
+async def versions(mailbox: Mailbox, recipient: str = BOB, *, after: int = 0) -> list[int]:
+    """The versions of all that can be read, page by page."""
+    found: list[int] = []
+    more = True
+    while more:
+        page = await mailbox.read(recipient, after=after, limit=500)
+        found += [kept.version for kept in page.messages]
+        after, more = page.version, page.more
+    return found
+
+
+async def fill(mailbox: Mailbox, count: int, recipient: str = BOB) -> None:
+    """Append ``count`` messages."""
+    for _ in range(count):
+        await mailbox.append(message(recipient))
+
+
+async def unpoked(mailbox: Mailbox, older_than_s: float = 0) -> dict[str, int | None]:
+    """The outbox entries of at least that age: newest version by recipient."""
+    pokes = await mailbox.unpoked(older_than_s=older_than_s, limit=1000)
+    by_recipient = {poke.recipient: poke.version for poke in pokes}
+    assert len(by_recipient) == len(pokes), "one entry a recipient"
+    return by_recipient

@@ -1,0 +1,99 @@
+"""The part of every mailbox's contract that makes pokes certain: the outbox."""
+
+import pytest
+
+from pokebridge.mailbox.base import Mailbox
+from pokebridge.model import Poke
+from pokebridge.testing.mailbox_kit import BOB, EVE, ManualClock, fill, message, unpoked
+
+
+@pytest.mark.asyncio
+class OutboxContract:
+    """What a mailbox promises of the pokes that it owes; part of ``MailboxContract``."""
+
+    @pytest.fixture
+    def clock(self) -> ManualClock:
+        """The mailbox's time."""
+        return ManualClock()
+
+    async def test_a_commit_owes_a_poke_until_it_is_confirmed(self, mailbox: Mailbox) -> None:
+        """An append leaves one entry a recipient with the newest version; ``poked`` drops it."""
+        await fill(mailbox, 3, BOB)
+        await fill(mailbox, 1, EVE)
+        assert await unpoked(mailbox) == {BOB: 3, EVE: 1}
+        await mailbox.poked([Poke(BOB, 3), Poke("urn:user:nobody", 9)])
+        assert await unpoked(mailbox) == {EVE: 1}
+        await mailbox.poked([Poke(EVE, 7)])
+        assert await unpoked(mailbox) == {}
+        await mailbox.poked([])
+
+    async def test_a_duplicate_owes_no_poke(self, mailbox: Mailbox) -> None:
+        """What commits nothing puts nothing in the outbox."""
+        await mailbox.append(message(id="a", id_is_senders=True))
+        await mailbox.poked([Poke(BOB, 1)])
+        await mailbox.append(message(id="a", id_is_senders=True))
+        assert await unpoked(mailbox) == {}
+
+    async def test_only_old_entries_are_asked_for(
+        self, mailbox: Mailbox, clock: ManualClock
+    ) -> None:
+        """Entries younger than ``older_than_s`` are left to whoever is publishing them."""
+        await fill(mailbox, 1, BOB)
+        clock.now_s += 2
+        await fill(mailbox, 1, EVE)
+        assert await unpoked(mailbox, older_than_s=1) == {BOB: 1}
+        assert await unpoked(mailbox, older_than_s=3) == {}
+        clock.now_s += 2
+        assert await unpoked(mailbox, older_than_s=1) == {BOB: 1, EVE: 1}
+
+    async def test_the_outbox_is_given_in_bounded_steps(self, mailbox: Mailbox) -> None:
+        """Step by step, confirming each, every entry comes up once."""
+        for n in range(25):
+            await mailbox.append(message(f"urn:user:{n}"))
+        seen: list[Poke] = []
+        while pokes := await mailbox.unpoked(older_than_s=0, limit=10):
+            assert len(pokes) <= 10
+            seen += pokes
+            await mailbox.poked(pokes)
+        assert sorted(poke.recipient for poke in seen) == sorted(f"urn:user:{n}" for n in range(25))
+
+    async def test_a_steady_sender_keeps_no_entry_young(
+        self, mailbox: Mailbox, clock: ManualClock
+    ) -> None:
+        """While nothing is confirmed, an entry's age counts from its oldest commit."""
+        for _ in range(4):
+            await fill(mailbox, 1)
+            clock.now_s += 0.5
+        assert await unpoked(mailbox, older_than_s=1.5) == {BOB: 4}
+
+    async def test_a_late_confirmation_leaves_the_newer_message(
+        self, mailbox: Mailbox, clock: ManualClock
+    ) -> None:
+        """Confirming an older version leaves the entry of a newer one, its age counted anew."""
+        await fill(mailbox, 2)
+        clock.now_s += 5
+        await mailbox.poked([Poke(BOB, 1)])
+        assert await unpoked(mailbox) == {BOB: 2}
+        assert await unpoked(mailbox, older_than_s=1) == {}
+        clock.now_s += 1
+        assert await unpoked(mailbox, older_than_s=1) == {BOB: 2}
+
+    async def test_a_poke_without_a_version_confirms_nothing(self, mailbox: Mailbox) -> None:
+        """Somebody's bare poke says nothing of what was committed."""
+        await fill(mailbox, 1)
+        await mailbox.poked([Poke(BOB)])
+        assert await unpoked(mailbox) == {BOB: 1}
+
+    async def test_a_clock_set_back_silences_nothing(
+        self, mailbox: Mailbox, clock: ManualClock
+    ) -> None:
+        """An entry from the future counts as old, not as one that is young for an hour."""
+        await fill(mailbox, 1)
+        clock.now_s -= 3600
+        assert await unpoked(mailbox, older_than_s=1) == {BOB: 1}
+
+    async def test_deleting_a_message_keeps_its_poke_owed(self, mailbox: Mailbox) -> None:
+        """One device's ack is no poke: others may sleep still."""
+        await fill(mailbox, 1)
+        await mailbox.ack(BOB, "phone", 1)
+        assert await unpoked(mailbox) == {BOB: 1}
