@@ -117,14 +117,19 @@ class OutageContract:
     async def test_a_silent_connection_is_noticed_and_replaced(
         self, own_server: Daemon, connect_to: ConnectTo
     ) -> None:
-        """A cut that closes nothing is noticed within 10 s, and healed without our doing."""
+        """A cut that closes nothing, amid traffic, is noticed within 10 s and healed by itself."""
         direct = await connect_to(own_server.address)
         async with CutProxy("127.0.0.1", own_server.port) as proxy:
             transport = await connect_to(proxy.address)
             _, receiver = await subscribe_live(transport, Feed.ALL)
             proxy.cut()
             cut_at = time.monotonic()
+            big = [Signal(b"x" * 500_000, 3)]
+            published = asyncio.gather(
+                *(transport.publish(big) for _ in range(40)), return_exceptions=True
+            )
             await wait_until(partial(is_away, transport), 15)
+            assert {type(outcome) for outcome in await published} == {TransportError}
             assert time.monotonic() - cut_at < 10
             await direct.publish([Signal(b'{"lost":1}', 3)])
             proxy.heal()
@@ -146,6 +151,21 @@ class OutageContract:
                 proxy.reset()
                 await receiver.wait_for(lambda heard, n=count: len(heard.gaps) >= n)  # type: ignore[misc]
                 await assert_hears(direct, receiver, 7)
+            await transport.close()
+
+    async def test_a_receiver_that_fails_is_survived(
+        self, own_server: Daemon, connect_to: ConnectTo
+    ) -> None:
+        """One receiver's failure to take a gap keeps no other from it, nor the next restoration."""
+        async with CutProxy("127.0.0.1", own_server.port) as proxy:
+            transport = await connect_to(proxy.address)
+            failing, (_, receiver) = RecordingReceiver(), await subscribe_live(transport, 7)
+            failing.on_gap = lambda *_: 1 / 0  # type: ignore[method-assign,assignment]
+            await transport.subscribe(8, failing)
+            await transport.subscribe(9, receiver)
+            for count in (2, 4):
+                proxy.reset()
+                await receiver.wait_for(lambda heard, n=count: len(heard.gaps) >= n)  # type: ignore[misc]
             await transport.close()
 
     async def test_a_stall_of_our_own_is_no_dead_connection(

@@ -117,8 +117,10 @@ class Link(Generic[C]):
     @property
     def connection(self) -> C:
         """The connection that stands now; raises TransportError when there is none."""
-        if self._connection is None or self._connection.lost.done():
+        if self._connection is None:
             raise TransportError(f"{self._name}: {self._trouble}")
+        if self._connection.lost.done():
+            raise TransportError(f"{self._name}: {self._connection.lost.result()}")
         return self._connection
 
     def wants(self, topic: str) -> bool:
@@ -133,17 +135,15 @@ class Link(Generic[C]):
         Gaps are reported as gaps of ``selection``; with ``None`` they are not.
         """
         subscription = _LinkSubscription(self, topics, receiver, selection)
+        joining = self.spawn(self._join(subscription))
         try:
-            async with self._lock:
-                connection = self.connection
-                missing = set(topics) - connection.topics
-                self._add(subscription)
-                if missing:
-                    await self.call(connection, connection.subscribe(missing))
-        except BaseException:
-            self._remove(subscription)
-            self.spawn(self._give_back())
+            await asyncio.wait({joining})
+        except asyncio.CancelledError:
+            joining.add_done_callback(lambda _: self.spawn(self.unsubscribe(subscription)))
             raise
+        if joining.cancelled():
+            raise TransportError(f"{self._name}: {self._trouble}")
+        joining.result()
         return subscription
 
     async def unsubscribe(self, subscription: "_LinkSubscription") -> None:
@@ -152,7 +152,7 @@ class Link(Generic[C]):
         await self._give_back()
 
     async def call(self, connection: C, work: Coroutine[Any, Any, T]) -> T:
-        """Do ``work`` on ``connection``: to its end, until that is lost, or for 5 s.
+        """Do ``work`` on ``connection``; a connection that lets it wait for 5 s is lost.
 
         The work goes on when the caller is cancelled, since a driver that is interrupted half way
         takes one call's answer for another's.
@@ -162,9 +162,11 @@ class Link(Generic[C]):
         await asyncio.wait(either, timeout=ANSWER_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
         if task.done() and not task.cancelled():
             return task.result()
-        if connection.lost.done():
-            raise TransportError(f"{self._name}: {connection.lost.result()}")
-        raise TransportError(f"{self._name}: {'closed' if task.cancelled() else 'no answer'}")
+        if task.cancelled():
+            raise TransportError(f"{self._name}: {self._trouble}")
+        if not connection.lost.done():
+            connection.lost.set_result(f"no answer for {ANSWER_TIMEOUT_S:.0f} s")
+        raise TransportError(f"{self._name}: {connection.lost.result()}")
 
     def spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Start ``work`` in the background; it ends with the link, and its failure is dropped."""
@@ -207,6 +209,20 @@ class Link(Generic[C]):
             else:
                 del self._routes[topic]
 
+    async def _join(self, subscription: "_LinkSubscription") -> None:
+        """Have the engine deliver what ``subscription`` wants, and what nobody wanted before."""
+        async with self._lock:
+            connection = self.connection
+            missing = set(subscription.topics) - connection.topics
+            self._add(subscription)
+            try:
+                if missing:
+                    await self.call(connection, connection.subscribe(missing))
+            except BaseException:
+                self._remove(subscription)
+                self.spawn(self._give_back())
+                raise
+
     async def _give_back(self) -> None:
         """Have the engine stop delivering what nobody here wants any more."""
         if self._connection is None:  # the next one is not asked for it
@@ -229,8 +245,7 @@ class Link(Generic[C]):
             await self._restore()
             log.info("transport connection restored", engine=self._name)
             for subscription in tuple(self._subscriptions):
-                if subscription.selection is not None:
-                    subscription.receiver.on_gap(subscription.selection, reason)
+                subscription.report_gap(reason)
 
     async def _until_lost(self, connection: C) -> str:
         """Return why ``connection`` is lost, and give it up when it does not answer."""
@@ -297,6 +312,14 @@ class _LinkSubscription:
     receiver: Receiver
     selection: Selection | None
 
+    def report_gap(self, reason: str) -> None:
+        """Tell the receiver, and survive it: the link must go on for the others."""
+        if self.selection is not None:
+            try:
+                self.receiver.on_gap(self.selection, reason)
+            except Exception as error:  # noqa: BLE001 - no error of one's may deafen the others
+                log.warning("receiver failed on a gap", error=repr(error))
+
     async def close(self) -> None:
         """Stop receiving; what nobody else here wants is given back to the engine."""
         await self.link.unsubscribe(self)
@@ -318,7 +341,7 @@ class CachedCount:
     async def get(self, count: Callable[[], Awaitable[int | None]]) -> int | None:
         """The count, from ``count`` when the last one is too old; ``None`` is not kept."""
         async with self._lock:
-            if asyncio.get_running_loop().time() > self._good_until:
+            if asyncio.get_running_loop().time() >= self._good_until:
                 value = await count()
                 if value is None:
                     return None

@@ -256,10 +256,11 @@ class _NatsConnection:
 
     async def close(self) -> None:
         closing = asyncio.ensure_future(self._client.close())
-        await asyncio.wait({closing}, timeout=CLOSE_TIMEOUT_S)
-        closing.cancel()  # a dead peer takes nothing any more; the kernel drops the socket in time
-        with suppress(asyncio.CancelledError, Exception):
-            await closing
+        try:
+            await asyncio.wait({closing}, timeout=CLOSE_TIMEOUT_S)
+        finally:
+            closing.cancel()  # a dead peer takes nothing; the kernel drops the socket in time
+            await asyncio.gather(closing, return_exceptions=True)
 
     async def _accepted(self, what: str, subjects: Iterable[str]) -> None:
         """Return after a round trip; the server reports what it refuses before it answers."""
