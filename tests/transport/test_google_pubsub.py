@@ -10,13 +10,10 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Any
 
-import grpc
 import pytest
-from google.pubsub_v1 import PublisherAsyncClient, SubscriberAsyncClient
-from google.pubsub_v1.services.publisher.transports import PublisherGrpcAsyncIOTransport
-from google.pubsub_v1.services.subscriber.transports import SubscriberGrpcAsyncIOTransport
 from grpc import StatusCode
 from tests.support import CutProxy, Daemon, wait_until
+from tests.transport.pubsub_world import TOPIC, World, crash
 
 from pokebridge.errors import ConfigError, TransportError
 from pokebridge.testing.pubsub import PubSubServer
@@ -26,57 +23,15 @@ from pokebridge.testing.transport import (
     TransportContract,
     subscribe_live,
 )
-from pokebridge.transport import google_pubsub_stream
+from pokebridge.transport import google_pubsub, google_pubsub_stream
 from pokebridge.transport.base import Feed, Selection, Signal
 from pokebridge.transport.google_pubsub import GooglePubSubTransport
 
-TOPIC = "push-notifications"
 
-
-class World:
-    """Transports and Google's administrative clients on one server, in a project of its own."""
-
-    def __init__(self, address: str) -> None:
-        self.project = f"test-{secrets.token_hex(4)}"
-        self.topic = f"projects/{self.project}/topics/{TOPIC}"
-        self.transports: list[GooglePubSubTransport] = []
-        channel = self.channel = grpc.aio.insecure_channel(address)
-        self.publisher = PublisherAsyncClient(
-            transport=PublisherGrpcAsyncIOTransport(channel=channel)
-        )
-        self.subscriber = SubscriberAsyncClient(
-            transport=SubscriberGrpcAsyncIOTransport(channel=channel)
-        )
-
-    async def connect(self, instance: str | None = None, **more: Any) -> GooglePubSubTransport:
-        """A transport of an instance of its own."""
-        more = {"sweep_every_s": None, **more}
-        instance = instance or secrets.token_hex(4)
-        transport = await GooglePubSubTransport.connect(self.project, instance=instance, **more)
-        self.transports.append(transport)
-        return transport
-
-    async def connect_google(self, **more: Any) -> GooglePubSubTransport:
-        """A transport that takes the server for Google's service."""
-        transport = await self.connect(**more)
-        transport._api.is_emulator = False
-        return transport
-
-    async def subscriptions(self) -> dict[str, Any]:
-        """What exists in the project, by short name."""
-        pager = await self.subscriber.list_subscriptions(project=f"projects/{self.project}")
-        return {found.name.rpartition("/")[2]: found async for found in pager}
-
-    async def delete(self, short_name: str) -> None:
-        """Delete a subscription behind its owner's back."""
-        name = f"projects/{self.project}/subscriptions/{short_name}"
-        await self.subscriber.delete_subscription(subscription=name)
-
-    async def close(self) -> None:
-        """Close everything."""
-        for transport in self.transports:
-            await transport.close()
-        await self.channel.close()
+@pytest.fixture(autouse=True)
+def quick_to_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server on this machine refuses a stream within a tenth of a second, if it does."""
+    monkeypatch.setattr(google_pubsub, "AWAIT_REFUSAL_S", 0.1)
 
 
 @pytest.fixture
@@ -552,8 +507,6 @@ async def test_what_an_earlier_life_left_is_replaced(either: World) -> None:
     earlier = await either.connect("i-1")
     await earlier.subscribe(Feed.ALL, RecordingReceiver())
     await crash(earlier)
-    await earlier._api.close()
-    await either.subscriptions()
     again = await either.connect("i-1")
     await again.publish([Signal(b'{"stale":1}')])
     _, receiver = await subscribe_live(again, Feed.ALL)
@@ -571,14 +524,3 @@ async def test_somebody_elses_subscription_is_never_replaced(world: World) -> No
     with pytest.raises(TransportError, match="belongs to somebody else"):
         await transport.subscribe(Feed.ALL, RecordingReceiver())
     assert list(await world.subscriptions()) == ["poke-sub-i-1"]
-
-
-async def crash(transport: GooglePubSubTransport) -> None:
-    """End a transport as kill -9 would: nothing is given back."""
-    for subscription in transport._subscriptions.values():
-        assert subscription._task is not None
-        subscription._task.cancel()
-        await asyncio.gather(subscription._task, return_exceptions=True)
-        subscription._closed = True
-    await transport._api.close()
-    transport._subscriptions.clear()

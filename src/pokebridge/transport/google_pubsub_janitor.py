@@ -27,6 +27,7 @@ EMPTY_LOOKS = 3
 STRIKES = 2
 LOOK_LIMIT = 100
 LOOK_AGAIN_S = 0.5
+GIVE_BACK_ATTEMPTS = 3
 PAGE_SIZE = 1000
 MAX_CALLS_AT_ONCE = 50  # half of what a connection may carry
 
@@ -80,8 +81,6 @@ class _Suspect:
     instance: str
     feed: str
     due_s: float = 0.0
-    horizon_s: float | None = None
-    """Only messages published before the first look count: a busy reader always has newer ones."""
     empty_looks: int = 0
     strikes: int = 0
     unread_s: float = 0.0
@@ -120,6 +119,10 @@ class Sweep:
     _server_lead_s: float = float("-inf")
     _calls: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_CALLS_AT_ONCE))
 
+    @property
+    def _look_every_s(self) -> float:
+        return self.dead_after_s / LOOKS_A_LIFE
+
     async def run(self) -> SweepReport:
         """Find the orphans, and delete them unless it is a dry run.
 
@@ -138,14 +141,13 @@ class Sweep:
     async def _judge(self, suspects: list[_Suspect]) -> list[_Suspect]:
         """Those that nobody reads."""
         undecided = suspects
-        look_every_s = self.dead_after_s / LOOKS_A_LIFE
         end_s = time.monotonic() + 1.5 * self.dead_after_s + 4 * self.patience_s
         looks = 0
         while undecided and time.monotonic() < end_s:
             if looks < EMPTY_LOOKS:  # the first may still be handed to a dead reader
                 await self.publish({suspect.feed for suspect in undecided})
             looks += 1
-            await asyncio.sleep(look_every_s)
+            await asyncio.sleep(self._look_every_s)
             now_s = time.monotonic()
             await asyncio.gather(*(self._look(s) for s in undecided if s.due_s <= now_s))
             undecided = [s for s in undecided if not (s.is_alive or s.is_dead)]
@@ -154,11 +156,12 @@ class Sweep:
     async def _look(self, suspect: _Suspect) -> None:
         """See what has gone unread, and give it back."""
         end_s = time.monotonic() + self.patience_s
-        unread_s: list[float] = []
+        unread_s = 0.0
         try:
-            while not unread_s:
-                unread_s = self._unread(suspect, await self._peek(suspect.name, end_s))
-                if time.monotonic() + LOOK_AGAIN_S > end_s:
+            while True:
+                for published_s in await self._peek(suspect.name, end_s):
+                    unread_s = max(unread_s, self._age_s(published_s))
+                if unread_s >= self.dead_after_s or time.monotonic() + LOOK_AGAIN_S > end_s:
                     break
                 await asyncio.sleep(LOOK_AGAIN_S)
         except PubSubError as error:
@@ -167,29 +170,19 @@ class Sweep:
             elif not error.is_transient:
                 raise
             return
-        if not unread_s:
+        suspect.unread_s = unread_s
+        suspect.strikes = suspect.strikes + 1 if unread_s >= self.dead_after_s else 0
+        if unread_s < self._look_every_s:  # somebody reads it, or nothing was there to read
             suspect.empty_looks += 1
-            suspect.strikes = 0
-            return
-        suspect.unread_s = self._server_now_s() - min(unread_s)
-        if suspect.unread_s >= self.dead_after_s:
-            suspect.strikes += 1
         else:
-            suspect.strikes = 0
-            suspect.due_s = time.monotonic() + self.dead_after_s - suspect.unread_s
+            suspect.empty_looks = 0
+            suspect.due_s = time.monotonic() + self.dead_after_s - unread_s
 
-    def _unread(self, suspect: _Suspect, published_s: list[float]) -> list[float]:
-        """Those of the publish times that tell of a reader that is missing."""
-        for moment_s in published_s:
-            self._server_lead_s = max(self._server_lead_s, moment_s - time.monotonic())
-        if suspect.horizon_s is None and published_s:
-            # This host's clock may be wrong: that could hide an orphan, never make one.
-            suspect.horizon_s = max(self._server_now_s(), time.time())
-        return [moment_s for moment_s in published_s if moment_s <= (suspect.horizon_s or 0.0)]
-
-    def _server_now_s(self) -> float:
-        """The service's clock: it shows at least this."""
-        return time.monotonic() + self._server_lead_s
+    def _age_s(self, published_s: float) -> float:
+        """At least how long ago that was, by the service's own clock."""
+        now_s = time.monotonic()
+        self._server_lead_s = max(self._server_lead_s, published_s - now_s)
+        return now_s + self._server_lead_s - published_s
 
     async def _peek(self, subscription: str, end_s: float) -> list[float]:
         """When the messages were published that wait in ``subscription``, in Unix time.
@@ -212,16 +205,28 @@ class Sweep:
                 raise
             if not pulled.received_messages:
                 return []
-            await self.api.call(
-                "ModifyAckDeadline",
-                subscription=subscription,
-                ack_ids=[received.ack_id for received in pulled.received_messages],
-                ack_deadline_seconds=0,
-            )
+            await self._give_back(subscription, pulled)
         return [
             received.message.publish_time.ToNanoseconds() / 1e9
             for received in pulled.received_messages
         ]
+
+    async def _give_back(self, subscription: str, pulled: Any) -> None:
+        """Have ``pulled`` delivered at once: if it is a living reader's, it must not wait."""
+        ack_ids = [received.ack_id for received in pulled.received_messages]
+        for attempt in range(1, GIVE_BACK_ATTEMPTS + 1):
+            try:
+                await self.api.call(
+                    "ModifyAckDeadline",
+                    subscription=subscription,
+                    ack_ids=ack_ids,
+                    ack_deadline_seconds=0,
+                )
+            except PubSubError as error:
+                if not error.is_transient or attempt == GIVE_BACK_ATTEMPTS:
+                    raise
+            else:
+                return
 
     async def _bury(self, suspect: _Suspect) -> Orphan:
         problem = None
