@@ -31,11 +31,12 @@ from pokebridge.transport.memory import MemoryTransport
 
 FIRST_VERSION = 1_000_000  # so that all frames are of one size
 
-Sweep = Callable[[int], Awaitable[None]]
+Send = Callable[[range], Awaitable[None]]
+"""Sends pokes with these versions, each to every client."""
 
 
 @contextlib.asynccontextmanager
-async def pokebridge_server() -> AsyncIterator[tuple[int, Sweep]]:
+async def pokebridge_server() -> AsyncIterator[tuple[int, Send]]:
     """The real gateway behind the real HTTP protocol; a sweep goes through ``handle_poke``."""
     gateway = Gateway(
         GatewayConfig(instance="bench"), MemoryTransport(), TokenVerifier(secret=SECRET)
@@ -47,13 +48,16 @@ async def pokebridge_server() -> AsyncIterator[tuple[int, Sweep]]:
     server = await asyncio.get_running_loop().create_server(
         lambda: HttpProtocol(config, state, {}, gateway=gateway), "127.0.0.1", 0, backlog=4096
     )
-    handle_poke = gateway.bridge.handle_poke
 
-    async def sweep(version: int) -> None:
-        for connection in gateway.sessions:
-            handle_poke(Poke(connection.recipient, version))
+    async def send(versions: range) -> None:
+        handle_poke = gateway.bridge.handle_poke
+        recipients = [connection.recipient for connection in gateway.sessions]
+        for version in versions:
+            for recipient in recipients:
+                handle_poke(Poke(recipient, version))
+            await asyncio.sleep(0)  # as signals do not come all in one turn of the loop
 
-    yield server.sockets[0].getsockname()[1], sweep
+    yield server.sockets[0].getsockname()[1], send
     server.close()
     await gateway.close()
 
@@ -63,7 +67,7 @@ async def _no_app(scope: Any, receive: Any, send: Any) -> None:
 
 
 @contextlib.asynccontextmanager
-async def websockets_server() -> AsyncIterator[tuple[int, Sweep]]:
+async def websockets_server() -> AsyncIterator[tuple[int, Send]]:
     """A plain server of the ``websockets`` library; pings as often as pokebridge does."""
     verifier = TokenVerifier(secret=SECRET)
     connections: set[ServerConnection] = set()
@@ -85,9 +89,11 @@ async def websockets_server() -> AsyncIterator[tuple[int, Sweep]]:
         await connection.wait_closed()
         connections.remove(connection)
 
-    async def sweep(version: int) -> None:
-        for connection in connections:
-            await connection.send(f'{{"type":"poke","version":{version}}}')
+    async def send(versions: range) -> None:
+        for version in versions:
+            for connection in connections:
+                await connection.send(f'{{"type":"poke","version":{version}}}')
+            await asyncio.sleep(0)  # the loop writes what it has queued
 
     async with serve(
         handle,
@@ -99,20 +105,21 @@ async def websockets_server() -> AsyncIterator[tuple[int, Sweep]]:
         ping_timeout=20,
         backlog=4096,
     ) as server:
-        yield next(iter(server.sockets)).getsockname()[1], sweep
+        yield next(iter(server.sockets)).getsockname()[1], send
 
 
 async def _obey(kind: str) -> None:
     server = {"pokebridge": pokebridge_server, "websockets": websockets_server}[kind]
-    loop, version = asyncio.get_running_loop(), FIRST_VERSION
-    async with server() as (port, sweep):
+    loop, commands = asyncio.get_running_loop(), asyncio.StreamReader()
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(commands), sys.stdin)
+    async with server() as (port, send):
         print(port, flush=True)
-        while sweeps := await loop.run_in_executor(None, sys.stdin.readline):
+        version = FIRST_VERSION
+        while sweeps := await commands.readline():
+            versions = range(version, version + int(sweeps))
+            version = versions.stop
             started_s = time.process_time()
-            for _ in range(int(sweeps)):
-                await sweep(version)
-                await asyncio.sleep(0)  # whatever the loop has queued goes out
-                version += 1
+            await send(versions)
             print(time.process_time() - started_s, flush=True)
 
 

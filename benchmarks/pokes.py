@@ -17,7 +17,7 @@ AT_MOST_WEBSOCKETS = 0.7
 KINDS = ("floor", "pokebridge", "websockets")
 
 
-async def measure(*, clients: int = 1000, sweeps: int = 100, rounds: int = 10) -> list[Figure]:
+async def measure(*, clients: int = 1000, sweeps: int = 20, rounds: int = 50) -> list[Figure]:
     """Send ``sweeps`` pokes to each of ``clients`` in every round: 1M in all, of each kind."""
     pokes = clients * sweeps
     cpu_us: dict[str, list[float]] = {kind: [] for kind in KINDS}
@@ -34,9 +34,11 @@ async def measure(*, clients: int = 1000, sweeps: int = 100, rounds: int = 10) -
                 await herds[kind].hear(pokes)
                 if number:
                     cpu_us[kind].append(used_s / pokes * 1e6)
-            progress(f"pokes: round {number} of {rounds}")
+            if number % 10 == 0:
+                progress(f"pokes: round {number} of {rounds}")
     name = f"CPU of {pokes * rounds:,} pokes"
     floor, ours, theirs = (median(cpu_us[kind]) for kind in KINDS)
+    for k in KINDS: print(k, [round(x,1) for x in cpu_us[k]])
     return [
         Figure(
             "pokes",

@@ -6,12 +6,14 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import nats
 import pytest
 from nats.aio.msg import Msg
 from tests.support import Daemon, free_port, wait_until
+from tests.support.missing import missing
 from tests.transport.certificates import Certificates
 from tests.transport.outages import ConnectTo, Flood, OutageContract, assert_hears, is_away
 
@@ -304,6 +306,30 @@ class TestCredentials:
         with pytest.raises(TransportError, match=f"{server.address}.*Authorization") as caught:
             await connect_url(f"nats://{wrong}@{server.address}" if wrong else server.url)
         assert "s3cret" not in str(caught.value)
+
+    @pytest.mark.parametrize("option", ["nkey_file", "creds_file"])
+    async def test_keys(
+        self, run_server: RunServer, connect_url: ConnectUrl, tmp_path: Path, option: str
+    ) -> None:
+        """An nkey's seed and an operator's credentials file work; another's are refused."""
+        if find_spec("nkeys") is None:
+            missing("nkeys, for NATS's own credentials (pip install 'nats-py[nkeys]')")
+        from tests.transport import nats_identities  # noqa: PLC0415 - needs nkeys
+
+        make = (
+            nats_identities.nkey_user if option == "nkey_file" else nats_identities.operators_user
+        )
+        config, ours = make()
+        _, anothers = make()
+        path = tmp_path / "identity"
+        await asyncio.to_thread(path.write_text, ours)
+        server = await asyncio.to_thread(run_server, config)
+        await subscribe_live(await connect_url(f"{server.url}?{option}={path}"), Feed.ALL)
+        await asyncio.to_thread(path.write_text, anothers)
+        with pytest.raises(TransportError, match="Authorization"):
+            await connect_url(f"{server.url}?{option}={path}")
+        with pytest.raises(ConfigError, match=option):
+            await connect_url(f"{server.url}?{option}=/nowhere")
 
     async def test_permissions_are_kept_apart(
         self, run_server: RunServer, connect_url: ConnectUrl

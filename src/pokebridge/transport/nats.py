@@ -78,9 +78,8 @@ class NatsTransport:
         """
         check_topic("the NATS subject", subject)
         servers = _servers(url)
-        options = await asyncio.to_thread(_client_options, url)
-        options["name"] = f"pokebridge {cluster} {instance}".strip()
-        dials = [partial(_NatsConnection.dial, server, options) for server in servers]
+        name = f"pokebridge {cluster} {instance}".strip()
+        dials = [partial(_NatsConnection.dial, server, url, name) for server in servers]
         link = Link(",".join(servers), dials)
         await link.open()
         return cls(link, subject)
@@ -200,13 +199,15 @@ class _NatsConnection:
         self._trouble: Exception | None = None
 
     @classmethod
-    async def dial(cls, server: str, options: dict[str, Any], deliver: Deliver) -> Self:
-        """Connect to ``server``; raises TransportError."""
+    async def dial(cls, server: str, url: str, name: str, deliver: Deliver) -> Self:
+        """Connect to ``server`` with the credentials of ``url``, whose files may have changed."""
+        options = await asyncio.to_thread(_client_options, url)
         connection = cls(server, deliver)
         try:
             with connection._translated():
                 await connection._client.connect(
                     [server],
+                    name=name,
                     error_cb=connection._on_error,
                     closed_cb=connection._on_closed,
                     allow_reconnect=False,
