@@ -157,7 +157,7 @@ async def test_the_living_are_left_alone_however_many_sweep(world: World) -> Non
     assert [report.examined for report in reports] == [10] * 3
     assert len(await world.subscriptions()) == 12
     for receiver in receivers:
-        await receiver.wait_for(lambda heard: set(sent) <= set(heard.payloads), 30.0)
+        await receiver.wait_for(lambda heard: set(sent) <= set(heard.payloads), 5.0)
     assert all(receiver.gaps == [] for receiver in [*receivers, *quiet])
 
 

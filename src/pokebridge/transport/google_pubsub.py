@@ -286,7 +286,7 @@ class GooglePubSubTransport:
                 await self._create_topic()
                 self._topic_lives += 1
                 for subscription in self._subscriptions.values():
-                    pass
+                    subscription.lose("the topic was deleted")
         return await call()
 
     # --- publishing -----------------------------------------------------------------------------
