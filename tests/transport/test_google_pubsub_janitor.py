@@ -18,6 +18,7 @@ from pokebridge.testing.transport import RecordingReceiver, subscribe_live
 from pokebridge.transport import google_pubsub
 from pokebridge.transport.base import Feed, Signal
 from pokebridge.transport.google_pubsub import GooglePubSubTransport
+from pokebridge.transport.google_pubsub_janitor import EMPTY_LOOKS
 
 DEAD_AFTER_S = 2.0
 
@@ -27,6 +28,7 @@ VICTIM = """
 import asyncio, sys
 from pokebridge.transport.base import Feed
 from pokebridge.transport.google_pubsub import GooglePubSubTransport
+from pokebridge.transport.google_pubsub_janitor import EMPTY_LOOKS
 
 class Receiver:
     def on_signal(self, body): print("heard", flush=True)
@@ -190,7 +192,7 @@ async def test_several_janitors_share_the_work(world: World) -> None:
 
 
 async def test_a_dry_run_only_looks(world: World, server: PubSubServer) -> None:
-    """It names the orphan and deletes nothing."""
+    """It names the orphan, deletes nothing, and has given back whatever it took out to look at."""
     transport = await world.connect_google(instance="crashed")
     await transport.subscribe(Feed.UNTAGGED, RecordingReceiver())
     await crash(transport)
@@ -202,6 +204,10 @@ async def test_a_dry_run_only_looks(world: World, server: PubSubServer) -> None:
     assert report.dry_run
     assert server.calls["DeleteSubscription"] == 0
     assert list(await world.subscriptions()) == ["poke-sub-crashed.untagged"]
+    pulled = await janitor._api.call(
+        "Pull", subscription=orphan.subscription, max_messages=100, return_immediately=True
+    )
+    assert len(pulled.received_messages) == server.calls["Publish"] == EMPTY_LOOKS
 
 
 async def test_what_is_not_ours_is_not_touched(world: World, server: PubSubServer) -> None:
