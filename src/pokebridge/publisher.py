@@ -115,6 +115,8 @@ class Publisher(_PokeCalls):
         self._transport = transport
         self._shard_count = check_shard_count(shard_count)
         self._max_pokes_per_signal = max_pokes_per_signal
+        self.published = 0
+        """Pokes that the transport has accepted, after merging."""
 
     async def disconnect(self, recipient: str) -> None:
         """Close every session of ``recipient`` with 4401, on every instance.
@@ -137,6 +139,7 @@ class Publisher(_PokeCalls):
                 for some in _chunks(its_pokes, self._max_pokes_per_signal)
             ]
         )
+        self.published += len(pokes)
 
 
 class HttpPublisher(_PokeCalls):

@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from typing import Any
 from urllib.parse import quote
 
 import httpx
@@ -302,6 +303,19 @@ class TestPull:
         assert [message["version"] for message in page["messages"]] == [3]  # type: ignore[attr-defined]  # it is JSON
         assert (page["version"], page["more"]) == (3, False)
         assert await pull(http, after=3) == {"messages": [], "version": 3, "more": False}
+
+    async def test_large_messages_come_in_several_pages(self, http: httpx.AsyncClient) -> None:
+        """A page is bounded in bytes too, and the cursor goes on just where it was cut."""
+        for _ in range(40):
+            await send(http, "x" * 60_000)
+        after = 0
+        pages: list[dict[str, Any]] = []
+        while not pages or pages[-1]["more"]:
+            pages.append(await pull(http, after=after, limit=500))
+            after = pages[-1]["version"]
+        assert len(pages) == 3
+        versions = [message["version"] for page in pages for message in page["messages"]]
+        assert versions == list(range(1, 41))
 
     async def test_empty_mailbox(self, http: httpx.AsyncClient) -> None:
         """Whoever never got anything is at version 0."""

@@ -104,6 +104,7 @@ class Instance:
         await self._processor.close()
         await self._publisher.close()
         await self.gateway.close()
+        await self._verifier.close()
         await self._transport.close()
         await self._mailbox.close()
 
@@ -164,14 +165,14 @@ class Instance:
         )
 
     def _read_metrics(self) -> Mapping[Metric, metrics.Value]:
-        counters, stats = self.gateway.bridge.counters, self._processor.stats
+        counters = self.gateway.bridge.counters
         return {
             Metric.BUILD_INFO: {(__version__, self.settings.instance): 1},
             Metric.HANDSHAKES: {
                 (status,): count for status, count in self.gateway.handshakes.items()
             },
-            Metric.POKES_PUBLISHED: stats.pokes_published,
-            Metric.MESSAGES_COMMITTED: stats.messages_committed,
+            Metric.POKES_PUBLISHED: self._publisher.published,
+            Metric.MESSAGES_COMMITTED: self._processor.stats.messages_committed,
             Metric.SESSIONS: len(self.gateway.sessions),
             Metric.SIGNALS: counters.signals,
             Metric.SIGNALS_MALFORMED: counters.malformed,

@@ -4,7 +4,9 @@ import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from http import HTTPStatus
+from itertools import accumulate
 
 import msgspec
 from fastapi import Request, Response
@@ -37,6 +39,8 @@ from pokebridge.server.openapi import Api
 # A body nested deeper could exhaust the stack of the parser that pulls it, for ever.
 MAX_BODY_DEPTH = 100
 SEEN_DEVICES = 10_000
+# The bodies of one page: a pull of 500 large messages is several answers, not one of 32 MiB.
+PAGE_CAP_BYTES = 1024 * 1024
 
 
 class MessageCalls:
@@ -84,6 +88,9 @@ class MessageCalls:
         headers = {"ETag": f'"{page.head}"', "Cache-Control": "private, no-cache"}
         if _matches(request.headers.get("if-none-match", ""), headers["ETag"]):
             return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)
+        shown = _fitting(page.messages)
+        if len(shown) < len(page.messages):
+            page = replace(page, messages=shown, version=shown[-1].version, more=True)
         messages = [_pulled(message) for message in page.messages]
         return json_response(schema.Pulled(messages, page.version, page.more), headers=headers)
 
@@ -182,6 +189,13 @@ def _is_deeper(value: object, depth: int) -> bool:
     elif not isinstance(value, list):
         return False
     return depth == 0 or any(_is_deeper(child, depth - 1) for child in value)
+
+
+def _fitting(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """As many as fit into an answer, the first one always."""
+    sizes_bytes = accumulate(len(message.body) for message in messages)
+    fit = sum(size_bytes <= PAGE_CAP_BYTES for size_bytes in sizes_bytes)
+    return tuple(messages[: max(fit, 1)])
 
 
 def _pulled(message: Message) -> schema.PulledMessage:
