@@ -178,9 +178,20 @@ class OutageContract:
         monkeypatch.setattr(link, "HEARTBEAT_S", 0.1)
         transport = await connect_to(own_server.address)
         _, receiver = await subscribe_live(transport, Feed.ALL)
-        for _ in range(3):
-            time.sleep(5 * link.HEARTBEAT_S)  # noqa: ASYNC251 - stalls the loop on purpose
-            await asyncio.sleep(2 * link.HEARTBEAT_S)
+        connection = transport._link._connection  # type: ignore[attr-defined]  # both have a link
+        ask, stalls = connection.round_trip, 0
+
+        async def ask_and_stall() -> None:
+            nonlocal stalls
+            asked = asyncio.ensure_future(ask())
+            for _ in range(10):  # so that it is sent
+                await asyncio.sleep(0)
+            time.sleep(3 * link.HEARTBEAT_S)  # noqa: ASYNC251 - stalls the loop on purpose
+            stalls += 1
+            await asked
+
+        monkeypatch.setattr(connection, "round_trip", ask_and_stall)
+        await wait_until(lambda: stalls > 3)
         await assert_hears(transport, receiver, 1)
         assert receiver.gaps == []
 
