@@ -3,10 +3,9 @@
 Both verify a token of its own for each client, with the same verifier, and say ``ready``.
 """
 
-from statistics import median
-
 from benchmarks.harness import (
     Figure,
+    compare,
     connect_and_leave,
     instance,
     progress,
@@ -28,14 +27,13 @@ async def measure(*, clients: int = 2000, rounds: int = 5) -> list[Figure]:
                 if number:
                     cpu_ms[name].append(used_s / clients * 1e6)
             progress(f"handshakes: round {number} of {rounds}")
-    ours_ms, theirs_ms = median(cpu_ms["pokebridge"]), median(cpu_ms["websockets"])
     return [
-        Figure(
+        compare(
             "handshakes",
             "CPU of 1,000 handshakes, to websockets",
-            ours_ms / theirs_ms,
-            "x",
+            cpu_ms["pokebridge"],
+            cpu_ms["websockets"],
+            "ms",
             AT_MOST_WEBSOCKETS,
-            f"{ours_ms:.0f} to {theirs_ms:.0f} ms",
         )
     ]

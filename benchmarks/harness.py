@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 import psutil
@@ -43,6 +44,20 @@ class Figure:
     def met(self) -> bool | None:
         """Whether the target is met; ``None`` when there is none."""
         return None if self.at_most is None else self.value <= self.at_most
+
+
+def compare(
+    measure: str,
+    name: str,
+    ours: Sequence[float],
+    theirs: Sequence[float],
+    unit: str,
+    at_most: float | None = None,
+) -> Figure:
+    """Our cost to a yardstick's: the median of the ratios, each of two neighbours in time."""
+    ratio = median(mine / yours for mine, yours in zip(ours, theirs, strict=True))
+    made_of = f"{median(ours):,.2f} to {median(theirs):,.2f} {unit}"
+    return Figure(measure, name, ratio, "x", at_most, made_of)
 
 
 class Server(NamedTuple):
@@ -135,7 +150,7 @@ async def child(
     finally:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
-        await process.wait()
+        await process.communicate()  # waits for its end, and closes the pipes
 
 
 @functools.cache

@@ -8,9 +8,8 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Sequence
-from statistics import median
 
-from benchmarks.harness import SECRET, BenchmarkError, Figure, progress, recipient
+from benchmarks.harness import SECRET, BenchmarkError, Figure, compare, progress, recipient
 from pokebridge.gateway.connection import Connection
 from pokebridge.gateway.gateway import Gateway, GatewayConfig
 from pokebridge.model import Poke
@@ -37,16 +36,8 @@ async def measure(
         for _ in range(rounds):
             ours_ns.append(_cpu_ns(bridge.on_signal, bodies) / strangers)
             json_ns.append(_cpu_ns(json.loads, bodies) / strangers)
-        ours, yardstick = median(ours_ns), median(json_ns)
-        figures.append(
-            Figure(
-                "noise",
-                f"CPU of a stranger's poke, {name}, to json.loads",
-                ours / yardstick,
-                "x",
-                detail=f"{ours:,.0f} to {yardstick:,.0f} ns a poke",
-            )
-        )
+        title = f"CPU of a stranger's poke, {name}, to json.loads"
+        figures.append(compare("noise", title, ours_ns, json_ns, "ns a poke"))
     if bridge.counters.noise != 2 * rounds * strangers:
         raise BenchmarkError("not every stranger's poke was counted as noise")
     return figures
