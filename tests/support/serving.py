@@ -1,5 +1,6 @@
 """Real ``pokebridge serve`` processes."""
 
+import itertools
 import os
 import secrets
 import sys
@@ -82,13 +83,14 @@ class Serve(Protocol):
 def serve(tmp_path: Path) -> Iterator[Serve]:
     """Start instances: ``serve(transport=nats_server.url, mailbox="sqlite:///a.db")``."""
     instances: list[Instance] = []
+    numbers = itertools.count(1)  # its own: a test may start several at once, in threads
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("POKEBRIDGE_")}
 
     def start(*flags: str, dev: bool = True, **settings: object) -> Instance:
         given = {"jwt_secret": JWT_SECRET, **settings}
         env = inherited | {f"POKEBRIDGE_{k.upper()}": str(v) for k, v in given.items()}
         dev_flags = ["--dev"] if dev else []
-        name = f"instance-{len(instances) + 1}"
+        name = f"instance-{next(numbers)}"
         instance = Instance(name, [*dev_flags, *flags], env, tmp_path)
         instances.append(instance)
         instance.start()

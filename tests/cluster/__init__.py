@@ -1,0 +1,1 @@
+"""Several real instances on a real engine."""
