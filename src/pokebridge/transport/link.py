@@ -34,6 +34,7 @@ BACKOFF_BASE_S = 0.1
 BACKOFF_CAP_S = 1.0
 ANSWER_TIMEOUT_S = 5.0
 CLOSE_TIMEOUT_S = 1.0
+CANCEL_AGAIN_S = 0.05
 # How long a count of subscribers is good for: it moves when instances come and go.
 COUNT_TTL_S = 10.0
 
@@ -183,9 +184,9 @@ class Link(Generic[C]):
         self._routes.clear()
         self._subscriptions.clear()
         connection, self._connection, self._trouble = self._connection, None, "closed"
-        await self._drop_work()
         if connection is not None:
             await connection.close()
+        await self._drop_work()
 
     # --- what is delivered to whom --------------------------------------------------------------
 
@@ -240,12 +241,13 @@ class Link(Generic[C]):
             reason = await self._until_lost(self._connection)
             log.warning("transport connection lost", engine=self._name, reason=reason)
             broken, self._connection, self._trouble = self._connection, None, reason
-            await self._drop_work()
             await broken.close()
+            await self._drop_work()
             await self._restore()
             log.info("transport connection restored", engine=self._name)
             for subscription in tuple(self._subscriptions):
                 subscription.report_gap(reason)
+            self.spawn(self._give_back())  # what was closed while it was being restored
 
     async def _until_lost(self, connection: C) -> str:
         """Return why ``connection`` is lost, and give it up when it does not answer."""
@@ -285,19 +287,20 @@ class Link(Generic[C]):
         try:
             if wanted := set(self._routes):
                 await self.call(connection, connection.subscribe(wanted))
-            while unwanted := connection.topics - self._routes.keys():  # closed in the meantime
-                await self.call(connection, connection.unsubscribe(unwanted))
         except BaseException:
             await connection.close()
             raise
         return connection
 
     async def _drop_work(self) -> None:
-        """End what was under way on a connection that is gone."""
-        tasks = tuple(self._work)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        """End what was under way on a connection that is gone.
+
+        One cancellation may not be enough: nats-py swallows one that comes while it flushes.
+        """
+        while self._work:
+            for task in self._work:
+                task.cancel()
+            await asyncio.wait(self._work, timeout=CANCEL_AGAIN_S)
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._work.discard(task)

@@ -122,11 +122,15 @@ class NatsTransport:
 
 
 class _Client(Client):
-    """nats-py's client with three things put right; all that we use beyond its API is in here."""
+    """nats-py's client with four things put right; all that we use beyond its API is in here.
 
-    def __init__(self, *, tls_only: bool) -> None:
+    ``on_lost`` is called when the connection is over, perhaps more than once.
+    """
+
+    def __init__(self, *, tls_only: bool, on_lost: Callable[[], None]) -> None:
         super().__init__()
         self._tls_only = tls_only
+        self._on_lost = on_lost
         self._inlets: dict[NatsSubscription, Callable[[bytes], None]] = {}
 
     async def listen(self, subject: str, inlet: Callable[[bytes], None]) -> NatsSubscription:
@@ -168,6 +172,11 @@ class _Client(Client):
         if subscription is not None and (inlet := self._inlets.get(subscription)):
             inlet(data)
 
+    async def _close(self, status: int, do_cbs: bool = True) -> None:  # noqa: FBT001, FBT002
+        """Tell of the end first: the original does so last, and not when it fails on the way."""
+        self._on_lost()
+        await super()._close(status, do_cbs)
+
     async def _process_info(
         self,
         info: dict[str, Any],
@@ -192,7 +201,7 @@ class _NatsConnection:
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._server = server
         self._deliver = deliver
-        self._client = _Client(tls_only=server.startswith("tls://"))
+        self._client = _Client(tls_only=server.startswith("tls://"), on_lost=self._on_lost)
         self._subscriptions: dict[str, NatsSubscription] = {}
         self._asking: set[str] = set()
         self._refused: set[tuple[str, str]] = set()
@@ -209,7 +218,6 @@ class _NatsConnection:
                     [server],
                     name=name,
                     error_cb=connection._on_error,
-                    closed_cb=connection._on_closed,
                     allow_reconnect=False,
                     max_reconnect_attempts=1,  # with 0 it would dial for ever
                     reconnect_time_wait=0,
@@ -281,7 +289,7 @@ class _NatsConnection:
             else:
                 self._refused.add((what, subject))
 
-    async def _on_closed(self) -> None:
+    def _on_lost(self) -> None:
         self._lose(_text(self._client.last_error or self._trouble))
 
     def _lose(self, reason: str) -> None:
