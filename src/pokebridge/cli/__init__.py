@@ -13,6 +13,7 @@ from typing import NoReturn
 import click
 
 from pokebridge.cli.bench import bench
+from pokebridge.cli.janitor import janitor
 from pokebridge.cli.listen import listen
 from pokebridge.cli.publish import poke, send
 from pokebridge.cli.serve import serve
@@ -35,7 +36,7 @@ def cli() -> None:
     """
 
 
-for _command in (serve, poke, send, listen, token, bench):
+for _command in (serve, poke, send, listen, token, janitor, bench):
     cli.add_command(_command)
 
 

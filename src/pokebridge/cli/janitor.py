@@ -1,0 +1,95 @@
+"""``pokebridge janitor``: delete the subscriptions that dead instances left behind."""
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+import click
+
+from pokebridge.adapters import open_transport
+from pokebridge.cli.options import config_option, json_option
+from pokebridge.settings import Settings, load_settings
+from pokebridge.telemetry import configure_logging
+
+if TYPE_CHECKING:  # its module imports the driver, which may be missing
+    from pokebridge.transport.google_pubsub_janitor import Orphan, SweepReport
+
+
+@runtime_checkable
+class _Sweeps(Protocol):
+    """A transport whose engine keeps what a killed instance held."""
+
+    async def sweep(self, *, dry_run: bool = False) -> "SweepReport":
+        """Find, and delete, the subscriptions of the cluster that nobody reads."""
+
+
+@click.command(
+    epilog="Example: pokebridge janitor --transport pubsub://my-project --dry-run",
+    short_help="Delete what dead instances left behind.",
+)
+@click.option("--transport", metavar="URL", help="As for serve, and so is --cluster.")
+@click.option("--cluster", metavar="NAME", help="Whose subscriptions; no other's are looked at.")
+@click.option("--dry-run", is_flag=True, help="Delete nothing: only say what would be.")
+@config_option
+@json_option
+def janitor(
+    transport: str | None,
+    cluster: str | None,
+    config: Path | None,
+    *,
+    dry_run: bool,
+    as_json: bool,
+) -> int:
+    """Find the cluster's subscriptions that nobody reads, and delete them.
+
+    Instances do the same at their start and every hour. It takes ten seconds, a minute when it
+    finds one, and may run at any time and anywhere, as often as you like. Only Google Pub/Sub
+    keeps what a killed instance held. Exit status 1 means that something could not be deleted.
+    """
+    # It needs no secret, and with dev none is demanded.
+    settings = load_settings(config, {"dev": True, "transport": transport, "cluster": cluster})
+    configure_logging(settings.log_format, settings.log_level)
+    report = asyncio.run(_sweep(settings, dry_run=dry_run))
+    if as_json:
+        click.echo(json.dumps(_as_json(report, dry_run=dry_run)))
+    elif report is None:
+        scheme = settings.transport.partition("://")[0]
+        click.echo(f"nothing to do: {scheme}:// keeps nothing of an instance that is gone")
+    else:
+        click.echo("\n".join(_lines(report)))
+    return int(report is not None and any(orphan.problem for orphan in report.orphans))
+
+
+async def _sweep(settings: Settings, *, dry_run: bool) -> "SweepReport | None":
+    """The report; ``None`` when the transport leaves nothing behind."""
+    transport = await open_transport(
+        settings.transport, instance=settings.instance, cluster=settings.cluster
+    )
+    try:
+        return await transport.sweep(dry_run=dry_run) if isinstance(transport, _Sweeps) else None
+    finally:
+        await transport.close()
+
+
+def _as_json(report: "SweepReport | None", *, dry_run: bool) -> dict[str, object]:
+    orphans = report.orphans if report else ()
+    return {
+        "examined": report.examined if report else 0,
+        "orphans": [orphan._asdict() for orphan in orphans],
+        "dry_run": dry_run,
+    }
+
+
+def _lines(report: "SweepReport") -> Iterator[str]:
+    yield f"{report.examined} examined, {len(report.orphans)} that nobody reads"
+    for orphan in report.orphans:
+        name = orphan.subscription.rpartition("/")[2]
+        yield f"{_outcome(orphan)}: {name} (unread for {orphan.unread_s:.0f} s)"
+
+
+def _outcome(orphan: "Orphan") -> str:
+    if orphan.problem:
+        return f"not deleted, {orphan.problem}"
+    return "deleted" if orphan.deleted else "would be deleted"
