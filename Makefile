@@ -57,7 +57,6 @@ check: setup  ## formatting, lint, types, layers, docstrings, style rules
 	@$(BIN)/ruff check --quiet $(CODE)
 	@$(BIN)/mypy --no-error-summary $(CODE)
 	@$(BIN)/lint-imports --no-cache > $(VENV)/lint-imports.log || { cat $(VENV)/lint-imports.log; exit 1; }
-	@$(BIN)/interrogate --quiet src
 	@$(BIN)/pytest -q tests/test_style.py
 	@echo "check: all good"
 
