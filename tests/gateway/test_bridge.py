@@ -1,11 +1,14 @@
 """The bridge's promise: ``ready`` only when live, and nobody left asleep by a gap."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 from tests.gateway.harness import BOB, QUICK, running
 from tests.support.waiting import wait_until
 
+from pokebridge.placement import ShardMap
+from pokebridge.sharding import shard_of
 from pokebridge.transport.base import Feed
 
 
@@ -75,3 +78,34 @@ async def test_pokes_for_nobody_here_are_noise() -> None:
         await client.message()
         counters = server.gateway.bridge.counters
         assert (counters.pokes, counters.noise, counters.delivered) == (3, 2, 1)
+
+
+async def test_a_client_of_another_owner_is_moved_once_and_then_served() -> None:
+    """Partitioned: a session lands elsewhere, is told where its home is, and served if it stays."""
+    async with running() as server:
+        count = server.gateway.homing.shard_map.shard_count
+        there = ShardMap(1, "partitioned", ("other",) * count)
+        server.gateway.apply(there, {"other": "ws://other.example/v1/connect"})
+        client = await server.connect()
+        assert await client.message() == {"type": "move", "url": "ws://other.example/v1/connect"}
+        assert await client.closed() == 4307
+        moved = await server.open(path="/v1/connect?moved=1")
+        await wait_until(lambda: shard_of(BOB) in server.gateway.hold.selections)
+        await server.poke(version=3)
+        assert await moved.message() == {"type": "poke", "version": 3}
+
+
+async def test_a_migration_under_traffic_loses_no_poke() -> None:
+    """Fan-out to partitioned and back: every poke arrives, and the old subscription goes last."""
+    async with running() as server:
+        client = await server.open()
+        count = server.gateway.homing.shard_map.shard_count
+        mine = ShardMap(1, "partitioned", ("i-1",) + ("other",) * (count - 1))
+        for version, shard_map in enumerate([mine, replace(mine, mode="fanout")] * 3, start=1):
+            server.gateway.apply(shard_map, {})
+            await server.poke(version=version)
+            heard = await client.message()
+            while heard.get("version") != version:  # doubled where old and new overlap
+                heard = await client.message()
+            wanted = {Feed.ALL} if shard_map.mode == "fanout" else {0, shard_of(BOB), Feed.UNTAGGED}
+            await wait_until(lambda wanted=wanted: server.gateway.hold.selections == wanted)  # type: ignore[misc]
