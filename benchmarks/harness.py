@@ -56,7 +56,8 @@ def compare(
 ) -> Figure:
     """Our cost to a yardstick's: the median of the ratios, each of two neighbours in time."""
     ratio = median(mine / yours for mine, yours in zip(ours, theirs, strict=True))
-    made_of = f"{median(ours):,.2f} to {median(theirs):,.2f} {unit}"
+    digits = 0 if median(ours) >= 100 else 2
+    made_of = f"{median(ours):,.{digits}f} to {median(theirs):,.{digits}f} {unit}"
     return Figure(measure, name, ratio, "x", at_most, made_of)
 
 
@@ -226,7 +227,10 @@ class Herd:
     async def hear(self, count: int) -> None:
         """Wait until all together have heard exactly ``count`` more pokes."""
         self._heard += count
-        heard = int(await self._process.line())
+        try:
+            heard = int(await self._process.line())
+        except BenchmarkError as error:
+            raise BenchmarkError(f"of {count} pokes some were lost or merged: {error}") from None
         if heard != self._heard:
             raise BenchmarkError(f"{heard} pokes were heard where {self._heard} were sent")
 
