@@ -165,6 +165,14 @@ class TestByHand:
         """Subjects that are not UTF-8, headers that are none, no body at all: all just bodies."""
         transport = await connect_url(nats_server.url, subject="garbage")
         _, receiver = await subscribe_live(transport, Feed.ALL)
+        answers: list[str] = []
+        listener = await nats.connect(nats_server.url)
+
+        async def on_answer(message: Msg) -> None:
+            answers.append(message.subject)
+
+        await listener.subscribe("garbage-census.>", cb=on_answer)
+        await listener.flush()
         with raw_client(nats_server.address) as send:
             for header in (
                 b"x",
@@ -177,13 +185,15 @@ class TestByHand:
             send(b"PUB garbage.\xff\xfe 2\r\nok\r\n")
             send(b"PUB garbage.no-shard _INBOX.x 2\r\nok\r\n")
             send(b"PUB garbage 0\r\n\r\n")
-            send(b"PUB garbage-census 7\r\nwho *.>\r\n")
+            send(b"PUB garbage-census 7\r\nwho a.b\r\n")
             send(b"PUB garbage-census 8\r\ncount -1\r\n")
         await receiver.wait_for(lambda heard: len(heard.payloads) == 7)
         assert sorted(receiver.payloads) == [b"", *[b"ok"] * 6]
         await assert_hears(transport, receiver, 1)
         assert await transport.subscriber_count() == 1
         assert receiver.gaps == []
+        await listener.close()
+        assert len(answers) == 1
 
 
 class TestCensus:

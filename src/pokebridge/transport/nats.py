@@ -173,8 +173,13 @@ class _Client(Client):
             inlet(data)
 
     async def _close(self, status: int, do_cbs: bool = True) -> None:  # noqa: FBT001, FBT002
-        """Tell of the end first: the original does so last, and not when it fails on the way."""
+        """Tell of the end first, and write nothing more: a dead peer would make that hang or fail.
+
+        Whoever published something waits for a round trip, so nothing of value is dropped here.
+        """
         self._on_lost()
+        self._pending.clear()
+        self._pending_data_size = 0
         await super()._close(status, do_cbs)
 
     async def _process_info(
