@@ -27,7 +27,7 @@ INSTANCES = ("one", "two", "three")
 SEND_EVERY_S = 0.1
 # How long a message may wait for a client once all is well again. On Pub/Sub the way back is tried
 # at most 5 s apart, and then a new subscription has to prove itself.
-LIMITS_S = {"nats": 5.0, "valkey": 5.0, "pubsub": 10.0}
+LIMITS_S = {"nats": 5.0, "valkey": 5.0, "pubsub": 5.0}
 TIMEOUT_S = 35.0
 
 
