@@ -15,7 +15,14 @@ from nats.aio.msg import Msg
 from tests.support import Daemon, free_port, wait_until
 from tests.support.missing import missing
 from tests.transport.certificates import Certificates
-from tests.transport.outages import ConnectTo, Flood, OutageContract, assert_hears, is_away
+from tests.transport.outages import (
+    SELECTIONS,
+    ConnectTo,
+    Flood,
+    OutageContract,
+    assert_hears,
+    is_away,
+)
 
 from pokebridge.errors import ConfigError, TransportError
 from pokebridge.testing.transport import (
@@ -340,6 +347,30 @@ class TestCredentials:
             await connect_url(f"{server.url}?{option}={path}")
         with pytest.raises(ConfigError, match=option):
             await connect_url(f"{server.url}?{option}=/nowhere")
+
+    async def test_what_the_docs_grant_is_enough(
+        self, run_server: RunServer, connect_url: ConnectUrl
+    ) -> None:
+        """The permissions that docs/transports/nats.md names suffice an instance and a backend."""
+        server = await asyncio.to_thread(
+            run_server,
+            """authorization {
+                ours = ["push-notifications", "push-notifications.*",
+                        "push-notifications-census", "push-notifications-census.*"]
+                users = [
+                    { user: instance, password: pw
+                      permissions: { publish: $ours, subscribe: $ours } }
+                    { user: backend, password: pw
+                      permissions: { publish: ["push-notifications", "push-notifications.*"]
+                                     subscribe: { deny: [">"] } } } ] }""",
+        )
+        instance = await connect_url(f"nats://instance:pw@{server.address}")
+        receivers = {which: (await subscribe_live(instance, which))[1] for which in SELECTIONS}
+        assert await instance.subscriber_count() == 1
+        backend = await connect_url(f"nats://backend:pw@{server.address}")
+        await backend.publish([Signal(b'{"recipient":"a"}', 42), Signal(b'{"recipient":"b"}')])
+        await receivers[Feed.ALL].wait_for(lambda heard: len(heard.payloads) == 2)
+        assert await backend.subscriber_count() is None
 
     async def test_permissions_are_kept_apart(
         self, run_server: RunServer, connect_url: ConnectUrl

