@@ -22,7 +22,6 @@ from pokebridge.model import Poke
 from pokebridge.publisher import Publisher
 from pokebridge.server.http import HttpProtocol
 from pokebridge.session import Timing
-from pokebridge.testing.transport import RecordingReceiver
 from pokebridge.tokens import TokenVerifier, sign_token
 from pokebridge.transport.base import Receiver, Selection, Signal, Subscription
 from pokebridge.transport.memory import MemoryTransport
@@ -278,4 +277,4 @@ class Client:
             await self.writer.wait_closed()
 
 
-__all__ = ["BOB", "QUICK", "Client", "RecordingReceiver", "Running", "running", "token"]
+__all__ = ["BOB", "QUICK", "Client", "Running", "running", "token"]
