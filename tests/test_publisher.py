@@ -63,7 +63,7 @@ class Ear:
     def __init__(self) -> None:
         self.bodies: list[bytes] = []
 
-    def on_signal(self, body: bytes) -> None:
+    def on_signal(self, body: bytes, tag: str | None) -> None:
         """Keep it."""
         self.bodies.append(body)
 

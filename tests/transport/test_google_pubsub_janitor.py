@@ -31,7 +31,7 @@ from pokebridge.transport.google_pubsub import GooglePubSubTransport
 from pokebridge.transport.google_pubsub_janitor import EMPTY_LOOKS
 
 class Receiver:
-    def on_signal(self, body): print("heard", flush=True)
+    def on_signal(self, body, tag): print("heard", flush=True)
     def on_gap(self, selection, reason): pass
 
 async def main(project, instance):

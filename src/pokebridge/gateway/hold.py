@@ -9,7 +9,7 @@ transport, by probes: signals that an instance publishes and then waits for.
 import asyncio
 import contextlib
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import structlog
@@ -21,6 +21,9 @@ from pokebridge.transport.base import Feed, Selection, Signal, Subscription, Tra
 from pokebridge.wire import encode_probe
 
 log = structlog.get_logger(__name__)
+
+# What takes everything is probed by a tagged signal, so that probes are no untagged traffic.
+_PROBE_SHARDS: Mapping[Feed, int | None] = {Feed.ALL: 0, Feed.UNTAGGED: None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,9 @@ class Hold:
         self.timing = timing
         self.gaps = 0
         self.probes = 0
+        self.tags = frozenset(str(shard) for shard in range(shard_count))
+        self.untagged = 0
+        """Signals without a valid shard beside them: no shard's subscription brings those."""
         self._shard_count = shard_count
         self._on_live = on_live
         self._on_missed = on_missed
@@ -178,11 +184,14 @@ class _Held:
 
     # --- the transport's calls ------------------------------------------------------------------
 
-    def on_signal(self, body: bytes) -> None:
+    def on_signal(self, body: bytes, tag: str | None) -> None:
         self._heard += 1
+        hold = self._hold
+        if tag not in hold.tags:
+            hold.untagged += 1
         if body == self._probe:
             self._probe_back.set()
-        self._hold.on_signal(body)
+        hold.on_signal(body)
 
     def on_gap(self, selection: Selection, reason: str) -> None:
         self._hold.gaps += 1
@@ -206,7 +215,8 @@ class _Held:
         """Whether a probe comes back in time, through this subscription."""
         hold = self._hold
         hold.probes += 1
-        shard = self.selection if isinstance(self.selection, int) else None
+        wanted = self.selection
+        shard = wanted if isinstance(wanted, int) else _PROBE_SHARDS[wanted]
         self._probe = encode_probe(f"{hold.instance}:{hold.probes}")
         self._probe_back.clear()
         try:

@@ -30,12 +30,14 @@ class RecordingReceiver:
 
     def __init__(self) -> None:
         self.bodies: list[bytes] = []
+        self.tags: list[str | None] = []
         self.gaps: list[tuple[Selection, str]] = []
         self._changed = asyncio.Event()
 
-    def on_signal(self, body: bytes) -> None:
-        """Keep ``body``."""
+    def on_signal(self, body: bytes, tag: str | None) -> None:
+        """Keep both."""
         self.bodies.append(body)
+        self.tags.append(tag)
         self._changed.set()
 
     def on_gap(self, selection: Selection, reason: str) -> None:
@@ -93,13 +95,15 @@ class TransportContract:
     """Whether the engine filters by shard; Google's emulator stores filters and ignores them."""
 
     async def test_fan_out_reaches_every_instance(self, connect: Connect) -> None:
-        """A signal from one instance reaches every instance's subscription, its own included."""
+        """A signal from one instance reaches every instance, itself included, with its tag."""
         one, two, three = [await connect() for _ in range(3)]
         receivers = [(await subscribe_live(t, Feed.ALL))[1] for t in (one, two, three)]
         await one.publish([Signal(b'{"recipient":"a"}', 5), Signal(b'{"recipient":"b"}')])
         for receiver in receivers:
             await receiver.wait_for(lambda heard: len(heard.payloads) >= 2)
-            assert set(receiver.payloads) == {b'{"recipient":"a"}', b'{"recipient":"b"}'}
+            heard = dict(zip(receiver.bodies, receiver.tags, strict=True))
+            assert heard[b'{"recipient":"a"}'] == "5"
+            assert heard[b'{"recipient":"b"}'] is None
 
     async def test_bodies_arrive_as_they_were_sent(self, connect: Connect) -> None:
         """A body is carried byte for byte: empty JSON, UTF-8, and one of 100,000 bytes."""

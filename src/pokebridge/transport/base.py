@@ -22,8 +22,8 @@ class Signal(NamedTuple):
 class Receiver(Protocol):
     """Who hears a subscription. Both calls come on the event loop's thread and must not block."""
 
-    def on_signal(self, body: bytes) -> None:
-        """A signal arrived. Never raises."""
+    def on_signal(self, body: bytes, tag: str | None) -> None:
+        """A signal arrived; ``tag`` is its shard as the publisher wrote it. Never raises."""
 
     def on_gap(self, selection: Selection, reason: str) -> None:
         """Signals of ``selection`` may have been lost before now; from now on it receives again.

@@ -279,16 +279,14 @@ class PulledSubscription:
         for received in response.received_messages:
             self._acks.append(received.ack_id)
             message = received.message
-            if self._selection is Feed.ALL or self._selects(message.attributes):
+            tag = message.attributes.get(SHARD_ATTRIBUTE)
+            # Google's emulator keeps filters and ignores them.
+            if self._selection is Feed.ALL or tag == self._wanted_shard:
                 body = message.data
-                self._receiver.on_signal(body)
+                self._receiver.on_signal(body, tag)
                 if body == self._proof:
                     self._proven.set()
         self._has_acks.set()
-
-    def _selects(self, attributes: Mapping[str, str]) -> bool:
-        """Whether a message passes the filter: Google's emulator keeps filters and ignores them."""
-        return attributes.get(SHARD_ATTRIBUTE) == self._wanted_shard
 
     async def _write(self, call: StreamingCall) -> None:
         """Acknowledge in batches, or say at least that we are there."""

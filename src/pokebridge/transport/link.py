@@ -42,7 +42,8 @@ _TOPIC = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 TLS_OPTIONS = frozenset({"ca_file", "cert_file", "key_file"})
 
 T = TypeVar("T")
-Deliver = Callable[[str, bytes], None]
+Deliver = Callable[[str, bytes, bytes], None]
+"""Takes a topic that was subscribed to, the name that the message came under, and its body."""
 """What a connection calls with a topic, as it was subscribed to, and the body that came on it."""
 
 log = structlog.get_logger(__name__)
@@ -86,10 +87,14 @@ class Link(Generic[C]):
         name: how messages name the engine: no secrets in it.
         dials: one for each server of the engine; any will do. Each makes a connection, or raises
             TransportError.
+        base: the topic of signals without a shard; a shard's is that, a dot, and the shard.
     """
 
-    def __init__(self, name: str, dials: Sequence[Callable[[Deliver], Awaitable[C]]]) -> None:
+    def __init__(
+        self, name: str, dials: Sequence[Callable[[Deliver], Awaitable[C]]], base: str
+    ) -> None:
         self._name = name
+        self._tag_at = len(base) + 1
         self._dials = itertools.cycle(random.sample(dials, len(dials)))
         self._server_count = len(dials)
         self._connection: C | None = None
@@ -190,9 +195,10 @@ class Link(Generic[C]):
 
     # --- what is delivered to whom --------------------------------------------------------------
 
-    def _deliver(self, topic: str, body: bytes) -> None:
+    def _deliver(self, topic: str, name: bytes, body: bytes) -> None:
+        tag = name[self._tag_at :].decode("latin-1") or None
         for subscription in self._routes.get(topic, ()):
-            subscription.receiver.on_signal(body)
+            subscription.receiver.on_signal(body, tag)
 
     def _add(self, subscription: "_LinkSubscription") -> None:
         self._subscriptions[subscription] = None

@@ -33,7 +33,7 @@ class MemoryTransport:
         for body, shard in signals:
             for subscription in tuple(self._bus):
                 if subscription.matches(shard):
-                    subscription.receiver.on_signal(body)
+                    subscription.receiver.on_signal(body, None if shard is None else str(shard))
 
     async def subscribe(self, selection: Selection, receiver: Receiver) -> "_Subscription":
         """Receive from now on; live at once."""

@@ -80,7 +80,7 @@ class NatsTransport:
         servers = _servers(url)
         name = f"pokebridge {cluster} {instance}".strip()
         dials = [partial(_NatsConnection.dial, server, url, name) for server in servers]
-        link = Link(",".join(servers), dials)
+        link = Link(",".join(servers), dials, subject)
         await link.open()
         return cls(link, subject)
 
@@ -131,10 +131,10 @@ class _Client(Client):
         super().__init__()
         self._tls_only = tls_only
         self._on_lost = on_lost
-        self._inlets: dict[NatsSubscription, Callable[[bytes], None]] = {}
+        self._inlets: dict[NatsSubscription, Callable[[bytes, bytes], None]] = {}
 
-    async def listen(self, subject: str, inlet: Callable[[bytes], None]) -> NatsSubscription:
-        """Call ``inlet`` with the body of every message on ``subject``."""
+    async def listen(self, subject: str, inlet: Callable[[bytes, bytes], None]) -> NatsSubscription:
+        """Call ``inlet`` with subject and body of every message on ``subject``, or that matches it."""
         subscription = await self.subscribe(subject)
         self._inlets[subscription] = inlet
         return subscription
@@ -158,8 +158,8 @@ class _Client(Client):
     async def _process_msg(
         self,
         sid: int,
-        subject: bytes,  # noqa: ARG002 - the signature is nats-py's
-        reply: bytes,  # noqa: ARG002
+        subject: bytes,
+        reply: bytes,  # noqa: ARG002 - the signature is nats-py's
         data: bytes,
         headers: bytes,  # noqa: ARG002
     ) -> None:
@@ -170,7 +170,7 @@ class _Client(Client):
         """
         subscription = self._subs.get(sid)
         if subscription is not None and (inlet := self._inlets.get(subscription)):
-            inlet(data)
+            inlet(subject, data)
 
     async def _close(self, status: int, do_cbs: bool = True) -> None:  # noqa: FBT001, FBT002
         """Tell of the end first, and write nothing more: a dead peer would make that hang or fail.
@@ -346,7 +346,7 @@ class _Census:
         except TransportError:
             return None
 
-    def on_signal(self, body: bytes) -> None:
+    def on_signal(self, body: bytes, tag: str | None) -> None:  # noqa: ARG002 - a Receiver's
         """Take a question or a result; whatever else comes on this subject is dropped."""
         what, _, value = body.partition(b" ")
         if what == b"who" and _TOKEN.fullmatch(value):
@@ -387,7 +387,7 @@ class _Answers:
     def __init__(self) -> None:
         self.ids: set[bytes] = set()
 
-    def on_signal(self, body: bytes) -> None:
+    def on_signal(self, body: bytes, tag: str | None) -> None:  # noqa: ARG002 - a Receiver's
         self.ids.add(body)
 
     def on_gap(self, selection: Selection, reason: str) -> None: ...

@@ -53,7 +53,7 @@ class RedisTransport:
         self._channel = channel
         self._marker = f"{channel}-all"
         self._redis = Redis(connection_pool=pool)
-        self._link = Link(name, [self._dial])
+        self._link = Link(name, [self._dial], channel)
         self._cached_count = CachedCount()
         self._closed = False
 
@@ -251,7 +251,7 @@ class _RedisConnection:
             if self._pongs and not (pong := self._pongs.popleft()).done():
                 pong.set_result(None)
         elif response[0] in {b"message", b"pmessage"} and response[1] in self._topics:
-            self._deliver(self._topics[response[1]], response[-1])
+            self._deliver(self._topics[response[1]], response[-2], response[-1])
 
     def _lose(self, reason: str) -> None:
         if not self.lost.done():
