@@ -134,7 +134,7 @@ class _Client(Client):
         self._inlets: dict[NatsSubscription, Callable[[bytes, bytes], None]] = {}
 
     async def listen(self, subject: str, inlet: Callable[[bytes, bytes], None]) -> NatsSubscription:
-        """Call ``inlet`` with subject and body of every message on ``subject``, or that matches it."""
+        """Call ``inlet`` with the subject and body of every message that ``subject`` matches."""
         subscription = await self.subscribe(subject)
         self._inlets[subscription] = inlet
         return subscription
