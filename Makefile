@@ -41,12 +41,17 @@ test: setup test-deps  ## run the whole test suite, real engines included
 	@$(BIN)/pytest -q
 
 # What the suite needs beside Python. Where something can't be had the tests say so: they skip, and in CI they fail.
+# Debian starts a server that it installs, unless policy-rc.d says 101 (invoke-rc.d(8)); the tests start their own.
 test-deps:
-	@command -v chromium >/dev/null || { \
-	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	    echo "test: installing Debian's chromium"; \
-	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium >/dev/null; \
-	  else echo "test: chromium is missing, so the tests in a real browser won't run" >&2; fi; }
+	@missing=; for program in chromium nginx haproxy; do \
+	  PATH="$$PATH:/usr/sbin" command -v $$program >/dev/null || missing="$$missing $$program"; done; \
+	if [ -z "$$missing" ]; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "test: installing Debian's$$missing"; \
+	  policy=/usr/sbin/policy-rc.d; \
+	  if [ ! -e $$policy ]; then trap 'rm -f /usr/sbin/policy-rc.d' EXIT; printf '#!/bin/sh\nexit 101\n' > $$policy; chmod +x $$policy; fi; \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing >/dev/null; \
+	else echo "test: missing are$$missing, so the tests that need them won't run" >&2; fi
 ifneq ($(NODE_TESTS),)
 	@if command -v npm >/dev/null; then cd tests/node && npm ci --silent --no-audit --no-fund; \
 	else echo "test: npm is missing, so the tests of the JavaScript client won't run" >&2; fi

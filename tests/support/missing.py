@@ -15,5 +15,9 @@ def missing(what: str) -> NoReturn:
 
 
 def require(program: str) -> str:
-    """The path of ``program``, or its absence as :func:`missing` has it."""
-    return shutil.which(program) or missing(program)
+    """The path of ``program``, or its absence as :func:`missing` has it.
+
+    A server may be in ``/usr/sbin``, which is not on everybody's path.
+    """
+    path = os.environ.get("PATH", os.defpath)
+    return shutil.which(program, path=f"{path}:/usr/sbin") or missing(program)
