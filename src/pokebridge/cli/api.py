@@ -32,7 +32,7 @@ _url_option = click.option(
     show_default=True,
     help="The instance's address; POKEBRIDGE_URL does the same.",
 )
-_token_option = click.option(
+token_option = click.option(
     "--token",
     envvar="POKEBRIDGE_TOKEN",
     help="Token to use; POKEBRIDGE_TOKEN does the same. Without one it is signed with the"
@@ -46,7 +46,7 @@ def api_options(*, token: bool = True) -> Callable[[_Command], _Command]:
     def add(command: _Command) -> _Command:
         command = config_option(command)
         if token:
-            command = _token_option(command)
+            command = token_option(command)
         return _url_option(command)
 
     return add
@@ -136,13 +136,23 @@ class Api:
         """POST ``body`` as JSON and return the answer's."""
         return self._result(await self._post(path, body, {"Authorization": f"Bearer {token}"}))
 
+    async def get(self, path: str, token: str) -> dict[str, Any]:
+        """GET and return the answer's JSON."""
+        headers = {"Authorization": f"Bearer {token}"}
+        return self._result(await self._request("GET", path, headers))
+
     async def _post(self, path: str, body: Any, headers: dict[str, str]) -> httpx.Response:
+        # ASCII, so that no text is beyond it: an argument may hold lone surrogates.
+        content = json.dumps(body).encode("ascii")
+        headers = {"Content-Type": "application/json"} | headers
+        return await self._request("POST", path, headers, content)
+
+    async def _request(
+        self, method: str, path: str, headers: dict[str, str], content: bytes | None = None
+    ) -> httpx.Response:
         try:
-            return await self._http.post(
-                self.url + path,
-                # ASCII, so that no text is beyond it: an argument may hold lone surrogates.
-                content=json.dumps(body).encode("ascii"),
-                headers={"Content-Type": "application/json"} | headers,
+            return await self._http.request(
+                method, self.url + path, headers=headers, content=content
             )
         except httpx.HTTPError as error:
             reason = str(error) or type(error).__name__
