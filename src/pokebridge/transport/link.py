@@ -11,13 +11,11 @@ import asyncio
 import itertools
 import random
 import re
-import ssl
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
-from urllib.parse import parse_qsl, urlsplit
 
 import structlog
 
@@ -39,7 +37,6 @@ CANCEL_AGAIN_S = 0.05
 COUNT_TTL_S = 10.0
 
 _TOPIC = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
-TLS_OPTIONS = frozenset({"ca_file", "cert_file", "key_file"})
 
 T = TypeVar("T")
 Deliver = Callable[[str, bytes, bytes], None]
@@ -369,27 +366,3 @@ def check_topic(setting: str, value: str) -> str:
             f"{setting} is letters, digits, - and _, with dots between: not {value!r}"
         )
     return value
-
-
-def url_options(url: str, allowed: AbstractSet[str]) -> dict[str, str]:
-    """The options in ``url``'s query; raises ConfigError for one that is not ``allowed``."""
-    options = dict(parse_qsl(urlsplit(url).query, keep_blank_values=True))
-    if unknown := sorted(options.keys() - allowed):
-        raise ConfigError(
-            f"the transport's URL has no option {unknown[0]!r}; it has {', '.join(sorted(allowed))}"
-        )
-    return options
-
-
-def tls_context(given: dict[str, str]) -> ssl.SSLContext:
-    """The context of :data:`TLS_OPTIONS`. Reads files; raises ConfigError when it can't."""
-    try:
-        context = ssl.create_default_context(cafile=given.get("ca_file"))
-        if cert_file := given.get("cert_file"):
-            context.load_cert_chain(cert_file, given.get("key_file"))
-    except OSError as error:
-        files = ", ".join(
-            f"{option}={given[option]}" for option in sorted(TLS_OPTIONS & given.keys())
-        )
-        raise ConfigError(f"the transport's {files} can't be used: {error}") from None
-    return context

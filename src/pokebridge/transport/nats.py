@@ -13,30 +13,22 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager, suppress
 from functools import partial
-from importlib.util import find_spec
-from pathlib import Path
-from typing import Any, Self
-from urllib.parse import unquote, urlsplit
+from typing import Self
 
 from nats import errors
-from nats.aio.client import Client, RawCredentials
 from nats.aio.subscription import Subscription as NatsSubscription
 
-from pokebridge.errors import ConfigError, MissingExtraError, TransportError
+from pokebridge.engines.nats import NatsClient, client_options, servers_in, text_of
+from pokebridge.errors import TransportError
 from pokebridge.transport.base import Feed, Receiver, Selection, Signal, Subscription
 from pokebridge.transport.link import (
-    CLOSE_TIMEOUT_S,
     DIAL_TIMEOUT_S,
-    TLS_OPTIONS,
     CachedCount,
     Deliver,
     Link,
     check_topic,
-    tls_context,
-    url_options,
 )
 
-URL_OPTIONS = TLS_OPTIONS | {"creds_file", "nkey_file"}
 # How long the instances have to answer a census: they answer at once, so this is round trips.
 CENSUS_WINDOW_S = 0.25
 
@@ -64,10 +56,7 @@ class NatsTransport:
         """Connect to the servers in ``url``.
 
         Args:
-            url: ``nats://`` or ``tls://``, then ``user:password@`` or ``token@`` if need be, and
-                ``host:port,host:port…``; any of the servers will do. ``tls://`` refuses a server
-                without TLS. Options: ``creds_file`` or ``nkey_file`` (NATS credentials),
-                ``ca_file``, ``cert_file`` and ``key_file`` (PEM).
+            url: as :mod:`pokebridge.engines.nats` says.
             subject: where signals are published.
             cluster: with ``instance`` it names the connection in NATS's monitoring.
             instance: see ``cluster``.
@@ -77,7 +66,7 @@ class NatsTransport:
             TransportError: no server can be had, or the credentials are refused.
         """
         check_topic("the NATS subject", subject)
-        servers = _servers(url)
+        servers = servers_in("transport", url)
         name = f"pokebridge {cluster} {instance}".strip()
         dials = [partial(_NatsConnection.dial, server, url, name) for server in servers]
         link = Link(",".join(servers), dials, subject)
@@ -121,16 +110,11 @@ class NatsTransport:
         return self._link.wants(f"{self._subject}.*")
 
 
-class _Client(Client):
-    """nats-py's client with four things put right; all that we use beyond its API is in here.
+class _Client(NatsClient):
+    """A client that hands each message over as it is read; it hears only what it listens to."""
 
-    ``on_lost`` is called when the connection is over, perhaps more than once.
-    """
-
-    def __init__(self, *, tls_only: bool, on_lost: Callable[[], None]) -> None:
-        super().__init__()
-        self._tls_only = tls_only
-        self._on_lost = on_lost
+    def __init__(self, *, on_lost: Callable[[], None]) -> None:
+        super().__init__(on_lost=on_lost)
         self._inlets: dict[NatsSubscription, Callable[[bytes, bytes], None]] = {}
 
     async def listen(self, subject: str, inlet: Callable[[bytes, bytes], None]) -> NatsSubscription:
@@ -172,66 +156,33 @@ class _Client(Client):
         if subscription is not None and (inlet := self._inlets.get(subscription)):
             inlet(subject, data)
 
-    async def _close(self, status: int, do_cbs: bool = True) -> None:  # noqa: FBT001, FBT002
-        """Tell of the end first, and write nothing more: a dead peer would make that hang or fail.
-
-        Whoever published something waits for a round trip, so nothing of value is dropped here.
-        """
-        self._on_lost()
-        self._pending.clear()
-        self._pending_data_size = 0
-        await super()._close(status, do_cbs)
-
-    async def _process_info(
-        self,
-        info: dict[str, Any],
-        initial_connection: bool = False,  # noqa: FBT001, FBT002 - the signature is nats-py's
-    ) -> None:
-        """Refuse a server without TLS before the credentials are sent, when TLS was asked for."""
-        if self._tls_only and initial_connection:
-            if not (info.get("tls_required") or info.get("tls_available")):
-                raise errors.SecureConnWantedError
-            info["tls_required"] = True
-        await super()._process_info(info, initial_connection)
-
 
 class _NatsConnection:
-    """One connection to one server (:class:`~pokebridge.transport.link.Connection`).
-
-    nats-py could reconnect by itself, but it gives up for good when it is refused once, and it
-    waits for a dead peer to take what is still unsent; so it is not asked to.
-    """
+    """One connection to one server (:class:`~pokebridge.transport.link.Connection`)."""
 
     def __init__(self, server: str, deliver: Deliver) -> None:
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._server = server
         self._deliver = deliver
-        self._client = _Client(tls_only=server.startswith("tls://"), on_lost=self._on_lost)
+        self._client = _Client(on_lost=self._on_lost)
         self._subscriptions: dict[str, NatsSubscription] = {}
         self._asking: set[str] = set()
         self._refused: set[tuple[str, str]] = set()
-        self._trouble: Exception | None = None
 
     @classmethod
     async def dial(cls, server: str, url: str, name: str, deliver: Deliver) -> Self:
         """Connect to ``server`` with the credentials of ``url``, whose files may have changed."""
-        options = await asyncio.to_thread(_client_options, url)
+        options = await asyncio.to_thread(client_options, "transport", url)
         connection = cls(server, deliver)
         try:
             with connection._translated():
-                await connection._client.connect(
-                    [server],
+                await connection._client.dial(
+                    server,
+                    options,
                     name=name,
-                    error_cb=connection._on_error,
-                    allow_reconnect=False,
-                    max_reconnect_attempts=1,  # with 0 it would dial for ever
-                    reconnect_time_wait=0,
-                    connect_timeout=int(DIAL_TIMEOUT_S),
-                    ping_interval=3600,  # the link's heartbeat is stricter
-                    **options,
+                    timeout_s=DIAL_TIMEOUT_S,
+                    on_error=connection._on_error,
                 )
-            if not connection._client.is_connected:  # possible, when a PONG was not the next line
-                connection._lose("no answer to the first PING")
         except BaseException:
             await connection.close()
             raise
@@ -269,12 +220,7 @@ class _NatsConnection:
         await self._client.round_trip()
 
     async def close(self) -> None:
-        closing = asyncio.ensure_future(self._client.close())
-        try:
-            await asyncio.wait({closing}, timeout=CLOSE_TIMEOUT_S)
-        finally:
-            closing.cancel()  # a dead peer takes nothing; the kernel drops the socket in time
-            await asyncio.gather(closing, return_exceptions=True)
+        await self._client.hang_up()
 
     async def _accepted(self, what: str, subjects: Iterable[str]) -> None:
         """Return after a round trip; the server reports what it refuses before it answers."""
@@ -286,7 +232,6 @@ class _NatsConnection:
             raise TransportError(f"{self._server}: no permission for {what} to {min(refused)[1]}")
 
     async def _on_error(self, error: Exception) -> None:
-        self._trouble = error
         if refusal := _REFUSAL.search(str(error)):
             what, subject = refusal.groups()
             if what == "subscription" and subject not in self._asking:
@@ -295,7 +240,7 @@ class _NatsConnection:
                 self._refused.add((what, subject))
 
     def _on_lost(self) -> None:
-        self._lose(_text(self._client.last_error or self._trouble))
+        self._lose(text_of(self._client.last_error or self._client.trouble))
 
     def _lose(self, reason: str) -> None:
         if not self.lost.done():
@@ -306,10 +251,8 @@ class _NatsConnection:
         """The driver's errors as TransportError, in one line without secrets."""
         try:
             yield
-        except errors.NoServersError:  # after _on_error was told why
-            raise TransportError(f"{self._server}: {_text(self._trouble)}") from self._trouble
         except (errors.Error, OSError) as error:
-            raise TransportError(f"{self._server}: {_text(error)}") from error
+            raise TransportError(f"{self._server}: {text_of(error)}") from error
 
 
 class _Census:
@@ -391,44 +334,3 @@ class _Answers:
         self.ids.add(body)
 
     def on_gap(self, selection: Selection, reason: str) -> None: ...
-
-
-def _servers(url: str) -> list[str]:
-    """The servers that ``url`` names, as URLs without credentials."""
-    parts = urlsplit(url)
-    hosts = [host for host in parts.netloc.rpartition("@")[2].split(",") if host]
-    if parts.scheme not in {"nats", "tls"} or not hosts or parts.path.strip("/"):
-        raise ConfigError("the transport's URL is nats:// or tls://, then HOST:PORT,HOST:PORT…")
-    return [f"{parts.scheme}://{host}" for host in hosts]
-
-
-def _client_options(url: str) -> dict[str, Any]:
-    """What ``url`` says about credentials and TLS, as nats-py takes it. Reads files."""
-    options: dict[str, Any] = {}
-    given = url_options(url, URL_OPTIONS)
-    user, colon, password = urlsplit(url).netloc.rpartition("@")[0].partition(":")
-    if colon:
-        options |= {"user": unquote(user), "password": unquote(password)}
-    elif user:
-        options["token"] = unquote(user)
-    if path := given.get("creds_file"):
-        options["user_credentials"] = RawCredentials(_read("creds_file", path))
-    if path := given.get("nkey_file"):
-        options["nkeys_seed_str"] = _read("nkey_file", path)
-    if urlsplit(url).scheme == "tls" or TLS_OPTIONS & given.keys():
-        options["tls"] = tls_context(given)
-    return options
-
-
-def _read(option: str, path: str) -> str:
-    if find_spec("nkeys") is None:
-        raise MissingExtraError("nats", "nats")
-    try:
-        return Path(path).read_text(encoding="ascii")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"the transport's {option} can't be read: {error}") from None
-
-
-def _text(error: Exception | None) -> str:
-    """What ``error`` says, in the server's own words where they are the server's."""
-    return str(error or "").removeprefix("nats: ").strip("'") or "no answer"

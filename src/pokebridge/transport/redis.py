@@ -8,33 +8,28 @@ push-notifications-all        nothing is published here: who takes everything su
 
 import asyncio
 import math
-import re
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager, suppress
 from typing import Any, Self
-from urllib.parse import urlsplit, urlunsplit
 
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.connection import AbstractConnection
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
 
-from pokebridge.errors import ConfigError, TransportError
+from pokebridge.engines.redis import connection_pool, text_of
+from pokebridge.engines.urls import without_secrets
+from pokebridge.errors import TransportError
 from pokebridge.transport.base import Feed, Receiver, Selection, Signal, Subscription
 from pokebridge.transport.link import (
     ANSWER_TIMEOUT_S,
     CLOSE_TIMEOUT_S,
     DIAL_TIMEOUT_S,
-    TLS_OPTIONS,
     CachedCount,
     Deliver,
     Link,
     check_topic,
-    tls_context,
-    url_options,
 )
 
 # More than one, so that a slow round trip does not hold up every other publish.
@@ -69,8 +64,7 @@ class RedisTransport:
         """Connect to the server in ``url``.
 
         Args:
-            url: ``redis://`` or ``rediss://`` (TLS), then ``user:password@`` if need be, and
-                ``host:port/db``. Options: ``ca_file``, ``cert_file`` and ``key_file`` (PEM).
+            url: as :mod:`pokebridge.engines.redis` says.
             channel: where signals are published.
             cluster: with ``instance`` it names the connections in ``CLIENT LIST``.
             instance: see ``cluster``.
@@ -80,10 +74,16 @@ class RedisTransport:
             TransportError: the server can't be had, or the credentials are refused.
         """
         check_topic("the Redis channel", channel)
-        parts = urlsplit(url)
-        name = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
-        pool = await asyncio.to_thread(_pool, url, f"pokebridge:{cluster}:{instance}".strip(":"))
-        transport = cls(name, pool, channel)
+        pool = await asyncio.to_thread(
+            connection_pool,
+            "transport",
+            url,
+            client_name=f"pokebridge:{cluster}:{instance}".strip(":"),
+            connections=PUBLISH_CONNECTIONS,
+            dial_timeout_s=DIAL_TIMEOUT_S,
+            answer_timeout_s=ANSWER_TIMEOUT_S,
+        )
+        transport = cls(without_secrets(url), pool, channel)
         await transport._link.open()
         return transport
 
@@ -242,7 +242,7 @@ class _RedisConnection:
                 else:
                     self._lose(str(error))
             except (RedisError, OSError) as error:
-                self._lose(_text(error))
+                self._lose(text_of(error))
             else:
                 self._take(response)
 
@@ -264,39 +264,4 @@ def _translated(name: str) -> Iterator[None]:
     try:
         yield
     except (RedisError, OSError) as error:
-        raise TransportError(f"{name}: {_text(error)}") from error
-
-
-def _text(error: Exception) -> str:
-    return " ".join(str(error).split()) or "no answer"
-
-
-def _pool(url: str, client_name: str) -> BlockingConnectionPool:
-    """The connections that ``url`` describes; none is made yet. Reads files."""
-    given = url_options(url, TLS_OPTIONS)
-    if TLS_OPTIONS & given.keys():  # redis-py would tell of a wrong file at the first dial only
-        tls_context(given)
-    parts = urlsplit(url)
-    database = parts.path.strip("/")
-    if parts.scheme not in {"redis", "rediss"} or not (database.isdecimal() or not database):
-        raise ConfigError("the transport's URL is redis:// or rediss://, then HOST:PORT/DB")
-    tls = {
-        "ssl_ca_certs": given.get("ca_file"),
-        "ssl_certfile": given.get("cert_file"),
-        "ssl_keyfile": given.get("key_file"),
-    }
-    try:
-        return BlockingConnectionPool.from_url(
-            urlunsplit(parts._replace(query="")),
-            max_connections=PUBLISH_CONNECTIONS,
-            timeout=ANSWER_TIMEOUT_S,
-            socket_timeout=None,  # our calls are bounded as a whole, which is stricter and cheaper
-            socket_connect_timeout=DIAL_TIMEOUT_S,
-            retry=Retry(NoBackoff(), 0),
-            protocol=2,  # every server speaks it, and our reader expects it
-            driver_info=None,  # else each connection looks its version up on the disk
-            client_name=re.sub(r"[^!-~]", "-", client_name),
-            **(tls if parts.scheme == "rediss" else {}),
-        )
-    except ValueError as error:
-        raise ConfigError(f"the transport's URL: {error}") from None
+        raise TransportError(f"{name}: {text_of(error)}") from error
