@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Generic, NoReturn, TypeVar
 
+from pokebridge.coordination.base import Coordination
 from pokebridge.errors import ConfigError, MissingExtraError
 from pokebridge.mailbox.base import Mailbox
 from pokebridge.transport.base import Transport
@@ -56,6 +57,17 @@ async def open_mailbox(url: str) -> Mailbox:
     return await _open("mailbox", _MAILBOXES, _Choice(url, "", ""))
 
 
+async def open_coordination(url: str, *, instance: str, cluster: str) -> Coordination:
+    """The coordination store that ``url`` chooses, for ``instance`` of ``cluster``.
+
+    Raises:
+        ConfigError: there is none with this scheme, or the URL is not one of its.
+        MissingExtraError: its driver is not installed.
+        CoordinationError: it can't be reached.
+    """
+    return await _open("coordination", _COORDINATIONS, _Choice(url, instance, cluster))
+
+
 async def _open(part: str, adapters: Mapping[str, _Adapter[_Part]], choice: _Choice) -> _Part:
     scheme, separator, _ = choice.url.partition("://")
     adapter = adapters.get(scheme)
@@ -88,6 +100,14 @@ async def _memory_mailbox(choice: _Choice) -> Mailbox:
     if choice.url != "memory://":
         _refuse("mailbox", "memory:// and nothing behind it")
     return MemoryMailbox()
+
+
+async def _memory_coordination(choice: _Choice) -> Coordination:
+    from pokebridge.coordination.memory import MemoryCoordination
+
+    if choice.url != "memory://":
+        _refuse("coordination", "memory:// and nothing behind it")
+    return MemoryCoordination()
 
 
 async def _sqlite_mailbox(choice: _Choice) -> Mailbox:
@@ -132,6 +152,9 @@ _TRANSPORTS: Mapping[str, _Adapter[Transport]] = {
     "redis": _REDIS,
     "rediss": _REDIS,
     "pubsub": _Adapter(_google_transport, "pubsub://PROJECT/TOPIC", "pubsub"),
+}
+_COORDINATIONS: Mapping[str, _Adapter[Coordination]] = {
+    "memory": _Adapter(_memory_coordination, "memory://"),
 }
 _MAILBOXES: Mapping[str, _Adapter[Mailbox]] = {
     "sqlite": _Adapter(_sqlite_mailbox, "sqlite:///FILE"),

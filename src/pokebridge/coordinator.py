@@ -121,6 +121,7 @@ class Membership:
         self._planner = planner or Planner(settle_s=2 * lease_s)
         self._view = View(empty_map(shard_count, mode), {})
         self._task: asyncio.Task[None] | None = None
+        self._one_round = asyncio.Lock()
         self._trouble: str | None = "the cluster has not been seen yet"
 
     @property
@@ -158,6 +159,14 @@ class Membership:
         except CoordinationError as error:
             log.warning("could not leave the cluster", reason=str(error))
 
+    async def refresh(self) -> None:
+        """Tell the others at once what this member is now, and see them.
+
+        Raises:
+            CoordinationError: the store can't be had.
+        """
+        await self._round()
+
     async def change(self, edit: Callable[[ShardMap], ShardMap]) -> ShardMap:
         """Write ``edit`` of the current map, whoever leads; returns the map then in force.
 
@@ -192,6 +201,10 @@ class Membership:
                 await asyncio.sleep(self._lease_s / 3 * random.uniform(0.5, 1.0))  # noqa: S311 - spreads load
 
     async def _round(self) -> None:
+        async with self._one_round:
+            await self._renew_and_see()
+
+    async def _renew_and_see(self) -> None:
         if self._describe is not None:
             await self._coordination.renew(self._describe(), self._lease_s)
         members = await self._coordination.members()

@@ -71,15 +71,6 @@ def _matching(pattern: str, meaning: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _only(supported: Any, meaning: str) -> AfterValidator:
-    def check(value: Any) -> Any:
-        if value != supported:
-            raise ValueError(meaning)
-        return value
-
-    return AfterValidator(check)
-
-
 def _network(value: Any) -> IPv4Network | IPv6Network:
     try:
         return ip_network(value)
@@ -130,27 +121,31 @@ class Settings(BaseModel):
     """Name of the cluster; instances of one cluster share a transport and a mailbox."""
     advertise_url: Annotated[str, _matching(r"wss?://\S+", "a ws:// or wss:// URL")] | None = None
     """WebSocket URL under which clients reach just this instance, like wss://b1.example.com."""
-    roles: Annotated[
-        frozenset[_Role],
-        BeforeValidator(_split),
-        _only(_ALL_ROLES, "must be all of them: a part is not available yet"),
-    ] = _ALL_ROLES
-    """What this instance does: gateway,api,processor,coordinator."""
+    roles: Annotated[frozenset[_Role], BeforeValidator(_split), Field(min_length=1)] = _ALL_ROLES
+    """What this instance does: gateway,api,processor,coordinator; everything by default."""
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """This instance's share of the shards, against the other instances' weights."""
 
     transport: _PartUrl = "memory://"
     """URL of what carries pokes between instances: nats://HOST:PORT, redis://HOST:PORT/DB,
     pubsub://PROJECT/TOPIC, or memory:// for this process only."""
     mailbox: _PartUrl = "sqlite:///pokebridge.db"
     """URL of what keeps the messages: sqlite:///FILE or memory://."""
-    coordination: Annotated[
-        _PartUrl, _only("memory://", "must be memory://: the others are not available yet")
-    ] = "memory://"
-    """URL of what instances agree through; memory:// is this process only."""
-    mode: Annotated[
-        Literal["fanout", "partitioned"],
-        _only("fanout", "must be fanout: partitioned is not available yet"),
-    ] = "fanout"
-    """Whether every instance hears every poke (fanout) or just its shards' (partitioned)."""
+    no_mailbox: bool = False
+    """Keep no messages: clients pull from an API of your own, which pokes after its commit."""
+    coordination: _PartUrl = "memory://"
+    """URL of what instances agree through: postgresql://…, nats://HOST:PORT (KV),
+    redis://HOST:PORT/DB, static://?ordinal=0&replicas=3, or memory:// for this process only."""
+    mode: Literal["fanout", "partitioned"] = "fanout"
+    """Whether every instance hears every poke (fanout) or just its shards' (partitioned). It is
+    that of a cluster which has none yet: later it is changed by `pokebridge cluster mode`."""
+    assignment: Literal["coordinator", "ring"] = "coordinator"
+    """Who says which instance owns a shard: an elected coordinator, with the least movement, or
+    a hash ring that each instance computes. With static:// it is the ordinal."""
+    carrier: Literal["filter", "topic"] = "filter"
+    """How Google Pub/Sub carries shards: by filters on one topic, or by one topic a shard."""
+    lease_s: Annotated[float, Field(ge=0.5, le=300)] = 5
+    """Seconds after which a silent instance counts as gone, and its shards go to others."""
     shard_count: Annotated[int, Field(ge=1, le=MAX_SHARD_COUNT)] = DEFAULT_SHARD_COUNT
     """Number of shards, the same everywhere in a cluster."""
     red_line_ops_per_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5000
@@ -205,6 +200,12 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        is_alone = self.coordination == "memory://"
+        if self.mode == "partitioned" and is_alone and self.transport != "memory://":
+            raise ValueError(
+                "coordination must be a store that the instances share, like nats://HOST:PORT,"
+                " for mode partitioned: memory:// is this process only"
+            )
         if self.jwt_secret is None and self.jwks_url is None:
             raise ValueError(
                 f"jwt_secret ({ENV_PREFIX}JWT_SECRET, at least 32 bytes) or jwks_url must be set;"

@@ -26,8 +26,10 @@ class Metric(StrEnum):
 
     BUILD_INFO = "pokebridge_build_info", "Always 1 (version, instance)"
     SESSIONS = "pokebridge_sessions", "Open sessions"
+    SESSIONS_MOVED = "pokebridge_sessions_moved_total", "Sessions sent after their shard"
     HANDSHAKES = "pokebridge_handshakes_total", "WebSocket handshakes answered (status)"
     SIGNALS = "pokebridge_signals_total", "Signals that the transport delivered, probes included"
+    SIGNALS_UNTAGGED = "pokebridge_signals_untagged_total", "Signals without a valid shard tag"
     SIGNALS_MALFORMED = "pokebridge_signals_malformed_total", "Signals dropped: not of the contract"
     POKES = "pokebridge_pokes_total", "Pokes that the signals carried"
     POKES_NOISE = "pokebridge_pokes_noise_total", "Pokes for recipients without a session here"
@@ -36,6 +38,12 @@ class Metric(StrEnum):
     POKES_PUBLISHED = "pokebridge_pokes_published_total", "Pokes that the transport accepted"
     GAPS = "pokebridge_gaps_total", "Gaps of the transport, after which its sessions were poked"
     PROBES = "pokebridge_probes_total", "Probes sent through the transport"
+    SUBSCRIPTIONS = "pokebridge_subscriptions", "Subscriptions held, proven live or not"
+    SHARDS_OWNED = "pokebridge_shards_owned", "Shards that the shard map gives to this instance"
+    CLUSTER_EPOCH = "pokebridge_cluster_epoch", "Epoch of the shard map in force here"
+    CLUSTER_MEMBERS = "pokebridge_cluster_members", "Members that hold a lease"
+    CLUSTER_PARTITIONED = "pokebridge_cluster_partitioned", "1 when partitioned, 0 in fan-out"
+    COORDINATION_UP = "pokebridge_coordination_up", "1 while the coordination store answers"
     MESSAGES_COMMITTED = "pokebridge_messages_committed_total", "Messages committed to a mailbox"
     HTTP_SECONDS = (
         "pokebridge_http_request_duration_seconds",

@@ -88,6 +88,14 @@ def encode_disconnect(recipient: str) -> bytes:
     return _encode_json({"type": "disconnect", "recipient": recipient})
 
 
+_PROBE_START = b'{"type":"probe",'
+
+
+def is_probe(body: bytes) -> bool:
+    """Whether ``body`` is a probe of one of our instances."""
+    return body.startswith(_PROBE_START)
+
+
 def encode_probe(probe_id: str) -> bytes:
     """The signal body of a probe: whoever did not send it drops it."""
     return _encode_json({"type": "probe", "id": probe_id})

@@ -85,8 +85,11 @@ def test_the_module_is_the_command() -> None:
         (["serve", "--dev", "--transport", "kafka://x"], "transport: must be memory://"),
         (["serve", "--dev", "--mailbox", "mysql://x"], "mailbox: must be sqlite:///FILE"),
         (["serve", "--dev", "--mailbox", "sqlite:////no/such/dir/x.db"], "/no/such/dir"),
-        (["serve", "--dev", "--mode", "partitioned"], "--mode: must be fanout"),
-        (["serve", "--dev", "--roles", "gateway"], "--roles: must be all"),
+        (
+            ["serve", "--dev", "--mode", "partitioned", "--transport", "nats://h:1"],
+            "coordination must be a store that the instances share",
+        ),
+        (["serve", "--dev", "--roles", "cook"], "--roles: must be 'gateway', 'api', 'processor'"),
     ],
 )
 def test_a_wrong_use_is_one_line_and_status_2(run: Run, args: list[str], text: str) -> None:

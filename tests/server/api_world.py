@@ -11,8 +11,10 @@ from prometheus_client import CollectorRegistry
 from pokebridge.errors import TransportError
 from pokebridge.mailbox.memory import MemoryMailbox
 from pokebridge.model import NewMessage, Poke, Receipt
+from pokebridge.placement import Mode
 from pokebridge.server import schema
 from pokebridge.server.api import Parts
+from pokebridge.sharding import shard_of
 from pokebridge.tokens import TokenVerifier, sign_token
 
 SECRET = "0123456789abcdef0123456789abcdef"
@@ -29,7 +31,8 @@ class World:
     mailbox: MemoryMailbox = field(default_factory=MemoryMailbox)
     pokes: list[Poke] = field(default_factory=list)
     disconnected: list[str] = field(default_factory=list)
-    drained: int = 0
+    drained: list[str] = field(default_factory=list)
+    modes: list[tuple[Mode, bool]] = field(default_factory=list)
     not_ready: list[str] = field(default_factory=list)
     transport_is_down: bool = False
     has_a_defect: bool = False
@@ -37,14 +40,14 @@ class World:
     def parts(self) -> Parts:
         """The parts of an instance without ``--dev``."""
         return Parts(
-            instance=INSTANCE,
-            shard_count=100,
             verify=TokenVerifier(secret=SECRET).verify,
             mailbox=self.mailbox,
             send=self._send,
             publish_pokes=self._publish_pokes,
             disconnect=self._disconnect,
+            home_of=lambda recipient: (shard_of(recipient, 100), INSTANCE, ""),
             view_cluster=self._view_cluster,
+            migrate=self._migrate,
             drain=self._drain,
             not_ready=self._not_ready,
             registry=CollectorRegistry(),
@@ -78,8 +81,11 @@ class World:
         traffic = schema.Traffic(1.5, 1.5, 5000, 0.25, over_red_line=False)
         return schema.Cluster("fanout", 1, 100, [instance], traffic)
 
-    def _drain(self) -> None:
-        self.drained += 1
+    async def _migrate(self, mode: Mode, *, force: bool) -> None:
+        self.modes.append((mode, force))
+
+    async def _drain(self, instance: str) -> None:
+        self.drained.append(instance)
 
     async def _not_ready(self) -> Sequence[str]:
         return self.not_ready

@@ -428,17 +428,21 @@ class TestSessionsAndCluster:
     """Where to connect, and what an administrator may do."""
 
     async def test_connect_info(self, http: httpx.AsyncClient, world: World) -> None:
-        """A caller learns its shard and where to connect: at the host that it asked."""
+        """A caller learns its shard and where to connect: its owner, or the host that it asked."""
         response = await http.get("/v1/connect-info", headers=bearer(BOB))
         assert response.json() == {
             "url": "ws://a.example:8080/v1/connect",
             "shard": shard_of(BOB, 100),
             "instance": INSTANCE,
         }
-        parts = replace(world.parts(), advertise_url="wss://lb.example")
-        async with http_client(create_api(parts)) as http_of_advertised:
-            response = await http_of_advertised.get("/v1/connect-info", headers=bearer(BOB))
-        assert response.json()["url"] == "wss://lb.example/v1/connect"
+        parts = replace(world.parts(), home_of=lambda _: (42, "b", "wss://b.example/v1/connect"))
+        async with http_client(create_api(parts)) as http_of_another:
+            response = await http_of_another.get("/v1/connect-info", headers=bearer(BOB))
+        assert response.json() == {
+            "url": "wss://b.example/v1/connect",
+            "shard": 42,
+            "instance": "b",
+        }
 
     @pytest.mark.parametrize("method", ["GET", "HEAD"])
     async def test_plain_connect(self, http: httpx.AsyncClient, method: str) -> None:
@@ -467,7 +471,7 @@ class TestSessionsAndCluster:
         response = await http.get("/v1/cluster", headers=bearer("root", "admin"))
         view = response.json()
         assert set(view) == {"mode", "epoch", "shard_count", "instances", "traffic"}
-        assert set(view["instances"][0]) == {"id", "url", "state", "sessions", "shards"}
+        assert set(view["instances"][0]) >= {"id", "url", "state", "sessions", "shards"}
         assert set(view["traffic"]) == {
             "messages_per_s",
             "global_ops_per_s",
@@ -476,24 +480,44 @@ class TestSessionsAndCluster:
             "over_red_line",
         }
 
-    async def test_mode(self, http: httpx.AsyncClient) -> None:
-        """Fan-out is what it does already; it says plainly that it can't partition."""
+    async def test_mode(self, http: httpx.AsyncClient, world: World) -> None:
+        """A migration is asked for by its mode, and by force only when that is said."""
         headers = bearer("root", "admin")
-        response = await http.put("/v1/cluster/mode", json={"mode": "fanout"}, headers=headers)
-        assert response.status_code == 202
-        response = await http.put("/v1/cluster/mode", json={"mode": "partitioned"}, headers=headers)
-        assert_problem(response, 409, "not available")
+        for body in ({"mode": "partitioned"}, {"mode": "fanout", "force": True}):
+            response = await http.put("/v1/cluster/mode", json=body, headers=headers)
+            assert response.status_code == 202
+        assert world.modes == [("partitioned", False), ("fanout", True)]
         response = await http.put("/v1/cluster/mode", json={"mode": "chaos"}, headers=headers)
         assert_problem(response, 422, "mode")
 
     async def test_drain(self, http: httpx.AsyncClient, world: World) -> None:
-        """This instance drains when it is named, and no other."""
+        """The instance that is named drains."""
         headers = bearer("root", "admin")
-        other = await http.post("/v1/cluster/drain", json={"instance": "b"}, headers=headers)
-        assert_problem(other, 404, "instance")
-        assert world.drained == 0
-        own = await http.post("/v1/cluster/drain", json={"instance": INSTANCE}, headers=headers)
-        assert (own.status_code, world.drained) == (202, 1)
+        response = await http.post("/v1/cluster/drain", json={"instance": "b"}, headers=headers)
+        assert (response.status_code, world.drained) == (202, ["b"])
+
+    async def test_without_a_mailbox_there_are_no_messages(self, world: World) -> None:
+        """An instance that only bridges pokes, and knows no messages."""
+        parts = replace(world.parts(), mailbox=None, send=None)
+        async with http_client(create_api(parts)) as http:
+            for method, path in (
+                ("GET", "/v1/messages"),
+                ("POST", "/v1/messages"),
+                ("POST", "/v1/messages/ack"),
+            ):
+                response = await http.request(method, path, headers=bearer(BOB, "send"))
+                assert_problem(response, 404, "")
+            poked = {"recipient": BOB}
+            response = await http.post("/v1/pokes", json=poked, headers=bearer("root", "poke"))
+            assert response.status_code == 202
+
+    async def test_without_the_api_role_there_are_only_operations(self, world: World) -> None:
+        """An instance that has other roles still tells how it is, and answers nothing else."""
+        parts = replace(world.parts(), has_calls=False)
+        async with http_client(create_api(parts)) as http:
+            assert (await http.get("/readyz")).status_code == 200
+            response = await http.get("/v1/cluster", headers=bearer("root", "admin"))
+            assert_problem(response, 404, "")
 
 
 class TestOperations:

@@ -1,6 +1,7 @@
 """``pokebridge serve``: run an instance."""
 
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -8,7 +9,7 @@ import click
 import uvloop
 from pydantic.fields import FieldInfo
 
-from pokebridge.adapters import open_mailbox, open_transport
+from pokebridge.adapters import open_coordination, open_mailbox, open_transport
 from pokebridge.cli.options import config_option
 from pokebridge.settings import Settings, load_settings
 from pokebridge.telemetry import configure_logging
@@ -55,14 +56,18 @@ def serve(config: Path | None, **overrides: Any) -> None:
     configure_logging(settings.log_format, settings.log_level)
 
     async def run() -> None:
-        transport = await open_transport(
-            settings.transport, instance=settings.instance, cluster=settings.cluster
-        )
-        try:
-            mailbox = await open_mailbox(settings.mailbox)
-        except BaseException:
-            await transport.close()
-            raise
-        await server.serve(settings, transport=transport, mailbox=mailbox)
+        who = {"instance": settings.instance, "cluster": settings.cluster}
+        async with AsyncExitStack() as opened:
+            transport = await open_transport(settings.transport, **who)
+            opened.push_async_callback(transport.close)
+            coordination = await open_coordination(settings.coordination, **who)
+            opened.push_async_callback(coordination.close)
+            mailbox = None
+            if not settings.no_mailbox and settings.roles & {"api", "processor"}:
+                mailbox = await open_mailbox(settings.mailbox)
+                opened.push_async_callback(mailbox.close)
+            await server.serve(
+                settings, transport=transport, mailbox=mailbox, coordination=coordination
+            )
 
     uvloop.run(run())

@@ -10,6 +10,29 @@ from typing import Protocol
 
 
 @dataclass(frozen=True, slots=True)
+class Report:
+    """How a member is doing, as of its last renewal: for display, never for decisions."""
+
+    epoch: int = 0
+    """The shard map that it has applied."""
+    settled: bool = True
+    """Whether it holds what that map wants, proven live, and nothing else."""
+    subscriptions: int = 0
+    interest: tuple[int, ...] = ()
+    """The shards of its sessions."""
+    messages_per_s: float = 0.0
+    pokes_per_s: float = 0.0
+    """Poke frames handed to its sockets."""
+    noise_ratio: float = 0.0
+    untagged_share: float = 0.0
+    """Of the signals it received, those without a shard beside them: 0 to 1."""
+    gaps: int = 0
+    cpu_share: float = 0.0
+    """CPU time used over time passed: 1 is one core."""
+    memory_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Member:
     """An instance as the others see it. Its lease is the store's business, not this record's.
 
@@ -24,6 +47,12 @@ class Member:
     joined_at_ms: int
     sessions: int = 0
     state: str = "active"
+    report: Report = Report()
+
+    @property
+    def standing(self) -> tuple[object, ...]:
+        """What matters to the others' plans: a change of it is a change of the cluster."""
+        return self.id, self.incarnation, self.url, self.weight, self.state
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +102,10 @@ class Coordination(Protocol):
         """Lead no more, if ``holder`` does."""
 
     async def wait_for_change(self, timeout_s: float) -> None:
-        """Return when members or document may have changed, or after ``timeout_s`` seconds."""
+        """Return when the document or a member's standing may have changed, or after ``timeout_s``.
+
+        A renewal that changes no standing wakes nobody: N members renew all the time.
+        """
 
     async def close(self) -> None:
         """Close what is open. Leases run out by themselves. May be called twice."""

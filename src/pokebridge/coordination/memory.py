@@ -42,7 +42,7 @@ class MemoryCoordination:
         store = self._open_store()
         known = store.members.get(member.id)
         store.members[member.id] = (member, self._clock() + lease_s)
-        if known is None or known[0] != member:
+        if known is None or known[0].standing != member.standing:
             self._announce()
 
     async def leave(self, member_id: str, incarnation: str) -> None:

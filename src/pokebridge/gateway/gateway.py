@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Protocol
 
 import structlog
@@ -116,26 +117,32 @@ class Gateway:
         self.instance = config.instance
         self.handshakes: Counter[str] = Counter()
         """Handshakes by outcome: the HTTP status that they were answered with."""
+        self.moved = 0
+        """Sessions that were sent after their shard."""
         self._connections: set[Connection] = set()
         self._waiting: dict[Connection, None] = {}
         self._all_gone = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._serves = False
 
-    async def start(self) -> None:
-        """Subscribe and begin to take sessions.
+    async def start(self, *, serves: bool = True) -> None:
+        """Subscribe and begin to take sessions, or refuse them all unless it ``serves``.
 
         Raises:
             TransportError: the transport can't be had.
         """
         self._loop = asyncio.get_running_loop()
+        self._serves = serves
         self.wheel.start(self._loop)
+        if not serves:
+            return
         await self.hold.start(self.homing.wanted(self.now()))
         self._spawn(self._keep_time())
 
     async def close(self) -> None:
         """Stop; whoever is still connected is cut off."""
-        self._admission.draining = True
+        self.refuse()
         for task in self._tasks:
             task.cancel()
         for connection in list(self._connections):
@@ -153,12 +160,16 @@ class Gateway:
         """Whether new sessions are refused because this instance is about to stop."""
         return self._admission.draining
 
+    def refuse(self) -> None:
+        """Take no new sessions any more; those there are stay."""
+        self._admission.draining = True
+
     async def drain(self, window_s: float, code: int = 1012) -> None:
         """Refuse new sessions and close those there are, spread over ``window_s`` seconds.
 
         Returns when all are gone, or when those left have had their time to answer.
         """
-        self._admission.draining = True
+        self.refuse()
         connections = list(self._connections)
         if not connections:
             return
@@ -179,6 +190,8 @@ class Gateway:
     def apply(self, shard_map: ShardMap, urls: Mapping[str, str]) -> None:
         """Hold what ``shard_map`` says, and let sessions follow their shard to the owner's URL."""
         moved = self.homing.see(shard_map, urls)
+        if not self._serves:
+            return
         self._rehold()
         if moved:
             self._spawn(self._move_sessions(moved))
@@ -205,6 +218,7 @@ class Gateway:
         if url is None:
             connection.close(code, "this instance stops")
         else:
+            self.moved += 1
             connection.move(url)
 
     # --- admitting --------------------------------------------------------------------------------
@@ -218,6 +232,8 @@ class Gateway:
         caller's, with reading paused, and so does the deadline.
         """
         try:
+            if not self._serves:
+                raise RefusedError(HTTPStatus.NOT_FOUND, "this instance takes no sessions")
             self._admission.check_handshake(self.now())
             handshake = read_handshake(
                 request,

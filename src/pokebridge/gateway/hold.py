@@ -9,7 +9,7 @@ transport, by probes: signals that an instance publishes and then waits for.
 import asyncio
 import contextlib
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import structlog
@@ -18,12 +18,10 @@ from pokebridge.errors import TransportError
 from pokebridge.placement import next_steps
 from pokebridge.sharding import shard_of
 from pokebridge.transport.base import Feed, Selection, Signal, Subscription, Transport
-from pokebridge.wire import encode_probe
+from pokebridge.wire import encode_probe, is_probe
 
 log = structlog.get_logger(__name__)
 
-# What takes everything is probed by a tagged signal, so that probes are no untagged traffic.
-_PROBE_SHARDS: Mapping[Feed, int | None] = {Feed.ALL: 0, Feed.UNTAGGED: None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +82,11 @@ class Hold:
             if trouble is not None:
                 return trouble
         return None
+
+    @property
+    def settled(self) -> bool:
+        """Whether all that is wanted is proven live, and nothing else is held any more."""
+        return self._held.keys() == self._wanted and self.trouble is None
 
     @property
     def selections(self) -> frozenset[Selection]:
@@ -187,7 +190,7 @@ class _Held:
     def on_signal(self, body: bytes, tag: str | None) -> None:
         self._heard += 1
         hold = self._hold
-        if tag not in hold.tags:
+        if tag not in hold.tags and not is_probe(body):
             hold.untagged += 1
         if body == self._probe:
             self._probe_back.set()
@@ -215,8 +218,7 @@ class _Held:
         """Whether a probe comes back in time, through this subscription."""
         hold = self._hold
         hold.probes += 1
-        wanted = self.selection
-        shard = wanted if isinstance(wanted, int) else _PROBE_SHARDS[wanted]
+        shard = self.selection if isinstance(self.selection, int) else None
         self._probe = encode_probe(f"{hold.instance}:{hold.probes}")
         self._probe_back.clear()
         try:

@@ -6,11 +6,38 @@ costs about as much as decoding a signal, so reading for each would cost as much
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 WINDOW_S = 10.0
 SAMPLE_EVERY = 64
+
+Clock = Callable[[], float]
+
+
+class Window:
+    """By how much some running totals have grown over the window that has just passed.
+
+    ``mark`` is to be called about once a second; ``growth`` compares now with a window ago, or with
+    the start when that is later.
+    """
+
+    def __init__(self, totals: Sequence[float], clock: Clock = time.monotonic) -> None:
+        self._clock = clock
+        self._marks: deque[tuple[float, Sequence[float]]] = deque([(clock(), totals)])
+
+    def mark(self, totals: Sequence[float]) -> None:
+        """Remember where ``totals`` stand, and forget what is older than the window."""
+        now_s = self._clock()
+        self._marks.append((now_s, totals))
+        while len(self._marks) > 1 and self._marks[1][0] <= now_s - WINDOW_S:
+            self._marks.popleft()
+
+    def growth(self, totals: Sequence[float]) -> tuple[float, list[float]]:
+        """The seconds since then, never quite 0, and the growth of each total."""
+        then_s, then = self._marks[0]
+        elapsed_s = max(self._clock() - then_s, 1e-9)
+        return elapsed_s, [now - before for now, before in zip(totals, then, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,50 +52,31 @@ class Traffic:
     noise_ratio: float
 
 
-@dataclass(frozen=True, slots=True)
-class _Mark:
-    at_s: float
-    signals: int
-    noise_cpu_s: float
-    process_cpu_s: float
-
-
 class Meter:
-    """Keeps a window of readings: the count of signals, CPU time on others' pokes, CPU time.
-
-    ``mark`` is to be called about once a second; ``read`` compares now with a window ago.
-    """
+    """Keeps a window of the count of signals, CPU time on others' pokes, and all CPU time."""
 
     def __init__(
-        self,
-        clock: Callable[[], float] = time.monotonic,
-        process_cpu: Callable[[], float] = time.process_time,
+        self, clock: Clock = time.monotonic, process_cpu: Clock = time.process_time
     ) -> None:
-        self._clock = clock
         self._process_cpu = process_cpu
         self._noise_cpu_s = 0.0
-        self._marks: deque[_Mark] = deque([self._now(0)])
+        self._window = Window(self._totals(0), clock)
 
     def add_noise(self, cpu_s: float) -> None:
         """A sampled signal was for others and cost ``cpu_s``: it stands for all it was one of."""
         self._noise_cpu_s += cpu_s * SAMPLE_EVERY
 
     def mark(self, signals: int) -> None:
-        """Remember where the counters stand, and forget what is older than the window."""
-        now = self._now(signals)
-        self._marks.append(now)
-        while len(self._marks) > 1 and self._marks[1].at_s <= now.at_s - WINDOW_S:
-            self._marks.popleft()
+        """Remember where the counts stand; to be called about once a second."""
+        self._window.mark(self._totals(signals))
 
     def read(self, signals: int) -> Traffic:
-        """The rates over the window, or since the start when that is shorter."""
-        then, now = self._marks[0], self._now(signals)
-        elapsed_s = max(now.at_s - then.at_s, 1e-9)
-        cpu_s = max(now.process_cpu_s - then.process_cpu_s, 1e-9)
+        """The rates over the window."""
+        elapsed_s, (received, noise_cpu_s, cpu_s) = self._window.growth(self._totals(signals))
         return Traffic(
-            messages_per_s=(now.signals - then.signals) / elapsed_s,
-            noise_ratio=min(1.0, (now.noise_cpu_s - then.noise_cpu_s) / cpu_s),
+            messages_per_s=received / elapsed_s,
+            noise_ratio=min(1.0, noise_cpu_s / max(cpu_s, 1e-9)),
         )
 
-    def _now(self, signals: int) -> _Mark:
-        return _Mark(self._clock(), signals, self._noise_cpu_s, self._process_cpu())
+    def _totals(self, signals: int) -> tuple[float, float, float]:
+        return signals, self._noise_cpu_s, self._process_cpu()

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import structlog
 import uvicorn
 
+from pokebridge.coordination.base import Coordination
 from pokebridge.errors import ConfigError
 from pokebridge.mailbox.base import Mailbox
 from pokebridge.server.http import HttpProtocol
@@ -23,17 +24,26 @@ _KEEP_ALIVE_S = 75  # longer than load balancers keep theirs, so that they close
 _BACKLOG = 4096
 
 
-async def serve(settings: Settings, *, transport: Transport, mailbox: Mailbox) -> None:
+async def serve(
+    settings: Settings,
+    *,
+    transport: Transport,
+    mailbox: Mailbox | None,
+    coordination: Coordination,
+) -> None:
     """Serve until SIGTERM or SIGINT, then drain, finish what is under way and return.
 
-    ``transport`` and ``mailbox`` are closed, whatever happens.
+    The parts are closed at the end. ``mailbox`` is ``None`` for an instance that keeps no messages.
 
     Raises:
         ConfigError: the address can't be listened on.
         TransportError: the transport can't be had.
+        CoordinationError: the coordination store can't be had.
     """
     listener = _listen(settings.host, settings.port)
-    instance = Instance(settings, transport, mailbox)
+    instance = Instance(
+        settings, transport, mailbox, coordination, url=_reached_at(settings, listener)
+    )
     try:
         await instance.start()
         config = uvicorn.Config(
@@ -97,6 +107,18 @@ def _listen(host: str, port: int) -> socket.socket:
         raise ConfigError(
             f"host, port: can't listen on {_url_host(host)}:{port} ({error.strerror})"
         ) from None
+
+
+def _reached_at(settings: Settings, listener: socket.socket) -> str:
+    """Where clients reach this instance and no other; empty when that is not known.
+
+    With ``--dev`` it is the address itself. Elsewhere that may be one behind a proxy, which no
+    client can reach.
+    """
+    host, port = listener.getsockname()[:2]
+    if settings.advertise_url is None and settings.dev and host not in {"0.0.0.0", "::"}:  # noqa: S104 - no bind
+        return f"ws://{_url_host(host)}:{port}"
+    return settings.advertise_url or ""
 
 
 def _url_host(host: str) -> str:

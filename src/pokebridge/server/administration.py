@@ -2,16 +2,23 @@
 
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
+from typing import Protocol
 
 from fastapi import Request, Response
-from starlette.exceptions import HTTPException
 
 from pokebridge.model import check_recipient
+from pokebridge.placement import Mode
 from pokebridge.server import schema
 from pokebridge.server.exchange import Verify, authorize, body_reader, json_response
 from pokebridge.server.openapi import Api
 from pokebridge.server.problems import problem
-from pokebridge.sharding import shard_of
+
+
+class Migrate(Protocol):
+    """Changes the cluster's mode."""
+
+    async def __call__(self, mode: Mode, *, force: bool) -> None:
+        """Return when the change is written."""
 
 
 class SessionCalls:
@@ -21,15 +28,11 @@ class SessionCalls:
         self,
         verify: Verify,
         *,
-        instance: str,
-        shard_count: int,
-        advertise_url: str | None,
+        home_of: Callable[[str], tuple[int, str, str]],
         disconnect: Callable[[str], Awaitable[None]],
     ) -> None:
         self._verify = verify
-        self._instance = instance
-        self._shard_count = shard_count
-        self._advertise_url = advertise_url
+        self._home_of = home_of
         self._disconnect = disconnect
 
     async def connect(self, _: Request) -> Response:
@@ -43,12 +46,9 @@ class SessionCalls:
     async def connect_info(self, request: Request) -> Response:
         """GET /v1/connect-info."""
         caller = (await authorize(self._verify, request)).subject
+        shard, instance, url = self._home_of(caller)
         return json_response(
-            schema.ConnectInfo(
-                url=f"{self._advertise_url or _url_asked(request)}/v1/connect",
-                shard=shard_of(caller, self._shard_count),
-                instance=self._instance,
-            )
+            schema.ConnectInfo(url=url or _url_asked(request), shard=shard, instance=instance)
         )
 
     async def disconnect(self, request: Request) -> Response:
@@ -87,13 +87,13 @@ class ClusterCalls:
         self,
         verify: Verify,
         *,
-        instance: str,
         view_cluster: Callable[[], Awaitable[schema.Cluster]],
-        drain: Callable[[], None],
+        migrate: Migrate,
+        drain: Callable[[str], Awaitable[None]],
     ) -> None:
         self._verify = verify
-        self._instance = instance
         self._view_cluster = view_cluster
+        self._migrate = migrate
         self._drain = drain
         self._read_mode = body_reader(schema.ModeRequest)
         self._read_drain = body_reader(schema.DrainRequest)
@@ -107,17 +107,14 @@ class ClusterCalls:
         """PUT /v1/cluster/mode."""
         await authorize(self._verify, request, "admin")
         wanted = await self._read_mode(request)
-        if wanted.mode != "fanout":
-            raise HTTPException(HTTPStatus.CONFLICT, "not available on this instance yet")
+        await self._migrate(wanted.mode, force=wanted.force)
         return json_response(wanted, HTTPStatus.ACCEPTED)
 
     async def drain(self, request: Request) -> Response:
         """POST /v1/cluster/drain."""
         await authorize(self._verify, request, "admin")
         wanted = await self._read_drain(request)
-        if wanted.instance != self._instance:
-            raise HTTPException(HTTPStatus.NOT_FOUND, "this instance knows no such instance")
-        self._drain()
+        await self._drain(wanted.instance)
         return json_response(wanted, HTTPStatus.ACCEPTED)
 
     def add_to(self, app: Api) -> None:
@@ -154,4 +151,4 @@ class ClusterCalls:
 
 def _url_asked(request: Request) -> str:
     scheme = "wss" if request.url.scheme == "https" else "ws"
-    return f"{scheme}://{request.url.netloc}"
+    return f"{scheme}://{request.url.netloc}/v1/connect"

@@ -19,12 +19,13 @@ from pokebridge import console
 from pokebridge.mailbox.base import Mailbox
 from pokebridge.model import NewMessage, Poke, Receipt, check_recipient
 from pokebridge.server import docs, problems, schema
-from pokebridge.server.administration import ClusterCalls, SessionCalls
+from pokebridge.server.administration import ClusterCalls, Migrate, SessionCalls
 from pokebridge.server.exchange import Verify, body_reader, json_response
 from pokebridge.server.limits import BodyLimit
 from pokebridge.server.messages import MessageCalls
 from pokebridge.server.metrics import RequestMetrics, exposition
 from pokebridge.server.openapi import Api
+from pokebridge.server.pokes import PokeCalls
 
 # What a body may have in all: a message of 64 KiB and its frame; a thousand recipients.
 BODY_CAP_BYTES = 96 * 1024
@@ -38,26 +39,29 @@ class Parts:
     """What the API needs of its instance.
 
     Every call may raise a :class:`~pokebridge.errors.PokebridgeError`, which is answered with its
-    status. ``advertise_url`` is where clients reach this instance (``wss://host``);
-    ``None``: at the host that they asked.
-    ``not_ready`` says why the instance can't serve now, an empty sequence that it can. ``drain``
-    begins to send the sessions of this instance elsewhere, and returns at once.
+    status. Without ``has_calls`` there is nothing but operations; without a ``mailbox`` (and
+    ``send``) nothing about messages.
+
+    ``home_of`` tells of a recipient its shard, the instance that serves it best, and the URL to
+    connect to for that: empty for the host that was asked. ``not_ready`` says why the instance
+    can't serve now, an empty sequence that it can. ``drain`` has an instance begin to send its
+    sessions elsewhere.
     ``allowed_origins`` may call from a browser, ``"*"`` stands for any. ``sign_dev_token`` makes
     a token for anybody who asks: given with ``--dev`` alone.
     """
 
-    instance: str
-    shard_count: int
     verify: Verify
-    mailbox: Mailbox
-    send: Callable[[NewMessage], Awaitable[Receipt]]
+    mailbox: Mailbox | None
+    send: Callable[[NewMessage], Awaitable[Receipt]] | None
     publish_pokes: Callable[[Sequence[Poke]], Awaitable[None]]
     disconnect: Callable[[str], Awaitable[None]]
+    home_of: Callable[[str], tuple[int, str, str]]
     view_cluster: Callable[[], Awaitable[schema.Cluster]]
-    drain: Callable[[], None]
+    migrate: Migrate
+    drain: Callable[[str], Awaitable[None]]
     not_ready: Callable[[], Awaitable[Sequence[str]]]
     registry: CollectorRegistry
-    advertise_url: str | None = None
+    has_calls: bool = True
     allowed_origins: Sequence[str] = ()
     sign_dev_token: Sign | None = None
 
@@ -71,25 +75,26 @@ def create_api(parts: Parts) -> FastAPI:
     )
     problems.install(app)
     docs.install(app)
-    MessageCalls(parts.verify, parts.mailbox, parts.send, parts.publish_pokes).add_to(app)
-    SessionCalls(
-        parts.verify,
-        instance=parts.instance,
-        shard_count=parts.shard_count,
-        advertise_url=parts.advertise_url,
-        disconnect=parts.disconnect,
-    ).add_to(app)
-    ClusterCalls(
-        parts.verify,
-        instance=parts.instance,
-        view_cluster=parts.view_cluster,
-        drain=parts.drain,
-    ).add_to(app)
+    if parts.has_calls:
+        _add_calls(app, parts)
     _add_operations(app, parts)
     if parts.sign_dev_token is not None:
         _add_dev_token(app, parts.sign_dev_token)
         console.install(app)
     return app
+
+
+def _add_calls(app: Api, parts: Parts) -> None:
+    PokeCalls(parts.verify, parts.publish_pokes).add_to(app)
+    if parts.mailbox is not None and parts.send is not None:
+        MessageCalls(parts.verify, parts.mailbox, parts.send).add_to(app)
+    SessionCalls(parts.verify, home_of=parts.home_of, disconnect=parts.disconnect).add_to(app)
+    ClusterCalls(
+        parts.verify,
+        view_cluster=parts.view_cluster,
+        migrate=parts.migrate,
+        drain=parts.drain,
+    ).add_to(app)
 
 
 def _middleware(parts: Parts) -> Sequence[Middleware]:

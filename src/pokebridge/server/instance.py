@@ -15,12 +15,14 @@ from prometheus_client import CollectorRegistry
 from pydantic import SecretStr
 
 from pokebridge import __version__
+from pokebridge.coordination.base import Coordination
 from pokebridge.errors import MailboxError
 from pokebridge.gateway.gateway import Gateway, GatewayConfig
 from pokebridge.mailbox.base import Mailbox
 from pokebridge.processor import Processor
 from pokebridge.publisher import Publisher
-from pokebridge.server import api, metrics, schema
+from pokebridge.server import api, metrics
+from pokebridge.server.cluster import Cluster
 from pokebridge.session import Timing
 from pokebridge.settings import Settings
 from pokebridge.telemetry import Metric
@@ -37,12 +39,22 @@ _MAILBOX_CHECK_TIMEOUT_S = 2.0
 class Instance:
     """All parts of one instance, from settings and the adapters chosen for it."""
 
-    def __init__(self, settings: Settings, transport: Transport, mailbox: Mailbox) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        transport: Transport,
+        mailbox: Mailbox | None,
+        coordination: Coordination,
+        *,
+        url: str = "",
+    ) -> None:
+        """``url`` is where clients reach this instance and no other, empty when they can't."""
         self.settings = settings
         self._transport = transport
         self._mailbox = mailbox
+        self._coordination = coordination
         self._publisher = Publisher(transport, shard_count=settings.shard_count)
-        self._processor = Processor(mailbox, self._publisher)
+        self._processor = None if mailbox is None else Processor(mailbox, self._publisher)
         self._verifier = TokenVerifier(
             secret=_reveal(settings.jwt_secret),
             previous_secret=_reveal(settings.jwt_previous_secret),
@@ -51,6 +63,14 @@ class Instance:
             audience=settings.jwt_audience,
         )
         self.gateway = Gateway(_gateway_config(settings), transport, self._verifier)
+        self.cluster = Cluster(
+            settings,
+            self.gateway,
+            transport,
+            coordination,
+            url=url,
+            on_drain=self.start_drain,
+        )
         self._draining: asyncio.Task[None] | None = None
         registry = CollectorRegistry()
         metrics.expose(registry, self._read_metrics)
@@ -60,18 +80,18 @@ class Instance:
         settings = self.settings
         return api.create_api(
             api.Parts(
-                instance=settings.instance,
-                shard_count=settings.shard_count,
                 verify=self._verifier.verify,
+                has_calls="api" in settings.roles,
                 mailbox=self._mailbox,
-                send=self._processor.send,
+                send=None if self._processor is None else self._processor.send,
                 publish_pokes=self._publisher.publish,
                 disconnect=self._publisher.disconnect,
-                view_cluster=self._view_cluster,
-                drain=self.start_drain,
+                home_of=self.cluster.home_of,
+                view_cluster=self.cluster.show,
+                migrate=self.cluster.migrate,
+                drain=self.cluster.drain,
                 not_ready=self._not_ready,
                 registry=registry,
-                advertise_url=settings.advertise_url,
                 allowed_origins=settings.allowed_origins,
                 sign_dev_token=self._sign_dev_token if settings.dev else None,
             )
@@ -80,18 +100,27 @@ class Instance:
     # --- life ---------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Start every part.
+        """Start every part that this instance's roles ask for.
 
         Raises:
             TransportError: the transport can't be had.
+            CoordinationError: the coordination store can't be had.
+            ConfigError: the cluster has another number of shards.
         """
-        await self.gateway.start()
-        await self._processor.start()
+        await self.gateway.start(serves="gateway" in self.settings.roles)
+        await self.cluster.start()
+        if self._processor is not None:
+            await self._processor.start()
 
     def start_drain(self) -> None:
-        """Begin to refuse new sessions and to close those there are; returns at once."""
+        """Begin to refuse new sessions and to send those there are elsewhere; returns at once."""
         if self._draining is None:
-            self._draining = asyncio.create_task(self.gateway.drain(self.settings.drain_s))
+            self._draining = asyncio.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        self.gateway.refuse()
+        await self.cluster.hand_over()
+        await self.gateway.drain(self.settings.drain_s)
 
     async def drain(self) -> None:
         """Drain, or wait for the drain that has begun."""
@@ -101,12 +130,16 @@ class Instance:
 
     async def close(self) -> None:
         """Stop every part, those that others still need last."""
-        await self._processor.close()
+        if self._processor is not None:
+            await self._processor.close()
         await self._publisher.close()
+        await self.cluster.close()
         await self.gateway.close()
         await self._verifier.close()
+        await self._coordination.close()
         await self._transport.close()
-        await self._mailbox.close()
+        if self._mailbox is not None:
+            await self._mailbox.close()
 
     # --- what the API asks for ----------------------------------------------------------------
 
@@ -114,8 +147,11 @@ class Instance:
         reasons = []
         if self.gateway.draining:
             reasons.append("draining")
-        if self.gateway.hold.trouble is not None:
+        serves = "gateway" in self.settings.roles
+        if serves and self.gateway.hold.trouble is not None:
             reasons.append(f"transport: {self.gateway.hold.trouble}")
+        if self._mailbox is None:
+            return reasons
         try:
             async with asyncio.timeout(_MAILBOX_CHECK_TIMEOUT_S):
                 await self._mailbox.check()
@@ -124,33 +160,6 @@ class Instance:
         except TimeoutError:
             reasons.append("mailbox: it does not answer")
         return reasons
-
-    async def _view_cluster(self) -> schema.Cluster:
-        settings = self.settings
-        traffic = self.gateway.bridge.traffic
-        instances = await self._transport.subscriber_count() or 1
-        global_ops_per_s = traffic.messages_per_s * instances
-        return schema.Cluster(
-            mode=settings.mode,
-            epoch=0,
-            shard_count=settings.shard_count,
-            instances=[
-                schema.Instance(
-                    id=settings.instance,
-                    url=settings.advertise_url or "",
-                    state="draining" if self.gateway.draining else "active",
-                    sessions=len(self.gateway.sessions),
-                    shards=list(range(settings.shard_count)),
-                )
-            ],
-            traffic=schema.Traffic(
-                messages_per_s=traffic.messages_per_s,
-                global_ops_per_s=global_ops_per_s,
-                red_line=settings.red_line_ops_per_s,
-                noise_ratio=traffic.noise_ratio,
-                over_red_line=global_ops_per_s > settings.red_line_ops_per_s,
-            ),
-        )
 
     def _sign_dev_token(self, subject: str, scopes: Iterable[str], ttl_s: float) -> str:
         secret = _reveal(self.settings.jwt_secret)
@@ -165,24 +174,35 @@ class Instance:
         )
 
     def _read_metrics(self) -> Mapping[Metric, metrics.Value]:
-        counters = self.gateway.bridge.counters
-        return {
-            Metric.BUILD_INFO: {(__version__, self.settings.instance): 1},
+        counters, hold = self.gateway.bridge.counters, self.gateway.hold
+        view, me = self.cluster.view, self.settings.instance
+        numbers: dict[Metric, metrics.Value] = {
+            Metric.BUILD_INFO: {(__version__, me): 1},
             Metric.HANDSHAKES: {
                 (status,): count for status, count in self.gateway.handshakes.items()
             },
             Metric.POKES_PUBLISHED: self._publisher.published,
-            Metric.MESSAGES_COMMITTED: self._processor.stats.messages_committed,
             Metric.SESSIONS: len(self.gateway.sessions),
+            Metric.SESSIONS_MOVED: self.gateway.moved,
             Metric.SIGNALS: counters.signals,
             Metric.SIGNALS_MALFORMED: counters.malformed,
+            Metric.SIGNALS_UNTAGGED: hold.untagged,
             Metric.POKES: counters.pokes,
             Metric.POKES_NOISE: counters.noise,
             Metric.POKES_DELIVERED: counters.delivered,
             Metric.POKES_MERGED: counters.merged,
-            Metric.GAPS: self.gateway.hold.gaps,
-            Metric.PROBES: self.gateway.hold.probes,
+            Metric.GAPS: hold.gaps,
+            Metric.PROBES: hold.probes,
+            Metric.SUBSCRIPTIONS: len(hold.selections),
+            Metric.SHARDS_OWNED: len(view.shard_map.owned_by(me)),
+            Metric.CLUSTER_EPOCH: view.shard_map.epoch,
+            Metric.CLUSTER_MEMBERS: len(view.members),
+            Metric.CLUSTER_PARTITIONED: view.shard_map.mode == "partitioned",
+            Metric.COORDINATION_UP: self.cluster.trouble is None,
         }
+        if self._processor is not None:
+            numbers[Metric.MESSAGES_COMMITTED] = self._processor.stats.messages_committed
+        return numbers
 
 
 def _gateway_config(settings: Settings) -> GatewayConfig:
@@ -196,6 +216,7 @@ def _gateway_config(settings: Settings) -> GatewayConfig:
         max_sessions_per_address=settings.max_sessions_per_address,
         handshakes_per_s=settings.handshakes_per_s,
         shard_count=settings.shard_count,
+        mode=settings.mode,
         timing=Timing(
             ping_interval_s=settings.ping_interval_s, pong_timeout_s=settings.pong_timeout_s
         ),

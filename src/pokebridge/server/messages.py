@@ -1,4 +1,4 @@
-"""The calls about pokes and messages."""
+"""The calls about messages."""
 
 import time
 import uuid
@@ -19,7 +19,6 @@ from pokebridge.model import (
     DEFAULT_DEVICE,
     Message,
     NewMessage,
-    Poke,
     Receipt,
     check_device,
     check_recipient,
@@ -44,31 +43,20 @@ PAGE_CAP_BYTES = 1024 * 1024
 
 
 class MessageCalls:
-    """Poke, send, pull, acknowledge."""
+    """Send, pull, acknowledge."""
 
     def __init__(
         self,
         verify: Verify,
         mailbox: Mailbox,
         send: Callable[[NewMessage], Awaitable[Receipt]],
-        publish_pokes: Callable[[Sequence[Poke]], Awaitable[None]],
     ) -> None:
         self._verify = verify
         self._mailbox = mailbox
         self._send = send
-        self._publish_pokes = publish_pokes
         self._seen = _SeenDevices(mailbox)
-        self._read_pokes = body_reader(schema.PokeRequest)
         self._read_message = body_reader(schema.SendRequest)
         self._read_ack = body_reader(schema.AckRequest)
-
-    async def poke(self, request: Request) -> Response:
-        """POST /v1/pokes."""
-        await authorize(self._verify, request, "poke")
-        wanted = await self._read_pokes(request)
-        pokes = [Poke(check_recipient(recipient)) for recipient in _recipients(wanted)]
-        await self._publish_pokes(pokes)
-        return json_response(schema.PokesAccepted(len(pokes)), HTTPStatus.ACCEPTED)
 
     async def send(self, request: Request) -> Response:
         """POST /v1/messages."""
@@ -108,15 +96,6 @@ class MessageCalls:
         """Have ``app`` answer these calls."""
         app.call(
             "POST",
-            "/v1/pokes",
-            self.poke,
-            "Poke recipients",
-            scope="poke",
-            body=schema.PokeRequest,
-            answers={202: schema.PokesAccepted},
-        )
-        app.call(
-            "POST",
             "/v1/messages",
             self.send,
             "Send a message",
@@ -142,14 +121,6 @@ class MessageCalls:
             body=schema.AckRequest,
             answers={204: "Acknowledged."},
         )
-
-
-def _recipients(wanted: schema.PokeRequest) -> Sequence[str]:
-    if wanted.recipient is UNSET and wanted.recipients is not UNSET:
-        return wanted.recipients
-    if wanted.recipients is UNSET and wanted.recipient is not UNSET:
-        return [wanted.recipient]
-    raise InputError("name either a recipient or recipients")
 
 
 def _new_message(sender: str, wanted: schema.SendRequest) -> NewMessage:

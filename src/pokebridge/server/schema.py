@@ -4,6 +4,7 @@ One struct both decodes a request and describes it in OpenAPI, so that the descr
 from the code.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
@@ -157,14 +158,34 @@ class ConnectInfo(Struct):
     instance: str
 
 
+Share = Annotated[float, Meta(ge=0, le=1)]
+
+
 class Instance(Struct):
-    """One member of the cluster, with its open `sessions` and the `shards` that it owns."""
+    """One member of the cluster, as of a few seconds ago.
+
+    It has open `sessions` and owns `shards`; `interest` are its sessions' shards. It is on the way
+    to the shard map `epoch` until it is `settled`.
+    """
 
     id: str
     url: str
-    state: str
+    state: Annotated[str, Meta(description="`active` or `draining`.")]
     sessions: Annotated[int, Meta(ge=0)]
     shards: list[int]
+    weight: float = 1.0
+    joined_at_ms: Annotated[int, Meta(description="Unix time.")] = 0
+    epoch: int = 0
+    settled: bool = True
+    subscriptions: int = 0
+    interest: Sequence[int] = ()
+    messages_per_s: float = 0.0
+    pokes_per_s: Annotated[float, Meta(description="Poke frames written to sockets.")] = 0.0
+    noise_ratio: Annotated[Share, Meta(description="CPU time spent on others' pokes.")] = 0.0
+    untagged_share: Annotated[Share, Meta(description="Of the signals: without a shard.")] = 0.0
+    gaps: int = 0
+    cpu_share: Annotated[float, Meta(description="1 is one core.")] = 0.0
+    memory_bytes: int = 0
 
 
 class Traffic(Struct):
@@ -188,9 +209,10 @@ class Cluster(Struct):
 
 
 class ModeRequest(_Request):
-    """The mode to migrate to."""
+    """The mode to migrate to; `force` it although signals without a shard would stay costly."""
 
     mode: Literal["fanout", "partitioned"]
+    force: bool = False
 
 
 class DrainRequest(_Request):

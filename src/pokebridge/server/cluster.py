@@ -1,0 +1,340 @@
+"""This instance's place in its cluster: it joins, follows the shard map, and tells of itself.
+
+Membership brings the map and the members; the gateway is given both and does the rest. Nothing
+here is needed for a poke to arrive: without the store the last map stays in force.
+"""
+
+import asyncio
+import resource
+import secrets
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, replace
+from http import HTTPStatus
+from pathlib import Path
+
+import structlog
+from starlette.exceptions import HTTPException
+
+from pokebridge.coordination.base import Coordination, Member, Report
+from pokebridge.coordinator import Membership, View
+from pokebridge.errors import CoordinationError
+from pokebridge.gateway.gateway import Gateway
+from pokebridge.gateway.meter import Window
+from pokebridge.placement import Mode
+from pokebridge.server import schema
+from pokebridge.settings import Settings
+from pokebridge.sharding import shard_of
+from pokebridge.transport.base import Transport
+
+log = structlog.get_logger(__name__)
+
+# A share that is smaller comes of strays, and of signals by hand: they are heard all the same.
+_UNTAGGED_SHARE_ALLOWED = 0.01
+_SHARDS_SHOWN_AT_MOST = 1000
+
+
+class Cluster:
+    """Membership, the gateway and the transport, as the API and the operator see them.
+
+    ``url`` is where clients reach just this instance (``wss://host``), empty when they can't.
+    ``on_drain`` is called when the cluster wants this instance drained.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        gateway: Gateway,
+        transport: Transport,
+        coordination: Coordination,
+        *,
+        url: str,
+        on_drain: Callable[[], None],
+    ) -> None:
+        self._settings = settings
+        self._gateway = gateway
+        self._transport = transport
+        self._on_drain = on_drain
+        self._url = url
+        self._is_member = "gateway" in settings.roles
+        self._is_shared = settings.coordination != "memory://"
+        self._incarnation = secrets.token_hex(8)
+        self._joined_at_ms = int(time.time() * 1000)
+        self._window = Window(self._totals())
+        self._applied: View | None = None
+        self._seen = asyncio.Event()
+        self._ticker: asyncio.Task[None] | None = None
+        self._membership = Membership(
+            coordination,
+            self._describe if self._is_member else None,
+            holder=f"{settings.instance}:{self._incarnation}",
+            shard_count=settings.shard_count,
+            mode=settings.mode,
+            on_view=self._on_view,
+            lease_s=settings.lease_s,
+            leads="coordinator" in settings.roles,
+            by_ring=settings.assignment == "ring",
+        )
+
+    @property
+    def view(self) -> View:
+        """The cluster as last seen."""
+        return self._membership.view
+
+    @property
+    def trouble(self) -> str | None:
+        """Why the store can't be had; ``None`` when it can."""
+        return self._membership.trouble
+
+    async def start(self) -> None:
+        """Join.
+
+        Raises:
+            CoordinationError: the store can't be had.
+            ConfigError: the cluster has another number of shards.
+        """
+        await self._membership.start()
+        me = self._settings.instance
+        if me in self.view.shard_map.draining:  # of an earlier life
+            await self._membership.change(lambda m: replace(m, draining=m.draining - {me}))
+        self._ticker = asyncio.create_task(self._tick())
+
+    async def close(self) -> None:
+        """Leave."""
+        if self._ticker is not None:
+            self._ticker.cancel()
+            await asyncio.gather(self._ticker, return_exceptions=True)
+        await self._membership.close()
+
+    # --- what the map asks of this instance -----------------------------------------------------
+
+    def _on_view(self, view: View) -> None:
+        self._seen.set()
+        before, self._applied = self._applied, view
+        urls = {each.id: connect_url(each.url) for each in view.members.values() if each.url}
+        if before is None or (before.shard_map, _standings(before)) != (
+            view.shard_map,
+            _standings(view),
+        ):
+            self._gateway.apply(view.shard_map, urls)
+            self._tell_changes(before, view)
+        me = self._settings.instance
+        if me in view.shard_map.draining and before is not None:
+            self._on_drain()
+
+    def _tell_changes(self, before: View | None, view: View) -> None:
+        known = {} if before is None else before.members
+        for member in view.members.values():
+            if member.id not in known:
+                log.info("instance joined", member=member.id, url=member.url)
+        for gone in known.keys() - view.members.keys():
+            log.info("instance gone", member=gone)
+        if before is not None and before.shard_map.mode != view.shard_map.mode:
+            log.info("migrating", mode=view.shard_map.mode, epoch=view.shard_map.epoch)
+        mine = view.members.get(self._settings.instance)
+        if self._is_member and mine is not None and mine.incarnation != self._incarnation:
+            log.warning("another instance has the same name", member=mine.id)
+
+    async def hand_over(self) -> None:
+        """Give the shards up, so that the sessions can follow them; takes at most a lease.
+
+        In fan-out nobody waits: every instance hears everything as it is.
+        """
+        if not self._is_member:
+            return
+        me = self._settings.instance
+        try:
+            async with asyncio.timeout(self._settings.lease_s):
+                await self._membership.refresh()
+                while self._others() and self.view.shard_map.owned_by(me):
+                    self._seen.clear()
+                    await self._seen.wait()
+        except (CoordinationError, TimeoutError) as error:
+            log.warning("shards not handed over", reason=str(error) or "no leader did it in time")
+
+    def _others(self) -> Collection[Member]:
+        if self.view.shard_map.mode == "fanout":
+            return ()
+        me, draining = self._settings.instance, self.view.shard_map.draining
+        return [
+            member
+            for member in self.view.members.values()
+            if member.id != me and member.state == "active" and member.id not in draining
+        ]
+
+    # --- what an operator asks for --------------------------------------------------------------
+
+    async def migrate(self, mode: Mode, *, force: bool) -> None:
+        """Have every instance change to ``mode``; returns when it is written, not when it is done.
+
+        Raises:
+            HTTPException: 409 with the reason why not.
+            CoordinationError: the store can't be had.
+        """
+        if mode == "partitioned" and not force:
+            share = self._report().untagged_share
+            if share > _UNTAGGED_SHARE_ALLOWED:
+                raise HTTPException(
+                    HTTPStatus.CONFLICT,
+                    f"{share:.0%} of the signals carry no valid shard: every instance would go on"
+                    " receiving those. Tag them (protocol.md section 2), or ask with force",
+                )
+        if not self._is_shared and self._settings.transport != "memory://":
+            raise HTTPException(
+                HTTPStatus.CONFLICT,
+                "the instances share no coordination store (coordination is memory://), so they"
+                " can't change their mode together",
+            )
+        if self._settings.coordination.startswith("static:"):
+            raise HTTPException(
+                HTTPStatus.CONFLICT,
+                "with static:// coordination the mode is each instance's setting: change it there,"
+                " and restart them one after the other",
+            )
+        await self._membership.change(lambda shard_map: replace(shard_map, mode=mode))
+
+    async def drain(self, instance: str) -> None:
+        """Have ``instance`` give up its shards, then its sessions.
+
+        Raises:
+            HTTPException: 404, there is no such instance.
+            CoordinationError: the store can't be had.
+        """
+        if instance == self._settings.instance:
+            self._on_drain()
+        elif instance in self.view.members:
+            await self._membership.change(
+                lambda shard_map: replace(shard_map, draining=shard_map.draining | {instance})
+            )
+        else:
+            raise HTTPException(HTTPStatus.NOT_FOUND, "this cluster has no such instance")
+
+    def home_of(self, recipient: str) -> tuple[int, str, str]:
+        """The shard of ``recipient``, and the instance to connect to for it: its id and URL.
+
+        That is the shard's owner, or this instance when there is none to be reached; the URL may
+        be empty.
+        """
+        shard = shard_of(recipient, self._settings.shard_count)
+        owner = self.view.owner_of(shard)
+        if self.view.shard_map.mode == "partitioned" and owner is not None and owner.url:
+            return shard, owner.id, connect_url(owner.url)
+        return shard, self._settings.instance, connect_url(self._settings.advertise_url or "")
+
+    # --- what this instance tells ---------------------------------------------------------------
+
+    def _describe(self) -> Member:
+        settings = self._settings
+        return Member(
+            id=settings.instance,
+            url=self._url,
+            incarnation=self._incarnation,
+            weight=settings.weight,
+            joined_at_ms=self._joined_at_ms,
+            sessions=len(self._gateway.sessions),
+            state="draining" if self._gateway.draining else "active",
+            report=self._report(),
+        )
+
+    def _report(self) -> Report:
+        gateway = self._gateway
+        hold, traffic = gateway.hold, gateway.bridge.traffic
+        elapsed_s, (signals, untagged, delivered, cpu_s) = self._window.growth(self._totals())
+        interest = sorted(gateway.homing.interest)
+        return Report(
+            epoch=gateway.homing.shard_map.epoch,
+            settled=hold.settled,
+            subscriptions=len(hold.selections),
+            interest=tuple(interest[:_SHARDS_SHOWN_AT_MOST]),
+            messages_per_s=traffic.messages_per_s,
+            pokes_per_s=delivered / elapsed_s,
+            noise_ratio=traffic.noise_ratio,
+            untagged_share=untagged / signals if signals else 0.0,
+            gaps=hold.gaps,
+            cpu_share=cpu_s / elapsed_s,
+            memory_bytes=_memory_bytes(),
+        )
+
+    def _totals(self) -> Sequence[float]:
+        counters = self._gateway.bridge.counters
+        return (
+            counters.signals,
+            self._gateway.hold.untagged,
+            counters.delivered,
+            time.process_time(),
+        )
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(1.0)
+            self._window.mark(self._totals())
+
+    async def show(self) -> schema.Cluster:
+        """The whole cluster, as far as this instance sees it."""
+        shard_map, members = self.view.shard_map, dict(self.view.members)
+        if self._is_member:
+            members[self._settings.instance] = self._describe()
+        return schema.Cluster(
+            mode=shard_map.mode,
+            epoch=shard_map.epoch,
+            shard_count=shard_map.shard_count,
+            instances=[
+                _shown(member, shard_map.owned_by(member.id), shard_map.draining)
+                for _, member in sorted(members.items())
+            ],
+            traffic=await self._traffic(list(members.values())),
+        )
+
+    async def _traffic(self, members: Sequence[Member]) -> schema.Traffic:
+        """The load on the cluster.
+
+        In fan-out every instance receives every message; partitioned, their sum is what there is.
+        """
+        rates = [member.report.messages_per_s for member in members] or [0.0]
+        global_ops_per_s = messages_per_s = sum(rates)
+        if self.view.shard_map.mode == "fanout":
+            messages_per_s = max(rates)
+            instances = len(members)
+            if not self._is_shared:
+                instances = await self._transport.subscriber_count() or 1
+            global_ops_per_s = messages_per_s * instances
+        red_line = self._settings.red_line_ops_per_s
+        return schema.Traffic(
+            messages_per_s=messages_per_s,
+            global_ops_per_s=global_ops_per_s,
+            red_line=red_line,
+            noise_ratio=self._gateway.bridge.traffic.noise_ratio,
+            over_red_line=global_ops_per_s > red_line,
+        )
+
+
+def connect_url(base: str) -> str:
+    """The WebSocket's URL under ``base``; empty when that is."""
+    return base and f"{base.rstrip('/')}/v1/connect"
+
+
+def _standings(view: View) -> frozenset[tuple[object, ...]]:
+    return frozenset(member.standing for member in view.members.values())
+
+
+def _shown(member: Member, owned: Collection[int], draining: Collection[str]) -> schema.Instance:
+    report = asdict(member.report)
+    return schema.Instance(
+        id=member.id,
+        url=member.url,
+        state="draining" if member.id in draining else member.state,
+        sessions=member.sessions,
+        shards=sorted(owned),
+        weight=member.weight,
+        joined_at_ms=member.joined_at_ms,
+        **report,
+    )
+
+
+def _memory_bytes() -> int:
+    """What this process has in memory now; where the kernel does not say, its peak."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return pages * resource.getpagesize()
