@@ -66,10 +66,10 @@ class WatchedMailbox(MemoryMailbox):
         self._called("append")
         return await super().append(message)
 
-    async def unpoked(self, *, older_than_s: float, limit: int) -> Sequence[Poke]:
+    async def claim_unpoked(self, *, older_than_s: float, limit: int) -> Sequence[Poke]:
         """Count, then do or fail."""
-        self._called("unpoked")
-        return await super().unpoked(older_than_s=older_than_s, limit=limit)
+        self._called("claim_unpoked")
+        return await super().claim_unpoked(older_than_s=older_than_s, limit=limit)
 
     async def poked(self, pokes: Sequence[Poke]) -> None:
         """Count, then do or fail; suspend first, as a real store does."""
@@ -111,7 +111,7 @@ async def confirmed(mailbox: Mailbox) -> None:
     """Wait until every commit's poke is confirmed."""
 
     async def nothing_owed() -> bool:
-        return not await unpoked(mailbox)
+        return (await mailbox.stats()).outbox == 0
 
     await wait_until(nothing_owed, what="the outbox is empty")
 
@@ -255,7 +255,7 @@ class TestSweeping:
         """An entry that its own process is just publishing is not doubled."""
         await fill(mailbox, 1)
         async with Processor(mailbox, publisher, sweep_every_s=0.01, sweep_after_s=FOREVER_S):
-            await wait_until(lambda: mailbox.calls["unpoked"] >= 3)
+            await wait_until(lambda: mailbox.calls["claim_unpoked"] >= 3)
         assert publisher.pokes == []
 
     async def test_what_did_not_fit_is_swept(
@@ -320,7 +320,7 @@ class TestOutages:
         mailbox.error = MailboxError("disk full")
         with capture_logs() as logs:
             async with sweeping(mailbox, publisher):
-                await wait_until(lambda: mailbox.calls["unpoked"] >= 5)
+                await wait_until(lambda: mailbox.calls["claim_unpoked"] >= 5)
                 mailbox.error = None
                 await confirmed(mailbox)
         assert publisher.pokes == [Poke(BOB, 1)]

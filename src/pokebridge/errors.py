@@ -10,6 +10,7 @@
     ├── AuthError                   no valid token
     │   ├── ForbiddenError          a valid token that does not allow this
     │   └── KeysUnavailableError    the keys that would verify the token can't be had just now
+    ├── MailboxFullError            a recipient's quota is used up: the message was not taken
     └── UnavailableError            a part that we depend on does not answer: worth a retry
         ├── TransportError
         ├── MailboxError
@@ -98,6 +99,18 @@ class KeysUnavailableError(AuthError):
     close_code = 1013
 
 
+class MailboxFullError(PokebridgeError):
+    """The recipient's mailbox has no room for the message, which was not committed.
+
+    507 (RFC 4918, section 11.5), not 429: the sender was not too quick, and no pause of its own
+    makes room, so it is not to be taught to try again by itself, as HTTP libraries do on 429 and
+    503.
+    """
+
+    status = HTTPStatus.INSUFFICIENT_STORAGE
+    close_code = 1013
+
+
 class UnavailableError(PokebridgeError):
     """A part that we depend on does not answer."""
 
@@ -110,7 +123,11 @@ class TransportError(UnavailableError):
 
 
 class MailboxError(UnavailableError):
-    """The mailbox can't be read or written now; what was to be written is not committed."""
+    """The mailbox can't be read or written now.
+
+    When it stopped to answer amid a write, nobody knows whether that is committed: a message with
+    an id of its sender's can be sent again, and is committed once.
+    """
 
 
 class CoordinationError(UnavailableError):

@@ -60,9 +60,11 @@ class ProcessorStats:
 class Processor:
     """Sends messages; use it as an async context manager, or call ``start`` and ``close``.
 
-    A sweep, every ``sweep_every_s`` seconds, takes the outbox entries older than ``sweep_after_s``:
-    well above what a publish takes, or pokes are doubled. A purge runs every ``purge_every_s``.
-    Both pauses are jittered by half, so that processes which share a mailbox drift apart.
+    A sweep, every ``sweep_every_s`` seconds, claims outbox entries older than ``sweep_after_s``:
+    well above what a publish takes, or pokes are doubled. So what a dead process left is poked
+    within ``sweep_after_s + 1.5 * sweep_every_s``, by default 1.75 s. A purge runs every
+    ``purge_every_s``. Both pauses are jittered by half, so that processes which share a mailbox
+    drift apart.
     """
 
     def __init__(
@@ -70,9 +72,9 @@ class Processor:
         mailbox: Mailbox,
         publisher: Pokes,
         *,
-        sweep_every_s: float = 1.0,
+        sweep_every_s: float = 0.5,
         sweep_after_s: float = 1.0,
-        purge_every_s: float = 60.0,
+        purge_every_s: float = 20.0,
     ) -> None:
         self.stats = ProcessorStats()
         self._mailbox = mailbox
@@ -91,6 +93,7 @@ class Processor:
 
         Raises:
             InputError: the recipient is none.
+            MailboxFullError: the recipient's mailbox has no room for it.
             MailboxError: the mailbox can't commit it now.
         """
         check_recipient(message.recipient)
@@ -194,7 +197,9 @@ class Processor:
         more = True
         while more:
             with self._store.watched():
-                pokes = await self._mailbox.unpoked(older_than_s=self._sweep_after_s, limit=BATCH)
+                pokes = await self._mailbox.claim_unpoked(
+                    older_than_s=self._sweep_after_s, limit=BATCH
+                )
             if pokes:
                 await self._publish(pokes)
                 self.stats.swept += len(pokes)
@@ -202,8 +207,9 @@ class Processor:
             more = len(pokes) == BATCH
 
     async def _purge(self) -> None:
-        purged = PURGE_BATCH
-        while purged == PURGE_BATCH:
+        """Delete, step by step, what has had its time, until nothing is left."""
+        purged = 1
+        while purged:
             with self._store.watched():
                 purged = await self._mailbox.purge(limit=PURGE_BATCH)
 

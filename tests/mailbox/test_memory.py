@@ -2,6 +2,7 @@
 
 import pytest
 
+from pokebridge.mailbox.base import Limits
 from pokebridge.mailbox.memory import MemoryMailbox
 from pokebridge.testing.mailbox import MailboxContract
 from pokebridge.testing.mailbox_kit import ManualClock
@@ -11,6 +12,6 @@ class TestMemoryMailbox(MailboxContract):
     """The shipped suite."""
 
     @pytest.fixture
-    async def mailbox(self, clock: ManualClock) -> MemoryMailbox:
+    async def mailbox(self, clock: ManualClock, limits: Limits) -> MemoryMailbox:
         """An empty mailbox."""
-        return MemoryMailbox(clock)
+        return MemoryMailbox(clock, limits)

@@ -8,7 +8,8 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pokebridge.mailbox.base import RECEIPT_KEPT_MS, Mailbox
+from pokebridge.errors import MailboxFullError
+from pokebridge.mailbox.base import RECEIPT_KEPT_MS, Limits, Mailbox
 from pokebridge.mailbox.memory import MemoryMailbox
 from pokebridge.mailbox.sqlite import SqliteMailbox
 from pokebridge.model import NewMessage, Poke
@@ -19,6 +20,7 @@ Operation = Callable[[Mailbox], Awaitable[Any]]
 recipients = st.sampled_from(["urn:user:bob", "r" * 256])
 devices = st.sampled_from(["phone", "tablet"])
 numbers = st.integers(-1, 9)
+LIMITS = Limits(max_messages=6, max_bytes=80)
 
 
 def append(new: NewMessage) -> Operation:
@@ -26,9 +28,11 @@ def append(new: NewMessage) -> Operation:
     return lambda mailbox: mailbox.append(new)
 
 
-def read(recipient: str, after: int, limit: int) -> Operation:
+def read(recipient: str, after: int, limit: int, max_bytes: int, known: int | None) -> Operation:
     """Read a page."""
-    return lambda mailbox: mailbox.read(recipient, after=after, limit=limit)
+    return lambda mailbox: mailbox.read(
+        recipient, after=after, limit=limit, max_bytes=max_bytes, unless_head=known
+    )
 
 
 def head(recipient: str) -> Operation:
@@ -55,9 +59,19 @@ def unpoked(older_than_s: int) -> Operation:
     """All outbox entries of that age; their order is not promised."""
 
     async def ask(mailbox: Mailbox) -> set[Poke]:
-        return set(await mailbox.unpoked(older_than_s=older_than_s, limit=100))
+        return set(await mailbox.claim_unpoked(older_than_s=older_than_s, limit=100))
 
     return ask
+
+
+def clear(recipient: str) -> Operation:
+    """Delete what a recipient has."""
+    return lambda mailbox: mailbox.clear(recipient)
+
+
+async def stats(mailbox: Mailbox) -> Any:
+    """Count."""
+    return await mailbox.stats()
 
 
 async def purge(mailbox: Mailbox) -> int:
@@ -78,14 +92,18 @@ pokes = st.builds(Poke, recipients, st.none() | numbers)
 operations: st.SearchStrategy[Operation | float] = st.one_of(
     st.builds(append, messages),
     st.builds(append, messages),
-    st.builds(read, recipients, numbers, st.integers(1, 4)),
+    st.builds(
+        read, recipients, numbers, st.integers(1, 4), st.integers(0, 60), st.none() | numbers
+    ),
     st.builds(ack, recipients, devices, numbers),
     st.builds(see_device, recipients, devices),
     st.builds(head, recipients),
+    st.builds(clear, recipients),
+    st.just(stats),
     st.builds(poked, st.lists(pokes, max_size=3)),
     st.builds(unpoked, st.integers(0, 3)),
     st.just(purge),
-    st.sampled_from([0.5, 1.0, 3.0, -2.0, RECEIPT_KEPT_MS / 1000]),  # time passes
+    st.sampled_from([0.5, 1.0, 3.0, -2.0, RECEIPT_KEPT_MS / 1000, 80 * 86_400.0]),  # time passes
 )
 
 
@@ -93,13 +111,20 @@ operations: st.SearchStrategy[Operation | float] = st.one_of(
 @given(steps=st.lists(operations, min_size=10, max_size=40))
 async def test_both_mailboxes_answer_the_same(steps: list[Operation | float]) -> None:
     """A random history gives the same answer at each step, whichever keeps it."""
+
+    async def answer(mailbox: Mailbox, step: Operation) -> object:
+        try:
+            return await step(mailbox)
+        except MailboxFullError as error:
+            return str(error)
+
     clock = ManualClock()
     with TemporaryDirectory() as folder:
-        memory = MemoryMailbox(clock)
-        on_disk = await SqliteMailbox.open(Path(folder) / "mailbox.db", clock)
+        memory = MemoryMailbox(clock, LIMITS)
+        on_disk = await SqliteMailbox.open(Path(folder) / "mailbox.db", clock, LIMITS)
         for step in steps:
             if isinstance(step, float):
                 clock.now_s += step
             else:
-                assert await step(memory) == await step(on_disk)
+                assert await answer(memory, step) == await answer(on_disk, step)
         await on_disk.close()

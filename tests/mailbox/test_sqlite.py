@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 from tests.support.waiting import wait_until
 
-from pokebridge.errors import ConfigError, MailboxError
+from pokebridge.errors import ConfigError, MailboxError, MailboxFullError
 from pokebridge.mailbox import sqlite, sqlite_lane
-from pokebridge.mailbox.base import Mailbox
+from pokebridge.mailbox.base import Limits, Mailbox
 from pokebridge.mailbox.sqlite import SqliteMailbox
 from pokebridge.mailbox.sqlite_lane import Lane, commit_together
 from pokebridge.model import Receipt
 from pokebridge.testing.mailbox import Connect, DurableMailboxContract
-from pokebridge.testing.mailbox_kit import BOB, ManualClock, fill, message, unpoked, versions
+from pokebridge.testing.mailbox_kit import BOB, ManualClock, fill, kept, message, unpoked, versions
 
 APPENDER = Path(__file__).with_name("appender.py")
 
@@ -51,12 +51,14 @@ class TestSqliteMailbox(DurableMailboxContract):
     """The shipped suite, on a file of its own for each test."""
 
     @pytest.fixture
-    async def connect(self, clock: ManualClock, path: Path) -> AsyncIterator[Connect]:
+    async def connect(
+        self, clock: ManualClock, limits: Limits, path: Path
+    ) -> AsyncIterator[Connect]:
         """Mailboxes on one file, closed afterwards."""
         opened: list[SqliteMailbox] = []
 
         async def connect() -> Mailbox:
-            opened.append(await SqliteMailbox.open(path, clock))
+            opened.append(await SqliteMailbox.open(path, clock, limits))
             return opened[-1]
 
         yield connect
@@ -278,6 +280,28 @@ class TestOpening:
         with pytest.raises(ConfigError, match="another program"):
             await SqliteMailbox.open(path)
         assert path.read_bytes() == before
+
+    async def test_an_older_schema_is_brought_up_to_date(self, path: Path) -> None:
+        """What the first version wrote is kept, counted against the limits, and its devices too."""
+        with closing(sqlite3.connect(path)) as db, db:
+            for statement in sqlite.MIGRATIONS[0]:
+                db.execute(statement)
+            db.execute(f"PRAGMA application_id = {sqlite.APPLICATION_ID}")
+            db.execute("PRAGMA user_version = 1")
+            db.execute("INSERT INTO heads VALUES (?, 3)", (BOB,))
+            for version in (2, 3):
+                row = (BOB, version, "m", "urn:user:alice", b"1234", 0, None)
+                db.execute("INSERT INTO messages VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+            db.execute("INSERT INTO devices VALUES (?, 'phone', 1)", (BOB,))
+        mailbox = await SqliteMailbox.open(path, limits=Limits(max_messages=3))
+        assert await kept(mailbox) == (2, 8)
+        assert await mailbox.purge(limit=10) == 0
+        assert (await mailbox.append(message())).version == 4
+        with pytest.raises(MailboxFullError):
+            await mailbox.append(message())
+        await mailbox.ack(BOB, "phone", 3)
+        assert await versions(mailbox) == [4]
+        await mailbox.close()
 
     async def test_a_newer_schema(self, path: Path) -> None:
         """A file that a newer version wrote is not read by guess."""

@@ -2,7 +2,7 @@
 
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import islice
@@ -10,7 +10,16 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from pokebridge.errors import MailboxError
-from pokebridge.mailbox.base import RECEIPT_KEPT_MS, expiry_ms, page_of
+from pokebridge.mailbox.base import (
+    FORGET_BATCH,
+    PAGE_BYTES,
+    RECEIPT_KEPT_MS,
+    SEEN_EVERY_MS,
+    Limits,
+    MailboxStats,
+    expiry_ms,
+    page_of,
+)
 from pokebridge.model import Message, NewMessage, Page, Poke, Receipt
 
 
@@ -25,11 +34,29 @@ class _Log:
 
     head: int = 0
     kept: list[_Kept] = field(default_factory=list)
+    kept_bytes: int = 0
     acked: dict[str, int] = field(default_factory=dict)
 
     def index_after(self, version: int) -> int:
         """Where in ``kept`` the versions above ``version`` begin."""
         return bisect_right(self.kept, version, key=attrgetter("message.version"))
+
+    def has_room(self, body: bytes, limits: Limits) -> bool:
+        """Whether a message with ``body`` fits."""
+        fits = self.kept_bytes + len(body) <= limits.max_bytes
+        return fits and len(self.kept) < limits.max_messages
+
+    def delete(self, start: int, end: int) -> int:
+        """Delete those from index ``start`` to ``end``; how many."""
+        self.kept_bytes -= sum(len(kept.message.body) for kept in self.kept[start:end])
+        before = len(self.kept)
+        del self.kept[start:end]
+        return before - len(self.kept)
+
+    def delete_acked(self) -> None:
+        """Delete what every known device has acked."""
+        if self.acked:
+            self.delete(0, self.index_after(min(self.acked.values())))
 
 
 class MemoryMailbox:
@@ -38,8 +65,11 @@ class MemoryMailbox:
     No call suspends, so each is atomic by nature. ``clock`` gives Unix time in seconds.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, clock: Callable[[], float] = time.time, limits: Limits | None = None
+    ) -> None:
         self._clock = clock
+        self._limits = limits or Limits()
         self._logs: dict[str, _Log] = {}
         # By (sender, id): version and time, oldest first.
         self._receipts: dict[tuple[str, str], tuple[int, int]] = {}
@@ -47,6 +77,7 @@ class MemoryMailbox:
         self._expiries: list[
             tuple[int, str, int]
         ] = []  # a heap of (expires_ms, recipient, version)
+        self._seen_ms: dict[tuple[str, str], int] = {}  # by (recipient, device), longest ago first
         self._closed = False
 
     async def append(self, message: NewMessage) -> Receipt:
@@ -56,7 +87,10 @@ class MemoryMailbox:
         if message.id_is_senders and (first := self._receipts.get(key)):
             return Receipt(message.id, first[0], duplicate=True)
         log = self._logs.setdefault(message.recipient, _Log())
+        if not log.has_room(message.body, self._limits):
+            raise self._limits.refuse()
         log.head += 1
+        log.kept_bytes += len(message.body)
         expires_ms = expiry_ms(message, now_ms)
         log.kept.append(
             _Kept(Message(log.head, message.id, message.sender, message.body, now_ms), expires_ms)
@@ -69,16 +103,26 @@ class MemoryMailbox:
         self._outbox[message.recipient] = (log.head, since_ms)
         return Receipt(message.id, log.head)
 
-    async def read(self, recipient: str, *, after: int, limit: int) -> Page:
+    async def read(
+        self,
+        recipient: str,
+        *,
+        after: int,
+        limit: int,
+        max_bytes: int = PAGE_BYTES,
+        unless_head: int | None = None,
+    ) -> Page:
         """See the port."""
         now_ms = self._now_ms()
         log = self._logs.get(recipient) or _Log()
+        if log.head == unless_head:
+            after = log.head
         fresh = (
             kept.message
             for kept in islice(log.kept, log.index_after(after), None)
             if kept.expires_ms is None or kept.expires_ms > now_ms
         )
-        return page_of(list(islice(fresh, limit + 1)), head=log.head, limit=limit)
+        return page_of(fresh, head=log.head, limit=limit, max_bytes=max_bytes)
 
     async def head(self, recipient: str) -> int:
         """See the port."""
@@ -88,17 +132,21 @@ class MemoryMailbox:
 
     async def see_device(self, recipient: str, device: str) -> None:
         """See the port."""
-        self._check_open()
+        now_ms = self._now_ms()
         self._logs.setdefault(recipient, _Log()).acked.setdefault(device, 0)
+        seen_ms = self._seen_ms.get((recipient, device))
+        if seen_ms is None or seen_ms <= now_ms - SEEN_EVERY_MS:
+            self._seen_ms.pop((recipient, device), None)
+            self._seen_ms[recipient, device] = now_ms
 
     async def ack(self, recipient: str, device: str, version: int) -> None:
         """See the port."""
-        self._check_open()
-        log = self._logs.setdefault(recipient, _Log())
-        log.acked[device] = max(log.acked.get(device, 0), min(version, log.head))
-        del log.kept[: log.index_after(min(log.acked.values()))]
+        await self.see_device(recipient, device)
+        log = self._logs[recipient]
+        log.acked[device] = max(log.acked[device], min(version, log.head))
+        log.delete_acked()
 
-    async def unpoked(self, *, older_than_s: float, limit: int) -> Sequence[Poke]:
+    async def claim_unpoked(self, *, older_than_s: float, limit: int) -> Sequence[Poke]:
         """See the port."""
         now_ms = self._now_ms()
         latest_ms = now_ms - int(older_than_s * 1000)
@@ -107,7 +155,10 @@ class MemoryMailbox:
             for recipient, (version, since_ms) in self._outbox.items()
             if since_ms <= latest_ms or since_ms > now_ms
         )
-        return list(islice(old, limit))
+        claimed = list(islice(old, limit))
+        for poke in claimed:
+            self._outbox[poke.recipient] = (poke.version or 0, now_ms)
+        return claimed
 
     async def poked(self, pokes: Sequence[Poke]) -> None:
         """See the port."""
@@ -128,14 +179,44 @@ class MemoryMailbox:
         while purged < limit and self._expiries and self._expiries[0][0] <= now_ms:
             _, recipient, version = heappop(self._expiries)
             purged += self._delete(recipient, version)
-        forgotten = [
-            key
-            for key, (_, at_ms) in islice(self._receipts.items(), limit - purged)
-            if at_ms <= now_ms - RECEIPT_KEPT_MS
-        ]
+        receipts = ((key, at_ms) for key, (_, at_ms) in self._receipts.items())
+        forgotten = _not_after(now_ms - RECEIPT_KEPT_MS, receipts, limit - purged)
         for key in forgotten:
             del self._receipts[key]
-        return purged + len(forgotten)
+        purged += len(forgotten)
+        unseen_since_ms = self._limits.unseen_since_ms(now_ms)
+        at_most = min(limit - purged, FORGET_BATCH)
+        unseen = _not_after(unseen_since_ms, self._seen_ms.items(), at_most)
+        for recipient, device in unseen:
+            del self._seen_ms[recipient, device]
+            del self._logs[recipient].acked[device]
+            self._logs[recipient].delete_acked()
+        return purged + len(unseen)
+
+    async def clear(self, recipient: str) -> int:
+        """See the port."""
+        self._check_open()
+        log = self._logs.get(recipient) or _Log()
+        for device in log.acked:
+            del self._seen_ms[recipient, device]
+        log.acked.clear()
+        self._outbox.pop(recipient, None)
+        return log.delete(0, len(log.kept))
+
+    async def stats(self) -> MailboxStats:
+        """See the port."""
+        self._check_open()
+        logs = self._logs.values()
+        oldest = [log.kept[0].message.sent_at_ms for log in logs if log.kept]
+        return MailboxStats(
+            recipients=sum(log.head > 0 for log in logs),
+            messages=sum(len(log.kept) for log in logs),
+            bytes=sum(log.kept_bytes for log in logs),
+            devices=len(self._seen_ms),
+            outbox=len(self._outbox),
+            oldest_message_ms=min(oldest, default=None),
+            oldest_outbox_ms=min((since for _, since in self._outbox.values()), default=None),
+        )
 
     async def check(self) -> None:
         """See the port."""
@@ -151,8 +232,7 @@ class MemoryMailbox:
         index = log.index_after(version - 1)
         if index == len(log.kept) or log.kept[index].message.version != version:
             return False
-        del log.kept[index]
-        return True
+        return log.delete(index, index + 1) == 1
 
     def _now_ms(self) -> int:
         self._check_open()
@@ -161,3 +241,10 @@ class MemoryMailbox:
     def _check_open(self) -> None:
         if self._closed:
             raise MailboxError("the in-process mailbox is closed")
+
+
+def _not_after(
+    latest_ms: int, items: Iterable[tuple[tuple[str, str], int]], limit: int
+) -> list[tuple[str, str]]:
+    """The keys of those among the first ``limit`` items whose time is not after ``latest_ms``."""
+    return [key for key, at_ms in islice(items, limit) if at_ms <= latest_ms]

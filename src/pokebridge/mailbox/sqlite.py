@@ -8,13 +8,23 @@ load. Reads have a few threads of their own: in WAL mode they never wait for the
 import asyncio
 import sqlite3
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from pokebridge.errors import ConfigError, MailboxError
-from pokebridge.mailbox.base import RECEIPT_KEPT_MS, expiry_ms, page_of
+from pokebridge.mailbox.base import (
+    FORGET_BATCH,
+    PAGE_BYTES,
+    RECEIPT_KEPT_MS,
+    SEEN_EVERY_MS,
+    Limits,
+    MailboxStats,
+    expiry_ms,
+    page_of,
+)
 from pokebridge.mailbox.sqlite_lane import (
     LOCK_TIMEOUT_S,
     Lane,
@@ -70,6 +80,18 @@ MIGRATIONS: Final = (
             PRIMARY KEY (recipient, device)
         ) WITHOUT ROWID""",
     ),
+    (
+        # What a recipient's limits are checked against, without counting anew.
+        "ALTER TABLE heads ADD COLUMN kept_messages INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE heads ADD COLUMN kept_bytes INTEGER NOT NULL DEFAULT 0",
+        """UPDATE heads SET (kept_messages, kept_bytes) = (
+            SELECT count(*), coalesce(sum(length(body)), 0) FROM messages
+            WHERE messages.recipient = heads.recipient
+        )""",
+        "ALTER TABLE devices ADD COLUMN seen_ms INTEGER NOT NULL DEFAULT 0",
+        "UPDATE devices SET seen_ms = strftime('%s', 'now') * 1000",
+        "CREATE INDEX devices_by_seen ON devices (seen_ms)",
+    ),
 )
 """The statements of each schema version; the file's ``user_version`` counts those done."""
 
@@ -82,14 +104,19 @@ class SqliteMailbox:
         writer: sqlite3.Connection,
         readers: Sequence[sqlite3.Connection],
         clock: Callable[[], float],
+        limits: Limits,
     ) -> None:
         self._clock = clock
+        self._limits = limits
         self._writes = Lane("mailbox-writer", [writer], commit_together, WRITE_BATCH)
         self._reads = Lane("mailbox-reader", readers, do_each, READ_BATCH)
 
     @classmethod
     async def open(
-        cls, path: str | Path, clock: Callable[[], float] = time.time
+        cls,
+        path: str | Path,
+        clock: Callable[[], float] = time.time,
+        limits: Limits | None = None,
     ) -> "SqliteMailbox":
         """Open the mailbox at ``path``, made anew when there is no file.
 
@@ -100,15 +127,32 @@ class SqliteMailbox:
             MailboxError: another process keeps the file locked.
         """
         writer, *readers = await asyncio.to_thread(_open_file, Path(path))
-        return cls(writer, readers, clock)
+        return cls(writer, readers, clock, limits or Limits())
 
     async def append(self, message: NewMessage) -> Receipt:
         """See the port."""
-        return await self._writes.do(lambda db: _append(db, message, self._now_ms()))
+        return await self._writes.do(lambda db: _append(db, message, self._limits, self._now_ms()))
 
-    async def read(self, recipient: str, *, after: int, limit: int) -> Page:
+    async def read(
+        self,
+        recipient: str,
+        *,
+        after: int,
+        limit: int,
+        max_bytes: int = PAGE_BYTES,
+        unless_head: int | None = None,
+    ) -> Page:
         """See the port."""
-        return await self._reads.do(lambda db: _read(db, recipient, after, limit, self._now_ms()))
+
+        def read(db: sqlite3.Connection) -> Page:
+            head = _head(db, recipient)
+            if after >= head or head == unless_head:
+                return page_of((), head=head, limit=limit, max_bytes=max_bytes)
+            with closing(_fresh(db, recipient, after, head, limit, self._now_ms())) as rows:
+                messages = (Message(*row) for row in rows)
+                return page_of(messages, head=head, limit=limit, max_bytes=max_bytes)
+
+        return await self._reads.do(read)
 
     async def head(self, recipient: str) -> int:
         """See the port."""
@@ -116,15 +160,21 @@ class SqliteMailbox:
 
     async def see_device(self, recipient: str, device: str) -> None:
         """See the port."""
-        await self._writes.do(lambda db: _raise_acked(db, recipient, device, 0))
+        since_ms = self._now_ms() - SEEN_EVERY_MS
+        if not await self._reads.do(lambda db: _was_seen(db, recipient, device, since_ms)):
+            await self._writes.do(lambda db: _see_device(db, recipient, device, 0, self._now_ms()))
 
     async def ack(self, recipient: str, device: str, version: int) -> None:
         """See the port."""
-        await self._writes.do(lambda db: _ack(db, recipient, device, version))
+        await self._writes.do(lambda db: _ack(db, recipient, device, version, self._now_ms()))
 
-    async def unpoked(self, *, older_than_s: float, limit: int) -> Sequence[Poke]:
+    async def claim_unpoked(self, *, older_than_s: float, limit: int) -> Sequence[Poke]:
         """See the port."""
-        return await self._reads.do(lambda db: _unpoked(db, older_than_s, limit, self._now_ms()))
+        # Nearly always there is nothing, and a look does not wait for the writer.
+        old = _Old(older_than_s, limit)
+        if not await self._reads.do(lambda db: old.find(db, self._now_ms())):
+            return []
+        return await self._writes.do(lambda db: old.claim(db, self._now_ms()))
 
     async def poked(self, pokes: Sequence[Poke]) -> None:
         """See the port."""
@@ -132,7 +182,15 @@ class SqliteMailbox:
 
     async def purge(self, *, limit: int) -> int:
         """See the port."""
-        return await self._writes.do(lambda db: _purge(db, limit, self._now_ms()))
+        return await self._writes.do(lambda db: _purge(db, limit, self._limits, self._now_ms()))
+
+    async def clear(self, recipient: str) -> int:
+        """See the port."""
+        return await self._writes.do(lambda db: _clear(db, recipient))
+
+    async def stats(self) -> MailboxStats:
+        """See the port."""
+        return await self._reads.do(_stats)
 
     async def check(self) -> None:
         """Return when a transaction could be begun and committed, and a reader answered."""
@@ -151,19 +209,22 @@ class SqliteMailbox:
 # -- the operations, each within a transaction when it writes -------------------------------------
 
 
-def _append(db: sqlite3.Connection, message: NewMessage, now_ms: int) -> Receipt:
+def _append(db: sqlite3.Connection, message: NewMessage, limits: Limits, now_ms: int) -> Receipt:
     if message.id_is_senders:
         first = db.execute(
             "SELECT version FROM receipts WHERE sender = ? AND id = ?", (message.sender, message.id)
         ).fetchone()
         if first:
             return Receipt(message.id, first[0], duplicate=True)
-    version = _head(db, message.recipient) + 1
-    db.execute(
-        "INSERT INTO heads VALUES (?, ?)"
-        " ON CONFLICT (recipient) DO UPDATE SET head = excluded.head",
-        (message.recipient, version),
-    )
+    row = db.execute(
+        "INSERT INTO heads VALUES (?1, 1, 1, ?2) ON CONFLICT (recipient) DO UPDATE"
+        " SET head = head + 1, kept_messages = kept_messages + 1, kept_bytes = kept_bytes + ?2"
+        " RETURNING head, kept_messages, kept_bytes",
+        (message.recipient, len(message.body)),
+    ).fetchone()
+    version, kept_messages, kept_bytes = row
+    if kept_messages > limits.max_messages or kept_bytes > limits.max_bytes:
+        raise limits.refuse()  # which undoes the job
     db.execute(
         "INSERT INTO messages VALUES (?, ?, ?, ?, ?, ?, ?)",
         (
@@ -194,43 +255,91 @@ def _head(db: sqlite3.Connection, recipient: str) -> int:
     return row[0] if row else 0
 
 
-def _read(db: sqlite3.Connection, recipient: str, after: int, limit: int, now_ms: int) -> Page:
-    head = _head(db, recipient)
-    if after >= head:
-        return page_of((), head=head, limit=limit)
+def _fresh(
+    db: sqlite3.Connection, recipient: str, after: int, head: int, limit: int, now_ms: int
+) -> sqlite3.Cursor:
+    """What can be read, one more than ``limit``; each body is read when its row is taken."""
     # Cut to the head just read: what is committed in between belongs to the next page.
-    rows = db.execute(
+    return db.execute(
         "SELECT version, id, sender, body, sent_at_ms FROM messages"
         " WHERE recipient = ? AND version > ? AND version <= ?"
         " AND (expires_ms IS NULL OR expires_ms > ?) ORDER BY version LIMIT ?",
         (recipient, max(after, 0), head, now_ms, limit + 1),
     )
-    return page_of([Message(*row) for row in rows], head=head, limit=limit)
 
 
-def _raise_acked(db: sqlite3.Connection, recipient: str, device: str, version: int) -> None:
+def _was_seen(db: sqlite3.Connection, recipient: str, device: str, since_ms: int) -> bool:
+    row = db.execute(
+        "SELECT seen_ms > ? FROM devices WHERE recipient = ? AND device = ?",
+        (since_ms, recipient, device),
+    ).fetchone()
+    return bool(row and row[0])
+
+
+def _see_device(
+    db: sqlite3.Connection, recipient: str, device: str, version: int, now_ms: int
+) -> None:
+    """Make it known and raise its ack to ``version``; that it was seen is rarely written down."""
     db.execute(
-        "INSERT INTO devices VALUES (?, ?, ?)"
-        " ON CONFLICT (recipient, device) DO UPDATE SET acked = max(acked, excluded.acked)",
-        (recipient, device, version),
+        "INSERT INTO devices VALUES (?1, ?2, ?3, ?4) ON CONFLICT (recipient, device) DO UPDATE"
+        " SET acked = max(acked, ?3), seen_ms = iif(seen_ms <= ?5, ?4, seen_ms)",
+        (recipient, device, version, now_ms, now_ms - SEEN_EVERY_MS),
     )
 
 
-def _ack(db: sqlite3.Connection, recipient: str, device: str, version: int) -> None:
-    _raise_acked(db, recipient, device, max(0, min(version, _head(db, recipient))))
-    db.execute(
-        "DELETE FROM messages WHERE recipient = ?1"
-        " AND version <= (SELECT min(acked) FROM devices WHERE recipient = ?1)",
+def _ack(db: sqlite3.Connection, recipient: str, device: str, version: int, now_ms: int) -> None:
+    acked = max(0, min(version, _head(db, recipient)))
+    _see_device(db, recipient, device, acked, now_ms)
+    _delete_acked(db, recipient)
+
+
+def _delete_acked(db: sqlite3.Connection, recipient: str) -> None:
+    """Delete what every known device has acked; nothing when there is none."""
+    _delete(
+        db,
+        "recipient = ?1 AND version <= (SELECT min(acked) FROM devices WHERE recipient = ?1)",
         (recipient,),
     )
 
 
-def _unpoked(db: sqlite3.Connection, older_than_s: float, limit: int, now_ms: int) -> list[Poke]:
-    rows = db.execute(
-        "SELECT recipient, version FROM outbox WHERE since_ms <= ? OR since_ms > ? LIMIT ?",
-        (now_ms - int(older_than_s * 1000), now_ms, limit),
+def _delete(db: sqlite3.Connection, where: str, parameters: Iterable[str | int]) -> int:
+    """Delete the messages for which ``where`` holds, and keep the books; how many."""
+    deleted = db.execute(
+        f"DELETE FROM messages WHERE {where} RETURNING recipient, length(body)",  # noqa: S608 - ours
+        tuple(parameters),
+    ).fetchall()
+    sizes_bytes: Counter[str] = Counter()
+    for recipient, size_bytes in deleted:
+        sizes_bytes[recipient] += size_bytes
+    counts = Counter(recipient for recipient, _ in deleted)
+    db.executemany(
+        "UPDATE heads SET kept_messages = kept_messages - ?, kept_bytes = kept_bytes - ?"
+        " WHERE recipient = ?",
+        [(count, sizes_bytes[recipient], recipient) for recipient, count in counts.items()],
     )
-    return [Poke(*row) for row in rows]
+    return len(deleted)
+
+
+class _Old(NamedTuple):
+    """The outbox entries that a sweep is after."""
+
+    older_than_s: float
+    limit: int
+
+    def find(self, db: sqlite3.Connection, now_ms: int) -> list[Poke]:
+        rows = db.execute(
+            "SELECT recipient, version FROM outbox WHERE since_ms <= ? OR since_ms > ? LIMIT ?",
+            (now_ms - int(self.older_than_s * 1000), now_ms, self.limit),
+        )
+        return [Poke(*row) for row in rows]
+
+    def claim(self, db: sqlite3.Connection, now_ms: int) -> list[Poke]:
+        pokes = self.find(db, now_ms)
+        db.executemany(
+            "UPDATE outbox SET since_ms = ? WHERE recipient = ?",
+            [(now_ms, poke.recipient) for poke in pokes],
+        )
+        return pokes
 
 
 def _poked(db: sqlite3.Connection, pokes: Sequence[Poke], now_ms: int) -> None:
@@ -242,18 +351,43 @@ def _poked(db: sqlite3.Connection, pokes: Sequence[Poke], now_ms: int) -> None:
     )
 
 
-def _purge(db: sqlite3.Connection, limit: int, now_ms: int) -> int:
-    messages = db.execute(
-        "DELETE FROM messages WHERE (recipient, version) IN"
+def _purge(db: sqlite3.Connection, limit: int, limits: Limits, now_ms: int) -> int:
+    messages = _delete(
+        db,
+        "(recipient, version) IN"
         " (SELECT recipient, version FROM messages WHERE expires_ms <= ? LIMIT ?)",
         (now_ms, limit),
-    ).rowcount
+    )
     receipts = db.execute(
         "DELETE FROM receipts WHERE (sender, id) IN"
         " (SELECT sender, id FROM receipts WHERE at_ms <= ? LIMIT ?)",
         (now_ms - RECEIPT_KEPT_MS, limit - messages),
     ).rowcount
-    return messages + receipts
+    at_most = min(limit - messages - receipts, FORGET_BATCH)
+    forgotten = db.execute(
+        "DELETE FROM devices WHERE (recipient, device) IN"
+        " (SELECT recipient, device FROM devices WHERE seen_ms <= ? LIMIT ?) RETURNING recipient",
+        (limits.unseen_since_ms(now_ms), at_most),
+    ).fetchall()
+    for (recipient,) in forgotten:
+        _delete_acked(db, recipient)
+    return messages + receipts + len(forgotten)
+
+
+def _clear(db: sqlite3.Connection, recipient: str) -> int:
+    db.execute("DELETE FROM devices WHERE recipient = ?", (recipient,))
+    db.execute("DELETE FROM outbox WHERE recipient = ?", (recipient,))
+    return _delete(db, "recipient = ?", (recipient,))
+
+
+def _stats(db: sqlite3.Connection) -> MailboxStats:
+    row = db.execute(
+        "SELECT count(*), total(kept_messages), total(kept_bytes),"
+        " (SELECT count(*) FROM devices), (SELECT count(*) FROM outbox),"
+        " (SELECT min(sent_at_ms) FROM messages), (SELECT min(since_ms) FROM outbox) FROM heads"
+    ).fetchone()
+    recipients, messages, size_bytes, *rest = row
+    return MailboxStats(recipients, int(messages), int(size_bytes), *rest)
 
 
 # -- opening the file -----------------------------------------------------------------------------

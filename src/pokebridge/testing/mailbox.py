@@ -2,11 +2,11 @@
 
     class TestMyMailbox(DurableMailboxContract):
         @pytest.fixture
-        async def connect(self, clock, my_server):
+        async def connect(self, clock, limits, my_server):
             ...  # yield an async function that returns a new mailbox on the same store
 
-Each call of ``connect`` stands for another process; what it returns takes its time from ``clock``
-and is closed by the fixture. A mailbox that lives in one process subclasses
+Each call of ``connect`` stands for another process; what it returns takes its time from ``clock``,
+keeps to ``limits`` and is closed by the fixture. A mailbox that lives in one process subclasses
 :class:`MailboxContract` and gives the fixture ``mailbox``. A store starts empty for each test.
 """
 
@@ -29,6 +29,7 @@ from pokebridge.testing.mailbox_kit import (
     unpoked,
     versions,
 )
+from pokebridge.testing.mailbox_limits import LimitsContract
 from pokebridge.testing.mailbox_outbox import OutboxContract
 
 DAY_S = 24 * 3600.0
@@ -36,7 +37,7 @@ DAY_S = 24 * 3600.0
 Connect = Callable[[], Awaitable[Mailbox]]
 
 
-class MailboxContract(OutboxContract):
+class MailboxContract(OutboxContract, LimitsContract):
     """What every mailbox promises (``pokebridge.mailbox.base``), but to survive its process."""
 
     # -- append and read ---------------------------------------------------------------------------
@@ -374,9 +375,11 @@ class MailboxContract(OutboxContract):
             mailbox.head(BOB),
             mailbox.see_device(BOB, "phone"),
             mailbox.ack(BOB, "phone", 1),
-            mailbox.unpoked(older_than_s=0, limit=1),
+            mailbox.claim_unpoked(older_than_s=0, limit=1),
             mailbox.poked([Poke(BOB, 1)]),
             mailbox.purge(limit=1),
+            mailbox.clear(BOB),
+            mailbox.stats(),
             mailbox.check(),
         ):
             with pytest.raises(MailboxError):

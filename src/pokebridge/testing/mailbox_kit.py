@@ -43,6 +43,12 @@ async def versions(mailbox: Mailbox, recipient: str = BOB, *, after: int = 0) ->
     return found
 
 
+async def kept(mailbox: Mailbox) -> tuple[int, int]:
+    """How many messages there are, expired ones included, and the bytes of their bodies."""
+    stats = await mailbox.stats()
+    return stats.messages, stats.bytes
+
+
 async def fill(mailbox: Mailbox, count: int, recipient: str = BOB) -> None:
     """Append ``count`` messages."""
     for _ in range(count):
@@ -51,7 +57,7 @@ async def fill(mailbox: Mailbox, count: int, recipient: str = BOB) -> None:
 
 async def unpoked(mailbox: Mailbox, older_than_s: float = 0) -> dict[str, int | None]:
     """The outbox entries of at least that age: newest version by recipient."""
-    pokes = await mailbox.unpoked(older_than_s=older_than_s, limit=1000)
+    pokes = await mailbox.claim_unpoked(older_than_s=older_than_s, limit=1000)
     by_recipient = {poke.recipient: poke.version for poke in pokes}
     assert len(by_recipient) == len(pokes), "one entry a recipient"
     return by_recipient

@@ -1,5 +1,7 @@
 """The part of every mailbox's contract that makes pokes certain: the outbox."""
 
+import asyncio
+
 import pytest
 
 from pokebridge.mailbox.base import Mailbox
@@ -51,11 +53,23 @@ class OutboxContract:
         for n in range(25):
             await mailbox.append(message(f"urn:user:{n}"))
         seen: list[Poke] = []
-        while pokes := await mailbox.unpoked(older_than_s=0, limit=10):
+        while pokes := await mailbox.claim_unpoked(older_than_s=0, limit=10):
             assert len(pokes) <= 10
             seen += pokes
             await mailbox.poked(pokes)
         assert sorted(poke.recipient for poke in seen) == sorted(f"urn:user:{n}" for n in range(25))
+
+    async def test_one_sweeper_gets_each_entry(self, mailbox: Mailbox, clock: ManualClock) -> None:
+        """What is claimed is young again: nobody else gets it, until it is forgotten once more."""
+        for n in range(10):
+            await mailbox.append(message(f"urn:user:{n}"))
+        clock.now_s += 2
+        sweeps = [mailbox.claim_unpoked(older_than_s=1, limit=4) for _ in range(4)]
+        claimed = [poke for pokes in await asyncio.gather(*sweeps) for poke in pokes]
+        assert len(claimed) == len(set(claimed)) == 10
+        assert await unpoked(mailbox, older_than_s=1) == {}
+        clock.now_s += 1
+        assert len(await unpoked(mailbox, older_than_s=1)) == 10
 
     async def test_a_steady_sender_keeps_no_entry_young(
         self, mailbox: Mailbox, clock: ManualClock

@@ -1,0 +1,201 @@
+"""The part of every mailbox's contract that bounds it: quotas, pages, devices, upkeep."""
+
+import asyncio
+
+import pytest
+
+from pokebridge.errors import MailboxFullError
+from pokebridge.mailbox.base import DAY_MS, FORGET_BATCH, PAGE_BYTES, Limits, Mailbox, MailboxStats
+from pokebridge.model import Receipt
+from pokebridge.testing.mailbox_kit import BOB, EVE, ManualClock, fill, kept, message, versions
+
+LIMITS = Limits(max_messages=1500, max_bytes=2 * 1024 * 1024)
+DAY_S = DAY_MS / 1000
+BIG = b'"' + b"x" * 65_534 + b'"'
+
+
+@pytest.mark.asyncio
+class LimitsContract:
+    """What bounds every mailbox; part of ``MailboxContract``."""
+
+    @pytest.fixture
+    def limits(self) -> Limits:
+        """The mailbox's limits."""
+        return LIMITS
+
+    # -- quotas ------------------------------------------------------------------------------------
+
+    async def test_a_message_too_many_is_refused(self, mailbox: Mailbox) -> None:
+        """A full mailbox takes nothing, tears no hole, and takes again what an ack made room for.
+
+        Others are not concerned.
+        """
+        calls = [mailbox.append(message()) for _ in range(LIMITS.max_messages + 10)]
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        given = [answer.version for answer in answers if isinstance(answer, Receipt)]
+        refused = [answer for answer in answers if not isinstance(answer, Receipt)]
+        assert sorted(given) == list(range(1, LIMITS.max_messages + 1))
+        assert len(refused) == 10
+        assert all(isinstance(error, MailboxFullError) for error in refused)
+        await fill(mailbox, 1, EVE)
+        await mailbox.ack(BOB, "phone", 2)
+        await fill(mailbox, 2)
+        with pytest.raises(MailboxFullError, match="1500 messages"):
+            await mailbox.append(message())
+        assert await versions(mailbox) == list(range(3, LIMITS.max_messages + 3))
+
+    async def test_bytes_are_counted_too(self, mailbox: Mailbox) -> None:
+        """Large bodies fill a mailbox before their number does; a small one may still fit."""
+        fit = LIMITS.max_bytes // len(BIG)
+        for _ in range(fit - 1):
+            await mailbox.append(message(body=BIG))
+        await mailbox.append(message(body=BIG[:-10] + b'"'))
+        with pytest.raises(MailboxFullError):
+            await mailbox.append(message(body=BIG))
+        assert (await mailbox.append(message(body=b"123456789"))).version == fit + 1
+        with pytest.raises(MailboxFullError):
+            await mailbox.append(message(body=b"1"))
+        assert await kept(mailbox) == (fit + 1, LIMITS.max_bytes)
+
+    async def test_a_full_mailbox_owes_and_remembers_nothing(self, mailbox: Mailbox) -> None:
+        """What was refused has no receipt: sent again later it is taken; a duplicate needs no room.
+
+        A poke is owed for what was committed alone.
+        """
+        first = message(id="first", id_is_senders=True)
+        await mailbox.append(first)
+        await asyncio.gather(*(mailbox.append(message()) for _ in range(LIMITS.max_messages - 1)))
+        late = message(id="late", id_is_senders=True)
+        with pytest.raises(MailboxFullError):
+            await mailbox.append(late)
+        assert await mailbox.append(first) == ("first", 1, True)
+        pokes = await mailbox.claim_unpoked(older_than_s=0, limit=10)
+        assert [poke.version for poke in pokes] == [LIMITS.max_messages]
+        await mailbox.ack(BOB, "phone", 1)
+        assert await mailbox.append(late) == ("late", LIMITS.max_messages + 1, False)
+
+    async def test_what_is_purged_makes_room(self, mailbox: Mailbox, clock: ManualClock) -> None:
+        """An expired message counts until it is purged."""
+        await mailbox.append(message(ttl_s=1, body=b"1234"))
+        await fill(mailbox, 1, EVE)
+        clock.now_s += 2
+        assert await kept(mailbox) == (2, 6)
+        assert await mailbox.purge(limit=10) == 1
+        assert await kept(mailbox) == (1, 2)
+
+    # -- pages -------------------------------------------------------------------------------------
+
+    async def test_a_page_has_a_size(self, mailbox: Mailbox) -> None:
+        """Bodies beyond the cap are left to the next page; one that is larger alone is given."""
+        for size_bytes in (4, 4, 4, 20, 4):
+            await mailbox.append(message(body=b"1" * size_bytes))
+        after, pages, more = 0, [], True
+        while more:
+            page = await mailbox.read(BOB, after=after, limit=50, max_bytes=8)
+            pages.append([kept.version for kept in page.messages])
+            after, more = page.version, page.more
+        assert pages == [[1, 2], [3], [4], [5]]
+
+    async def test_a_page_is_a_mebibyte_by_default(self, mailbox: Mailbox) -> None:
+        """Whoever names no size gets no thirty times 64 KiB at once."""
+        for _ in range(20):
+            await mailbox.append(message(body=BIG))
+        page = await mailbox.read(BOB, after=0, limit=500)
+        assert (len(page.messages), page.more) == (PAGE_BYTES // len(BIG), True)
+        page = await mailbox.read(BOB, after=page.version, limit=500)
+        assert (len(page.messages), page.more) == (20 - PAGE_BYTES // len(BIG), False)
+
+    async def test_a_known_head_reads_nothing(self, mailbox: Mailbox) -> None:
+        """A reader that has the head already is told so, wherever its cursor is."""
+        await fill(mailbox, 3)
+        page = await mailbox.read(BOB, after=0, limit=50, unless_head=3)
+        assert (page.messages, page.head, page.more) == ((), 3, False)
+        assert len((await mailbox.read(BOB, after=0, limit=50, unless_head=2)).messages) == 3
+        assert (await mailbox.read(EVE, after=0, limit=50, unless_head=0)).head == 0
+
+    # -- devices -----------------------------------------------------------------------------------
+
+    async def test_a_device_long_unseen_is_forgotten(
+        self, mailbox: Mailbox, clock: ManualClock
+    ) -> None:
+        """After ninety days its missing acks hold nothing back; seen again, it is a new one."""
+        await mailbox.see_device(BOB, "old")
+        clock.now_s += 2 * DAY_S
+        await fill(mailbox, 3)
+        await mailbox.ack(BOB, "phone", 2)
+        await mailbox.see_device(EVE, "only")
+        await fill(mailbox, 1, EVE)
+        clock.now_s += 87 * DAY_S
+        assert await mailbox.purge(limit=10) == 0
+        assert await versions(mailbox) == [1, 2, 3]
+        clock.now_s += 1.5 * DAY_S
+        assert await mailbox.purge(limit=10) == 1
+        assert await versions(mailbox) == [3]
+        clock.now_s += 2 * DAY_S
+        assert await mailbox.purge(limit=10) == 2
+        assert await versions(mailbox) == [3], "nobody is known, so nothing was acked by all"
+        assert await versions(mailbox, EVE) == [1]
+        await mailbox.see_device(BOB, "old")
+        await mailbox.ack(BOB, "phone", 3)
+        assert await versions(mailbox) == [3]
+
+    @pytest.mark.parametrize("by", ["ack", "see_device"])
+    async def test_a_device_that_is_seen_is_kept(
+        self, mailbox: Mailbox, clock: ManualClock, by: str
+    ) -> None:
+        """An ack or a sight a day after the last one makes it young again."""
+        await fill(mailbox, 1)
+        await mailbox.see_device(BOB, "tablet")
+        for _ in range(3):
+            clock.now_s += 40 * DAY_S
+            if by == "ack":
+                await mailbox.ack(BOB, "tablet", 0)
+            else:
+                await mailbox.see_device(BOB, "tablet")
+        assert await mailbox.purge(limit=10) == 0
+        await mailbox.ack(BOB, "phone", 1)
+        assert await versions(mailbox) == [1]
+
+    async def test_devices_are_forgotten_in_steps(
+        self, mailbox: Mailbox, clock: ManualClock
+    ) -> None:
+        """One purge forgets some; the next ones the others."""
+        for number in range(FORGET_BATCH + 5):
+            await mailbox.see_device(f"urn:user:{number}", "phone")
+        clock.now_s += 91 * DAY_S
+        assert [await mailbox.purge(limit=1000) for _ in range(3)] == [FORGET_BATCH, 5, 0]
+
+    # -- by hand -----------------------------------------------------------------------------------
+
+    async def test_a_mailbox_can_be_cleared(self, mailbox: Mailbox) -> None:
+        """Messages and devices go, the count goes on, and no poke is owed; others keep theirs."""
+        await fill(mailbox, 3)
+        await fill(mailbox, 1, EVE)
+        await mailbox.see_device(BOB, "tablet")
+        assert await mailbox.clear(BOB) == 3
+        assert await mailbox.clear(BOB) == await mailbox.clear("urn:user:nobody") == 0
+        assert await versions(mailbox) == []
+        assert await versions(mailbox, EVE) == [1]
+        assert (await mailbox.append(message())).version == 4
+        await mailbox.ack(BOB, "phone", 4)
+        assert await kept(mailbox) == (1, 2)
+
+    async def test_stats_count_what_there_is(self, mailbox: Mailbox, clock: ManualClock) -> None:
+        """Recipients, messages, bytes, devices and owed pokes, and how old the oldest are."""
+        assert await mailbox.stats() == MailboxStats(0, 0, 0, 0, 0, None, None)
+        start_ms = int(clock.now_s * 1000)
+        await fill(mailbox, 2, BOB)
+        clock.now_s += 1
+        await mailbox.append(message(EVE, body=b"12345"))
+        await mailbox.see_device("urn:user:mute", "phone")
+        await mailbox.ack(BOB, "phone", 2)
+        stats = MailboxStats(
+            recipients=2,
+            messages=1,
+            bytes=5,
+            devices=2,
+            outbox=2,
+            oldest_message_ms=start_ms + 1000,
+            oldest_outbox_ms=start_ms,
+        )
+        assert await mailbox.stats() == stats
