@@ -354,7 +354,7 @@ def advise(load: Load, engine: Engine = "pubsub") -> Advice:
     """Whether fan-out bears ``load``, and what else would."""
     fanout = evaluate(load, FANOUT[engine])
     of_line = fanout.deliveries_per_s / load.red_line_ops_per_s
-    times = f"{of_line:.3g} times" if fanout.over_red_line else f"{of_line:.0%} of"
+    times = f"{of_line:.3g} times" if fanout.over_red_line else f"{format_share(of_line)} of"
     figures = (
         f"{fanout.deliveries_per_s:,.0f} deliveries/s are {times} the red line of"
         f" {load.red_line_ops_per_s:,.0f}"
@@ -365,7 +365,7 @@ def advise(load: Load, engine: Engine = "pubsub") -> Advice:
             return Advice("near", f"{text}, which more messages or instances will cross.")
         return Advice("fine", f"stay with fan-out: {figures}, and it needs no coordination.")
     partitioned = evaluate(load, PARTITIONED[engine])
-    wasted = f"{figures}, and {fanout.discarded_share:.0%} of them are discarded"
+    wasted = f"{figures}, and {format_share(fanout.discarded_share)} of them are discarded"
     if partitioned.deliveries_per_s > NEAR_SHARE * fanout.deliveries_per_s:
         return Advice(
             "critical",
@@ -379,11 +379,11 @@ def advise(load: Load, engine: Engine = "pubsub") -> Advice:
         if engine == "pubsub"
         else ""
     )
-    limits = "".join(f" First: {obstacle}." for obstacle in partitioned.obstacles)
+    limits = f" But mind: {'; '.join(partitioned.obstacles)}." if partitioned.obstacles else ""
     return Advice(
         "critical",
         f"partition, with {how}: {wasted}. Partitioned they are"
-        f" {partitioned.deliveries_per_s:,.0f}/s, {partitioned.discarded_share:.0%}"
+        f" {partitioned.deliveries_per_s:,.0f}/s, {format_share(partitioned.discarded_share)}"
         f" discarded{bill}.{limits}",
     )
 
@@ -397,7 +397,12 @@ def _reason(load: Load) -> str:
 def format_usd(amount: Range) -> str:
     """``amount`` for people, in whole dollars."""
     low, high = round(amount.low), round(amount.high)
-    return f"${low:,}" if low == high else f"${low:,} to {high:,}"
+    return f"${low:,}" if low == high else f"${low:,}-{high:,}"
+
+
+def format_share(share: float) -> str:
+    """``share`` for people, in percent: three digits, so that 99.8% is not all."""
+    return f"{share * 100:.3g}%"
 
 
 # --- the watch ----------------------------------------------------------------------------------

@@ -13,8 +13,11 @@ from typing import NoReturn
 import click
 
 from pokebridge.cli.bench import bench
+from pokebridge.cli.cluster import cluster
+from pokebridge.cli.coordinator import coordinator
 from pokebridge.cli.janitor import janitor
 from pokebridge.cli.listen import listen
+from pokebridge.cli.plan import plan
 from pokebridge.cli.publish import poke, send
 from pokebridge.cli.serve import serve
 from pokebridge.cli.token import token
@@ -36,7 +39,7 @@ def cli() -> None:
     """
 
 
-for _command in (serve, poke, send, listen, token, janitor, bench):
+for _command in (serve, poke, send, listen, token, plan, cluster, coordinator, janitor, bench):
     cli.add_command(_command)
 
 

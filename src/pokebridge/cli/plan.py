@@ -1,0 +1,282 @@
+"""``pokebridge plan``: what each way of routing pokes would cost, and which one to take."""
+
+import asyncio
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from pokebridge.cli.api import Access, Api, token_option
+from pokebridge.cli.options import config_option, json_option
+from pokebridge.cli.plot import PlotFile, save_plot
+from pokebridge.cli.publish import SUBJECT
+from pokebridge.errors import UnavailableError
+from pokebridge.redline import (
+    FANOUT,
+    PARTITIONED,
+    Advice,
+    Engine,
+    Load,
+    Outcome,
+    Range,
+    Strategy,
+    advise,
+    evaluate,
+    format_share,
+)
+from pokebridge.settings import load_settings
+from pokebridge.sharding import MAX_SHARD_COUNT
+
+_DEFAULTS = {field.name: field.default for field in fields(Load)}
+_WIDE_ENOUGH = 200
+
+_ENGINE_TITLES: dict[Engine, str] = {"pubsub": "Google Pub/Sub", "nats": "NATS"}
+TITLES = {
+    Strategy.PUBSUB_FANOUT: "fan-out",
+    Strategy.PUBSUB_FILTER: "filter a shard",
+    Strategy.PUBSUB_PREFIX: "prefix filters",
+    Strategy.PUBSUB_TOPIC: "topic a shard",
+    Strategy.NATS_FANOUT: "fan-out",
+    Strategy.NATS_SUBJECT: "subject a shard",
+}
+
+
+class _Number(click.FloatRange):
+    """A finite number."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """As click does, and refuse ``inf`` and ``nan``, which are no rates."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
+
+
+class _Measured(NamedTuple):
+    """What a running cluster says of itself."""
+
+    mode: str
+    noise_ratio: float
+    load: dict[str, Any]
+
+
+@click.command(
+    epilog="Example: pokebridge plan --messages-per-s 1000 --instances 50 --plot plan.svg",
+    short_help="Say what each way of routing costs.",
+)
+@click.option(
+    "--messages-per-s",
+    type=_Number(min=0),
+    help="Messages published a second. A message carries one or more pokes.",
+)
+@click.option("--instances", type=click.IntRange(min=1), help="How many instances there are.")
+@click.option("--shards", type=click.IntRange(1, MAX_SHARD_COUNT), help="[default: shard_count]")
+@click.option("--sessions", type=click.IntRange(min=0), help="Open sessions. [default: 0]")
+@click.option(
+    "--misplaced-share",
+    type=_Number(0, 1),
+    help="Sessions on another instance than their shard's owner. [default: 0]",
+)
+@click.option(
+    "--pokes-per-message",
+    type=_Number(min=1),
+    help=f"Pokes that share a message. [default: {_DEFAULTS['pokes_per_message']:g}]",
+)
+@click.option(
+    "--poke-size-bytes",
+    type=_Number(min=1),
+    help=f"Of one poke, as JSON. [default: {_DEFAULTS['poke_size_bytes']:g}]",
+)
+@click.option(
+    "--messages-per-request",
+    type=_Number(min=1),
+    help="Messages that share a request to Google. [default: unknown, 1 to 200]",
+)
+@click.option("--red-line-ops-per-s", type=_Number(min=0, min_open=True), help="As for serve.")
+@click.option(
+    "--engine",
+    type=click.Choice(get_args(Engine)),
+    default="pubsub",
+    show_default=True,
+    help="Which engine the advice and the plot are for.",
+)
+@click.option("--plot", type=PlotFile(), metavar="FILE", help="Draw it into FILE, .svg or .png.")
+@click.option(
+    "--from",
+    "url",
+    metavar="URL",
+    help="Take what is not given from the running cluster of the instance at URL.",
+)
+@token_option
+@config_option
+@json_option
+def plan(
+    *,
+    engine: Engine,
+    plot: Path | None,
+    url: str | None,
+    token: str | None,
+    config: Path | None,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Say what fan-out costs, what partitioning costs, and what to do.
+
+    For each way of routing: deliveries a second in the whole cluster, what share of them is
+    discarded by the instances or dropped, and charged, by a filter, the CPU cores that this
+    wastes, subscriptions, and dollars a month. What is uncertain is a range. docs/redline.md
+    says how it is computed, and where the prices are from.
+    """
+    measured = asyncio.run(_measure(Access(url, config, token))) if url else None
+    load = _load(given, measured, config)
+    outcomes = {strategy: evaluate(load, strategy) for strategy in Strategy}
+    advice = advise(load, engine)
+    if plot is not None:
+        save_plot(plot, load, [each for each in Strategy if each.engine == engine], TITLES)
+    if as_json:
+        click.echo(json.dumps(_as_json(load, outcomes, advice, engine, measured)))
+        return
+    for line in _headlines(load, measured):
+        click.echo(line)
+    _print_table(list(outcomes.values()))
+    for outcome in outcomes.values():
+        for obstacle in outcome.obstacles:
+            engine_title = _ENGINE_TITLES[outcome.strategy.engine]
+            click.echo(f"{engine_title}, {TITLES[outcome.strategy]}: {obstacle}")
+    click.echo(f"{advice.verdict}: {advice.text}")
+
+
+async def _measure(access: Access) -> _Measured:
+    """The load of the running cluster."""
+    async with Api(access) as api:
+        cluster = await api.get("/v1/cluster", await api.token_for(SUBJECT, ["admin"]))
+    try:
+        traffic, members = cluster["traffic"], cluster["instances"]
+        messages_per_s = float(traffic["messages_per_s"])
+        global_ops_per_s = float(traffic["global_ops_per_s"])
+        # Without coordination an instance knows itself alone, and how many there are.
+        counted = round(global_ops_per_s / messages_per_s) if messages_per_s else 1
+        return _Measured(
+            mode=str(cluster["mode"]),
+            noise_ratio=float(traffic["noise_ratio"]),
+            load={
+                "messages_per_s": messages_per_s,
+                "instances": max(len(members), counted, 1),
+                "shards": int(cluster["shard_count"]),
+                "sessions": sum(int(member["sessions"]) for member in members),
+                "red_line_ops_per_s": float(traffic["red_line"]),
+            },
+        )
+    except (KeyError, TypeError, ValueError):
+        raise UnavailableError(
+            f"{access.url} answered, but not as an instance of pokebridge"
+        ) from None
+
+
+def _load(given: dict[str, Any], measured: _Measured | None, config: Path | None) -> Load:
+    """Flags, then what was measured, then the settings, then the model's defaults."""
+    settings = load_settings(config, {"dev": True})
+    load: dict[str, Any] = {
+        "shards": settings.shard_count,
+        "red_line_ops_per_s": settings.red_line_ops_per_s,
+    }
+    if measured:
+        load |= measured.load
+    load |= {name: value for name, value in given.items() if value is not None}
+    for name in ("messages_per_s", "instances"):
+        if name not in load:
+            flag = f"--{name.replace('_', '-')}"
+            raise click.UsageError(f"{flag} is needed, or --from URL to take it from a cluster")
+    if "messages_per_request" in load:
+        load["messages_per_request"] = Range.exactly(load["messages_per_request"])
+    return Load(**load)
+
+
+# --- output -------------------------------------------------------------------------------------
+
+
+def _as_json(
+    load: Load,
+    outcomes: dict[Strategy, Outcome],
+    advice: Advice,
+    engine: Engine,
+    measured: _Measured | None,
+) -> dict[str, Any]:
+    figures = {strategy: _figures(outcome) for strategy, outcome in outcomes.items()}
+    return {
+        "load": asdict(load),
+        "measured": {"mode": measured.mode, "noise_ratio": measured.noise_ratio}
+        if measured
+        else None,
+        "fanout": figures[FANOUT[engine]],
+        "partitioned": figures[PARTITIONED[engine]],
+        "strategies": {strategy.value: each for strategy, each in figures.items()},
+        "verdict": advice.verdict,
+        "advice": advice.text,
+    }
+
+
+def _figures(outcome: Outcome) -> dict[str, Any]:
+    """An outcome under the names of protocol.md section 6."""
+    figures = asdict(outcome)
+    return {"global_ops_per_s": figures.pop("deliveries_per_s")} | figures
+
+
+def _headlines(load: Load, measured: _Measured | None) -> Sequence[str]:
+    pokes = f"{load.pokes_per_message:g} poke{'' if load.pokes_per_message == 1 else 's'} each"
+    asked = (
+        f"{load.messages_per_s:,.6g} messages/s ({pokes}), {load.instances:,} instances,"
+        f" {load.shards:,} shards, red line at {load.red_line_ops_per_s:,.6g} deliveries/s"
+    )
+    if measured is None:
+        return [asked]
+    noise = f"measured in {measured.mode}: {measured.noise_ratio:.1%} of the CPU time is noise"
+    return [asked, noise]
+
+
+def _print_table(outcomes: Sequence[Outcome]) -> None:
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for heading in (
+        "deliveries\n/s",
+        "dis-\ncarded",
+        "fil-\ntered",
+        "CPU cores\nwasted",
+        "subs",
+        "deploy\ncalls",
+        "$ a month",
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
+    engine = ""
+    for outcome in outcomes:
+        if outcome.strategy.engine != engine:
+            engine = outcome.strategy.engine
+            table.add_row(_ENGINE_TITLES[outcome.strategy.engine])
+        table.add_row(
+            f"  {TITLES[outcome.strategy]}",
+            f"{outcome.deliveries_per_s:,.0f}{'*' if outcome.over_red_line else ' '}",
+            format_share(outcome.discarded_share),
+            format_share(outcome.filtered_share),
+            _span(outcome.cpu_cores_wasted, ",.2f"),
+            f"{outcome.subscriptions:,}",
+            f"{outcome.admin_ops_to_deploy:,}",
+            _span(outcome.usd_a_month, ",.0f"),
+            style="bold red" if outcome.over_red_line else "",
+        )
+    # Where the window is too narrow lines break; rich, if it knew, would leave out digits.
+    Console(highlight=False, width=_WIDE_ENOUGH).print(table)
+    if any(outcome.over_red_line for outcome in outcomes):
+        click.echo("* over the red line")
+
+
+def _span(value: Range, form: str) -> str:
+    low, high = format(value.low, form), format(value.high, form)
+    return low if low == high else f"{low}-{high}"
