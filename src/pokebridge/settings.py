@@ -206,7 +206,13 @@ class Settings(BaseModel):
                 "coordination must be a store that the instances share, like nats://HOST:PORT,"
                 " for mode partitioned: memory:// is this process only"
             )
-        if self.jwt_secret is None and self.jwks_url is None:
+        if self.roles == {"coordinator"} and is_alone:
+            raise ValueError(
+                "coordination must be a store that the instances share, like nats://HOST:PORT,"
+                " for a coordinator: memory:// is this process only"
+            )
+        has_callers = bool(self.roles & {"gateway", "api"})
+        if has_callers and self.jwt_secret is None and self.jwks_url is None:
             raise ValueError(
                 f"jwt_secret ({ENV_PREFIX}JWT_SECRET, at least 32 bytes) or jwks_url must be set;"
                 " to try things out, --dev makes up a secret"

@@ -124,7 +124,7 @@ class Api:
         if self._sign is not None:
             return self._sign(subject, scopes, ttl_s)
         body = {"sub": subject, "scope": " ".join(scopes), "ttl_s": ttl_s}
-        response = await self._post("/v1/dev/token", body, {})
+        response = await self._send("POST", "/v1/dev/token", body, {})
         if response.status_code == HTTPStatus.NOT_FOUND:
             raise ConfigError(
                 "no token: give --token, or configure jwt_secret (POKEBRIDGE_JWT_SECRET);"
@@ -134,18 +134,25 @@ class Api:
 
     async def post(self, path: str, token: str, body: Any) -> dict[str, Any]:
         """POST ``body`` as JSON and return the answer's."""
-        return self._result(await self._post(path, body, {"Authorization": f"Bearer {token}"}))
+        return await self.send("POST", path, token, body)
+
+    async def send(self, method: str, path: str, token: str, body: Any) -> dict[str, Any]:
+        """Send ``body`` as JSON and return the answer's."""
+        headers = {"Authorization": f"Bearer {token}"}
+        return self._result(await self._send(method, path, body, headers))
 
     async def get(self, path: str, token: str) -> dict[str, Any]:
         """GET and return the answer's JSON."""
         headers = {"Authorization": f"Bearer {token}"}
         return self._result(await self._request("GET", path, headers))
 
-    async def _post(self, path: str, body: Any, headers: dict[str, str]) -> httpx.Response:
+    async def _send(
+        self, method: str, path: str, body: Any, headers: dict[str, str]
+    ) -> httpx.Response:
         # ASCII, so that no text is beyond it: an argument may hold lone surrogates.
         content = json.dumps(body).encode("ascii")
         headers = {"Content-Type": "application/json"} | headers
-        return await self._request("POST", path, headers, content)
+        return await self._request(method, path, headers, content)
 
     async def _request(
         self, method: str, path: str, headers: dict[str, str], content: bytes | None = None

@@ -20,12 +20,15 @@ _NO_FLAGS = frozenset({"jwt_secret", "jwt_previous_secret"})
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
-def _setting_options(command: _Command) -> _Command:
-    """One flag for each setting; what it may be is checked by the settings alone."""
-    for name, field in reversed(Settings.model_fields.items()):
-        if name not in _NO_FLAGS:
-            command = _setting_option(name, field)(command)
-    return command
+def setting_options(*names: str) -> Callable[[_Command], _Command]:
+    """One flag for each setting that is named; what it may be is checked by the settings alone."""
+
+    def add(command: _Command) -> _Command:
+        for name in reversed(names):
+            command = _setting_option(name, Settings.model_fields[name])(command)
+        return command
+
+    return add
 
 
 def _setting_option(name: str, field: FieldInfo) -> Callable[[_Command], _Command]:
@@ -41,7 +44,7 @@ def _setting_option(name: str, field: FieldInfo) -> Callable[[_Command], _Comman
 
 @click.command(epilog="Example: pokebridge serve --dev --port 8080", short_help="Run an instance.")
 @config_option
-@_setting_options
+@setting_options(*(name for name in Settings.model_fields if name not in _NO_FLAGS))
 def serve(config: Path | None, **overrides: Any) -> None:
     """Run an instance until SIGTERM, then drain it.
 
@@ -49,16 +52,23 @@ def serve(config: Path | None, **overrides: Any) -> None:
     POKEBRIDGE_SHARD_COUNT. A flag beats the environment, which beats the file. The secrets
     jwt_secret and jwt_previous_secret have no flag.
     """
+    run_instance(load_settings(config, overrides))
+
+
+def run_instance(settings: Settings) -> None:
+    """Run an instance with ``settings``, and the parts that its roles need, until SIGTERM."""
     # The web framework takes half a second to import; the other commands do without.
     from pokebridge import server  # noqa: PLC0415
 
-    settings = load_settings(config, overrides)
     configure_logging(settings.log_format, settings.log_level)
 
     async def run() -> None:
         who = {"instance": settings.instance, "cluster": settings.cluster}
+        plans_only = settings.roles == {"coordinator"}
         async with AsyncExitStack() as opened:
-            transport = await open_transport(settings.transport, **who)
+            transport = await open_transport(
+                "memory://" if plans_only else settings.transport, **who
+            )
             opened.push_async_callback(transport.close)
             coordination = await open_coordination(settings.coordination, **who)
             opened.push_async_callback(coordination.close)

@@ -147,8 +147,10 @@ class Instance:
         reasons = []
         if self.gateway.draining:
             reasons.append("draining")
-        serves = "gateway" in self.settings.roles
-        if serves and self.gateway.hold.trouble is not None:
+        roles = self.settings.roles
+        if roles == {"coordinator"} and self.cluster.trouble is not None:
+            reasons.append(f"coordination: {self.cluster.trouble}")
+        if "gateway" in roles and self.gateway.hold.trouble is not None:
             reasons.append(f"transport: {self.gateway.hold.trouble}")
         if self._mailbox is None:
             return reasons

@@ -1,0 +1,246 @@
+"""``pokebridge cluster``: look at a running cluster, migrate it, drain one of its instances."""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from types import TracebackType
+from typing import Any, Self
+
+import click
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from pokebridge.cli.api import Access, Api, api_options
+from pokebridge.cli.options import json_option
+from pokebridge.errors import UnavailableError
+
+SUBJECT = "urn:pokebridge:cli"
+LOOK_EVERY_S = 0.5
+# A terminal's own width is better, where there is one.
+WIDTH = 120
+
+View = Mapping[str, Any]
+"""What GET /v1/cluster answers."""
+
+_timeout_option = click.option(
+    "--timeout",
+    "timeout_s",
+    default=60.0,
+    show_default=True,
+    help="Seconds to wait until it is done; 0 does not wait.",
+)
+
+
+@click.group(short_help="Look at a cluster and change it.")
+def cluster() -> None:
+    """Look at a running cluster, migrate it, drain one of its instances."""
+
+
+@cluster.command(epilog="Example: pokebridge cluster status --watch", short_help="Show a cluster.")
+@click.option("--watch", is_flag=True, help="Show it anew all the time, until interrupted.")
+@api_options()
+@json_option
+def status(*, watch: bool, as_json: bool, **access: Any) -> None:
+    """Show the instances, their shards and sessions, and the load against the red line."""
+    asyncio.run(_status(Access(**access), watch=watch, as_json=as_json))
+
+
+async def _status(access: Access, *, watch: bool, as_json: bool) -> None:
+    async with _Looker(access) as looker:
+        view = await looker.look()
+        if not watch:
+            _print(view, as_json=as_json)
+            return
+        if as_json:  # a line a look, for whoever reads it with a program
+            async for view in looker.views():
+                click.echo(json.dumps(view))
+            return
+        with Live(_drawn(view), console=_console(), auto_refresh=False, screen=False) as live:
+            async for view in looker.views():
+                live.update(_drawn(view), refresh=True)
+
+
+@cluster.command(
+    epilog="Example: pokebridge cluster mode partitioned", short_help="Migrate a cluster."
+)
+@click.argument("mode", type=click.Choice(["fanout", "partitioned"]))
+@click.option("--force", is_flag=True, help="Also while signals without a shard stay costly.")
+@_timeout_option
+@api_options()
+@json_option
+def mode(mode: str, *, force: bool, timeout_s: float, as_json: bool, **access: Any) -> None:
+    """Migrate a running cluster to MODE, without a restart and without a missed poke.
+
+    Every instance subscribes to what it will hold, proves that, and lets the old go. The way back
+    is the same command, at any moment. Exit status 1: not every instance was done in time.
+    """
+    asyncio.run(_migrate(Access(**access), mode, timeout_s, force=force, as_json=as_json))
+
+
+async def _migrate(
+    access: Access, mode: str, timeout_s: float, *, force: bool, as_json: bool
+) -> None:
+    async with _Looker(access) as looker:
+        await looker.ask("PUT", "/v1/cluster/mode", {"mode": mode, "force": force})
+        done: set[str] = set()
+
+        def is_done(view: View) -> bool:
+            _tell_progress(view, mode, done)
+            return view["mode"] == mode and len(done) == len(view["instances"])
+
+        await looker.wait(is_done, timeout_s, f"not every instance is in mode {mode} yet")
+        _print(await looker.look(), as_json=as_json)
+
+
+def _tell_progress(view: View, mode: str, done: set[str]) -> None:
+    """Say on stderr which instances have arrived at the shard map in force."""
+    if view["mode"] != mode:
+        return
+    instances = view["instances"]
+    for each in instances:
+        if each["settled"] and each["epoch"] >= view["epoch"] and each["id"] not in done:
+            done.add(each["id"])
+            click.echo(f"{each['id']} is {mode} ({len(done)} of {len(instances)})", err=True)
+    done &= {each["id"] for each in instances}
+
+
+@cluster.command(epilog="Example: pokebridge cluster drain 4f2a9c01", short_help="Drain one.")
+@click.argument("instance")
+@_timeout_option
+@api_options()
+@json_option
+def drain(instance: str, *, timeout_s: float, as_json: bool, **access: Any) -> None:
+    """Have INSTANCE give up its shards, then send its sessions after them.
+
+    It stays, without sessions and not ready, until it is stopped. Exit status 1: it still has some.
+    """
+    asyncio.run(_drain(Access(**access), instance, timeout_s, as_json=as_json))
+
+
+async def _drain(access: Access, instance: str, timeout_s: float, *, as_json: bool) -> None:
+    async with _Looker(access) as looker:
+        await looker.ask("POST", "/v1/cluster/drain", {"instance": instance})
+        told = -1
+
+        def is_done(view: View) -> bool:
+            nonlocal told
+            left = [each for each in view["instances"] if each["id"] == instance]
+            sessions = sum(each["sessions"] for each in left)
+            if sessions != told:
+                told = sessions
+                click.echo(f"{instance} has {sessions} sessions", err=True)
+            return all(each["state"] == "draining" and not each["sessions"] for each in left)
+
+        await looker.wait(is_done, timeout_s, f"{instance} still has sessions")
+        _print(await looker.look(), as_json=as_json)
+
+
+class _Looker:
+    """Sees the cluster through one of its instances. Close it (``async with``)."""
+
+    def __init__(self, access: Access) -> None:
+        self._api = Api(access)
+        self._token = ""
+
+    async def __aenter__(self) -> Self:
+        await self._api.__aenter__()
+        self._token = await self._api.token_for(SUBJECT, ["admin"])
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._api.__aexit__(kind, error, traceback)
+
+    async def ask(self, method: str, path: str, body: Any) -> None:
+        await self._api.send(method, path, self._token, body)
+
+    async def look(self) -> View:
+        return await self._api.get("/v1/cluster", self._token)
+
+    async def views(self) -> AsyncIterator[View]:
+        """What there is to see, now and then; an instance that restarts is waited for."""
+        while True:
+            try:
+                yield await self.look()
+            except UnavailableError as error:
+                click.echo(str(error), err=True)
+            await asyncio.sleep(LOOK_EVERY_S)
+
+    async def wait(self, is_done: Callable[[View], bool], timeout_s: float, what: str) -> None:
+        """Look until ``is_done``.
+
+        Raises:
+            UnavailableError: it was not in ``timeout_s`` seconds; 0 is no wait at all.
+        """
+        if not timeout_s:
+            return
+        try:
+            async with asyncio.timeout(timeout_s):
+                async for view in self.views():
+                    if is_done(view):
+                        return
+        except TimeoutError:
+            raise UnavailableError(f"{what}, after {timeout_s:g} s") from None
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=WIDTH)
+
+
+def _print(view: View, *, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(view))
+    else:
+        _console().print(_drawn(view))
+
+
+def _drawn(view: View) -> Group:
+    """The cluster for people: a table of its instances, and its load below."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("instance")
+    table.add_column("state")
+    for name in ("sessions", "shards", "held", "msg/s", "pokes/s", "noise", "CPU", "MiB", "age"):
+        table.add_column(name, justify="right")
+    for each in view["instances"]:
+        table.add_row(
+            each["id"],
+            each["state"] if each["settled"] else f"{each['state']}, settling",
+            f"{each['sessions']:,}",
+            str(len(each["shards"])),
+            str(each["subscriptions"]),
+            f"{each['messages_per_s']:,.1f}",
+            f"{each['pokes_per_s']:,.1f}",
+            f"{each['noise_ratio']:.1%}",
+            f"{each['cpu_share']:.0%}",
+            f"{each['memory_bytes'] / 2**20:,.0f}",
+            _age(time.time() - each["joined_at_ms"] / 1000),
+        )
+    return Group(table, _load(view))
+
+
+def _load(view: View) -> Text:
+    traffic = view["traffic"]
+    ops, line = traffic["global_ops_per_s"], traffic["red_line"]
+    style = "bold red" if traffic["over_red_line"] else "green"
+    return Text.assemble(
+        f"{view['mode']}, epoch {view['epoch']}, {view['shard_count']} shards: ",
+        f"{traffic['messages_per_s']:,.1f} messages/s, ",
+        (f"{ops:,.0f} of {line:,.0f} ops/s", style),
+        f", noise {traffic['noise_ratio']:.1%}",
+    )
+
+
+def _age(seconds: float) -> str:
+    """A length of time in its largest unit."""
+    for size_s, unit in ((86400, "d"), (3600, "h"), (60, "m")):
+        if seconds >= size_s:
+            return f"{seconds // size_s:.0f}{unit}"
+    return f"{max(seconds, 0):.0f}s"
