@@ -1,0 +1,452 @@
+"""The recipes for nginx and HAProxy, in front of three real instances on a real engine."""
+
+import asyncio
+import json
+import os
+import socket
+import ssl
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import websockets
+from tests.deploy.proxies import IDLE_TIMEOUT, RELOAD_TIMEOUT, Proxy, run_proxy
+from tests.support import Daemon, Instance, Serve, free_port, wait_until
+from tests.support.serving import HTTP_TIMEOUT_S, JWT_SECRET
+from tests.transport.certificates import Certificates, make_certificates
+from websockets.asyncio.client import ClientConnection
+from websockets.asyncio.client import connect as WebSocket  # noqa: N812 - the class that it is
+from websockets.exceptions import InvalidStatus
+from websockets.typing import Subprotocol
+
+from pokebridge.client import PokeClient, Policy, ReceivedMessage
+from pokebridge.sharding import shard_of
+
+BOB = "urn:user:bob"
+NAMES = ("b1", "b2", "b3")
+# A session is pinged again when its pong was due, so the longer of the two is the ping's interval.
+PING_INTERVAL_S = PONG_TIMEOUT_S = 1.5
+SESSIONS_PER_ADDRESS = 10
+TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True)
+class Site:
+    """Three instances, and the port and certificate of the proxy that a test puts before them."""
+
+    instances: Sequence[Instance]
+    port: int
+    certificates: Certificates
+    directory: Path
+
+    @property
+    def addresses(self) -> list[str]:
+        """The instances' ``HOST:PORT``."""
+        return [instance.address for instance in self.instances]
+
+
+@dataclass(frozen=True)
+class Front:
+    """A running proxy, as a client sees it."""
+
+    proxy: Proxy
+    site: Site
+
+    @property
+    def tls(self) -> ssl.SSLContext:
+        """What trusts the site's certificate."""
+        return ssl.create_default_context(cafile=self.site.certificates.ca_file)
+
+    def token(self, recipient: str, scope: str = "") -> str:
+        """A token that every instance takes."""
+        return self.site.instances[0].token(recipient, scope)
+
+    def connect(
+        self, recipient: str, prefix: str = "", *, forwarded: str | None = None, **options: Any
+    ) -> WebSocket:
+        """A WebSocket of ``recipient`` through the proxy."""
+        headers = {"Authorization": f"Bearer {self.token(recipient)}"}
+        if forwarded is not None:
+            headers["X-Forwarded-For"] = forwarded
+        return self.open(f"{prefix}/v1/connect", additional_headers=headers, **options)
+
+    def open(self, path: str, **options: Any) -> WebSocket:
+        """A WebSocket to ``path``, with nothing that is not given."""
+        url = f"wss://127.0.0.1:{self.proxy.port}{path}"
+        return WebSocket(url, ssl=self.tls, compression=None, **options)
+
+    async def landed(self, recipient: str, prefix: str = "") -> str:
+        """The instance that a new session of ``recipient`` comes to."""
+        async with self.connect(recipient, prefix) as session:
+            return await ready(session)
+
+    def http(self, sub: str, scope: str = "") -> httpx.AsyncClient:
+        """An HTTP client that goes through the proxy."""
+        return httpx.AsyncClient(
+            base_url=self.proxy.url,
+            headers={"Authorization": f"Bearer {self.token(sub, scope)}"},
+            timeout=HTTP_TIMEOUT_S,
+            trust_env=False,
+            verify=self.tls,
+        )
+
+    def client(self, recipient: str, got: list[Any]) -> PokeClient:
+        """The smart client; it notes the bodies that it pulls."""
+
+        async def note(messages: Sequence[ReceivedMessage]) -> None:
+            got.extend(message.body for message in messages)
+
+        return PokeClient(
+            self.proxy.url,
+            self.token(recipient),
+            note,
+            policy=Policy(base_s=0.1, cap_s=0.5, poll_after_s=TIMEOUT_S),
+            tls=self.tls,
+        )
+
+
+async def ready(session: ClientConnection) -> str:
+    """The name of the instance that says ``ready``."""
+    frame = json.loads(await session.recv())
+    assert frame["type"] == "ready"
+    return str(frame["instance"])
+
+
+async def send(http: httpx.AsyncClient, recipient: str, body: Any) -> None:
+    """Send a message; it must be accepted."""
+    answer = await http.post("/v1/messages", json={"recipient": recipient, "body": body})
+    assert answer.status_code == httpx.codes.ACCEPTED, answer.text
+
+
+def settings(engine: Daemon, port: int, name: str) -> dict[str, Any]:
+    """What the recipes ask of an instance, for a proxy on this machine."""
+    return {
+        "transport": engine.url,
+        "mailbox": "sqlite:///shared.db",
+        "cluster": f"proxies-{port}",
+        "instance": name,
+        "trusted_proxies": "127.0.0.1/32",
+        "advertise_url": f"wss://127.0.0.1:{port}/i/{name}",
+        "ping_interval_s": PING_INTERVAL_S,
+        "pong_timeout_s": PONG_TIMEOUT_S,
+        "max_sessions_per_address": SESSIONS_PER_ADDRESS,
+    }
+
+
+@pytest.fixture(scope="module")
+def site(nats_server: Daemon, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """Three instances that all tests share, for none of them harms one."""
+    directory = tmp_path_factory.mktemp("site")
+    port = free_port()
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("POKEBRIDGE_")}
+
+    def start(name: str) -> Instance:
+        given = settings(nats_server, port, name) | {"jwt_secret": JWT_SECRET}
+        env = inherited | {f"POKEBRIDGE_{key.upper()}": str(value) for key, value in given.items()}
+        instance = Instance(name, ["--dev"], env, directory)
+        instance.start()
+        return instance
+
+    with ThreadPoolExecutor() as threads:
+        instances = list(threads.map(start, NAMES))
+    yield Site(instances, port, make_certificates(directory), directory)
+    for instance in instances:
+        instance.kill()
+
+
+Run = Callable[..., Front]
+
+
+@pytest.fixture(params=["nginx", "haproxy"])
+def run(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Run]:
+    """Put a proxy before a site: ``run(site, "fanout")``."""
+    proxies: list[Proxy] = []
+
+    def start(
+        site: Site,
+        recipe: str,
+        changes: Mapping[str, str] | None = None,
+        servers: Sequence[str] | None = None,
+    ) -> Front:
+        more = dict(changes or {})
+        if request.param == "haproxy" and recipe == "partitioned":
+            owners = tmp_path / "owners.map"
+            owners.touch()
+            more["/etc/haproxy/owners.map"] = str(owners)
+            more["/run/haproxy/admin.sock"] = str(tmp_path / "admin.sock")
+        proxy = run_proxy(
+            request.param,
+            recipe,
+            servers or site.addresses,
+            port=site.port,
+            directory=tmp_path,
+            certificates=site.certificates,
+            changes=more,
+        )
+        proxies.append(proxy)
+        return Front(proxy, site)
+
+    yield start
+    for proxy in proxies:
+        proxy.kill()
+
+
+only_haproxy = pytest.mark.parametrize("run", ["haproxy"], indirect=True)
+only_nginx = pytest.mark.parametrize("run", ["nginx"], indirect=True)
+
+
+@pytest.mark.parametrize("recipe", ["fanout", "partitioned"])
+async def test_a_token_may_come_in_each_of_its_ways(run: Run, site: Site, recipe: str) -> None:
+    """As a header, as a sub-protocol, in the query; a handshake without one is refused with 401."""
+    front = run(site, recipe)
+    token = front.token(BOB)
+    headers = {"Authorization": f"Bearer {token}"}
+    protocols = [Subprotocol("pokebridge.v1"), Subprotocol(f"bearer.{token}")]
+    async with (
+        asyncio.timeout(TIMEOUT_S),
+        front.open("/v1/connect", additional_headers=headers) as by_header,
+        front.open("/v1/connect", subprotocols=protocols) as by_protocol,
+        front.open(f"/v1/connect?access_token={token}") as by_query,
+    ):
+        for session in (by_header, by_protocol, by_query):
+            assert await ready(session) in NAMES
+        assert by_protocol.subprotocol == "pokebridge.v1"
+        with pytest.raises(InvalidStatus) as refused:
+            await front.open("/v1/connect")
+        assert refused.value.response.status_code == httpx.codes.UNAUTHORIZED
+
+
+async def test_a_message_wakes_sessions_on_every_instance(run: Run, site: Site) -> None:
+    """Sessions are spread over the instances; each hears the poke, and what it pulls is there."""
+    front = run(site, "fanout")
+    got: list[Any] = []
+    async with (
+        asyncio.timeout(TIMEOUT_S),
+        AsyncExitStack() as stack,
+        front.http(BOB, "send") as http,
+        front.client(BOB, got) as client,
+    ):
+        sessions = [await stack.enter_async_context(front.connect(BOB)) for _ in range(9)]
+        assert {await ready(session) for session in sessions} == set(NAMES)
+        await client.wait_ready(TIMEOUT_S)
+        await send(http, BOB, "hello")
+        for session in sessions:
+            assert json.loads(await session.recv())["type"] == "poke"
+        await wait_until(lambda: got == ["hello"], what="the message being pulled")
+
+
+@pytest.mark.parametrize("recipe", ["fanout", "partitioned"])
+async def test_what_is_the_operators_is_not_the_worlds(run: Run, site: Site, recipe: str) -> None:
+    """The proxy answers 404 for metrics and health, behind a prefix too."""
+    front = run(site, recipe)
+    async with front.http(BOB) as http:
+        for path in ("/metrics", "/healthz", "/readyz", "/i/b1/metrics", "/s/1/metrics"):
+            assert (await http.get(path)).status_code == httpx.codes.NOT_FOUND
+
+
+async def test_limits_count_the_clients_address(run: Run, site: Site) -> None:
+    """The limit hits the address that has used it up, whatever it claims, and no other."""
+    front = run(site, "partitioned")
+    greedy, other = ("127.0.0.2", 0), ("127.0.0.3", 0)
+    async with asyncio.timeout(TIMEOUT_S), AsyncExitStack() as stack:
+        for number in range(SESSIONS_PER_ADDRESS):
+            admitted = front.connect(f"urn:user:{number}", "/i/b1", local_addr=greedy)
+            await stack.enter_async_context(admitted)
+        with pytest.raises(InvalidStatus) as refused:
+            await front.connect(BOB, "/i/b1", local_addr=greedy, forwarded="192.0.2.7")
+        assert refused.value.response.status_code == httpx.codes.TOO_MANY_REQUESTS
+        assert refused.value.response.headers["Retry-After"]
+        async with front.connect(BOB, "/i/b1", local_addr=other) as session:
+            assert await ready(session) == "b1"
+
+
+async def test_pings_keep_an_idle_socket_open(run: Run, site: Site) -> None:
+    """With a limit above the ping interval a silent session lasts; below it the proxy ends it."""
+    front = run(site, "fanout", {IDLE_TIMEOUT: "2s"})
+    async with asyncio.timeout(TIMEOUT_S), front.connect(BOB, ping_interval=None) as session:
+        await ready(session)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(4.5):
+                await session.recv()
+    front.proxy.kill()
+    front = run(site, "fanout", {IDLE_TIMEOUT: "200ms"})
+    async with asyncio.timeout(TIMEOUT_S), front.connect(BOB, ping_interval=None) as session:
+        await ready(session)
+        with pytest.raises(websockets.ConnectionClosedError):
+            await session.recv()
+
+
+async def test_a_reload_leaves_nobody_silent(run: Run, site: Site) -> None:
+    """Sockets outlive it until the old worker's time is up; then their clients come back and pull.
+
+    After the reload, and before that time, a message is heard through the old socket.
+    """
+    front = run(site, "fanout", {RELOAD_TIMEOUT: "2s"})
+    got: list[Any] = []
+    async with (
+        asyncio.timeout(TIMEOUT_S),
+        front.connect(BOB, ping_interval=None) as session,
+        front.client(BOB, got) as client,
+        front.http(BOB, "send") as http,
+    ):
+        await ready(session)
+        await client.wait_ready(TIMEOUT_S)
+        before = front.proxy.workers
+        front.proxy.reload()
+        await wait_until(lambda: front.proxy.workers - before, what="new workers")
+        async with front.http(BOB) as fresh:
+            assert (await fresh.get("/v1/connect-info")).is_success
+        await send(http, BOB, "after the reload")
+        assert json.loads(await session.recv())["type"] == "poke"
+        await wait_until(lambda: got == ["after the reload"])
+        with pytest.raises(websockets.ConnectionClosedError):
+            await session.recv()
+        await client.wait_ready(TIMEOUT_S)
+        assert not before & front.proxy.workers
+        await send(http, BOB, "through a new worker")
+        await wait_until(lambda: len(got) == 2, what="the second message being pulled")
+
+
+async def test_clients_of_an_instance_that_goes_are_served_by_another(
+    run: Run, serve: Serve, nats_server: Daemon, tmp_path: Path
+) -> None:
+    """While one drains no handshake fails; when one is killed its client is back through the proxy.
+
+    Either time the client pulls what was sent meanwhile.
+    """
+    port = free_port()
+
+    def start(name: str) -> Instance:
+        return serve(**settings(nats_server, port, name), drain_s=0.5, grace_s=1)
+
+    with ThreadPoolExecutor() as threads:
+        instances = list(threads.map(start, NAMES))
+    front = run(Site(instances, port, make_certificates(tmp_path), tmp_path), "fanout")
+    by_name = dict(zip(NAMES, instances, strict=True))
+    got: list[Any] = []
+    async with (
+        asyncio.timeout(TIMEOUT_S),
+        AsyncExitStack() as stack,
+        front.client(BOB, got) as client,
+        front.http(BOB, "send") as http,
+    ):
+        await client.wait_ready(TIMEOUT_S)
+        drained = await _instance_of(by_name, BOB)
+        draining = asyncio.create_task(asyncio.to_thread(by_name.pop(drained).terminate))
+        while not draining.done():
+            assert await front.landed("urn:user:eve") in NAMES
+        await send(http, BOB, 1)
+        await wait_until(lambda: got == [1], what="the message that was sent during the drain")
+        await client.wait_ready(TIMEOUT_S)
+
+        killed = await _instance_of(by_name, BOB)
+        await asyncio.to_thread(by_name.pop(killed).kill)
+        (left,) = by_name
+        async with by_name[left].async_http(BOB, "send") as direct:
+            await send(direct, BOB, 2)
+        await wait_until(lambda: got == [1, 2], what="the message that was sent after the kill")
+        await stack.aclose()
+    assert await front.landed(BOB) == left
+
+
+async def _instance_of(instances: Mapping[str, Instance], recipient: str) -> str:
+    """The one whose metrics show a session; there must be just one."""
+    holding = []
+    for name, instance in instances.items():
+        async with instance.async_http() as http:
+            if "\npokebridge_sessions 1.0" in (await http.get("/metrics")).text:
+                holding.append(name)
+    (found,) = holding
+    return found
+
+
+async def test_connect_infos_url_leads_to_that_instance(run: Run, site: Site) -> None:
+    """The address that an instance gives as its own brings a session to it and to no other.
+
+    Pulls go through with the prefix too, for a client that has it in its base URL.
+    """
+    front = run(site, "partitioned")
+    async with asyncio.timeout(TIMEOUT_S), front.http(BOB) as through_proxy:
+        for name, instance in zip(NAMES, site.instances, strict=True):
+            async with instance.async_http(BOB) as http:
+                url = (await http.get("/v1/connect-info")).json()["url"]
+            assert url == f"wss://127.0.0.1:{front.proxy.port}/i/{name}/v1/connect"
+            assert await front.landed(BOB, f"/i/{name}") == name
+            pulled = await through_proxy.get(f"/i/{name}/v1/messages", params={"after": 0})
+            assert pulled.is_success
+
+
+async def test_the_address_of_an_instance_that_is_down_serves_all_the_same(
+    run: Run, site: Site
+) -> None:
+    """Its clients come to another, which serves them by interest, and not to a 502."""
+    servers = [*site.addresses[:2], f"127.0.0.1:{free_port()}"]
+    front = run(site, "partitioned", servers=servers)
+    async with asyncio.timeout(TIMEOUT_S):
+        for _ in range(3):
+            assert await front.landed(BOB, "/i/b3") in {"b1", "b2"}
+
+
+def _recipients(shards: Sequence[int], count: int) -> dict[int, list[str]]:
+    """``count`` recipients of each of ``shards``."""
+    found: dict[int, list[str]] = {shard: [] for shard in shards}
+    number = 0
+    while any(len(each) < count for each in found.values()):
+        name = f"urn:user:{number}"
+        number += 1
+        each = found.get(shard_of(name, 100))
+        if each is not None and len(each) < count:
+            each.append(name)
+    return found
+
+
+async def test_all_recipients_of_a_shard_come_to_one_instance(run: Run, site: Site) -> None:
+    """And the shards spread over all instances.
+
+    HAProxy finds the shard by itself, from the token; for nginx it is in the URL.
+    """
+    front = run(site, "partitioned")
+    is_nginx = front.proxy.name == "nginx"
+    homes: dict[int, set[str]] = {}
+    async with asyncio.timeout(TIMEOUT_S):
+        for shard, recipients in _recipients(range(0, 100, 8), 2).items():
+            prefix = f"/s/{shard}" if is_nginx else ""
+            homes[shard] = {await front.landed(recipient, prefix) for recipient in recipients}
+    assert all(len(instances) == 1 for instances in homes.values())
+    assert set.union(*homes.values()) == set(NAMES)
+
+
+@only_haproxy
+async def test_haproxy_sends_a_shard_to_the_owner_in_its_map(
+    run: Run, site: Site, tmp_path: Path
+) -> None:
+    """Whichever way the token comes; a change at run time counts for the next handshake."""
+    front = run(site, "partitioned")
+    shard = shard_of(BOB, 100)
+    token = front.token(BOB)
+    protocols = [Subprotocol("pokebridge.v1"), Subprotocol(f"bearer.{token}")]
+    owners = tmp_path / "owners.map"
+    async with asyncio.timeout(TIMEOUT_S):
+        for number, name in enumerate(NAMES):
+            verb = "set" if number else "add"
+            _admin(tmp_path / "admin.sock", f"{verb} map {owners} {shard} {name}")
+            assert await front.landed(BOB) == name
+            async with front.open("/v1/connect", subprotocols=protocols) as session:
+                assert await ready(session) == name
+            async with front.open(f"/v1/connect?access_token={token}") as session:
+                assert await ready(session) == name
+
+
+def _admin(path: Path, command: str) -> None:
+    """Tell a running HAProxy something."""
+    with socket.socket(socket.AF_UNIX) as admin:
+        admin.settimeout(TIMEOUT_S)
+        admin.connect(str(path))
+        admin.sendall(f"{command}\n".encode())
+        answer = admin.recv(4096).decode().strip()
+    assert not answer, answer
