@@ -175,6 +175,8 @@ class ClientCore:
         self._move_url: str | None = None  # announced, for when the socket closes with 4307
         self._next_url: str | None = None  # where to connect next, for once
         self._moved = False
+        self._led = False  # to where a move said, and not ready there yet
+        self._stranded = False  # nobody was there: whoever takes us now should keep us
 
         self._has_token = False
         self._fetching = False
@@ -304,6 +306,7 @@ class ClientCore:
 
     def _on_ready(self) -> None:
         self._socket = _Socket.READY
+        self._led = self._stranded = False
         self._ready_since = self._now
         self._give_up_at = self._poll_at = inf
         self._ping_at = self._now + self._policy.ping_after_s
@@ -341,6 +344,12 @@ class ClientCore:
         self._ready_since = self._give_up_at = self._ping_at = self._pong_by = inf
 
     def _reconnect_later(self, *, asked_s: float = 0, overload: bool = False) -> None:
+        if self._led:
+            # The owner that we were sent to may have died a moment ago. Its successor is not
+            # known yet, so go back at once and say that we were moved: then we are served.
+            self._led, self._stranded = False, True
+            self._connect_at = self._now
+            return
         policy = self._policy
         if overload:
             delay_s = self._jitter(self._failures, policy.overload_base_s, policy.overload_cap_s)
@@ -350,7 +359,8 @@ class ClientCore:
         self._connect_at = self._now + asked_s + delay_s
 
     def _connect(self) -> None:
-        self._moved = self._next_url is not None
+        self._led = self._next_url is not None
+        self._moved = self._led or self._stranded
         self._actions.append(Connect(self._next_url or self._url, self._moved))
         self._next_url = self._move_url = None
         self._socket = _Socket.CONNECTING
