@@ -13,6 +13,7 @@ listens, which poolers such as PgBouncer do not carry, and it says nothing when 
 """
 
 import asyncio
+import datetime as dt
 from functools import partial
 from typing import Any, Self, TypeAlias
 from urllib.parse import urlsplit
@@ -22,6 +23,7 @@ import msgspec
 
 from pokebridge.coordination.base import Document, Member
 from pokebridge.coordination.store import DIAL_TIMEOUT_S, Line, decode_all, encode
+from pokebridge.engines import text_of
 from pokebridge.engines.urls import without_secrets
 from pokebridge.errors import ConfigError
 
@@ -90,3 +92,128 @@ SELECT (SELECT revision FROM pokebridge_documents WHERE cluster = $1),
 """
 
 _members = msgspec.json.Decoder(Member)
+
+
+class PostgresCoordination:
+    """Members, document and leader in tables. Made by :meth:`connect`; holds one connection."""
+
+    def __init__(self, line: Line[_Connection], cluster: str) -> None:
+        self._line = line
+        self._cluster = cluster
+        self._seen: asyncpg.Record | None = None
+
+    @classmethod
+    async def connect(cls, url: str, *, cluster: str) -> Self:
+        """Connect to the database in ``url``, and make the tables if they are missing.
+
+        Args:
+            url: as libpq takes it: ``postgresql://user:password@host:port/database``, with
+                ``sslmode=verify-full``, ``sslrootcert=FILE`` and the like behind a ``?``.
+            cluster: whose rows these are.
+
+        Raises:
+            ConfigError: the URL makes no sense.
+            CoordinationError: the database can't be had, or refuses.
+        """
+        line = Line(
+            without_secrets(url),
+            dial=partial(_dial, url, cluster),
+            is_up=lambda connection: not connection.is_closed(),
+            hang_up=_hang_up,
+            failures=(asyncpg.PostgresError, asyncpg.InterfaceError),
+            text_of=text_of,
+        )
+        store = cls(line, cluster)
+        try:
+            store._seen = await store._row(_GLANCE)
+        except BaseException:
+            await store.close()
+            raise
+        return store
+
+    async def renew(self, member: Member, lease_s: float) -> None:
+        """Be a member for ``lease_s`` seconds from now."""
+        standing = encode(member.standing).decode()
+        record = encode(member).decode()
+        await self._row(
+            _RENEW, member.id, member.incarnation, standing, record, dt.timedelta(seconds=lease_s)
+        )
+
+    async def leave(self, member_id: str, incarnation: str) -> None:
+        """Be one no more, unless another incarnation has taken over."""
+        await self._row(_LEAVE, member_id, incarnation)
+
+    async def members(self) -> list[Member]:
+        """Everyone whose lease lasts, by id."""
+        rows = await self._line.call(lambda connection: connection.fetch(_MEMBERS, self._cluster))
+        return decode_all(_members, (row["record"] for row in rows))
+
+    async def read(self) -> Document | None:
+        """The shared document."""
+        row = await self._row(_READ)
+        return None if row is None else Document(row["body"], row["revision"])
+
+    async def write(self, body: bytes, revision: int | None) -> bool:
+        """Replace the document if it is still at ``revision``."""
+        if revision is None:
+            return await self._row(_CREATE, body) is not None
+        return await self._row(_REPLACE, body, revision) is not None
+
+    async def lead(self, holder: str, lease_s: float) -> bool:
+        """Become the leader, or stay it."""
+        return await self._row(_LEAD, holder, dt.timedelta(seconds=lease_s)) is not None
+
+    async def resign(self, holder: str) -> None:
+        """Lead no more, if ``holder`` does."""
+        await self._row(_RESIGN, holder)
+
+    async def wait_for_change(self, timeout_s: float) -> None:
+        """Return at the next change, :data:`POLL_S` late, or after ``timeout_s`` seconds."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + timeout_s
+        while (left_s := until - loop.time()) > 0:
+            seen = await self._row(_GLANCE)
+            if seen != self._seen:
+                self._seen = seen
+                return
+            await asyncio.sleep(min(POLL_S, left_s))
+
+    async def close(self) -> None:
+        """Close the connection. May be called twice."""
+        await self._line.close()
+
+    async def _row(self, statement: str, *values: Any) -> asyncpg.Record | None:
+        """The first row of ``statement``, whose first parameter is the cluster."""
+        return await self._line.call(
+            lambda connection: connection.fetchrow(statement, self._cluster, *values)
+        )
+
+
+async def _dial(url: str, cluster: str) -> _Connection:
+    if urlsplit(url).scheme not in {"postgresql", "postgres"}:
+        raise ConfigError("the coordination's URL is postgresql://, then USER@HOST:PORT/DATABASE")
+    try:
+        connection = await asyncpg.connect(
+            url,
+            timeout=DIAL_TIMEOUT_S,
+            server_settings={"application_name": f"pokebridge {cluster}"},
+        )
+    except ValueError as error:  # the driver's way to say that it does not understand the URL
+        raise ConfigError(f"the coordination's URL: {text_of(error)}") from None
+    try:
+        if await connection.fetchval(_MISSING):
+            async with connection.transaction():
+                await connection.execute(_LOCK)  # CREATE IF NOT EXISTS fails when two do it at once
+                await connection.execute(_TABLES)
+        await connection.execute(_SWEEP, cluster)
+    except BaseException:
+        connection.terminate()
+        raise
+    return connection
+
+
+async def _hang_up(connection: _Connection) -> None:
+    try:
+        await connection.close(timeout=_CLOSE_TIMEOUT_S)
+    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
+        connection.terminate()

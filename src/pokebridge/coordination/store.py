@@ -65,16 +65,14 @@ class Line(Generic[C]):
         self._dial = dial
         self._is_up = is_up
         self._hang_up = hang_up
-        self._failures = (*failures, OSError)
+        self._failures: tuple[type[Exception], ...] = (*failures, OSError)
         self._text_of = text_of
         self._connection: C | None = None
         self._turn = asyncio.Lock()
         self._endings: set[asyncio.Future[None]] = set()
         self._closed = False
 
-    async def call(
-        self, work: Callable[[C], Awaitable[T]], timeout_s: float = CALL_TIMEOUT_S
-    ) -> T:
+    async def call(self, work: Callable[[C], Awaitable[T]], timeout_s: float = CALL_TIMEOUT_S) -> T:
         """Do ``work`` on the connection, one call at a time.
 
         Raises:

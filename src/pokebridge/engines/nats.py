@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 from nats import errors
 from nats.aio.client import Client, RawCredentials
 
+from pokebridge.engines import text_of
 from pokebridge.engines.urls import TLS_OPTIONS, tls_context, url_options
 from pokebridge.errors import ConfigError, MissingExtraError
 
@@ -145,6 +146,6 @@ def _read(part: str, option: str, path: str) -> str:
         raise ConfigError(f"the {part}'s {option} can't be read: {error}") from None
 
 
-def text_of(error: Exception | None) -> str:
+def refusal_of(error: Exception | None) -> str:
     """What ``error`` says, in the server's own words where they are the server's."""
-    return str(error or "").removeprefix("nats: ").strip("'") or "no answer"
+    return text_of(error).removeprefix("nats: ").strip("'")

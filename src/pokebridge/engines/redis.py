@@ -56,8 +56,3 @@ def connection_pool(
         )
     except ValueError as error:
         raise ConfigError(f"the {part}'s URL: {error}") from None
-
-
-def text_of(error: Exception) -> str:
-    """What ``error`` says, in one line."""
-    return " ".join(str(error).split()) or "no answer"

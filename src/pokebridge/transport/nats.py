@@ -18,7 +18,7 @@ from typing import Self
 from nats import errors
 from nats.aio.subscription import Subscription as NatsSubscription
 
-from pokebridge.engines.nats import NatsClient, client_options, servers_in, text_of
+from pokebridge.engines.nats import NatsClient, client_options, refusal_of, servers_in
 from pokebridge.errors import TransportError
 from pokebridge.transport.base import Feed, Receiver, Selection, Signal, Subscription
 from pokebridge.transport.link import (
@@ -240,7 +240,7 @@ class _NatsConnection:
                 self._refused.add((what, subject))
 
     def _on_lost(self) -> None:
-        self._lose(text_of(self._client.last_error or self._client.trouble))
+        self._lose(refusal_of(self._client.last_error or self._client.trouble))
 
     def _lose(self, reason: str) -> None:
         if not self.lost.done():
@@ -252,7 +252,7 @@ class _NatsConnection:
         try:
             yield
         except (errors.Error, OSError) as error:
-            raise TransportError(f"{self._server}: {text_of(error)}") from error
+            raise TransportError(f"{self._server}: {refusal_of(error)}") from error
 
 
 class _Census:

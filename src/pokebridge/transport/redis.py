@@ -18,7 +18,8 @@ from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import RedisError, ResponseError
 
-from pokebridge.engines.redis import connection_pool, text_of
+from pokebridge.engines import text_of
+from pokebridge.engines.redis import connection_pool
 from pokebridge.engines.urls import without_secrets
 from pokebridge.errors import TransportError
 from pokebridge.transport.base import Feed, Receiver, Selection, Signal, Subscription

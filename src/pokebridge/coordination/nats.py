@@ -1,0 +1,459 @@
+"""Coordination through NATS: a JetStream key-value bucket a cluster, timed by the stream's clock.
+
+Bucket ``pokebridge-CLUSTER``, so stream ``KV_pokebridge-CLUSTER``, with the keys
+
+member.ID    a member's record and the length of its lease
+leader       who leads, and the length of its lease
+document     the shared document; the entry's revision is the document's
+
+A lease is judged by what the server stamped the entry with and what time the server says it is
+now: one clock, to the millisecond, for a reader who has just come as for any other. NATS's own
+expiry (``Nats-TTL``) counts whole seconds, so it only removes what is long dead. Judging by the
+reader's clock, from when it saw a revision change, would take the dead for living after each start.
+
+That something has changed is told by an empty message on ``pokebridge.CLUSTER.changed``. A watcher
+of the bucket would hear every renewal of every member instead, N² of them, and no lease end.
+
+A bucket that is missing is made at each connection, so also one that a server lost.
+"""
+
+import asyncio
+import json
+import math
+import random
+import time
+from base64 import b64decode
+from collections.abc import Coroutine
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Self, TypeVar
+
+import msgspec
+from nats import errors
+from nats.aio.msg import Msg
+from nats.js.api import DiscardPolicy, StreamConfig
+from nats.js.errors import APIError, NotFoundError
+
+from pokebridge.coordination.base import Document, Member
+from pokebridge.coordination.store import (
+    CALL_TIMEOUT_S,
+    DIAL_TIMEOUT_S,
+    Announced,
+    Line,
+    decode_all,
+    encode,
+)
+from pokebridge.engines.nats import (
+    URL_OPTIONS,
+    NatsClient,
+    client_options,
+    refusal_of,
+    servers_in,
+)
+from pokebridge.engines.urls import url_options, without_secrets
+from pokebridge.errors import ConfigError
+
+T = TypeVar("T")
+
+_OLDEST_SERVER = (2, 11)  # expiry of single entries, and listing many in one request
+_PART = "coordination"
+_OPTIONS = URL_OPTIONS | {"replicas"}
+_MOST_MEMBERS = 1024  # the server lists no more in one request
+_LEAVE_ATTEMPTS = 3
+# JetStream's error codes.
+_NO_MESSAGE = 10037
+_NAME_IN_USE = 10058
+_WRONG_REVISION = frozenset({10071, 10164})
+_MARKERS = ("KV-Operation", "Nats-Marker-Reason")
+
+
+@dataclass(frozen=True, slots=True)
+class _Joined:
+    member: Member
+    lease_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Led:
+    holder: str
+    lease_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """``stamped_s``: when it was stored, by the server's clock. ``is_gone``: it marks an end."""
+
+    value: bytes
+    revision: int
+    stamped_s: float
+    is_gone: bool
+
+
+_joined = msgspec.json.Decoder(_Joined)
+_led = msgspec.json.Decoder(_Led)
+
+
+class NatsCoordination:
+    """Members, document and leader in a bucket. Made by :meth:`connect`; holds one connection."""
+
+    def __init__(self, url: str, cluster: str, replicas: int) -> None:
+        servers = servers_in(_PART, url)
+        self._servers = random.sample(servers, len(servers))
+        self._url = url
+        self._cluster = cluster
+        self._replicas = replicas
+        self._changed = asyncio.Event()
+        self._announced = Announced()
+        self._line = Line(
+            without_secrets(url),
+            dial=self._dial,
+            is_up=lambda bucket: not bucket.lost.done(),
+            hang_up=lambda bucket: bucket.close(),
+            failures=(errors.Error,),
+            text_of=_text_of,
+        )
+
+    @classmethod
+    async def connect(cls, url: str, *, cluster: str) -> Self:
+        """Connect to the servers in ``url``, and make the bucket if it is missing.
+
+        Args:
+            url: as :mod:`pokebridge.engines.nats` says; the option ``replicas`` (1) is for a
+                bucket that is made now.
+            cluster: whose bucket it is.
+
+        Raises:
+            ConfigError: the URL makes no sense, or a file can't be read.
+            CoordinationError: no server can be had, or it refuses, or has no JetStream.
+        """
+        replicas = url_options(_PART, url, _OPTIONS).get("replicas", "1")
+        if not replicas.isdecimal() or not 1 <= int(replicas) <= 5:
+            raise ConfigError("the coordination's URL: replicas is 1 to 5")
+        store = cls(url, cluster, int(replicas))
+        try:
+            await store._line.call(_nothing)
+        except BaseException:
+            await store.close()
+            raise
+        store._changed.clear()
+        return store
+
+    async def renew(self, member: Member, lease_s: float) -> None:
+        """Be a member for ``lease_s`` seconds from now."""
+        is_news = self._announced.is_news(member, lease_s, time.monotonic())
+        await self._line.call(lambda bucket: bucket.renew(_Joined(member, lease_s), is_news))
+
+    async def leave(self, member_id: str, incarnation: str) -> None:
+        """Be one no more, unless another incarnation has taken over."""
+        self._announced.forget(member_id)
+        await self._line.call(lambda bucket: bucket.leave(member_id, incarnation))
+
+    async def members(self) -> list[Member]:
+        """Everyone whose lease lasts, by id."""
+        return await self._line.call(lambda bucket: bucket.members())
+
+    async def read(self) -> Document | None:
+        """The shared document."""
+        return await self._line.call(lambda bucket: bucket.read())
+
+    async def write(self, body: bytes, revision: int | None) -> bool:
+        """Replace the document if it is still at ``revision``."""
+        return await self._line.call(lambda bucket: bucket.write(body, revision))
+
+    async def lead(self, holder: str, lease_s: float) -> bool:
+        """Become the leader, or stay it."""
+        return await self._line.call(lambda bucket: bucket.lead(_Led(holder, lease_s)))
+
+    async def resign(self, holder: str) -> None:
+        """Lead no more, if ``holder`` does."""
+        await self._line.call(lambda bucket: bucket.resign(holder))
+
+    async def wait_for_change(self, timeout_s: float) -> None:
+        """Return at the next change, when the connection breaks, or after ``timeout_s`` seconds."""
+        await self._line.call(_nothing)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._changed.wait()
+        self._changed.clear()
+
+    async def close(self) -> None:
+        """Close the connection. May be called twice."""
+        await self._line.close()
+
+    async def _dial(self) -> "_Bucket":
+        """A connection to the next server that answers; what was missed meanwhile is a change."""
+        options = await asyncio.to_thread(client_options, _PART, self._url, _OPTIONS)
+        for servers_left in reversed(range(len(self._servers))):
+            self._servers.append(server := self._servers.pop(0))
+            bucket = _Bucket(self._cluster, self._changed)
+            try:
+                await bucket.open(server, options, self._replicas)
+            except BaseException as error:
+                await bucket.close()
+                if not servers_left or not isinstance(error, errors.Error | OSError):
+                    raise
+            else:
+                break
+        self._changed.set()
+        return bucket
+
+
+class _Bucket:
+    """A cluster's bucket over one connection, which is lost at the first trouble."""
+
+    def __init__(self, cluster: str, changed: asyncio.Event) -> None:
+        self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._cluster = cluster
+        self._stream = f"KV_pokebridge-{cluster}"
+        self._prefix = f"$KV.pokebridge-{cluster}."
+        self._news = f"pokebridge.{cluster}.changed"
+        self._changed = changed
+        self._client = NatsClient(on_lost=self._on_lost)
+
+    async def open(self, server: str, options: dict[str, Any], replicas: int) -> None:
+        """Connect, listen for news, and see to it that the bucket is there."""
+        name = f"pokebridge {self._cluster}"
+        await self._client.dial(
+            server, options, name=name, timeout_s=DIAL_TIMEOUT_S, on_error=self._on_error
+        )
+        version = self._client.connected_server_version
+        if (version.major, version.minor) < _OLDEST_SERVER:
+            raise errors.Error(f"it is NATS {version.major}.{version.minor}, older than 2.11")
+        await self._client.subscribe(self._news, cb=self._on_news)
+        try:
+            await self._now_s()
+        except NotFoundError:
+            await self._create(replicas)
+
+    async def close(self) -> None:
+        """Give up the connection. Never raises."""
+        await self._client.hang_up()
+
+    # --- members ----------------------------------------------------------------------------------
+
+    async def renew(self, joined: _Joined, is_news: bool) -> None:  # noqa: FBT001 - its one caller's
+        await self._put(f"member.{joined.member.id}", encode(joined), ttl_s=joined.lease_s)
+        if is_news:
+            await self._announce()
+
+    async def leave(self, member_id: str, incarnation: str) -> None:
+        key = f"member.{member_id}"
+        for _ in range(_LEAVE_ATTEMPTS):  # a renewal may come between
+            entry = await self._get(key)
+            if entry is None or entry.is_gone:
+                return
+            if any(joined.member.incarnation != incarnation for joined in _decode(_joined, entry)):
+                return
+            if await self._remove(key, entry.revision):
+                await self._announce()
+                return
+
+    async def members(self) -> list[Member]:
+        now_s = await self._now_s()
+        alive = [
+            joined.member
+            for entry in await self._list("member.>")
+            for joined in _decode(_joined, entry)
+            if now_s - entry.stamped_s < joined.lease_s
+        ]
+        return sorted(alive, key=lambda member: member.id)
+
+    # --- the document -----------------------------------------------------------------------------
+
+    async def read(self) -> Document | None:
+        entry = await self._get("document")
+        return None if entry is None or entry.is_gone else Document(entry.value, entry.revision)
+
+    async def write(self, body: bytes, revision: int | None) -> bool:
+        if revision is None:
+            entry = await self._get("document")
+            if entry is not None and not entry.is_gone:
+                return False
+            revision = 0 if entry is None else entry.revision
+        if not await self._put("document", body, revision=revision):
+            return False
+        await self._announce()
+        return True
+
+    # --- the leader -------------------------------------------------------------------------------
+
+    async def lead(self, led: _Led) -> bool:
+        entry = await self._get("leader")
+        if entry is not None:
+            for other in _decode(_led, entry):
+                if other.holder != led.holder:
+                    age_s = await self._now_s() - entry.stamped_s
+                    if age_s < other.lease_s:
+                        return False
+        revision = 0 if entry is None else entry.revision
+        return await self._put("leader", encode(led), ttl_s=led.lease_s, revision=revision)
+
+    async def resign(self, holder: str) -> None:
+        entry = await self._get("leader")
+        if entry is not None and any(led.holder == holder for led in _decode(_led, entry)):
+            await self._remove("leader", entry.revision)
+
+    # --- entries ----------------------------------------------------------------------------------
+
+    async def _put(
+        self,
+        key: str,
+        value: bytes,
+        *,
+        ttl_s: float | None = None,
+        revision: int | None = None,
+        marker: dict[str, str] | None = None,
+    ) -> bool:
+        """Store an entry; False when ``revision`` is given and the entry is at another one."""
+        headers = dict(marker or {})
+        if ttl_s is not None:
+            # The lease ends before the entry does: the stamp decides, and this only cleans up.
+            headers["Nats-TTL"] = str(math.ceil(ttl_s) + 1)
+        if revision is not None:
+            headers["Nats-Expected-Last-Subject-Sequence"] = str(revision)
+        try:
+            await self._ask(self._prefix + key, value, headers)
+        except APIError as error:
+            if error.err_code in _WRONG_REVISION:
+                return False
+            raise
+        return True
+
+    async def _remove(self, key: str, revision: int) -> bool:
+        return await self._put(key, b"", ttl_s=0, revision=revision, marker={"KV-Operation": "DEL"})
+
+    async def _get(self, key: str) -> _Entry | None:
+        """The entry, from the stream's leader: what was written before is in it."""
+        request = encode({"last_by_subj": self._prefix + key})
+        try:
+            answer = await self._ask(f"$JS.API.STREAM.MSG.GET.{self._stream}", request)
+        except APIError as error:
+            if error.err_code == _NO_MESSAGE:
+                return None
+            raise
+        message = answer["message"]
+        headers = b64decode(message.get("hdrs", "")).decode("latin-1")
+        return _Entry(
+            b64decode(message.get("data", "")),
+            message["seq"],
+            _seconds(message["time"]),
+            any(f"\n{marker}:" in headers for marker in _MARKERS),
+        )
+
+    async def _list(self, keys: str) -> list[_Entry]:
+        """The entries whose keys match the pattern, in one request."""
+        return await self._unless_lost(self._collect(keys))
+
+    async def _collect(self, keys: str) -> list[_Entry]:
+        inbox = self._client.new_inbox()
+        answers = await self._client.subscribe(inbox)
+        found: list[_Entry] = []
+        try:
+            request = encode({"multi_last": [self._prefix + keys], "batch": _MOST_MEMBERS})
+            await self._client.publish(f"$JS.API.DIRECT.GET.{self._stream}", request, reply=inbox)
+            while True:
+                message = await answers.next_msg(timeout=CALL_TIMEOUT_S)
+                headers = message.headers or {}
+                status = headers.get("Status")
+                if status in {"204", "404"}:  # the end, and nothing at all
+                    return found
+                if status is not None:
+                    reason = headers.get("Description", status)
+                    raise errors.Error(f"the members can't be listed: {reason}")
+                if not any(marker in headers for marker in _MARKERS):
+                    revision = int(headers["Nats-Sequence"])
+                    stamped_s = _seconds(headers["Nats-Time-Stamp"])
+                    found.append(_Entry(message.data, revision, stamped_s, is_gone=False))
+        finally:
+            await answers.unsubscribe()
+
+    async def _now_s(self) -> float:
+        """The time by the clock that stamps entries; raises NotFoundError without a bucket."""
+        answer = await self._ask(f"$JS.API.STREAM.INFO.{self._stream}")
+        return _seconds(answer["ts"])
+
+    async def _create(self, replicas: int) -> None:
+        """Make the bucket, unless another member just has.
+
+        Its revisions begin with the time in µs, so that none comes again that somebody remembers of
+        a bucket that was lost.
+        """
+        config = StreamConfig(
+            name=self._stream,
+            subjects=[f"{self._prefix}>"],
+            max_msgs_per_subject=1,
+            discard=DiscardPolicy.NEW,
+            allow_direct=True,
+            allow_msg_ttl=True,
+            allow_rollup_hdrs=True,
+            deny_delete=True,
+            num_replicas=replicas,
+            first_seq=time.time_ns() // 1000,
+        )
+        try:
+            await self._unless_lost(self._client.jetstream().add_stream(config))
+        except APIError as error:
+            if error.err_code != _NAME_IN_USE:
+                raise
+
+    async def _ask(
+        self, subject: str, payload: bytes = b"", headers: dict[str, str] | None = None
+    ) -> Any:
+        """JetStream's answer, or its refusal as APIError."""
+        request = self._client.request(subject, payload, timeout=CALL_TIMEOUT_S, headers=headers)
+        answer = json.loads((await self._unless_lost(request)).data)
+        if "error" in answer:
+            raise APIError.from_error(answer["error"])
+        return answer
+
+    # --- the connection ---------------------------------------------------------------------------
+
+    async def _unless_lost(self, work: Coroutine[Any, Any, T]) -> T:
+        """What ``work`` returns; raises at once when the connection is lost meanwhile."""
+        task = asyncio.ensure_future(work)
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        try:
+            either: set[asyncio.Future[Any]] = {task, self.lost}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise errors.Error(self.lost.result())
+            return task.result()
+        finally:
+            task.cancel()
+
+    async def _announce(self) -> None:
+        await self._client.publish(self._news)
+
+    async def _on_news(self, _: Msg) -> None:
+        self._changed.set()
+
+    async def _on_error(self, error: Exception) -> None:
+        """Whatever is no answer to a call, a lacking permission say, may concern any call."""
+        self._lose(error)
+
+    def _on_lost(self) -> None:
+        self._lose(self._client.last_error or self._client.trouble)
+
+    def _lose(self, error: Exception | None) -> None:
+        if not self.lost.done():
+            self.lost.set_result(refusal_of(error))
+        self._changed.set()
+
+
+async def _nothing(_: _Bucket) -> None:
+    """A call that only needs the connection."""
+
+
+def _decode(decoder: msgspec.json.Decoder[T], entry: _Entry) -> list[T]:
+    return [] if entry.is_gone else decode_all(decoder, [entry.value])
+
+
+def _seconds(timestamp: str) -> float:
+    return datetime.fromisoformat(timestamp).timestamp()
+
+
+def _text_of(error: Exception) -> str:
+    if isinstance(error, errors.NoRespondersError):
+        return "JetStream does not answer: is it enabled there?"
+    return str(error.description) if isinstance(error, APIError) else refusal_of(error)

@@ -1,0 +1,265 @@
+"""Coordination through Redis or Valkey: a few keys of one hash slot, timed by the server's clock.
+
+pokebridge:{CLUSTER}:members     hash: a member's id and its record
+pokebridge:{CLUSTER}:leases      sorted set: a member's id by the end of its lease, Unix ms
+pokebridge:{CLUSTER}:leader      string: who leads; the key's expiry ends its lease
+pokebridge:{CLUSTER}:document    hash: the shared document and its revision
+pokebridge:{CLUSTER}:changes     stream of one entry, a new one at each change: what waiters wait on
+
+The braces are Redis's hash tag: on a Redis Cluster all of it lies on one node, which is found by
+asking any. Each change is one script, so it happens as a whole. A server that lost its data is an
+empty cluster until the members renew; they restore the document.
+"""
+
+import asyncio
+import math
+import time
+from contextlib import suppress
+from functools import partial
+from typing import Any, Self
+
+import msgspec
+from redis.asyncio import Redis
+from redis.exceptions import MovedError, RedisError
+
+from pokebridge.coordination.base import Document, Member
+from pokebridge.coordination.store import (
+    CALL_TIMEOUT_S,
+    DIAL_TIMEOUT_S,
+    Announced,
+    Line,
+    decode_all,
+    encode,
+)
+from pokebridge.engines import text_of
+from pokebridge.engines.redis import connection_pool
+from pokebridge.engines.urls import without_secrets
+
+_CLOSE_TIMEOUT_S = 1.0
+
+_NOW = """
+local clock = redis.call('TIME')
+local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
+"""
+# KEYS: members, leases, changes. ARGV: id, record, lease in ms, whether it is news.
+_RENEW = f"""{_NOW}
+for _, gone in ipairs(redis.call('ZRANGE', KEYS[2], '-inf', now, 'BYSCORE')) do
+    redis.call('HDEL', KEYS[1], gone)
+end
+redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now)
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+redis.call('ZADD', KEYS[2], now + ARGV[3], ARGV[1])
+local last = redis.call('ZRANGE', KEYS[2], -1, -1, 'WITHSCORES')[2]
+redis.call('PEXPIREAT', KEYS[1], last)
+redis.call('PEXPIREAT', KEYS[2], last)
+if ARGV[4] == '1' then
+    redis.call('XADD', KEYS[3], 'MAXLEN', 1, '*', 'renewed', ARGV[1])
+end
+"""
+# KEYS: members, leases, changes. ARGV: id, incarnation.
+_LEAVE = """
+local record = redis.call('HGET', KEYS[1], ARGV[1])
+if record and cjson.decode(record).incarnation == ARGV[2] then
+    redis.call('HDEL', KEYS[1], ARGV[1])
+    redis.call('ZREM', KEYS[2], ARGV[1])
+    redis.call('XADD', KEYS[3], 'MAXLEN', 1, '*', 'left', ARGV[1])
+end
+"""
+# KEYS: members, leases.
+_MEMBERS = f"""{_NOW}
+local ids = redis.call('ZRANGE', KEYS[2], '(' .. now, '+inf', 'BYSCORE')
+local records = {{}}
+for i, id in ipairs(ids) do
+    records[i] = redis.call('HGET', KEYS[1], id)
+end
+return records
+"""
+# KEYS: document, changes. ARGV: body, revision to replace or ''. The first revision is the time in
+# µs, so that a document which was lost and is written anew never has one again that somebody
+# remembers.
+_WRITE = """
+local revision = redis.call('HGET', KEYS[1], 'revision')
+if (revision or '') ~= ARGV[2] then
+    return 0
+end
+if revision then
+    redis.call('HINCRBY', KEYS[1], 'revision', 1)
+else
+    local clock = redis.call('TIME')
+    redis.call('HSET', KEYS[1], 'revision', clock[1] .. string.format('%06d', clock[2]))
+end
+redis.call('HSET', KEYS[1], 'body', ARGV[1])
+redis.call('XADD', KEYS[2], 'MAXLEN', 1, '*', 'wrote', 'document')
+return 1
+"""
+# KEYS: leader. ARGV: holder, lease in ms.
+_LEAD = """
+local holder = redis.call('GET', KEYS[1])
+if holder and holder ~= ARGV[1] then
+    return 0
+end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return 1
+"""
+# KEYS: leader. ARGV: holder.
+_RESIGN = """
+if redis.call('GET', KEYS[1]) == ARGV[1] then
+    redis.call('DEL', KEYS[1])
+end
+"""
+
+_members = msgspec.json.Decoder(Member)
+
+
+class RedisCoordination:
+    """Members, document and leader in one hash slot. Made by :meth:`connect`.
+
+    One connection is for calls, and another for a wait, which keeps its own busy.
+    """
+
+    def __init__(self, line: Line[Redis], waiting_line: Line[Redis], cluster: str) -> None:
+        self._line = line
+        self._waiting_line = waiting_line
+        keys = _Keys(cluster)
+        self._member_keys = (keys.members, keys.leases, keys.changes)
+        self._keys = keys
+        self._announced = Announced()
+        self._last_change = "0-0"
+
+    @classmethod
+    async def connect(cls, url: str, *, cluster: str) -> Self:
+        """Connect to the server in ``url``.
+
+        Args:
+            url: as :mod:`pokebridge.engines.redis` says; on a Redis Cluster, any node.
+            cluster: whose keys these are.
+
+        Raises:
+            ConfigError: the URL makes no sense.
+            CoordinationError: the server can't be had, or refuses.
+        """
+        lines = [
+            Line(
+                without_secrets(url),
+                dial=partial(_dial, url, cluster),
+                is_up=lambda _: True,  # redis-py learns of a broken connection when it is used
+                hang_up=_hang_up,
+                failures=(RedisError,),
+                text_of=text_of,
+            )
+            for _ in range(2)
+        ]
+        store = cls(lines[0], lines[1], cluster)
+        try:
+            await store._note_last_change()
+        except BaseException:
+            await store.close()
+            raise
+        return store
+
+    async def renew(self, member: Member, lease_s: float) -> None:
+        """Be a member for ``lease_s`` seconds from now."""
+        is_news = self._announced.is_news(member, lease_s, time.monotonic())
+        record = encode(member)
+        await self._run(_RENEW, self._member_keys, member.id, record, _ms(lease_s), int(is_news))
+
+    async def leave(self, member_id: str, incarnation: str) -> None:
+        """Be one no more, unless another incarnation has taken over."""
+        self._announced.forget(member_id)
+        await self._run(_LEAVE, self._member_keys, member_id, incarnation)
+
+    async def members(self) -> list[Member]:
+        """Everyone whose lease lasts, by id."""
+        records = await self._run(_MEMBERS, self._member_keys[:2])
+        return sorted(decode_all(_members, records), key=lambda member: member.id)
+
+    async def read(self) -> Document | None:
+        """The shared document."""
+        key = self._keys.document
+        values: Any = await self._line.call(lambda redis: redis.hmget(key, "body", "revision"))
+        body, revision = values
+        return None if revision is None else Document(body, int(revision))
+
+    async def write(self, body: bytes, revision: int | None) -> bool:
+        """Replace the document if it is still at ``revision``."""
+        keys = (self._keys.document, self._keys.changes)
+        known = "" if revision is None else str(revision)
+        return bool(await self._run(_WRITE, keys, body, known))
+
+    async def lead(self, holder: str, lease_s: float) -> bool:
+        """Become the leader, or stay it."""
+        return bool(await self._run(_LEAD, (self._keys.leader,), holder, _ms(lease_s)))
+
+    async def resign(self, holder: str) -> None:
+        """Lead no more, if ``holder`` does."""
+        await self._run(_RESIGN, (self._keys.leader,), holder)
+
+    async def wait_for_change(self, timeout_s: float) -> None:
+        """Return at the next change, or after ``timeout_s`` seconds."""
+        key = self._keys.changes
+        block_ms = max(1, _ms(timeout_s))  # 0 would be for ever
+        changes: Any = await self._waiting_line.call(
+            lambda redis: redis.xread({key: self._last_change}, block=block_ms),
+            timeout_s + CALL_TIMEOUT_S,
+        )
+        if changes:
+            self._last_change = changes[0][1][-1][0].decode()
+
+    async def close(self) -> None:
+        """Close the connections. May be called twice."""
+        await asyncio.gather(self._line.close(), self._waiting_line.close())
+
+    async def _run(self, script: str, keys: tuple[str, ...], *values: Any) -> Any:
+        return await self._line.call(lambda redis: redis.eval(script, len(keys), *keys, *values))
+
+    async def _note_last_change(self) -> None:
+        """What was before this is no change."""
+        key = self._keys.changes
+        entries: Any = await self._line.call(lambda redis: redis.xrevrange(key, count=1))
+        if entries:
+            self._last_change = entries[0][0].decode()
+
+
+class _Keys:
+    def __init__(self, cluster: str) -> None:
+        prefix = f"pokebridge:{{{cluster}}}:"
+        self.members = f"{prefix}members"
+        self.leases = f"{prefix}leases"
+        self.leader = f"{prefix}leader"
+        self.document = f"{prefix}document"
+        self.changes = f"{prefix}changes"
+
+
+async def _dial(url: str, cluster: str) -> Redis:
+    pool = await asyncio.to_thread(
+        connection_pool,
+        "coordination",
+        url,
+        client_name=f"pokebridge:{cluster}",
+        connections=1,
+        dial_timeout_s=DIAL_TIMEOUT_S,
+        answer_timeout_s=CALL_TIMEOUT_S,
+    )
+    redis = Redis.from_pool(pool)
+    try:
+        try:
+            await redis.exists(_Keys(cluster).document)
+        except MovedError as elsewhere:  # another node of a Redis Cluster has this cluster's slot
+            await pool.disconnect()
+            host = elsewhere.host or pool.connection_kwargs["host"]
+            pool.connection_kwargs |= {"host": host, "port": elsewhere.port}
+            await redis.exists(_Keys(cluster).document)
+    except BaseException:
+        await _hang_up(redis)
+        raise
+    return redis
+
+
+async def _hang_up(redis: Redis) -> None:
+    with suppress(RedisError, OSError):
+        async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+            await redis.aclose()
+
+
+def _ms(seconds: float) -> int:
+    return math.ceil(seconds * 1000)
