@@ -47,9 +47,9 @@ class PlacementRules:
 
     linger_s: float = 30.0
     """A shard without owner's duty and sessions stays so long: its clients often come back."""
-    widen_at: float = 0.5
+    widen_at: float = 0.8
     """From this share of the shards on, one unfiltered subscription serves instead ..."""
-    narrow_at: float = 0.35
+    narrow_at: float = 0.65
     """... and down to this one, single shards again."""
 
 

@@ -61,6 +61,7 @@ class Cluster:
         self._incarnation = secrets.token_hex(8)
         self._joined_at_ms = int(time.time() * 1000)
         self._window = Window(self._totals())
+        self._memory_bytes = 0
         self._applied: View | None = None
         self._seen = asyncio.Event()
         self._ticker: asyncio.Task[None] | None = None
@@ -252,7 +253,7 @@ class Cluster:
             untagged_share=untagged / signals if signals else 0.0,
             gaps=hold.gaps,
             cpu_share=cpu_s / elapsed_s,
-            memory_bytes=_memory_bytes(),
+            memory_bytes=self._memory_bytes,
         )
 
     def _totals(self) -> Sequence[float]:
@@ -266,6 +267,7 @@ class Cluster:
 
     async def _tick(self) -> None:
         while True:
+            self._memory_bytes = await asyncio.to_thread(_memory_bytes)
             await asyncio.sleep(1.0)
             self._window.mark(self._totals())
 
