@@ -12,6 +12,7 @@ from typing import Generic, NoReturn, TypeVar
 from pokebridge.coordination.base import Coordination
 from pokebridge.errors import ConfigError, MissingExtraError
 from pokebridge.mailbox.base import Mailbox
+from pokebridge.placement import Mode
 from pokebridge.transport.base import Transport
 
 _Part = TypeVar("_Part")
@@ -19,11 +20,13 @@ _Part = TypeVar("_Part")
 
 @dataclass(frozen=True, slots=True)
 class _Choice:
-    """What a transport's URL may need to know beside itself."""
+    """What a part may need to know beside its URL."""
 
     url: str
-    instance: str
-    cluster: str
+    instance: str = ""
+    cluster: str = ""
+    shard_count: int = 0
+    mode: Mode = "fanout"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,18 +57,24 @@ async def open_mailbox(url: str) -> Mailbox:
         MissingExtraError: its driver is not installed.
         MailboxError: it can't be reached.
     """
-    return await _open("mailbox", _MAILBOXES, _Choice(url, "", ""))
+    return await _open("mailbox", _MAILBOXES, _Choice(url))
 
 
-async def open_coordination(url: str, *, instance: str, cluster: str) -> Coordination:
+async def open_coordination(
+    url: str, *, instance: str, cluster: str, shard_count: int, mode: Mode
+) -> Coordination:
     """The coordination store that ``url`` chooses, for ``instance`` of ``cluster``.
+
+    A real store needs no more than that; ``static://`` computes the map of ``shard_count`` shards
+    in ``mode`` instead of keeping one.
 
     Raises:
         ConfigError: there is none with this scheme, or the URL is not one of its.
         MissingExtraError: its driver is not installed.
         CoordinationError: it can't be reached.
     """
-    return await _open("coordination", _COORDINATIONS, _Choice(url, instance, cluster))
+    choice = _Choice(url, instance, cluster, shard_count, mode)
+    return await _open("coordination", _COORDINATIONS, choice)
 
 
 async def _open(part: str, adapters: Mapping[str, _Adapter[_Part]], choice: _Choice) -> _Part:
@@ -110,6 +119,36 @@ async def _memory_coordination(choice: _Choice) -> Coordination:
     return MemoryCoordination()
 
 
+async def _static_coordination(choice: _Choice) -> Coordination:
+    from pokebridge.coordination.static import StaticCoordination
+
+    return await StaticCoordination.connect(
+        choice.url,
+        cluster=choice.cluster,
+        instance=choice.instance,
+        shard_count=choice.shard_count,
+        mode=choice.mode,
+    )
+
+
+async def _postgres_coordination(choice: _Choice) -> Coordination:
+    from pokebridge.coordination.postgres import PostgresCoordination
+
+    return await PostgresCoordination.connect(choice.url, cluster=choice.cluster)
+
+
+async def _nats_coordination(choice: _Choice) -> Coordination:
+    from pokebridge.coordination.nats import NatsCoordination
+
+    return await NatsCoordination.connect(choice.url, cluster=choice.cluster)
+
+
+async def _redis_coordination(choice: _Choice) -> Coordination:
+    from pokebridge.coordination.redis import RedisCoordination
+
+    return await RedisCoordination.connect(choice.url, cluster=choice.cluster)
+
+
 async def _sqlite_mailbox(choice: _Choice) -> Mailbox:
     from pokebridge.mailbox.sqlite import SqliteMailbox
 
@@ -144,6 +183,11 @@ async def _google_transport(choice: _Choice) -> Transport:
 
 _NATS = _Adapter(_nats_transport, "nats://HOST:PORT", "nats")
 _REDIS = _Adapter(_redis_transport, "redis://HOST:PORT/DB", "redis")
+_NATS_STORE = _Adapter(_nats_coordination, "nats://HOST:PORT", "nats")
+_REDIS_STORE = _Adapter(_redis_coordination, "redis://HOST:PORT/DB", "redis")
+_POSTGRES_STORE = _Adapter(
+    _postgres_coordination, "postgresql://USER@HOST:PORT/DATABASE", "postgres"
+)
 
 _TRANSPORTS: Mapping[str, _Adapter[Transport]] = {
     "memory": _Adapter(_memory_transport, "memory://"),
@@ -155,6 +199,13 @@ _TRANSPORTS: Mapping[str, _Adapter[Transport]] = {
 }
 _COORDINATIONS: Mapping[str, _Adapter[Coordination]] = {
     "memory": _Adapter(_memory_coordination, "memory://"),
+    "static": _Adapter(_static_coordination, "static://?ordinal=N&replicas=M"),
+    "postgresql": _POSTGRES_STORE,
+    "postgres": _POSTGRES_STORE,
+    "nats": _NATS_STORE,
+    "tls": _NATS_STORE,
+    "redis": _REDIS_STORE,
+    "rediss": _REDIS_STORE,
 }
 _MAILBOXES: Mapping[str, _Adapter[Mailbox]] = {
     "sqlite": _Adapter(_sqlite_mailbox, "sqlite:///FILE"),

@@ -70,7 +70,12 @@ def run_instance(settings: Settings) -> None:
                 "memory://" if plans_only else settings.transport, **who
             )
             opened.push_async_callback(transport.close)
-            coordination = await open_coordination(settings.coordination, **who)
+            coordination = await open_coordination(
+                settings.coordination,
+                **who,
+                shard_count=settings.shard_count,
+                mode=settings.mode,
+            )
             opened.push_async_callback(coordination.close)
             mailbox = None
             if not settings.no_mailbox and settings.roles & {"api", "processor"}:
