@@ -100,7 +100,7 @@ LISTINGS_PER_MIN = 2
 SUBSCRIPTIONS_PER_LISTING = 1000
 # `hasPrefix(attributes.shard,"42")` takes 33 bytes, " OR " takes 4, `NOT attributes:shard` 20.
 PREFIXES_PER_FILTER = (MAX_FILTER_BYTES - 20) // (33 + 4)
-WIDEN_AT = 0.5
+WIDEN_AT = 0.8
 """An instance that needs this share of the shards takes everything instead (placement rules)."""
 
 
@@ -389,8 +389,8 @@ def advise(load: Load, engine: Engine = "pubsub") -> Advice:
 
 
 def _reason(load: Load) -> str:
-    if load.instances <= 1 / WIDEN_AT:
-        return ", for so few instances take everything anyway"
+    if load.instances == 1:
+        return ", for one instance takes everything"
     return ", for too many sessions are on another instance than their shard's owner"
 
 
