@@ -42,7 +42,7 @@ async def test_an_unknown_scheme_is_answered_with_those_there_are(url: str) -> N
     """One line for the user, without the URL, which may hold a password."""
     with pytest.raises(ConfigError, match="transport: must be memory://") as transport:
         await open_transport(url, instance="a", cluster="c")
-    with pytest.raises(ConfigError, match="mailbox: must be sqlite:///FILE or memory://"):
+    with pytest.raises(ConfigError, match="mailbox: must be sqlite:///FILE or postgresql://"):
         await open_mailbox(url)
     assert "hunter2" not in str(transport.value)
 

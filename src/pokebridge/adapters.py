@@ -11,7 +11,7 @@ from typing import Generic, NoReturn, TypeVar
 
 from pokebridge.coordination.base import Coordination
 from pokebridge.errors import ConfigError, MissingExtraError
-from pokebridge.mailbox.base import Mailbox
+from pokebridge.mailbox.base import Limits, Mailbox
 from pokebridge.placement import Mode
 from pokebridge.transport.base import Transport
 
@@ -27,6 +27,7 @@ class _Choice:
     cluster: str = ""
     shard_count: int = 0
     mode: Mode = "fanout"
+    limits: Limits | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +50,15 @@ async def open_transport(url: str, *, instance: str, cluster: str) -> Transport:
     return await _open("transport", _TRANSPORTS, _Choice(url, instance, cluster))
 
 
-async def open_mailbox(url: str) -> Mailbox:
-    """The mailbox that ``url`` chooses.
+async def open_mailbox(url: str, limits: Limits | None = None) -> Mailbox:
+    """The mailbox that ``url`` chooses, with ``limits`` for each recipient, or the usual ones.
 
     Raises:
         ConfigError: there is none with this scheme, or the URL is not one of its.
         MissingExtraError: its driver is not installed.
         MailboxError: it can't be reached.
     """
-    return await _open("mailbox", _MAILBOXES, _Choice(url))
+    return await _open("mailbox", _MAILBOXES, _Choice(url, limits=limits))
 
 
 async def open_coordination(
@@ -108,7 +109,7 @@ async def _memory_mailbox(choice: _Choice) -> Mailbox:
 
     if choice.url != "memory://":
         _refuse("mailbox", "memory:// and nothing behind it")
-    return MemoryMailbox()
+    return MemoryMailbox(limits=choice.limits)
 
 
 async def _memory_coordination(choice: _Choice) -> Coordination:
@@ -155,7 +156,13 @@ async def _sqlite_mailbox(choice: _Choice) -> Mailbox:
     path = choice.url.removeprefix("sqlite:///")
     if path in {choice.url, "", ":memory:"}:
         _refuse("mailbox", "sqlite:///FILE, or sqlite:////FILE for an absolute path")
-    return await SqliteMailbox.open(path)
+    return await SqliteMailbox.open(path, limits=choice.limits)
+
+
+async def _postgres_mailbox(choice: _Choice) -> Mailbox:
+    from pokebridge.mailbox.postgres import PostgresMailbox
+
+    return await PostgresMailbox.open(choice.url, limits=choice.limits)
 
 
 async def _nats_transport(choice: _Choice) -> Transport:
@@ -207,7 +214,10 @@ _COORDINATIONS: Mapping[str, _Adapter[Coordination]] = {
     "redis": _REDIS_STORE,
     "rediss": _REDIS_STORE,
 }
+_POSTGRES_MAILBOX = _Adapter(_postgres_mailbox, "postgresql://USER@HOST:PORT/DATABASE", "postgres")
 _MAILBOXES: Mapping[str, _Adapter[Mailbox]] = {
     "sqlite": _Adapter(_sqlite_mailbox, "sqlite:///FILE"),
+    "postgresql": _POSTGRES_MAILBOX,
+    "postgres": _POSTGRES_MAILBOX,
     "memory": _Adapter(_memory_mailbox, "memory://"),
 }

@@ -130,7 +130,15 @@ class Settings(BaseModel):
     """URL of what carries pokes between instances: nats://HOST:PORT, redis://HOST:PORT/DB,
     pubsub://PROJECT/TOPIC, or memory:// for this process only."""
     mailbox: _PartUrl = "sqlite:///pokebridge.db"
-    """URL of what keeps the messages: sqlite:///FILE or memory://."""
+    """URL of what keeps the messages: sqlite:///FILE (one machine), postgresql://…, or memory://
+    for this process only."""
+    max_messages_per_recipient: Annotated[int, Field(ge=1)] = 10_000
+    """Messages kept for one recipient; its senders are refused (507) when there is no room."""
+    # At least the largest message fits.
+    max_bytes_per_recipient: Annotated[int, Field(ge=65_536)] = 64 * 1024 * 1024
+    """Bytes of the bodies that are kept for one recipient."""
+    forget_device_days: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 90
+    """Days after which a device that was not seen holds no message back any more."""
     no_mailbox: bool = False
     """Keep no messages: clients pull from an API of your own, which pokes after its commit."""
     coordination: _PartUrl = "memory://"

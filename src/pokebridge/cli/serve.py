@@ -10,7 +10,7 @@ import uvloop
 from pydantic.fields import FieldInfo
 
 from pokebridge.adapters import open_coordination, open_mailbox, open_transport
-from pokebridge.cli.options import config_option
+from pokebridge.cli.options import config_option, mailbox_limits
 from pokebridge.settings import Settings, load_settings
 from pokebridge.telemetry import configure_logging
 
@@ -79,7 +79,7 @@ def run_instance(settings: Settings) -> None:
             opened.push_async_callback(coordination.close)
             mailbox = None
             if not settings.no_mailbox and settings.roles & {"api", "processor"}:
-                mailbox = await open_mailbox(settings.mailbox)
+                mailbox = await open_mailbox(settings.mailbox, mailbox_limits(settings))
                 opened.push_async_callback(mailbox.close)
             await server.serve(
                 settings, transport=transport, mailbox=mailbox, coordination=coordination

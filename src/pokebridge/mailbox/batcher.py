@@ -1,0 +1,105 @@
+"""Group commit: calls that arrive while others are under way share the next round trip."""
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Generic, NamedTuple, TypeVar
+
+from pokebridge.errors import MailboxError
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+MAX_WAITING = 10_000
+
+
+class _Call(NamedTuple, Generic[Job, Result]):
+    job: Job
+    done: "asyncio.Future[Result]"
+
+
+class Batcher(Generic[Job, Result]):
+    """Does jobs by ``do``, many at a time, in the order in which they came.
+
+    ``do`` answers each job with its result or with an error of its own; what it raises is the
+    answer to all. A batch has ``max_count`` jobs at most, that have a ``cost`` of ``max_cost``
+    together at most, or one that costs more. ``lanes`` batches may be under way at once.
+    """
+
+    def __init__(
+        self,
+        do: Callable[[Sequence[Job]], Awaitable[Sequence[Result | Exception]]],
+        *,
+        timeout_s: float,
+        lanes: int,
+        max_count: int,
+        max_cost: int,
+        cost: Callable[[Job], int] = lambda _: 0,
+    ) -> None:
+        self._do = do
+        self._timeout_s = timeout_s
+        self._max_count = max_count
+        self._max_cost = max_cost
+        self._cost = cost
+        self._waiting: deque[_Call[Job, Result]] = deque()
+        self._idle_lanes = lanes
+        self._working: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    async def __call__(self, job: Job) -> Result:
+        """The result of ``job``; one whose caller is cancelled is done in whole or not at all.
+
+        Raises:
+            MailboxError: there is too much to do, or no answer within ``timeout_s``.
+        """
+        if self._closed:
+            raise MailboxError("the mailbox is closed")
+        if len(self._waiting) >= MAX_WAITING:
+            raise MailboxError(f"the mailbox has too much to do: {MAX_WAITING} calls are waiting")
+        call = _Call[Job, Result](job, asyncio.get_running_loop().create_future())
+        self._waiting.append(call)
+        if self._idle_lanes:
+            self._idle_lanes -= 1
+            task = asyncio.create_task(self._work())
+            self._working.add(task)
+            task.add_done_callback(self._working.discard)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await call.done
+        except TimeoutError:
+            raise MailboxError(f"the mailbox did not answer within {self._timeout_s:g} s") from None
+
+    async def close(self) -> None:
+        """Refuse new jobs, and do those that wait."""
+        self._closed = True
+        while self._working:
+            await asyncio.wait(self._working)
+
+    async def _work(self) -> None:
+        while batch := self._take():
+            results: Sequence[Result | Exception]
+            try:
+                results = await self._do([call.job for call in batch])
+            except Exception as error:  # noqa: BLE001 - whatever it is belongs to the callers
+                results = [error] * len(batch)
+            for call, result in zip(batch, results, strict=True):
+                if call.done.done():  # its caller has gone
+                    continue
+                if isinstance(result, Exception):
+                    call.done.set_exception(result)
+                else:
+                    call.done.set_result(result)
+        self._idle_lanes += 1  # before anything can suspend, so that the next call finds it
+
+    def _take(self) -> list[_Call[Job, Result]]:
+        batch: list[_Call[Job, Result]] = []
+        cost = 0
+        while self._waiting and len(batch) < self._max_count:
+            call = self._waiting[0]
+            if not call.done.done():
+                cost += self._cost(call.job)
+                if batch and cost > self._max_cost:
+                    break
+                batch.append(call)
+            self._waiting.popleft()
+        return batch

@@ -1,0 +1,357 @@
+"""The mailbox in PostgreSQL: for many machines; every instance of a cluster shares it.
+
+Messages that are sent while a batch is being committed share the next one (group commit), so one
+round trip and one flush of the disk serve them all, whatever their recipients.
+"""
+
+import re
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Final
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+from pokebridge.errors import ConfigError, InputError, MailboxError
+from pokebridge.mailbox.base import (
+    FORGET_BATCH,
+    PAGE_BYTES,
+    RECEIPT_KEPT_MS,
+    SEEN_EVERY_MS,
+    Limits,
+    MailboxStats,
+    page_of,
+    ttl_ms,
+)
+from pokebridge.mailbox.batcher import Batcher
+from pokebridge.mailbox.postgres_pool import CALL_TIMEOUT_S, Connection, PostgresPool, is_refusal
+from pokebridge.mailbox.postgres_schema import MIGRATION_LOCK, MIGRATIONS
+from pokebridge.model import MAX_VERSION, Message, NewMessage, Page, Poke, Receipt
+
+DEFAULT_SCHEMA: Final = "pokebridge"
+# One statement's worth of messages, and how many such statements a process has under way.
+BATCH: Final = 512
+BATCH_BYTES: Final = 4 * 1024 * 1024
+APPENDERS: Final = 2
+# Long after the last attempt of a batch, whose calls end within seconds.
+BATCH_KEPT_MS: Final = 10 * 60 * 1000
+STATS_TIMEOUT_S: Final = 300.0
+MIGRATION_TIMEOUT_S: Final = 60.0
+
+APPEND: Final = "SELECT append($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)"
+# A recipient whose head the reader has costs one look-up in heads: the rest is never executed. What
+# comes is a page and the message after it, which says that there is more.
+READ: Final = """
+SELECT heads.head, page.version, page.id, page.sender, page.body, page.sent_at_ms
+FROM heads LEFT JOIN LATERAL (
+    SELECT * FROM (
+        SELECT *, row_number() OVER w AS place,
+            sum(octet_length(body)) OVER w - octet_length(body) AS bytes_before
+        FROM (
+            SELECT version, id, sender, body, sent_at_ms FROM messages
+            WHERE messages.recipient = heads.recipient AND version > $2
+                AND (expires_ms IS NULL OR expires_ms > now_ms($6))
+                AND heads.head > $2 AND heads.head IS DISTINCT FROM $5
+            ORDER BY version LIMIT $3
+        ) AS fresh WINDOW w AS (ORDER BY version)
+    ) AS sized WHERE bytes_before <= $4 OR place <= 2
+) AS page ON true
+WHERE heads.recipient = $1 ORDER BY page.version
+"""
+HEAD: Final = "SELECT head FROM heads WHERE recipient = $1"
+SEE_DEVICES: Final = "SELECT see_devices($1, $2, $3, $4)"
+ACK: Final = "SELECT ack($1, $2, $3, $4, $5)"
+# Of several sweepers one gets each entry, since the others skip what it has locked.
+CLAIM: Final = """
+WITH late AS MATERIALIZED (
+    SELECT recipient FROM outbox WHERE since_ms <= now_ms($3) - $1
+    ORDER BY since_ms LIMIT $2 FOR NO KEY UPDATE SKIP LOCKED
+), early AS MATERIALIZED (
+    SELECT recipient FROM outbox WHERE since_ms > now_ms($3)
+    ORDER BY since_ms LIMIT $2 FOR NO KEY UPDATE SKIP LOCKED
+)
+UPDATE outbox SET since_ms = now_ms($3)
+FROM (SELECT recipient FROM late UNION ALL SELECT recipient FROM early LIMIT $2) AS claimed
+WHERE outbox.recipient = claimed.recipient RETURNING outbox.recipient, outbox.version
+"""
+POKED: Final = """
+WITH published AS MATERIALIZED (
+    SELECT outbox.recipient, given.version
+    FROM unnest($1::text[], $2::bigint[]) AS given (recipient, version)
+    JOIN outbox USING (recipient)
+    ORDER BY outbox.recipient FOR NO KEY UPDATE OF outbox
+), dropped AS (
+    DELETE FROM outbox USING published
+    WHERE outbox.recipient = published.recipient AND outbox.version <= published.version
+)
+UPDATE outbox SET since_ms = now_ms($3) FROM published
+WHERE outbox.recipient = published.recipient AND outbox.version > published.version
+"""
+PURGE_MESSAGES: Final = "SELECT purge_messages($1, $2)"
+PURGE_RECEIPTS: Final = "SELECT purge_receipts($1, now_ms($2) - $3)"
+PURGE_BATCHES: Final = "SELECT purge_batches($1, now_ms($2) - $3)"
+PURGE_DEVICES: Final = "SELECT purge_devices($1, now_ms($2) - $3)"
+CLEAR: Final = "SELECT clear_recipient($1)"
+STATS: Final = """
+SELECT count(*) FILTER (WHERE head > 0), coalesce(sum(kept_messages), 0)::bigint,
+    coalesce(sum(kept_bytes), 0)::bigint, (SELECT count(*) FROM devices),
+    (SELECT count(*) FROM outbox), (SELECT min(sent_at_ms) FROM messages),
+    (SELECT min(since_ms) FROM outbox)
+FROM heads
+"""
+
+
+class PostgresMailbox:
+    """The mailbox in one schema of a PostgreSQL database; make it with :meth:`open`."""
+
+    def __init__(
+        self, pool: PostgresPool, clock: Callable[[], float] | None, limits: Limits
+    ) -> None:
+        self._pool = pool
+        self._clock = clock
+        self._limits = limits
+        self._append = Batcher[NewMessage, Receipt](
+            self._append_all,
+            timeout_s=CALL_TIMEOUT_S,
+            lanes=APPENDERS,
+            max_count=BATCH,
+            max_cost=BATCH_BYTES,
+            cost=lambda message: len(message.body),
+        )
+        self._see = Batcher[tuple[str, str], None](
+            self._see_all, timeout_s=CALL_TIMEOUT_S, lanes=1, max_count=BATCH, max_cost=0
+        )
+
+    @classmethod
+    async def open(
+        cls,
+        url: str,
+        clock: Callable[[], float] | None = None,
+        limits: Limits | None = None,
+    ) -> "PostgresMailbox":
+        """Connect to ``url`` and bring its schema up to date.
+
+        ``postgresql://USER:PASSWORD@HOST:PORT/DATABASE``, with several hosts for a failover, with
+        ``?schema=NAME`` for another schema than ``pokebridge``, and with libpq's other parameters.
+        ``clock`` gives Unix time in seconds; without one the database's own time counts.
+
+        Raises:
+            ConfigError: the URL can't be used, or PostgreSQL does not allow what is needed.
+            MailboxError: PostgreSQL can't be reached now.
+        """
+        dsn, schema = _split_schema(url)
+        pool = await PostgresPool.open(dsn, schema=schema)
+        try:
+            await pool.run(
+                lambda connection: _bring_up_to_date(connection, schema),
+                attempt_timeout_s=MIGRATION_TIMEOUT_S,
+            )
+        except BaseException as error:
+            await pool.close()
+            if isinstance(error, MailboxError) and is_refusal(error):
+                raise ConfigError(f"mailbox: {error}") from error
+            raise
+        return cls(pool, clock, limits or Limits())
+
+    async def append(self, message: NewMessage) -> Receipt:
+        """See the port."""
+        _check_texts(message.recipient, message.sender, message.id)
+        return await self._append(message)
+
+    async def read(
+        self,
+        recipient: str,
+        *,
+        after: int,
+        limit: int,
+        max_bytes: int = PAGE_BYTES,
+        unless_head: int | None = None,
+    ) -> Page:
+        """See the port."""
+        cursor = max(0, min(after, MAX_VERSION))
+        now_ms = self._now_ms()
+        rows = await self._pool.run(
+            lambda connection: connection.fetch(
+                READ, recipient, cursor, limit + 1, max_bytes, unless_head, now_ms
+            )
+        )
+        head = rows[0]["head"] if rows else 0
+        messages = (Message(*row[1:]) for row in rows if row["version"] is not None)
+        return page_of(messages, head=head, limit=limit, max_bytes=max_bytes)
+
+    async def head(self, recipient: str) -> int:
+        """See the port."""
+        return await self._pool.run(lambda connection: connection.fetchval(HEAD, recipient)) or 0
+
+    async def see_device(self, recipient: str, device: str) -> None:
+        """See the port."""
+        _check_texts(recipient, device)
+        await self._see((recipient, device))
+
+    async def ack(self, recipient: str, device: str, version: int) -> None:
+        """See the port."""
+        acked = max(0, min(version, MAX_VERSION))
+        parameters = (recipient, device, acked, self._now_ms(), SEEN_EVERY_MS)
+        await self._pool.run(lambda connection: connection.execute(ACK, *parameters))
+
+    async def claim_unpoked(self, *, older_than_s: float, limit: int) -> Sequence[Poke]:
+        """See the port."""
+        parameters = (int(older_than_s * 1000), limit, self._now_ms())
+        rows = await self._pool.run(lambda connection: connection.fetch(CLAIM, *parameters))
+        return [Poke(*row) for row in rows]
+
+    async def poked(self, pokes: Sequence[Poke]) -> None:
+        """See the port."""
+        newest: dict[str, int] = {}
+        for poke in pokes:
+            if poke.version is not None:
+                newest[poke.recipient] = max(poke.version, newest.get(poke.recipient, 0))
+        parameters = (list(newest), list(newest.values()), self._now_ms())
+        await self._pool.run(lambda connection: connection.execute(POKED, *parameters))
+
+    async def purge(self, *, limit: int) -> int:
+        """See the port."""
+        now_ms = self._now_ms()
+        forget_ms = int(self._limits.forget_device_s * 1000)
+
+        async def purge(connection: Connection) -> int:
+            purged: int = await connection.fetchval(PURGE_MESSAGES, limit, now_ms)
+            purged += await connection.fetchval(
+                PURGE_RECEIPTS, limit - purged, now_ms, RECEIPT_KEPT_MS
+            )
+            at_most = min(limit - purged, FORGET_BATCH)
+            purged += await connection.fetchval(PURGE_DEVICES, at_most, now_ms, forget_ms)
+            await connection.execute(PURGE_BATCHES, limit, now_ms, BATCH_KEPT_MS)
+            return purged
+
+        return await self._pool.run(purge)
+
+    async def clear(self, recipient: str) -> int:
+        """See the port."""
+        cleared: int = await self._pool.run(
+            lambda connection: connection.fetchval(CLEAR, recipient)
+        )
+        return cleared
+
+    async def stats(self) -> MailboxStats:
+        """See the port."""
+
+        async def count(connection: Connection) -> MailboxStats:
+            async with connection.transaction(readonly=True):
+                await connection.execute(f"SET LOCAL statement_timeout = '{STATS_TIMEOUT_S:.0f}s'")
+                await connection.execute("SET LOCAL enable_seqscan = on")
+                row = await connection.fetchrow(STATS, timeout=STATS_TIMEOUT_S)
+                assert row is not None, "an aggregate has a row"  # noqa: S101
+                return MailboxStats(*row)
+
+        return await self._pool.run(
+            count, timeout_s=STATS_TIMEOUT_S, attempt_timeout_s=STATS_TIMEOUT_S
+        )
+
+    async def check(self) -> None:
+        """See the port."""
+
+        async def check(connection: Connection) -> None:
+            if await connection.fetchval("SELECT pg_is_in_recovery()"):
+                raise MailboxError("PostgreSQL is a standby, which can't be written")
+
+        await self._pool.run(check)
+
+    async def close(self) -> None:
+        """See the port."""
+        await self._append.close()
+        await self._see.close()
+        await self._pool.close()
+
+    async def _append_all(self, messages: Sequence[NewMessage]) -> list[Receipt | Exception]:
+        """Commit ``messages`` at once. The batch's name is what makes another attempt safe."""
+        keys = [
+            (message.sender, message.id) if message.id_is_senders else number
+            for number, message in enumerate(messages)
+        ]
+        once: dict[tuple[str, str] | int, NewMessage] = {}
+        for key, message in zip(keys, messages, strict=True):
+            once.setdefault(key, message)
+        new = once.values()
+        parameters = (
+            uuid.uuid4(),
+            [message.recipient for message in new],
+            [message.sender for message in new],
+            [message.id for message in new],
+            [message.id_is_senders for message in new],
+            [message.body for message in new],
+            [ttl_ms(message) for message in new],
+            self._limits.max_messages,
+            self._limits.max_bytes,
+            self._now_ms(),
+        )
+        versions = await self._pool.run(lambda connection: connection.fetchval(APPEND, *parameters))
+        outcome = dict(zip(once, versions, strict=True))
+        answers: list[Receipt | Exception] = []
+        for key, message in zip(keys, messages, strict=True):
+            version = outcome[key]
+            if version == 0:
+                answers.append(self._limits.refuse())
+            else:
+                answers.append(Receipt(message.id, abs(version), duplicate=version < 0))
+                outcome[key] = -abs(version)  # for those in this batch that repeat it
+        return answers
+
+    async def _see_all(self, seen: Sequence[tuple[str, str]]) -> list[Exception | None]:
+        recipients, devices = zip(*seen, strict=True)
+        parameters = (list(recipients), list(devices), self._now_ms(), SEEN_EVERY_MS)
+        await self._pool.run(lambda connection: connection.execute(SEE_DEVICES, *parameters))
+        return [None] * len(seen)
+
+    def _now_ms(self) -> int | None:
+        return None if self._clock is None else int(self._clock() * 1000)
+
+
+def _check_texts(*texts: str) -> None:
+    """Refuse what PostgreSQL can't hold, before it could spoil a batch."""
+    for text in texts:
+        text.encode()
+        if "\0" in text:
+            raise InputError("a recipient, sender, id or device has no NUL character")
+
+
+# -- opening --------------------------------------------------------------------------------------
+
+
+def _split_schema(url: str) -> tuple[str, str]:
+    """The URL for the driver, and the schema that ours may name beside its parameters."""
+    parts = urlsplit(url)
+    query = dict(parse_qsl(parts.query, keep_blank_values=True))
+    schema = query.pop("schema", DEFAULT_SCHEMA)
+    query["target_session_attrs"] = "read-write"  # of several hosts the one that is not a standby
+    if re.fullmatch(r"[a-z_][a-z0-9_]{0,62}", schema) is None:
+        raise ConfigError("mailbox: schema must be lower-case letters, digits and underscores")
+    return urlunsplit(parts._replace(query=urlencode(query))), schema
+
+
+async def _bring_up_to_date(connection: Connection, schema: str) -> None:
+    """Do the migrations that the schema lacks, in one transaction; one process at a time."""
+    if await _migrations_done(connection) == len(MIGRATIONS):
+        return
+    async with connection.transaction():
+        await connection.execute(f"SET LOCAL statement_timeout = '{MIGRATION_TIMEOUT_S:.0f}s'")
+        await connection.execute("SELECT pg_advisory_xact_lock($1)", MIGRATION_LOCK)
+        done = await _migrations_done(connection)
+        if done > len(MIGRATIONS):
+            raise ConfigError(
+                f"mailbox: the schema {schema} was written by a newer pokebridge: upgrade this one"
+            )
+        if done == 0:
+            if not await connection.fetchval("SELECT to_regnamespace($1) IS NOT NULL", schema):
+                await connection.execute(f"CREATE SCHEMA {schema}")
+            await connection.execute(
+                "CREATE TABLE migrations"
+                " (version integer PRIMARY KEY, done_at timestamptz NOT NULL)"
+            )
+        for version, statements in enumerate(MIGRATIONS[done:], done + 1):
+            await connection.execute(statements)
+            await connection.execute("INSERT INTO migrations VALUES ($1, now())", version)
+
+
+async def _migrations_done(connection: Connection) -> int:
+    if await connection.fetchval("SELECT to_regclass('migrations') IS NULL"):
+        return 0
+    return await connection.fetchval("SELECT coalesce(max(version), 0) FROM migrations") or 0

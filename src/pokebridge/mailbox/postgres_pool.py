@@ -1,0 +1,203 @@
+"""Connections to PostgreSQL that survive its restarts and failovers: every call is tried again.
+
+What is done through :meth:`PostgresPool.run` must be right when it is done more than once, since
+nobody knows whether an attempt whose connection broke was committed.
+"""
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final, TypeVar
+
+import asyncpg
+import structlog
+from asyncpg.pool import PoolConnectionProxy
+
+from pokebridge.errors import ConfigError, MailboxError
+
+T = TypeVar("T")
+if TYPE_CHECKING:
+    Connection = PoolConnectionProxy[asyncpg.Record]
+else:
+    Connection = PoolConnectionProxy
+
+CONNECTIONS: Final = 10
+MAX_WAITING: Final = 10_000
+# A call ends within CALL_TIMEOUT_S. An attempt that hears nothing is given up sooner, so that there
+# is time for another on a new connection; the server itself cancels one before that.
+CALL_TIMEOUT_S: Final = 5.0
+ATTEMPT_TIMEOUT_S: Final = 2.0
+STATEMENT_TIMEOUT_S: Final = 1.5
+CLOSE_TIMEOUT_S: Final = 2.0
+_BACKOFF_FIRST_S: Final = 0.02
+_BACKOFF_CAP_S: Final = 0.5
+
+_SERVER_SETTINGS: Final = {
+    "application_name": "pokebridge",
+    "statement_timeout": f"{STATEMENT_TIMEOUT_S * 1000:.0f}",
+    # Every statement of ours is a few look-ups by an index. Said so, it is planned once, and a plan
+    # from a day on which a table was tiny does no harm when it is not.
+    "plan_cache_mode": "force_generic_plan",
+    "enable_seqscan": "off",
+    "jit": "off",
+}
+# SQLSTATEs after which another attempt may do better; whole classes by their first characters.
+_TRANSIENT: Final = (
+    "08",  # the connection
+    "57P",  # the server stops, starts or has crashed
+    "57014",  # statement_timeout
+    "53300",  # too many connections
+    "25006",  # read-only: it is a standby now
+    "40",  # serialisation, deadlock
+    "23505",  # a racing append of the same message has committed: the next attempt finds it
+)
+_REFUSED: Final = (
+    "28",  # no such user, wrong password
+    "3D000",  # no such database
+    "42501",  # no permission
+    "3F000",  # no such schema
+)
+
+_log = structlog.get_logger("pokebridge.mailbox")
+
+
+class PostgresPool:
+    """Up to CONNECTIONS connections, made when they are needed; open it with :meth:`open`."""
+
+    def __init__(self, pool: "asyncpg.Pool[asyncpg.Record]") -> None:
+        self._pool = pool
+        self._under_way = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._closed = False
+
+    @classmethod
+    async def open(cls, dsn: str, *, schema: str) -> "PostgresPool":
+        """A pool for ``dsn`` in which ``schema`` is where names are looked up. It connects later.
+
+        Raises:
+            ConfigError: ``dsn`` is no URL of PostgreSQL's.
+        """
+        try:
+            pool = asyncpg.create_pool(
+                dsn,
+                min_size=0,
+                max_size=CONNECTIONS,
+                timeout=ATTEMPT_TIMEOUT_S,
+                command_timeout=ATTEMPT_TIMEOUT_S,
+                server_settings=_SERVER_SETTINGS | {"search_path": schema},
+                reset=_keep_as_it_is,
+            )
+            return cls(await pool)
+        except ValueError as error:  # the URL is left out: it may carry a password
+            raise ConfigError(f"mailbox: not a URL of PostgreSQL's: {_reason(error)}") from None
+
+    async def run(
+        self,
+        work: Callable[[Connection], Awaitable[T]],
+        *,
+        timeout_s: float = CALL_TIMEOUT_S,
+        attempt_timeout_s: float = ATTEMPT_TIMEOUT_S,
+    ) -> T:
+        """Do ``work`` on a connection, again when that fails for a reason that may pass.
+
+        Raises:
+            MailboxError: it could not be done within ``timeout_s``, or can't be done at all.
+        """
+        if self._closed:
+            raise MailboxError("the mailbox is closed")
+        if self._under_way >= MAX_WAITING:
+            raise MailboxError(f"the mailbox has too much to do: {MAX_WAITING} calls are waiting")
+        self._under_way += 1
+        self._idle.clear()
+        try:
+            return await self._keep_trying(work, timeout_s, attempt_timeout_s)
+        finally:
+            self._under_way -= 1
+            if not self._under_way:
+                self._idle.set()
+
+    async def close(self) -> None:
+        """Refuse new work, let what is under way finish, which is bounded, and disconnect."""
+        self._closed = True
+        await self._idle.wait()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await self._pool.close()
+        self._pool.terminate()
+
+    async def _keep_trying(
+        self,
+        work: Callable[[Connection], Awaitable[T]],
+        timeout_s: float,
+        attempt_timeout_s: float,
+    ) -> T:
+        failure: Exception | None = None
+        longest_s = _BACKOFF_FIRST_S
+        try:
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    try:
+                        return await self._attempt(work, attempt_timeout_s)
+                    except _FAILURES as error:
+                        if not _may_pass(error):
+                            raise MailboxError(f"PostgreSQL: {_reason(error)}") from error
+                        failure = error
+                    await asyncio.sleep(random.uniform(0, longest_s))  # noqa: S311 - no secret
+                    longest_s = min(_BACKOFF_CAP_S, 2 * longest_s)
+        except TimeoutError:
+            reason = _reason(failure) if failure else "it did not answer"
+            raise MailboxError(
+                f"PostgreSQL could not do it within {timeout_s:g} s: {reason}"
+            ) from failure
+
+    async def _attempt(
+        self, work: Callable[[Connection], Awaitable[T]], attempt_timeout_s: float
+    ) -> T:
+        connection = await self._pool.acquire()
+        try:
+            async with asyncio.timeout(attempt_timeout_s):
+                return await work(connection)
+        except BaseException as error:
+            if not isinstance(error, asyncpg.PostgresError):
+                connection.terminate()  # nobody knows what it is about to say
+            if isinstance(error, TimeoutError):
+                # The network dropped it silently, and the others with it most likely.
+                await self._pool.expire_connections()
+            raise
+        finally:
+            await self._pool.release(connection)
+
+
+_FAILURES: Final = (
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    OSError,  # TimeoutError is one
+)
+
+
+def _may_pass(error: Exception) -> bool:
+    if isinstance(error, asyncpg.PostgresError):
+        return (error.sqlstate or "").startswith(_TRANSIENT)
+    # DataError and ClientConfigurationError are ValueErrors: wrong now, wrong ever after.
+    return not isinstance(error, ValueError)
+
+
+def is_refusal(error: MailboxError) -> bool:
+    """Whether PostgreSQL answered and does not let us in, or not do what we must."""
+    cause = error.__cause__
+    if isinstance(cause, asyncpg.PostgresError):
+        return (cause.sqlstate or "").startswith(_REFUSED)
+    return isinstance(cause, ValueError)
+
+
+def _reason(error: BaseException) -> str:
+    """In a line, without the details in which PostgreSQL repeats values."""
+    text = str(error.args[0]) if error.args else ""
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+async def _keep_as_it_is(_: object) -> None:
+    """Nothing changes a connection's state, so a round trip to reset it would be wasted."""
