@@ -1,0 +1,52 @@
+// What goes into the client's core and what comes out of it. The names are those of the scenarios in
+// tests/vectors/client, which hold every client of pokebridge to the same behaviour.
+
+/** Something happened. A `reason` is for people: the core does not look at it. */
+export type Event =
+  /** The client was started: the first event, once. */
+  | { type: "start" }
+  /** A token was fetched; connections, pulls and `authenticate` use it from now on. */
+  | { type: "token" }
+  | { type: "token_failed"; reason?: string }
+  /** The handshake is done; `ready` is still to come. */
+  | { type: "opened" }
+  /** The socket brought a text message. */
+  | { type: "text"; text: string }
+  /** The socket closed, or none could be opened: then `code` is 1006. */
+  | { type: "closed"; code: number; reason?: string }
+  /** The handshake was answered with an HTTP status other than 101. */
+  | { type: "refused"; status: number; retry_after_s?: number | null; reason?: string }
+  /** The pull succeeded: everything up to `cursor` is dealt with; `more` is known to wait. */
+  | { type: "pulled"; cursor: number; more?: boolean }
+  /**
+   * The pull failed, or dealing with what it brought did. `unauthorized`: its token was refused.
+   * `cursor`: so far it got nonetheless.
+   */
+  | {
+      type: "pull_failed";
+      unauthorized?: boolean;
+      retry_after_s?: number | null;
+      cursor?: number | null;
+      reason?: string;
+    }
+  /** The network came back or the machine woke up: whatever waits out a delay is tried now. */
+  | { type: "wake" }
+  /** The time is `timer`, or later. */
+  | { type: "tick" };
+
+/** Something is to be done, now. */
+export type Action =
+  /** Get a new token; answer with `token` or `token_failed`. */
+  | { type: "fetch_token" }
+  /** Open the socket; answer with `opened`, or `refused` or `closed`. */
+  | { type: "connect"; url: string; moved: boolean }
+  /** Drop the socket, whatever its state; no event of it may follow. */
+  | { type: "disconnect" }
+  /** Send a `ping` message. */
+  | { type: "ping" }
+  /** Send the token in an `auth` message. */
+  | { type: "authenticate" }
+  /** Pull what is newer than `after`; answer with `pulled` or `pull_failed`. */
+  | { type: "pull"; after: number }
+  /** The server wants no more of this client; nothing else will follow. */
+  | { type: "stop"; code: number };
