@@ -40,6 +40,9 @@ class State(Enum):
     """Nothing more may be written; the socket is to be dropped."""
 
 
+# For the one place where it counts: Python 3.11 looks a member up by a call, in 70 ns.
+_OPEN = State.OPEN
+
 _NOTHING = -1
 _UNKNOWN_VERSION = 0
 
@@ -106,7 +109,7 @@ class Session:
 
         Before ``ready`` a poke needs neither: the pull that ``ready`` causes sees its commit.
         """
-        if self.state is not State.OPEN:
+        if self.state is not _OPEN:
             return False
         if not self._blocked:
             return True

@@ -11,7 +11,7 @@ import msgspec
 
 from pokebridge.errors import FrameError, SignalError
 from pokebridge.framing import Opcode, encode_frame
-from pokebridge.model import Poke, Version, is_recipient
+from pokebridge.model import MAX_VERSION, Poke, Version, is_recipient
 
 # --- signals --------------------------------------------------------------------------------
 
@@ -112,9 +112,13 @@ POKE_FRAME = _text_frame({"type": "poke"})
 PONG_FRAME = _text_frame({"type": "pong"})
 PING_CONTROL_FRAME = encode_frame(Opcode.PING, b"")
 
-# A poke with a version is a JSON text of 29 to 45 bytes, so its frame header is two bytes:
-# FIN | TEXT, and the length.
-_VERSION_POKE = b'{"type":"poke","version":%d}'
+_VERSION_POKE = b'{"type":"poke","version":'
+# What a frame with a version begins with, by how long the rest is: its text is under 126 bytes, so
+# the frame's header is two, FIN | TEXT and the length (RFC 6455, section 5.2).
+_VERSION_POKE_HEADS = tuple(
+    bytes((0x80 | Opcode.TEXT, len(_VERSION_POKE) + rest)) + _VERSION_POKE
+    for rest in range(len(b"%d}" % MAX_VERSION) + 1)
+)
 
 
 def poke_frame(version: int | None, within_ms: int = 0) -> bytes:
@@ -129,8 +133,8 @@ def poke_frame(version: int | None, within_ms: int = 0) -> bytes:
         return _text_frame(message)
     if version is None:
         return POKE_FRAME
-    text = _VERSION_POKE % version
-    return b"\x81%c%b" % (len(text), text)
+    rest = b"%d}" % version
+    return _VERSION_POKE_HEADS[len(rest)] + rest
 
 
 def ready_frame(
