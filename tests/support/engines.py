@@ -40,12 +40,14 @@ def _running(daemon: Daemon) -> Iterator[Daemon]:
 
 
 def run_nats(directory: Path) -> AbstractContextManager[Daemon]:
-    """A NATS server."""
+    """A NATS server with JetStream, which keeps its data over a restart."""
     port = free_port()
+    command = [str(BIN / "nats-server"), "--addr", "127.0.0.1", "--port", str(port)]
+    jetstream = ["--jetstream", "--store_dir", str(directory / "jetstream")]
     return _running(
         Daemon(
             "nats-server",
-            [str(BIN / "nats-server"), "--addr", "127.0.0.1", "--port", str(port)],
+            [*command, *jetstream],
             port=port,
             url=f"nats://127.0.0.1:{port}",
             directory=directory,

@@ -36,6 +36,7 @@ class Report:
 class Member:
     """An instance as the others see it. Its lease is the store's business, not this record's.
 
+    ``id`` is of letters, digits, ``-`` and ``_``: stores make keys of it.
     ``incarnation`` differs at every start, also of the same ``id``. ``joined_at_ms`` is Unix time
     by the member's own clock: for display, never for decisions.
     """
@@ -104,7 +105,9 @@ class Coordination(Protocol):
     async def wait_for_change(self, timeout_s: float) -> None:
         """Return when the document or a member's standing may have changed, or after ``timeout_s``.
 
-        A renewal that changes no standing wakes nobody: N members renew all the time.
+        May have changed since the last wait here returned, or since the start, so that nothing is
+        missed between two waits. A renewal that changes no standing wakes nobody: N members renew
+        all the time. The end of a lease need not wake anybody either: it is nobody's doing.
         """
 
     async def close(self) -> None:

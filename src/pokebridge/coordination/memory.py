@@ -17,6 +17,7 @@ class _Store:
     members: dict[str, tuple[Member, float]] = field(default_factory=dict)
     document: Document | None = None
     leader: tuple[str, float] | None = None
+    changes: int = 0
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -29,20 +30,22 @@ class MemoryCoordination:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._store = _Store()
+        self._changes_seen = 0
         self._closed = False
 
     def connect(self) -> "MemoryCoordination":
         """Another end of the same store."""
         other = MemoryCoordination(self._clock)
         other._store = self._store
+        other._changes_seen = self._store.changes
         return other
 
     async def renew(self, member: Member, lease_s: float) -> None:
         """Be a member for ``lease_s`` seconds from now."""
-        store = self._open_store()
+        store, now = self._open_store(), self._clock()
         known = store.members.get(member.id)
-        store.members[member.id] = (member, self._clock() + lease_s)
-        if known is None or known[0].standing != member.standing:
+        store.members[member.id] = (member, now + lease_s)
+        if known is None or known[1] <= now or known[0].standing != member.standing:
             self._announce()
 
     async def leave(self, member_id: str, incarnation: str) -> None:
@@ -89,10 +92,12 @@ class MemoryCoordination:
 
     async def wait_for_change(self, timeout_s: float) -> None:
         """Return at the next change, or after ``timeout_s`` seconds."""
-        changed = self._open_store().changed
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await changed.wait()
+        store = self._open_store()
+        if self._changes_seen == store.changes:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    await store.changed.wait()
+        self._changes_seen = store.changes
 
     async def close(self) -> None:
         """Close this end."""
@@ -104,5 +109,6 @@ class MemoryCoordination:
         return self._store
 
     def _announce(self) -> None:
+        self._store.changes += 1
         self._store.changed.set()
         self._store.changed = asyncio.Event()
