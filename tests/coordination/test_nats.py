@@ -1,54 +1,61 @@
-"""Coordination through NATS."""
+"""Coordination through NATS: the contract, outages, buckets as they may be, permissions."""
 
-import sys
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack
-from pathlib import Path
+import itertools
+from collections.abc import AsyncIterator
 
+import nats
 import pytest
-from tests.support import Daemon, free_port
+from tests.coordination.stores import ConnectTo, LoseData, StoreSuite, connections
+from tests.support import Daemon
 
-from pokebridge.coordination.base import Coordination
 from pokebridge.coordination.nats import NatsCoordination
 from pokebridge.testing.coordination import Connect, CoordinationContract
 
+_clusters = itertools.count()
+
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[Daemon]:
-    """X"""
-    port = free_port()
-    d = Daemon(
-        "nats-server",
-        [
-            str(Path(sys.executable).parent / "nats-server"),
-            "--addr",
-            "127.0.0.1",
-            "--port",
-            str(port),
-            "--jetstream",
-            "--store_dir",
-            str(tmp_path / "js"),
-        ],
-        port=port,
-        url=f"nats://127.0.0.1:{port}",
-        directory=tmp_path,
-    )
-    d.start()
-    yield d
-    d.kill()
+async def connect_to() -> AsyncIterator[ConnectTo]:
+    """``NatsCoordination.connect``, closed afterwards."""
+    async for connect in connections(NatsCoordination):
+        yield connect
+
+
+async def drop_buckets(server: Daemon) -> None:
+    """Delete all buckets there are."""
+    client = await nats.connect(server.url)
+    jetstream = client.jetstream()
+    for stream in await jetstream.streams_info():
+        assert stream.config.name is not None
+        await jetstream.delete_stream(stream.config.name)
+    await client.close()
 
 
 class TestContract(CoordinationContract):
-    """The shipped suite."""
+    """The shipped suite, each test for a cluster of its own."""
 
     @pytest.fixture
-    async def connect(self, server: Daemon) -> AsyncIterator[Connect]:
-        """Stores on a new database."""
-        async with AsyncExitStack() as stack:
+    def connect(self, nats_server: Daemon, connect_to: ConnectTo) -> Connect:
+        """Stores of that cluster."""
+        cluster = f"contract-{next(_clusters)}"
+        return lambda: connect_to(nats_server.url, cluster)
 
-            async def connect() -> Coordination:
-                store = await NatsCoordination.connect(server.url, cluster="default")
-                stack.push_async_callback(store.close)
-                return store
 
-            yield connect
+class TestStore(StoreSuite):
+    """The suite of all real servers."""
+
+    @pytest.fixture
+    async def url(self, nats_server: Daemon) -> str:
+        """The session's server, without any bucket."""
+        await drop_buckets(nats_server)
+        return nats_server.url
+
+    @pytest.fixture
+    def own_server(self, own_nats_server: Daemon) -> Daemon:
+        """To kill."""
+        return own_nats_server
+
+    @pytest.fixture
+    def lose_data(self) -> LoseData:
+        """Somebody deletes the bucket."""
+        return drop_buckets

@@ -200,7 +200,7 @@ class RedisCoordination:
         block_ms = max(1, _ms(timeout_s))  # 0 would be for ever
         changes: Any = await self._waiting_line.call(
             lambda redis: redis.xread({key: self._last_change}, block=block_ms),
-            timeout_s + CALL_TIMEOUT_S,
+            waits_s=timeout_s,
         )
         if changes:
             self._last_change = changes[0][1][-1][0].decode()

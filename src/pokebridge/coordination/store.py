@@ -72,14 +72,18 @@ class Line(Generic[C]):
         self._endings: set[asyncio.Future[None]] = set()
         self._closed = False
 
-    async def call(self, work: Callable[[C], Awaitable[T]], timeout_s: float = CALL_TIMEOUT_S) -> T:
+    async def call(self, work: Callable[[C], Awaitable[T]], *, waits_s: float = 0.0) -> T:
         """Do ``work`` on the connection, one call at a time.
 
+        Args:
+            work: what to do; it is cancelled after :data:`CALL_TIMEOUT_S`.
+            waits_s: how much longer it may take, since it has the server wait.
+
         Raises:
-            CoordinationError: there is no answer within ``timeout_s`` seconds, or a refusal.
+            CoordinationError: the store does not answer, or refuses.
         """
         try:
-            async with asyncio.timeout(timeout_s), self._turn:
+            async with asyncio.timeout(CALL_TIMEOUT_S + waits_s), self._turn:
                 connection = await self._connected()
                 try:
                     return await work(connection)
