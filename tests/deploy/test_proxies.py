@@ -7,8 +7,9 @@ import socket
 import ssl
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import httpx
 import pytest
 import websockets
 from tests.deploy.proxies import IDLE_TIMEOUT, RELOAD_TIMEOUT, Proxy, run_proxy
-from tests.support import Daemon, Instance, Serve, free_port, wait_until
+from tests.support import Daemon, Instance, Serve, block_until, free_port, wait_until
 from tests.support.serving import HTTP_TIMEOUT_S, JWT_SECRET
 from tests.transport.certificates import Certificates, make_certificates
 from websockets.asyncio.client import ClientConnection
@@ -116,6 +117,10 @@ class Seen:
     bodies: list[Any] = field(default_factory=list)
     instance: str = ""
 
+    def is_at(self, instance: str) -> bool:
+        """Whether that was ``instance``."""
+        return self.instance == instance
+
     async def pulled(self, messages: Sequence[ReceivedMessage]) -> None:
         """Note the messages."""
         self.bodies += [message.body for message in messages]
@@ -162,25 +167,50 @@ def settings(engine: Daemon, port: int, name: str) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="module")
-def site(nats_server: Daemon, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """Three instances that all tests share, for none of them harms one."""
-    directory = tmp_path_factory.mktemp("site")
+@contextmanager
+def run_site(directory: Path, engine: Daemon, **more: object) -> Iterator[Site]:
+    """Three instances with ``more`` settings, which a whole module may share."""
     port = free_port()
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("POKEBRIDGE_")}
 
-    def start(name: str) -> Instance:
-        given = settings(nats_server, port, name) | {"jwt_secret": JWT_SECRET}
-        env = inherited | {f"POKEBRIDGE_{key.upper()}": str(value) for key, value in given.items()}
-        instance = Instance(name, ["--dev"], env, directory)
-        instance.start()
-        return instance
+    def create(name: str) -> Instance:
+        given = {**settings(engine, port, name), "jwt_secret": JWT_SECRET, **more}
+        env = {f"POKEBRIDGE_{key.upper()}": str(value) for key, value in given.items()}
+        return Instance(name, ["--dev"], inherited | env, directory)
 
-    with ThreadPoolExecutor() as threads:
-        instances = list(threads.map(start, NAMES))
-    yield Site(instances, port, make_certificates(directory), directory)
-    for instance in instances:
-        instance.kill()
+    instances = [create(name) for name in NAMES]
+    try:
+        with ThreadPoolExecutor() as threads:
+            list(threads.map(Instance.start, instances))
+        yield Site(instances, port, make_certificates(directory), directory)
+    finally:
+        for instance in instances:
+            instance.kill()
+
+
+@pytest.fixture(scope="module")
+def site(nats_server: Daemon, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """Instances in fan-out mode, which tell their own address all the same."""
+    with run_site(tmp_path_factory.mktemp("fanout"), nats_server) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def partitioned_site(
+    nats_server: Daemon, valkey_server: Daemon, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Site]:
+    """Instances in partitioned mode; each shard has an owner."""
+    shared = {"mode": "partitioned", "coordination": valkey_server.url, "lease_s": 1}
+    with run_site(tmp_path_factory.mktemp("partitioned"), nats_server, **shared) as running:
+        block_until(lambda: set(owners(running).values()) == set(NAMES), TIMEOUT_S, "owners")
+        yield running
+
+
+def owners(site: Site) -> dict[int, str]:
+    """Which instance owns which shard."""
+    with site.instances[0].http("urn:operator", "admin") as http:
+        cluster = http.get("/v1/cluster").json()
+    return {shard: each["id"] for each in cluster["instances"] for shard in each["shards"]}
 
 
 Run = Callable[..., Front]
@@ -432,25 +462,54 @@ async def test_all_recipients_of_a_shard_come_to_one_instance(run: Run, site: Si
     assert set.union(*homes.values()) == set(NAMES)
 
 
-@only_haproxy
-async def test_haproxy_sends_a_shard_to_the_owner_in_its_map(
-    run: Run, site: Site, tmp_path: Path
+async def test_in_partitioned_mode_a_client_is_led_to_its_owner(
+    run: Run, partitioned_site: Site
 ) -> None:
-    """Whichever way the token comes; a change at run time counts for the next handshake."""
-    front = run(site, "partitioned")
-    shard = shard_of(BOB, 100)
-    token = front.token(BOB)
-    protocols = [Subprotocol("pokebridge.v1"), Subprotocol(f"bearer.{token}")]
-    owners = tmp_path / "owners.map"
+    """It connects anywhere, follows `move` through the proxy, and ends where connect-info says."""
+    front = run(partitioned_site, "partitioned")
+    owner_of = owners(partitioned_site)
+    seen = {f"urn:user:{number}": Seen() for number in range(6)}
+    async with (
+        asyncio.timeout(TIMEOUT_S),
+        AsyncExitStack() as stack,
+        front.http(BOB, "send") as http,
+    ):
+        for recipient, its in seen.items():
+            await stack.enter_async_context(front.client(recipient, its))
+            home = owner_of[shard_of(recipient, 100)]
+            async with front.http(recipient) as own:
+                info = (await own.get("/v1/connect-info")).json()
+            assert info["url"] == f"wss://127.0.0.1:{front.proxy.port}/i/{home}/v1/connect"
+            await wait_until(partial(its.is_at, home), what=f"{recipient} coming to {home}")
+            await send(http, recipient, "hello")
+        await wait_until(lambda: all(its.bodies == ["hello"] for its in seen.values()))
+        assert len({its.instance for its in seen.values()}) > 1
+
+
+@only_haproxy
+async def test_haproxy_finds_the_owner_by_itself(
+    run: Run, partitioned_site: Site, tmp_path: Path
+) -> None:
+    """With the owners in its map nobody is moved, whichever way the token comes.
+
+    The map is filled at run time, as an operator's script would do it.
+    """
+    front = run(partitioned_site, "partitioned")
+    for shard, name in owners(partitioned_site).items():
+        _admin(tmp_path / "admin.sock", f"add map {tmp_path / 'owners.map'} {shard} {name}")
+    homes = set()
     async with asyncio.timeout(TIMEOUT_S):
-        for number, name in enumerate(NAMES):
-            verb = "set" if number else "add"
-            _admin(tmp_path / "admin.sock", f"{verb} map {owners} {shard} {name}")
-            assert await front.landed(BOB) == name
+        for number in range(6):
+            token = front.token(recipient := f"urn:user:{number}")
+            protocols = [Subprotocol("pokebridge.v1"), Subprotocol(f"bearer.{token}")]
+            home = owners(partitioned_site)[shard_of(recipient, 100)]
+            assert await front.landed(recipient) == home
             async with front.open("/v1/connect", subprotocols=protocols) as session:
-                assert await ready(session) == name
+                assert await ready(session) == home
             async with front.open(f"/v1/connect?access_token={token}") as session:
-                assert await ready(session) == name
+                assert await ready(session) == home
+            homes.add(home)
+    assert len(homes) > 1
 
 
 def _admin(path: Path, command: str) -> None:
