@@ -40,11 +40,11 @@ run: setup  ## start a development instance on PORT (8080)
 test: setup test-deps  ## run the whole test suite, real engines included
 	@$(BIN)/pytest -q
 
-# What the suite needs beside Python. Where something can't be had the tests say so: they skip, and in CI they fail.
+# What the suite needs beside Python, as PROGRAM or PROGRAM:PACKAGE. Where something can't be had the tests say so: they skip, and in CI they fail.
 # Debian starts a server that it installs, unless policy-rc.d says 101 (invoke-rc.d(8)); the tests start their own.
 test-deps:
-	@missing=; for program in chromium nginx haproxy; do \
-	  PATH="$$PATH:/usr/sbin" command -v $$program >/dev/null || missing="$$missing $$program"; done; \
+	@missing=; for need in chromium nginx haproxy redis-cli:redis-tools; do \
+	  PATH="$$PATH:/usr/sbin" command -v $${need%:*} >/dev/null || missing="$$missing $${need#*:}"; done; \
 	if [ -z "$$missing" ]; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  echo "test: installing Debian's$$missing"; \
