@@ -1,21 +1,63 @@
-"""The PostgreSQL mailbox keeps the contract."""
+"""The PostgreSQL mailbox keeps the contract, through restarts, cuts and racing processes too."""
 
+import asyncio
+import json
+import time
 import uuid
 from collections.abc import AsyncIterator
+from typing import Any
 
+import asyncpg
 import pytest
-from tests.support import Daemon
+from tests.support import CutProxy, Daemon, wait_until
 
+from pokebridge.errors import ConfigError, InputError, MailboxError
+from pokebridge.mailbox import postgres, postgres_pool
 from pokebridge.mailbox.base import Limits, Mailbox
 from pokebridge.mailbox.postgres import PostgresMailbox
+from pokebridge.model import Receipt
 from pokebridge.testing.mailbox import Connect, DurableMailboxContract
-from pokebridge.testing.mailbox_kit import ManualClock
+from pokebridge.testing.mailbox_kit import (
+    BOB,
+    EVE,
+    ManualClock,
+    fill,
+    message,
+    unpoked,
+    versions,
+)
+
+
+def new_schema() -> str:
+    """The query that names a schema which is not there yet."""
+    return f"?schema=test_{uuid.uuid4().hex}"
 
 
 @pytest.fixture
 def url(postgres_server: Daemon) -> str:
-    """Where a mailbox can be made: a schema that is not there yet."""
-    return f"{postgres_server.url}?schema=test_{uuid.uuid4().hex}"
+    """Where a mailbox can be made."""
+    return postgres_server.url + new_schema()
+
+
+@pytest.fixture
+async def mailbox(url: str) -> AsyncIterator[PostgresMailbox]:
+    """An open mailbox at ``url``."""
+    mailbox = await PostgresMailbox.open(url)
+    yield mailbox
+    await mailbox.close()
+
+
+@pytest.fixture
+async def by_hand(url: str) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
+    """A connection of the test's own to the same schema."""
+    dsn, _, schema = url.partition("?schema=")
+    connection = await asyncpg.connect(
+        dsn,
+        server_settings=postgres_pool.SERVER_SETTINGS
+        | {"search_path": schema, "statement_timeout": "0"},
+    )
+    yield connection
+    await connection.close()
 
 
 class TestPostgresMailbox(DurableMailboxContract):
@@ -33,3 +75,312 @@ class TestPostgresMailbox(DurableMailboxContract):
         yield connect
         for mailbox in opened:
             await mailbox.close()
+
+
+class TestAppending:
+    """One round trip for all that waits."""
+
+    async def test_waiting_appends_share_a_transaction(
+        self, mailbox: PostgresMailbox, by_hand: Any
+    ) -> None:
+        """Five hundred appends at once, to as many recipients, are a few transactions."""
+        await asyncio.gather(*(mailbox.append(message(f"r{n}")) for n in range(500)))
+        assert await by_hand.fetchval("SELECT count(*) FROM batches") <= 4
+
+    async def test_a_batch_has_a_size(self, mailbox: PostgresMailbox, by_hand: Any) -> None:
+        """Large messages are spread over several statements."""
+        big = b"1" * 65_000
+        await asyncio.gather(*(mailbox.append(message(body=big)) for _ in range(200)))
+        assert await by_hand.fetchval("SELECT count(*) FROM batches") >= 4
+        assert (await mailbox.stats()).messages == 200
+
+    async def test_what_can_not_be_kept_fails_alone(self, mailbox: PostgresMailbox) -> None:
+        """A NUL character, which PostgreSQL has no place for, spoils no neighbour."""
+        calls = [mailbox.append(message(id="\0" if n == 7 else f"{n}")) for n in range(20)]
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        assert isinstance(answers.pop(7), InputError)
+        assert all(isinstance(answer, Receipt) for answer in answers)
+
+    async def test_nobody_waits_for_another_recipient(
+        self, mailbox: PostgresMailbox, by_hand: Any
+    ) -> None:
+        """While one recipient's lock is held by a slow transaction, others get their messages."""
+        await fill(mailbox, 1)
+        async with by_hand.transaction():
+            await by_hand.execute("UPDATE heads SET head = head WHERE recipient = $1", BOB)
+            waiting = asyncio.create_task(mailbox.append(message(BOB)))
+            await wait_until(lambda: _waiting_for_locks(by_hand))
+            async with asyncio.timeout(1):
+                await fill(mailbox, 3, EVE)
+            assert not waiting.done()
+        assert (await waiting).version == 2
+
+    async def test_purges_do_not_wait_for_senders(
+        self, mailbox: PostgresMailbox, by_hand: Any
+    ) -> None:
+        """A purge leaves a recipient that is locked to the next one."""
+        for recipient in (BOB, EVE):
+            await mailbox.append(message(recipient, ttl_s=0))
+        async with by_hand.transaction():
+            await by_hand.execute("UPDATE heads SET head = head WHERE recipient = $1", BOB)
+            assert await mailbox.purge(limit=10) == 1
+        assert await mailbox.purge(limit=10) == 1
+
+
+class TestOutages:
+    """Connections break, servers die; nothing is lost or doubled, and no call waits for ever."""
+
+    async def test_a_lost_answer_doubles_nothing(self, url: str, by_hand: Any) -> None:
+        """The connection breaks while the server is still committing: the retry finds that out.
+
+        Also for messages without an id of their sender's, and while the first attempt goes on.
+        """
+        _, _, port = url.partition("127.0.0.1:")
+        async with CutProxy("127.0.0.1", int(port.partition("/")[0])) as proxy:
+            mailbox = await PostgresMailbox.open(
+                url.replace(port.partition("/")[0], str(proxy.port))
+            )
+            await fill(mailbox, 1)
+            async with by_hand.transaction():
+                await by_hand.execute("UPDATE heads SET head = head WHERE recipient = $1", BOB)
+                call = asyncio.create_task(mailbox.append(message(id="lost")))
+                other = asyncio.create_task(mailbox.append(message(id="named", id_is_senders=True)))
+                await wait_until(lambda: _waiting_for_locks(by_hand))
+                proxy.reset()
+                # The retry waits behind the attempt whose answer can't arrive any more.
+                await wait_until(lambda: _waiting_for_locks(by_hand, at_least=2))
+            receipts = {await call, await other}
+            page = await mailbox.read(BOB, after=1, limit=10)
+            assert {kept.id: kept.version for kept in page.messages} == {
+                receipt.id: receipt.version for receipt in receipts
+            }
+            assert [kept.version for kept in page.messages] == [2, 3]
+            assert not any(receipt.duplicate for receipt in receipts)
+            await mailbox.close()
+
+    async def test_a_restart_is_only_a_pause(self, own_postgres_server: Daemon) -> None:
+        """Sends and pulls go on while PostgreSQL is killed and started again; none fails."""
+        mailbox = await PostgresMailbox.open(own_postgres_server.url)
+        stop = asyncio.Event()
+
+        async def send(sender: str) -> list[int]:
+            given = []
+            while not stop.is_set():
+                given.append((await mailbox.append(message(sender=sender))).version)
+                await mailbox.read(BOB, after=given[-1], limit=1)
+            return given
+
+        senders = [asyncio.create_task(send(f"urn:user:{n}")) for n in range(4)]
+        await wait_until(lambda: _head_above(mailbox, 20))
+        await asyncio.to_thread(own_postgres_server.kill)
+        await asyncio.to_thread(own_postgres_server.start)
+        head = await mailbox.head(BOB)
+        await wait_until(lambda: _head_above(mailbox, head + 20))
+        stop.set()
+        given = sorted(version for own in await asyncio.gather(*senders) for version in own)
+        assert given == list(range(1, len(given) + 1)) == await versions(mailbox)
+        assert await unpoked(mailbox) == {BOB: given[-1]}
+        await mailbox.close()
+
+    async def test_a_silent_cut_is_bounded(
+        self, postgres_server: Daemon, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """When packets are dropped, every call fails in time; after the heal all is well."""
+        monkeypatch.setattr(postgres_pool, "CALL_TIMEOUT_S", 0.6)
+        monkeypatch.setattr(postgres_pool, "ATTEMPT_TIMEOUT_S", 0.2)
+        monkeypatch.setattr(postgres, "CALL_TIMEOUT_S", 0.6)
+        async with CutProxy("127.0.0.1", postgres_server.port) as proxy:
+            url = postgres_server.url.replace(str(postgres_server.port), str(proxy.port))
+            mailbox = await PostgresMailbox.open(url + new_schema())
+            await asyncio.gather(*(mailbox.head(f"r{n}") for n in range(20)))
+            proxy.cut()
+            started_s = time.monotonic()
+            for call in (
+                mailbox.append(message()),
+                mailbox.read(BOB, after=0, limit=1),
+                mailbox.check(),
+            ):
+                with pytest.raises(MailboxError, match=r"within 0\.6 s"):
+                    await call
+            assert time.monotonic() - started_s < 3 * 0.6 + 0.5
+            proxy.heal()
+            await wait_until(lambda: _answers(mailbox))
+            await mailbox.append(message(EVE))
+            assert await versions(mailbox, EVE) == [1]
+            await mailbox.close()
+
+    async def test_a_server_that_is_gone_is_an_error_in_time(
+        self, own_postgres_server: Daemon, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Without a server calls fail with one line that says so; close() does not hang."""
+        mailbox = await PostgresMailbox.open(own_postgres_server.url)
+        monkeypatch.setattr(postgres_pool, "CALL_TIMEOUT_S", 0.3)
+        await asyncio.to_thread(own_postgres_server.kill)
+        with pytest.raises(MailboxError, match=r"within 0\.3 s: .*refused|Connect call failed"):
+            await mailbox.append(message())
+        with pytest.raises(MailboxError):
+            await mailbox.check()
+        async with asyncio.timeout(3):
+            await mailbox.close()
+
+    async def test_too_many_calls_are_refused(
+        self, mailbox: PostgresMailbox, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What waits in this process is bounded."""
+        monkeypatch.setattr(postgres_pool, "MAX_WAITING", 3)
+        calls = [mailbox.head(BOB) for _ in range(5)]
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        assert answers[:3] == [0, 0, 0]
+        assert all("too much to do" in str(answer) for answer in answers[3:])
+
+
+class TestOpening:
+    """What can't be a mailbox is refused with one clear line."""
+
+    async def test_many_can_make_it_at_once(self, url: str) -> None:
+        """Whoever is first makes the tables; the others wait for it."""
+        mailboxes = await asyncio.gather(*(PostgresMailbox.open(url) for _ in range(6)))
+        await asyncio.gather(*(mailbox.append(message()) for mailbox in mailboxes))
+        assert await versions(mailboxes[0]) == list(range(1, 7))
+        for mailbox in mailboxes:
+            await mailbox.close()
+
+    async def test_schemas_are_apart(self, url: str) -> None:
+        """Two clusters in one database, each in its schema, know nothing of each other."""
+        one = await PostgresMailbox.open(url)
+        other = await PostgresMailbox.open(url + "_b")
+        await fill(one, 2)
+        assert (await one.head(BOB), await other.head(BOB)) == (2, 0)
+        await one.close()
+        await other.close()
+
+    async def test_a_newer_schema(self, mailbox: PostgresMailbox, url: str, by_hand: Any) -> None:
+        """What a newer version made is not used by guess."""
+        await by_hand.execute("INSERT INTO migrations VALUES (99, now())")
+        with pytest.raises(ConfigError, match="newer pokebridge"):
+            await PostgresMailbox.open(url)
+
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            (("/postgres?", "/no_such_database?"), "no_such_database"),
+            (("postgres@", "nobody:hunter2@"), "nobody"),
+            (("?schema=", "?schema=DROP TABLE "), "schema must be"),
+            (("?schema=", "?sslmode=perhaps&schema="), "the URL is none"),
+            (("127.0.0.1:", "127.0.0.1:port"), "the URL is none"),
+            (("postgres@", "postgres:hunter2/@"), "the URL is none"),
+        ],
+    )
+    async def test_a_wrong_url(self, url: str, change: tuple[str, str], said: str) -> None:
+        """A setting that can't work is a ConfigError at once, and no password is repeated."""
+        with pytest.raises(ConfigError, match=f"^mailbox: .*{said}") as error:
+            await PostgresMailbox.open(url.replace(*change))
+        assert "hunter2" not in str(error.value)
+
+    async def test_nobody_there(self, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A server that can't be reached now is a MailboxError, after some tries."""
+        monkeypatch.setattr(postgres_pool, "CALL_TIMEOUT_S", 0.2)
+        port = url.partition("127.0.0.1:")[2].partition("/")[0]
+        with pytest.raises(MailboxError, match="within"):
+            await PostgresMailbox.open(url.replace(port, "1"))
+
+    async def test_a_missing_permission(self, url: str, by_hand: Any) -> None:
+        """A role that may not make what it needs is told so; made for it, it is enough."""
+        role = f"role_{uuid.uuid4().hex}"
+        schema = url.partition("?schema=")[2]
+        await by_hand.execute(f"CREATE ROLE {role} LOGIN")
+        limited = url.replace("postgres@", f"{role}@")
+        with pytest.raises(ConfigError, match="permission denied"):
+            await PostgresMailbox.open(limited)
+        await by_hand.execute(f"CREATE SCHEMA {schema} AUTHORIZATION {role}")
+        mailbox = await PostgresMailbox.open(limited)
+        await fill(mailbox, 1)
+        await mailbox.close()
+
+
+class TestPlans:
+    """What a statement costs, asked of the planner with real rows in the tables."""
+
+    async def test_an_empty_pull_is_one_look_up(
+        self, mailbox: PostgresMailbox, by_hand: Any
+    ) -> None:
+        """The head's row by its key; the messages are not looked at, whatever the reader has."""
+        await asyncio.gather(*(mailbox.append(message(f"r{n % 500}")) for n in range(2000)))
+        await by_hand.execute("ANALYZE")
+        for cursor, known, executed in ((4, None, 0), (9, None, 0), (0, 4, 0), (3, None, 1)):
+            plan = await _explain(by_hand, postgres.READ, "r7", cursor, 51, 1000, known, None)
+            scans = {
+                node["Relation Name"]: node for node in _nodes(plan) if "Relation Name" in node
+            }
+            assert set(scans) == {"heads", "messages"}
+            assert scans["heads"]["Index Name"] == "heads_pkey"
+            assert scans["messages"]["Index Name"] == "messages_pkey"
+            assert scans["messages"]["Actual Loops"] == executed, (cursor, known)
+
+    async def test_no_statement_reads_a_table_through(self, url: str, by_hand: Any) -> None:
+        """Whatever a mailbox does, no table is scanned as a whole, however small it still is."""
+        mailbox = await PostgresMailbox.open(url)
+        for n in range(20):
+            await mailbox.append(message(f"r{n}", id=f"{n}", id_is_senders=True, ttl_s=n))
+        await by_hand.execute("ANALYZE")
+        await mailbox.close()
+        before = await _sequential_scans(by_hand)
+        mailbox = await PostgresMailbox.open(url)
+        for n in range(8):
+            await mailbox.append(message(f"r{n}", id=f"n{n}", id_is_senders=True, ttl_s=9))
+            await mailbox.read(f"r{n}", after=0, limit=3)
+            await mailbox.see_device(f"r{n}", "phone")
+            await mailbox.ack(f"r{n}", "phone", 2)
+            await mailbox.poked(await mailbox.claim_unpoked(older_than_s=0, limit=5))
+            await mailbox.purge(limit=5)
+            await mailbox.clear(f"r{n}")
+        await mailbox.close()
+        assert await _sequential_scans(by_hand) == before
+
+
+async def _waiting_for_locks(connection: Any, at_least: int = 1) -> bool:
+    await connection.execute("SELECT pg_stat_clear_snapshot()")
+    waiting = await connection.fetchval(
+        "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+        " AND query LIKE '%append(%' AND backend_type = 'client backend'"
+    )
+    return bool(waiting >= at_least)
+
+
+async def _head_above(mailbox: Mailbox, version: int) -> bool:
+    return await mailbox.head(BOB) > version
+
+
+async def _answers(mailbox: Mailbox) -> bool:
+    try:
+        await mailbox.check()
+    except MailboxError:
+        return False
+    return True
+
+
+async def _explain(connection: Any, statement: str, *parameters: object) -> Any:
+    text = await connection.fetchval(f"EXPLAIN (ANALYZE, FORMAT JSON) {statement}", *parameters)
+    return json.loads(text)[0]["Plan"]
+
+
+def _nodes(plan: Any) -> list[Any]:
+    return [plan, *(node for child in plan.get("Plans", []) for node in _nodes(child))]
+
+
+async def _sequential_scans(connection: Any) -> dict[str, int]:
+    """By table, of all sessions that have ended: they report at their end."""
+
+    async def all_ended() -> bool:
+        await connection.execute("SELECT pg_stat_clear_snapshot()")
+        return not await connection.fetchval(
+            "SELECT count(*) FROM pg_stat_activity"
+            " WHERE application_name = 'pokebridge' AND pid <> pg_backend_pid()"
+        )
+
+    await wait_until(all_ended)
+    rows = await connection.fetch(
+        "SELECT relname, seq_scan FROM pg_stat_user_tables"
+        " WHERE schemaname = current_schema() AND relname <> 'migrations'"
+    )
+    return {row["relname"]: row["seq_scan"] for row in rows}

@@ -22,7 +22,7 @@ from pokebridge.mailbox.base import (
     ttl_ms,
 )
 from pokebridge.mailbox.batcher import Batcher
-from pokebridge.mailbox.postgres_pool import CALL_TIMEOUT_S, Connection, PostgresPool, is_refusal
+from pokebridge.mailbox.postgres_pool import CALL_TIMEOUT_S, Connection, PostgresPool
 from pokebridge.mailbox.postgres_schema import MIGRATION_LOCK, MIGRATIONS
 from pokebridge.model import MAX_VERSION, Message, NewMessage, Page, Poke, Receipt
 
@@ -34,7 +34,7 @@ APPENDERS: Final = 2
 # Long after the last attempt of a batch, whose calls end within seconds.
 BATCH_KEPT_MS: Final = 10 * 60 * 1000
 STATS_TIMEOUT_S: Final = 300.0
-MIGRATION_TIMEOUT_S: Final = 60.0
+MIGRATION_TIMEOUT_S: Final = 600.0
 
 APPEND: Final = "SELECT append($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)"
 # A recipient whose head the reader has costs one look-up in heads: the rest is never executed. What
@@ -97,6 +97,14 @@ SELECT count(*) FILTER (WHERE head > 0), coalesce(sum(kept_messages), 0)::bigint
     (SELECT min(since_ms) FROM outbox)
 FROM heads
 """
+# Of the catalogues: to_regclass() may not know yet what another session has just made.
+SCHEMA_EXISTS: Final = "SELECT EXISTS (SELECT FROM pg_namespace WHERE nspname = $1)"
+MIGRATIONS_EXIST: Final = """
+SELECT EXISTS (
+    SELECT FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace
+    WHERE nspname = $1 AND relname = 'migrations'
+)
+"""
 
 
 class PostgresMailbox:
@@ -140,14 +148,10 @@ class PostgresMailbox:
         dsn, schema = _split_schema(url)
         pool = await PostgresPool.open(dsn, schema=schema)
         try:
-            await pool.run(
-                lambda connection: _bring_up_to_date(connection, schema),
-                attempt_timeout_s=MIGRATION_TIMEOUT_S,
-            )
-        except BaseException as error:
+            if await pool.run(lambda it: _migrations_done(it, schema)) != len(MIGRATIONS):
+                await pool.run(lambda it: _migrate(it, schema), timeout_s=MIGRATION_TIMEOUT_S)
+        except BaseException:
             await pool.close()
-            if isinstance(error, MailboxError) and is_refusal(error):
-                raise ConfigError(f"mailbox: {error}") from error
             raise
         return cls(pool, clock, limits or Limits())
 
@@ -242,16 +246,14 @@ class PostgresMailbox:
                 assert row is not None, "an aggregate has a row"  # noqa: S101
                 return MailboxStats(*row)
 
-        return await self._pool.run(
-            count, timeout_s=STATS_TIMEOUT_S, attempt_timeout_s=STATS_TIMEOUT_S
-        )
+        return await self._pool.run(count, timeout_s=STATS_TIMEOUT_S)
 
     async def check(self) -> None:
         """See the port."""
 
         async def check(connection: Connection) -> None:
-            if await connection.fetchval("SELECT pg_is_in_recovery()"):
-                raise MailboxError("PostgreSQL is a standby, which can't be written")
+            if await connection.fetchval("SHOW transaction_read_only") == "on":
+                raise MailboxError("PostgreSQL: it is read-only, as a standby is")
 
         await self._pool.run(check)
 
@@ -327,31 +329,34 @@ def _split_schema(url: str) -> tuple[str, str]:
     return urlunsplit(parts._replace(query=urlencode(query))), schema
 
 
-async def _bring_up_to_date(connection: Connection, schema: str) -> None:
+async def _migrate(connection: Connection, schema: str) -> None:
     """Do the migrations that the schema lacks, in one transaction; one process at a time."""
-    if await _migrations_done(connection) == len(MIGRATIONS):
-        return
+
+    async def execute(statement: str, *parameters: object) -> None:
+        await connection.execute(statement, *parameters, timeout=MIGRATION_TIMEOUT_S)
+
     async with connection.transaction():
-        await connection.execute(f"SET LOCAL statement_timeout = '{MIGRATION_TIMEOUT_S:.0f}s'")
-        await connection.execute("SELECT pg_advisory_xact_lock($1)", MIGRATION_LOCK)
-        done = await _migrations_done(connection)
+        await execute(f"SET LOCAL statement_timeout = '{MIGRATION_TIMEOUT_S:.0f}s'")
+        await execute("SELECT pg_advisory_xact_lock($1)", MIGRATION_LOCK)
+        done = await _migrations_done(connection, schema)
         if done > len(MIGRATIONS):
             raise ConfigError(
                 f"mailbox: the schema {schema} was written by a newer pokebridge: upgrade this one"
             )
         if done == 0:
-            if not await connection.fetchval("SELECT to_regnamespace($1) IS NOT NULL", schema):
-                await connection.execute(f"CREATE SCHEMA {schema}")
-            await connection.execute(
+            if not await connection.fetchval(SCHEMA_EXISTS, schema):
+                await execute(f"CREATE SCHEMA {schema}")
+            await execute(
                 "CREATE TABLE migrations"
                 " (version integer PRIMARY KEY, done_at timestamptz NOT NULL)"
             )
         for version, statements in enumerate(MIGRATIONS[done:], done + 1):
-            await connection.execute(statements)
-            await connection.execute("INSERT INTO migrations VALUES ($1, now())", version)
+            await execute(statements)
+            await execute("INSERT INTO migrations VALUES ($1, now())", version)
 
 
-async def _migrations_done(connection: Connection) -> int:
-    if await connection.fetchval("SELECT to_regclass('migrations') IS NULL"):
+async def _migrations_done(connection: Connection, schema: str) -> int:
+    if not await connection.fetchval(MIGRATIONS_EXIST, schema):
         return 0
-    return await connection.fetchval("SELECT coalesce(max(version), 0) FROM migrations") or 0
+    done: int = await connection.fetchval("SELECT coalesce(max(version), 0) FROM migrations")
+    return done

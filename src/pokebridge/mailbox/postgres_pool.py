@@ -33,13 +33,14 @@ CLOSE_TIMEOUT_S: Final = 2.0
 _BACKOFF_FIRST_S: Final = 0.02
 _BACKOFF_CAP_S: Final = 0.5
 
-_SERVER_SETTINGS: Final = {
+SERVER_SETTINGS: Final = {
     "application_name": "pokebridge",
     "statement_timeout": f"{STATEMENT_TIMEOUT_S * 1000:.0f}",
-    # Every statement of ours is a few look-ups by an index. Said so, it is planned once, and a plan
-    # from a day on which a table was tiny does no harm when it is not.
+    # Every statement of ours is a few look-ups by an index, in its order. Said so, it is planned
+    # once, and a plan from a day on which a table was tiny does no harm when it is not.
     "plan_cache_mode": "force_generic_plan",
     "enable_seqscan": "off",
+    "enable_bitmapscan": "off",
     "jit": "off",
 }
 # SQLSTATEs after which another attempt may do better; whole classes by their first characters.
@@ -74,36 +75,31 @@ class PostgresPool:
 
     @classmethod
     async def open(cls, dsn: str, *, schema: str) -> "PostgresPool":
-        """A pool for ``dsn`` in which ``schema`` is where names are looked up. It connects later.
-
-        Raises:
-            ConfigError: ``dsn`` is no URL of PostgreSQL's.
-        """
-        try:
-            pool = asyncpg.create_pool(
-                dsn,
-                min_size=0,
-                max_size=CONNECTIONS,
-                timeout=ATTEMPT_TIMEOUT_S,
-                command_timeout=ATTEMPT_TIMEOUT_S,
-                server_settings=_SERVER_SETTINGS | {"search_path": schema},
-                reset=_keep_as_it_is,
-            )
-            return cls(await pool)
-        except ValueError as error:  # the URL is left out: it may carry a password
-            raise ConfigError(f"mailbox: not a URL of PostgreSQL's: {_reason(error)}") from None
+        """A pool for ``dsn``; names are looked up in ``schema``. It connects when it must."""
+        pool = asyncpg.create_pool(
+            dsn,
+            min_size=0,
+            max_size=CONNECTIONS,
+            timeout=ATTEMPT_TIMEOUT_S,
+            command_timeout=ATTEMPT_TIMEOUT_S,
+            server_settings=SERVER_SETTINGS | {"search_path": schema},
+            reset=_keep_as_it_is,
+        )
+        return cls(await pool)
 
     async def run(
         self,
         work: Callable[[Connection], Awaitable[T]],
         *,
-        timeout_s: float = CALL_TIMEOUT_S,
-        attempt_timeout_s: float = ATTEMPT_TIMEOUT_S,
+        timeout_s: float | None = None,
     ) -> T:
         """Do ``work`` on a connection, again when that fails for a reason that may pass.
 
+        ``timeout_s`` is for work that takes long; an attempt may then take all of it.
+
         Raises:
-            MailboxError: it could not be done within ``timeout_s``, or can't be done at all.
+            ConfigError: what we are given to connect with is wrong, or allows too little.
+            MailboxError: it could not be done within CALL_TIMEOUT_S, or can't be done at all.
         """
         if self._closed:
             raise MailboxError("the mailbox is closed")
@@ -112,7 +108,9 @@ class PostgresPool:
         self._under_way += 1
         self._idle.clear()
         try:
-            return await self._keep_trying(work, timeout_s, attempt_timeout_s)
+            if timeout_s is not None:
+                return await self._keep_trying(work, timeout_s, timeout_s)
+            return await self._keep_trying(work, CALL_TIMEOUT_S, ATTEMPT_TIMEOUT_S)
         finally:
             self._under_way -= 1
             if not self._under_way:
@@ -141,8 +139,7 @@ class PostgresPool:
                     try:
                         return await self._attempt(work, attempt_timeout_s)
                     except _FAILURES as error:
-                        if not _may_pass(error):
-                            raise MailboxError(f"PostgreSQL: {_reason(error)}") from error
+                        _raise_unless_it_may_pass(error)
                         failure = error
                     await asyncio.sleep(random.uniform(0, longest_s))  # noqa: S311 - no secret
                     longest_s = min(_BACKOFF_CAP_S, 2 * longest_s)
@@ -155,7 +152,7 @@ class PostgresPool:
     async def _attempt(
         self, work: Callable[[Connection], Awaitable[T]], attempt_timeout_s: float
     ) -> T:
-        connection = await self._pool.acquire()
+        connection = await self._acquire()
         try:
             async with asyncio.timeout(attempt_timeout_s):
                 return await work(connection)
@@ -169,6 +166,15 @@ class PostgresPool:
         finally:
             await self._pool.release(connection)
 
+    async def _acquire(self) -> Connection:
+        try:
+            return await self._pool.acquire()
+        except ValueError:  # its text is left out, since it may quote a password
+            raise ConfigError(
+                "mailbox: the URL is none that PostgreSQL's driver can use:"
+                " postgresql://USER:PASSWORD@HOST:PORT/DATABASE, each part percent-encoded"
+            ) from None
+
 
 _FAILURES: Final = (
     asyncpg.PostgresError,
@@ -178,24 +184,21 @@ _FAILURES: Final = (
 )
 
 
-def _may_pass(error: Exception) -> bool:
+def _raise_unless_it_may_pass(error: Exception) -> None:
     if isinstance(error, asyncpg.PostgresError):
-        return (error.sqlstate or "").startswith(_TRANSIENT)
-    # DataError and ClientConfigurationError are ValueErrors: wrong now, wrong ever after.
-    return not isinstance(error, ValueError)
-
-
-def is_refusal(error: MailboxError) -> bool:
-    """Whether PostgreSQL answered and does not let us in, or not do what we must."""
-    cause = error.__cause__
-    if isinstance(cause, asyncpg.PostgresError):
-        return (cause.sqlstate or "").startswith(_REFUSED)
-    return isinstance(cause, ValueError)
+        state = error.sqlstate or ""
+        if state.startswith(_REFUSED):
+            raise ConfigError(f"mailbox: PostgreSQL refuses: {_reason(error)}") from error
+        if state.startswith(_TRANSIENT):
+            return
+    elif not isinstance(error, ValueError):  # of the driver's own errors, one about a parameter
+        return
+    raise MailboxError(f"PostgreSQL: {_reason(error)}") from error
 
 
 def _reason(error: BaseException) -> str:
     """In a line, without the details in which PostgreSQL repeats values."""
-    text = str(error.args[0]) if error.args else ""
+    text = str(error.args[0] if isinstance(error, asyncpg.PostgresError) else error)
     return text.splitlines()[0] if text else type(error).__name__
 
 
