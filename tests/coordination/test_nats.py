@@ -1,15 +1,22 @@
 """Coordination through NATS: the contract, outages, buckets as they may be, permissions."""
 
+import asyncio
 import itertools
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 
 import nats
 import pytest
-from tests.coordination.stores import ConnectTo, LoseData, StoreSuite, connections
-from tests.support import Daemon
+from nats.js import JetStreamContext
+from nats.js.api import KeyValueConfig, StorageType
+from tests.coordination.stores import ConnectTo, LoseData, StoreSuite, answers, connections
+from tests.support import Daemon, free_port, wait_until
+from tests.support.engines import BIN
 
 from pokebridge.coordination.nats import NatsCoordination
-from pokebridge.testing.coordination import Connect, CoordinationContract
+from pokebridge.errors import CoordinationError
+from pokebridge.testing.coordination import Connect, CoordinationContract, member
 
 _clusters = itertools.count()
 
@@ -59,3 +66,176 @@ class TestStore(StoreSuite):
     def lose_data(self) -> LoseData:
         """Somebody deletes the bucket."""
         return drop_buckets
+
+
+@pytest.fixture
+async def hands(own_nats_server: Daemon) -> AsyncIterator[JetStreamContext]:
+    """An operator's own client, at the test's own server."""
+    client = await nats.connect(own_nats_server.url)
+    yield client.jetstream()
+    await client.close()
+
+
+async def test_a_bucket_is_made_as_it_should_be(
+    own_nats_server: Daemon, connect_to: ConnectTo, hands: JetStreamContext
+) -> None:
+    """It keeps one value a key, lets entries expire, and holds what any NATS client can read."""
+    store = await connect_to(own_nats_server.url)
+    await store.renew(member("a"), 60)
+    bucket = await hands.key_value("pokebridge-default")
+    assert (await bucket.keys()) == ["member.a"]
+    config = (await bucket.status()).stream_info.config
+    assert (config.max_msgs_per_subject, config.allow_msg_ttl, config.num_replicas) == (1, True, 1)
+
+
+async def test_nothing_is_left_of_the_long_dead(
+    own_nats_server: Daemon, connect_to: ConnectTo, hands: JetStreamContext
+) -> None:
+    """Entries of members that died or left, and of a leader, go from the bucket by themselves."""
+    store = await connect_to(own_nats_server.url)
+    await store.renew(member("dead"), 0.1)
+    await store.renew(member("left"), 60)
+    await store.leave("left", "1")
+    await store.lead("dead", 0.1)
+
+    async def is_empty() -> bool:
+        return (await hands.stream_info("KV_pokebridge-default")).state.messages == 0
+
+    await wait_until(is_empty)
+
+
+async def test_a_bucket_in_memory_may_be_lost_with_the_server(
+    own_nats_server: Daemon, connect_to: ConnectTo, hands: JetStreamContext
+) -> None:
+    """An operator's own bucket is used as it is; when a restart loses it, one is made."""
+    config = KeyValueConfig("pokebridge-default", storage=StorageType.MEMORY, direct=True)
+    await hands.create_key_value(config)
+    store = await connect_to(own_nats_server.url)
+    await store.renew(member("a"), 60)
+    assert await store.write(b"before", None)
+    await asyncio.to_thread(own_nats_server.kill)
+    await asyncio.to_thread(own_nats_server.start)
+    await wait_until(lambda: answers(store))
+    assert await store.members() == []
+    assert await store.write(b"after", None)
+
+
+async def test_a_document_that_was_deleted_by_hand_is_none(
+    own_nats_server: Daemon, connect_to: ConnectTo, hands: JetStreamContext
+) -> None:
+    """What an operator deletes with NATS's own tool is gone, and is written anew."""
+    store = await connect_to(own_nats_server.url)
+    assert await store.write(b"before", None)
+    await store.renew(member("a"), 60)
+    bucket = await hands.key_value("pokebridge-default")
+    await bucket.delete("document")
+    await bucket.purge("member.a")
+    assert await store.read() is None
+    assert await store.members() == []
+    assert await store.write(b"after", None)
+    document = await store.read()
+    assert document is not None
+    assert document.body == b"after"
+
+
+async def test_a_record_that_is_none_hides_no_other(
+    own_nats_server: Daemon, connect_to: ConnectTo, hands: JetStreamContext
+) -> None:
+    """Nonsense under a member's key, or the leader's, is passed over."""
+    store = await connect_to(own_nats_server.url)
+    await store.renew(member("a"), 60)
+    bucket = await hands.key_value("pokebridge-default")
+    await bucket.put("member.b", b"nonsense")
+    await bucket.put("leader", b"nonsense")
+    assert await store.members() == [member("a")]
+    assert await store.lead("a", 60)
+
+
+async def test_any_of_several_servers_will_do(own_nats_server: Daemon) -> None:
+    """A URL may name several servers; one that is dead costs a try."""
+    url = f"nats://127.0.0.1:{free_port()},{own_nats_server.address}"
+    for _ in range(4):  # they are tried in any order
+        store = await NatsCoordination.connect(url, cluster="default")
+        await store.close()
+
+
+ALLOWED = """
+jetstream { store_dir: "%s" }
+authorization { users: [
+  { user: bridge, password: secret, permissions: {
+    publish: ["$KV.pokebridge-default.>", "pokebridge.default.changed",
+              "$JS.API.STREAM.INFO.KV_pokebridge-default",
+              "$JS.API.STREAM.MSG.GET.KV_pokebridge-default",
+              "$JS.API.DIRECT.GET.KV_pokebridge-default"%s]
+    subscribe: ["_INBOX.>"%s] } }
+  { user: operator, password: secret }
+] }
+"""
+CREATE = ', "$JS.API.STREAM.CREATE.KV_pokebridge-default"'
+NEWS = ', "pokebridge.default.changed"'
+
+
+@pytest.fixture
+def run_server(tmp_path: Path) -> Iterator[Callable[[str], Daemon]]:
+    """Starts a NATS server with a configuration, and kills it afterwards."""
+    servers: list[Daemon] = []
+
+    def run(config: str) -> Daemon:
+        port = free_port()
+        (tmp_path / "nats.conf").write_text(config)
+        command = [str(BIN / "nats-server"), "-c", "nats.conf", "-a", "127.0.0.1", "-p", str(port)]
+        url = f"nats://bridge:secret@127.0.0.1:{port}"
+        servers.append(Daemon("nats-server", command, port=port, url=url, directory=tmp_path))
+        servers[-1].start()
+        return servers[-1]
+
+    yield run
+    for server in servers:
+        server.kill()
+
+
+async def test_the_documented_permissions_are_enough(
+    run_server: Callable[[str], Daemon], tmp_path: Path, connect_to: ConnectTo
+) -> None:
+    """With them everything works, and without the right to create a bucket once there is one."""
+    config = ALLOWED % (tmp_path, CREATE, NEWS)
+    server = await asyncio.to_thread(run_server, config)
+    for _ in range(2):
+        store = await connect_to(server.url)
+        await store.renew(member("a"), 60)
+        assert await store.members() == [member("a")]
+        assert await store.lead("a", 60)
+        await store.resign("a")
+        document = await store.read()
+        assert await store.write(b"x", None if document is None else document.revision)
+        await store.wait_for_change(0.1)
+        await store.leave("a", "1")
+        await asyncio.to_thread(server.kill)
+        (tmp_path / "nats.conf").write_text(ALLOWED % (tmp_path, "", NEWS))
+        await asyncio.to_thread(server.start)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("", "JetStream does not answer"),
+        (ALLOWED % ("x", "", NEWS), "permissions violation for publish.*stream.create"),
+        (ALLOWED % ("x", CREATE, ""), "permissions violation for subscription.*changed"),
+    ],
+    ids=["no JetStream", "may not create", "may not hear"],
+)
+async def test_what_a_server_lacks_is_said_in_a_line(
+    run_server: Callable[[str], Daemon], connect_to: ConnectTo, config: str, said: str
+) -> None:
+    """The start stops with what the operator has to grant."""
+    server = await asyncio.to_thread(run_server, config)
+
+    async def use() -> None:
+        store = await connect_to(server.url)
+        await store.members()
+
+    started_s = time.monotonic()
+    with pytest.raises(CoordinationError, match=f"(?i){said}") as error:
+        await use()
+    assert "secret" not in str(error.value)
+    assert time.monotonic() - started_s < 3, "it is not waited for"

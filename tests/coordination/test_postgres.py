@@ -1,14 +1,23 @@
 """Coordination through PostgreSQL: the contract, outages, permissions, TLS."""
 
+import asyncio
+import ssl
+import uuid
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from urllib.parse import urlsplit
 
 import asyncpg
+import certifi
 import pytest
 from tests.coordination.stores import ConnectTo, LoseData, StoreSuite, connections
-from tests.support import Daemon
+from tests.support import Daemon, wait_until
+from tests.transport.certificates import Certificates, make_certificates
 
 from pokebridge.coordination.postgres import PostgresCoordination
-from pokebridge.testing.coordination import Connect, CoordinationContract
+from pokebridge.errors import CoordinationError
+from pokebridge.testing.coordination import Connect, CoordinationContract, member
 
 
 @pytest.fixture
@@ -52,3 +61,138 @@ class TestStore(StoreSuite):
             await connection.close()
 
         return lose_data
+
+
+async def run(url: str, statements: str) -> None:
+    """Have the database do ``statements``."""
+    connection = await asyncpg.connect(url)
+    await connection.execute(statements)
+    await connection.close()
+
+
+async def test_members_that_start_together_make_the_tables_once(
+    connect_to: ConnectTo, postgres_database: str
+) -> None:
+    """A new database and ten first users at once: all of them get their tables."""
+    ends = await asyncio.gather(*(connect_to(postgres_database) for _ in range(10)))
+    await asyncio.gather(*(end.renew(member(f"m-{number}"), 60) for number, end in enumerate(ends)))
+    assert len(await ends[0].members()) == 10
+
+
+async def test_the_documented_permissions_are_enough(
+    connect_to: ConnectTo, postgres_database: str
+) -> None:
+    """Where the tables are made already, a role needs to read and write their rows only."""
+    await (await connect_to(postgres_database)).close()
+    role = f"bridge_{uuid.uuid4().hex}"
+    await run(
+        postgres_database,
+        f"""
+        CREATE ROLE {role} LOGIN;
+        REVOKE ALL ON SCHEMA public FROM PUBLIC;
+        GRANT USAGE ON SCHEMA public TO {role};
+        GRANT SELECT, INSERT, UPDATE, DELETE
+            ON pokebridge_members, pokebridge_documents, pokebridge_leaders TO {role};
+        """,
+    )
+    try:
+        store = await connect_to(postgres_database.replace("//postgres@", f"//{role}@"))
+        await store.renew(member("a"), 60)
+        assert await store.members() == [member("a")]
+        assert await store.write(b"x", None)
+        document = await store.read()
+        assert document is not None
+        assert await store.write(b"y", document.revision)
+        assert await store.lead("a", 60)
+        await store.resign("a")
+        await store.leave("a", "1")
+        await run(postgres_database, f"REVOKE INSERT ON pokebridge_members FROM {role}")
+        with pytest.raises(CoordinationError, match="permission denied for table pokebridge_mem"):
+            await store.renew(member("a"), 60)
+        await store.close()
+    finally:
+        await run(postgres_database, f"DROP OWNED BY {role}; DROP ROLE {role}")
+
+
+async def test_rows_of_the_dead_are_swept_when_somebody_starts(
+    connect_to: ConnectTo, postgres_database: str
+) -> None:
+    """Instances with random names leave no rows behind for ever."""
+    store = await connect_to(postgres_database)
+    await store.renew(member("dead"), 0.01)
+    await store.renew(member("a"), 60)
+
+    async def is_swept() -> bool:
+        await (await connect_to(postgres_database)).close()
+        connection = await asyncpg.connect(postgres_database)
+        rows = await connection.fetch("SELECT id FROM pokebridge_members")
+        await connection.close()
+        return [row["id"] for row in rows] == ["a"]
+
+    await wait_until(is_swept)
+
+
+async def test_a_lease_is_not_longer_in_the_database_than_its_holder_believes(
+    connect_to: ConnectTo, postgres_database: str
+) -> None:
+    """A candidate that had to wait for the row judges the lease by the time when it got it."""
+    one, two = await connect_to(postgres_database), await connect_to(postgres_database)
+    assert await one.lead("a", 0.3)
+    holding = await asyncpg.connect(postgres_database)
+    transaction = holding.transaction()
+    await transaction.start()
+    await holding.execute("SELECT * FROM pokebridge_leaders FOR UPDATE")
+    candidate = asyncio.create_task(two.lead("b", 60))
+    expired = "SELECT expires_at < clock_timestamp() FROM pokebridge_leaders"
+    await wait_until(lambda: holding.fetchval(expired))
+    assert not candidate.done()
+    await transaction.rollback()
+    assert await candidate
+    await holding.close()
+
+
+@asynccontextmanager
+async def tls_in_front(database: str, made: Certificates) -> AsyncIterator[str]:
+    """A server that speaks PostgreSQL's TLS before ``database``: its URL, without options.
+
+    The server that the tests start was built without TLS.
+    """
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(made.cert_file, made.key_file)
+    target = urlsplit(database)
+
+    async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while data := await source.read(65536):
+                sink.write(data)
+        sink.close()
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        assert await reader.readexactly(8) == b"\0\0\0\x08\x04\xd2\x16\x2f", "SSLRequest"
+        writer.write(b"S")
+        try:
+            await writer.start_tls(context)
+        except (OSError, ssl.SSLError):  # whom the client does not trust it leaves
+            writer.close()
+            return
+        back, forth = await asyncio.open_connection(target.hostname, target.port)
+        await asyncio.gather(pump(reader, forth), pump(back, writer))
+
+    async with await asyncio.start_server(accept, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        yield database.replace(f":{target.port}/", f":{port}/")
+
+
+async def test_tls_is_by_the_url(
+    connect_to: ConnectTo, postgres_database: str, tmp_path: Path
+) -> None:
+    """``sslmode`` insists on TLS, and on a server that the authority in the URL vouches for."""
+    made = make_certificates(tmp_path)
+    async with tls_in_front(postgres_database, made) as url:
+        store = await connect_to(f"{url}?sslmode=verify-full&sslrootcert={made.ca_file}")
+        await store.renew(member("a"), 60)
+        await store.close()
+        with pytest.raises(CoordinationError, match="certificate verify failed"):
+            await connect_to(f"{url}?sslmode=verify-full&sslrootcert={certifi.where()}")
+    with pytest.raises(CoordinationError, match="SSL"):
+        await connect_to(f"{postgres_database}?sslmode=require")

