@@ -44,6 +44,13 @@ def test_signals_made_by_hand_are_understood(body: bytes, expected: object) -> N
     assert wire.decode_signal(body) == expected
 
 
+@pytest.mark.parametrize("recipient", ["", "a b", "b\n", "grüße", "x" * 257])
+def test_a_malformed_recipient_spoils_no_batch(recipient: str) -> None:
+    """Its poke is one for nobody, which is noise; the others of the signal are taken."""
+    body = json.dumps({"pokes": [{"recipient": recipient}, {"recipient": "urn:user:bob"}]})
+    assert wire.decode_signal(body.encode()) == [Poke(recipient), Poke("urn:user:bob")]
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -54,12 +61,7 @@ def test_signals_made_by_hand_are_understood(body: bytes, expected: object) -> N
         b"{}",
         b"\xff\xfe",
         b'{"recipient":',
-        b'{"recipient":""}',
         b'{"recipient":7}',
-        b'{"recipient":"a b"}',
-        b'{"recipient":"b\\n"}',
-        '{"recipient":"grüße"}'.encode(),
-        b'{"recipient":"%b"}' % (b"x" * 257),
         b'{"recipient":"b","version":"17"}',
         b'{"recipient":"b","version":0}',
         b'{"recipient":"b","version":-1}',
@@ -67,7 +69,6 @@ def test_signals_made_by_hand_are_understood(body: bytes, expected: object) -> N
         b'{"recipient":"b","version":99999999999999999999}',
         b'{"recipient":"b","pokes":[]}',
         b'{"pokes":[{"version":1}]}',
-        b'{"pokes":[{"recipient":"b"},{"recipient":"a b"}]}',
         b'{"pokes":{"recipient":"b"}}',
         b'{"type":"restart","recipient":"b"}',
         b'{"type":"disconnect"}',

@@ -11,7 +11,7 @@ import msgspec
 
 from pokebridge.errors import FrameError, SignalError
 from pokebridge.framing import Opcode, encode_frame
-from pokebridge.model import MAX_VERSION, Poke, Version, is_recipient
+from pokebridge.model import MAX_VERSION, Poke, Version
 
 # --- signals --------------------------------------------------------------------------------
 
@@ -45,6 +45,9 @@ _encode_json = msgspec.json.Encoder().encode
 def decode_signal(body: bytes) -> Sequence[Poke] | Disconnect | Probe:
     """What ``body`` says.
 
+    A recipient's form is not checked, as every instance decodes every poke of a cluster: one that
+    is malformed can have no session, so its poke is dropped as noise, without its batch.
+
     Raises:
         SignalError: it is none of the bodies of protocol.md section 2, nor a probe of ours.
     """
@@ -54,15 +57,10 @@ def decode_signal(body: bytes) -> Sequence[Poke] | Disconnect | Probe:
         raise SignalError(str(error)) from None
     if fields.type == "poke":
         if fields.recipient is not None and fields.pokes is None:
-            pokes = [Poke(fields.recipient, fields.version)]
-        elif fields.pokes is not None and fields.recipient is None:
-            pokes = fields.pokes
-        else:
-            raise SignalError("a poke signal has either a recipient or pokes")
-        for poke in pokes:
-            if not is_recipient(poke.recipient):
-                raise SignalError("a recipient is 1 to 256 visible ASCII characters")
-        return pokes
+            return [Poke(fields.recipient, fields.version)]
+        if fields.pokes is not None and fields.recipient is None:
+            return fields.pokes
+        raise SignalError("a poke signal has either a recipient or pokes")
     if fields.type == "disconnect" and fields.recipient is not None:
         return Disconnect(fields.recipient)
     if fields.type == "probe" and fields.id is not None:
