@@ -1,0 +1,17 @@
+// The harness in Node: a line on stdin is an expression, its value goes to stdout as a line of JSON.
+import { createRequire } from "node:module";
+import { createInterface } from "node:readline";
+
+import { connect } from "../../clients/js/dist/index.js";
+import { makeHarness } from "./harness.js";
+
+const require = createRequire(new URL("../../clients/js/package.json", import.meta.url));
+const { WebSocket } = require("ws");
+globalThis.harness = makeHarness(connect, { WebSocket });
+globalThis.connect = connect;
+
+for await (const line of createInterface({ input: process.stdin })) {
+  const value = await (0, eval)(JSON.parse(line));
+  console.log(JSON.stringify(value) ?? "null");
+}
+process.exit();

@@ -1,0 +1,152 @@
+"""Several tabs of a browser, and one that nobody looks at."""
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+import websockets
+from playwright.async_api import Browser, BrowserContext
+
+from tests.js.driving import Client, open_page, poke, pulls, send, sessions, wait_sessions
+from tests.support import Instance, wait_until
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+
+async def test_four_tabs_one_socket(context: BrowserContext, site: str, instance: Instance) -> None:
+    """One socket and one pull a message serve four tabs; another tab takes over when it is gone."""
+    await wait_sessions(instance, 0)
+    before = await pulls(instance)
+    tabs = [await open_page(context, site) for _ in range(4)]
+    clients = [Client(tab) for tab in tabs]
+    for client in clients:
+        await client.start(instance.url, "urn:user:tabs")
+        await client.idle()
+    assert await sessions(instance) == 1
+    assert await pulls(instance) - before == 4  # each tab's first
+
+    for number in range(1, 4):
+        await send(instance, "urn:user:tabs", number)
+        for client in clients:
+            await client.wait_shown(*range(1, number + 1))
+    assert await pulls(instance) - before == 4 + 3
+
+    await tabs[0].page.close()
+    left = clients[1:]
+
+    async def one_leads() -> bool:
+        connects = [await client.count("closed") for client in left]
+        return sorted(connects) == [0, 0, 1]
+
+    await wait_until(one_leads, what="one tab taking over")
+    for client in left:
+        await client.wait_state("connected")
+        await client.idle()
+    assert await sessions(instance) == 1
+    assert await pulls(instance) - before == 4 + 3 + 1
+    await send(instance, "urn:user:tabs", "on")
+    for client in left:
+        await client.wait_shown(1, 2, 3, "on")
+    assert await pulls(instance) - before == 4 + 3 + 1 + 1
+
+
+async def test_each_tab_pulls_its_own(
+    context: BrowserContext, site: str, instance: Instance
+) -> None:
+    """With ``onPoke`` every tab is told of each poke, through one socket."""
+    await wait_sessions(instance, 0)
+    clients = [Client(await open_page(context, site)) for _ in range(2)]
+    for client in clients:
+        await client.start(instance.url, "urn:user:own-tabs", kind="own")
+        await client.wait_count("pulled", 1)
+    await poke(instance, "urn:user:own-tabs")
+    for client in clients:
+        await client.wait_count("pulled", 2)
+        assert await client.count("pull") == 2
+    assert await sessions(instance) == 1
+
+
+async def test_who_does_not_share(context: BrowserContext, site: str, instance: Instance) -> None:
+    """Another user, another device and a browser without Web Locks have sockets of their own."""
+    await wait_sessions(instance, 0)
+    first, second, third, fourth = [await open_page(context, site) for _ in range(4)]
+    await Client(first).start(instance.url, "urn:user:one")
+    await Client(second).start(instance.url, "urn:user:two")
+    await Client(third).start(instance.url, "urn:user:one", device="phone")
+    await fourth.evaluate("void Object.defineProperty(navigator, 'locks', { value: undefined })")
+    await Client(fourth).start(instance.url, "urn:user:one")
+    assert await sessions(instance) == 4
+    await send(instance, "urn:user:two", "for two")
+    await Client(second).wait_shown("for two")
+    assert await Client(first).count("pull") == 1
+
+
+class RawTab:
+    """A tab over Chromium's own protocol: Playwright would have every tab believe it is seen."""
+
+    def __init__(self, socket: websockets.ClientConnection, devtools: str, target: str) -> None:
+        self._socket = socket
+        self._devtools = devtools
+        self._target = target
+        self._number = 0
+
+    async def call(self, method: str, **params: Any) -> dict[str, Any]:
+        """One command, one answer."""
+        self._number += 1
+        command = {"id": self._number, "method": method, "params": params}
+        await self._socket.send(json.dumps(command))
+        while (answer := json.loads(await self._socket.recv())).get("id") != self._number:
+            pass
+        return dict(answer["result"])
+
+    async def evaluate(self, expression: str) -> Any:
+        """The value of a JavaScript expression, awaited."""
+        answer = await self.call(
+            "Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True
+        )
+        return answer["result"].get("value")
+
+    async def show(self) -> None:
+        """Bring it to the front: the other one is hidden then."""
+        async with httpx.AsyncClient(trust_env=False) as http:
+            await http.get(f"{self._devtools}/json/activate/{self._target}")
+
+
+@asynccontextmanager
+async def raw_tab(port: int, url: str) -> AsyncIterator[RawTab]:
+    """A new tab in front of all others."""
+    devtools = f"http://127.0.0.1:{port}"
+    async with httpx.AsyncClient(base_url=devtools, trust_env=False) as http:
+        target = (await http.put(f"/json/new?{url}")).json()
+        async with websockets.connect(target["webSocketDebuggerUrl"], max_size=None) as socket:
+            yield RawTab(socket, devtools, target["id"])
+        await http.get(f"/json/close/{target['id']}")
+
+
+async def test_a_tab_in_the_background(
+    browser: Browser, devtools_port: int, site: str, instance: Instance
+) -> None:
+    """A hidden tab, throttled by Chromium, is poked as ever; a frozen one pulls when it thaws."""
+    async with (
+        raw_tab(devtools_port, f"{site}/page.html") as tab,
+        raw_tab(devtools_port, "about:blank"),
+    ):
+        await wait_until(lambda: tab.evaluate("!!globalThis.harness && document.hidden"))
+        client = Client(tab)
+        await client.start(instance.url, "urn:user:hidden")
+        await send(instance, "urn:user:hidden", "while hidden")
+        await client.wait_shown("while hidden")
+
+        await tab.call("Page.enable")
+        await tab.call("Page.setWebLifecycleState", state="frozen")
+        await send(instance, "urn:user:hidden", 1, 2, 3)
+        await tab.call("Page.setWebLifecycleState", state="active")
+        await tab.show()
+        await client.wait_shown("while hidden", 1, 2, 3)
+        assert await client.count("wake") >= 1  # it became visible
+        await client.idle()
+        assert await client.count("pull") <= 2 + 3
+        await client.close()
