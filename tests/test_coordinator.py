@@ -155,6 +155,36 @@ async def test_a_store_that_lost_its_data_gets_the_map_back() -> None:
     await cluster.close()
 
 
+@pytest.mark.parametrize("loses", ["contact", "data"])
+async def test_who_is_late_after_an_outage_keeps_its_shards(
+    loses: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All leases have run out when the store is back: the first to renew is not all there is."""
+    cluster = Cluster()
+    one, two = await cluster.join("a"), await cluster.join("b")
+    await wait_until(lambda: cluster.agree({"a", "b"}))
+    owners = one.view.shard_map.owners
+    is_away = True
+
+    async def fail(*_: object) -> None:
+        if is_away:
+            raise CoordinationError("away")
+        await renew(record, 0.3)
+
+    record, renew = member("b"), two._coordination.renew
+    monkeypatch.setattr(two._coordination, "renew", fail)
+    if loses == "contact":
+        one._last_seen_s -= 60
+    else:
+        cluster.store._store.document = None
+    cluster.store._store.members.clear()
+    await wait_until(lambda: list(one.view.members) == ["a"], what="a seeing itself alone")
+    is_away = False
+    await wait_until(lambda: len(one.view.members) == 2, what="b being back")
+    assert one.view.shard_map.owners == owners
+    await cluster.close()
+
+
 async def test_a_leader_that_slept_is_fenced_by_the_revision() -> None:
     """A write that was planned from an old revision is refused, whoever believes to lead."""
     cluster = Cluster()

@@ -122,12 +122,19 @@ class Membership:
         self._view = View(empty_map(shard_count, mode), {})
         self._task: asyncio.Task[None] | None = None
         self._one_round = asyncio.Lock()
+        self._is_leader = False
+        self._in_touch_since_s = self._last_seen_s = float("-inf")
         self._trouble: str | None = "the cluster has not been seen yet"
 
     @property
     def view(self) -> View:
         """The cluster as last seen."""
         return self._view
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this member was the leader at its last round."""
+        return self._is_leader and self._trouble is None
 
     @property
     def trouble(self) -> str | None:
@@ -195,9 +202,10 @@ class Membership:
                 async with asyncio.timeout(self._lease_s):
                     await self._round()
             except (PokebridgeError, TimeoutError) as error:
+                trouble = str(error) or "the store does not answer"
                 if self._trouble is None:
-                    log.warning("coordination lost; the last map stays", reason=str(error))
-                self._trouble = str(error) or "the store does not answer"
+                    log.warning("coordination lost; the last map stays", reason=trouble)
+                self._trouble = trouble
                 await asyncio.sleep(self._lease_s / 3 * random.uniform(0.5, 1.0))  # noqa: S311 - spreads load
 
     async def _round(self) -> None:
@@ -209,18 +217,35 @@ class Membership:
             await self._coordination.renew(self._describe(), self._lease_s)
         members = await self._coordination.members()
         shard_map, stored = await self._read()
-        if self._leads and await self._coordination.lead(self._holder, self._lease_s):
+        self._note_contact(lost_data=stored is None)
+        self._is_leader = self._leads and await self._coordination.lead(
+            self._holder, self._lease_s
+        )
+        if self._is_leader:
             shard_map = await self._lead(shard_map, stored, members)
         if self._trouble is not None:
             log.info("cluster seen", epoch=shard_map.epoch, members=len(members))
             self._trouble = None
         self._see(shard_map, members)
 
+    def _note_contact(self, *, lost_data: bool) -> None:
+        """Remember since when the list of members has been complete, but for a lease.
+
+        It is not after an outage of the store, or a pause of this process, longer than that, nor
+        when the store has lost its data: then who is not listed may only be late.
+        """
+        now_s = asyncio.get_running_loop().time()
+        if lost_data or now_s - self._last_seen_s > self._lease_s:
+            self._in_touch_since_s = now_s
+        self._last_seen_s = now_s
+
     async def _lead(
         self, shard_map: ShardMap, stored: Document | None, members: Sequence[Member]
     ) -> ShardMap:
         """The map in force after what the leader has to do now."""
-        planned = self._planner.plan(shard_map, members, asyncio.get_running_loop().time())
+        planned = None
+        if self._last_seen_s - self._in_touch_since_s >= self._lease_s:
+            planned = self._planner.plan(shard_map, members, self._last_seen_s)
         if planned is None and stored is None:
             planned = replace(shard_map, epoch=shard_map.epoch + 1)  # a store that is new, or lost
         if planned is None or not await self._write(planned, stored):

@@ -42,6 +42,7 @@ class Metric(StrEnum):
     SHARDS_OWNED = "pokebridge_shards_owned", "Shards that the shard map gives to this instance"
     CLUSTER_EPOCH = "pokebridge_cluster_epoch", "Epoch of the shard map in force here"
     CLUSTER_MEMBERS = "pokebridge_cluster_members", "Members that hold a lease"
+    CLUSTER_LEADER = "pokebridge_cluster_leader", "1 when this instance plans the shard map"
     CLUSTER_PARTITIONED = "pokebridge_cluster_partitioned", "1 when partitioned, 0 in fan-out"
     COORDINATION_UP = "pokebridge_coordination_up", "1 while the coordination store answers"
     MESSAGES_COMMITTED = "pokebridge_messages_committed_total", "Messages committed to a mailbox"

@@ -83,6 +83,11 @@ class Cluster:
         return self._membership.view
 
     @property
+    def is_leader(self) -> bool:
+        """Whether this instance plans the shard map now."""
+        return self._membership.is_leader
+
+    @property
     def trouble(self) -> str | None:
         """Why the store can't be had; ``None`` when it can."""
         return self._membership.trouble

@@ -199,6 +199,7 @@ class Instance:
             Metric.SHARDS_OWNED: len(view.shard_map.owned_by(me)),
             Metric.CLUSTER_EPOCH: view.shard_map.epoch,
             Metric.CLUSTER_MEMBERS: len(view.members),
+            Metric.CLUSTER_LEADER: self.cluster.is_leader,
             Metric.CLUSTER_PARTITIONED: view.shard_map.mode == "partitioned",
             Metric.COORDINATION_UP: self.cluster.trouble is None,
         }

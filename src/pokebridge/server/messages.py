@@ -1,12 +1,10 @@
 """The calls about messages."""
 
+import re
 import time
 import uuid
-from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
+from collections.abc import Awaitable, Callable
 from http import HTTPStatus
-from itertools import accumulate
 
 import msgspec
 from fastapi import Request, Response
@@ -15,6 +13,7 @@ from starlette.exceptions import HTTPException
 
 from pokebridge.errors import InputError
 from pokebridge.mailbox.base import Mailbox
+from pokebridge.mailbox.devices import KnownDevices
 from pokebridge.model import (
     DEFAULT_DEVICE,
     Message,
@@ -37,9 +36,7 @@ from pokebridge.server.openapi import Api
 
 # A body nested deeper could exhaust the stack of the parser that pulls it, for ever.
 MAX_BODY_DEPTH = 100
-SEEN_DEVICES = 10_000
-# The bodies of one page: a pull of 500 large messages is several answers, not one of 32 MiB.
-PAGE_CAP_BYTES = 1024 * 1024
+_HEAD_TAG = re.compile(r'(?:W/)?"(\d{1,16})"')
 
 
 class MessageCalls:
@@ -50,11 +47,12 @@ class MessageCalls:
         verify: Verify,
         mailbox: Mailbox,
         send: Callable[[NewMessage], Awaitable[Receipt]],
+        devices: KnownDevices | None = None,
     ) -> None:
         self._verify = verify
         self._mailbox = mailbox
         self._send = send
-        self._seen = _SeenDevices(mailbox)
+        self._devices = devices or KnownDevices(mailbox)
         self._read_message = body_reader(schema.SendRequest)
         self._read_ack = body_reader(schema.AckRequest)
 
@@ -71,14 +69,14 @@ class MessageCalls:
         reader = (await authorize(self._verify, request)).subject
         query = read_query(request, schema.PullQuery)
         if query.device is not UNSET:
-            await self._seen.add(reader, check_device(query.device))
-        page = await self._mailbox.read(reader, after=query.after, limit=query.limit)
+            await self._devices.see(reader, check_device(query.device))
+        if_none_match = request.headers.get("if-none-match", "")
+        page = await self._mailbox.read(
+            reader, after=query.after, limit=query.limit, unless_head=_known_head(if_none_match)
+        )
         headers = {"ETag": f'"{page.head}"', "Cache-Control": "private, no-cache"}
-        if _matches(request.headers.get("if-none-match", ""), headers["ETag"]):
+        if _matches(if_none_match, headers["ETag"]):
             return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)
-        shown = _fitting(page.messages)
-        if len(shown) < len(page.messages):
-            page = replace(page, messages=shown, version=shown[-1].version, more=True)
         messages = [_pulled(message) for message in page.messages]
         return json_response(schema.Pulled(messages, page.version, page.more), headers=headers)
 
@@ -102,6 +100,7 @@ class MessageCalls:
             scope="send",
             body=schema.SendRequest,
             answers={202: schema.Sent, 200: schema.Sent},
+            problems=[507],
         )
         app.call(
             "GET",
@@ -135,9 +134,16 @@ def _new_message(sender: str, wanted: schema.SendRequest) -> NewMessage:
         sender=sender,
         id=uuid.uuid4().hex if wanted.id is UNSET else wanted.id,
         body=body,
-        ttl_s=None if wanted.ttl_s is UNSET else wanted.ttl_s,
+        ttl_s=_ttl_s(wanted),
         id_is_senders=wanted.id is not UNSET,
     )
+
+
+def _ttl_s(wanted: schema.SendRequest) -> float | None:
+    ttl_s = None if wanted.ttl_s is UNSET else wanted.ttl_s
+    if wanted.ephemeral:
+        return min(ttl_s or schema.EPHEMERAL_TTL_S, schema.EPHEMERAL_TTL_S)
+    return ttl_s
 
 
 def _check_body(body: bytes) -> None:
@@ -162,13 +168,6 @@ def _is_deeper(value: object, depth: int) -> bool:
     return depth == 0 or any(_is_deeper(child, depth - 1) for child in value)
 
 
-def _fitting(messages: Sequence[Message]) -> tuple[Message, ...]:
-    """As many as fit into an answer, the first one always."""
-    sizes_bytes = accumulate(len(message.body) for message in messages)
-    fit = sum(size_bytes <= PAGE_CAP_BYTES for size_bytes in sizes_bytes)
-    return tuple(messages[: max(fit, 1)])
-
-
 def _pulled(message: Message) -> schema.PulledMessage:
     seconds, milliseconds = divmod(message.sent_at_ms, 1000)
     return schema.PulledMessage(
@@ -180,24 +179,13 @@ def _pulled(message: Message) -> schema.PulledMessage:
     )
 
 
+def _known_head(if_none_match: str) -> int | None:
+    """The one head that the header names, so that a reader who has it has nothing read for it."""
+    tag = _HEAD_TAG.fullmatch(if_none_match.strip())
+    return int(tag[1]) if tag else None
+
+
 def _matches(if_none_match: str, etag: str) -> bool:
     """Whether the header names ``etag``, compared weakly (RFC 9110, section 13.1.2)."""
     tags = [tag.strip().removeprefix("W/") for tag in if_none_match.split(",")]
     return etag in tags or tags == ["*"]
-
-
-class _SeenDevices:
-    """Makes devices known to the mailbox, but not again at every pull."""
-
-    def __init__(self, mailbox: Mailbox) -> None:
-        self._mailbox = mailbox
-        self._recent: OrderedDict[tuple[str, str], None] = OrderedDict()
-
-    async def add(self, recipient: str, device: str) -> None:
-        key = (recipient, device)
-        if key not in self._recent:
-            await self._mailbox.see_device(recipient, device)
-        self._recent[key] = None
-        self._recent.move_to_end(key)
-        if len(self._recent) > SEEN_DEVICES:
-            self._recent.popitem(last=False)

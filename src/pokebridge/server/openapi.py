@@ -28,6 +28,7 @@ _PROBLEMS = {
     413: "The body is too large.",
     422: "The request is not one that the contract allows.",
     503: "A part that this depends on does not answer: worth a retry.",
+    507: "The recipient's mailbox is full: not taken, and no retry helps before some is acked.",
 }
 _OF_A_BODY = (400, 408, 422)
 _IF_NONE_MATCH = {

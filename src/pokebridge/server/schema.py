@@ -18,6 +18,8 @@ MAX_BODY_BYTES = 65_536
 MAX_ID_LENGTH = 128
 # Ten years: for longer than that, leave it out.
 MAX_TTL_S = 315_360_000
+# Time enough for everyone who is connected to hear the poke and pull.
+EPHEMERAL_TTL_S = 30
 MAX_TOKEN_TTL_S = 31_536_000
 
 
@@ -85,6 +87,13 @@ class SendRequest(_Request):
         ]
         | UnsetType
     ) = UNSET
+    ephemeral: Annotated[
+        bool,
+        Meta(
+            description="Only for who is connected now: gone for everybody after"
+            f" {EPHEMERAL_TTL_S} s, acked or not."
+        ),
+    ] = False
 
 
 class Sent(Struct):

@@ -1,0 +1,352 @@
+"""Five instances, a crowd of clients, and one misfortune after the other (architecture, section 8).
+
+``python -m tests.cluster.chaos`` plays it at full size; ``test_chaos.py`` a small one.
+"""
+
+import argparse
+import asyncio
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from math import inf
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import httpx
+import jwt
+import uvloop
+
+from tests.cluster.crowd import Act, Crowd
+from tests.support import CutProxy, Daemon, Instance, free_port, wait_until
+from tests.support.engines import run_nats, run_postgres
+from tests.support.missing import require
+from tests.support.serving import JWT_SECRET
+
+NAMES = ("one", "two", "three", "four", "five")
+SETTLED_WITHIN_S = 60.0
+# What each may wait for a message, at most: architecture.md section 8 and the contract's delays.
+OTHERS_LIMIT_S = 1.0
+STRUCK_LIMIT_S = 2.0
+BROKER_LIMIT_S = 5.0
+
+_BALANCER = """
+global
+  maxconn 8000
+defaults
+  mode http
+  timeout connect 1s
+  timeout client 1h
+  timeout server 1h
+  timeout tunnel 1h
+  retries 4
+  option redispatch 1
+  retry-on conn-failure
+frontend clients
+  bind 127.0.0.1:{port}
+  default_backend instances
+backend instances
+  balance roundrobin
+  option httpchk GET /readyz
+  default-server check inter 300ms fall 2 rise 1 on-marked-down shutdown-sessions
+{servers}
+"""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything; times in seconds."""
+
+    clients: int
+    rate_per_s: float
+    lease_s: float
+    stopped_s: float
+    store_cut_s: float
+
+
+SMALL = Size(clients=150, rate_per_s=30, lease_s=2, stopped_s=5, store_cut_s=5)
+FULL = Size(clients=2000, rate_per_s=40, lease_s=5, stopped_s=20, store_cut_s=30)
+
+
+@dataclass
+class Outcome:
+    """How long somebody had to wait for a message during an act, at most; in seconds."""
+
+    act: str
+    others_s: float
+    struck_s: float
+    limit_others_s: float
+    limit_struck_s: float
+
+    @property
+    def kept(self) -> bool:
+        """Whether the limits were."""
+        return self.others_s <= self.limit_others_s and self.struck_s <= self.limit_struck_s
+
+    def __str__(self) -> str:
+        struck = f", the struck {self.struck_s:.2f} s" if self.struck_s else ""
+        return f"{self.act}: longest silence {self.others_s:.2f} s{struck}"
+
+
+@dataclass
+class Stage:
+    """What the acts are played on."""
+
+    size: Size
+    nats: Daemon
+    store: CutProxy
+    instances: dict[str, Instance]
+    url: str
+    crowd: Crowd
+    tell: Callable[[str], None]
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    def headers(self) -> dict[str, str]:
+        """An administrator's."""
+        return {"Authorization": f"Bearer {token_for('urn:admin', 'admin')}"}
+
+    async def view(self, name: str | None = None) -> Any:
+        """What an instance, or any, tells of the cluster."""
+        url = self.url if name is None else self.instances[name].url
+        async with httpx.AsyncClient(base_url=url, headers=self.headers(), timeout=10) as http:
+            return (await http.get("/v1/cluster")).json()
+
+    async def settled(self, mode: str, count: int = len(NAMES)) -> None:
+        """Wait until ``count`` instances are where the shard map wants them, evenly."""
+
+        async def is_settled() -> bool:
+            try:
+                view = await self.view()
+            except (httpx.HTTPError, ValueError):
+                return False
+            active = [each for each in view["instances"] if each["state"] == "active"]
+            fair = view["shard_count"] // count
+            return (
+                view["mode"] == mode
+                and len(active) == count
+                and all(each["settled"] and each["epoch"] == view["epoch"] for each in active)
+                and all(fair <= len(each["shards"]) <= fair + 1 for each in active)
+            )
+
+        await wait_until(is_settled, SETTLED_WITHIN_S, f"{count} instances being {mode}")
+
+    @asynccontextmanager
+    async def act(
+        self,
+        name: str,
+        struck: str = "",
+        others_s: float = OTHERS_LIMIT_S,
+        struck_s: float = STRUCK_LIMIT_S,
+    ) -> AsyncIterator[Act]:
+        """Measure the silences of what is done meanwhile, after all of it was pulled."""
+        act = Act(name, monotonic(), self.crowd.on(struck) if struck else frozenset())
+        yield act
+        ended_s = monotonic()
+        await wait_until(
+            lambda: all(
+                message.pulled_s < inf
+                for message in self.crowd.sent.values()
+                if message.asked_s < ended_s
+            ),
+            40,
+            f"everything being pulled after {name}",
+        )
+        outcome = Outcome(
+            name,
+            self.crowd.longest_silence_s(act, ended_s, struck=False),
+            self.crowd.longest_silence_s(act, ended_s, struck=True) if struck else 0.0,
+            others_s,
+            struck_s,
+        )
+        self.outcomes.append(outcome)
+        self.tell(str(outcome))
+
+
+def token_for(recipient: str, scope: str) -> str:
+    """A token that every instance accepts."""
+    claims = {"sub": recipient, "scope": scope, "exp": int(time.time()) + 3600}
+    return jwt.encode(claims, JWT_SECRET, algorithm="HS256")
+
+
+@asynccontextmanager
+async def stage(
+    directory: Path, nats: Daemon, postgres_url: str, size: Size, tell: Callable[[str], None]
+) -> AsyncIterator[Stage]:
+    """Five partitioned instances behind a balancer, and their crowd, settled."""
+    async with AsyncExitStack() as opened:
+        port = int(postgres_url.rsplit(":", 1)[1].partition("/")[0])
+        store = await opened.enter_async_context(CutProxy("127.0.0.1", port))
+        store_url = postgres_url.replace(f":{port}", f":{store.port}")
+        instances = {
+            name: _instance(name, nats, store_url, postgres_url, size, directory) for name in NAMES
+        }
+        for instance in instances.values():
+            opened.push_async_callback(asyncio.to_thread, instance.kill)
+        with ThreadPoolExecutor() as threads:
+            loop = asyncio.get_running_loop()
+            starts = [loop.run_in_executor(threads, each.start) for each in instances.values()]
+            await asyncio.gather(*starts)
+        balancer = _balancer(instances.values(), directory)
+        opened.push_async_callback(asyncio.to_thread, balancer.kill)
+        await asyncio.to_thread(balancer.start)
+        crowd = Crowd(balancer.url, token_for, size.clients, size.rate_per_s)
+        played = Stage(size, nats, store, instances, balancer.url, crowd, tell)
+        await played.settled("partitioned")
+        await opened.enter_async_context(crowd)
+        tell(f"{size.clients} clients on {len(NAMES)} instances")
+        yield played
+
+
+def _instance(
+    name: str, nats: Daemon, store_url: str, postgres_url: str, size: Size, directory: Path
+) -> Instance:
+    settings = {
+        "jwt_secret": JWT_SECRET,
+        "transport": nats.url,
+        "coordination": store_url,
+        "mailbox": postgres_url,
+        "mode": "partitioned",
+        "instance": name,
+        "lease_s": size.lease_s,
+        "drain_s": 2,
+    }
+    env = {k: v for k, v in os.environ.items() if not k.startswith("POKEBRIDGE_")}
+    env |= {f"POKEBRIDGE_{key.upper()}": str(value) for key, value in settings.items()}
+    return Instance(name, ["--dev"], env, directory)
+
+
+def _balancer(instances: Any, directory: Path) -> Daemon:
+    port = free_port()
+    servers = "\n".join(f"  server {each.name} 127.0.0.1:{each.port}" for each in instances)
+    config = directory / "balancer.cfg"
+    config.write_text(_BALANCER.format(port=port, servers=servers))
+    return Daemon(
+        "haproxy",
+        [require("haproxy"), "-db", "-f", str(config)],
+        port=port,
+        url=f"http://127.0.0.1:{port}",
+        directory=directory,
+    )
+
+
+# --- the acts -------------------------------------------------------------------------------------
+
+
+async def kill_one(stage: Stage) -> None:
+    """One instance dies with everything in it, and comes back later."""
+    async with stage.act("an instance is killed", "one"):
+        await asyncio.to_thread(stage.instances["one"].kill)
+        await stage.settled("partitioned", 4)
+    async with stage.act("it comes back", "one"):
+        await asyncio.to_thread(stage.instances["one"].start)
+        await stage.settled("partitioned")
+
+
+async def stop_one(stage: Stage) -> None:
+    """One instance stands still for longer than its lease, and wakes up believing in it."""
+    victim = stage.instances["two"]
+    limit_s = stage.size.stopped_s + STRUCK_LIMIT_S  # its sockets are open, and nobody is there
+    async with stage.act("an instance is stopped and woken", "two", struck_s=limit_s):
+        os.kill(victim.pid, signal.SIGSTOP)
+        try:
+            await asyncio.sleep(stage.size.stopped_s)
+        finally:
+            os.kill(victim.pid, signal.SIGCONT)
+        await stage.settled("partitioned")
+
+
+async def kill_leader(stage: Stage) -> None:
+    """The leader dies: another one must plan where its shards go."""
+    leader = await _leader(stage)
+    async with stage.act(f"the leader, {leader}, is killed", leader):
+        await asyncio.to_thread(stage.instances[leader].kill)
+        await stage.settled("partitioned", 4)
+    async with stage.act("the old leader comes back", leader):
+        await asyncio.to_thread(stage.instances[leader].start)
+        await stage.settled("partitioned")
+
+
+async def _leader(stage: Stage) -> str:
+    for name, instance in stage.instances.items():
+        async with httpx.AsyncClient(base_url=instance.url, timeout=10) as http:
+            if "\npokebridge_cluster_leader 1.0" in (await http.get("/metrics")).text:
+                return name
+    raise AssertionError("nobody leads")
+
+
+async def cut_store(stage: Stage) -> None:
+    """The coordination store can't be reached: nothing moves, and nobody notices."""
+    async with stage.act("the store is cut off"):
+        stage.store.cut()
+        await asyncio.sleep(stage.size.store_cut_s)
+        stage.store.heal()
+        await stage.settled("partitioned")
+
+
+async def restart_broker(stage: Stage) -> None:
+    """The broker dies and comes back with nothing it knew."""
+    async with stage.act("the broker is restarted", others_s=BROKER_LIMIT_S) as act:
+        down_s = monotonic()
+        await asyncio.to_thread(stage.nats.kill)
+        await asyncio.to_thread(stage.nats.start)
+        act.excused = (down_s, monotonic())
+        await stage.settled("partitioned")
+
+
+async def drain_one(stage: Stage) -> None:
+    """One instance is stopped in good order: its shards and sessions go first."""
+    async with stage.act("an instance is drained and stopped", "three", struck_s=OTHERS_LIMIT_S):
+        await asyncio.to_thread(stage.instances["three"].terminate, 60)
+        await stage.settled("partitioned", 4)
+    async with stage.act("it is started again", "three"):
+        await asyncio.to_thread(stage.instances["three"].start)
+        await stage.settled("partitioned")
+
+
+async def migrate(stage: Stage) -> None:
+    """To fan-out and back, under traffic."""
+    for mode in ("fanout", "partitioned"):
+        async with stage.act(f"migrating to {mode}"):
+            async with httpx.AsyncClient(base_url=stage.url, headers=stage.headers()) as http:
+                answer = await http.put("/v1/cluster/mode", json={"mode": mode})
+                assert answer.status_code == 202, answer.text
+            await stage.settled(mode)
+
+
+ACTS = (kill_one, stop_one, kill_leader, cut_store, restart_broker, drain_one, migrate)
+
+
+async def play(stage: Stage) -> Sequence[Outcome]:
+    """All acts, one after the other; at the end nothing that was answered is missing."""
+    for act in ACTS:
+        await act(stage)
+    await stage.crowd.stop_sending()
+    await wait_until(lambda: not stage.crowd.outstanding, 40, "everything being pulled")
+    stage.tell(f"{len(stage.crowd.sent)} messages, all pulled; {stage.crowd.refused} refused")
+    return stage.outcomes
+
+
+async def _main(size: Size) -> int:
+    def tell(line: str) -> None:
+        print(line, flush=True)  # noqa: T201 - a program's output
+
+    with tempfile.TemporaryDirectory() as name, run_nats(Path(name)) as nats, run_postgres() as db:
+        async with stage(Path(name), nats, db.url, size, tell) as played:
+            outcomes = await play(played)
+    missed = [outcome for outcome in outcomes if not outcome.kept]
+    for outcome in missed:
+        tell(f"over its limit: {outcome}")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--clients", type=int, default=FULL.clients)
+    given = parser.parse_args()
+    sys.exit(uvloop.run(_main(Size(given.clients, 40, 5, 20, 30))))
