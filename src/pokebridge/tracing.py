@@ -1,0 +1,259 @@
+"""OpenTelemetry traces: send, poke, deliver, across instances (extra ``otel``).
+
+    send      a message is committed, or pokes are asked for
+    └─ poke       from then until the transport has accepted the poke
+       └─ deliver     an instance that has sessions of the recipient takes it
+
+Nothing of this is on the way of a poke unless it is asked for: a :class:`Tracing` wraps the
+transport and the calls that start a trace, and an instance that traces nothing wraps nothing.
+
+Between processes the context travels in the signal's body, as ``traces``: recipient → W3C
+``traceparent``; it stands first, where it costs nothing to look for. A receiver that does not know
+the key ignores it. No span names a recipient.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated
+
+import msgspec
+from opentelemetry import context as otel
+from opentelemetry.context import Context
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import SERVICE_INSTANCE_ID, SERVICE_NAME, Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.trace import Span, SpanKind, StatusCode, set_span_in_context
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from pokebridge.errors import SignalError
+from pokebridge.model import NewMessage, Poke, Receipt, Selection
+from pokebridge.transport.base import Receiver, Signal, Subscription, Transport
+from pokebridge.wire import Disconnect, Probe, decode_signal
+
+# Pokes of sampled traces that wait to be published. Beyond it the oldest is traced no further.
+MAX_PENDING = 1000
+# As many as our publishers put into a signal.
+_MAX_TRACES_PER_SIGNAL = 500
+_START = b'{"traces":'
+
+_propagator = TraceContextTextMapPropagator()
+
+SendMessage = Callable[[NewMessage], Awaitable[Receipt]]
+PublishPokes = Callable[[Sequence[Poke]], Awaitable[None]]
+
+
+class _Traces(msgspec.Struct):
+    traces: Annotated[dict[str, str], msgspec.Meta(max_length=_MAX_TRACES_PER_SIGNAL)] = {}
+
+
+_decode_traces = msgspec.json.Decoder(_Traces).decode
+
+
+def open_tracing(instance: str) -> "Tracing":
+    """Traces that go to an OTLP collector over HTTP.
+
+    The collector, the sampling and all else is configured by OpenTelemetry's own variables:
+    ``OTEL_EXPORTER_OTLP_ENDPOINT``, ``OTEL_TRACES_SAMPLER``, ``OTEL_RESOURCE_ATTRIBUTES``, …
+    Spans are sent by a thread; when the collector does not keep up they are dropped. Call it before
+    the event loop runs, for it looks at the machine first.
+    """
+    resource = Resource.create({SERVICE_NAME: "pokebridge", SERVICE_INSTANCE_ID: instance})
+    provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    return Tracing(provider)
+
+
+class Tracing:
+    """Wraps the parts of an instance, or of a backend, that a trace passes through.
+
+    ``is_here`` says whether a recipient has sessions on this instance; others' pokes make no span.
+    """
+
+    def __init__(self, provider: TracerProvider) -> None:
+        self._provider = provider
+        self._tracer = provider.get_tracer("pokebridge")
+        self._pending: dict[str, Span] = {}
+        self.is_here: Callable[[str], bool] = lambda _: True
+
+    async def close(self) -> None:
+        """Send what is left to the collector, for as long as its own timeouts allow."""
+        for span in self._pending.values():
+            span.end()
+        self._pending.clear()
+        await asyncio.to_thread(self._provider.shutdown)
+
+    # --- where a trace starts -------------------------------------------------------------------
+
+    def sending(self, send: SendMessage) -> SendMessage:
+        """``Processor.send``, traced: the poke that it owes begins when it returns."""
+
+        async def traced(message: NewMessage) -> Receipt:
+            with self._tracer.start_as_current_span("send", kind=SpanKind.PRODUCER):
+                receipt = await send(message)
+                if not receipt.duplicate:
+                    self._begin_poke(message.recipient)
+                return receipt
+
+        return traced
+
+    def poking(self, publish: PublishPokes) -> PublishPokes:
+        """``Publisher.publish``, traced."""
+
+        async def traced(pokes: Sequence[Poke]) -> None:
+            with self._tracer.start_as_current_span("send", kind=SpanKind.PRODUCER):
+                for poke in pokes:
+                    self._begin_poke(poke.recipient)
+                try:
+                    await publish(pokes)
+                except BaseException:
+                    for poke in pokes:  # or a later poke would carry them
+                        self._end_poke(poke.recipient)
+                    raise
+
+        return traced
+
+    def _begin_poke(self, recipient: str) -> None:
+        self._end_poke(recipient)  # merged: the newer poke says all that the older one did
+        span = self._tracer.start_span("poke", kind=SpanKind.PRODUCER)
+        if not span.is_recording():
+            return
+        if len(self._pending) >= MAX_PENDING:
+            self._end_poke(next(iter(self._pending)))
+        self._pending[recipient] = span
+
+    def _end_poke(self, recipient: str) -> None:
+        if span := self._pending.pop(recipient, None):
+            span.end()
+
+    # --- over the transport ---------------------------------------------------------------------
+
+    def over(self, transport: Transport) -> Transport:
+        """``transport``, with the traces of the pokes that it carries."""
+        return _TracedTransport(transport, self)
+
+    def has_pending(self) -> bool:
+        """Whether any poke that is being traced waits to be published."""
+        return bool(self._pending)
+
+    def mark(self, body: bytes) -> tuple[bytes, list[Span]]:
+        """The signal ``body`` with the contexts of its pokes, and their spans; end these."""
+        try:
+            content = decode_signal(body)
+        except SignalError:
+            return body, []
+        if isinstance(content, Disconnect | Probe):
+            return body, []
+        spans = {
+            poke.recipient: span
+            for poke in content
+            if (span := self._pending.pop(poke.recipient, None))
+        }
+        if not spans:
+            return body, []
+        traces = {recipient: _traceparent(span) for recipient, span in spans.items()}
+        marked = _START + msgspec.json.encode(traces) + b"," + body.lstrip()[1:]
+        return marked, list(spans.values())
+
+    @contextmanager
+    def delivering(self, body: bytes) -> Iterator[None]:
+        """A span for each traced poke of ``body`` whose recipient is here."""
+        try:
+            traces = _decode_traces(body).traces
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            traces = {}  # the bridge will say what it thinks of the rest
+        spans = [
+            self._tracer.start_span("deliver", _context(traceparent), SpanKind.CONSUMER)
+            for recipient, traceparent in traces.items()
+            if self.is_here(recipient)
+        ]
+        try:
+            yield
+        finally:
+            for span in spans:
+                span.end()
+
+
+class _TracedTransport:
+    def __init__(self, inner: Transport, tracing: Tracing) -> None:
+        self._inner = inner
+        self._tracing = tracing
+
+    async def publish(self, signals: Sequence[Signal]) -> None:
+        if not self._tracing.has_pending():
+            await self._inner.publish(signals)
+            return
+        spans: list[Span] = []
+        marked = []
+        for signal in signals:
+            body, its_spans = self._tracing.mark(signal.body)
+            marked.append(Signal(body, signal.shard))
+            spans += its_spans
+        try:
+            await self._inner.publish(marked)
+        except BaseException:
+            for span in spans:
+                span.set_status(StatusCode.ERROR, "the transport did not accept it")
+            raise
+        finally:
+            for span in spans:
+                span.end()
+
+    async def subscribe(self, selection: Selection, receiver: Receiver) -> Subscription:
+        return await self._inner.subscribe(selection, _TracedReceiver(receiver, self._tracing))
+
+    async def subscriber_count(self) -> int | None:
+        return await self._inner.subscriber_count()
+
+    async def close(self) -> None:
+        await self._inner.close()
+
+
+class _TracedReceiver:
+    def __init__(self, inner: Receiver, tracing: Tracing) -> None:
+        self._inner = inner
+        self._tracing = tracing
+
+    def on_signal(self, body: bytes, tag: str | None) -> None:
+        if not body.startswith(_START):
+            self._inner.on_signal(body, tag)
+            return
+        with self._tracing.delivering(body):
+            self._inner.on_signal(body, tag)
+
+    def on_gap(self, selection: Selection, reason: str) -> None:
+        self._inner.on_gap(selection, reason)
+
+
+class TraceContextMiddleware:
+    """ASGI middleware: a request's ``traceparent`` is the parent of what is sent while it lasts."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve the request within the caller's trace."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = {
+            name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
+        }
+        token = otel.attach(_propagator.extract(headers))
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            otel.detach(token)
+
+
+def _traceparent(span: Span) -> str:
+    carrier: dict[str, str] = {}
+    _propagator.inject(carrier, set_span_in_context(span))
+    return carrier["traceparent"]
+
+
+def _context(traceparent: str) -> Context:
+    """The remote parent; an empty context, so a trace of its own, when it is none."""
+    return _propagator.extract({"traceparent": traceparent}, Context())
