@@ -5,10 +5,14 @@ from pathlib import Path
 import pytest
 
 from pokebridge import adapters
-from pokebridge.adapters import open_mailbox, open_transport
+from pokebridge.adapters import open_coordination, open_mailbox, open_transport
+from pokebridge.coordination.base import Coordination
+from pokebridge.coordination.memory import MemoryCoordination
+from pokebridge.coordination.static import StaticCoordination
 from pokebridge.errors import ConfigError, MissingExtraError
 from pokebridge.mailbox.memory import MemoryMailbox
 from pokebridge.mailbox.sqlite import SqliteMailbox
+from pokebridge.placement import Mode
 from pokebridge.transport.base import Signal, Transport
 from pokebridge.transport.memory import MemoryTransport
 from tests.support import Daemon
@@ -97,3 +101,31 @@ async def test_a_running_engine_is_reached_by_its_url(
         transport = await open_transport(url, instance="a", cluster="c")
         await transport.publish([Signal(b"{}", 1)])
         await transport.close()
+
+
+async def store_at(url: str, mode: Mode = "fanout") -> Coordination:
+    """The coordination for one instance of a cluster with six shards."""
+    return await open_coordination(url, instance="a-0", cluster="c", shard_count=6, mode=mode)
+
+
+async def test_a_coordination_is_chosen_by_its_url() -> None:
+    """In-process and static need no store; static computes the map of the settings."""
+    memory = await store_at("memory://")
+    assert isinstance(memory, MemoryCoordination)
+    static = await store_at("static://?ordinal=0&replicas=2", "partitioned")
+    assert isinstance(static, StaticCoordination)
+    document = await static.read()
+    assert document is not None
+    assert b'"partitioned","owners":["a-0","a-1","a-0","a-1","a-0","a-1"]' in document.body
+    with pytest.raises(ConfigError, match="coordination: must be memory:// or static://"):
+        await store_at("zookeeper://hunter2")
+
+
+async def test_running_engines_coordinate_by_their_urls(
+    nats_server: Daemon, valkey_server: Daemon, postgres_database: str
+) -> None:
+    """Each engine's scheme opens its store, which answers."""
+    for url in (nats_server.url, valkey_server.url, postgres_database):
+        store = await store_at(url)
+        assert await store.read() is None
+        await store.close()
