@@ -13,6 +13,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.types import Message
 from tests.server.api_world import ALICE, BOB, INSTANCE, SECRET, World, bearer, http_client
 
+from pokebridge.mailbox.base import Limits
+from pokebridge.mailbox.memory import MemoryMailbox
 from pokebridge.model import NewMessage, Poke
 from pokebridge.server.api import BODY_CAP_BYTES, create_api
 from pokebridge.server.messages import MAX_BODY_DEPTH
@@ -281,6 +283,37 @@ class TestSend:
         assert (await send(http, 1, ttl_s=0.5)).status_code == 202
         assert await world.mailbox.head(BOB) == 2
 
+    async def test_ephemeral(self, http: httpx.AsyncClient, world: World) -> None:
+        """An ephemeral message is there for half a minute at most, whatever its TTL says."""
+        now_s = 1_700_000_000.0
+        world.mailbox._clock = lambda: now_s
+        await send(http, "a", ephemeral=True)
+        await send(http, "b", ephemeral=True, ttl_s=3600)
+        await send(http, "c", ephemeral=True, ttl_s=5)
+        await send(http, "d", ephemeral=False)
+
+        async def bodies() -> list[object]:
+            return [message["body"] for message in (await pull(http))["messages"]]  # type: ignore[attr-defined]  # it is JSON
+
+        assert await bodies() == ["a", "b", "c", "d"]
+        now_s += 29
+        assert await bodies() == ["a", "b", "d"]
+        now_s += 1
+        assert await bodies() == ["d"]
+
+    async def test_a_full_mailbox_refuses(self, world: World) -> None:
+        """The sender is told in plain words, with a status on which no library tries again."""
+        world.mailbox = MemoryMailbox(limits=Limits(max_messages=2))
+        async with http_client(create_api(world.parts())) as http:
+            for number in range(2):
+                assert (await send(http, number, id=f"{number}")).status_code == 202
+            response = await send(http, 2)
+            assert_problem(response, 507, "mailbox is full (2 messages")
+            assert "retry-after" not in response.headers
+            assert (await send(http, 1, id="1")).status_code == 200
+            await http.post("/v1/messages/ack", json={"version": 1}, headers=bearer(BOB))
+            assert (await send(http, 2)).json()["version"] == 3
+
     async def test_mailbox_down(self, http: httpx.AsyncClient, world: World) -> None:
         """A mailbox that can't commit is a 503: nothing was accepted."""
         await world.mailbox.close()
@@ -344,6 +377,31 @@ class TestPull:
             ("*", 304),
             ('"0"', 200),
             ('"11"', 200),
+            ('"01"', 200),
+            ('"' + "1" * 30 + '"', 200),
+            ("", 200),
+        ],
+    )
+    async def test_conditional_wherever_the_cursor(
+        self, http: httpx.AsyncClient, header: str, status: int
+    ) -> None:
+        """A reader who lacks a message gets it unless its header really has the head."""
+        await send(http, 1)
+        response = await http.get(
+            "/v1/messages?after=0", headers={**bearer(BOB), "If-None-Match": header}
+        )
+        assert response.status_code == status
+        assert status == 304 or len(response.json()["messages"]) == 1
+
+    @pytest.mark.parametrize(
+        ("header", "status"),
+        [
+            ('"1"', 304),
+            ('W/"1"', 304),
+            ('"0", W/"1"', 304),
+            ("*", 304),
+            ('"0"', 200),
+            ('"11"', 200),
             ("1", 200),
             ("", 200),
         ],
@@ -382,7 +440,7 @@ class TestPull:
         self, world: World, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A device's later pulls cost one read each and no write; the memory of it is bounded."""
-        monkeypatch.setattr("pokebridge.server.messages.SEEN_DEVICES", 2)
+        monkeypatch.setattr("pokebridge.mailbox.devices.KNOWN", 2)
         seen: list[str] = []
 
         class Counting(type(world.mailbox)):  # type: ignore[misc]  # a class made for this test

@@ -36,7 +36,7 @@ from pokebridge.server.openapi import Api
 
 # A body nested deeper could exhaust the stack of the parser that pulls it, for ever.
 MAX_BODY_DEPTH = 100
-_HEAD_TAG = re.compile(r'(?:W/)?"(\d{1,16})"')
+_HEAD_TAG = re.compile(r'(?:W/)?"(0|[1-9]\d{0,15})"')
 
 
 class MessageCalls:

@@ -1,0 +1,86 @@
+"""Tells a mailbox which devices there are, at no cost for those that it knows."""
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final
+
+from pokebridge.errors import MailboxError
+from pokebridge.mailbox.base import SEEN_EVERY_MS, Mailbox
+
+KNOWN: Final = 50_000
+# Devices that were noted and wait; what does not fit is made known by its first pull.
+MAX_NOTED: Final = 10_000
+AT_ONCE: Final = 256
+
+
+class KnownDevices:
+    """The devices that this process has told ``mailbox`` of within a day: a bounded memory.
+
+    So a reconnect of one of them is a look-up in a dictionary. After a restart, when nothing is
+    remembered and everybody comes back, ``note`` holds up nobody and asks the mailbox for some at
+    a time, which looks them up together and writes nothing of those that it knows. ``clock`` gives
+    seconds.
+    """
+
+    def __init__(self, mailbox: Mailbox, clock: Callable[[], float] = time.monotonic) -> None:
+        self._mailbox = mailbox
+        self._clock = clock
+        self._told_s: OrderedDict[tuple[str, str], float] = OrderedDict()
+        self._noted: dict[tuple[str, str], None] = {}
+        self._telling: asyncio.Task[None] | None = None
+
+    async def see(self, recipient: str, device: str) -> None:
+        """Return when ``device`` is known: from then on messages wait for its ack.
+
+        Raises :class:`~pokebridge.errors.MailboxError` when the mailbox can't be told now.
+        """
+        key = (recipient, device)
+        if not self._is_known(key):
+            await self._mailbox.see_device(recipient, device)
+            self._remember(key)
+
+    def note(self, recipient: str, device: str) -> None:
+        """The same soon and without waiting, for whoever must not be held up, nor fail by it."""
+        key = (recipient, device)
+        if not self._is_known(key) and len(self._noted) < MAX_NOTED:
+            self._noted[key] = None
+            if self._telling is None:
+                self._telling = asyncio.create_task(self._tell(), name="known-devices")
+
+    async def close(self) -> None:
+        """Forget what is noted and not told yet."""
+        if self._telling is not None:
+            self._telling.cancel()
+            await asyncio.gather(self._telling, return_exceptions=True)
+
+    def _is_known(self, key: tuple[str, str]) -> bool:
+        told_s = self._told_s.get(key)
+        if told_s is None or self._clock() - told_s >= SEEN_EVERY_MS / 1000:
+            return False
+        self._told_s.move_to_end(key)
+        return True
+
+    def _remember(self, key: tuple[str, str]) -> None:
+        self._told_s[key] = self._clock()
+        self._told_s.move_to_end(key)
+        if len(self._told_s) > KNOWN:
+            self._told_s.popitem(last=False)
+
+    async def _tell(self) -> None:
+        try:
+            while self._noted:
+                some = [key for key, _ in zip(self._noted, range(AT_ONCE), strict=False)]
+                async with asyncio.TaskGroup() as group:
+                    for key in some:
+                        group.create_task(self._try_to_see(key))
+                for key in some:
+                    del self._noted[key]
+        finally:
+            self._telling = None
+
+    async def _try_to_see(self, key: tuple[str, str]) -> None:
+        with suppress(MailboxError):  # its pull will see it, or its next session
+            await self.see(*key)
