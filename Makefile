@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 CODE := src tests $(wildcard benchmarks examples)
-NODE_TESTS := $(wildcard tests/node/package-lock.json)
+NODE := tests/node clients/js
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
@@ -52,10 +52,9 @@ test-deps:
 	  if [ ! -e $$policy ]; then trap 'rm -f /usr/sbin/policy-rc.d' EXIT; printf '#!/bin/sh\nexit 101\n' > $$policy; chmod +x $$policy; fi; \
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing >/dev/null; \
 	else echo "test: missing are$$missing, so the tests that need them won't run" >&2; fi
-ifneq ($(NODE_TESTS),)
-	@if command -v npm >/dev/null; then cd tests/node && npm ci --silent --no-audit --no-fund; \
+	@if command -v npm >/dev/null; then \
+	  for directory in $(NODE); do (cd $$directory && npm ci --silent --no-audit --no-fund) || exit; done; \
 	else echo "test: npm is missing, so the tests of the JavaScript client won't run" >&2; fi
-endif
 
 check: setup  ## formatting, lint, types, layers, docstrings, style rules
 	@$(BIN)/ruff format --check --quiet $(CODE)
@@ -77,4 +76,4 @@ lock: setup  ## compile requirements.lock anew from pyproject.toml (UPGRADE=1: n
 	  --generate-hashes --no-header $(if $(UPGRADE),--upgrade) --output-file requirements.lock
 
 clean:  ## delete all that these commands made, the development mailbox in var/ included
-	@rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis var node_modules tests/node/node_modules
+	@rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis var node_modules $(NODE:=/node_modules) clients/js/dist clients/js/build

@@ -48,7 +48,7 @@ async def test_what_is_sent(node: NodeRuntime, bridge: FaultyBridge) -> None:
 
 
 async def test_moved(node: NodeRuntime, bridge: FaultyBridge) -> None:
-    """``move`` and 4307 lead to the other address with ``moved=1``, and the next time home again."""
+    """``move`` and 4307 lead to another address with ``moved=1``, and the next time home again."""
     async with FaultyBridge().run() as other:
         client = await start(node, bridge)
         await bridge.say(type="move", url=f"{other.url.replace('http', 'ws')}/v1/connect?room=1")

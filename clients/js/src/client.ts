@@ -70,11 +70,6 @@ type Connect = Action & { type: "connect" };
 
 /** Holds a connection to the bridge, hears pokes and pulls, until it is closed. */
 export class Client {
-  /** How things stand; the `state` event tells when it changes. */
-  state: State = "connecting";
-  /** Why the bridge stopped this client: 4403, not allowed, or 4409, replaced by newer sessions. */
-  stopCode: number | undefined;
-
   readonly #options: Options;
   readonly #url: string;
   readonly #device: string;
@@ -83,6 +78,8 @@ export class Client {
   readonly #puller: Puller;
   readonly #listeners: { [Name in keyof ClientEvents]: Set<Listener<Name>> };
   readonly #unlisten = new AbortController();
+  #state: State = "connecting";
+  #stopCode: number | undefined;
   #token = "";
   #timer: ReturnType<typeof setTimeout> | undefined;
   #asleepMs = 0;
@@ -129,6 +126,16 @@ export class Client {
   /** The version up to which everything is dealt with. */
   get cursor(): number {
     return this.#core.cursor;
+  }
+
+  /** How things stand; the `state` event tells when it changes. */
+  get state(): State {
+    return this.#state;
+  }
+
+  /** Why the bridge stopped this client: 4403, not allowed, or 4409, replaced by newer sessions. */
+  get stopCode(): number | undefined {
+    return this.#stopCode;
   }
 
   /** Call `listener` from now on; the function that is returned ends that. */
@@ -185,7 +192,7 @@ export class Client {
         void this.#pull(action.after);
         break;
       case "stop":
-        this.stopCode = action.code;
+        this.#stopCode = action.code;
         this.#end("stopped");
     }
   }
@@ -237,7 +244,7 @@ export class Client {
   }
 
   get #ended(): boolean {
-    return this.state === "closed" || this.state === "stopped";
+    return this.#state === "closed" || this.#state === "stopped";
   }
 
   #end(state: "closed" | "stopped"): void {
@@ -245,13 +252,13 @@ export class Client {
     this.#setState(state);
     clearTimeout(this.#timer);
     this.#unlisten.abort();
-    this.#tabs?.leave(this.stopCode);
+    this.#tabs?.leave(this.#stopCode);
     this.#drop();
   }
 
   #setState(state: State): void {
-    if (state === this.state) return;
-    this.state = state;
+    if (state === this.#state) return;
+    this.#state = state;
     if (this.#leads) this.#tellThatWeLead();
     this.#emit("state", state);
   }
@@ -369,7 +376,7 @@ export class Client {
   }
 
   #tellThatWeLead(): void {
-    this.#tabs?.tell({ type: "lead", connected: this.state === "connected" });
+    this.#tabs?.tell({ type: "lead", connected: this.#state === "connected" });
   }
 
   #onNote(note: Note): void {

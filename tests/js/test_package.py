@@ -1,0 +1,75 @@
+"""What is published: small, alone, typed, and of the same behaviour as the Python client."""
+
+import gzip
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.support.missing import require
+
+VECTORS = Path(__file__).parents[1] / "vectors" / "client"
+MAX_GZIPPED_BYTES = 6 * 1024
+
+
+def npm(directory: Path, *arguments: str) -> str:
+    """What an npm command prints."""
+    done = subprocess.run(
+        [require("npm"), *arguments], cwd=directory, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def manifest(client_package: Path) -> dict[str, Any]:
+    """``package.json``."""
+    return dict(json.loads((client_package / "package.json").read_text()))
+
+
+def test_the_core_does_what_the_scenarios_say(client_package: Path) -> None:
+    """Every scenario that the Python client's core passes, run by Node's own test runner."""
+    scenarios = sum(
+        len(json.loads(path.read_text())["scenarios"]) for path in VECTORS.glob("*.json")
+    )
+    assert scenarios > 100
+    report = npm(client_package, "test", "--silent")
+    assert f"# pass {scenarios}\n" in report
+
+
+def test_types(client_package: Path) -> None:
+    """The sources and the API as its users call it, wrong calls included."""
+    npm(client_package, "run", "check")
+
+
+def test_size(client_package: Path) -> None:
+    """The whole client, as a browser loads it."""
+    dist = client_package / "dist"
+    client = len(gzip.compress((dist / "index.js").read_bytes()))
+    hook = len(gzip.compress((dist / "react.js").read_bytes()))
+    assert client + hook < MAX_GZIPPED_BYTES
+
+
+def test_it_needs_nothing_else(client_package: Path, manifest: dict[str, Any]) -> None:
+    """No dependency at run time: the peers are there for those who want them."""
+    assert "dependencies" not in manifest
+    assert all(peer["optional"] for peer in manifest["peerDependenciesMeta"].values())
+    assert manifest["peerDependencies"].keys() == manifest["peerDependenciesMeta"].keys()
+    assert "import" not in (client_package / "dist" / "index.js").read_text()
+
+
+def test_what_is_packed(client_package: Path, manifest: dict[str, Any]) -> None:
+    """Every file that the manifest names is in the package, and no source, test or build."""
+    packed = json.loads(npm(client_package, "pack", "--dry-run", "--json", "--ignore-scripts"))
+    package = packed[0] if isinstance(packed, list) else packed[manifest["name"]]
+    files = {file["path"] for file in package["files"]}
+    named = {
+        path.removeprefix("./") for way in manifest["exports"].values() for path in way.values()
+    }
+    assert named <= files
+    assert {path for path in files if not path.startswith("dist/")} == {
+        "LICENSE",
+        "README.md",
+        "package.json",
+    }
