@@ -283,6 +283,27 @@ def test_just_below_the_line_is_near() -> None:
     assert advise(Load(1001, 5)).verdict == "critical"
 
 
+@given(loads, engines)
+def test_a_partitioned_cluster_is_told_whether_to_stay(load: Load, engine: Engine) -> None:
+    """It stays until fan-out would be well under the line, as the watch that migrates does."""
+    ops_per_s = evaluate(load, FANOUT[engine]).deliveries_per_s
+    advice = advise(load, engine, "partitioned")
+    assert advice.verdict == "fine"
+    well_under = ops_per_s < MIGRATE_RULES.leave_at * load.red_line_ops_per_s
+    assert advice.text.startswith("fan-out would do: " if well_under else "stay partitioned: ")
+
+
+def test_prices_can_be_others() -> None:
+    """Twice the price is twice the bill, in the figures and in the advice."""
+    dear = replace(PRICES, usd_per_tib=2 * PRICES.usd_per_tib)
+    load = Load(1000, 50)
+    usual = evaluate(load, Strategy.PUBSUB_FANOUT).usd_a_month
+    doubled = evaluate(load, Strategy.PUBSUB_FANOUT, dear).usd_a_month
+    assert doubled.low == pytest.approx(2 * usual.low)
+    assert doubled.high == pytest.approx(2 * usual.high)
+    assert format_usd(doubled) in advise(load, prices=dear).text
+
+
 def test_known_batching_narrows_the_range() -> None:
     """With a known number of messages a request only what Google does not say is left open."""
     load = Load(1000, 50, messages_per_request=Range.exactly(200))
@@ -351,6 +372,21 @@ def test_between_the_marks_nothing_changes() -> None:
     for second in range(200, 300):
         assert watch.observe(4000 + 10.0 * (second - 200), float(second)) is None
     assert watch.over
+
+
+def test_a_rising_and_falling_load_migrates_once_and_back_once() -> None:
+    """With the rules for migrating, an hour up and two hours down, noisy at every moment."""
+    watch = RedLineWatch(5000, MIGRATE_RULES)
+    seen = []
+    for second in range(4 * 3600):
+        trend = second / 3600 if second < 3600 else max(0.0, 1 - (second - 3600) / 7200)
+        noise = 1 + 0.1 * math.sin(second) * math.cos(second / 7)
+        if crossing := watch.observe(10_000 * trend * noise, float(second)):
+            seen.append((crossing, second))
+    assert [crossing for crossing, _ in seen] == ["crossed", "left"]
+    (_, crossed_s), (_, left_s) = seen
+    assert 1600 + MIGRATE_RULES.over_for_s < crossed_s < 2000 + MIGRATE_RULES.over_for_s
+    assert 8600 + MIGRATE_RULES.under_for_s < left_s < 9400 + MIGRATE_RULES.under_for_s
 
 
 @given(

@@ -13,6 +13,7 @@ from enum import StrEnum
 from typing import Literal, NamedTuple, Self
 
 Engine = Literal["pubsub", "nats"]
+Mode = Literal["fanout", "partitioned"]
 
 SECONDS_A_MONTH = 730 * 3600  # 365 days / 12, as cloud prices count
 RED_LINE_OPS_PER_S = 5000.0  # seed, section 3
@@ -38,13 +39,15 @@ class Range:
 
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """What the engines cost. Read on 20 September 2026; USD, all of Google's regions.
+    """What the engines cost, in US dollars; Google's prices are the same in all regions.
 
     Google: cloud.google.com/pubsub/pricing. A message's volume is its body, its attributes' names
     and values, 20 bytes for a timestamp and its id. Publishing and delivering are charged alike.
     A message that a filter drops is charged as delivered (cloud.google.com/pubsub/docs/filtering).
     """
 
+    as_of: str = "2026-09-20"
+    """When they were read."""
     usd_per_tib: float = 40.0
     free_bytes_a_month: float = 10 * 2**30
     min_request_bytes: float = 1000.0
@@ -337,74 +340,6 @@ def _obstacles(
     return tuple(found)
 
 
-# --- advice -------------------------------------------------------------------------------------
-
-Verdict = Literal["fine", "near", "critical"]
-
-
-@dataclass(frozen=True, slots=True)
-class Advice:
-    """What to do, and why, in a sentence or two."""
-
-    verdict: Verdict
-    text: str
-
-
-def advise(load: Load, engine: Engine = "pubsub") -> Advice:
-    """Whether fan-out bears ``load``, and what else would."""
-    fanout = evaluate(load, FANOUT[engine])
-    of_line = fanout.deliveries_per_s / load.red_line_ops_per_s
-    times = f"{of_line:.3g} times" if fanout.over_red_line else f"{format_share(of_line)} of"
-    figures = (
-        f"{fanout.deliveries_per_s:,.0f} deliveries/s are {times} the red line of"
-        f" {load.red_line_ops_per_s:,.0f}"
-    )
-    if not fanout.over_red_line:
-        if of_line >= NEAR_SHARE:
-            text = f"stay with fan-out, and get ready to partition: {figures}"
-            return Advice("near", f"{text}, which more messages or instances will cross.")
-        return Advice("fine", f"stay with fan-out: {figures}, and it needs no coordination.")
-    partitioned = evaluate(load, PARTITIONED[engine])
-    wasted = f"{figures}, and {format_share(fanout.discarded_share)} of them are discarded"
-    if partitioned.deliveries_per_s > NEAR_SHARE * fanout.deliveries_per_s:
-        return Advice(
-            "critical",
-            f"put more pokes into a message: {wasted}. Partitioning would still deliver"
-            f" {partitioned.deliveries_per_s:,.0f}/s{_reason(load)}.",
-        )
-    how = "a topic a shard (carrier = topic)" if engine == "pubsub" else "a subject a shard"
-    bill = (
-        f", for {format_usd(partitioned.usd_a_month)} a month"
-        f" instead of {format_usd(fanout.usd_a_month)}"
-        if engine == "pubsub"
-        else ""
-    )
-    limits = f" But mind: {'; '.join(partitioned.obstacles)}." if partitioned.obstacles else ""
-    return Advice(
-        "critical",
-        f"partition, with {how}: {wasted}. Partitioned they are"
-        f" {partitioned.deliveries_per_s:,.0f}/s, {format_share(partitioned.discarded_share)}"
-        f" discarded{bill}.{limits}",
-    )
-
-
-def _reason(load: Load) -> str:
-    if load.instances == 1:
-        return ", for one instance takes everything"
-    return ", for too many sessions are on another instance than their shard's owner"
-
-
-def format_usd(amount: Range) -> str:
-    """``amount`` for people, in whole dollars."""
-    low, high = round(amount.low), round(amount.high)
-    return f"${low:,}" if low == high else f"${low:,}-{high:,}"
-
-
-def format_share(share: float) -> str:
-    """``share`` for people, in percent: three digits, so that 99.8% is not all."""
-    return f"{share * 100:.3g}%"
-
-
 # --- the watch ----------------------------------------------------------------------------------
 
 
@@ -465,3 +400,83 @@ class RedLineWatch:
         self._since = None
         self.over = not self.over
         return "crossed" if self.over else "left"
+
+
+# --- advice -------------------------------------------------------------------------------------
+
+Verdict = Literal["fine", "near", "critical"]
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """What to do, and why, in a sentence or two."""
+
+    verdict: Verdict
+    text: str
+
+
+def advise(
+    load: Load,
+    engine: Engine = "pubsub",
+    mode: Mode = "fanout",
+    prices: Prices = PRICES,
+) -> Advice:
+    """Whether fan-out bears ``load``, and what else would; ``mode`` is the cluster's now.
+
+    ``critical`` is a cluster in fan-out that is over the line, ``near`` one that is just below.
+    """
+    fanout = evaluate(load, FANOUT[engine], prices)
+    of_line = fanout.deliveries_per_s / load.red_line_ops_per_s
+    times = f"{of_line:.3g} times" if fanout.over_red_line else f"{format_share(of_line)} of"
+    figures = (
+        f"{fanout.deliveries_per_s:,.0f} deliveries/s are {times} the red line of"
+        f" {load.red_line_ops_per_s:,.0f}"
+    )
+    if mode == "partitioned":
+        if of_line >= MIGRATE_RULES.leave_at:
+            return Advice("fine", f"stay partitioned: in fan-out {figures}.")
+        return Advice("fine", f"fan-out would do: {figures}, and it needs no coordination.")
+    if not fanout.over_red_line:
+        if of_line >= NEAR_SHARE:
+            text = f"stay with fan-out, and get ready to partition: {figures}"
+            return Advice("near", f"{text}, which more messages or instances will cross.")
+        return Advice("fine", f"stay with fan-out: {figures}, and it needs no coordination.")
+    partitioned = evaluate(load, PARTITIONED[engine], prices)
+    wasted = f"{figures}, and {format_share(fanout.discarded_share)} of them are discarded"
+    if partitioned.deliveries_per_s > NEAR_SHARE * fanout.deliveries_per_s:
+        return Advice(
+            "critical",
+            f"put more pokes into a message: {wasted}. Partitioning would still deliver"
+            f" {partitioned.deliveries_per_s:,.0f}/s{_reason(load)}.",
+        )
+    how = "a topic a shard (carrier = topic)" if engine == "pubsub" else "a subject a shard"
+    bill = (
+        f", for {format_usd(partitioned.usd_a_month)} a month"
+        f" instead of {format_usd(fanout.usd_a_month)}"
+        if engine == "pubsub"
+        else ""
+    )
+    limits = f" But mind: {'; '.join(partitioned.obstacles)}." if partitioned.obstacles else ""
+    return Advice(
+        "critical",
+        f"partition, with {how}: {wasted}. Partitioned they are"
+        f" {partitioned.deliveries_per_s:,.0f}/s, {format_share(partitioned.discarded_share)}"
+        f" discarded{bill}.{limits}",
+    )
+
+
+def _reason(load: Load) -> str:
+    if load.instances == 1:
+        return ", for one instance takes everything"
+    return ", for too many sessions are on another instance than their shard's owner"
+
+
+def format_usd(amount: Range) -> str:
+    """``amount`` for people, in whole dollars."""
+    low, high = round(amount.low), round(amount.high)
+    return f"${low:,}" if low == high else f"${low:,}-{high:,}"
+
+
+def format_share(share: float) -> str:
+    """``share`` for people, in percent: three digits, so that 99.8% is not all."""
+    return f"{share * 100:.3g}%"

@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from xml.etree import ElementTree as ET
 
 import pytest
@@ -98,6 +100,24 @@ def test_every_flag_reaches_the_model(run: Run) -> None:
     assert report["fanout"]["over_red_line"] is True
 
 
+def test_pokes_share_messages(run: Run) -> None:
+    """A rate of pokes is one of messages that carry several."""
+    args = ["--pokes-per-s", "1000", "--pokes-per-message", "10", "--instances", "50"]
+    report = json.loads(run("plan", *args, "--json").out)
+    assert report["load"]["messages_per_s"] == 100
+    assert report["fanout"]["global_ops_per_s"] == 5000
+
+
+def test_another_price(run: Run) -> None:
+    """The bill follows it, and the report says with which prices it was made."""
+    usual = json.loads(run("plan", *CRITICAL, "--json").out)
+    free = json.loads(run("plan", *CRITICAL, "--usd-per-tib", "0", "--json").out)
+    assert usual["prices"]["usd_per_tib"] == 40
+    assert f"prices as of {usual['prices']['as_of']}" in run("plan", *CRITICAL).out
+    assert free["prices"]["usd_per_tib"] == 0
+    assert free["fanout"]["usd_a_month"] == {"low": 0, "high": 0}
+
+
 def test_settings_are_the_defaults(run: Run, tmp_path: Path) -> None:
     """The configured number of shards and the red line, unless a flag says otherwise."""
     config = tmp_path / "pokebridge.toml"
@@ -122,6 +142,7 @@ def test_broken_limits_are_named(run: Run) -> None:
         (["--messages-per-s", "1"], "--instances is needed, or --from URL"),
         (["--messages-per-s", "inf", "--instances", "1"], "'inf' is not a finite number"),
         (["--messages-per-s", "nan", "--instances", "1"], "'nan' is not a finite number"),
+        ([*SAFE, "--pokes-per-s", "1"], "--pokes-per-s and --messages-per-s exclude each other"),
         (["--messages-per-s", "-1", "--instances", "1"], "--messages-per-s"),
         (["--messages-per-s", "1", "--instances", "0"], "--instances"),
         ([*SAFE, "--shards", "10001"], "--shards"),
@@ -166,6 +187,32 @@ def test_a_token_that_may_not_is_refused_in_one_line(run: Run, instance: Instanc
     assert result.status == 1
     assert "the token was refused (403)" in result.err
     assert result.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("answer", ["{}", '{"traffic": [], "instances": 7}', "[]", "no JSON"])
+def test_who_is_no_instance_is_told_in_one_line(run: Run, answer: str) -> None:
+    """Something else answers there."""
+
+    class Handler(BaseHTTPRequestHandler):
+        """Gives the answer."""
+
+        def do_GET(self) -> None:
+            """To everything."""
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(answer.encode())
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = Thread(target=server.handle_request)
+        thread.start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        result = run("plan", "--from", url, "--token", "a.b.c")
+        thread.join()
+    assert (result.status, result.out, result.err.count("\n")) == (1, "", 1)
+    assert "not as an instance of pokebridge" in result.err
 
 
 def test_what_is_measured_comes_after_flags_and_before_settings(
@@ -219,7 +266,9 @@ def test_a_png_by_its_name(run: Run, tmp_path: Path) -> None:
 def test_extremes_can_be_drawn(run: Run, tmp_path: Path, args: tuple[str, str]) -> None:
     """No messages, hardly any, one instance, the line crossed by the first or far away."""
     picture = tmp_path / "plan.svg"
-    result = run("plan", "--messages-per-s", args[0], "--instances", args[1], "--plot", str(picture))
+    result = run(
+        "plan", "--messages-per-s", args[0], "--instances", args[1], "--plot", str(picture)
+    )
     assert (result.status, result.err) == (0, "")
     assert "fan-out" in texts(picture)
 

@@ -5,6 +5,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Iterator
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,8 @@ def test_the_results_are_the_models(name: str) -> None:
 
 def test_the_prices_are_the_models() -> None:
     """Every value in the first table of data."""
+    read_on = date.fromisoformat(PRICES.as_of)
+    assert f"Prices as of {read_on:%-d %B %Y}, in US dollars." in PAGE
     data = {name: value for name, value, _ in table("datum | value | source")}
     assert data["Pub/Sub, published or delivered"] == f"${PRICES.usd_per_tib:.0f} a TiB"
     assert data["free a month"] == f"{PRICES.free_bytes_a_month / 2**30:.0f} GiB"

@@ -4,7 +4,7 @@ import asyncio
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -20,10 +20,13 @@ from pokebridge.errors import UnavailableError
 from pokebridge.redline import (
     FANOUT,
     PARTITIONED,
+    PRICES,
     Advice,
     Engine,
     Load,
+    Mode,
     Outcome,
+    Prices,
     Range,
     Strategy,
     advise,
@@ -63,7 +66,7 @@ class _Number(click.FloatRange):
 class _Measured(NamedTuple):
     """What a running cluster says of itself."""
 
-    mode: str
+    mode: Mode
     noise_ratio: float
     load: dict[str, Any]
 
@@ -77,6 +80,7 @@ class _Measured(NamedTuple):
     type=_Number(min=0),
     help="Messages published a second. A message carries one or more pokes.",
 )
+@click.option("--pokes-per-s", type=_Number(min=0), help="Instead: pokes, in such messages.")
 @click.option("--instances", type=click.IntRange(min=1), help="How many instances there are.")
 @click.option("--shards", type=click.IntRange(1, MAX_SHARD_COUNT), help="[default: shard_count]")
 @click.option("--sessions", type=click.IntRange(min=0), help="Open sessions. [default: 0]")
@@ -100,6 +104,13 @@ class _Measured(NamedTuple):
     type=_Number(min=1),
     help="Messages that share a request to Google. [default: unknown, 1 to 200]",
 )
+@click.option(
+    "--usd-per-tib",
+    type=_Number(min=0),
+    default=PRICES.usd_per_tib,
+    show_default=True,
+    help=f"Google's price, as of {PRICES.as_of}.",
+)
 @click.option("--red-line-ops-per-s", type=_Number(min=0, min_open=True), help="As for serve.")
 @click.option(
     "--engine",
@@ -122,6 +133,7 @@ def plan(
     *,
     engine: Engine,
     plot: Path | None,
+    usd_per_tib: float,
     url: str | None,
     token: str | None,
     config: Path | None,
@@ -137,14 +149,17 @@ def plan(
     """
     measured = asyncio.run(_measure(Access(url, config, token))) if url else None
     load = _load(given, measured, config)
-    outcomes = {strategy: evaluate(load, strategy) for strategy in Strategy}
-    advice = advise(load, engine)
+    prices = replace(PRICES, usd_per_tib=usd_per_tib)
+    outcomes = {strategy: evaluate(load, strategy, prices) for strategy in Strategy}
+    advice = advise(load, engine, measured.mode if measured else "fanout", prices)
     if plot is not None:
-        save_plot(plot, load, [each for each in Strategy if each.engine == engine], TITLES)
+        strategies = [strategy for strategy in Strategy if strategy.engine == engine]
+        save_plot(plot, load, strategies, TITLES, prices)
     if as_json:
-        click.echo(json.dumps(_as_json(load, outcomes, advice, engine, measured)))
+        report = _as_json(load, outcomes, advice, engine, measured)
+        click.echo(json.dumps(report | {"prices": asdict(prices)}))
         return
-    for line in _headlines(load, measured):
+    for line in _headlines(load, measured, prices):
         click.echo(line)
     _print_table(list(outcomes.values()))
     for outcome in outcomes.values():
@@ -165,7 +180,7 @@ async def _measure(access: Access) -> _Measured:
         # Without coordination an instance knows itself alone, and how many there are.
         counted = round(global_ops_per_s / messages_per_s) if messages_per_s else 1
         return _Measured(
-            mode=str(cluster["mode"]),
+            mode="partitioned" if cluster["mode"] == "partitioned" else "fanout",
             noise_ratio=float(traffic["noise_ratio"]),
             load={
                 "messages_per_s": messages_per_s,
@@ -191,6 +206,10 @@ def _load(given: dict[str, Any], measured: _Measured | None, config: Path | None
     if measured:
         load |= measured.load
     load |= {name: value for name, value in given.items() if value is not None}
+    if (pokes_per_s := load.pop("pokes_per_s", None)) is not None:
+        if given["messages_per_s"] is not None:
+            raise click.UsageError("--pokes-per-s and --messages-per-s exclude each other")
+        load["messages_per_s"] = pokes_per_s / load.get("pokes_per_message", 1)
     for name in ("messages_per_s", "instances"):
         if name not in load:
             flag = f"--{name.replace('_', '-')}"
@@ -230,16 +249,17 @@ def _figures(outcome: Outcome) -> dict[str, Any]:
     return {"global_ops_per_s": figures.pop("deliveries_per_s")} | figures
 
 
-def _headlines(load: Load, measured: _Measured | None) -> Sequence[str]:
+def _headlines(load: Load, measured: _Measured | None, prices: Prices) -> Sequence[str]:
     pokes = f"{load.pokes_per_message:g} poke{'' if load.pokes_per_message == 1 else 's'} each"
     asked = (
         f"{load.messages_per_s:,.6g} messages/s ({pokes}), {load.instances:,} instances,"
         f" {load.shards:,} shards, red line at {load.red_line_ops_per_s:,.6g} deliveries/s"
     )
+    data = f"prices as of {prices.as_of}; costs of CPU time as measured, see docs/redline.md"
     if measured is None:
-        return [asked]
+        return [asked, data]
     noise = f"measured in {measured.mode}: {measured.noise_ratio:.1%} of the CPU time is noise"
-    return [asked, noise]
+    return [asked, noise, data]
 
 
 def _print_table(outcomes: Sequence[Outcome]) -> None:

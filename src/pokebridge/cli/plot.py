@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pokebridge.errors import ConfigError
-from pokebridge.redline import Load, Outcome, Strategy, evaluate
+from pokebridge.redline import PRICES, Load, Outcome, Prices, Strategy, evaluate
 
 if TYPE_CHECKING:  # an extra, and slow to import
     from matplotlib.axes import Axes
@@ -52,7 +52,11 @@ class PlotFile(click.Path):
 
 
 def save_plot(
-    path: Path, load: Load, strategies: Sequence[Strategy], titles: Mapping[Strategy, str]
+    path: Path,
+    load: Load,
+    strategies: Sequence[Strategy],
+    titles: Mapping[Strategy, str],
+    prices: Prices = PRICES,
 ) -> None:
     """Draw what ``strategies`` make of ``load`` with few to many instances.
 
@@ -68,7 +72,7 @@ def save_plot(
         ) from error
     counts = _counts(load)
     courses = {
-        strategy: [evaluate(replace(load, instances=count), strategy) for count in counts]
+        strategy: [evaluate(replace(load, instances=count), strategy, prices) for count in counts]
         for strategy in strategies
     }
     with mpl.rc_context(_STYLE):
