@@ -150,6 +150,10 @@ export class Core {
   /** Where to connect next, for once. */
   #nextUrl: string | undefined;
   #moved = false;
+  /** To where a move said, and not ready there yet. */
+  #led = false;
+  /** Nobody was there: whoever takes us now should keep us. */
+  #stranded = false;
 
   #hasToken = false;
   #fetching = false;
@@ -329,6 +333,7 @@ export class Core {
 
   #onReady(): void {
     this.#socket = "ready";
+    this.#led = this.#stranded = false;
     this.#readySince = this.#now;
     this.#giveUpAt = this.#pollAt = Infinity;
     this.#pingAt = this.#now + this.#policy.ping_after_s;
@@ -368,6 +373,14 @@ export class Core {
   }
 
   #reconnectLater(askedS = 0, overload = false): void {
+    if (this.#led) {
+      // The owner that we were sent to may have died a moment ago. Its successor is not known yet, so
+      // go back at once and say that we were moved: then we are served.
+      this.#led = false;
+      this.#stranded = true;
+      this.#connectAt = this.#now;
+      return;
+    }
     const policy = this.#policy;
     const delayS = overload
       ? this.#jitter(this.#failures, policy.overload_base_s, policy.overload_cap_s)
@@ -377,7 +390,8 @@ export class Core {
   }
 
   #connect(): void {
-    this.#moved = this.#nextUrl !== undefined;
+    this.#led = this.#nextUrl !== undefined;
+    this.#moved = this.#led || this.#stranded;
     this.#actions.push({ type: "connect", url: this.#nextUrl ?? this.#url, moved: this.#moved });
     this.#nextUrl = this.#moveUrl = undefined;
     this.#socket = "connecting";
