@@ -3,8 +3,9 @@
 import asyncio
 import json
 import os
-import socket
 import ssl
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, contextmanager
@@ -16,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 import websockets
-from tests.deploy.proxies import IDLE_TIMEOUT, RELOAD_TIMEOUT, Proxy, run_proxy
+from tests.deploy.proxies import DEPLOY, IDLE_TIMEOUT, RELOAD_TIMEOUT, Proxy, run_proxy
 from tests.support import Daemon, Instance, Serve, block_until, free_port, wait_until
 from tests.support.serving import HTTP_TIMEOUT_S, JWT_SECRET
 from tests.transport.certificates import Certificates, make_certificates
@@ -492,11 +493,14 @@ async def test_haproxy_finds_the_owner_by_itself(
 ) -> None:
     """With the owners in its map nobody is moved, whichever way the token comes.
 
-    The map is filled at run time, as an operator's script would do it.
+    The recipe's script fills the map at run time.
     """
     front = run(partitioned_site, "partitioned")
-    for shard, name in owners(partitioned_site).items():
-        _admin(tmp_path / "admin.sock", f"add map {tmp_path / 'owners.map'} {shard} {name}")
+    script = [sys.executable, str(DEPLOY / "haproxy/owners.py"), partitioned_site.instances[0].url]
+    paths = [str(tmp_path / "admin.sock"), str(tmp_path / "owners.map")]
+    token = front.token("urn:operator", "admin")
+    env = {**os.environ, "POKEBRIDGE_TOKEN": token}
+    await asyncio.to_thread(subprocess.run, [*script, *paths], env=env, check=True)
     homes = set()
     async with asyncio.timeout(TIMEOUT_S):
         for number in range(6):
@@ -510,13 +514,3 @@ async def test_haproxy_finds_the_owner_by_itself(
                 assert await ready(session) == home
             homes.add(home)
     assert len(homes) > 1
-
-
-def _admin(path: Path, command: str) -> None:
-    """Tell a running HAProxy something."""
-    with socket.socket(socket.AF_UNIX) as admin:
-        admin.settimeout(TIMEOUT_S)
-        admin.connect(str(path))
-        admin.sendall(f"{command}\n".encode())
-        answer = admin.recv(4096).decode().strip()
-    assert not answer, answer
