@@ -5,7 +5,9 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 
+import click
 import pytest
 from tests.cli.conftest import Result, Run
 from tests.support import free_port
@@ -25,18 +27,33 @@ def assert_one_line(result: Result, status: int, text: str) -> None:
     assert result.status == status
 
 
+def commands() -> Iterator[tuple[list[str], click.Command]]:
+    """Every command with the words that call it, those of groups too."""
+    for name in cli.list_commands(click.Context(cli)):
+        _, command, _ = cli.resolve_command(click.Context(cli), [name])
+        assert command is not None
+        for part, inner in getattr(command, "commands", {}).items():
+            yield [name, part], inner
+        yield [name], command
+
+
 def test_every_command_has_help_with_an_example(run: Run) -> None:
-    """And the group lists them all."""
-    overview = run("--help")
-    assert overview.status == 0
-    assert {"serve", "poke", "send", "listen", "token", "bench"} <= set(cli.commands)
-    for name, command in cli.commands.items():
-        assert name in overview.out
-        shown = run(name, "--help")
+    """And the list has them all."""
+    for words, command in commands():
+        shown = run(*words, "--help")
         assert shown.status == 0
-        assert f"pokebridge {name}" in shown.out.partition("Example")[2]
-        options = {option for item in command.params for option in item.opts}
-        assert "--json" in options or name == "serve"
+        if not isinstance(command, click.Group):
+            assert f"pokebridge {' '.join(words)}" in shown.out.partition("Example")[2]
+            options = {option for item in command.params for option in item.opts}
+            assert "--json" in options or words[0] in {"serve", "coordinator"}
+
+
+def test_the_list_says_of_a_command_what_it_says_of_itself(run: Run) -> None:
+    """Its own module, which has that line too, is not imported for the list."""
+    listed = {tuple(line.split(None, 1)) for line in run("--help").out.splitlines()}
+    for words, command in commands():
+        if len(words) == 1:
+            assert (words[0], command.short_help) in listed
 
 
 def test_without_a_command_the_help_is_shown(run: Run) -> None:
@@ -154,8 +171,23 @@ def test_a_closed_pipe_is_no_traceback(clean_environment: None) -> None:
     assert done.stderr == ""
 
 
-def test_commands_do_not_import_the_server() -> None:
+@pytest.mark.parametrize(
+    ("args", "absent"),
+    [
+        ("['--version']", {"asyncio", "fastapi", "httpx", "pydantic", "pokebridge.cli.serve"}),
+        ("['--help']", {"asyncio", "fastapi", "httpx", "pydantic", "pokebridge.cli.serve"}),
+        ("['poke', '--help']", {"fastapi", "uvicorn", "websockets", "pokebridge.cli.serve"}),
+        ("['serve', '--help']", {"fastapi", "uvicorn", "pokebridge.cli.bench"}),
+    ],
+)
+def test_a_command_imports_no_more_than_it_needs(args: str, absent: set[str]) -> None:
     """A poke from a shell script should not wait for a web framework to be imported."""
-    code = "import sys, pokebridge.cli; print('fastapi' in sys.modules, 'uvicorn' in sys.modules)"
+    code = f"""
+import atexit, sys, pokebridge.cli
+atexit.register(lambda: print(*sys.modules, sep="\\n"))
+pokebridge.cli.main({args})
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "False"]
+    imported = set(done.stdout.splitlines())
+    assert "pokebridge.cli" in imported
+    assert not imported & absent

@@ -4,6 +4,7 @@ What a command prints as its result goes to stdout; errors, progress and logs go
 error is one line. Exit status: 0 done, 1 it failed, 2 it was asked for wrongly, 130 interrupted.
 """
 
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -12,15 +13,6 @@ from typing import NoReturn
 
 import click
 
-from pokebridge.cli.bench import bench
-from pokebridge.cli.cluster import cluster
-from pokebridge.cli.coordinator import coordinator
-from pokebridge.cli.janitor import janitor
-from pokebridge.cli.listen import listen
-from pokebridge.cli.plan import plan
-from pokebridge.cli.publish import poke, send
-from pokebridge.cli.serve import serve
-from pokebridge.cli.token import token
 from pokebridge.errors import ConfigError, InputError, PokebridgeError
 
 _FAILED = 1
@@ -28,7 +20,36 @@ _ASKED_WRONGLY = 2
 _INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 
+class _Lazy(click.Group):
+    """Imports a command's module when the command is asked for, so that each starts fast.
+
+    Until then a stub stands for it, that has what the list of commands shows.
+    """
+
+    def add(self, name: str, short_help: str, *, module: str | None = None) -> None:
+        """Add the command ``name`` of ``pokebridge.cli.<module>``, by default its own."""
+        self.add_command(_Stub(name, module or name, short_help))
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """What click's group finds, loaded."""
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command.load() if isinstance(command, _Stub) else command, rest
+
+
+class _Stub(click.Command):
+    def __init__(self, name: str, module: str, short_help: str) -> None:
+        super().__init__(name, short_help=short_help)
+        self._module = f"{__name__}.{module}"
+
+    def load(self) -> click.Command:
+        command: click.Command = getattr(importlib.import_module(self._module), str(self.name))
+        return command
+
+
 @click.group(
+    cls=_Lazy,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(version("pokebridge"), prog_name="pokebridge")
@@ -39,8 +60,17 @@ def cli() -> None:
     """
 
 
-for _command in (serve, poke, send, listen, token, plan, cluster, coordinator, janitor, bench):
-    cli.add_command(_command)
+cli.add("serve", "Run an instance.")
+cli.add("poke", "Poke recipients.", module="publish")
+cli.add("send", "Send a message.", module="publish")
+cli.add("listen", "Show messages as they come.")
+cli.add("token", "Sign a token.")
+cli.add("plan", "Say what each way of routing costs.")
+cli.add("cluster", "Look at a cluster and change it.")
+cli.add("coordinator", "Run a Coordinator alone.")
+cli.add("mailbox", "Look into the mailbox, or clear it out.")
+cli.add("janitor", "Delete what dead instances left behind.")
+cli.add("bench", "Put load on an instance.")
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
