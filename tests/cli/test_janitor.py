@@ -1,7 +1,6 @@
 """The command janitor."""
 
 import json
-import logging
 import secrets
 import subprocess
 import sys
@@ -11,7 +10,6 @@ from typing import Any
 
 import grpc
 import pytest
-import structlog
 from google.pubsub_v1 import SubscriberClient
 from google.pubsub_v1.services.subscriber.transports import SubscriberGrpcTransport
 from tests.cli.conftest import Result, Run
@@ -29,17 +27,6 @@ from pokebridge.transport.google_pubsub import GooglePubSubTransport
 GooglePubSubTransport.sweep.__kwdefaults__["dead_after_s"] = float(sys.argv[1])
 main(sys.argv[2:])
 """
-
-
-@pytest.fixture(autouse=True)
-def restore_logging() -> Iterator[None]:
-    """The command sets logging up for its process, which is the tests' own here."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    structlog.reset_defaults()
 
 
 def impatient(*args: str) -> Result:
