@@ -1,0 +1,140 @@
+"""``pokebridge mailbox``: look into the mailbox, and clear it out."""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TypeVar
+
+import click
+
+from pokebridge.adapters import open_mailbox
+from pokebridge.cli.options import config_option, json_option, mailbox_limits
+from pokebridge.errors import ConfigError
+from pokebridge.mailbox.base import Mailbox, MailboxStats
+from pokebridge.model import check_recipient
+from pokebridge.settings import Settings, load_settings
+
+T = TypeVar("T")
+
+PURGE_BATCH = 1000
+
+_mailbox_option = click.option("--mailbox", "url", metavar="URL", help="As for serve.")
+
+
+@click.group(short_help="Look into the mailbox, or clear it out.")
+def mailbox() -> None:
+    """Look into the mailbox that instances share, or clear it out.
+
+    Instances may go on meanwhile. What has expired they purge by themselves, every 20 seconds.
+    """
+
+
+@mailbox.command(
+    epilog="Example: pokebridge mailbox stats --mailbox postgresql://me@db/poke --json",
+    short_help="Count what there is.",
+)
+@_mailbox_option
+@config_option
+@json_option
+def stats(url: str | None, config: Path | None, *, as_json: bool) -> None:
+    """Count recipients, messages, bytes, devices and pokes that are owed.
+
+    Pokes that are owed for longer than seconds mean that the transport can't be reached. This
+    reads the whole store, which takes its time when it is large.
+    """
+    counted = _with_mailbox(url, config, lambda box: box.stats())
+    if as_json:
+        click.echo(json.dumps(counted._asdict()))
+    else:
+        click.echo("\n".join(f"{name:<18}{value}" for name, value in _lines(counted).items()))
+
+
+@mailbox.command(
+    epilog="""\b
+    Examples:
+      pokebridge mailbox purge --expired
+      pokebridge mailbox purge urn:user:bob --yes""",
+    short_help="Delete messages.",
+)
+@click.argument("recipient", required=False)
+@click.option("--expired", is_flag=True, help="What has had its time, of all recipients.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@_mailbox_option
+@config_option
+@json_option
+def purge(
+    recipient: str | None,
+    url: str | None,
+    config: Path | None,
+    *,
+    expired: bool,
+    yes: bool,
+    as_json: bool,
+) -> None:
+    """Delete every message of RECIPIENT and forget its devices, or with --expired what has expired.
+
+    A recipient's versions go on where they were, so its clients' cursors stay right.
+    """
+    if (recipient is None) == (not expired):
+        raise click.UsageError("name either a RECIPIENT or --expired")
+    if recipient is None:
+        purged = _with_mailbox(url, config, _purge_expired)
+    else:
+        name = check_recipient(recipient)
+        if not yes:
+            click.confirm(f"Delete all messages of {name}?", abort=True, err=True)
+        purged = _with_mailbox(url, config, lambda box: box.clear(name))
+    click.echo(json.dumps({"purged": purged}) if as_json else f"{purged} purged")
+
+
+async def _purge_expired(box: Mailbox) -> int:
+    purged = 0
+    while step := await box.purge(limit=PURGE_BATCH):
+        purged += step
+    return purged
+
+
+def _with_mailbox(
+    url: str | None, config: Path | None, work: Callable[[Mailbox], Awaitable[T]]
+) -> T:
+    # It needs no secret, and with dev none is demanded.
+    settings = load_settings(config, {"dev": True, "mailbox": url})
+    _check_that_there_is_one(settings)
+
+    async def run() -> T:
+        box = await open_mailbox(settings.mailbox, mailbox_limits(settings))
+        try:
+            return await work(box)
+        finally:
+            await box.close()
+
+    return asyncio.run(run())
+
+
+def _check_that_there_is_one(settings: Settings) -> None:
+    """Refuse what would only make a new, empty mailbox."""
+    scheme, _, path = settings.mailbox.partition(":///")
+    if settings.mailbox == "memory://":
+        raise ConfigError("mailbox: memory:// lives in its instance alone: name what instances use")
+    if scheme == "sqlite" and not Path(path).is_file():
+        raise ConfigError(f"mailbox: there is no file {path}")
+
+
+def _lines(counted: MailboxStats) -> dict[str, str]:
+    return {
+        "recipients": f"{counted.recipients:,}",
+        "messages": f"{counted.messages:,}",
+        "bytes": f"{counted.bytes:,}",
+        "devices": f"{counted.devices:,}",
+        "outbox": f"{counted.outbox:,}",
+        "oldest message": _time(counted.oldest_message_ms),
+        "oldest in outbox": _time(counted.oldest_outbox_ms),
+    }
+
+
+def _time(unix_ms: int | None) -> str:
+    if unix_ms is None:
+        return "-"
+    return datetime.fromtimestamp(unix_ms / 1000, UTC).isoformat(" ", "seconds")
