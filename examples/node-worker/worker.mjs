@@ -1,0 +1,42 @@
+// A worker that sleeps until there is work: jobs are messages to it, results are messages to who asked.
+import { connect } from "@pokebridge/client";
+import { WebSocket } from "ws";
+
+const url = process.env.BRIDGE ?? "http://127.0.0.1:8080";
+const worker = process.env.WORKER ?? "urn:worker:adder";
+
+// Only an instance with --dev hands out tokens; yours come from where your services get theirs.
+async function getToken() {
+  const response = await fetch(`${url}/v1/dev/token`, {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify({ sub: worker, scope: "send" }),
+  });
+  if (!response.ok) throw new Error(`no token: ${response.status}`);
+  return (await response.json()).token;
+}
+
+async function answer({ id, sender, body }) {
+  const sum = body.numbers.reduce((total, number) => total + number, 0);
+  const response = await fetch(`${url}/v1/messages`, {
+    method: "POST",
+    headers: { "Content-Type": "application/json", Authorization: `Bearer ${await getToken()}` },
+    // The job's id makes the answer's: a job that is done twice is answered once.
+    body: JSON.stringify({ recipient: sender, id: `sum-${id}`, body: { sum } }),
+  });
+  if (!response.ok) throw new Error(`the answer was refused: ${response.status}`);
+  console.log(`${sender}: ${body.numbers.join(" + ")} = ${sum}`);
+}
+
+const client = connect({
+  url,
+  token: getToken,
+  WebSocket, // Node 20 has none of its own
+  // What throws comes again: a job counts as done when its answer is committed.
+  onMessages: async (jobs) => {
+    for (const job of jobs) await answer(job);
+  },
+});
+client.on("state", (state) => console.log(state));
+client.on("error", (error) => console.error(String(error)));
+for (const signal of ["SIGINT", "SIGTERM"]) process.once(signal, () => client.close());
