@@ -197,9 +197,9 @@ class StoreSuite:
         assert await end.members() == []
         assert await end.read() is None
         assert not await end.write(b"stale", before.revision)
+        await end.renew(member("a"), 60)
         assert await end.write(b"after", None)
         assert not await end.write(b"stale", before.revision)
-        await end.renew(member("a"), 60)
         assert await end.members() == [member("a")]
         assert await end.lead("b", 60)
 

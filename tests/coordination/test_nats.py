@@ -104,6 +104,18 @@ async def test_nothing_is_left_of_the_long_dead(
     await wait_until(is_empty)
 
 
+async def test_a_lease_is_kept_to_more_than_the_second(
+    nats_server: Daemon, connect_to: ConnectTo
+) -> None:
+    """The server's whole seconds of expiry make no lease longer, of a member or a leader."""
+    store = await connect_to(nats_server.url, "short-leases")
+    await store.renew(member("a"), 0.1)
+    assert await store.lead("a", 0.1)
+    async with asyncio.timeout(0.9):
+        while await store.members() or not await store.lead("b", 60):
+            pass
+
+
 async def test_a_bucket_in_memory_may_be_lost_with_the_server(
     own_nats_server: Daemon, connect_to: ConnectTo, hands: JetStreamContext
 ) -> None:
