@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 from playwright.async_api import Browser, BrowserContext, async_playwright
-
-from tests.js.driving import CLIENT, HERE, Client, NodeRuntime, PageRuntime, open_page, run_node
+from tests.js.driving import CLIENT, ROOT, Client, NodeRuntime, PageRuntime, open_page, run_node
 from tests.support import Instance, free_port
 from tests.support.browser import FLAGS
 from tests.support.missing import missing, require
@@ -41,14 +40,7 @@ def client_package() -> Path:
 
 
 class Site(SimpleHTTPRequestHandler):
-    """The tests' pages; ``/client/`` is the built client."""
-
-    def translate_path(self, path: str) -> str:
-        """A file of the tests, of the client, or of its examples."""
-        parts = path.partition("?")[0].strip("/").split("/")
-        roots = {"client": CLIENT / "dist", "examples": CLIENT.parents[1] / "examples"}
-        root = roots.get(parts[0])
-        return str(root.joinpath(*parts[1:]) if root else HERE.joinpath(*parts))
+    """The checkout, as pages see it."""
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
         """Say nothing."""
@@ -56,8 +48,8 @@ class Site(SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope="session")
 def site(client_package: Path) -> Iterator[str]:
-    """The address of the tests' pages: another origin than the instances'."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Site))
+    """Where the checkout is served: another origin than the instances'."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Site, directory=str(ROOT)))
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}"

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from playwright.async_api import BrowserContext, CDPSession, Page
-
 from tests.support import Instance, wait_until
 from tests.support.missing import require
 
 HERE = Path(__file__).parent
-CLIENT = HERE.parents[1] / "clients" / "js"
+ROOT = HERE.parents[1]
+CLIENT = ROOT / "clients" / "js"
 QUICK = {"base_s": 0.05, "cap_s": 0.2}
 TIMEOUT_S = 20.0
 # A reply of the harness with a long list of steps is a long line.
@@ -50,7 +50,7 @@ class PageRuntime:
 async def open_page(context: BrowserContext, site: str) -> PageRuntime:
     """A new tab with the harness in it."""
     page = await context.new_page()
-    await page.goto(f"{site}/page.html")
+    await page.goto(f"{site}/tests/js/page.html")
     await page.wait_for_function("globalThis.harness")
     return PageRuntime(page, await context.new_cdp_session(page))
 

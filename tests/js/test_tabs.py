@@ -9,7 +9,6 @@ import httpx
 import pytest
 import websockets
 from playwright.async_api import Browser, BrowserContext
-
 from tests.js.driving import Client, open_page, poke, pulls, send, sessions, wait_sessions
 from tests.support import Instance, wait_until
 
@@ -131,7 +130,7 @@ async def test_a_tab_in_the_background(
 ) -> None:
     """A hidden tab, throttled by Chromium, is poked as ever; a frozen one pulls when it thaws."""
     async with (
-        raw_tab(devtools_port, f"{site}/page.html") as tab,
+        raw_tab(devtools_port, f"{site}/tests/js/page.html") as tab,
         raw_tab(devtools_port, "about:blank"),
     ):
         await wait_until(lambda: tab.evaluate("!!globalThis.harness && document.hidden"))

@@ -1,0 +1,189 @@
+"""What the documentation shows of the JavaScript client, and the examples, run as they stand."""
+
+import asyncio
+import json
+import os
+import re
+import shutil
+import subprocess
+from asyncio.subprocess import PIPE
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from playwright.async_api import BrowserContext, Page, expect
+from tests.js.driving import CLIENT, HERE, ROOT, TIMEOUT_S, send, wait_sessions
+from tests.support import Instance
+from tests.support.missing import require
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+DOCUMENTS = [ROOT / "docs" / "javascript.md", CLIENT / "README.md"]
+BRIDGE = "https://bridge.example.org"
+OWN_DATA = "https://api.example.org/todos"
+
+
+def snippets(language: str) -> list[str]:
+    """The fenced blocks of ``language``."""
+    text = "\n".join(document.read_text() for document in DOCUMENTS)
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def project(tmp_path: Path, client_package: Path) -> Path:
+    """A project of a user's, with the client and its peers installed."""
+    modules = tmp_path / "node_modules"
+    (modules / "@pokebridge").mkdir(parents=True)
+    (modules / "@pokebridge" / "client").symlink_to(client_package)
+    for peer in ("react", "react-dom", "scheduler", "ws"):
+        (modules / peer).symlink_to(client_package / "node_modules" / peer)
+    shutil.copy(HERE / "prelude.mjs", tmp_path)
+    return tmp_path
+
+
+@asynccontextmanager
+async def running(*command: str | Path, **env: str) -> AsyncIterator[asyncio.StreamReader]:
+    """A Node process; yields what it prints."""
+    process = await asyncio.create_subprocess_exec(
+        require("node"), *command, stdout=PIPE, env=os.environ | env
+    )
+    try:
+        assert process.stdout is not None
+        yield process.stdout
+    finally:
+        process.kill()
+        await process.communicate()
+
+
+async def line_with(output: asyncio.StreamReader, text: str) -> str:
+    """The first line that has ``text`` in it."""
+    seen = ""
+    async with asyncio.timeout(TIMEOUT_S):
+        while line := (await output.readline()).decode():
+            if text in line:
+                return line
+            seen += line
+    raise AssertionError(f"no {text!r} in {seen!r}")
+
+
+def bundle(source: Path, project: Path) -> Path:
+    """One script of a React application."""
+    esbuild = CLIENT / "node_modules" / ".bin" / "esbuild"
+    out = project / "bundle.js"
+    flags = ["--bundle", "--jsx=automatic", f"--outfile={out}", "--log-level=warning"]
+    subprocess.run([esbuild, source, *flags], check=True, cwd=project)
+    return out
+
+
+async def test_snippets(project: Path, instance: Instance) -> None:
+    """Every module of the documents connects, and shows a message or pulls by itself."""
+
+    async def run(number: int, snippet: str) -> None:
+        recipient = f"urn:user:reader-{number}"
+        source = project / f"snippet-{number}.mjs"
+        source.write_text(
+            snippet.replace(BRIDGE, instance.url).replace(OWN_DATA, f"{instance.url}/healthz")
+        )
+        await send(instance, recipient, "hello")
+        prelude = f"--import={(project / 'prelude.mjs').as_uri()}"
+        env = {"BRIDGE": instance.url, "RECIPIENT": recipient}
+        async with running(prelude, source, **env) as output:
+            expected = '"hello"' if "onMessages" in snippet else ""
+            await line_with(output, f"shown: {expected}")
+
+    modules = snippets("js")
+    assert len(modules) == 6
+    await asyncio.gather(*(run(number, snippet) for number, snippet in enumerate(modules)))
+
+
+async def open_with_token(context: BrowserContext, url: str, token: str) -> Page:
+    """A page in which ``getToken`` is defined."""
+    page = await context.new_page()
+    await page.add_init_script(f"globalThis.getToken = async () => {json.dumps(token)}")
+    await page.goto(url)
+    return page
+
+
+async def test_the_hook(
+    context: BrowserContext, site: str, instance: Instance, project: Path
+) -> None:
+    """The component of the documents shows what comes, in React's strict mode."""
+    (component,) = snippets("jsx")
+    (project / "Inbox.jsx").write_text(component.replace(BRIDGE, instance.url))
+    (project / "main.jsx").write_text(
+        """import { StrictMode } from "react";
+        import { createRoot } from "react-dom/client";
+        import { Inbox } from "./Inbox.jsx";
+        createRoot(document.body).render(
+          <StrictMode><Inbox user="ann" getToken={getToken} /></StrictMode>,
+        );"""
+    )
+    token = instance.token("urn:user:react")
+    page = await open_with_token(context, f"{site}/tests/js/page.html", token)
+    await page.add_script_tag(path=bundle(project / "main.jsx", project))
+    await expect(page.locator("output")).to_have_text("connected")
+    await send(instance, "urn:user:react", "one", "two")
+    await expect(page.locator("p")).to_have_text(["one", "two"])
+
+
+async def test_the_page_without_a_build(
+    context: BrowserContext, site: str, instance: Instance
+) -> None:
+    """The page of the documents, beside the one file that it needs."""
+    (html,) = snippets("html")
+    token = instance.token("urn:user:plain")
+    page = await open_with_token(context, f"{site}/clients/js/dist/", token)
+    await page.set_content(html.replace(BRIDGE, instance.url))
+    await send(instance, "urn:user:plain", "hello")
+    await expect(page.locator("ul")).to_have_text("hello")
+
+
+async def test_the_example_page(context: BrowserContext, site: str, instance: Instance) -> None:
+    """Two users send each other messages."""
+    pages = {user: await context.new_page() for user in ("zoe", "yan")}
+    for user, page in pages.items():
+        await page.goto(f"{site}/examples/page/?bridge={instance.url}&user={user}")
+        await expect(page.locator("#state")).to_have_text("connected")
+    for sender, recipient in (("zoe", "yan"), ("yan", "zoe")):
+        await pages[sender].get_by_label("To").fill(recipient)
+        await pages[sender].get_by_label("say").fill(f"from {sender}")
+        await pages[sender].get_by_role("button").click()
+        shown = pages[recipient].locator("#messages li")
+        await expect(shown).to_have_text([re.compile(rf"{sender}: from {sender}")])
+
+
+async def test_the_react_example(
+    context: BrowserContext, site: str, instance: Instance, project: Path
+) -> None:
+    """Another user means another connection, and nobody none."""
+    shutil.copytree(ROOT / "examples" / "react" / "src", project / "src")
+    page = await context.new_page()
+    await page.goto(f"{site}/tests/js/page.html?bridge={instance.url}")
+    await page.evaluate("document.body.innerHTML = '<div id=root></div>'")
+    await wait_sessions(instance, 0)
+    await page.add_script_tag(path=bundle(project / "src" / "main.jsx", project))
+    for user in ("bob", "alice"):
+        await page.locator("select").select_option(user)
+        await expect(page.locator("output")).to_have_text("connected")
+        await send(instance, f"urn:user:{user}", f"for {user}")
+        await expect(page.locator("li")).to_have_text(f'urn:backend: "for {user}"')
+        await wait_sessions(instance, 1)
+    await page.locator("select").select_option("")
+    await expect(page.locator("output")).to_have_text("closed")
+    await wait_sessions(instance, 0)
+
+
+async def test_the_node_worker(project: Path, instance: Instance) -> None:
+    """A job is done and answered."""
+    worker = shutil.copy(ROOT / "examples" / "node-worker" / "worker.mjs", project)
+    async with (
+        running(worker, BRIDGE=instance.url, WORKER="urn:worker:test") as output,
+        instance.async_http("urn:user:boss", "send") as http,
+    ):
+        await line_with(output, "connected")
+        job = {"recipient": "urn:worker:test", "body": {"numbers": [1, 2, 3]}}
+        (await http.post("/v1/messages", json=job)).raise_for_status()
+        await line_with(output, "1 + 2 + 3 = 6")
+        answers = (await http.get("/v1/messages")).json()["messages"]
+        assert [answer["body"] for answer in answers] == [{"sum": 6}]
