@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -252,7 +252,6 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Run]:
 
 
 only_haproxy = pytest.mark.parametrize("run", ["haproxy"], indirect=True)
-only_nginx = pytest.mark.parametrize("run", ["nginx"], indirect=True)
 
 
 @pytest.mark.parametrize("recipe", ["fanout", "partitioned"])
@@ -405,6 +404,31 @@ async def test_clients_of_an_instance_that_goes_are_served_by_another(
         await wait_until(lambda: seen.bodies == [1, 2], what="the message sent after the kill")
         await client.wait_ready(TIMEOUT_S)
         assert seen.instance == left
+
+
+@only_haproxy
+async def test_pulls_go_on_while_the_engine_is_down(
+    run: Run, serve: Serve, own_nats_server: Daemon, tmp_path: Path
+) -> None:
+    """No instance is ready then, so HAProxy takes no session; pulls, and old sockets, live on."""
+    port = free_port()
+    instance = await asyncio.to_thread(serve, **settings(own_nats_server, port, "b1"))
+    site = Site([instance] * 3, port, make_certificates(tmp_path), tmp_path)
+    front = run(site, "fanout")
+    async with asyncio.timeout(TIMEOUT_S), front.connect(BOB) as session, front.http(BOB) as http:
+        await ready(session)
+        await asyncio.to_thread(own_nats_server.kill)
+
+        async def is_refused() -> bool:
+            with suppress(InvalidStatus):
+                async with front.connect("urn:user:eve"):
+                    return False
+            return True
+
+        await wait_until(is_refused, TIMEOUT_S, "HAProxy knowing that no instance is ready")
+        assert (await http.get("/v1/messages", params={"after": 0})).is_success
+        await asyncio.to_thread(own_nats_server.start)
+        assert json.loads(await session.recv())["type"] == "poke"
 
 
 async def test_connect_infos_url_leads_to_that_instance(run: Run, site: Site) -> None:
