@@ -2,6 +2,9 @@
 
 import asyncio
 import random
+import signal
+import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +13,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from pokebridge import processor
+from pokebridge.adapters import open_mailbox
 from pokebridge.errors import InputError, MailboxError, TransportError
 from pokebridge.mailbox.base import Mailbox
 from pokebridge.mailbox.memory import MemoryMailbox
@@ -20,6 +24,7 @@ from pokebridge.testing.mailbox_kit import BOB, EVE, ManualClock, fill, message,
 from tests.support.waiting import wait_until
 
 FOREVER_S = 3600.0
+DYING = Path(__file__).parent / "mailbox" / "dying_processor.py"
 
 
 class Recorder:
@@ -228,6 +233,28 @@ class TestSweeping:
         await mailbox.close()
         assert publisher.pokes == [Poke(BOB, 2)]
         assert sweeper.stats.swept == sweeper.stats.pokes_published == 1
+
+    @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+    async def test_the_poke_of_a_killed_process_comes_within_two_seconds(
+        self, kind: str, tmp_path: Path, publisher: Recorder, request: pytest.FixtureRequest
+    ) -> None:
+        """A process is killed for certain after its commit and before its poke; another pokes."""
+        url = f"sqlite:///{tmp_path}/mailbox.db"
+        if kind == "postgresql":
+            url = request.getfixturevalue("postgres_database")
+        mailbox = await open_mailbox(url)
+        async with Processor(mailbox, publisher) as survivor:
+            killed = await asyncio.create_subprocess_exec(sys.executable, DYING, url)
+            assert await killed.wait() == -signal.SIGKILL
+            async with asyncio.timeout(10):
+                await publisher.published.wait()
+            poked_s = time.time()
+            await confirmed(mailbox)
+        page = await mailbox.read(BOB, after=0, limit=1)
+        await mailbox.close()
+        assert publisher.pokes == [Poke(BOB, 1)]
+        assert survivor.stats.swept == 1
+        assert poked_s - page.messages[0].sent_at_ms / 1000 < 2
 
     async def test_a_sweep_comes_at_once_on_start(self, publisher: Recorder) -> None:
         """What is old enough already does not wait for the sweep's interval."""

@@ -62,7 +62,7 @@ class Processor:
 
     A sweep, every ``sweep_every_s`` seconds, claims outbox entries older than ``sweep_after_s``:
     well above what a publish takes, or pokes are doubled. So what a dead process left is poked
-    within ``sweep_after_s + 1.5 * sweep_every_s``, by default 1.75 s. A purge runs every
+    within ``sweep_after_s + 1.5 * sweep_every_s``, by default 1.6 s. A purge runs every
     ``purge_every_s``. Both pauses are jittered by half, so that processes which share a mailbox
     drift apart.
     """
@@ -72,7 +72,7 @@ class Processor:
         mailbox: Mailbox,
         publisher: Pokes,
         *,
-        sweep_every_s: float = 0.5,
+        sweep_every_s: float = 0.4,
         sweep_after_s: float = 1.0,
         purge_every_s: float = 20.0,
     ) -> None:

@@ -1,0 +1,163 @@
+"""Senders, instances, readers and PostgreSQL are killed in turn; no message is lost or doubled.
+
+A longer run: ``POKEBRIDGE_CHAOS_S=600 .venv/bin/pytest tests/mailbox/test_chaos.py --timeout 900``.
+"""
+
+import asyncio
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+from tests.mailbox import crowd
+from tests.support import Daemon, Serve, wait_until
+
+from pokebridge.mailbox.postgres import PostgresMailbox
+
+CHAOS_S = float(os.environ.get("POKEBRIDGE_CHAOS_S", "10"))
+SENDERS = 8
+DEVICES = ("phone", "tablet")
+CATCH_UP_S = 30.0
+
+Log = dict[str, list[tuple[int, str]]]
+
+
+class Member:
+    """A process of the crowd, to be killed and started again."""
+
+    def __init__(self, *arguments: str) -> None:
+        self._arguments = arguments
+        self._process = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, crowd.__file__, *self._arguments])
+
+    def kill(self) -> None:
+        """SIGKILL it."""
+        self._process.kill()
+        self._process.wait()
+
+    def start(self) -> None:
+        """Start it again, to go on with the same log."""
+        self._process = self._start()
+
+
+@contextmanager
+def killed_at_the_end(members: list[Member]) -> Iterator[list[Member]]:
+    """The members, whatever becomes of the test."""
+    try:
+        yield members
+    finally:
+        for member in members:
+            member.kill()
+
+
+def logged(*paths: Path) -> Log:
+    """What the logs say, by recipient."""
+    lines: Log = defaultdict(list)
+    for path in paths:
+        for recipient, version, message_id in crowd.parse(path):
+            lines[recipient].append((version, message_id))
+    return lines
+
+
+class Victim(Protocol):
+    """What can be killed and started again."""
+
+    def kill(self) -> None:
+        """SIGKILL it."""
+
+    def start(self) -> None:
+        """Start it again."""
+
+
+async def kill_in_turn(kinds: Sequence[Sequence[Victim]], chaos_s: float) -> int:
+    """Kill one of each kind, one after the other, and start it again; how many there were."""
+    loop = asyncio.get_running_loop()
+    end_s = loop.time() + chaos_s
+    for number, kind in enumerate(itertools.cycle(kinds)):
+        if loop.time() > end_s and number >= len(kinds):
+            return number
+        victim = random.choice(kind)
+        await asyncio.to_thread(victim.kill)
+        await asyncio.sleep(random.uniform(0, 0.3))  # how long it is away, not a wait for something
+        await asyncio.to_thread(victim.start)
+    raise AssertionError("a cycle has no end")
+
+
+@pytest.mark.timeout(CHAOS_S + 110)
+async def test_every_accepted_message_arrives_once_and_in_order(
+    own_postgres_server: Daemon,
+    serve: Serve,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+) -> None:
+    """Each device reads, by cursor, every version once and in order, and all that was answered 202.
+
+    Two instances, eight sender processes and two readers, on a real PostgreSQL, each kind killed
+    with SIGKILL again and again.
+    """
+    database = own_postgres_server
+    mailbox = await PostgresMailbox.open(database.url)
+    for recipient, device in itertools.product(crowd.RECIPIENTS, DEVICES):
+        await mailbox.see_device(recipient, device)  # whoever reads first would delete for both
+    start = partial(serve, mailbox=database.url, drain_s=0)
+    instances = await asyncio.gather(*(asyncio.to_thread(start) for _ in range(2)))
+    urls = [instance.url for instance in instances]
+    tokens = {recipient: instances[0].token(recipient) for recipient in crowd.RECIPIENTS}
+    sent = [tmp_path / f"sent-{n}" for n in range(SENDERS)]
+    read = {device: tmp_path / f"read-{device}" for device in DEVICES}
+    with ExitStack() as crowds:
+        senders = [
+            Member("send", str(path), instances[0].token(f"urn:sender:{n}", "send"), *urls)
+            for n, path in enumerate(sent)
+        ]
+        crowds.enter_context(killed_at_the_end(senders))
+        readers = [
+            Member("read", str(path), device, json.dumps(tokens), *urls)
+            for device, path in read.items()
+        ]
+        crowds.enter_context(killed_at_the_end(readers))
+        kills = await kill_in_turn([senders, instances, readers, [database]], CHAOS_S)
+        for sender in senders:
+            sender.kill()
+        await _all_read(mailbox, read)
+        await wait_until(lambda: _nothing_owed(mailbox), what="every poke is published")
+        await mailbox.close()
+    accepted = logged(*sent)
+    record_property("kills", kills)
+    record_property("accepted", sum(map(len, accepted.values())))
+    for device, path in read.items():
+        for recipient, lines in logged(path).items():
+            assert [version for version, _ in lines] == list(range(1, len(lines) + 1)), device
+            assert len({message_id for _, message_id in lines}) == len(lines), "one is doubled"
+            assert set(accepted[recipient]) <= set(lines), "one that was accepted is missing"
+    assert all(len(accepted[recipient]) > 20 for recipient in crowd.RECIPIENTS)
+
+
+async def _all_read(mailbox: PostgresMailbox, read: dict[str, Path]) -> None:
+    """Wait until each device has read up to the head, which moves no more."""
+
+    async def caught_up() -> bool:
+        heads = {recipient: await mailbox.head(recipient) for recipient in crowd.RECIPIENTS}
+        logs = [logged(path) for path in read.values()]
+        return all(
+            log[recipient] and log[recipient][-1][0] == head
+            for log in logs
+            for recipient, head in heads.items()
+        )
+
+    await wait_until(caught_up, CATCH_UP_S, "all is read")
+
+
+async def _nothing_owed(mailbox: PostgresMailbox) -> bool:
+    return (await mailbox.stats()).outbox == 0
