@@ -141,8 +141,10 @@ class NatsCoordination:
 
     async def renew(self, member: Member, lease_s: float) -> None:
         """Be a member for ``lease_s`` seconds from now."""
-        is_news = self._announced.is_news(member, lease_s, time.monotonic())
+        now = time.monotonic()
+        is_news = self._announced.is_news(member, now)
         await self._line.call(lambda bucket: bucket.renew(_Joined(member, lease_s), is_news))
+        self._announced.note(member, now + lease_s)
 
     async def leave(self, member_id: str, incarnation: str) -> None:
         """Be one no more, unless another incarnation has taken over."""

@@ -160,9 +160,11 @@ class RedisCoordination:
 
     async def renew(self, member: Member, lease_s: float) -> None:
         """Be a member for ``lease_s`` seconds from now."""
-        is_news = self._announced.is_news(member, lease_s, time.monotonic())
-        record = encode(member)
-        await self._run(_RENEW, self._member_keys, member.id, record, _ms(lease_s), int(is_news))
+        now = time.monotonic()
+        is_news = int(self._announced.is_news(member, now))
+        keys = self._member_keys
+        await self._run(_RENEW, keys, member.id, encode(member), _ms(lease_s), is_news)
+        self._announced.note(member, now + lease_s)
 
     async def leave(self, member_id: str, incarnation: str) -> None:
         """Be one no more, unless another incarnation has taken over."""

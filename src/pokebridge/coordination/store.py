@@ -125,11 +125,14 @@ class Announced:
     def __init__(self) -> None:
         self._told: dict[str, tuple[tuple[object, ...], float]] = {}
 
-    def is_news(self, member: Member, lease_s: float, now: float) -> bool:
+    def is_news(self, member: Member, now: float) -> bool:
         """Whether renewing ``member`` changes its standing, or brings it back from the dead."""
-        standing, lasts_until = self._told.get(member.id, (None, 0.0))
-        self._told[member.id] = (member.standing, now + lease_s)
+        standing, lasts_until = self._told.get(member.id, (None, now))
         return standing != member.standing or now >= lasts_until
+
+    def note(self, member: Member, lasts_until: float) -> None:
+        """``member`` was renewed, and told if it was news."""
+        self._told[member.id] = (member.standing, lasts_until)
 
     def forget(self, member_id: str) -> None:
         """``member_id`` is one no more."""
