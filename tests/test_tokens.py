@@ -154,21 +154,21 @@ def test_both_secrets_are_accepted_during_a_rotation() -> None:
         ({"exp": 1}, "expired"),
         ({"exp": "4102444800"}, "exp"),
         ({"exp": True}, "exp"),
-        ({"exp": float("nan")}, "JSON"),
+        ({"exp": float("nan")}, "expired"),
         ({"sub": None}, "sub"),
-        ({"sub": 7}, "sub"),
+        ({"sub": 7}, "Subject"),
         ({"sub": ""}, "recipient"),
         ({"sub": "two words"}, "recipient"),
         ({"sub": "x" * 257}, "recipient"),
         ({"sub": "bj\u00f6rn"}, "recipient"),
-        ({"nbf": time.time() + 600}, "not valid yet"),
+        ({"nbf": time.time() + 600}, "not yet valid"),
         ({"scope": ["send"]}, "scope"),
         ({"iss": "mallory"}, "issuer"),
-        ({"iss": None}, "issuer"),
-        ({"aud": "elsewhere"}, "audience"),
-        ({"aud": ["elsewhere"]}, "audience"),
-        ({"aud": None}, "audience"),
-        ({"aud": [1]}, "aud"),
+        ({"iss": None}, "iss"),
+        ({"aud": "elsewhere"}, "Audience"),
+        ({"aud": ["elsewhere"]}, "Audience"),
+        ({"aud": None}, "aud"),
+        ({"aud": [1]}, "claim format"),
     ],
 )
 def test_a_wrong_claim_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -205,7 +205,7 @@ def test_a_time_far_away_stays_a_number_that_json_carries() -> None:
         b64(b'{"alg":"HS256","x":' + b"[" * 5000) + ".e30.e30",
         f"{b64(bytes([255]))}.e30.e30",
         "\u00e9.e30.e30",
-        hs256() + "=",
+        "\ud800.e30.e30",
         hs256() + "\n",
         " " + hs256(),
         hs256() + "." + hs256(),
@@ -221,7 +221,7 @@ def test_what_is_no_token_is_refused(token: str) -> None:
 def test_a_payload_that_is_no_json_is_refused() -> None:
     """Also when it is properly signed."""
     for payload in (b"hello", b"\xff", b"[1]", b'{"x":' + b"[" * 5000):
-        with pytest.raises(AuthError, match="claims"):
+        with pytest.raises(AuthError, match="payload"):
             TokenVerifier(secret=SECRET).verify_now(jwt.PyJWS().encode(payload, SECRET))
 
 
@@ -231,7 +231,7 @@ def test_no_other_algorithm_is_taken(algorithm: str) -> None:
     token = hs256()
     header = b64(json.dumps({"alg": algorithm, "typ": "JWT"}).encode())
     _, payload, signature = token.split(".")
-    with pytest.raises(AuthError, match="algorithm"):
+    with pytest.raises(AuthError, match="alg"):
         TokenVerifier(secret=SECRET).verify_now(f"{header}.{payload}.{signature}")
 
 
@@ -247,24 +247,25 @@ def test_a_signature_has_one_spelling() -> None:
     token = hs256()
     alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
     twin = token[:-1] + alphabet[alphabet.index(token[-1]) + 1]
-    with pytest.raises(AuthError, match="not a JWT"):
+    with pytest.raises(AuthError, match="padding"):
         TokenVerifier(secret=SECRET).verify_now(twin)
 
 
 @given(data=st.data())
-def test_what_is_accepted_pyjwt_accepts_too(data: st.DataObject) -> None:
-    """A token changed anywhere is refused, or means the same to the reference implementation."""
+def test_a_changed_token_is_refused_or_means_the_same(data: st.DataObject) -> None:
+    """Padding may be added, which the signature does not cover; nothing else."""
     token = sign_token(SECRET, BOB, ["send"], issuer="us")
     start = data.draw(st.integers(0, len(token)))
     end = data.draw(st.integers(start, min(len(token), start + 3)))
     filler = data.draw(st.text("ABCwxyz0189-_.=", max_size=3))
     changed = token[:start] + filler + token[end:]
+    verifier = TokenVerifier(secret=SECRET)
     try:
-        found = TokenVerifier(secret=SECRET).verify_now(changed)
+        found = verifier.verify_now(changed)
     except AuthError:
         return
-    reference = jwt.decode(changed, SECRET, ["HS256"])
-    assert (found.subject, found.expires_at) == (reference["sub"], reference["exp"])
+    assert found == verifier.verify_now(token)
+    assert changed.rstrip("=") == token
 
 
 @pytest.mark.parametrize("secret", ["", "short", "x" * 31])
@@ -274,6 +275,15 @@ def test_a_short_secret_is_refused(secret: str) -> None:
         TokenVerifier(secret=secret)
     with pytest.raises(ConfigError, match="32 bytes"):
         sign_token(secret, BOB)
+
+
+def test_a_public_key_can_be_no_secret() -> None:
+    """Whoever configures one has mixed things up, and anybody could sign."""
+    pem = RSA_KEY.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    with pytest.raises(ConfigError, match="of another kind"):
+        TokenVerifier(secret=pem.decode())
 
 
 def test_only_a_recipient_can_be_signed_for() -> None:
@@ -448,8 +458,8 @@ async def test_an_unreachable_issuer_is_unavailable() -> None:
     [
         EC_JWK | {"use": "enc"},
         EC_JWK | {"alg": "ES384"},
-        EC_JWK | {"key_ops": ["sign"]},
-        EC_JWK | {"key_ops": 7},
+        EC_JWK | {"kid": ["e"]},
+        EC_JWK | {"kty": ["EC"]},
         EC_JWK | {"crv": "P-384"},
         EC_JWK | {"crv": ["P-256"]},
         EC_JWK | {"x": "AAAA"},
@@ -464,6 +474,12 @@ async def test_an_unusable_key_is_left_out(jwks: TokenVerifier, issuer: Issuer, 
     assert (await jwks.verify(signed(ED_KEY, "EdDSA", "d"))).subject == BOB
     with pytest.raises(AuthError):
         jwks.verify_now(signed(EC_KEY, "ES256", "e"))
+
+
+async def test_private_parts_of_a_key_are_not_read(jwks: TokenVerifier, issuer: Issuer) -> None:
+    """An issuer that publishes them by mistake is still an issuer with a public key."""
+    issuer.answer = {"keys": [RSAAlgorithm.to_jwk(RSA_KEY, as_dict=True) | {"kid": "r"}]}
+    assert (await jwks.verify(signed(RSA_KEY, "RS256", "r"))).subject == BOB
 
 
 async def test_a_short_rsa_key_is_left_out(jwks: TokenVerifier, issuer: Issuer) -> None:

@@ -1,37 +1,32 @@
-"""Who a caller is: JSON Web Tokens, signed and verified (protocol.md section 5).
+"""Who a caller is: JSON Web Tokens, signed and verified with PyJWT (protocol.md section 5).
 
-A token is verified at every handshake and every HTTP call, so its parsing is done here: the
-compact form (RFC 7515, section 7.1) split by one regular expression, header and claims decoded by
-msgspec into typed structs. That costs about a fifth of ``jwt.decode``. The cryptography is PyJWT's,
-and so is signing; a test holds that whatever is accepted here, ``jwt.decode`` accepts too.
+A key has one algorithm, its own. The ``alg`` that a token claims only selects among the keys, so
+neither ``none`` nor a public key used as an HMAC secret finds one (RFC 8725, section 3.1). No
+message or log line here holds a token, a claim's value or a secret.
 
-A key has one algorithm, fixed by the key's own type. The ``alg`` that a token claims only selects
-among the keys, so neither ``none`` nor a public key used as an HMAC secret finds one (RFC 8725,
-section 3.1). No message or log line here holds a token, a claim's value or a secret.
+PyJWT's own client for key sets is not used: it blocks, and in an outage it forgets its keys.
 """
 
 import asyncio
-import binascii
 import math
-import re
 import time
-from base64 import urlsafe_b64decode, urlsafe_b64encode
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import httpx
 import jwt
 import msgspec
 import structlog
-from jwt.algorithms import Algorithm
+from jwt.algorithms import HMACAlgorithm
 
 from pokebridge.errors import AuthError, ConfigError, KeysUnavailableError
 from pokebridge.model import MAX_VERSION, check_recipient, is_recipient
 
 MAX_TOKEN_BYTES = 8192
 MIN_SECRET_BYTES = 32  # RFC 7518, section 3.2: as long as the hash's output
-MIN_RSA_BITS = 2048  # RFC 7518, section 3.3
+PUBLIC_ALGORITHMS = ("RS256", "ES256", "EdDSA")
 
 # Between this host's clock and the issuer's, for `nbf`. `exp` gets none: a token ends when it says.
 CLOCK_SKEW_S = 5.0
@@ -41,14 +36,9 @@ KEYS_FRESH_S = 300.0
 KEYS_RETRY_S = 10.0
 KEYS_TIMEOUT_S = 5.0
 
-_COMPACT = re.compile(r"([A-Za-z0-9_-]+)\.([A-Za-z0-9_-]+)\.([A-Za-z0-9_-]+)")
-# The algorithm that a public key is used with, by its type and curve (RFC 7518, RFC 8037).
-_ALGORITHM_OF_KEY = {
-    ("RSA", ""): "RS256",
-    ("EC", "P-256"): "ES256",
-    ("OKP", "Ed25519"): "EdDSA",
-}
-_PUBLIC_MEMBERS = ("kty", "crv", "x", "y", "n", "e")
+# What a public key may say of itself (RFC 7517, RFC 7518): a private part is not even read.
+_PUBLIC_TYPES = ("RSA", "EC", "OKP")
+_PUBLIC_MEMBERS = ("kty", "kid", "alg", "crv", "x", "y", "n", "e")
 
 _log = structlog.get_logger(__name__)
 
@@ -62,33 +52,12 @@ class Claims:
     expires_at: float
 
 
-class _Header(msgspec.Struct):
-    alg: str
-    kid: str | None = None
-    # Extensions that must be understood: we understand none (RFC 7515, section 4.1.11).
-    crit: Any = None
-
-
 class _Payload(msgspec.Struct):
+    """The types of the claims that are used here; PyJWT takes ``"exp": "soon"`` for a number."""
+
     sub: str
     exp: float
-    nbf: float = 0
     scope: str = ""
-    iss: str | None = None
-    aud: str | list[str] | None = None
-
-
-class _Key(NamedTuple):
-    algorithm: Algorithm
-    key: Any
-
-    @classmethod
-    def secret(cls, secret: str) -> "_Key":
-        return cls(jwt.get_algorithm_by_name("HS256"), _checked_secret(secret))
-
-
-_decode_header = msgspec.json.Decoder(_Header).decode
-_decode_payload = msgspec.json.Decoder(_Payload).decode
 
 
 class TokenVerifier:
@@ -112,7 +81,7 @@ class TokenVerifier:
         audience: str | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._secrets = [_Key.secret(s) for s in (secret, previous_secret) if s is not None]
+        self._secrets = [_secret_key(s) for s in (secret, previous_secret) if s is not None]
         self._key_set = _KeySet(jwks_url, clock) if jwks_url is not None else None
         self._issuer = issuer
         self._audience = audience
@@ -129,19 +98,14 @@ class TokenVerifier:
         :class:`~pokebridge.errors.KeysUnavailableError` when the key that it names is not known:
         :meth:`verify` fetches it.
         """
-        compact = _COMPACT.fullmatch(token) if len(token) <= MAX_TOKEN_BYTES else None
-        if compact is None:
-            raise AuthError("the token is not a JWT")
-        header_part, payload_part, signature_part = compact.groups()
+        if len(token) > MAX_TOKEN_BYTES or not token.isascii():
+            raise AuthError("the token is not valid: it is too long, or not ASCII")
         try:
-            header = _decode_header(_decode_segment(header_part))
-            signature = _decode_segment(signature_part)
-        except (ValueError, RecursionError):
-            raise AuthError("the token is not a JWT") from None
-        signed = token[: compact.start(3) - 1].encode("ascii")
-        for algorithm, key in self._keys_for(header):
-            if algorithm.verify(signed, key, signature):
-                return self._check(payload_part)
+            for key in self._keys_for(token):
+                with suppress(jwt.InvalidSignatureError):
+                    return _claims(self._decode(token, key))
+        except jwt.PyJWTError as error:
+            raise AuthError(f"the token is not valid: {error}") from None
         raise AuthError("the token's signature is not valid")
 
     async def verify(self, token: str) -> Claims:
@@ -161,38 +125,41 @@ class TokenVerifier:
         if self._key_set is not None:
             await self._key_set.close()
 
-    def _keys_for(self, header: _Header) -> Iterable[_Key]:
-        if header.crit is not None:
-            raise AuthError("the token demands an extension that is not supported")
-        if header.alg == "HS256" and self._secrets:
+    def _keys_for(self, token: str) -> Sequence[jwt.PyJWK]:
+        if self._key_set is None:
             return self._secrets
-        if self._key_set is not None and header.alg in _ALGORITHM_OF_KEY.values():
-            return (self._key_set.find(header.alg, header.kid),)
-        raise AuthError("the token's algorithm is not allowed")
+        header = jwt.get_unverified_header(token)
+        if header.get("alg") == "HS256" and self._secrets:
+            return self._secrets
+        return [self._key_set.find(header.get("alg"), header.get("kid"))]
 
-    def _check(self, payload_part: str) -> Claims:
-        try:
-            payload = _decode_payload(_decode_segment(payload_part))
-        except msgspec.ValidationError as error:
-            raise AuthError(f"the token's claims are not usable: {error}") from None
-        except (ValueError, RecursionError):
-            raise AuthError("the token's claims are not JSON") from None
-        now = time.time()
-        if payload.exp <= now:
-            raise AuthError("the token has expired")
-        if payload.nbf > now + CLOCK_SKEW_S:
-            raise AuthError("the token is not valid yet")
-        if self._issuer is not None and payload.iss != self._issuer:
-            raise AuthError("the token is from another issuer")
-        if self._audience is not None and self._audience not in _as_list(payload.aud):
-            raise AuthError("the token is for another audience")
-        if not is_recipient(payload.sub):
-            raise AuthError(
-                "the token's subject is no recipient: 1 to 256 visible ASCII characters"
-            )
-        # A time beyond what a JSON number holds exactly is as good as never.
-        expires_at = min(payload.exp, MAX_VERSION)
-        return Claims(payload.sub, frozenset(payload.scope.split()), expires_at)
+    def _decode(self, token: str, key: jwt.PyJWK) -> dict[str, Any]:
+        return jwt.decode(
+            token,
+            key,
+            issuer=self._issuer,
+            audience=self._audience,
+            leeway=CLOCK_SKEW_S,
+            options={
+                "require": ["sub", "exp"],
+                "verify_aud": self._audience is not None,
+                "verify_exp": False,  # it has no leeway
+                "verify_iat": False,  # when it was made is the issuer's affair
+            },
+        )
+
+
+def _claims(payload: dict[str, Any]) -> Claims:
+    try:
+        used = msgspec.convert(payload, _Payload)
+    except msgspec.ValidationError as error:
+        raise AuthError(f"the token's claims are not usable: {error}") from None
+    if not used.exp > time.time():  # so that NaN has expired
+        raise AuthError("the token has expired")
+    if not is_recipient(used.sub):
+        raise AuthError("the token's subject is no recipient: 1 to 256 visible ASCII characters")
+    # A time beyond what a JSON number holds exactly is as good as never.
+    return Claims(used.sub, frozenset(used.scope.split()), min(used.exp, MAX_VERSION))
 
 
 class _KeySet:
@@ -206,23 +173,29 @@ class _KeySet:
         self._url = url
         self._clock = clock
         self._http = httpx.AsyncClient(timeout=KEYS_TIMEOUT_S)
-        self._keys: Mapping[tuple[str, str | None], _Key] = {}
+        self._keys: Sequence[jwt.PyJWK] = ()
         self._fetch: asyncio.Task[None] | None = None
         self._tried_at = -KEYS_RETRY_S
         self._fetched_at = -KEYS_FRESH_S
         self._last_failed = False
 
-    def find(self, algorithm: str, key_id: str | None) -> _Key:
+    def find(self, algorithm: object, key_id: str | None) -> jwt.PyJWK:
         """The key called ``key_id``; without an id, the only key of ``algorithm``.
 
         Raises :class:`~pokebridge.errors.KeysUnavailableError` when a fetch might bring it, and
         :class:`~pokebridge.errors.AuthError` when one has just shown that it is not there.
         """
-        key = self._keys.get((algorithm, key_id))
-        if key is not None:
+        if algorithm not in PUBLIC_ALGORITHMS:
+            raise AuthError("the token's algorithm is not allowed")
+        found = [
+            key
+            for key in self._keys
+            if key.algorithm_name == algorithm and key_id in (None, key.key_id)
+        ]
+        if len(found) == 1:
             if self._clock() - self._fetched_at >= KEYS_FRESH_S:
                 self._start()
-            return key
+            return found[0]
         if self._fetch is not None or self._last_failed or self._may_fetch():
             raise KeysUnavailableError("the issuer's keys can't be had just now")
         raise AuthError("the token's key is none of the issuer's")
@@ -251,8 +224,8 @@ class _KeySet:
     async def _refresh(self) -> None:
         try:
             response = await self._http.get(self._url)
-            keys = _usable_keys(response.raise_for_status().json())
-        except (httpx.HTTPError, ValueError, RecursionError) as error:
+            keys = _public_keys(response.raise_for_status().json())
+        except (httpx.HTTPError, ValueError, RecursionError, jwt.PyJWTError) as error:
             self._last_failed = True
             # Neither the error's text nor the URL: both may hold a query that is secret.
             _log.warning("jwks_fetch_failed", error=type(error).__name__)
@@ -297,58 +270,38 @@ def _checked_secret(secret: str) -> bytes:
     encoded = secret.encode()
     if len(encoded) < MIN_SECRET_BYTES:
         raise ConfigError(f"a secret for HS256 must have at least {MIN_SECRET_BYTES} bytes")
+    try:
+        jwt.get_algorithm_by_name("HS256").prepare_key(encoded)
+    except jwt.InvalidKeyError:
+        raise ConfigError("a secret for HS256 must not be a key of another kind") from None
     return encoded
 
 
-def _decode_segment(segment: str) -> bytes:
-    """Unpadded base64url in its one canonical spelling; anything else raises ``ValueError``."""
-    decoded = urlsafe_b64decode(segment + "==")
-    if urlsafe_b64encode(decoded).rstrip(b"=") != segment.encode("ascii"):
-        raise binascii.Error("not canonical base64url")
-    return decoded
+def _secret_key(secret: str) -> jwt.PyJWK:
+    return jwt.PyJWK(HMACAlgorithm.to_jwk(_checked_secret(secret), as_dict=True), "HS256")
 
 
-def _as_list(audience: str | list[str] | None) -> list[str]:
-    if audience is None:
-        return []
-    return [audience] if isinstance(audience, str) else audience
+def _public_keys(key_set: Any) -> list[jwt.PyJWK]:
+    """The keys of a JWK set that are for signatures, of an algorithm of ours, and long enough.
 
-
-def _usable_keys(key_set: Any) -> dict[tuple[str, str | None], _Key]:
-    """The keys of a JWK set by (algorithm, id); raises ``ValueError`` when there is none.
-
-    Keys that are not for signatures, or not RS256, ES256 or EdDSA, are left out. The only key of
-    its algorithm is there without an id too, for issuers that put none into their tokens.
+    Raises ``ValueError`` or :class:`jwt.PyJWTError` when there is none.
     """
     members = key_set.get("keys") if isinstance(key_set, dict) else None
-    keys: dict[tuple[str, str | None], _Key] = {}
-    by_algorithm: dict[str, list[_Key]] = {}
-    for member in members if isinstance(members, list) else []:
-        named = _public_key(member) if isinstance(member, dict) else None
-        if named is not None:
-            name, key = named
-            by_algorithm.setdefault(name, []).append(key)
-            if isinstance(member.get("kid"), str):
-                keys[name, member["kid"]] = key
-    keys.update({(name, None): found[0] for name, found in by_algorithm.items() if len(found) == 1})
+    found = jwt.PyJWKSet(
+        [
+            {name: member[name] for name in _PUBLIC_MEMBERS if name in member}
+            for member in (members if isinstance(members, list) else [])
+            if isinstance(member, dict)
+            and member.get("kty") in _PUBLIC_TYPES
+            and member.get("use", "sig") == "sig"
+        ]
+    )
+    keys = [
+        key
+        for key in found
+        if key.algorithm_name in PUBLIC_ALGORITHMS
+        and key.Algorithm.check_key_length(key.key) is None
+    ]
     if not keys:
         raise ValueError("no usable key")
     return keys
-
-
-def _public_key(member: Mapping[str, Any]) -> tuple[str, _Key] | None:
-    """One JWK as (algorithm's name, key), or ``None`` when it is no key of ours."""
-    try:
-        name = _ALGORITHM_OF_KEY[member["kty"], member.get("crv", "")]
-        if (
-            member.get("alg", name) != name
-            or member.get("use", "sig") != "sig"
-            or "verify" not in member.get("key_ops", ["verify"])
-        ):
-            return None
-        jwk = jwt.PyJWK({part: member[part] for part in _PUBLIC_MEMBERS if part in member}, name)
-    except (LookupError, TypeError, ValueError, jwt.PyJWTError):
-        return None
-    if name == "RS256" and jwk.key.key_size < MIN_RSA_BITS:
-        return None
-    return name, _Key(jwk.Algorithm, jwk.key)
