@@ -13,7 +13,8 @@ from pokebridge.coordination.base import Coordination
 from pokebridge.errors import ConfigError, MissingExtraError
 from pokebridge.mailbox.base import Limits, Mailbox
 from pokebridge.placement import Mode
-from pokebridge.transport.base import Transport
+from pokebridge.sharding import DEFAULT_SHARD_COUNT
+from pokebridge.transport.base import Carrier, Transport
 
 _Part = TypeVar("_Part")
 
@@ -25,29 +26,57 @@ class _Choice:
     url: str
     instance: str = ""
     cluster: str = ""
-    shard_count: int = 0
+    shard_count: int = DEFAULT_SHARD_COUNT
     mode: Mode = "fanout"
     limits: Limits | None = None
+    carrier: Carrier = "filter"
+    creates: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class _Adapter(Generic[_Part]):
-    """How to open a part, what its URL looks like, and the extra that installs its driver."""
+    """How to open a part, what its URL looks like, and the extra that installs its driver.
+
+    ``leaves_orphans``: its engine keeps what an instance held that was killed.
+    """
 
     open: Callable[[_Choice], Awaitable[_Part]]
     form: str
     extra: str | None = None
+    leaves_orphans: bool = False
 
 
-async def open_transport(url: str, *, instance: str, cluster: str) -> Transport:
+async def open_transport(
+    url: str,
+    *,
+    instance: str,
+    cluster: str,
+    carrier: Carrier = "filter",
+    shard_count: int = DEFAULT_SHARD_COUNT,
+) -> Transport:
     """The transport that ``url`` chooses, for ``instance`` of ``cluster``.
+
+    ``carrier`` and ``shard_count`` matter on Google Pub/Sub, where a shard may have a topic.
 
     Raises:
         ConfigError: there is none with this scheme, or the URL is not one of its.
         MissingExtraError: its driver is not installed.
         TransportError: it can't be reached.
     """
-    return await _open("transport", _TRANSPORTS, _Choice(url, instance, cluster))
+    choice = _Choice(url, instance, cluster, shard_count, carrier=carrier)
+    return await _open("transport", _TRANSPORTS, choice)
+
+
+async def open_for_janitor(url: str, *, instance: str, cluster: str) -> Transport | None:
+    """The transport that ``url`` chooses, which then creates nothing in its engine.
+
+    ``None``, and nothing is imported or connected to, when that engine keeps nothing of an
+    instance that is gone. Raises as :func:`open_transport` does.
+    """
+    if not _adapter("transport", _TRANSPORTS, url).leaves_orphans:
+        return None
+    choice = _Choice(url, instance, cluster, creates=False)
+    return await _open("transport", _TRANSPORTS, choice)
 
 
 async def open_mailbox(url: str, limits: Limits | None = None) -> Mailbox:
@@ -79,16 +108,21 @@ async def open_coordination(
 
 
 async def _open(part: str, adapters: Mapping[str, _Adapter[_Part]], choice: _Choice) -> _Part:
-    scheme, separator, _ = choice.url.partition("://")
-    adapter = adapters.get(scheme)
-    if adapter is None or not separator:
-        _refuse(part, " or ".join({adapter.form: None for adapter in adapters.values()}))
+    adapter = _adapter(part, adapters, choice.url)
     try:
         return await adapter.open(choice)
     except ImportError as error:
         if adapter.extra is None or (error.name or "").startswith("pokebridge"):
             raise
-        raise MissingExtraError(scheme, adapter.extra) from error
+        raise MissingExtraError(choice.url.partition("://")[0], adapter.extra) from error
+
+
+def _adapter(part: str, adapters: Mapping[str, _Adapter[_Part]], url: str) -> _Adapter[_Part]:
+    scheme, separator, _ = url.partition("://")
+    adapter = adapters.get(scheme)
+    if adapter is None or not separator:
+        _refuse(part, " or ".join({adapter.form: None for adapter in adapters.values()}))
+    return adapter
 
 
 def _refuse(part: str, form: str) -> NoReturn:
@@ -184,7 +218,13 @@ async def _google_transport(choice: _Choice) -> Transport:
 
     project, _, topic = choice.url.removeprefix("pubsub://").partition("/")
     return await GooglePubSubTransport.connect(
-        project, topic or DEFAULT_TOPIC, instance=choice.instance, cluster=choice.cluster
+        project,
+        topic or DEFAULT_TOPIC,
+        instance=choice.instance,
+        cluster=choice.cluster,
+        carrier=choice.carrier,
+        shard_count=choice.shard_count,
+        create_topic=choice.creates,
     )
 
 
@@ -202,7 +242,7 @@ _TRANSPORTS: Mapping[str, _Adapter[Transport]] = {
     "tls": _NATS,  # NATS over TLS, as its own clients spell it
     "redis": _REDIS,
     "rediss": _REDIS,
-    "pubsub": _Adapter(_google_transport, "pubsub://PROJECT/TOPIC", "pubsub"),
+    "pubsub": _Adapter(_google_transport, "pubsub://PROJECT/TOPIC", "pubsub", leaves_orphans=True),
 }
 _COORDINATIONS: Mapping[str, _Adapter[Coordination]] = {
     "memory": _Adapter(_memory_coordination, "memory://"),

@@ -116,16 +116,30 @@ def test_a_dry_run_only_names_it(small_server: Daemon, use: Callable[[str], Serv
     assert subscriptions(small_server.address, "test") == {"poke-sub-killed"}
 
 
-def test_other_transports_keep_nothing(run: Run, nats_server: Daemon, tmp_path: Path) -> None:
-    """It says so; the URL comes from the settings, and is not shown: it may hold a password."""
+@pytest.mark.parametrize("scheme", ["nats", "tls", "redis", "rediss", "memory"])
+def test_other_transports_keep_nothing(run: Run, tmp_path: Path, scheme: str) -> None:
+    """It says so without connecting; the URL, which may hold a password, is not shown."""
     config = tmp_path / "pokebridge.toml"
-    config.write_text(f'transport = "{nats_server.url}"\n')
+    config.write_text(f'transport = "{scheme}://me:s3cret@127.0.0.1:1"\n')
     result = run("janitor", "--config", str(config))
-    line = "nothing to do: nats:// keeps nothing of an instance that is gone\n"
+    line = f"nothing to do: {scheme}:// keeps nothing of an instance that is gone\n"
     assert result == (0, line, "")
-    result = run("janitor", "--json", POKEBRIDGE_TRANSPORT="memory://")
+    result = run("janitor", "--json", "--config", str(config))
     assert result.status == 0
     assert json.loads(result.out) == {"examined": 0, "orphans": [], "dry_run": False}
+
+
+def test_it_creates_nothing(
+    small_server: Daemon, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A topic that is not there is one line, and is not there afterwards."""
+    monkeypatch.setenv("PUBSUB_EMULATOR_HOST", small_server.address)
+    for _ in range(2):
+        result = run("janitor", "--transport", "pubsub://a-project/no-topic")
+        line = "projects/a-project/topics/no-topic does not exist"
+        assert (result.status, result.out) == (2, "")
+        assert line in result.err
+        assert result.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -133,12 +147,12 @@ def test_other_transports_keep_nothing(run: Run, nats_server: Daemon, tmp_path: 
     [
         ("carrier-pigeon://loft", 2, "--transport"),
         ("pubsub://a-project/!", 2, "topic"),
-        ("nats://127.0.0.1:1", 1, "nats"),
+        ("pubsub://a-project/topic", 1, "127.0.0.1:1 can't be reached"),
     ],
 )
 def test_what_can_not_be_swept_is_one_line(run: Run, url: str, status: int, text: str) -> None:
     """A wrong URL is status 2, an engine that is not there status 1."""
-    result = run("janitor", "--transport", url)
+    result = run("janitor", "--transport", url, PUBSUB_EMULATOR_HOST="127.0.0.1:1")
     assert (result.status, result.out) == (status, "")
     assert text in result.err.lower()
     assert result.err.count("\n") == 1

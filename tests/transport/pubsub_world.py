@@ -2,7 +2,8 @@
 
 import asyncio
 import secrets
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import grpc
 from google.pubsub_v1 import PublisherAsyncClient, SubscriberAsyncClient
@@ -15,9 +16,13 @@ TOPIC = "push-notifications"
 
 
 class World:
-    """Transports and Google's administrative clients on one server, in a project of its own."""
+    """Transports and Google's administrative clients on one server, in a project of its own.
 
-    def __init__(self, address: str) -> None:
+    ``is_emulator``: the server is Google's emulator, or like it in all that the adapter knows of.
+    """
+
+    def __init__(self, address: str, *, is_emulator: bool = False) -> None:
+        self.is_emulator = is_emulator
         self.project = f"test-{secrets.token_hex(4)}"
         self.topic = f"projects/{self.project}/topics/{TOPIC}"
         self.transports: list[GooglePubSubTransport] = []
@@ -29,18 +34,29 @@ class World:
             transport=SubscriberGrpcAsyncIOTransport(channel=channel)
         )
 
+    async def __aenter__(self) -> Self:
+        """Ready as it is."""
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close everything."""
+        for transport in self.transports:
+            await transport.close()
+        await self.channel.close()
+
     async def connect(self, instance: str | None = None, **more: Any) -> GooglePubSubTransport:
         """A transport of an instance of its own."""
         more = {"sweep_every_s": None, **more}
         instance = instance or secrets.token_hex(4)
         transport = await GooglePubSubTransport.connect(self.project, instance=instance, **more)
+        # It takes whatever is no service of Google's for the emulator.
+        transport._api.is_emulator = self.is_emulator
         self.transports.append(transport)
-        return transport
-
-    async def connect_google(self, **more: Any) -> GooglePubSubTransport:
-        """A transport that takes the server for Google's service."""
-        transport = await self.connect(**more)
-        transport._api.is_emulator = False
         return transport
 
     async def subscriptions(self) -> dict[str, Any]:
@@ -52,12 +68,6 @@ class World:
         """Delete a subscription behind its owner's back."""
         name = f"projects/{self.project}/subscriptions/{short_name}"
         await self.subscriber.delete_subscription(subscription=name)
-
-    async def close(self) -> None:
-        """Close everything."""
-        for transport in self.transports:
-            await transport.close()
-        await self.channel.close()
 
 
 async def crash(transport: GooglePubSubTransport) -> None:

@@ -6,8 +6,6 @@ filter, break on demand, notice that a client is gone, and outlive a restart as 
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
@@ -23,56 +21,9 @@ from pokebridge.testing.transport import (
     TransportContract,
     subscribe_live,
 )
-from pokebridge.transport import google_pubsub, google_pubsub_stream
+from pokebridge.transport import google_pubsub_stream
 from pokebridge.transport.base import Feed, Selection, Signal
 from pokebridge.transport.google_pubsub import GooglePubSubTransport
-
-
-@pytest.fixture(autouse=True)
-def quick_to_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server on this machine refuses a stream within a tenth of a second, if it does."""
-    monkeypatch.setattr(google_pubsub, "AWAIT_REFUSAL_S", 0.1)
-
-
-@pytest.fixture
-async def server(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[PubSubServer]:
-    """A Pub/Sub server of the test's own, which clients of this process find."""
-    async with PubSubServer() as server:
-        monkeypatch.setenv("PUBSUB_EMULATOR_HOST", server.address)
-        yield server
-
-
-@pytest.fixture
-async def world(server: PubSubServer) -> AsyncIterator[World]:
-    """A world on our own server."""
-    world = World(server.address)
-    yield world
-    await world.close()
-
-
-@pytest.fixture
-async def emulated(pubsub_emulator: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
-    """A world on Google's emulator."""
-    monkeypatch.setenv("PUBSUB_EMULATOR_HOST", pubsub_emulator)
-    world = World(pubsub_emulator)
-    yield world
-    await world.close()
-
-
-@pytest.fixture(params=["own", "emulator"])
-async def either(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[World]:
-    """A world on each of the two, one after the other."""
-    async with AsyncExitStack() as stack:
-        if request.param == "own":
-            address = (await stack.enter_async_context(PubSubServer())).address
-        else:
-            address = request.getfixturevalue("pubsub_emulator")
-        monkeypatch.setenv("PUBSUB_EMULATOR_HOST", address)
-        world = World(address)
-        yield world
-        await world.close()
 
 
 class TestContractOnOwnServer(TransportContract):
@@ -81,7 +32,7 @@ class TestContractOnOwnServer(TransportContract):
     @pytest.fixture
     def connect(self, world: World) -> Connect:
         """Instances on our server."""
-        return world.connect_google
+        return world.connect
 
 
 class TestContractOnEmulator(TransportContract):
@@ -144,7 +95,7 @@ async def test_two_subscriptions_of_one_selection_are_two(either: World) -> None
 
 async def test_received_signals_are_acknowledged(world: World, server: PubSubServer) -> None:
     """Within a second nothing is left that could be delivered again."""
-    transport = await world.connect_google(instance="i-1")
+    transport = await world.connect(instance="i-1")
     _, receiver = await subscribe_live(transport, Feed.ALL)
     await transport.publish([Signal(b'{"n":%d}' % n, 1) for n in range(3000)])
     await receiver.wait_for(lambda heard: len(heard.payloads) == 3000)
@@ -154,7 +105,7 @@ async def test_received_signals_are_acknowledged(world: World, server: PubSubSer
 
 async def test_signals_are_published_in_batches(world: World, server: PubSubServer) -> None:
     """1,000 a request at most, 9 MB a request at most, each tagged with its shard."""
-    transport = await world.connect_google()
+    transport = await world.connect()
     await transport.publish([])
     assert server.calls["Publish"] == 0
     await transport.publish([Signal(b"{}", n % 7) for n in range(2500)])
@@ -165,7 +116,7 @@ async def test_signals_are_published_in_batches(world: World, server: PubSubServ
 
 async def test_more_streams_than_a_connection_carries(world: World) -> None:
     """120 shards on one instance: Google allows 100 streams a connection."""
-    transport = await world.connect_google()
+    transport = await world.connect()
     receivers = [RecordingReceiver() for _ in range(120)]
     await asyncio.gather(
         *(transport.subscribe(shard, receiver) for shard, receiver in enumerate(receivers))
@@ -178,8 +129,8 @@ async def test_more_streams_than_a_connection_carries(world: World) -> None:
 
 async def test_subscribers_are_counted_cheaply(world: World, server: PubSubServer) -> None:
     """Only this cluster's subscriptions to everything count, and asking again costs nothing."""
-    one, two = await world.connect_google(), await world.connect_google()
-    other = await world.connect_google(cluster="other")
+    one, two = await world.connect(), await world.connect()
+    other = await world.connect(cluster="other")
     for transport in (one, two, other):
         await transport.subscribe(Feed.ALL, RecordingReceiver())
         await transport.subscribe(7, RecordingReceiver())
@@ -260,7 +211,7 @@ async def test_a_missing_permission_is_named(
     world: World, server: PubSubServer, method: str, permission: str
 ) -> None:
     """Subscribing fails with the permission's name, and leaves nothing behind."""
-    transport = await world.connect_google()
+    transport = await world.connect()
     server.deny(method)
     with pytest.raises(TransportError, match=permission):
         await transport.subscribe(Feed.ALL, RecordingReceiver())
@@ -292,7 +243,7 @@ async def test_a_gap_ends_only_when_the_new_subscription_delivers(
     world: World, server: PubSubServer
 ) -> None:
     """Google's need a second to receive: what is published when the gap is reported is heard."""
-    transport = await world.connect_google(instance="i-1")
+    transport = await world.connect(instance="i-1")
     _, receiver = await subscribe_live(transport, 42)
     server.broker.liveness_delay_s = 1.0
     await world.delete("poke-sub-i-1.42")
@@ -305,8 +256,8 @@ async def test_who_may_not_publish_hears_of_gaps_too(
 ) -> None:
     """Without the permission for a probe the gap is reported after a while of grace."""
     monkeypatch.setattr(google_pubsub_stream, "SETTLE_S", 0.1)
-    transport = await world.connect_google(instance="i-1")
-    publisher = await world.connect_google()
+    transport = await world.connect(instance="i-1")
+    publisher = await world.connect()
     _, receiver = await subscribe_live(transport, Feed.ALL)
     server.deny("Publish")
     await world.delete("poke-sub-i-1")
@@ -317,8 +268,8 @@ async def test_who_may_not_publish_hears_of_gaps_too(
 
 async def test_broken_streams_lose_nothing(world: World, server: PubSubServer) -> None:
     """A subscription keeps what is published while its stream is away: no loss, and no gap."""
-    transport = await world.connect_google()
-    publisher = await world.connect_google()
+    transport = await world.connect()
+    publisher = await world.connect()
     _, receiver = await subscribe_live(transport, Feed.ALL)
     sent = {b'{"n":%d}' % n for n in range(300)}
     for number, body in enumerate(sorted(sent)):
@@ -332,7 +283,7 @@ async def test_broken_streams_lose_nothing(world: World, server: PubSubServer) -
 
 async def test_refused_streams_are_opened_again(world: World, server: PubSubServer) -> None:
     """Whatever a stream is refused with, the next try comes, for as long as it takes."""
-    transport = await world.connect_google()
+    transport = await world.connect()
     _, receiver = await subscribe_live(transport, Feed.ALL)
     server.fail(
         "StreamingPull",
@@ -350,8 +301,8 @@ async def test_refused_streams_are_opened_again(world: World, server: PubSubServ
 
 async def test_an_outage_of_the_service_is_no_gap(world: World, server: PubSubServer) -> None:
     """A server that comes back with all it knew has lost nothing."""
-    transport = await world.connect_google()
-    publisher = await world.connect_google()
+    transport = await world.connect()
+    publisher = await world.connect()
     _, receiver = await subscribe_live(transport, Feed.ALL)
     await server.stop()
     publishing = asyncio.create_task(publisher.publish([Signal(b'{"during":1}', 1)]))
@@ -366,7 +317,7 @@ async def test_an_outage_longer_than_the_retention_is_a_gap(
     world: World, server: PubSubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Away for longer than messages are kept, the subscription may have lost some."""
-    transport = await world.connect_google()
+    transport = await world.connect()
     _, receiver = await subscribe_live(transport, Feed.ALL)
     monkeypatch.setattr(google_pubsub_stream, "COVERED_S", 0.2)
     server.deny("StreamingPull")
@@ -382,7 +333,7 @@ async def test_a_server_that_forgets_everything_is_a_gap(
     world: World, server: PubSubServer
 ) -> None:
     """Restarted empty on its port: topic and subscriptions are made anew, for all instances."""
-    transports = [await world.connect_google() for _ in range(3)]
+    transports = [await world.connect() for _ in range(3)]
     receivers = [(await subscribe_live(t, which))[1] for t in transports for which in (Feed.ALL, 3)]
     port = int(server.address.rpartition(":")[2])
     await server.stop()
@@ -393,7 +344,8 @@ async def test_a_server_that_forgets_everything_is_a_gap(
     await transports[0].publish([Signal(b'{"after":1}', 3)])
     for receiver in receivers:
         await receiver.wait_for(lambda heard: b'{"after":1}' in heard.payloads)
-    await world.close()
+    for transport in transports:
+        await transport.close()
     await reborn.stop()
 
 
@@ -402,19 +354,18 @@ async def test_a_killed_emulator_is_a_gap(
 ) -> None:
     """Kill -9 of Google's emulator and a restart, with signals flowing: gap, then all is heard."""
     monkeypatch.setenv("PUBSUB_EMULATOR_HOST", own_pubsub_emulator.address)
-    world = World(own_pubsub_emulator.address)
-    transport, publisher = await world.connect(), await world.connect()
-    _, receiver = await subscribe_live(transport, Feed.ALL)
-    await asyncio.to_thread(own_pubsub_emulator.kill)
-    await asyncio.to_thread(own_pubsub_emulator.start)
-    await hear_gap(receiver)
-    await assert_hears(publisher, receiver)
-    await world.close()
+    async with World(own_pubsub_emulator.address, is_emulator=True) as world:
+        transport, publisher = await world.connect(), await world.connect()
+        _, receiver = await subscribe_live(transport, Feed.ALL)
+        await asyncio.to_thread(own_pubsub_emulator.kill)
+        await asyncio.to_thread(own_pubsub_emulator.start)
+        await hear_gap(receiver)
+        await assert_hears(publisher, receiver)
 
 
 async def test_a_deleted_topic_is_restored(world: World) -> None:
     """The next publish makes it anew, and all of this instance's subscriptions with it."""
-    transport = await world.connect_google()
+    transport = await world.connect()
     _, receiver = await subscribe_live(transport, Feed.ALL)
     _, of_shard = await subscribe_live(transport, 42)
     await world.publisher.delete_topic(topic=world.topic)
@@ -447,7 +398,7 @@ async def test_silence_is_no_reason_to_reconnect(
     """A quiet subscription is asked by a probe, which it answers, and its stream stays."""
     monkeypatch.setattr(google_pubsub_stream, "QUIET_S", 0.05)
     monkeypatch.setattr(google_pubsub_stream, "WATCH_S", 0.05)
-    transport = await world.connect_google()
+    transport = await world.connect()
     _, receiver = await subscribe_live(transport, Feed.ALL)
     streams = server.calls["StreamingPull"]
     heard = len(receiver.bodies)
@@ -464,12 +415,14 @@ async def test_a_cut_connection_is_noticed(
     The proxy holds everything back, so nothing can be heard until the transport has given the old
     connections up and opened new ones.
     """
-    async with CutProxy("127.0.0.1", int(server.address.rpartition(":")[2])) as proxy:
+    async with (
+        CutProxy("127.0.0.1", int(server.address.rpartition(":")[2])) as proxy,
+        World(server.address) as world,
+    ):
         monkeypatch.setenv("PUBSUB_EMULATOR_HOST", proxy.address)
-        world = World(server.address)
-        transport = await world.connect_google(keepalive_s=1.0)
+        transport = await world.connect(keepalive_s=1.0)
         monkeypatch.setenv("PUBSUB_EMULATOR_HOST", server.address)
-        publisher = await world.connect_google()
+        publisher = await world.connect()
         _, receiver = await subscribe_live(transport, Feed.ALL)
         proxy.cut()
         before = proxy.connection_count
@@ -479,7 +432,6 @@ async def test_a_cut_connection_is_noticed(
         await receiver.wait_for(lambda heard: b'{"during":1}' in heard.payloads)
         await assert_hears(publisher, receiver)
         assert receiver.gaps == []
-        await world.close()
 
 
 async def test_a_reset_connection_to_the_emulator_is_a_gap(
@@ -487,16 +439,17 @@ async def test_a_reset_connection_to_the_emulator_is_a_gap(
 ) -> None:
     """The emulator goes on feeding the broken stream, so the subscription is made anew."""
     host, _, port = pubsub_emulator.rpartition(":")
-    async with CutProxy(host, int(port)) as proxy:
+    async with (
+        CutProxy(host, int(port)) as proxy,
+        World(pubsub_emulator, is_emulator=True) as world,
+    ):
         monkeypatch.setenv("PUBSUB_EMULATOR_HOST", proxy.address)
-        world = World(pubsub_emulator)
         transport = await world.connect()
         _, receiver = await subscribe_live(transport, Feed.ALL)
         proxy.reset()
         await hear_gap(receiver)
         for _ in range(10):
             await assert_hears(transport, receiver)
-        await world.close()
 
 
 # --- names ------------------------------------------------------------------------------------
@@ -517,7 +470,7 @@ async def test_what_an_earlier_life_left_is_replaced(either: World) -> None:
 async def test_somebody_elses_subscription_is_never_replaced(world: World) -> None:
     """A subscription of that name with other labels is left alone, and the start fails."""
     name = f"projects/{world.project}/subscriptions/poke-sub-i-1"
-    transport = await world.connect_google(instance="i-1")
+    transport = await world.connect(instance="i-1")
     await world.subscriber.create_subscription(
         request={"name": name, "topic": world.topic, "labels": {"owner": "else"}}
     )

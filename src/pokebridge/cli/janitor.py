@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import click
 
-from pokebridge.adapters import open_transport
+from pokebridge.adapters import open_for_janitor
 from pokebridge.cli.options import config_option, json_option
 from pokebridge.settings import Settings, load_settings
 from pokebridge.telemetry import configure_logging
@@ -46,7 +46,8 @@ def janitor(
 
     Instances do the same at their start and every hour. It takes ten seconds, a minute when it
     finds one, and may run at any time and anywhere, as often as you like. Only Google Pub/Sub
-    keeps what a killed instance held. Exit status 1 means that something could not be deleted.
+    keeps what a killed instance held; for other transports it connects to nothing. It creates
+    nothing, a missing topic neither. Exit status 1 means that something could not be deleted.
     """
     # It needs no secret, and with dev none is demanded.
     settings = load_settings(config, {"dev": True, "transport": transport, "cluster": cluster})
@@ -64,9 +65,11 @@ def janitor(
 
 async def _sweep(settings: Settings, *, dry_run: bool) -> "SweepReport | None":
     """The report; ``None`` when the transport leaves nothing behind."""
-    transport = await open_transport(
+    transport = await open_for_janitor(
         settings.transport, instance=settings.instance, cluster=settings.cluster
     )
+    if transport is None:
+        return None
     try:
         return await transport.sweep(dry_run=dry_run) if isinstance(transport, _Sweeps) else None
     finally:

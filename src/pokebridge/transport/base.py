@@ -5,11 +5,14 @@ batching are the same for every engine and live above it (``bridge``, ``publishe
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from pokebridge.model import Feed, Selection
 
-__all__ = ["Feed", "Receiver", "Selection", "Signal", "Subscription", "Transport"]
+__all__ = ["Carrier", "Feed", "Receiver", "Selection", "Signal", "Subscription", "Transport"]
+
+Carrier = Literal["filter", "topic"]
+"""What sets a shard's signals apart on Google Pub/Sub: a filter, or a topic of their own."""
 
 
 class Signal(NamedTuple):

@@ -1,45 +1,45 @@
 """Signals over Google Pub/Sub (docs/transports/google-pubsub.md).
 
-Every subscription of an instance is a Pub/Sub subscription of its own on the one shared topic,
-ephemeral and labelled, with a filter when it wants a part only. It is deleted when it is closed;
-what a killed instance leaves is found by ``sweep``, which runs after the first ``subscribe``, every
-hour, and for the command ``pokebridge janitor``.
+Every subscription of an instance is a Pub/Sub subscription of its own, ephemeral and labelled, on
+the one shared topic, with a filter when it wants a part only (carrier ``filter``), or on a shard's
+own topic (carrier ``topic``). It is deleted when it is closed; what a killed instance leaves is
+found by ``sweep``, which runs after the first ``subscribe``, every hour, and for the command
+``pokebridge janitor``.
 """
 
 import asyncio
 import itertools
 import random
 import re
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import structlog
 
 from pokebridge.errors import ConfigError, TransportError
-from pokebridge.transport.base import Feed, Receiver, Selection, Signal
-from pokebridge.transport.google_pubsub_api import PubSubApi, PubSubError, PubsubMessage
+from pokebridge.sharding import DEFAULT_SHARD_COUNT
+from pokebridge.transport.base import (
+    Carrier,
+    Feed,
+    Receiver,
+    Selection,
+    Signal,
+    Subscription,
+)
+from pokebridge.transport.google_pubsub_api import PubSubApi, PubSubError
 from pokebridge.transport.google_pubsub_janitor import (
     DEAD_AFTER_S,
     NAME_PREFIX,
     Sweep,
     SweepReport,
+    Target,
     list_subscriptions,
 )
-from pokebridge.transport.google_pubsub_stream import (
-    ACK_DEADLINE_S,
-    SHARD_ATTRIBUTE,
-    PulledSubscription,
-)
+from pokebridge.transport.google_pubsub_stream import ACK_DEADLINE_S, PulledSubscription, Source
+from pokebridge.transport.google_pubsub_topic import Topic
 from pokebridge.wire import encode_probe
 
 DEFAULT_TOPIC = "push-notifications"
-# Google's limits are 1,000 messages and 10 MB; what protobuf adds to a message is allowed for.
-MAX_BATCH_MESSAGES = 1000
-MAX_BATCH_BYTES = 9_000_000
-MESSAGE_OVERHEAD_BYTES = 64
-PUBLISH_FOR_S = 10.0
-PUBLISH_BACKOFF_BASE_S, PUBLISH_BACKOFF_CAP_S = 0.1, 2.0
 COUNT_TTL_S = 30.0
 SWEEP_EVERY_S = 3600.0
 SWEEP_SPREAD_S = 5.0
@@ -53,13 +53,15 @@ log = structlog.get_logger(__name__)
 
 
 class GooglePubSubTransport:
-    """A transport over one topic of one project. ``connect`` makes one.
+    """A transport over one topic of one project, or over it and one a shard. ``connect`` makes one.
 
     Args:
         api: calls the project.
-        topic: the topic's short name.
+        topic: the shared topic's short name.
         instance: names this instance's subscriptions; a label, as ``cluster`` is.
-        create_topic: whether a missing topic is created.
+        carrier: ``topic`` gives each shard a topic of its own, ``<topic>-<shard>``.
+        shard_count: how many of those everything is.
+        create_topic: whether missing topics are created.
         sweep_every_s: how often orphans are looked for once this instance subscribes; ``None``:
             only when ``sweep`` is called.
     """
@@ -71,19 +73,22 @@ class GooglePubSubTransport:
         *,
         instance: str,
         cluster: str,
+        carrier: Carrier,
+        shard_count: int,
         create_topic: bool,
         sweep_every_s: float | None,
     ) -> None:
         self._api = api
-        self._topic = f"projects/{api.project}/topics/{topic}"
         self._instance = instance
         self._cluster = cluster
+        self._carrier = carrier
+        self._shard_count = shard_count
         self._may_create_topic = create_topic
         self._sweep_every_s = sweep_every_s
+        self._topics: dict[str, Topic] = {}
+        self._shared = self._topic_named(f"projects/{api.project}/topics/{topic}")
         self._subscriptions: dict[str, PulledSubscription] = {}
         self._spare_numbers = itertools.count(2)
-        self._topic_lock = asyncio.Lock()
-        self._topic_lives = 0
         self._count: int | None = None
         self._count_good_until_s = 0.0
         self._count_lock = asyncio.Lock()
@@ -98,11 +103,13 @@ class GooglePubSubTransport:
         *,
         instance: str,
         cluster: str = "default",
+        carrier: Carrier = "filter",
+        shard_count: int = DEFAULT_SHARD_COUNT,
         create_topic: bool = True,
         sweep_every_s: float | None = SWEEP_EVERY_S,
         keepalive_s: float | None = None,
     ) -> "GooglePubSubTransport":
-        """A transport that has reached Pub/Sub and found, or created, its topic.
+        """A transport that has reached Pub/Sub and found, or created, its shared topic.
 
         With PUBSUB_EMULATOR_HOST in the environment it speaks to that, else to Google's service
         with the application default credentials. ``keepalive_s``: see ``google_pubsub_api``.
@@ -112,9 +119,10 @@ class GooglePubSubTransport:
                 or the topic is missing and may not be created.
             TransportError: Pub/Sub can't be reached.
         """
+        longest = topic if carrier == "filter" else f"{topic}-{shard_count - 1}"
         for value, pattern, what in (
             (project, _PROJECT, "project"),
-            (topic, _TOPIC, "topic"),
+            (longest, _TOPIC, "topic"),
             (instance, _NAME, "instance name"),
             (cluster, _NAME, "cluster name"),
         ):
@@ -126,53 +134,35 @@ class GooglePubSubTransport:
             topic,
             instance=instance,
             cluster=cluster,
+            carrier=carrier,
+            shard_count=shard_count,
             create_topic=create_topic,
             sweep_every_s=sweep_every_s,
         )
         try:
-            await transport._check_topic()
+            await transport._shared.check()
         except BaseException:
             await api.close()
             raise
         return transport
 
     async def publish(self, signals: Sequence[Signal]) -> None:
-        """Publish ``signals`` in requests of up to 1,000; tries for 10 s each."""
+        """Publish ``signals``, in requests of up to 1,000 for each topic; tries for 10 s each."""
         self._check_open()
-        for batch in _batches(signals):
-            await self._publish(batch)
+        by_topic: dict[Topic, list[Signal]] = {}
+        for signal in signals:
+            by_topic.setdefault(self._topic(signal.shard), []).append(signal)
+        publishing = (topic.publish(batch) for topic, batch in by_topic.items())
+        for outcome in await asyncio.gather(*publishing, return_exceptions=True):
+            if outcome is not None:
+                raise outcome
 
-    async def subscribe(self, selection: Selection, receiver: Receiver) -> PulledSubscription:
-        """Create a subscription and read it; it is deleted when closed."""
+    async def subscribe(self, selection: Selection, receiver: Receiver) -> Subscription:
+        """Create what ``selection`` takes and read it; it is deleted when closed."""
         self._check_open()
-        name = self._free_name(selection)
-        shard = None if isinstance(selection, Feed) else selection
-        subscription = self._subscriptions[name] = PulledSubscription(
-            self._api,
-            name,
-            self._topic,
-            labels={
-                "cluster": self._cluster,
-                "instance": self._instance,
-                "feed": _feed_label(selection),
-            },
-            selection=selection,
-            receiver=receiver,
-            publish=lambda body: self.publish([Signal(body, shard)]),
-            with_topic=self._with_topic,
-            on_closed=lambda: self._forget(name),
-        )
-        # Half a second once in an instance's life, to tell a missing permission at its start.
-        await_refusal_s = AWAIT_REFUSAL_S if self._sweeper is None else 0.0
-        try:
-            await subscription.open(await_refusal_s=await_refusal_s)
-        except BaseException:
-            await subscription.close()
-            raise
-        self._count_good_until_s = 0.0
-        if self._sweeper is None:
-            self._sweeper = asyncio.create_task(self._sweep_regularly())
-        return subscription
+        if self._carrier == "topic" and selection is Feed.ALL:
+            return await self._subscribe_to_every_topic(receiver)
+        return await self._subscribe(self._source(selection), receiver)
 
     async def subscriber_count(self) -> int | None:
         """How many subscriptions take everything, at most 30 s old; orphans are among them.
@@ -182,7 +172,7 @@ class GooglePubSubTransport:
         self._check_open()
         async with self._count_lock:
             if self._loop_time() >= self._count_good_until_s:
-                listed = list_subscriptions(self._api, self._topic, self._cluster)
+                listed = list_subscriptions(self._api, self._shared.name, self._cluster)
                 try:
                     self._count = len(
                         [
@@ -210,7 +200,7 @@ class GooglePubSubTransport:
         self._check_open()
         sweep = Sweep(
             self._api,
-            self._topic,
+            self._shared.name,
             self._cluster,
             keep=self._subscriptions.keys(),
             publish=self._publish_probes,
@@ -235,91 +225,86 @@ class GooglePubSubTransport:
         await asyncio.gather(*(s.close() for s in tuple(self._subscriptions.values())))
         await self._api.close()
 
-    # --- the topic ------------------------------------------------------------------------------
+    # --- topics ---------------------------------------------------------------------------------
 
-    async def _check_topic(self) -> None:
-        try:
-            await self._api.call("GetTopic", topic=self._topic)
-        except PubSubError as error:
-            if error.is_denied:  # a publisher's account may not look; publishing will tell
-                log.info("topic not checked", reason=str(error))
-            elif not error.is_missing:
-                raise
-            elif "project not found" in str(error).lower():
-                raise ConfigError(f"project {self._api.project} is not known: {error}") from None
-            elif not self._may_create_topic:
-                raise ConfigError(f"{self._topic} does not exist") from None
-            else:
-                await self._create_missing_topic()
+    def _topic(self, shard: int | None) -> Topic:
+        """Where signals of ``shard`` are published; ``None``: those without one."""
+        return self._topic_named(
+            self._shared.name
+            if shard is None or self._carrier == "filter"
+            else f"{self._shared.name}-{shard}"
+        )
 
-    async def _create_missing_topic(self) -> None:
-        try:
-            await self._create_topic()
-        except PubSubError as error:
-            if not error.is_denied:
-                raise
-            raise ConfigError(f"{self._topic} does not exist: create it, or {error}") from None
+    def _topic_named(self, name: str) -> Topic:
+        if name not in self._topics:
+            self._topics[name] = Topic(self._api, name, may_create=self._may_create_topic)
+        return self._topics[name]
 
-    async def _create_topic(self) -> None:
-        try:
-            await self._api.call("CreateTopic", name=self._topic)
-        except PubSubError as error:
-            if not error.is_taken:
-                raise
-        else:
-            log.info("topic created", topic=self._topic)
-
-    async def _with_topic(self, call: Callable[[], Awaitable[None]]) -> None:
-        """Do ``call``; where it fails because the topic is missing, restore that and do it again.
-
-        Subscriptions stay attached to a deleted topic when another takes its name, and hear
-        nothing: so all of them are made anew.
-        """
-        lives = self._topic_lives
-        try:
-            return await call()
-        except PubSubError as error:
-            if not (error.is_missing and self._may_create_topic):
-                raise
-        async with self._topic_lock:
-            if self._topic_lives == lives:  # nobody else has restored it meanwhile
-                await self._create_topic()
-                self._topic_lives += 1
-                for subscription in self._subscriptions.values():
-                    subscription.lose("the topic was deleted")
-        return await call()
-
-    # --- publishing -----------------------------------------------------------------------------
-
-    async def _publish(self, batch: list[Any]) -> None:
-        end_s = self._loop_time() + PUBLISH_FOR_S
-        cap_s = PUBLISH_BACKOFF_BASE_S
-        publish = partial(self._api.call, "Publish", topic=self._topic, messages=batch)
-        while True:
-            try:
-                return await self._with_topic(publish)
-            except PubSubError as error:
-                if not error.is_transient or self._loop_time() + cap_s > end_s:
-                    raise
-            await asyncio.sleep(random.uniform(0, cap_s))  # noqa: S311 - spreads load
-            cap_s = min(2 * cap_s, PUBLISH_BACKOFF_CAP_S)
-
-    async def _publish_probes(self, feeds: Iterable[str]) -> None:
-        """A probe that each of ``feeds`` selects; one without a shard does for both others."""
-        shards = {int(feed) if feed.isdigit() else None for feed in feeds}
-        probe = encode_probe(f"janitor:{self._instance}")
-        await self.publish([Signal(probe, shard) for shard in shards])
+    async def _publish_probes(self, targets: Iterable[Target]) -> None:
+        """A probe that each of ``targets`` gets; one without a tag does for all without a shard."""
+        body = encode_probe(f"janitor:{self._instance}")
+        probes = {(at, Signal(body, int(feed) if feed.isdigit() else None)) for at, feed in targets}
+        await asyncio.gather(*(self._topic_named(at).publish([probe]) for at, probe in probes))
 
     # --- subscriptions --------------------------------------------------------------------------
 
-    def _free_name(self, selection: Selection) -> str:
+    def _source(self, selection: Selection) -> Source:
+        """Where ``selection`` comes from.
+
+        With topics of their own nothing is filtered: what somebody else publishes on the shared
+        topic, with a tag or without, is heard by all who take what has no shard.
+        """
+        shard = None if isinstance(selection, Feed) else selection
+        wanted = selection if self._carrier == "filter" else Feed.ALL
+        return Source(self._topic(shard), wanted, selection, shard)
+
+    async def _subscribe(self, source: Source, receiver: Receiver) -> PulledSubscription:
+        subscription = self._pulled(source, receiver)
+        # Half a second once in an instance's life, to tell a missing permission at its start.
+        await_refusal_s = AWAIT_REFUSAL_S if self._sweeper is None else 0.0
+        try:
+            await subscription.open(await_refusal_s=await_refusal_s)
+        except BaseException:
+            await subscription.close()
+            raise
+        self._count_good_until_s = 0.0
+        if self._sweeper is None:
+            self._sweeper = asyncio.create_task(self._sweep_regularly())
+        return subscription
+
+    async def _subscribe_to_every_topic(self, receiver: Receiver) -> Subscription:
+        shards = range(self._shard_count)
+        whole = _Whole(receiver, shards)
+        shared = await self._subscribe(self._source(Feed.ALL), whole.of_shared_topic)
+        whole.parts.append(shared)
+        for shard in shards:
+            source = Source(self._topic(shard), Feed.ALL, Feed.ALL, shard)
+            part = self._pulled(source, whole.of_shard(shard))
+            whole.parts.append(part)
+            part.open_later()
+        return whole
+
+    def _pulled(self, source: Source, receiver: Receiver) -> PulledSubscription:
+        feed = _feed_label(source.selection if source.shard is None else source.shard)
+        name = self._free_name(feed)
+        subscription = self._subscriptions[name] = PulledSubscription(
+            self._api,
+            name,
+            source,
+            receiver,
+            labels={"cluster": self._cluster, "instance": self._instance, "feed": feed},
+            on_closed=lambda: self._forget(name),
+        )
+        return subscription
+
+    def _free_name(self, feed: str) -> str:
         """``poke-sub-<instance>[.<shard>|.untagged]``; a second one at the same time gets a number.
 
         Instance names have no dot, so that no two instances can mean the same name.
         """
         base = f"projects/{self._api.project}/subscriptions/{NAME_PREFIX}{self._instance}"
-        if selection is not Feed.ALL:
-            base += f".{_feed_label(selection)}"
+        if feed != Feed.ALL.value:
+            base += f".{feed}"
         name = base
         while name in self._subscriptions:
             name = f"{base}~{next(self._spare_numbers)}"
@@ -351,23 +336,46 @@ class GooglePubSubTransport:
         return asyncio.get_running_loop().time()
 
 
+class _Whole:
+    """Everything, where each shard has a topic: the shared topic's subscription and one a shard.
+
+    Whoever asks by a probe whether all this delivers gets it through the shared topic alone. So
+    nothing of that is passed on before each of the others has been proven to deliver.
+    """
+
+    def __init__(self, receiver: Receiver, shards: Iterable[int]) -> None:
+        self.parts: list[PulledSubscription] = []
+        self._receiver = receiver
+        self._unproven = set(shards)
+
+    @property
+    def of_shared_topic(self) -> Receiver:
+        """Who hears the shared topic."""
+        return _PartReceiver(self._from_shared_topic, self._receiver.on_gap)
+
+    def of_shard(self, shard: int) -> Receiver:
+        """Who hears the shard's topic."""
+
+        def on_gap(selection: Selection, reason: str) -> None:
+            if shard in self._unproven:
+                self._unproven.remove(shard)
+            else:
+                self._receiver.on_gap(selection, reason)
+
+        return _PartReceiver(self._receiver.on_signal, on_gap)
+
+    async def close(self) -> None:
+        await asyncio.gather(*(part.close() for part in self.parts))
+
+    def _from_shared_topic(self, body: bytes, tag: str | None) -> None:
+        if not self._unproven:
+            self._receiver.on_signal(body, tag)
+
+
+class _PartReceiver(NamedTuple):
+    on_signal: Callable[[bytes, str | None], None]
+    on_gap: Callable[[Selection, str], None]
+
+
 def _feed_label(selection: Selection) -> str:
     return selection.value if isinstance(selection, Feed) else str(selection)
-
-
-def _batches(signals: Sequence[Signal]) -> Iterator[list[Any]]:
-    """``signals`` as messages, in batches that one request may carry."""
-    batch: list[Any] = []
-    size_bytes = 0
-    for body, shard in signals:
-        message_bytes = len(body) + MESSAGE_OVERHEAD_BYTES
-        if batch and (
-            len(batch) == MAX_BATCH_MESSAGES or size_bytes + message_bytes > MAX_BATCH_BYTES
-        ):
-            yield batch
-            batch, size_bytes = [], 0
-        attributes = {} if shard is None else {SHARD_ATTRIBUTE: str(shard)}
-        batch.append(PubsubMessage(data=body, attributes=attributes))
-        size_bytes += message_bytes
-    if batch:
-        yield batch

@@ -13,6 +13,7 @@ janitor miss an orphan until the next sweep, never take a live one for dead.
 
 import asyncio
 import random
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass, field
@@ -53,11 +54,14 @@ class SweepReport:
 
 
 async def list_subscriptions(api: PubSubApi, topic: str, cluster: str) -> AsyncIterator[Any]:
-    """The subscriptions of ``cluster``'s instances on ``topic``, at one call per 1,000.
+    """The subscriptions of ``cluster``'s instances on ``topic`` and its shards' topics.
+
+    One call per 1,000 of the project's.
 
     Raises:
         PubSubError: they can't be listed.
     """
+    ours = re.compile(rf"{re.escape(topic)}(-\d+)?")
     token = ""
     while True:
         page = await api.call(
@@ -68,19 +72,29 @@ async def list_subscriptions(api: PubSubApi, topic: str, cluster: str) -> AsyncI
         )
         for found in page.subscriptions:
             short_name = found.name.rpartition("/")[2]
-            ours = short_name.startswith(NAME_PREFIX) and found.labels.get("cluster") == cluster
-            if ours and found.topic == topic:
+            if (
+                short_name.startswith(NAME_PREFIX)
+                and found.labels.get("cluster") == cluster
+                and ours.fullmatch(found.topic)
+            ):
                 yield found
         token = page.next_page_token
         if not token:
             return
 
 
+class Target(NamedTuple):
+    """Where a probe reaches a subscription: its topic, and the tag (its label ``feed``)."""
+
+    topic: str
+    feed: str
+
+
 @dataclass(slots=True)
 class _Suspect:
     name: str
     instance: str
-    feed: str
+    target: Target
     due_s: float = 0.0
     empty_looks: int = 0
     strikes: int = 0
@@ -101,8 +115,7 @@ class Sweep:
 
     Args:
         keep: the full names of the subscriptions that the sweeper itself reads.
-        publish: publishes a probe for each of these feeds (a label ``feed``: a shard's number,
-            ``untagged`` or ``all``).
+        publish: publishes a probe at each of these targets.
         dead_after_s: how long a message must go unacknowledged. A sweep takes a sixth of it, and
             all of it where there is an orphan.
         patience_s: how long a look waits for something unread. 0 is enough where a dead reader's
@@ -113,7 +126,7 @@ class Sweep:
     topic: str
     cluster: str
     keep: Collection[str]
-    publish: Callable[[Iterable[str]], Awaitable[None]]
+    publish: Callable[[Iterable[Target]], Awaitable[None]]
     dead_after_s: float = DEAD_AFTER_S
     dry_run: bool = False
     patience_s: float = 0.0
@@ -131,7 +144,11 @@ class Sweep:
             PubSubError: the subscriptions can't be listed, or looked into.
         """
         suspects = [
-            _Suspect(found.name, found.labels.get("instance", ""), found.labels.get("feed", ""))
+            _Suspect(
+                found.name,
+                found.labels.get("instance", ""),
+                Target(found.topic, found.labels.get("feed", "")),
+            )
             async for found in list_subscriptions(self.api, self.topic, self.cluster)
             if found.name not in self.keep
         ]
@@ -146,7 +163,7 @@ class Sweep:
         looks = 0
         while undecided and time.monotonic() < end_s:
             if looks < EMPTY_LOOKS:  # the first may still be handed to a dead reader
-                await self.publish({suspect.feed for suspect in undecided})
+                await self.publish({suspect.target for suspect in undecided})
             looks += 1
             # Not in step with other janitors, who have for a moment what they look at.
             await asyncio.sleep(self._look_every_s * random.uniform(0.75, 1.25))  # noqa: S311

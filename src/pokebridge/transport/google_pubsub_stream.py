@@ -17,20 +17,21 @@ A gap is reported only when a probe has come through the restored stream.
 import asyncio
 import random
 import secrets
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import structlog
 
 from pokebridge.errors import TransportError
-from pokebridge.transport.base import Feed, Receiver, Selection
+from pokebridge.transport.base import Feed, Receiver, Selection, Signal
 from pokebridge.transport.google_pubsub_api import (
     PubSubApi,
     PubSubError,
     StreamingCall,
     StreamingPullRequest,
 )
+from pokebridge.transport.google_pubsub_topic import SHARD_ATTRIBUTE, Topic
 from pokebridge.wire import encode_probe
 
 ACK_DEADLINE_S = 10
@@ -53,7 +54,7 @@ BACKOFF_BASE_S, BACKOFF_CAP_S = 0.1, 1.0
 STABLE_S = 10.0
 DELETE_TIMEOUT_S = 5.0
 EMULATOR_FORGETS_S = 0.2
-SHARD_ATTRIBUTE = "shard"
+IT_IS_NEW = "it is new"
 
 log = structlog.get_logger(__name__)
 
@@ -67,15 +68,29 @@ def filter_for(selection: Selection) -> str:
     return f'attributes.{SHARD_ATTRIBUTE} = "{selection}"'
 
 
+class Source(NamedTuple):
+    """What a subscription gives.
+
+    Args:
+        topic: where it comes from.
+        wanted: the part of what is published there.
+        selection: what its receiver asked for, of which this may be a part: what gaps are gaps of.
+        shard: what its probes are tagged with.
+    """
+
+    topic: Topic
+    wanted: Selection
+    selection: Selection
+    shard: int | None
+
+
 class PulledSubscription:
     """A subscription and the stream that pulls from it.
 
     Args:
         name: its full resource name.
-        topic: the topic's.
+        source: what it gives.
         labels: say whose it is; no other subscription of that name is ever replaced.
-        publish: publishes the body of a probe so that this subscription selects it.
-        with_topic: does a call that needs the topic, after seeing to the topic if it is missing.
         on_closed: called when it is closed and deleted.
     """
 
@@ -83,25 +98,23 @@ class PulledSubscription:
         self,
         api: PubSubApi,
         name: str,
-        topic: str,
+        source: Source,
+        receiver: Receiver,
         *,
         labels: Mapping[str, str],
-        selection: Selection,
-        receiver: Receiver,
-        publish: Callable[[bytes], Awaitable[None]],
-        with_topic: Callable[[Callable[[], Awaitable[None]]], Awaitable[None]],
         on_closed: Callable[[], None],
     ) -> None:
         self._api = api
         self.name = name
-        self._topic = topic
-        self._labels = dict(labels)
-        self._selection = selection
+        self._source = source
+        self._topic = source.topic
+        self._wanted_tag = None if isinstance(source.wanted, Feed) else str(source.wanted)
+        self._takes_all = source.wanted is Feed.ALL
+        self._own_tag = str(source.shard) if self._takes_all and source.shard is not None else None
         self._receiver = receiver
-        self._publish = publish
-        self._with_topic = with_topic
+        self._labels = dict(labels)
         self._on_closed = on_closed
-        self._wanted_shard = None if isinstance(selection, Feed) else str(selection)
+        self._topic.attached.add(self)
         self._client_id = secrets.token_hex(16)
         self._acks: list[str] = []
         self._has_acks = asyncio.Event()
@@ -126,10 +139,15 @@ class PulledSubscription:
         """
         await self._create()
         self._gone, self._gap = False, None
-        self._task = asyncio.create_task(self._run(), name=self.name)
+        self._start()
         await asyncio.wait({self._denied}, timeout=await_refusal_s)
         if self._denied.done():
             raise self._denied.result()
+
+    def open_later(self) -> None:
+        """The same without waiting, for as long as it takes; a first gap says when it delivers."""
+        self.lose(IT_IS_NEW)
+        self._start()
 
     async def close(self) -> None:
         """Stop receiving and delete it; what can't be deleted is left to the janitor."""
@@ -148,6 +166,7 @@ class PulledSubscription:
             if not error.is_missing:
                 log.warning("subscription left behind", subscription=self.name, reason=str(error))
         finally:
+            self._topic.attached.discard(self)
             self._on_closed()
 
     def lose(self, reason: str) -> None:
@@ -160,7 +179,7 @@ class PulledSubscription:
 
     async def _create(self) -> None:
         try:
-            await self._with_topic(self._call_create)
+            await self._topic.needed_by(self._call_create)
         except PubSubError as error:
             if not error.is_taken:
                 raise
@@ -172,9 +191,9 @@ class PulledSubscription:
             await self._api.call(
                 "CreateSubscription",
                 name=self.name,
-                topic=self._topic,
+                topic=self._topic.name,
                 labels=self._labels,
-                filter=filter_for(self._selection),
+                filter=filter_for(self._source.wanted),
                 ack_deadline_seconds=ACK_DEADLINE_S,
                 message_retention_duration={"seconds": RETENTION_S},
                 expiration_policy={"ttl": {"seconds": EXPIRY_S}},
@@ -196,7 +215,7 @@ class PulledSubscription:
         if self._api.is_emulator:
             # It looks every 50 ms which streams to end, and goes by the subscription's name.
             await asyncio.sleep(EMULATOR_FORGETS_S)
-        await self._with_topic(self._call_create)
+        await self._topic.needed_by(self._call_create)
 
     async def _is_attached(self) -> bool:
         """Whether it still exists and hangs on the topic, not on a deleted one of that name."""
@@ -204,9 +223,12 @@ class PulledSubscription:
             found = await self._api.call("GetSubscription", subscription=self.name)
         except PubSubError as error:
             return not error.is_missing
-        return bool(found.topic == self._topic)
+        return bool(found.topic == self._topic.name)
 
     # --- the stream -----------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        self._task = asyncio.create_task(self._run(), name=self.name)
 
     async def _run(self) -> None:
         attempts = 0
@@ -281,9 +303,9 @@ class PulledSubscription:
             message = received.message
             tag = message.attributes.get(SHARD_ATTRIBUTE)
             # Google's emulator keeps filters and ignores them.
-            if self._selection is Feed.ALL or tag == self._wanted_shard:
+            if self._takes_all or tag == self._wanted_tag:
                 body = message.data
-                self._receiver.on_signal(body, tag)
+                self._receiver.on_signal(body, tag or self._own_tag)
                 if body == self._proof:
                     self._proven.set()
         self._has_acks.set()
@@ -327,8 +349,9 @@ class PulledSubscription:
                 self._heard_s = self._loop.time()
                 if gap is not None and not self._gone:
                     self._gap = None
-                    log.warning("gap", subscription=self.name, reason=gap)
-                    self._receiver.on_gap(self._selection, gap)
+                    if gap != IT_IS_NEW:
+                        log.warning("gap", subscription=self.name, reason=gap)
+                    self._receiver.on_gap(self._source.selection, gap)
             with suppress(TimeoutError):
                 async with asyncio.timeout(WATCH_S):
                     await self._doubted.wait()
@@ -345,7 +368,7 @@ class PulledSubscription:
         try:
             async with asyncio.timeout(PROOF_TIMEOUT_S):
                 while not self._proven.is_set():
-                    await self._publish(self._proof)
+                    await self._topic.publish([Signal(self._proof, self._source.shard)])
                     with suppress(TimeoutError):
                         async with asyncio.timeout(wait_s):
                             await self._proven.wait()
