@@ -77,6 +77,18 @@ def test_a_draining_member_gives_everything_up_at_once() -> None:
     assert gone.draining == frozenset()
 
 
+def test_a_leader_of_old_does_not_lead_on_old_knowledge() -> None:
+    """Who comes and goes while another one leads counts too: the settle time begins anew."""
+    planner = Planner(SETTLE_S)
+    three = [member(name) for name in "abc"]
+    unfair = replace(settled_map(planner, "abc"), owners=("a",) * COUNT)
+    planner.see(three, 11)
+    planner.see([member("a"), member("b")], 90)
+    planner.see(three, 99)
+    assert planner.plan(unfair, three, 100) is None
+    assert planner.plan(unfair, three, 99 + SETTLE_S) is not None
+
+
 class Cluster:
     """Members over one in-process store, with short leases."""
 
@@ -152,6 +164,24 @@ async def test_a_store_that_lost_its_data_gets_the_map_back() -> None:
     await wait_until(lambda: cluster.store._store.document is not None)
     assert one.view.shard_map.owners == before.owners
     await wait_until(lambda: one.view.shard_map.epoch > before.epoch)
+    await cluster.close()
+
+
+@pytest.mark.parametrize("by_ring", [False, True], ids=["coordinator", "ring"])
+async def test_a_lost_map_is_restored_by_whoever_remembers_it(*, by_ring: bool) -> None:
+    """A newcomer that leads an empty store begins no map that those who know more never follow."""
+    cluster = Cluster()
+    one = await cluster.join("a", by_ring=by_ring)
+    await wait_until(lambda: cluster.agree({"a"}))
+    for mode in ("fanout", "partitioned", "fanout"):
+        before = await one.change(lambda shard_map, mode=mode: replace(shard_map, mode=mode))  # type: ignore[misc]
+    store = cluster.store._store
+    store.document, store.leader = None, None
+    assert by_ring or await cluster.store.lead("b", 60)
+    two = await cluster.join("b", by_ring=by_ring)
+    await wait_until(lambda: two.view.shard_map.epoch > before.epoch)
+    await wait_until(lambda: one.view.shard_map == two.view.shard_map)
+    assert one.view.shard_map.mode == "fanout"
     await cluster.close()
 
 

@@ -43,11 +43,15 @@ class Planner:
         self._seen: frozenset[tuple[str, str]] = frozenset()
         self._changed_at = float("-inf")
 
-    def plan(self, current: ShardMap, members: Sequence[Member], now: float) -> ShardMap | None:
-        """The map that should follow ``current``; ``None`` when it may stay."""
+    def see(self, members: Sequence[Member], now: float) -> None:
+        """These are the members now; told by a follower too, lest it lead on old knowledge."""
         seen = frozenset((member.id, member.incarnation) for member in members)
         if seen != self._seen:
             self._seen, self._changed_at = seen, now
+
+    def plan(self, current: ShardMap, members: Sequence[Member], now: float) -> ShardMap | None:
+        """The map that should follow ``current``; ``None`` when it may stay."""
+        self.see(members, now)
         settled = now - self._changed_at >= self._settle_s
         draining = current.draining & {member.id for member in members}
         weights = _weights(members, draining)
@@ -218,11 +222,12 @@ class Membership:
         members = await self._coordination.members()
         shard_map, stored = await self._read()
         self._note_contact(lost_data=stored is None)
-        self._is_leader = self._leads and await self._coordination.lead(
-            self._holder, self._lease_s
-        )
+        self._planner.see(members, self._last_seen_s)
+        self._is_leader = self._leads and await self._coordination.lead(self._holder, self._lease_s)
         if self._is_leader:
             shard_map = await self._lead(shard_map, stored, members)
+        elif self._remembers(shard_map) and shard_map.epoch > 0:
+            shard_map = await self._restore(shard_map, stored)
         if self._trouble is not None:
             log.info("cluster seen", epoch=shard_map.epoch, members=len(members))
             self._trouble = None
@@ -246,12 +251,28 @@ class Membership:
         planned = None
         if self._last_seen_s - self._in_touch_since_s >= self._lease_s:
             planned = self._planner.plan(shard_map, members, self._last_seen_s)
-        if planned is None and stored is None:
-            planned = replace(shard_map, epoch=shard_map.epoch + 1)  # a store that is new, or lost
+        if planned is None and self._remembers(shard_map):
+            return await self._restore(shard_map, stored)
         if planned is None or not await self._write(planned, stored):
             return shard_map
         log.info("shard map changed", epoch=planned.epoch, members=len(members))
         return planned
+
+    def _remembers(self, shard_map: ShardMap) -> bool:
+        """Whether ``shard_map`` is what we remember, since the store has nothing as new."""
+        return shard_map is self._view.shard_map
+
+    async def _restore(self, shard_map: ShardMap, stored: Document | None) -> ShardMap:
+        """Write what we remember into a store that is new, or has lost its data.
+
+        Whoever remembers does it, leading or not: a leader that has just started would begin a map
+        of its own, which those who know a higher epoch never follow.
+        """
+        restored = replace(shard_map, epoch=shard_map.epoch + 1)
+        if not await self._write(restored, stored):
+            return shard_map
+        log.info("shard map restored", epoch=restored.epoch)
+        return restored
 
     async def _read(self) -> tuple[ShardMap, Document | None]:
         """The map in force, and the document to replace.
