@@ -7,7 +7,7 @@ An adapter's module, and with it its driver, is imported when a URL asks for it 
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Generic, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Generic, NoReturn, TypeVar
 
 from pokebridge.coordination.base import Coordination
 from pokebridge.errors import ConfigError, MissingExtraError
@@ -15,6 +15,9 @@ from pokebridge.mailbox.base import Limits, Mailbox
 from pokebridge.placement import Mode
 from pokebridge.sharding import DEFAULT_SHARD_COUNT
 from pokebridge.transport.base import Carrier, Transport
+
+if TYPE_CHECKING:
+    from pokebridge.tracing import Tracing
 
 _Part = TypeVar("_Part")
 
@@ -67,6 +70,18 @@ async def open_transport(
     return await _open("transport", _TRANSPORTS, choice)
 
 
+def open_tracing(instance: str) -> "Tracing":
+    """OpenTelemetry traces of ``instance``; to be called before the event loop runs.
+
+    Raises MissingExtraError: its library is not installed.
+    """
+    try:
+        from pokebridge import tracing
+    except ImportError as error:
+        raise MissingExtraError("tracing", "otel") from error
+    return tracing.open_tracing(instance)
+
+
 async def open_for_janitor(url: str, *, instance: str, cluster: str) -> Transport | None:
     """The transport that ``url`` chooses, which then creates nothing in its engine.
 
@@ -114,7 +129,8 @@ async def _open(part: str, adapters: Mapping[str, _Adapter[_Part]], choice: _Cho
     except ImportError as error:
         if adapter.extra is None or (error.name or "").startswith("pokebridge"):
             raise
-        raise MissingExtraError(choice.url.partition("://")[0], adapter.extra) from error
+        scheme = choice.url.partition("://")[0]
+        raise MissingExtraError(f"{scheme}://", adapter.extra) from error
 
 
 def _adapter(part: str, adapters: Mapping[str, _Adapter[_Part]], url: str) -> _Adapter[_Part]:

@@ -2,7 +2,7 @@
 
     PokebridgeError
     ├── ConfigError                 a setting is wrong: the start stops with one line that names it
-    │   └── MissingExtraError       a part was chosen whose driver is not installed
+    │   └── MissingExtraError       a part was chosen whose library is not installed
     ├── RefusedError                a WebSocket handshake is refused: limits, Origin, or none at all
     ├── InputError                  somebody sent something that the contract does not allow
     │   ├── SignalError             a signal on the transport is none of protocol.md section 2
@@ -36,11 +36,11 @@ class ConfigError(PokebridgeError):
 
 
 class MissingExtraError(ConfigError):
-    """A part was chosen by URL whose driver is not installed."""
+    """A part was chosen, ``what``, whose library is not installed; ``extra`` brings it."""
 
-    def __init__(self, scheme: str, extra: str) -> None:
+    def __init__(self, what: str, extra: str) -> None:
         super().__init__(
-            f"{scheme}:// needs a driver that is not installed: pip install 'pokebridge[{extra}]'"
+            f"{what} needs a library that is not installed: pip install 'pokebridge[{extra}]'"
         )
 
 

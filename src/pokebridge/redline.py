@@ -352,8 +352,8 @@ class WatchRules:
     leave_at: float
 
 
-LOG_RULES = WatchRules(over_for_s=10.0, under_for_s=30.0, leave_at=0.8)
-"""For a log line, a metric, ``over_red_line``."""
+LOG_RULES = WatchRules(over_for_s=2.0, under_for_s=30.0, leave_at=0.8)
+"""For a log line, a metric, ``over_red_line``: the figure is an average over 10 s already."""
 MIGRATE_RULES = WatchRules(over_for_s=300.0, under_for_s=1800.0, leave_at=0.5)
 """For ``mode = auto``: over means partition, under means fan-out."""
 

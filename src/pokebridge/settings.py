@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from pokebridge.errors import ConfigError
+from pokebridge.redline import MIGRATE_RULES
 from pokebridge.sharding import DEFAULT_SHARD_COUNT, MAX_SHARD_COUNT
 
 ENV_PREFIX = "POKEBRIDGE_"
@@ -144,9 +145,14 @@ class Settings(BaseModel):
     coordination: _PartUrl = "memory://"
     """URL of what instances agree through: postgresql://…, nats://HOST:PORT (KV),
     redis://HOST:PORT/DB, static://?ordinal=0&replicas=3, or memory:// for this process only."""
-    mode: Literal["fanout", "partitioned"] = "fanout"
+    mode: Literal["fanout", "partitioned", "auto"] = "fanout"
     """Whether every instance hears every poke (fanout) or just its shards' (partitioned). It is
-    that of a cluster which has none yet: later it is changed by `pokebridge cluster mode`."""
+    that of a cluster which has none yet: later it is changed by `pokebridge cluster mode`. With
+    auto it begins as fanout, and the coordinator changes it when the red line is crossed."""
+    auto_over_s: _Seconds = MIGRATE_RULES.over_for_s
+    """Seconds over the red line after which mode auto goes partitioned."""
+    auto_under_s: _Seconds = MIGRATE_RULES.under_for_s
+    """Seconds well under it, less than half, after which mode auto goes back to fanout."""
     assignment: Literal["coordinator", "ring"] = "coordinator"
     """Who says which instance owns a shard: an elected coordinator, with the least movement, or
     a hash ring that each instance computes. With static:// it is the ordinal."""
@@ -199,12 +205,20 @@ class Settings(BaseModel):
     grace_s: _Seconds = 10
     """Seconds that a stopping instance gives requests under way."""
 
+    tracing: bool = False
+    """Send OpenTelemetry traces of send, poke and deliver to the collector that the OTEL_…
+    variables name."""
     log_format: Literal["json", "console"] = Field(
         default_factory=lambda given: "console" if given.get("dev") else "json"
     )
     """json, one object a line, or console, for people."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """debug, info, warning or error."""
+
+    @property
+    def initial_mode(self) -> Literal["fanout", "partitioned"]:
+        """The mode of a cluster that has none yet."""
+        return "fanout" if self.mode == "auto" else self.mode
 
     @model_validator(mode="after")
     def _check(self) -> Self:

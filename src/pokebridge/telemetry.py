@@ -45,6 +45,10 @@ class Metric(StrEnum):
     CLUSTER_LEADER = "pokebridge_cluster_leader", "1 when this instance plans the shard map"
     CLUSTER_PARTITIONED = "pokebridge_cluster_partitioned", "1 when partitioned, 0 in fan-out"
     COORDINATION_UP = "pokebridge_coordination_up", "1 while the coordination store answers"
+    NOISE_RATIO = "pokebridge_noise_ratio", "CPU time spent on others' pokes, 0 to 1"
+    GLOBAL_OPS = "pokebridge_global_ops_per_s", "Signals delivered a second in the whole cluster"
+    RED_LINE = "pokebridge_red_line_ops_per_s", "The red line, as set"
+    OVER_RED_LINE = "pokebridge_over_red_line", "1 while the cluster is over the red line"
     MESSAGES_COMMITTED = "pokebridge_messages_committed_total", "Messages committed to a mailbox"
     HTTP_SECONDS = (
         "pokebridge_http_request_duration_seconds",

@@ -78,6 +78,11 @@ class Tracing:
         self._pending: dict[str, Span] = {}
         self.is_here: Callable[[str], bool] = lambda _: True
 
+    @property
+    def middleware(self) -> Callable[[ASGIApp], ASGIApp]:
+        """What takes a caller's own trace over, for an ASGI app."""
+        return TraceContextMiddleware
+
     async def close(self) -> None:
         """Send what is left to the collector, for as long as its own timeouts allow."""
         for span in self._pending.values():

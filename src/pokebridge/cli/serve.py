@@ -9,7 +9,7 @@ import click
 import uvloop
 from pydantic.fields import FieldInfo
 
-from pokebridge.adapters import open_coordination, open_mailbox, open_transport
+from pokebridge.adapters import open_coordination, open_mailbox, open_tracing, open_transport
 from pokebridge.cli.options import config_option, mailbox_limits
 from pokebridge.settings import Settings, load_settings
 from pokebridge.telemetry import configure_logging
@@ -61,20 +61,26 @@ def run_instance(settings: Settings) -> None:
     from pokebridge import server  # noqa: PLC0415
 
     configure_logging(settings.log_format, settings.log_level)
+    tracing = open_tracing(settings.instance) if settings.tracing else None
 
     async def run() -> None:
         who = {"instance": settings.instance, "cluster": settings.cluster}
         plans_only = settings.roles == {"coordinator"}
         async with AsyncExitStack() as opened:
             transport = await open_transport(
-                "memory://" if plans_only else settings.transport, **who
+                "memory://" if plans_only else settings.transport,
+                **who,
+                carrier=settings.carrier,
+                shard_count=settings.shard_count,
             )
             opened.push_async_callback(transport.close)
+            if tracing is not None:
+                transport = tracing.over(transport)
             coordination = await open_coordination(
                 settings.coordination,
                 **who,
                 shard_count=settings.shard_count,
-                mode=settings.mode,
+                mode=settings.initial_mode,
             )
             opened.push_async_callback(coordination.close)
             mailbox = None
@@ -82,7 +88,11 @@ def run_instance(settings: Settings) -> None:
                 mailbox = await open_mailbox(settings.mailbox, mailbox_limits(settings))
                 opened.push_async_callback(mailbox.close)
             await server.serve(
-                settings, transport=transport, mailbox=mailbox, coordination=coordination
+                settings,
+                transport=transport,
+                mailbox=mailbox,
+                coordination=coordination,
+                tracing=tracing,
             )
 
     uvloop.run(run())

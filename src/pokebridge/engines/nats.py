@@ -139,7 +139,7 @@ def client_options(part: str, url: str, allowed: AbstractSet[str] = URL_OPTIONS)
 
 def _read(part: str, option: str, path: str) -> str:
     if find_spec("nkeys") is None:
-        raise MissingExtraError("nats", "nats")
+        raise MissingExtraError("nats://", "nats")
     try:
         return Path(path).read_text(encoding="ascii")
     except (OSError, ValueError) as error:

@@ -6,6 +6,7 @@ import functools
 import signal
 import socket
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import structlog
 import uvicorn
@@ -17,6 +18,9 @@ from pokebridge.server.http import HttpProtocol
 from pokebridge.server.instance import Instance
 from pokebridge.settings import Settings
 from pokebridge.transport.base import Transport
+
+if TYPE_CHECKING:  # its libraries are an extra
+    from pokebridge.tracing import Tracing
 
 log = structlog.get_logger(__name__)
 
@@ -30,10 +34,12 @@ async def serve(
     transport: Transport,
     mailbox: Mailbox | None,
     coordination: Coordination,
+    tracing: "Tracing | None" = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then drain, finish what is under way and return.
 
     The parts are closed at the end. ``mailbox`` is ``None`` for an instance that keeps no messages.
+    ``tracing`` has been put over the transport already.
 
     Raises:
         ConfigError: the address can't be listened on.
@@ -42,7 +48,12 @@ async def serve(
     """
     listener = _listen(settings.host, settings.port)
     instance = Instance(
-        settings, transport, mailbox, coordination, url=_reached_at(settings, listener)
+        settings,
+        transport,
+        mailbox,
+        coordination,
+        url=_reached_at(settings, listener),
+        tracing=tracing,
     )
     try:
         await instance.start()

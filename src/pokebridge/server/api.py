@@ -14,6 +14,7 @@ from fastapi import FastAPI, Request, Response
 from prometheus_client import CollectorRegistry
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
 from pokebridge import console
 from pokebridge.mailbox.base import Mailbox
@@ -31,6 +32,8 @@ from pokebridge.server.pokes import PokeCalls
 BODY_CAP_BYTES = 96 * 1024
 POKES_CAP_BYTES = 384 * 1024
 
+Send = Callable[[NewMessage], Awaitable[Receipt]]
+PublishPokes = Callable[[Sequence[Poke]], Awaitable[None]]
 Sign = Callable[[str, Iterable[str], float], str]
 
 
@@ -45,15 +48,15 @@ class Parts:
     ``home_of`` tells of a recipient its shard, the instance that serves it best, and the URL to
     connect to for that: empty for the host that was asked. ``not_ready`` says why the instance
     can't serve now, an empty sequence that it can. ``drain`` has an instance begin to send its
-    sessions elsewhere.
+    sessions elsewhere. ``middleware`` is ASGI's, around everything else.
     ``allowed_origins`` may call from a browser, ``"*"`` stands for any. ``sign_dev_token`` makes
     a token for anybody who asks: given with ``--dev`` alone.
     """
 
     verify: Verify
     mailbox: Mailbox | None
-    send: Callable[[NewMessage], Awaitable[Receipt]] | None
-    publish_pokes: Callable[[Sequence[Poke]], Awaitable[None]]
+    send: Send | None
+    publish_pokes: PublishPokes
     disconnect: Callable[[str], Awaitable[None]]
     home_of: Callable[[str], tuple[int, str, str]]
     view_cluster: Callable[[], Awaitable[schema.Cluster]]
@@ -62,6 +65,7 @@ class Parts:
     not_ready: Callable[[], Awaitable[Sequence[str]]]
     registry: CollectorRegistry
     has_calls: bool = True
+    middleware: Sequence[Callable[[ASGIApp], ASGIApp]] = ()
     allowed_origins: Sequence[str] = ()
     sign_dev_token: Sign | None = None
 
@@ -100,6 +104,7 @@ def _add_calls(app: Api, parts: Parts) -> None:
 def _middleware(parts: Parts) -> Sequence[Middleware]:
     """From the outside in."""
     return [
+        *(Middleware(each) for each in parts.middleware),
         Middleware(RequestMetrics, registry=parts.registry),
         Middleware(
             CORSMiddleware,

@@ -8,21 +8,25 @@ import asyncio
 import resource
 import secrets
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from http import HTTPStatus
 from pathlib import Path
+from typing import NamedTuple
 
 import structlog
 from starlette.exceptions import HTTPException
 
 from pokebridge.coordination.base import Coordination, Member, Report
 from pokebridge.coordinator import Membership, View
-from pokebridge.errors import CoordinationError
+from pokebridge.errors import CoordinationError, TransportError
 from pokebridge.gateway.gateway import Gateway
 from pokebridge.gateway.meter import Window
 from pokebridge.placement import Mode
+from pokebridge.redline import MIGRATE_RULES
 from pokebridge.server import schema
+from pokebridge.server.red_line import RedLine
 from pokebridge.settings import Settings
 from pokebridge.sharding import shard_of
 from pokebridge.transport.base import Transport
@@ -62,6 +66,15 @@ class Cluster:
         self._joined_at_ms = int(time.time() * 1000)
         self._window = Window(self._totals())
         self._memory_bytes = 0
+        self.ops_per_s = 0.0
+        """Deliveries of signals in the whole cluster, as of a second ago."""
+        self.red_line = RedLine(
+            settings.red_line_ops_per_s,
+            replace(
+                MIGRATE_RULES, over_for_s=settings.auto_over_s, under_for_s=settings.auto_under_s
+            ),
+            self.migrate if settings.mode == "auto" else None,
+        )
         self._applied: View | None = None
         self._seen = asyncio.Event()
         self._ticker: asyncio.Task[None] | None = None
@@ -70,7 +83,7 @@ class Cluster:
             self._describe if self._is_member else None,
             holder=f"{settings.instance}:{self._incarnation}",
             shard_count=settings.shard_count,
-            mode=settings.mode,
+            mode=settings.initial_mode,
             on_view=self._on_view,
             lease_s=settings.lease_s,
             leads="coordinator" in settings.roles,
@@ -275,12 +288,31 @@ class Cluster:
             self._memory_bytes = await asyncio.to_thread(_memory_bytes)
             await asyncio.sleep(1.0)
             self._window.mark(self._totals())
+            with suppress(TransportError):  # it can't count its subscribers now
+                await self._watch_red_line()
+
+    async def _watch_red_line(self) -> None:
+        load = await self._load(self._members())
+        self.ops_per_s = load.ops_per_s
+        await self.red_line.observe(
+            ops_per_s=load.ops_per_s,
+            fan_out_ops_per_s=load.messages_per_s * load.instances,
+            mode=self.view.shard_map.mode,
+            is_leader=self.is_leader,
+            now=asyncio.get_running_loop().time(),
+        )
+
+    def _members(self) -> Mapping[str, Member]:
+        """Everyone, and of this instance what is true now."""
+        members = dict(self.view.members)
+        if self._is_member:
+            members[self._settings.instance] = self._describe()
+        return members
 
     async def show(self) -> schema.Cluster:
         """The whole cluster, as far as this instance sees it."""
-        shard_map, members = self.view.shard_map, dict(self.view.members)
-        if self._is_member:
-            members[self._settings.instance] = self._describe()
+        shard_map, members = self.view.shard_map, self._members()
+        load = await self._load(members)
         return schema.Cluster(
             mode=shard_map.mode,
             epoch=shard_map.epoch,
@@ -289,30 +321,36 @@ class Cluster:
                 _shown(member, shard_map.owned_by(member.id), shard_map.draining)
                 for _, member in sorted(members.items())
             ],
-            traffic=await self._traffic(list(members.values())),
+            traffic=schema.Traffic(
+                messages_per_s=load.messages_per_s,
+                global_ops_per_s=load.ops_per_s,
+                red_line=self._settings.red_line_ops_per_s,
+                noise_ratio=self._gateway.bridge.traffic.noise_ratio,
+                over_red_line=self.red_line.is_over,
+            ),
         )
 
-    async def _traffic(self, members: Sequence[Member]) -> schema.Traffic:
+    async def _load(self, members: Mapping[str, Member]) -> "_Load":
         """The load on the cluster.
 
         In fan-out every instance receives every message; partitioned, their sum is what there is.
         """
-        rates = [member.report.messages_per_s for member in members] or [0.0]
-        global_ops_per_s = messages_per_s = sum(rates)
-        if self.view.shard_map.mode == "fanout":
-            messages_per_s = max(rates)
-            instances = len(members)
-            if not self._is_shared:
-                instances = await self._transport.subscriber_count() or 1
-            global_ops_per_s = messages_per_s * instances
-        red_line = self._settings.red_line_ops_per_s
-        return schema.Traffic(
-            messages_per_s=messages_per_s,
-            global_ops_per_s=global_ops_per_s,
-            red_line=red_line,
-            noise_ratio=self._gateway.bridge.traffic.noise_ratio,
-            over_red_line=global_ops_per_s > red_line,
-        )
+        rates = [member.report.messages_per_s for member in members.values()]
+        if self.view.shard_map.mode == "partitioned":
+            return _Load(sum(rates), sum(rates), len(members))
+        instances = len(members)
+        if not self._is_shared:
+            instances = await self._transport.subscriber_count() or 1
+        messages_per_s = max(rates, default=0.0)
+        return _Load(messages_per_s, messages_per_s * instances, instances)
+
+
+class _Load(NamedTuple):
+    messages_per_s: float
+    """Signals published."""
+    ops_per_s: float
+    """Signals delivered, to all instances together."""
+    instances: int
 
 
 def connect_url(base: str) -> str:

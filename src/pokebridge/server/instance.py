@@ -8,6 +8,7 @@ Processor ──append──▶ mailbox          Publisher ──signals──�
 import asyncio
 import resource
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import structlog
 from fastapi import FastAPI
@@ -29,6 +30,9 @@ from pokebridge.telemetry import Metric
 from pokebridge.tokens import TokenVerifier, sign_token
 from pokebridge.transport.base import Transport
 
+if TYPE_CHECKING:  # its libraries are an extra
+    from pokebridge.tracing import Tracing
+
 log = structlog.get_logger(__name__)
 
 # Descriptors that are no sessions: the listener, the mailbox, the transport, HTTP connections.
@@ -47,6 +51,7 @@ class Instance:
         coordination: Coordination,
         *,
         url: str = "",
+        tracing: "Tracing | None" = None,
     ) -> None:
         """``url`` is where clients reach this instance and no other, empty when they can't."""
         self.settings = settings
@@ -71,6 +76,7 @@ class Instance:
             url=url,
             on_drain=self.start_drain,
         )
+        self._tracing = tracing
         self._draining: asyncio.Task[None] | None = None
         registry = CollectorRegistry()
         metrics.expose(registry, self._read_metrics)
@@ -78,13 +84,20 @@ class Instance:
 
     def _create_app(self, registry: CollectorRegistry) -> FastAPI:
         settings = self.settings
+        send: api.Send | None = None if self._processor is None else self._processor.send
+        publish_pokes: api.PublishPokes = self._publisher.publish
+        if self._tracing is not None:
+            sessions = self.gateway.sessions
+            self._tracing.is_here = lambda recipient: bool(sessions.find(recipient))
+            send = send and self._tracing.sending(send)
+            publish_pokes = self._tracing.poking(publish_pokes)
         return api.create_api(
             api.Parts(
                 verify=self._verifier.verify,
                 has_calls="api" in settings.roles,
                 mailbox=self._mailbox,
-                send=None if self._processor is None else self._processor.send,
-                publish_pokes=self._publisher.publish,
+                send=send,
+                publish_pokes=publish_pokes,
                 disconnect=self._publisher.disconnect,
                 home_of=self.cluster.home_of,
                 view_cluster=self.cluster.show,
@@ -92,6 +105,7 @@ class Instance:
                 drain=self.cluster.drain,
                 not_ready=self._not_ready,
                 registry=registry,
+                middleware=[] if self._tracing is None else [self._tracing.middleware],
                 allowed_origins=settings.allowed_origins,
                 sign_dev_token=self._sign_dev_token if settings.dev else None,
             )
@@ -140,6 +154,8 @@ class Instance:
         await self._transport.close()
         if self._mailbox is not None:
             await self._mailbox.close()
+        if self._tracing is not None:
+            await self._tracing.close()
 
     # --- what the API asks for ----------------------------------------------------------------
 
@@ -201,6 +217,10 @@ class Instance:
             Metric.CLUSTER_MEMBERS: len(view.members),
             Metric.CLUSTER_LEADER: self.cluster.is_leader,
             Metric.CLUSTER_PARTITIONED: view.shard_map.mode == "partitioned",
+            Metric.NOISE_RATIO: self.gateway.bridge.traffic.noise_ratio,
+            Metric.GLOBAL_OPS: self.cluster.ops_per_s,
+            Metric.RED_LINE: self.settings.red_line_ops_per_s,
+            Metric.OVER_RED_LINE: self.cluster.red_line.is_over,
             Metric.COORDINATION_UP: self.cluster.trouble is None,
         }
         if self._processor is not None:
@@ -219,7 +239,7 @@ def _gateway_config(settings: Settings) -> GatewayConfig:
         max_sessions_per_address=settings.max_sessions_per_address,
         handshakes_per_s=settings.handshakes_per_s,
         shard_count=settings.shard_count,
-        mode=settings.mode,
+        mode=settings.initial_mode,
         timing=Timing(
             ping_interval_s=settings.ping_interval_s, pong_timeout_s=settings.pong_timeout_s
         ),
