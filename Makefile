@@ -43,7 +43,7 @@ test: setup test-deps  ## run the whole test suite, real engines included
 # What the suite needs beside Python, as PROGRAM or PROGRAM:PACKAGE. Where something can't be had the tests say so: they skip, and in CI they fail.
 # Debian starts a server that it installs, unless policy-rc.d says 101 (invoke-rc.d(8)); the tests start their own.
 test-deps:
-	@missing=; for need in chromium nginx haproxy redis-cli:redis-tools; do \
+	@missing=; for need in chromium nginx haproxy redis-cli:redis-tools promtool:prometheus; do \
 	  PATH="$$PATH:/usr/sbin" command -v $${need%:*} >/dev/null || missing="$$missing $${need#*:}"; done; \
 	if [ -z "$$missing" ]; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
