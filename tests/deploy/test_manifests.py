@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml  # type: ignore[import-untyped]  # no stubs are locked
+import yaml
 
 from pokebridge.session import Timing
 from pokebridge.settings import _OTHER_VARIABLES, Settings, load_settings

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml  # type: ignore[import-untyped]  # no stubs are locked
+import yaml
 from tests.support.missing import require
 
 from pokebridge.server.metrics import _LABELS
