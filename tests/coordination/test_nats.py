@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -210,6 +211,9 @@ async def test_the_documented_permissions_are_enough(
     run_server: Callable[[str], Daemon], tmp_path: Path, connect_to: ConnectTo
 ) -> None:
     """With them everything works, and without the right to create a bucket once there is one."""
+    page = (Path(__file__).parents[2] / "docs/coordination.md").read_text()
+    granted = re.findall(r'"([^"]*(?:default|INBOX)[^"]*)"', ALLOWED + CREATE + NEWS)
+    assert sorted(granted) == sorted(re.findall(r'"([$_p][^"]*)"', page))
     config = ALLOWED % (tmp_path, CREATE, NEWS)
     server = await asyncio.to_thread(run_server, config)
     for _ in range(2):

@@ -1,6 +1,7 @@
 """Coordination through PostgreSQL: the contract, outages, permissions, TLS."""
 
 import asyncio
+import re
 import ssl
 import uuid
 from collections.abc import AsyncIterator
@@ -15,7 +16,7 @@ from tests.coordination.stores import ConnectTo, LoseData, StoreSuite, connectio
 from tests.support import Daemon, wait_until
 from tests.transport.certificates import Certificates, make_certificates
 
-from pokebridge.coordination.postgres import PostgresCoordination
+from pokebridge.coordination.postgres import _TABLES, PostgresCoordination
 from pokebridge.errors import CoordinationError
 from pokebridge.testing.coordination import Connect, CoordinationContract, member
 
@@ -82,8 +83,12 @@ async def test_members_that_start_together_make_the_tables_once(
 async def test_the_documented_permissions_are_enough(
     connect_to: ConnectTo, postgres_database: str
 ) -> None:
-    """Where the tables are made already, a role needs to read and write their rows only."""
-    await (await connect_to(postgres_database)).close()
+    """Where the tables of docs/coordination.md are, a role needs to read and write rows only."""
+    page = (Path(__file__).parents[2] / "docs/coordination.md").read_text()
+    tables = re.search(r"( {4}CREATE TABLE .*?;\n)\n", page, re.DOTALL)
+    assert tables is not None
+    assert tables[1].split() == _TABLES.replace("IF NOT EXISTS ", "").split()
+    await run(postgres_database, tables[1])
     role = f"bridge_{uuid.uuid4().hex}"
     await run(
         postgres_database,
