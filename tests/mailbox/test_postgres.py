@@ -12,7 +12,7 @@ import pytest
 from tests.support import CutProxy, Daemon, wait_until
 
 from pokebridge.errors import ConfigError, InputError, MailboxError
-from pokebridge.mailbox import postgres, postgres_pool
+from pokebridge.mailbox import batcher, postgres, postgres_pool
 from pokebridge.mailbox.base import Limits, Mailbox
 from pokebridge.mailbox.postgres import PostgresMailbox
 from pokebridge.model import Receipt
@@ -226,12 +226,13 @@ class TestOutages:
     async def test_too_many_calls_are_refused(
         self, mailbox: PostgresMailbox, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """What waits in this process is bounded."""
+        """What waits in this process is bounded, whether it shares a round trip or not."""
+        monkeypatch.setattr(batcher, "MAX_WAITING", 3)
         monkeypatch.setattr(postgres_pool, "MAX_WAITING", 3)
-        calls = [mailbox.head(BOB) for _ in range(5)]
-        answers = await asyncio.gather(*calls, return_exceptions=True)
-        assert answers[:3] == [0, 0, 0]
-        assert all("too much to do" in str(answer) for answer in answers[3:])
+        for call in (lambda: mailbox.head(BOB), lambda: mailbox.clear(BOB)):
+            answers = await asyncio.gather(*(call() for _ in range(5)), return_exceptions=True)
+            assert answers[:3] == [0, 0, 0]
+            assert all("too much to do" in str(answer) for answer in answers[3:])
 
 
 class TestOpening:
@@ -304,18 +305,48 @@ class TestPlans:
     async def test_an_empty_pull_is_one_look_up(
         self, mailbox: PostgresMailbox, by_hand: Any
     ) -> None:
-        """The head's row by its key; the messages are not looked at, whatever the reader has."""
+        """A reader that has the head costs one statement: a look-up of the head by its key."""
         await asyncio.gather(*(mailbox.append(message(f"r{n % 500}")) for n in range(2000)))
+        statements: list[str] = []
+        for connection in mailbox._pool._idle:
+            connection.add_query_logger(lambda record: statements.append(record.query))
+        await mailbox.read("r7", after=4, limit=50)
+        await mailbox.read("r7", after=0, limit=50, unless_head=4)
+        assert statements == [postgres.HEADS] * 2
+        assert len((await mailbox.read("r7", after=3, limit=50)).messages) == 1
+        assert statements[2:] == [postgres.HEADS, postgres.READ]
         await by_hand.execute("ANALYZE")
-        for cursor, known, executed in ((4, None, 0), (9, None, 0), (0, 4, 0), (3, None, 1)):
-            plan = await _explain(by_hand, postgres.READ, "r7", cursor, 51, 1000, known, None)
-            scans = {
-                node["Relation Name"]: node for node in _nodes(plan) if "Relation Name" in node
-            }
-            assert set(scans) == {"heads", "messages"}
-            assert scans["heads"]["Index Name"] == "heads_pkey"
-            assert scans["messages"]["Index Name"] == "messages_pkey"
-            assert scans["messages"]["Actual Loops"] == executed, (cursor, known)
+        plan = await _explain(by_hand, postgres.HEADS, ["r7"])
+        assert [(node["Node Type"], node["Index Name"]) for node in _nodes(plan)] == [
+            ("Index Scan", "heads_pkey")
+        ]
+
+    async def test_pulls_share_a_round_trip(self, mailbox: PostgresMailbox) -> None:
+        """Hundreds of pulls that come at once are a few statements, and get each its own page."""
+        await asyncio.gather(*(mailbox.append(message(f"r{n % 60}")) for n in range(180)))
+        statements: list[str] = []
+        for connection in mailbox._pool._idle:
+            connection.add_query_logger(lambda record: statements.append(record.query))
+        pages = await asyncio.gather(
+            *(mailbox.read(f"r{n}", after=n % 4, limit=1 + n % 2) for n in range(200))
+        )
+        for n, page in enumerate(pages):
+            there = range(n % 4 + 1, 4) if n < 60 else range(0)
+            shown = list(there)[: 1 + n % 2]
+            assert [kept.version for kept in page.messages] == shown
+            assert page.more == (len(shown) < len(there))
+        assert len(statements) < 20
+
+    async def test_a_page_is_read_in_order_by_its_key(
+        self, mailbox: PostgresMailbox, by_hand: Any
+    ) -> None:
+        """A page of a large mailbox costs its own messages, not all that are there."""
+        await asyncio.gather(*(mailbox.append(message()) for _ in range(2000)))
+        await by_hand.execute("ANALYZE")
+        plan = await _explain(by_hand, postgres.READ, [BOB], [100], [1000], 11, None)
+        scans = {node["Relation Name"]: node for node in _nodes(plan) if "Relation Name" in node}
+        assert scans["messages"]["Index Name"] == "messages_pkey"
+        assert scans["messages"]["Actual Rows"] == 11
 
     async def test_no_statement_reads_a_table_through(self, url: str, by_hand: Any) -> None:
         """Whatever a mailbox does, no table is scanned as a whole, however small it still is."""

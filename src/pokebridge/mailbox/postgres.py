@@ -7,7 +7,7 @@ round trip and one flush of the disk serve them all, whatever their recipients.
 import re
 import uuid
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from pokebridge.errors import ConfigError, InputError, MailboxError
@@ -31,32 +31,35 @@ DEFAULT_SCHEMA: Final = "pokebridge"
 BATCH: Final = 512
 BATCH_BYTES: Final = 4 * 1024 * 1024
 APPENDERS: Final = 2
+# Pulls with something to read: some share a round trip, whose pages must not grow too large.
+READ_BATCH: Final = 16
+READERS: Final = 4
 # Long after the last attempt of a batch, whose calls end within seconds.
 BATCH_KEPT_MS: Final = 10 * 60 * 1000
 STATS_TIMEOUT_S: Final = 300.0
 MIGRATION_TIMEOUT_S: Final = 600.0
 
 APPEND: Final = "SELECT append($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)"
-# A recipient whose head the reader has costs one look-up in heads: the rest is never executed. What
-# comes is a page and the message after it, which says that there is more.
+# For each pull its recipient's head and, from the same snapshot, a page and the message after it,
+# which says that there is more.
 READ: Final = """
-SELECT heads.head, page.version, page.id, page.sender, page.body, page.sent_at_ms
-FROM heads LEFT JOIN LATERAL (
+SELECT given.n, heads.head, page.version, page.id, page.sender, page.body, page.sent_at_ms
+FROM unnest($1::text[], $2::bigint[], $3::bigint[])
+    WITH ORDINALITY AS given (recipient, after, max_bytes, n)
+JOIN heads USING (recipient) CROSS JOIN LATERAL (
     SELECT * FROM (
         SELECT *, row_number() OVER w AS place,
             sum(octet_length(body)) OVER w - octet_length(body) AS bytes_before
         FROM (
             SELECT version, id, sender, body, sent_at_ms FROM messages
-            WHERE messages.recipient = heads.recipient AND version > $2
-                AND (expires_ms IS NULL OR expires_ms > now_ms($6))
-                AND heads.head > $2 AND heads.head IS DISTINCT FROM $5
-            ORDER BY version LIMIT $3
+            WHERE messages.recipient = heads.recipient AND version > given.after
+                AND (expires_ms IS NULL OR expires_ms > now_ms($5))
+            ORDER BY version LIMIT $4
         ) AS fresh WINDOW w AS (ORDER BY version)
-    ) AS sized WHERE bytes_before <= $4 OR place <= 2
-) AS page ON true
-WHERE heads.recipient = $1 ORDER BY page.version
+    ) AS sized WHERE bytes_before <= given.max_bytes OR place <= 2
+) AS page ORDER BY given.n, page.version
 """
-HEAD: Final = "SELECT head FROM heads WHERE recipient = $1"
+HEADS: Final = "SELECT recipient, head FROM heads WHERE recipient = ANY ($1::text[])"
 SEE_DEVICES: Final = "SELECT see_devices($1, $2, $3, $4)"
 ACK: Final = "SELECT ack($1, $2, $3, $4, $5)"
 # Of several sweepers one gets each entry, since the others skip what it has locked.
@@ -107,6 +110,14 @@ SELECT EXISTS (
 """
 
 
+class _Pull(NamedTuple):
+    recipient: str
+    after: int
+    limit: int
+    max_bytes: int
+    head: int
+
+
 class PostgresMailbox:
     """The mailbox in one schema of a PostgreSQL database; make it with :meth:`open`."""
 
@@ -123,6 +134,17 @@ class PostgresMailbox:
             max_count=BATCH,
             max_cost=BATCH_BYTES,
             cost=lambda message: len(message.body),
+        )
+        # Most pulls find nothing new: in a storm of reconnects hundreds share a round trip.
+        self._head = Batcher[str, int](
+            self._read_heads, timeout_s=CALL_TIMEOUT_S, lanes=2, max_count=BATCH, max_cost=0
+        )
+        self._page = Batcher[_Pull, Page](
+            self._read_pages,
+            timeout_s=CALL_TIMEOUT_S,
+            lanes=READERS,
+            max_count=READ_BATCH,
+            max_cost=0,
         )
         self._see = Batcher[tuple[str, str], None](
             self._see_all, timeout_s=CALL_TIMEOUT_S, lanes=1, max_count=BATCH, max_cost=0
@@ -146,7 +168,7 @@ class PostgresMailbox:
             MailboxError: PostgreSQL can't be reached now.
         """
         dsn, schema = _split_schema(url)
-        pool = await PostgresPool.open(dsn, schema=schema)
+        pool = PostgresPool(dsn, schema=schema)
         try:
             if await pool.run(lambda it: _migrations_done(it, schema)) != len(MIGRATIONS):
                 await pool.run(lambda it: _migrate(it, schema), timeout_s=MIGRATION_TIMEOUT_S)
@@ -170,20 +192,14 @@ class PostgresMailbox:
         unless_head: int | None = None,
     ) -> Page:
         """See the port."""
-        cursor = max(0, min(after, MAX_VERSION))
-        now_ms = self._now_ms()
-        rows = await self._pool.run(
-            lambda connection: connection.fetch(
-                READ, recipient, cursor, limit + 1, max_bytes, unless_head, now_ms
-            )
-        )
-        head = rows[0]["head"] if rows else 0
-        messages = (Message(*row[1:]) for row in rows if row["version"] is not None)
-        return page_of(messages, head=head, limit=limit, max_bytes=max_bytes)
+        head = await self._head(recipient)
+        if after >= head or head == unless_head:
+            return page_of((), head=head, limit=limit, max_bytes=max_bytes)
+        return await self._page(_Pull(recipient, max(0, after), limit, max_bytes, head))
 
     async def head(self, recipient: str) -> int:
         """See the port."""
-        return await self._pool.run(lambda connection: connection.fetchval(HEAD, recipient)) or 0
+        return await self._head(recipient)
 
     async def see_device(self, recipient: str, device: str) -> None:
         """See the port."""
@@ -259,8 +275,8 @@ class PostgresMailbox:
 
     async def close(self) -> None:
         """See the port."""
-        await self._append.close()
-        await self._see.close()
+        for batcher in (self._append, self._head, self._page, self._see):
+            await batcher.close()
         await self._pool.close()
 
     async def _append_all(self, messages: Sequence[NewMessage]) -> list[Receipt | Exception]:
@@ -296,6 +312,30 @@ class PostgresMailbox:
                 answers.append(Receipt(message.id, abs(version), duplicate=version < 0))
                 outcome[key] = -abs(version)  # for those in this batch that repeat it
         return answers
+
+    async def _read_heads(self, recipients: Sequence[str]) -> list[int | Exception]:
+        rows = await self._pool.run(lambda connection: connection.fetch(HEADS, list(recipients)))
+        heads = dict(map(tuple, rows))
+        return [heads.get(recipient, 0) for recipient in recipients]
+
+    async def _read_pages(self, pulls: Sequence[_Pull]) -> list[Page | Exception]:
+        parameters = (
+            [pull.recipient for pull in pulls],
+            [pull.after for pull in pulls],
+            [pull.max_bytes for pull in pulls],
+            max(pull.limit for pull in pulls) + 1,
+            self._now_ms(),
+        )
+        rows = await self._pool.run(lambda connection: connection.fetch(READ, *parameters))
+        heads = [pull.head for pull in pulls]
+        found: list[list[Message]] = [[] for _ in pulls]
+        for number, head, *message in rows:
+            heads[number - 1] = head
+            found[number - 1].append(Message(*message))
+        return [
+            page_of(messages, head=head, limit=pull.limit, max_bytes=pull.max_bytes)
+            for pull, head, messages in zip(pulls, heads, found, strict=True)
+        ]
 
     async def _see_all(self, seen: Sequence[tuple[str, str]]) -> list[Exception | None]:
         recipients, devices = zip(*seen, strict=True)

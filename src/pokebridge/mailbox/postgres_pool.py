@@ -7,20 +7,18 @@ nobody knows whether an attempt whose connection broke was committed.
 import asyncio
 import random
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 
 import asyncpg
 import structlog
-from asyncpg.pool import PoolConnectionProxy
 
 from pokebridge.errors import ConfigError, MailboxError
 
 T = TypeVar("T")
 if TYPE_CHECKING:
-    Connection = PoolConnectionProxy[asyncpg.Record]
+    Connection: TypeAlias = asyncpg.Connection[asyncpg.Record]
 else:
-    Connection = PoolConnectionProxy
+    Connection = asyncpg.Connection  # takes no parameter outside its stubs
 
 CONNECTIONS: Final = 10
 MAX_WAITING: Final = 10_000
@@ -64,28 +62,22 @@ _log = structlog.get_logger("pokebridge.mailbox")
 
 
 class PostgresPool:
-    """Up to CONNECTIONS connections, made when they are needed; open it with :meth:`open`."""
+    """Up to CONNECTIONS connections to ``dsn``, made when they are needed.
 
-    def __init__(self, pool: "asyncpg.Pool[asyncpg.Record]") -> None:
-        self._pool = pool
+    Names are looked up in ``schema``. The driver's own pool would do, but it starts a task whenever
+    a connection comes back, which halves the look-ups per second, and it can't drop all that is
+    idle when the network turns out to have died. ``dsn`` may name several hosts.
+    """
+
+    def __init__(self, dsn: str, *, schema: str) -> None:
+        self._dsn = dsn
+        self._settings = SERVER_SETTINGS | {"search_path": schema}
+        self._free = asyncio.Semaphore(CONNECTIONS)
+        self._idle: list[Connection] = []  # the one used last at the end
         self._under_way = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._nothing_under_way = asyncio.Event()
+        self._nothing_under_way.set()
         self._closed = False
-
-    @classmethod
-    async def open(cls, dsn: str, *, schema: str) -> "PostgresPool":
-        """A pool for ``dsn``; names are looked up in ``schema``. It connects when it must."""
-        pool = asyncpg.create_pool(
-            dsn,
-            min_size=0,
-            max_size=CONNECTIONS,
-            timeout=ATTEMPT_TIMEOUT_S,
-            command_timeout=ATTEMPT_TIMEOUT_S,
-            server_settings=SERVER_SETTINGS | {"search_path": schema},
-            reset=_keep_as_it_is,
-        )
-        return cls(await pool)
 
     async def run(
         self,
@@ -95,49 +87,42 @@ class PostgresPool:
     ) -> T:
         """Do ``work`` on a connection, again when that fails for a reason that may pass.
 
-        ``timeout_s`` is for work that takes long; an attempt may then take all of it.
+        A statement has ATTEMPT_TIMEOUT_S unless ``work`` gives it another timeout, all attempts
+        together have ``timeout_s``, by default CALL_TIMEOUT_S.
 
         Raises:
             ConfigError: what we are given to connect with is wrong, or allows too little.
-            MailboxError: it could not be done within CALL_TIMEOUT_S, or can't be done at all.
+            MailboxError: it could not be done in that time, or can't be done at all.
         """
         if self._closed:
             raise MailboxError("the mailbox is closed")
         if self._under_way >= MAX_WAITING:
             raise MailboxError(f"the mailbox has too much to do: {MAX_WAITING} calls are waiting")
         self._under_way += 1
-        self._idle.clear()
+        self._nothing_under_way.clear()
         try:
-            if timeout_s is not None:
-                return await self._keep_trying(work, timeout_s, timeout_s)
-            return await self._keep_trying(work, CALL_TIMEOUT_S, ATTEMPT_TIMEOUT_S)
+            return await self._keep_trying(work, timeout_s or CALL_TIMEOUT_S)
         finally:
             self._under_way -= 1
             if not self._under_way:
-                self._idle.set()
+                self._nothing_under_way.set()
 
     async def close(self) -> None:
         """Refuse new work, let what is under way finish, which is bounded, and disconnect."""
         self._closed = True
-        await self._idle.wait()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                await self._pool.close()
-        self._pool.terminate()
+        await self._nothing_under_way.wait()
+        closing = (connection.close(timeout=CLOSE_TIMEOUT_S) for connection in self._idle)
+        await asyncio.gather(*closing, return_exceptions=True)
+        self._idle.clear()
 
-    async def _keep_trying(
-        self,
-        work: Callable[[Connection], Awaitable[T]],
-        timeout_s: float,
-        attempt_timeout_s: float,
-    ) -> T:
+    async def _keep_trying(self, work: Callable[[Connection], Awaitable[T]], timeout_s: float) -> T:
         failure: Exception | None = None
         longest_s = _BACKOFF_FIRST_S
         try:
             async with asyncio.timeout(timeout_s):
                 while True:
                     try:
-                        return await self._attempt(work, attempt_timeout_s)
+                        return await self._attempt(work)
                     except _FAILURES as error:
                         _raise_unless_it_may_pass(error)
                         failure = error
@@ -149,26 +134,41 @@ class PostgresPool:
                 f"PostgreSQL could not do it within {timeout_s:g} s: {reason}"
             ) from failure
 
-    async def _attempt(
-        self, work: Callable[[Connection], Awaitable[T]], attempt_timeout_s: float
-    ) -> T:
-        connection = await self._acquire()
-        try:
-            async with asyncio.timeout(attempt_timeout_s):
+    async def _attempt(self, work: Callable[[Connection], Awaitable[T]]) -> T:
+        async with self._free:
+            connection = self._pop_idle() or await self._connect()
+            try:
                 return await work(connection)
-        except BaseException as error:
-            if not isinstance(error, asyncpg.PostgresError):
-                connection.terminate()  # nobody knows what it is about to say
-            if isinstance(error, TimeoutError):
-                # The network dropped it silently, and the others with it most likely.
-                await self._pool.expire_connections()
-            raise
-        finally:
-            await self._pool.release(connection)
+            except BaseException as error:
+                if not isinstance(error, asyncpg.PostgresError):
+                    connection.terminate()  # nobody knows what it is about to say
+                if isinstance(error, TimeoutError):
+                    self._drop_idle()
+                raise
+            finally:
+                if not connection.is_closed():
+                    self._idle.append(connection)
 
-    async def _acquire(self) -> Connection:
+    def _pop_idle(self) -> Connection | None:
+        while self._idle:
+            connection = self._idle.pop()
+            if not connection.is_closed():
+                return connection
+        return None
+
+    def _drop_idle(self) -> None:
+        """The network dropped one connection silently, and the others with it most likely."""
+        while self._idle:
+            self._idle.pop().terminate()
+
+    async def _connect(self) -> Connection:
         try:
-            return await self._pool.acquire()
+            return await asyncpg.connect(
+                self._dsn,
+                timeout=ATTEMPT_TIMEOUT_S,
+                command_timeout=ATTEMPT_TIMEOUT_S,
+                server_settings=self._settings,
+            )
         except ValueError:  # its text is left out, since it may quote a password
             raise ConfigError(
                 "mailbox: the URL is none that PostgreSQL's driver can use:"
@@ -200,7 +200,3 @@ def _reason(error: BaseException) -> str:
     """In a line, without the details in which PostgreSQL repeats values."""
     text = str(error.args[0] if isinstance(error, asyncpg.PostgresError) else error)
     return text.splitlines()[0] if text else type(error).__name__
-
-
-async def _keep_as_it_is(_: object) -> None:
-    """Nothing changes a connection's state, so a round trip to reset it would be wasted."""
