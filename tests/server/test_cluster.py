@@ -123,12 +123,21 @@ async def test_a_migration_there_and_back(nodes: Nodes) -> None:
 async def test_leaving_fan_out_is_refused_while_traffic_is_untagged(nodes: Nodes) -> None:
     """The refusal says which share carries no shard; tagged traffic passes, and so does force."""
     one = await nodes.add("one")
-    await nodes.bus.publish([Signal(b'{"recipient":"bob"}', 3)] * 3)
+    await nodes.bus.publish([Signal(b'{"recipient":"bob"}', shard_of("bob", SHARDS))] * 3)
     await nodes.bus.publish([Signal(b'{"recipient":"bob"}')])
     with pytest.raises(HTTPException, match="25% of the signals carry no valid shard"):
         await one.cluster.migrate("partitioned", force=False)
     await one.cluster.migrate("partitioned", force=True)
     assert one.cluster.view.shard_map.mode == "partitioned"
+
+
+async def test_leaving_fan_out_is_refused_while_traffic_is_tagged_wrongly(nodes: Nodes) -> None:
+    """A publisher with another number of shards would wake nobody; a sample of signals tells."""
+    one = await nodes.add("one")
+    wrong = (shard_of("bob", SHARDS) + 1) % SHARDS
+    await nodes.bus.publish([Signal(b'{"recipient":"bob"}', wrong)] * 200)
+    with pytest.raises(HTTPException, match="carry no valid shard"):
+        await one.cluster.migrate("partitioned", force=False)
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 
 import structlog
 
-from pokebridge.errors import TransportError
+from pokebridge.errors import SignalError, TransportError
+from pokebridge.gateway.meter import SAMPLE_EVERY
 from pokebridge.placement import next_steps
 from pokebridge.sharding import shard_of
 from pokebridge.transport.base import Feed, Selection, Signal, Subscription, Transport
-from pokebridge.wire import encode_probe, is_probe
+from pokebridge.wire import Disconnect, Probe, decode_signal, encode_probe, is_probe
 
 log = structlog.get_logger(__name__)
 
@@ -64,7 +65,8 @@ class Hold:
         self.probes = 0
         self.tags = frozenset(str(shard) for shard in range(shard_count))
         self.untagged = 0
-        """Signals without a valid shard beside them: no shard's subscription brings those."""
+        """Signals that no subscription of their recipient's shard would bring: they are tagged with
+        none, or with a wrong one, which is looked for in one of ``SAMPLE_EVERY`` alone."""
         self._shard_count = shard_count
         self._on_live = on_live
         self._on_missed = on_missed
@@ -128,6 +130,17 @@ class Hold:
         held, self._held = list(self._held.values()), {}
         await asyncio.gather(*(each.close() for each in held), *self._closing)
 
+    def is_mistagged(self, body: bytes, tag: str | None) -> bool:
+        """Whether ``tag`` is not the recipient's shard: its publisher counts other shards."""
+        try:
+            content = decode_signal(body)
+        except SignalError:
+            return False
+        if isinstance(content, Probe) or not content:
+            return False
+        first = content if isinstance(content, Disconnect) else content[0]
+        return tag != str(shard_of(first.recipient, self._shard_count))
+
     # --- what the subscriptions report --------------------------------------------------------
 
     def became_live(self, held: "_Held", *, missed: bool) -> None:
@@ -190,8 +203,10 @@ class _Held:
     def on_signal(self, body: bytes, tag: str | None) -> None:
         self._heard += 1
         hold = self._hold
-        if tag not in hold.tags and not is_probe(body):
-            hold.untagged += 1
+        if tag not in hold.tags:
+            hold.untagged += not is_probe(body)
+        elif not self._heard % SAMPLE_EVERY and hold.is_mistagged(body, tag):
+            hold.untagged += SAMPLE_EVERY
         if body == self._probe:
             self._probe_back.set()
         hold.on_signal(body)
