@@ -49,6 +49,7 @@ class Metric(StrEnum):
     GLOBAL_OPS = "pokebridge_global_ops_per_s", "Signals delivered a second in the whole cluster"
     RED_LINE = "pokebridge_red_line_ops_per_s", "The red line, as set"
     OVER_RED_LINE = "pokebridge_over_red_line", "1 while the cluster is over the red line"
+    PULL_CAPACITY = "pokebridge_pull_capacity_per_s", "Pulls a second to which they are spread"
     MESSAGES_COMMITTED = "pokebridge_messages_committed_total", "Messages committed to a mailbox"
     HTTP_SECONDS = (
         "pokebridge_http_request_duration_seconds",

@@ -61,7 +61,7 @@ class Nodes:
             }
         )
         transport = self.bus.connect()
-        config = GatewayConfig(instance=name, shard_count=SHARDS, mode=settings.mode)
+        config = GatewayConfig(instance=name, shard_count=SHARDS, mode=settings.initial_mode)
         gateway = Gateway(config, transport, TokenVerifier(secret=SECRET))
         drains: list[str] = []
         cluster = Cluster(

@@ -78,8 +78,6 @@ class GatewayConfig:
     mode: Mode = "fanout"
     """Until the first shard map is seen."""
     placement: PlacementRules = field(default_factory=PlacementRules)
-    pulls_per_s: float = 1000.0
-    """The rate to which the pulls after a gap are spread."""
     moves_per_s: float = 200.0
     """The rate at which live sessions follow their shard."""
     move_delay_s: float = 2.0
@@ -117,6 +115,8 @@ class Gateway:
         self.instance = config.instance
         self.handshakes: Counter[str] = Counter()
         """Handshakes by outcome: the HTTP status that they were answered with."""
+        self.pulls_per_s = 1000.0
+        """The rate to which the pulls after a gap are spread."""
         self.moved = 0
         """Sessions that were sent after their shard."""
         self._connections: set[Connection] = set()
@@ -322,7 +322,7 @@ class Gateway:
             self._open(connection)
 
     def _wake(self, concerns: Callable[[str], bool]) -> None:
-        self._spawn(self.bridge.wake(concerns, self._config.pulls_per_s))
+        self._spawn(self.bridge.wake(concerns, self.pulls_per_s))
 
     async def _keep_time(self) -> None:
         while True:

@@ -33,6 +33,7 @@ _LABELS = {
     Metric.HANDSHAKES: ("status",),
     Metric.HTTP_SECONDS: ("method", "route", "status"),
 }
+_PULL = ("GET", "/v1/messages")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS"})
 
 
@@ -94,8 +95,12 @@ class RequestMetrics(Collector):
     500 that it becomes.
     """
 
-    def __init__(self, app: ASGIApp, *, registry: CollectorRegistry) -> None:
+    def __init__(
+        self, app: ASGIApp, *, registry: CollectorRegistry, on_pull: Callable[[float], None]
+    ) -> None:
+        """``on_pull`` is given the duration of each pull, in seconds."""
         self._app = app
+        self._on_pull = on_pull
         self._durations: defaultdict[tuple[str, str, str], _Durations] = defaultdict(_Durations)
         registry.register(self)
 
@@ -118,7 +123,10 @@ class RequestMetrics(Collector):
         finally:
             route = getattr(scope.get("route"), "path", "none")
             method = scope["method"] if scope["method"] in _METHODS else "other"
-            self._durations[method, route, str(status)].add(perf_counter() - started_at)
+            duration_s = perf_counter() - started_at
+            self._durations[method, route, str(status)].add(duration_s)
+            if (method, route) == _PULL:
+                self._on_pull(duration_s)
 
     def collect(self) -> Iterable[Family]:
         """The histogram as it stands."""
