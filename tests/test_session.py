@@ -132,6 +132,19 @@ def test_an_expired_token_closes_4401() -> None:
     assert close_code(session.tick(10)) == 4401
 
 
+def test_a_session_that_has_lasted_its_time_closes_1012() -> None:
+    """It ends before the platform would cut it; neither pongs nor a new token change that."""
+    session = Session("b", "d", "s", expires_at=1000, now=0, timing=TIMING, ends_at=60)
+    session.open(instance="i", now=0, first_ping_s=TIMING.ping_interval_s)
+    session.renew(expires_at=5000, now=10)
+    assert session.tick(25) == PING_CONTROL_FRAME
+    session.pong(26)
+    assert session.tick(session.due_at) == PING_CONTROL_FRAME
+    session.pong(52)
+    assert session.due_at == 60
+    assert close_code(session.tick(60)) == 1012
+
+
 def test_a_renewed_token_moves_the_end() -> None:
     """After ``auth`` the session lives to the new token's end and says so."""
     session = make(expires_at=10)

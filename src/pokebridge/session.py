@@ -9,6 +9,7 @@ seconds of one monotonic clock, writes the bytes that it gets back, and calls ``
 """
 
 from enum import Enum, auto
+from math import inf
 from typing import NamedTuple
 
 from pokebridge.framing import encode_close
@@ -54,6 +55,7 @@ class Session:
         "_awaiting_pong",
         "_blocked",
         "_due_at",
+        "_ends_at",
         "_expires_at",
         "_heard",
         "_pending",
@@ -73,13 +75,16 @@ class Session:
         expires_at: float,
         now: float,
         timing: Timing,
+        ends_at: float = inf,
     ) -> None:
+        """``ends_at``: when the client is to reconnect, before the platform cuts it off."""
         self.recipient = recipient
         self.device = device
         self.id = session_id
         self.state = State.WAITING
         self._timing = timing
         self._expires_at = expires_at
+        self._ends_at = ends_at
         self._due_at = now + timing.ready_timeout_s
         self._pending = _NOTHING
         self._awaiting_pong = False
@@ -91,7 +96,7 @@ class Session:
         """When ``tick`` must be called next, unless something else happens first."""
         if self.state is State.CLOSING:
             return self._due_at
-        return min(self._due_at, self._expires_at)
+        return min(self._due_at, self._expires_at, self._ends_at)
 
     def open(self, *, instance: str, now: float, first_ping_s: float) -> bytes:
         """The subscription is live: the ``ready`` frame to write.
@@ -169,12 +174,14 @@ class Session:
         if self.state is State.CLOSING or self._blocked:
             self.state = State.CLOSED
             return b""
-        if now >= self._expires_at:
-            return self.close(4401, "token expired", now)
-        if self.state is State.WAITING:
-            return self.close(1013, "the subscription is not live", now)
-        if self._awaiting_pong:
-            return self.close(1011, "no pong", now)
+        for is_over, code, reason in (
+            (now >= self._expires_at, 4401, "token expired"),
+            (now >= self._ends_at, 1012, "the session has lasted its time"),
+            (self.state is State.WAITING, 1013, "the subscription is not live"),
+            (self._awaiting_pong, 1011, "no pong"),
+        ):
+            if is_over:
+                return self.close(code, reason, now)
         self._awaiting_pong = True
         self._heard = 0
         self._due_at = now + self._timing.pong_timeout_s

@@ -200,6 +200,9 @@ class Settings(BaseModel):
     """Seconds between two pings of a session."""
     pong_timeout_s: _Seconds = 20
     """Seconds without a pong after which a session is closed."""
+    max_session_s: _Limit = Field(default=None, ge=0)
+    """Seconds after which a session is closed and its client reconnects, each up to a fifth
+    sooner; 0 for no limit. Set it below the platform's own, like 3300 on Cloud Run."""
     drain_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5
     """Seconds over which a stopping instance spreads the closing of its sessions."""
     grace_s: _Seconds = 10

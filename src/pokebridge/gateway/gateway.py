@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from math import inf
 from typing import Protocol
 
 import structlog
@@ -78,6 +79,8 @@ class GatewayConfig:
     mode: Mode = "fanout"
     """Until the first shard map is seen."""
     placement: PlacementRules = field(default_factory=PlacementRules)
+    max_session_s: float = inf
+    """How long a session lasts at most; each a bit less, so that they do not end together."""
     moves_per_s: float = 200.0
     """The rate at which live sessions follow their shard."""
     move_delay_s: float = 2.0
@@ -287,6 +290,7 @@ class Gateway:
             expires_at=self._on_our_clock(identity.expires_at),
             now=now,
             timing=self._config.timing,
+            ends_at=self._end_of_session(now),
         )
         connection = Connection(self, transport, session, handshake.address)
         self.handshakes["101"] += 1
@@ -309,6 +313,12 @@ class Gateway:
         else:
             self._waiting[connection] = None
             self._rehold()
+
+    def _end_of_session(self, now: float) -> float:
+        if self._config.max_session_s == inf:
+            return inf  # the one object for all
+        # Sessions that came together must not go together.
+        return now + self._config.max_session_s * random.uniform(0.8, 1.0)  # noqa: S311 - spreads load
 
     def _open(self, connection: Connection) -> None:
         # Sessions that came together, as after a restart, are not pinged together.
