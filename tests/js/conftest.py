@@ -13,7 +13,17 @@ from typing import Any
 import pytest
 import pytest_asyncio
 from playwright.async_api import Browser, BrowserContext, async_playwright
-from tests.js.driving import CLIENT, ROOT, Client, NodeRuntime, PageRuntime, open_page, run_node
+from tests.js.driving import (
+    CLIENT,
+    ROOT,
+    TIMEOUT_S,
+    Client,
+    NodeRuntime,
+    PageRuntime,
+    open_page,
+    released,
+    run_node,
+)
 from tests.support import Instance, free_port
 from tests.support.browser import FLAGS
 from tests.support.missing import missing, require
@@ -41,6 +51,12 @@ def client_package() -> Path:
 
 class Site(SimpleHTTPRequestHandler):
     """The checkout, as pages see it."""
+
+    def do_GET(self) -> None:
+        """A file; or, for a page that waits for nothing else, the end of its wait."""
+        if self.path == "/hold":
+            released.wait(2 * TIMEOUT_S)
+        super().do_GET()
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
         """Say nothing."""

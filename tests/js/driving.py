@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -19,6 +20,9 @@ QUICK = {"base_s": 0.05, "cap_s": 0.2}
 TIMEOUT_S = 20.0
 # A reply of the harness with a long list of steps is a long line.
 LINE_LIMIT_BYTES = 2**22
+
+released = threading.Event()
+"""Until it is set, pages that have called ``hold()`` stand still."""
 
 
 class Runtime(Protocol):

@@ -136,6 +136,19 @@ async def test_a_mailbox_begun_anew(node: NodeRuntime, bridge: FaultyBridge) -> 
     assert await node.evaluate("harness.client.cursor") == 1
 
 
+async def test_slow_polling(node: NodeRuntime, bridge: FaultyBridge) -> None:
+    """Without a socket the messages come all the same, by pulls that nobody asked for."""
+    bridge.refusals = [Bad(503)] * 1000
+    client = Client(node)
+    policy = {**QUICK, "poll_after_s": 0.1, "poll_every_s": 0.2}
+    await client.begin(bridge.url, "", token=TOKEN, policy=policy)
+    bridge.commit("first")
+    await client.wait_shown("first")
+    bridge.commit("second")
+    await client.wait_shown("first", "second")
+    assert await node.evaluate("harness.client.state") == "connecting"
+
+
 async def test_nothing_after_close(node: NodeRuntime, bridge: FaultyBridge) -> None:
     """A closed client has no socket, shows nothing, and stays closed."""
     client = await start(node, bridge)

@@ -9,7 +9,17 @@ import httpx
 import pytest
 import websockets
 from playwright.async_api import Browser, BrowserContext
-from tests.js.driving import Client, open_page, poke, pulls, send, sessions, wait_sessions
+from tests.js.driving import (
+    QUICK,
+    Client,
+    open_page,
+    poke,
+    pulls,
+    released,
+    send,
+    sessions,
+    wait_sessions,
+)
 from tests.support import Instance, wait_until
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -120,9 +130,11 @@ async def raw_tab(port: int, url: str) -> AsyncIterator[RawTab]:
     devtools = f"http://127.0.0.1:{port}"
     async with httpx.AsyncClient(base_url=devtools, trust_env=False) as http:
         target = (await http.put(f"/json/new?{url}")).json()
-        async with websockets.connect(target["webSocketDebuggerUrl"], max_size=None) as socket:
-            yield RawTab(socket, devtools, target["id"])
-        await http.get(f"/json/close/{target['id']}")
+        try:
+            async with websockets.connect(target["webSocketDebuggerUrl"], max_size=None) as socket:
+                yield RawTab(socket, devtools, target["id"])
+        finally:
+            await http.get(f"/json/close/{target['id']}")
 
 
 async def test_a_tab_in_the_background(
@@ -149,3 +161,30 @@ async def test_a_tab_in_the_background(
         await client.idle()
         assert await client.count("pull") <= 2 + 3
         await client.close()
+
+
+async def test_a_leading_tab_that_sleeps(
+    context: BrowserContext, site: str, instance: Instance
+) -> None:
+    """Phones stop pages in the background, locks and all: a tab that is looked at takes over."""
+    await wait_sessions(instance, 0)
+    asleep, awake = [await open_page(context, site) for _ in range(2)]
+    old, new = Client(asleep), Client(awake)
+    policy = {**QUICK, "ping_after_s": 0.2}
+    await old.start(instance.url, "urn:user:phone", policy=policy)
+    await new.start(instance.url, "urn:user:phone", policy=policy)
+    assert await sessions(instance) == 1
+
+    released.clear()
+    await asleep.evaluate("void setTimeout(hold)")
+    await new.wait_count("connect", 2)
+    await new.wait_state("connected")
+    await send(instance, "urn:user:phone", "are you there?")
+    await new.wait_shown("are you there?")
+
+    released.set()
+    await old.wait_shown("are you there?")
+    await wait_sessions(instance, 1)
+    await send(instance, "urn:user:phone", "good")
+    for client in (old, new):
+        await client.wait_shown("are you there?", "good")

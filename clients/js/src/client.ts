@@ -11,7 +11,10 @@ const TOKEN_TIMEOUT_MS = 30_000;
 const MAX_NAP_MS = 10_000;
 // A timer this late means that the machine, or the page, was asleep.
 const ASLEEP_MS = 5_000;
+// A leading tab that takes longer to answer is asleep.
+const LEADER_ANSWERS_WITHIN_MS = 2_000;
 const ABNORMAL_CLOSURE = 1006; // RFC 6455, section 7.4.1: no close frame came
+const CLOSE_TOKEN = 4401;
 // A browser does not say why a handshake failed; every third time in a row HTTP is asked.
 const FAILURES_PER_QUESTION = 3;
 
@@ -90,6 +93,7 @@ export class Client {
   /** In a tab that follows: the socket that it would open if it led. */
   #wanted: Connect | undefined;
   #leaderIsConnected = false;
+  #patience: ReturnType<typeof setTimeout> | undefined;
 
   /** @internal */
   constructor(options: Options) {
@@ -183,7 +187,7 @@ export class Client {
         this.#drop();
         break;
       case "ping":
-        this.#leads ? this.#send({ type: "ping" }) : this.#tabs?.tell({ type: "hello" });
+        this.#leads ? this.#send({ type: "ping" }) : this.#askTheLeader();
         break;
       case "authenticate":
         this.#send({ type: "auth", token: this.#token });
@@ -251,6 +255,7 @@ export class Client {
     if (this.#ended) return;
     this.#setState(state);
     clearTimeout(this.#timer);
+    clearTimeout(this.#patience);
     this.#unlisten.abort();
     this.#tabs?.leave(this.#stopCode);
     this.#drop();
@@ -285,7 +290,7 @@ export class Client {
     if (!this.#cannotShare && !this.#tabs) this.#share();
     if (this.#leads) return this.#open(action);
     this.#wanted = action;
-    this.#tabs?.tell({ type: "hello" });
+    this.#askTheLeader();
   }
 
   #open({ url, moved }: Connect): void {
@@ -357,7 +362,7 @@ export class Client {
       const name = ["pokebridge", kind, this.#url, this.#device, recipient(this.#token)].join(" ");
       this.#tabs = new Tabs(
         name,
-        () => this.#lead(),
+        (leads) => (leads ? this.#lead() : this.#lose("another tab leads")),
         (note) => this.#onNote(note),
       );
     } catch {
@@ -369,10 +374,21 @@ export class Client {
   #lead(): void {
     const wanted = this.#wanted;
     this.#wanted = undefined;
+    clearTimeout(this.#patience);
     this.#tellThatWeLead();
     if (wanted) return this.#open(wanted);
-    this.#lose("the leading tab is gone");
+    // Nobody has renewed this tab's token while it followed.
+    this.#feed({ type: "closed", code: CLOSE_TOKEN, reason: "the leading tab is gone" });
     this.wake();
+  }
+
+  #askTheLeader(): void {
+    this.#tabs?.tell({ type: "hello" });
+    clearTimeout(this.#patience);
+    this.#patience = setTimeout(() => {
+      // One tab that is looked at is enough; the others follow it.
+      if (!globalThis.document?.hidden) this.#tabs?.takeOver();
+    }, LEADER_ANSWERS_WITHIN_MS);
   }
 
   #tellThatWeLead(): void {
@@ -380,20 +396,12 @@ export class Client {
   }
 
   #onNote(note: Note): void {
-    if (this.#leads) {
-      if (note.type === "hello") this.#tellThatWeLead();
-      return;
-    }
     switch (note.type) {
+      case "hello":
+        if (this.#leads) this.#tellThatWeLead();
+        break;
       case "lead":
-        this.#leaderIsConnected = note.connected;
-        if (this.#wanted) {
-          this.#wanted = undefined;
-          this.#feed({ type: "opened" });
-          this.#hear({ type: "ready" });
-        } else {
-          this.#hear({ type: "pong" });
-        }
+        if (!this.#leads) this.#onLeader(note.connected);
         break;
       case "page":
         this.#onPage(note.after, note.page);
@@ -403,6 +411,18 @@ export class Client {
         break;
       case "stop":
         this.#feed({ type: "closed", code: note.code });
+    }
+  }
+
+  #onLeader(connected: boolean): void {
+    clearTimeout(this.#patience);
+    this.#leaderIsConnected = connected;
+    if (this.#wanted) {
+      this.#wanted = undefined;
+      this.#feed({ type: "opened" });
+      this.#hear({ type: "ready" });
+    } else {
+      this.#hear({ type: "pong" });
     }
   }
 

@@ -105,10 +105,13 @@ export class MailboxPuller implements Puller {
   async pull(after: number, token: string): Promise<PullEnd> {
     let dealtWith: number | undefined;
     try {
-      const page = this.#kept(after) ?? (await this.#read(after, token));
+      const read = this.#kept(after) ?? (await this.#read(after, token));
+      // Another tab may have led meanwhile, and acked what it relayed: then it is nowhere but here.
+      const page = this.#kept(after) ?? read;
       if (page.version < after) {
         // The mailbox was begun anew: it is behind the cursor.
         this.#acked = 0;
+        this.#relayed = [];
         this.sharing.relay({ type: "poke" });
         return { type: "pulled", cursor: 0, more: true };
       }
@@ -128,7 +131,8 @@ export class MailboxPuller implements Puller {
   #kept(after: number): Page | undefined {
     this.#relayed = this.#relayed.filter(({ page }) => page.version > after);
     const first = this.#relayed.find((relayed) => relayed.after <= after);
-    return first && { ...first.page, more: this.#relayed.length > 1 };
+    // Whoever leads by now has to ask for what came after it.
+    return first && { ...first.page, more: this.#relayed.length > 1 || this.sharing.leads() };
   }
 
   /** The page above `after`; an empty one when the server says that nothing has changed. */

@@ -20,50 +20,75 @@ export type Note =
 export class Tabs {
   leads = false;
   readonly #channel: BroadcastChannel;
-  readonly #waiting = new AbortController();
+  #queued = new AbortController();
+  #hasLeft = false;
   #release = (): void => {};
 
   /** Throws where the runtime has no such locks or channels. */
   constructor(
-    name: string,
-    /** This tab leads from now on. */
-    private readonly onLead: () => void,
+    private readonly name: string,
+    /** This tab leads from now on, or no longer. */
+    private readonly onChange: (leads: boolean) => void,
     onNote: (note: Note) => void,
   ) {
-    const { locks } = navigator;
-    if (!locks) throw new Error("no Web Locks");
+    if (!navigator.locks) throw new Error("no Web Locks");
     this.#channel = new BroadcastChannel(name);
     this.#channel.onmessage = (event) => onNote(event.data);
-    locks
-      .request(name, { signal: this.#waiting.signal }, () => {
-        this.#lead();
-        return new Promise<void>((release) => {
-          this.#release = release;
-        });
-      })
-      // Left, or a context that may not lock: then each for itself.
-      .catch(() => this.#lead());
+    this.#queue();
   }
 
   tell(note: Note): void {
     this.#channel.postMessage(note);
   }
 
+  /** Lead at once: who leads does not answer. Some systems stop a page in the background, lock and all. */
+  takeOver(): void {
+    this.#queued.abort();
+    void this.#hold({ steal: true });
+  }
+
   /** Leave at once, or after having told the others to stop. */
   leave(stopCode?: number): void {
+    this.#hasLeft = true;
     if (stopCode && this.leads) {
       this.tell({ type: "stop", code: stopCode });
       setTimeout(() => this.leave(), STOP_LINGER_MS);
     } else {
-      this.#waiting.abort();
+      this.#queued.abort();
       this.#channel.close();
       this.#release();
     }
   }
 
-  #lead(): void {
-    if (this.#waiting.signal.aborted) return;
-    this.leads = true;
-    this.onLead();
+  /** Lead when all who came before are gone. */
+  #queue(): void {
+    this.#queued = new AbortController();
+    void this.#hold({ signal: this.#queued.signal });
+  }
+
+  async #hold(options: LockOptions): Promise<void> {
+    try {
+      await navigator.locks.request(this.name, options, () => {
+        if (this.#hasLeft) return;
+        this.#lead(true);
+        return new Promise<void>((release) => {
+          this.#release = release;
+        });
+      });
+    } catch {
+      if (this.#hasLeft || options.signal?.aborted) return;
+      if (this.leads) {
+        // Another tab has taken over.
+        this.#lead(false);
+        this.#queue();
+      } else {
+        this.#lead(true); // a context that may not lock: each for itself
+      }
+    }
+  }
+
+  #lead(leads: boolean): void {
+    this.leads = leads;
+    this.onChange(leads);
   }
 }
