@@ -169,7 +169,7 @@ class StoreSuite:
         self, own_server: Daemon, connect_to: ConnectTo, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A network that drops everything costs each call its time limit, and no more."""
-        monkeypatch.setattr(store, "CALL_TIMEOUT_S", 1.0)
+        monkeypatch.setattr(store, "CALL_TIMEOUT_S", 0.5)
         async with CutProxy("127.0.0.1", own_server.port) as proxy:
             url = own_server.url.replace(own_server.address, proxy.address)
             end = await connect_to(url)
