@@ -164,6 +164,15 @@ async def test_a_record_that_is_none_hides_no_other(
     assert await store.lead("a", 60)
 
 
+async def test_an_old_server_is_refused(
+    nats_server: Daemon, connect_to: ConnectTo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without what it needs of the server a store says so, instead of failing at some call."""
+    monkeypatch.setattr("pokebridge.coordination.nats._OLDEST_SERVER", (99, 0))
+    with pytest.raises(CoordinationError, match=r"it is NATS 2\.\d+, older than 2.11"):
+        await connect_to(nats_server.url)
+
+
 async def test_any_of_several_servers_will_do(own_nats_server: Daemon) -> None:
     """A URL may name several servers; one that is dead costs a try."""
     url = f"nats://127.0.0.1:{free_port()},{own_nats_server.address}"

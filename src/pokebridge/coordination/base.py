@@ -27,6 +27,11 @@ class Report:
     untagged_share: float = 0.0
     """Of the signals it received, those without a shard beside them: 0 to 1."""
     gaps: int = 0
+    doubt_s: float = 0.0
+    """Seconds since its start in which pokes for its sessions may have been lost."""
+    pulls_per_s: float = 0.0
+    pull_p99_ms: float = 0.0
+    """99 of 100 pulls were answered in that time."""
     cpu_share: float = 0.0
     """CPU time used over time passed: 1 is one core."""
     memory_bytes: int = 0

@@ -186,17 +186,19 @@ class NatsCoordination:
     async def _dial(self) -> "_Bucket":
         """A connection to the next server that answers; what was missed meanwhile is a change."""
         options = await asyncio.to_thread(client_options, _PART, self._url, _OPTIONS)
-        for servers_left in reversed(range(len(self._servers))):
-            self._servers.append(server := self._servers.pop(0))
-            bucket = _Bucket(self._cluster, self._changed)
-            try:
-                await bucket.open(server, options, self._replicas)
-            except BaseException as error:
-                await bucket.close()
-                if not servers_left or not isinstance(error, errors.Error | OSError):
-                    raise
-            else:
-                break
+        for _ in self._servers[1:]:
+            with suppress(errors.Error, OSError):
+                return await self._dial_next(options)
+        return await self._dial_next(options)
+
+    async def _dial_next(self, options: dict[str, Any]) -> "_Bucket":
+        self._servers.append(server := self._servers.pop(0))
+        bucket = _Bucket(self._cluster, self._changed)
+        try:
+            await bucket.open(server, options, self._replicas)
+        except BaseException:
+            await bucket.close()
+            raise
         self._changed.set()
         return bucket
 
