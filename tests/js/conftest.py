@@ -123,14 +123,22 @@ async def page(context: BrowserContext, site: str) -> PageRuntime:
     return await open_page(context, site)
 
 
-@pytest_asyncio.fixture(loop_scope="session")
-async def node(client_package: Path) -> AsyncIterator[NodeRuntime]:
-    """A Node process with the harness in it."""
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def shared_node(client_package: Path) -> AsyncIterator[NodeRuntime]:
+    """A Node process that the tests share."""
     async with run_node() as node:
         yield node
 
 
+@pytest_asyncio.fixture(loop_scope="session")
+async def node(shared_node: NodeRuntime) -> AsyncIterator[NodeRuntime]:
+    """Node with a fresh harness in it."""
+    await shared_node.evaluate("void renew()")
+    yield shared_node
+    await shared_node.evaluate("harness.client?.close()")
+
+
 @pytest.fixture(params=["page", "node"])
-def client(request: pytest.FixtureRequest, page: PageRuntime, node: NodeRuntime) -> Client:
+def client(request: pytest.FixtureRequest) -> Client:
     """A client that is not started yet: in a browser, and once more in Node."""
-    return Client(page if request.param == "page" else node)
+    return Client(request.getfixturevalue(request.param))

@@ -7,8 +7,11 @@ import { makeHarness } from "./harness.js";
 
 const require = createRequire(new URL("../../clients/js/package.json", import.meta.url));
 const { WebSocket } = require("ws");
-globalThis.harness = makeHarness(connect, { WebSocket });
 globalThis.connect = connect;
+globalThis.renew = () => {
+  globalThis.harness = makeHarness(connect, { WebSocket });
+};
+renew();
 
 for await (const line of createInterface({ input: process.stdin })) {
   const value = await (0, eval)(JSON.parse(line));
