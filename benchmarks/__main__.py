@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import uvloop
 
-from benchmarks import handshakes, latency, memory, noise, pokes
+from benchmarks import handshakes, latency, mailbox, memory, noise, pokes
 from benchmarks.harness import BenchmarkError, Figure, progress
 
 MEASURES: dict[str, Callable[[], Awaitable[list[Figure]]]] = {
@@ -22,6 +22,7 @@ MEASURES: dict[str, Callable[[], Awaitable[list[Figure]]]] = {
     "handshakes": handshakes.measure,
     "noise": noise.measure,
     "latency": latency.measure,
+    "mailbox": mailbox.measure,
 }
 
 

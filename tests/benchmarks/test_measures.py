@@ -17,7 +17,7 @@ from benchmarks.harness import (
 )
 
 from benchmarks import __main__ as bench
-from benchmarks import handshakes, latency, memory, noise, pokes
+from benchmarks import handshakes, latency, mailbox, memory, noise, pokes
 
 
 async def taken(measure: Awaitable[list[Figure]]) -> dict[str, Figure]:
@@ -63,6 +63,13 @@ async def test_latency() -> None:
     """Every poke that is posted is heard; the slowest are no faster than the median."""
     figures = await taken(latency.measure(clients=5, pokes_each=8, rate_per_s=100))
     assert 0 < figures["p50"].value <= figures["p99"].value < 10_000
+
+
+async def test_mailbox() -> None:
+    """Both stores and their drivers append and pull, and so do those of few and many recipients."""
+    figures = await mailbox.measure(messages=1200, recipients=50, few=20, many=200, rounds=2)
+    assert len(figures) == 2 * (3 + 3 + 1)
+    assert all(figure.value > 0 for figure in figures)
 
 
 # --- the harness: what keeps the figures honest -----------------------------------------------

@@ -229,8 +229,8 @@ class TestOutages:
         """What waits in this process is bounded, whether it shares a round trip or not."""
         monkeypatch.setattr(batcher, "MAX_WAITING", 3)
         monkeypatch.setattr(postgres_pool, "MAX_WAITING", 3)
-        for call in (lambda: mailbox.head(BOB), lambda: mailbox.clear(BOB)):
-            answers = await asyncio.gather(*(call() for _ in range(5)), return_exceptions=True)
+        for call in (mailbox.head, mailbox.clear):
+            answers = await asyncio.gather(*(call(BOB) for _ in range(5)), return_exceptions=True)
             assert answers[:3] == [0, 0, 0]
             assert all("too much to do" in str(answer) for answer in answers[3:])
 

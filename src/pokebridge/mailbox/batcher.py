@@ -11,11 +11,14 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 MAX_WAITING = 10_000
+# So few are not worth a second round trip at the same time.
+SHARE_AT_LEAST = 32
 
 
 class _Call(NamedTuple, Generic[Job, Result]):
     job: Job
     done: "asyncio.Future[Result]"
+    expires_s: float
 
 
 class Batcher(Generic[Job, Result]):
@@ -23,7 +26,10 @@ class Batcher(Generic[Job, Result]):
 
     ``do`` answers each job with its result or with an error of its own; what it raises is the
     answer to all. A batch has ``max_count`` jobs at most, that have a ``cost`` of ``max_cost``
-    together at most, or one that costs more. ``lanes`` batches may be under way at once.
+    together at most, or one that costs more. ``lanes`` batches may be under way at once; each takes
+    its share of what waits, so that one is made up here while another is with the store.
+
+    A job waits ``timeout_s`` for its turn at most. ``do`` must end in bounded time by itself.
     """
 
     def __init__(
@@ -42,7 +48,7 @@ class Batcher(Generic[Job, Result]):
         self._max_cost = max_cost
         self._cost = cost
         self._waiting: deque[_Call[Job, Result]] = deque()
-        self._idle_lanes = lanes
+        self._lanes = self._idle_lanes = lanes
         self._working: set[asyncio.Task[None]] = set()
         self._closed = False
 
@@ -50,24 +56,21 @@ class Batcher(Generic[Job, Result]):
         """The result of ``job``; one whose caller is cancelled is done in whole or not at all.
 
         Raises:
-            MailboxError: there is too much to do, or no answer within ``timeout_s``.
+            MailboxError: there is too much to do, or was for ``timeout_s``.
         """
         if self._closed:
             raise MailboxError("the mailbox is closed")
         if len(self._waiting) >= MAX_WAITING:
             raise MailboxError(f"the mailbox has too much to do: {MAX_WAITING} calls are waiting")
-        call = _Call[Job, Result](job, asyncio.get_running_loop().create_future())
-        self._waiting.append(call)
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[Result] = loop.create_future()
+        self._waiting.append(_Call(job, done, loop.time() + self._timeout_s))
         if self._idle_lanes:
             self._idle_lanes -= 1
-            task = asyncio.create_task(self._work())
+            task = loop.create_task(self._work())
             self._working.add(task)
             task.add_done_callback(self._working.discard)
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                return await call.done
-        except TimeoutError:
-            raise MailboxError(f"the mailbox did not answer within {self._timeout_s:g} s") from None
+        return await done
 
     async def close(self) -> None:
         """Refuse new jobs, and do those that wait."""
@@ -92,10 +95,16 @@ class Batcher(Generic[Job, Result]):
         self._idle_lanes += 1  # before anything can suspend, so that the next call finds it
 
     def _take(self) -> list[_Call[Job, Result]]:
+        now_s = asyncio.get_running_loop().time()
+        share = max(SHARE_AT_LEAST, -(-len(self._waiting) // self._lanes))
         batch: list[_Call[Job, Result]] = []
         cost = 0
-        while self._waiting and len(batch) < self._max_count:
+        while self._waiting and len(batch) < min(share, self._max_count):
             call = self._waiting[0]
+            if call.expires_s < now_s and not call.done.done():
+                call.done.set_exception(
+                    MailboxError(f"the mailbox had too much to do for {self._timeout_s:g} s")
+                )
             if not call.done.done():
                 cost += self._cost(call.job)
                 if batch and cost > self._max_cost:

@@ -41,6 +41,9 @@ READ_BATCH: Final = 16
 # Beyond this, a checkpoint cuts the write-ahead log's file back.
 WAL_SIZE_BYTES: Final = 64 * 1024 * 1024
 
+# Of each connection: the look-up tables of a million recipients fit.
+CACHE_SIZE_BYTES: Final = 32 * 1024 * 1024
+
 APPLICATION_ID: Final = int.from_bytes(b"poke", "big")
 MIGRATIONS: Final = (
     (
@@ -429,6 +432,7 @@ def _connect(path: Path) -> sqlite3.Connection:
         path, timeout=LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False
     )
     db.execute("PRAGMA synchronous = FULL")  # a commit is on the disk, not only in its cache
+    db.execute(f"PRAGMA cache_size = -{CACHE_SIZE_BYTES // 1024}")
     db.execute(f"PRAGMA journal_size_limit = {WAL_SIZE_BYTES}")
     return db
 
