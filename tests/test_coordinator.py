@@ -215,6 +215,22 @@ async def test_who_is_late_after_an_outage_keeps_its_shards(
     await cluster.close()
 
 
+async def test_a_document_that_is_none_is_trouble_and_no_end() -> None:
+    """Somebody wrote something else into the store: the last map stays until that is mended."""
+    cluster = Cluster()
+    one = await cluster.join("a")
+    await wait_until(lambda: cluster.agree({"a"}))
+    view = one.view
+    store, document = cluster.store._store, cluster.store._store.document
+    assert document is not None
+    store.document = replace(document, body=b"not a map", revision=document.revision + 1)
+    await wait_until(lambda: one.trouble is not None)
+    assert one.view == view
+    store.document = document
+    await wait_until(lambda: one.trouble is None)
+    await cluster.close()
+
+
 async def test_a_leader_that_slept_is_fenced_by_the_revision() -> None:
     """A write that was planned from an old revision is refused, whoever believes to lead."""
     cluster = Cluster()

@@ -284,7 +284,10 @@ class Membership:
         known = self._view.shard_map
         if stored is None:
             return known, None
-        shard_map = _decode(stored.body)
+        try:
+            shard_map = _decode(stored.body)
+        except msgspec.MsgspecError as error:
+            raise CoordinationError(f"the shard map in the store is none: {error}") from None
         if shard_map.shard_count != known.shard_count:
             raise ConfigError(
                 f"shard_count: the cluster has {shard_map.shard_count}, "
