@@ -190,13 +190,15 @@ def test_pods_run_as_the_images_user_with_no_rights() -> None:
 
 
 def test_cloud_run_leaves_room_for_pulls() -> None:
-    """Sockets never use up all requests at once, the timeout is the platform's most."""
+    """Sockets never use up all requests at once, and end before the platform ends them."""
     (service,) = documents(CLOUD_RUN)
     spec = service["spec"]["template"]["spec"]
-    sessions = WORKLOADS["Cloud Run"].settings.max_sessions
-    assert sessions is not None
-    assert sessions < spec["containerConcurrency"] <= 1000
+    settings = WORKLOADS["Cloud Run"].settings
+    assert settings.max_sessions is not None
+    assert settings.max_sessions < spec["containerConcurrency"] <= 1000
     assert spec["timeoutSeconds"] == 3600
+    assert settings.max_session_s is not None
+    assert settings.max_session_s < spec["timeoutSeconds"]
     annotations = service["spec"]["template"]["metadata"]["annotations"]
     assert annotations["run.googleapis.com/cpu-throttling"] == "false"
 
