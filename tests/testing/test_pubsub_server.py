@@ -154,3 +154,17 @@ async def test_it_runs_as_a_program() -> None:
         if process.returncode is None:
             process.kill()
             await process.wait()
+
+
+async def test_only_its_projects_exist() -> None:
+    """A server that was given projects knows no other, and says so as Google does."""
+    async with (
+        PubSubServer(projects={"p"}) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
+        client = PublisherAsyncClient(transport=PublisherGrpcAsyncIOTransport(channel=channel))
+        await client.create_topic(name=TOPIC)
+        elsewhere = TOPIC.replace("/p/", "/q/")
+        for call in (client.create_topic(name=elsewhere), client.get_topic(topic=elsewhere)):
+            with pytest.raises(exceptions.NotFound, match=r"project not found.*project=q"):
+                await call

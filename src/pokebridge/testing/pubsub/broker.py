@@ -8,7 +8,7 @@ raise :class:`~pokebridge.testing.pubsub.checks.ApiError`.
 import heapq
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -272,12 +272,14 @@ class _Topic:
 class Broker:
     """The state of the service, under ``clock`` (Unix time in seconds).
 
+    Only ``projects`` exist; ``None``: whichever is asked for.
     ``liveness_delay_s``: for so long a new subscription exists and receives nothing, as was
     measured of Google's.
     """
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float], projects: Container[str] | None = None) -> None:
         self._clock = clock
+        self._projects = projects
         self._topics: dict[str, _Topic] = {}
         self._queues: dict[str, _Queue] = {}
         self._message_ids = itertools.count(1)
@@ -289,6 +291,7 @@ class Broker:
         """CreateTopic."""
         checks.check_name("topics", config.name)
         checks.check_labels(config.labels)
+        self._check_project(config.name)
         if config.name in self._topics:
             raise ApiError(StatusCode.ALREADY_EXISTS, "Topic already exists")
         self._topics[config.name] = _Topic(config)
@@ -459,7 +462,17 @@ class Broker:
             if queue.has_expired:
                 self.delete_subscription(api.DeleteSubscriptionRequest.pb()(subscription=name))
 
+    def _check_project(self, name: str) -> None:
+        project = name.split("/")[1]
+        if self._projects is not None and project not in self._projects:
+            raise not_found(
+                f"Requested project not found or user does not have access to it"
+                f" (project={project}). Make sure to specify the unique project identifier and not"
+                f" the Google Cloud Console display name."
+            )
+
     def _topic(self, name: str) -> _Topic:
+        self._check_project(name)
         if name not in self._topics:
             raise not_found("Topic not found")
         return self._topics[name]

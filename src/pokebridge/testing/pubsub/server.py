@@ -4,7 +4,7 @@ import asyncio
 import re
 import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Container
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
@@ -59,10 +59,16 @@ class PubSubServer:
 
     Args:
         clock: Unix time in seconds; a test passes its own to see expiry and retention.
+        projects: those that exist; by default every project does.
     """
 
-    def __init__(self, *, clock: Callable[[], float] = time.time) -> None:
-        self.broker = Broker(clock)
+    def __init__(
+        self,
+        *,
+        clock: Callable[[], float] = time.time,
+        projects: Container[str] | None = None,
+    ) -> None:
+        self.broker = Broker(clock, projects)
         self.calls: Counter[str] = Counter()
         """How often each method was called, refused calls included."""
         self._denied: set[str] = set()

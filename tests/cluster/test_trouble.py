@@ -1,0 +1,214 @@
+"""What a real instance says when its engine can't be had: at its start, and in ``/readyz``."""
+
+import asyncio
+import os
+import sys
+from asyncio.subprocess import PIPE
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import valkey
+
+from pokebridge.testing.pubsub import PubSubServer
+from tests.support import Daemon, Instance, Serve, free_port, wait_until
+from tests.support.engines import BIN
+from tests.support.serving import POKEBRIDGE
+
+USERS = """authorization { users = [
+    { user: bridge, password: pw %s }
+    { user: mute, password: pw, permissions: { subscribe: ["other"] } } ] }"""
+TAKEN_AWAY = ', permissions: { subscribe: ["other"] }'
+ACL = ("on", ">pw", "+@all", "resetchannels")
+CHANNELS = ("&push-notifications", "&push-notifications.*", "&push-notifications-all")
+TIMEOUT_S = 60.0
+
+
+class Failure(NamedTuple):
+    """A start that can't be: its transport, its exit status, and what the one line has in it."""
+
+    transport: str
+    status: int
+    said: Sequence[str]
+
+
+class Nats(Daemon):
+    """A server with users, one of whom may not subscribe."""
+
+    def __init__(self, directory: Path) -> None:
+        port = free_port()
+        self._config = directory / "nats.conf"
+        command = [str(BIN / "nats-server"), "--config", str(self._config)]
+        super().__init__("nats", command, port=port, url="", directory=directory)
+
+    def configure(self, permissions: str) -> None:
+        """What the user ``bridge`` may do from the next start or reload on."""
+        listen = f"listen: 127.0.0.1:{self.port}\n"
+        self._config.write_text(listen + USERS % permissions + "\n")
+
+
+@pytest.fixture
+def nats_with_users(tmp_path: Path) -> Iterator[Nats]:
+    """A server where ``bridge:pw`` may do everything."""
+    server = Nats(tmp_path)
+    server.configure("")
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+async def pubsub(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[PubSubServer]:
+    """A Pub/Sub server that knows one project."""
+    async with PubSubServer(projects={"a-project"}) as server:
+        monkeypatch.setenv("PUBSUB_EMULATOR_HOST", server.address)
+        yield server
+
+
+async def assert_fails(failure: Failure, *command: str | Path, pubsub_host: str = "") -> None:
+    """Start an instance, which ends by itself with one clear line and no traceback."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("POKEBRIDGE_")}
+    env["PUBSUB_EMULATOR_HOST"] = pubsub_host
+    flags = ("serve", "--dev", "--port", "0", "--mailbox", "memory://", "--log-level", "error")
+    process = await asyncio.create_subprocess_exec(
+        *(command or [POKEBRIDGE]), *flags, "--transport", failure.transport, env=env,
+        stdout=PIPE, stderr=PIPE,
+    )  # fmt: skip
+    try:
+        out, err = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert (process.returncode, out) == (failure.status, b""), err
+    (line,) = err.decode().splitlines()
+    assert line.startswith("pokebridge: ")
+    for said in failure.said:
+        assert said in line
+    assert "pw" not in line.split()
+
+
+async def test_a_start_that_can_not_be_is_one_clear_line(
+    nats_with_users: Nats, own_valkey_server: Daemon, pubsub: PubSubServer
+) -> None:
+    """No such project, a permission that is missing, a wrong password, a broker that is not there.
+
+    Status 2 is for a setting to correct, 1 for an engine that can't be had now.
+    """
+    with valkey.Valkey(port=own_valkey_server.port) as admin:
+        admin.execute_command("ACL", "SETUSER", "mute", *ACL, "&other")
+    nats, redis = nats_with_users.address, own_valkey_server.address
+    nowhere = f"127.0.0.1:{free_port()}"
+    at_pubsub = [
+        Failure("pubsub://no-such-project", 2, ["project no-such-project is not known"]),
+        Failure("pubsub://Not_A_Project", 2, ["'Not_A_Project' can't be a project"]),
+    ]
+    elsewhere = [
+        Failure(f"nats://mute:pw@{nats}", 1, [nats, "no permission for subscription"]),
+        Failure(f"nats://bridge:no@{nats}", 1, [nats, "Authorization"]),
+        Failure(f"nats://{nowhere}", 1, [nowhere, "refused"]),
+        Failure(f"redis://mute:pw@{redis}/0", 1, [redis, "permission"]),
+        Failure(f"redis://mute:no@{redis}/0", 1, [redis, "password"]),
+        Failure(f"redis://{nowhere}/0", 1, [nowhere, "refused"]),
+    ]
+    async with asyncio.timeout(TIMEOUT_S), asyncio.TaskGroup() as group:
+        for failure in elsewhere:
+            group.create_task(assert_fails(failure))
+        for failure in at_pubsub:
+            group.create_task(assert_fails(failure, pubsub_host=pubsub.address))
+        unreachable = Failure("pubsub://a-project", 1, [nowhere, "can't be reached"])
+        group.create_task(assert_fails(unreachable, pubsub_host=nowhere))
+        for method, permission in (
+            ("CreateTopic", "pubsub.topics.create"),
+            ("CreateSubscription", "pubsub.subscriptions.create"),
+            ("StreamingPull", "pubsub.subscriptions.consume"),
+        ):
+            pubsub.deny(method)
+            status = 2 if method == "CreateTopic" else 1
+            denied = Failure("pubsub://a-project", status, [permission])
+            await assert_fails(denied, pubsub_host=pubsub.address)
+            pubsub.allow(method)
+
+
+@pytest.mark.parametrize("missing", [("nats", "nats"), ("redis", "redis"), ("pubsub", "google")])
+async def test_a_missing_driver_is_one_clear_line(missing: tuple[str, str]) -> None:
+    """It names the extra to install."""
+    scheme, package = missing
+    without = f"import sys; sys.modules[{package!r}] = None; import pokebridge.cli as c; c.main()"
+    failure = Failure(f"{scheme}://a-host", 2, [f"pip install 'pokebridge[{scheme}]'"])
+    async with asyncio.timeout(TIMEOUT_S):
+        await assert_fails(failure, sys.executable, "-c", without)
+
+
+async def readiness(instance: Instance) -> tuple[int, str]:
+    """The status and the text of ``/readyz``."""
+    async with instance.async_http() as http:
+        answer = await http.get("/readyz")
+    return answer.status_code, answer.text
+
+
+async def assert_red_then_green(
+    instance: Instance,
+    reason: str,
+    break_it: Callable[[], object],
+    mend_it: Callable[[], object],
+) -> None:
+    """Readiness says why while it is broken, and recovers by itself."""
+
+    async def says(status: int, text: str) -> bool:
+        found, said = await readiness(instance)
+        return found == status and text in said
+
+    assert (await readiness(instance))[0] == 200
+    await asyncio.to_thread(break_it)
+    await wait_until(lambda: says(503, reason), 20, f"{reason!r} in /readyz")
+    await asyncio.to_thread(mend_it)
+    await wait_until(lambda: says(200, ""), 20, "readiness")
+
+
+async def test_readiness_says_what_is_wrong_later(
+    nats_with_users: Nats, own_valkey_server: Daemon, pubsub: PubSubServer, serve: Serve
+) -> None:
+    """A permission that is taken away from a running instance, and given back."""
+    admin: Any = valkey.Valkey(port=own_valkey_server.port)
+    admin.execute_command("ACL", "SETUSER", "bridge", *ACL, *CHANNELS)
+    loop = asyncio.get_running_loop()
+
+    def reload(permissions: str) -> None:
+        nats_with_users.configure(permissions)
+        os.kill(nats_with_users.pid, 1)
+
+    def in_loop(call: Callable[[], None]) -> None:
+        loop.call_soon_threadsafe(call)
+
+    def deny() -> None:
+        pubsub.deny("StreamingPull")
+        pubsub.break_streams()
+
+    faults = {
+        f"nats://bridge:pw@{nats_with_users.address}": (
+            "no permission for subscription",
+            lambda: reload(TAKEN_AWAY),
+            lambda: reload(""),
+        ),
+        f"redis://bridge:pw@{own_valkey_server.address}/0": (
+            "permission",
+            lambda: admin.execute_command("ACL", "SETUSER", "bridge", "resetchannels"),
+            lambda: admin.execute_command("ACL", "SETUSER", "bridge", *CHANNELS),
+        ),
+        "pubsub://a-project": (
+            "no probe came back",
+            lambda: in_loop(deny),
+            lambda: in_loop(lambda: pubsub.allow("StreamingPull")),
+        ),
+    }
+
+    async def act(transport: str) -> None:
+        instance = await asyncio.to_thread(serve, transport=transport, mailbox="memory://")
+        await assert_red_then_green(instance, *faults[transport])
+
+    async with asyncio.timeout(TIMEOUT_S), asyncio.TaskGroup() as group:
+        for transport in faults:
+            group.create_task(act(transport))
+    admin.close()
