@@ -22,6 +22,7 @@ INSTANCE = "instance-a"
 BASE_URL = "http://a.example:8080"
 ALICE = "urn:user:alice"
 BOB = "urn:user:bob"
+EVENT = schema.Event("joined:instance-a:1", 1_700_000_000_000, "joined", INSTANCE, "it joined")
 
 
 @dataclass
@@ -32,6 +33,7 @@ class World:
     pokes: list[Poke] = field(default_factory=list)
     disconnected: list[str] = field(default_factory=list)
     drained: list[str] = field(default_factory=list)
+    watching: list[str] = field(default_factory=list)
     modes: list[tuple[Mode, bool]] = field(default_factory=list)
     not_ready: list[str] = field(default_factory=list)
     transport_is_down: bool = False
@@ -49,8 +51,11 @@ class World:
             view_cluster=self._view_cluster,
             migrate=self._migrate,
             drain=self._drain,
+            events=lambda: schema.Events(INSTANCE, 1, [EVENT]),
+            watch=self._watch,
             not_ready=self._not_ready,
             registry=CollectorRegistry(),
+            on_pull=lambda _: None,
         )
 
     def dev_parts(self) -> Parts:
@@ -83,6 +88,10 @@ class World:
 
     async def _migrate(self, mode: Mode, *, force: bool) -> None:
         self.modes.append((mode, force))
+
+    def _watch(self, recipient: str) -> float:
+        self.watching.append(recipient)
+        return 30.0
 
     async def _drain(self, instance: str) -> None:
         self.drained.append(instance)

@@ -528,7 +528,7 @@ class TestSessionsAndCluster:
         """The cluster is shown with the contract's names."""
         response = await http.get("/v1/cluster", headers=bearer("root", "admin"))
         view = response.json()
-        assert set(view) == {"mode", "epoch", "shard_count", "instances", "traffic"}
+        assert {"mode", "epoch", "shard_count", "instances", "traffic"} <= set(view)
         assert set(view["instances"][0]) >= {"id", "url", "state", "sessions", "shards"}
         assert set(view["traffic"]) == {
             "messages_per_s",

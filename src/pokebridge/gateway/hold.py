@@ -16,7 +16,7 @@ import structlog
 
 from pokebridge.errors import SignalError, TransportError
 from pokebridge.gateway.meter import SAMPLE_EVERY
-from pokebridge.placement import next_steps
+from pokebridge.placement import Steps, next_steps
 from pokebridge.sharding import shard_of
 from pokebridge.transport.base import Feed, Selection, Signal, Subscription, Transport
 from pokebridge.wire import Disconnect, Probe, decode_signal, encode_probe, is_probe
@@ -36,6 +36,8 @@ class HoldTiming:
     """Between two probes of a subscription that does not deliver, on average."""
     probes_per_s: float = 4.0
     """At most, however many subscriptions there are: then each is asked more rarely."""
+    parting_s: float = 2.0
+    """What is needed no more stays so long: signals may still be on their way through it."""
 
 
 class Hold:
@@ -89,6 +91,11 @@ class Hold:
     def settled(self) -> bool:
         """Whether all that is wanted is proven live, and nothing else is held any more."""
         return self._held.keys() == self._wanted and self.trouble is None
+
+    @property
+    def is_in_doubt(self) -> bool:
+        """Whether what was live is not known to be any more: a poke may have been lost."""
+        return any(held.missed for held in self._held.values())
 
     @property
     def selections(self) -> frozenset[Selection]:
@@ -159,15 +166,31 @@ class Hold:
         held = self._held.get(selection)
         return held is not None and held.trouble is None
 
+    def let_go(self, held: "_Held") -> bool:
+        """Drop ``held``, which has parted, unless it is needed again; whether it is dropped."""
+        if held.selection not in self._next_steps().drop:
+            return False
+        del self._held[held.selection]
+        if held.missed:
+            self._on_missed(self._concerned_by(held.selection))
+        task = asyncio.create_task(held.close())
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+        return True
+
+    def _next_steps(self) -> Steps:
+        return next_steps(self._wanted, {s: self._is_live(s) for s in self._held})
+
     def _step(self) -> None:
-        steps = next_steps(self._wanted, {s: self._is_live(s) for s in self._held})
+        steps = self._next_steps()
         for selection in steps.subscribe:
             self._held[selection] = _Held(self, selection)
             self._held[selection].start()
-        for selection in steps.drop:
-            task = asyncio.create_task(self._held.pop(selection).close())
-            self._closing.add(task)
-            task.add_done_callback(self._closing.discard)
+        for selection, held in self._held.items():
+            if selection in steps.drop:
+                held.part()
+            else:
+                held.stay()
 
 
 class _Held:
@@ -179,8 +202,9 @@ class _Held:
         self.trouble: str | None = "the subscription is not proven live yet"
         self._subscription: Subscription | None = None
         self._watcher: asyncio.Task[None] | None = None
+        self._parting: asyncio.Task[None] | None = None
         self._doubt = asyncio.Event()
-        self._missed = False
+        self.missed = False
         self._heard = 0
         self._probe = b""
         self._probe_back = asyncio.Event()
@@ -189,14 +213,49 @@ class _Held:
         self._subscription = await self._hold.transport.subscribe(self.selection, self)
 
     def start(self) -> None:
+        self._stop_watching()
         self._watcher = asyncio.create_task(self._watch())
 
-    async def close(self) -> None:
+    def _stop_watching(self) -> None:
         if self._watcher is not None:
             self._watcher.cancel()
-            await asyncio.gather(self._watcher, return_exceptions=True)
+            self._watcher = None
+
+    async def close(self) -> None:
+        for task in (self._parting, self._watcher):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
         if self._subscription is not None:
             await self._subscription.close()
+
+    def part(self) -> None:
+        """Go, as soon as it is known that nothing was lost to this subscription."""
+        if self._parting is None:
+            self._parting = asyncio.create_task(self._part())
+
+    def stay(self) -> None:
+        """Do not go, if it is not too late."""
+        if self._parting is not None:
+            self._parting.cancel()
+            self._parting = None
+            self.start()
+
+    async def _part(self) -> None:
+        """Let what is on its way arrive, and ask once more whether all of it did.
+
+        Who goes without asking may take a gap along that the transport had not reported yet, and
+        nobody would ever poke those who missed something.
+        """
+        was_live = self.trouble is None or self.missed
+        if was_live:
+            await asyncio.sleep(self._hold.timing.parting_s)
+        self._stop_watching()
+        if was_live and not self.missed:
+            await self._prove()  # if it can't, it has missed something, for all we know
+        self._parting = None
+        if not self._hold.let_go(self):
+            self.start()
 
     # --- the transport's calls ------------------------------------------------------------------
 
@@ -223,7 +282,7 @@ class _Held:
             self._doubt.clear()
             while not await self._prove():  # noqa: ASYNC110 - it is the probe that waits
                 await asyncio.sleep(_spread(self._hold.timing.retry_s, 0.5))
-            missed, self._missed, self.trouble = self._missed, False, None
+            missed, self.missed, self.trouble = self.missed, False, None
             if missed:
                 log.warning("subscription restored", selection=str(self.selection))
             self._hold.became_live(self, missed=missed)
@@ -254,7 +313,7 @@ class _Held:
         """This is not known to deliver any more, and may have missed something."""
         if self.trouble is None:
             log.warning("subscription in doubt", selection=str(self.selection), reason=trouble)
-            self._missed = True
+            self.missed = True
         self.trouble = trouble
 
     async def _until_doubt(self) -> None:

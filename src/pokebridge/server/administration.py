@@ -81,7 +81,7 @@ class SessionCalls:
 
 
 class ClusterCalls:
-    """The cluster: look at it, migrate it, drain an instance."""
+    """The cluster: look at it, watch it, migrate it, drain an instance."""
 
     def __init__(
         self,
@@ -90,8 +90,12 @@ class ClusterCalls:
         view_cluster: Callable[[], Awaitable[schema.Cluster]],
         migrate: Migrate,
         drain: Callable[[str], Awaitable[None]],
+        events: Callable[[], schema.Events],
+        watch: Callable[[str], float],
     ) -> None:
         self._verify = verify
+        self._events = events
+        self._watch = watch
         self._view_cluster = view_cluster
         self._migrate = migrate
         self._drain = drain
@@ -102,6 +106,16 @@ class ClusterCalls:
         """GET /v1/cluster."""
         await authorize(self._verify, request, "admin")
         return json_response(await self._view_cluster())
+
+    async def events(self, request: Request) -> Response:
+        """GET /v1/cluster/events."""
+        await authorize(self._verify, request, "admin")
+        return json_response(self._events())
+
+    async def watch(self, request: Request) -> Response:
+        """PUT /v1/cluster/watch."""
+        caller = (await authorize(self._verify, request, "admin")).subject
+        return json_response(schema.Watch(self._watch(caller)))
 
     async def migrate(self, request: Request) -> Response:
         """PUT /v1/cluster/mode."""
@@ -126,6 +140,22 @@ class ClusterCalls:
             "Look at the cluster",
             scope="admin",
             answers={200: schema.Cluster},
+        )
+        app.call(
+            "GET",
+            "/v1/cluster/events",
+            self.events,
+            "Read what has happened to the cluster",
+            scope="admin",
+            answers={200: schema.Events},
+        )
+        app.call(
+            "PUT",
+            "/v1/cluster/watch",
+            self.watch,
+            "Be poked when the cluster changes",
+            scope="admin",
+            answers={200: schema.Watch},
         )
         app.call(
             "PUT",

@@ -48,7 +48,9 @@ class Parts:
     ``home_of`` tells of a recipient its shard, the instance that serves it best, and the URL to
     connect to for that: empty for the host that was asked. ``not_ready`` says why the instance
     can't serve now, an empty sequence that it can. ``drain`` has an instance begin to send its
-    sessions elsewhere. ``middleware`` is ASGI's, around everything else.
+    sessions elsewhere. ``watch`` has a recipient poked when there is something new to see, for the
+    seconds that it returns. ``on_pull`` is given the duration of each pull in seconds.
+    ``middleware`` is ASGI's, around everything else.
     ``allowed_origins`` may call from a browser, ``"*"`` stands for any. ``sign_dev_token`` makes
     a token for anybody who asks: given with ``--dev`` alone.
     """
@@ -62,8 +64,11 @@ class Parts:
     view_cluster: Callable[[], Awaitable[schema.Cluster]]
     migrate: Migrate
     drain: Callable[[str], Awaitable[None]]
+    events: Callable[[], schema.Events]
+    watch: Callable[[str], float]
     not_ready: Callable[[], Awaitable[Sequence[str]]]
     registry: CollectorRegistry
+    on_pull: Callable[[float], None]
     has_calls: bool = True
     middleware: Sequence[Callable[[ASGIApp], ASGIApp]] = ()
     allowed_origins: Sequence[str] = ()
@@ -81,10 +86,11 @@ def create_api(parts: Parts) -> FastAPI:
     docs.install(app)
     if parts.has_calls:
         _add_calls(app, parts)
+        console.install(app)
     _add_operations(app, parts)
     if parts.sign_dev_token is not None:
         _add_dev_token(app, parts.sign_dev_token)
-        console.install(app)
+        console.install_playground(app)
     return app
 
 
@@ -98,6 +104,8 @@ def _add_calls(app: Api, parts: Parts) -> None:
         view_cluster=parts.view_cluster,
         migrate=parts.migrate,
         drain=parts.drain,
+        events=parts.events,
+        watch=parts.watch,
     ).add_to(app)
 
 
@@ -105,7 +113,7 @@ def _middleware(parts: Parts) -> Sequence[Middleware]:
     """From the outside in."""
     return [
         *(Middleware(each) for each in parts.middleware),
-        Middleware(RequestMetrics, registry=parts.registry),
+        Middleware(RequestMetrics, registry=parts.registry, on_pull=parts.on_pull),
         Middleware(
             CORSMiddleware,
             allow_origins=parts.allowed_origins,

@@ -26,6 +26,8 @@ from pokebridge.gateway.meter import Window
 from pokebridge.placement import Mode
 from pokebridge.redline import MIGRATE_RULES
 from pokebridge.server import schema
+from pokebridge.server.events import Events
+from pokebridge.server.pull_times import PullTimes, p99_ms
 from pokebridge.server.red_line import RedLine
 from pokebridge.settings import Settings
 from pokebridge.sharding import shard_of
@@ -36,6 +38,7 @@ log = structlog.get_logger(__name__)
 # A share that is smaller comes of strays, and of signals by hand: they are heard all the same.
 _UNTAGGED_SHARE_ALLOWED = 0.01
 _SHARDS_SHOWN_AT_MOST = 1000
+_TICK_S = 1.0
 
 
 class Cluster:
@@ -61,11 +64,17 @@ class Cluster:
         self._on_drain = on_drain
         self._url = url
         self._is_member = "gateway" in settings.roles
+        self._is_static = settings.coordination.startswith("static:")
         self._is_shared = settings.coordination != "memory://"
         self._incarnation = secrets.token_hex(8)
         self._joined_at_ms = int(time.time() * 1000)
+        self.pulls = PullTimes()
+        """How long the pulls take that this instance answers."""
+        self.events = Events()
+        """What has happened to the cluster."""
         self._window = Window(self._totals())
         self._memory_bytes = 0
+        self._doubt_s = 0.0
         self.ops_per_s = 0.0
         """Deliveries of signals in the whole cluster, as of a second ago."""
         self.red_line = RedLine(
@@ -87,7 +96,7 @@ class Cluster:
             on_view=self._on_view,
             lease_s=settings.lease_s,
             leads="coordinator" in settings.roles,
-            by_ring=settings.assignment == "ring",
+            by_ring=settings.assignment == "ring" and not self._is_static,
         )
 
     @property
@@ -136,20 +145,14 @@ class Cluster:
             _standings(view),
         ):
             self._gateway.apply(view.shard_map, urls)
-            self._tell_changes(before, view)
+            self._check_name(view)
+        for event in self.events.see(view):
+            log.info(event.text, kind=event.kind, epoch=view.shard_map.epoch)
         me = self._settings.instance
         if me in view.shard_map.draining and before is not None:
             self._on_drain()
 
-    def _tell_changes(self, before: View | None, view: View) -> None:
-        known = {} if before is None else before.members
-        for member in view.members.values():
-            if member.id not in known:
-                log.info("instance joined", member=member.id, url=member.url)
-        for gone in known.keys() - view.members.keys():
-            log.info("instance gone", member=gone)
-        if before is not None and before.shard_map.mode != view.shard_map.mode:
-            log.info("migrating", mode=view.shard_map.mode, epoch=view.shard_map.epoch)
+    def _check_name(self, view: View) -> None:
         mine = view.members.get(self._settings.instance)
         if self._is_member and mine is not None and mine.incarnation != self._incarnation:
             log.warning("another instance has the same name", member=mine.id)
@@ -159,7 +162,7 @@ class Cluster:
 
         In fan-out nobody waits: every instance hears everything as it is.
         """
-        if not self._is_member:
+        if not self._is_member or self._is_static:
             return
         me = self._settings.instance
         try:
@@ -204,7 +207,7 @@ class Cluster:
                 "the instances share no coordination store (coordination is memory://), so they"
                 " can't change their mode together",
             )
-        if self._settings.coordination.startswith("static:"):
+        if self._is_static:
             raise HTTPException(
                 HTTPStatus.CONFLICT,
                 "with static:// coordination the mode is each instance's setting: change it there,"
@@ -258,7 +261,8 @@ class Cluster:
     def _report(self) -> Report:
         gateway = self._gateway
         hold, traffic = gateway.hold, gateway.bridge.traffic
-        elapsed_s, (signals, untagged, delivered, cpu_s) = self._window.growth(self._totals())
+        elapsed_s, totals = self._window.growth(self._totals())
+        signals, untagged, delivered, cpu_s, *pulls = totals
         interest = sorted(gateway.homing.interest)
         return Report(
             epoch=gateway.homing.shard_map.epoch,
@@ -270,6 +274,9 @@ class Cluster:
             noise_ratio=traffic.noise_ratio,
             untagged_share=untagged / signals if signals else 0.0,
             gaps=hold.gaps,
+            doubt_s=self._doubt_s,
+            pulls_per_s=sum(pulls) / elapsed_s,
+            pull_p99_ms=p99_ms(pulls),
             cpu_share=cpu_s / elapsed_s,
             memory_bytes=self._memory_bytes,
         )
@@ -281,12 +288,14 @@ class Cluster:
             self._gateway.hold.untagged,
             counters.delivered,
             time.process_time(),
+            *self.pulls.counts,
         )
 
     async def _tick(self) -> None:
         while True:
             self._memory_bytes = await asyncio.to_thread(_memory_bytes)
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(_TICK_S)
+            self._doubt_s += _TICK_S * self._gateway.hold.is_in_doubt
             self._window.mark(self._totals())
             with suppress(TransportError):  # it can't count its subscribers now
                 await self._watch_red_line()
@@ -328,7 +337,13 @@ class Cluster:
                 noise_ratio=self._gateway.bridge.traffic.noise_ratio,
                 over_red_line=self.red_line.is_over,
             ),
+            seen_by=self._settings.instance,
+            events=self.events.count,
         )
+
+    def show_events(self) -> schema.Events:
+        """What has happened, as far as this instance has seen it."""
+        return schema.Events(self._settings.instance, self.events.count, list(self.events))
 
     async def _load(self, members: Mapping[str, Member]) -> "_Load":
         """The load on the cluster.

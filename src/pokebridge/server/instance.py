@@ -8,6 +8,7 @@ Processor ──append──▶ mailbox          Publisher ──signals──�
 import asyncio
 import resource
 from collections.abc import Iterable, Mapping, Sequence
+from math import inf
 from typing import TYPE_CHECKING
 
 import structlog
@@ -23,7 +24,9 @@ from pokebridge.mailbox.base import Mailbox
 from pokebridge.processor import Processor
 from pokebridge.publisher import Publisher
 from pokebridge.server import api, metrics
+from pokebridge.server.capacity import PullCapacity
 from pokebridge.server.cluster import Cluster
+from pokebridge.server.watch import Watchers
 from pokebridge.session import Timing
 from pokebridge.settings import Settings
 from pokebridge.telemetry import Metric
@@ -76,7 +79,12 @@ class Instance:
             url=url,
             on_drain=self.start_drain,
         )
+        self._watchers = Watchers(
+            self.cluster.show, self._publisher.publish, self.gateway.bridge.handle_poke
+        )
         self._tracing = tracing
+        self._capacity = PullCapacity()
+        self._pacer: asyncio.Task[None] | None = None
         self._draining: asyncio.Task[None] | None = None
         registry = CollectorRegistry()
         metrics.expose(registry, self._read_metrics)
@@ -103,8 +111,11 @@ class Instance:
                 view_cluster=self.cluster.show,
                 migrate=self.cluster.migrate,
                 drain=self.cluster.drain,
+                events=self.cluster.show_events,
+                watch=self._watchers.add,
                 not_ready=self._not_ready,
                 registry=registry,
+                on_pull=self._note_pull,
                 middleware=[] if self._tracing is None else [self._tracing.middleware],
                 allowed_origins=settings.allowed_origins,
                 sign_dev_token=self._sign_dev_token if settings.dev else None,
@@ -125,6 +136,18 @@ class Instance:
         await self.cluster.start()
         if self._processor is not None:
             await self._processor.start()
+        self._pacer = asyncio.create_task(self._keep_pace())
+
+    def _note_pull(self, duration_s: float) -> None:
+        self._capacity.add(duration_s)
+        self.cluster.pulls.add(duration_s)
+
+    async def _keep_pace(self) -> None:
+        """Let the pulls after a gap spread to what this instance has shown to bear."""
+        while True:
+            await asyncio.sleep(1.0)
+            self._capacity.settle()
+            self.gateway.pulls_per_s = self._capacity.per_s
 
     def start_drain(self) -> None:
         """Begin to refuse new sessions and to send those there are elsewhere; returns at once."""
@@ -144,6 +167,9 @@ class Instance:
 
     async def close(self) -> None:
         """Stop every part, those that others still need last."""
+        if self._pacer is not None:
+            self._pacer.cancel()
+        await self._watchers.close()
         if self._processor is not None:
             await self._processor.close()
         await self._publisher.close()
@@ -221,6 +247,7 @@ class Instance:
             Metric.GLOBAL_OPS: self.cluster.ops_per_s,
             Metric.RED_LINE: self.settings.red_line_ops_per_s,
             Metric.OVER_RED_LINE: self.cluster.red_line.is_over,
+            Metric.PULL_CAPACITY: self._capacity.per_s,
             Metric.COORDINATION_UP: self.cluster.trouble is None,
         }
         if self._processor is not None:
@@ -240,6 +267,7 @@ def _gateway_config(settings: Settings) -> GatewayConfig:
         handshakes_per_s=settings.handshakes_per_s,
         shard_count=settings.shard_count,
         mode=settings.initial_mode,
+        max_session_s=settings.max_session_s or inf,
         timing=Timing(
             ping_interval_s=settings.ping_interval_s, pong_timeout_s=settings.pong_timeout_s
         ),

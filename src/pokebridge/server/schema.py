@@ -193,6 +193,11 @@ class Instance(Struct):
     noise_ratio: Annotated[Share, Meta(description="CPU time spent on others' pokes.")] = 0.0
     untagged_share: Annotated[Share, Meta(description="Of the signals: without a shard.")] = 0.0
     gaps: int = 0
+    doubt_s: Annotated[
+        float, Meta(description="Time in which pokes may have been lost; then all are poked.")
+    ] = 0.0
+    pulls_per_s: float = 0.0
+    pull_p99_ms: Annotated[float, Meta(description="99 of 100 pulls were answered in it.")] = 0.0
     cpu_share: Annotated[float, Meta(description="1 is one core.")] = 0.0
     memory_bytes: int = 0
 
@@ -208,13 +213,45 @@ class Traffic(Struct):
 
 
 class Cluster(Struct):
-    """The cluster as this instance sees it."""
+    """The cluster as the instance `seen_by` sees it, which has seen so many `events`."""
 
     mode: Literal["fanout", "partitioned"]
     epoch: int
     shard_count: int
     instances: list[Instance]
     traffic: Traffic
+    seen_by: str = ""
+    events: int = 0
+
+
+class Event(Struct):
+    """Something that happened, in plain words; the same `id` from every instance that saw it."""
+
+    id: str
+    at_ms: Annotated[int, Meta(description="Unix time.")]
+    kind: Annotated[
+        str,
+        Meta(
+            description="`joined`, `left`, `died`, `draining`, `gap`, `moved`, `migrating` or"
+            " `migrated`."
+        ),
+    ]
+    instance: Annotated[str, Meta(description="Whom it is about; empty for the whole cluster.")]
+    text: str
+
+
+class Events(Struct):
+    """The newest events, oldest first, of the `count` that `seen_by` has seen since its start."""
+
+    seen_by: str
+    count: int
+    events: list[Event]
+
+
+class Watch(Struct):
+    """For so long the caller is poked when there is something new to see."""
+
+    for_s: float
 
 
 class ModeRequest(_Request):

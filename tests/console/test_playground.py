@@ -161,11 +161,14 @@ def test_headers(instance: Instance) -> None:
         assert "script-src 'self';" in page.headers["content-security-policy"]
         assert page.headers["x-content-type-options"] == "nosniff"
         assert page.headers["referrer-policy"] == "no-referrer"
-        for path, kind in (("/console/app.js", "javascript"), ("/console/style.css", "text/css")):
+        for path, kind in (
+            ("/assets/playground/app.js", "javascript"),
+            ("/assets/shared/base.css", "text/css"),
+        ):
             file = http.get(path)
             assert kind in file.headers["content-type"]
             again = http.get(path, headers={"If-None-Match": file.headers["etag"]})
             assert again.status_code == 304
             assert file.headers["cache-control"] == "no-cache"
-        assert http.get("/console/../__init__.py").status_code == 404
-        assert http.get("/console/%2e%2e/__init__.py").status_code == 404
+        assert http.get("/assets/../__init__.py").status_code == 404
+        assert http.get("/assets/%2e%2e/__init__.py").status_code == 404

@@ -1,6 +1,7 @@
 // Two users of pokebridge side by side, and what happens between them.
 
-import { Client, Refusal, reach } from "./client.js";
+import { Refusal, reach } from "../shared/session.js";
+import { Client } from "./client.js";
 import { Flow } from "./flow.js";
 import { Trace, TraceList, formatMs } from "./trace.js";
 

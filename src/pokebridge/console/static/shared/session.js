@@ -1,10 +1,9 @@
-// A client of pokebridge: it sleeps on a WebSocket, and pulls over HTTP when it is poked.
+// A session with pokebridge: one WebSocket that is kept alive, and calls over HTTP beside it.
 //
-// What it does and when is protocol.md section 3: pull on `ready` and on `poke`, one pull at a
-// time, reconnect with full jitter, and not at all where the close code says so.
+// What it does and when is protocol.md section 3: reconnect with full jitter, and not at all where
+// the close code says so. What is pulled, on `ready` and on `poke`, is a subclass's business.
 
 const PROTOCOL = "pokebridge.v1";
-const PAGE_SIZE = 50;
 const REQUEST_TIMEOUT_MS = 15_000;
 const FIRST_DELAY_MS = 500;
 const MAX_DELAY_MS = 30_000;
@@ -20,11 +19,11 @@ const WHY_STOPPED = {
 };
 
 /** A random delay up to a limit that doubles with each attempt ("full jitter"). */
-function jitter(attempt, leastMs = 0) {
+export function jitter(attempt, leastMs = 0) {
   return leastMs + Math.random() * Math.min(MAX_DELAY_MS, FIRST_DELAY_MS * 2 ** attempt);
 }
 
-function sleep(delayMs) {
+export function sleep(delayMs) {
   return new Promise((resolve) => setTimeout(resolve, delayMs));
 }
 
@@ -49,15 +48,13 @@ export class Refusal extends Error {
 }
 
 /**
- * One device of one user.
+ * One session, and the calls of whoever has it.
  *
  * Events, with their particulars in `detail`:
  * - `state`: {state: "connecting" | "ready" | "waiting" | "off", why, delayMs, ready}
- * - `poke`: {version, at, news}: a poke came; `news` when it is followed by a pull
- * - `pull`: {status, messages, cause: {kind: "ready" | "poke", at}, startedAt, endedAt}
  * - `log`: {text}: what went over the wire
  */
-export class Client extends EventTarget {
+export class Session extends EventTarget {
   #getToken;
   #token = null;
   #socket = null;
@@ -66,21 +63,21 @@ export class Client extends EventTarget {
   #attempt = 0;
   #closed = true;
   #awaitsPong = false;
-  #cursor = 0;
-  #etag = null;
-  #pulling = false;
-  #cause = null;
+  #follows;
 
-  constructor({ subject, device, getToken }) {
+  /**
+   * `getToken` is asked for a token when there is none, or when the last one was refused;
+   * `follows` moves to other instances, or is served at this page's origin alone.
+   */
+  constructor({ device, getToken, follows = true }) {
     super();
-    this.subject = subject;
     this.device = device;
     this.#getToken = getToken;
+    this.#follows = follows;
   }
 
-  /** The version of the last message pulled. */
-  get version() {
-    return this.#cursor;
+  get isOpen() {
+    return !this.#closed;
   }
 
   /** Connect, and stay connected until `close`. */
@@ -96,30 +93,10 @@ export class Client extends EventTarget {
     this.#stop("disconnected");
   }
 
-  /** Send `body` to `recipient`; the same `id` again sends nothing twice. → {id, version} */
-  async send(recipient, body, { id, ttl_s }) {
-    const response = await this.#request("POST", "/v1/messages", { recipient, body, id, ttl_s });
-    return response.json();
-  }
-
-  async poke(recipient) {
-    await this.#request("POST", "/v1/pokes", { recipient });
-  }
-
-  /** This device has all up to the present version. */
-  async ack() {
-    const path = `/v1/messages/ack?device=${encodeURIComponent(this.device)}`;
-    await this.#request("POST", path, { version: this.#cursor });
-  }
-
-  async connectInfo() {
-    return (await this.#request("GET", "/v1/connect-info")).json();
-  }
-
   // --- the session ---------------------------------------------------------------------------
 
   async #connect(movedTo = null) {
-    this.#emit("state", { state: "connecting" });
+    this.emit("state", { state: "connecting" });
     const turn = ++this.#turn;
     try {
       this.#token ??= await this.#getToken();
@@ -130,7 +107,7 @@ export class Client extends EventTarget {
     if (turn !== this.#turn) return;
     const url = new URL(movedTo ?? `${location.origin.replace(/^http/, "ws")}/v1/connect`);
     url.searchParams.set("device", this.device);
-    if (movedTo) url.searchParams.set("moved", "1");
+    if (movedTo || !this.#follows) url.searchParams.set("moved", "1");
     const socket = new WebSocket(url, [PROTOCOL, `bearer.${this.#token}`]);
     const session = { socket, readyAt: null, moveTo: null };
     this.#socket = socket;
@@ -142,17 +119,17 @@ export class Client extends EventTarget {
     if (session.socket !== this.#socket) return;
     const at = performance.now();
     this.#awaitsPong = false;
-    if (frame.type !== "pong") this.#log(`← ${JSON.stringify(frame)}`);
+    if (frame.type !== "pong") this.log(`← ${JSON.stringify(frame)}`);
     switch (frame.type) {
       case "ready":
         session.readyAt = at;
         this.#keepAlive(session);
         this.#renewToken(session, frame.expires_in);
-        this.#emit("state", { state: "ready", ready: frame });
-        this.#pull({ kind: "ready", at });
+        this.emit("state", { state: "ready", ready: frame });
+        this.onReady(at);
         break;
       case "poke":
-        this.#onPoke(frame, at);
+        this.onPoke(frame, at);
         break;
       case "auth":
         this.#renewToken(session, frame.expires_in);
@@ -163,24 +140,15 @@ export class Client extends EventTarget {
     }
   }
 
-  #onPoke({ version, within_ms: withinMs = 0 }, at) {
-    const news = version === undefined || version > this.#cursor;
-    this.#emit("poke", { version, at, news });
-    if (!news) return;
-    const pull = () => this.#pull({ kind: "poke", at });
-    if (withinMs > 0) this.#after(Math.random() * withinMs, pull);
-    else pull();
-  }
-
   #onClose(session, code, reason) {
     if (session.socket !== this.#socket) return;
-    this.#log(`closed ${code} ${reason}`);
+    this.log(`closed ${code} ${reason}`);
     const stableMs = session.readyAt === null ? 0 : performance.now() - session.readyAt;
     if (stableMs > STABLE_MS) this.#attempt = 0;
     this.#dropSocket();
     if (code in WHY_STOPPED) {
       this.#stop(WHY_STOPPED[code]);
-    } else if (code === CLOSE.moved && session.moveTo) {
+    } else if (code === CLOSE.moved && session.moveTo && this.#follows) {
       this.#connect(session.moveTo);
     } else {
       // A browser is not told why a handshake was refused: a stale token is one reason.
@@ -191,14 +159,14 @@ export class Client extends EventTarget {
 
   #reconnect(why, leastMs = 0) {
     const delayMs = jitter(this.#attempt++, leastMs);
-    this.#emit("state", { state: "waiting", why, delayMs });
-    this.#after(delayMs, () => this.#connect());
+    this.emit("state", { state: "waiting", why, delayMs });
+    this.after(delayMs, () => this.#connect());
   }
 
   #stop(why) {
     this.#closed = true;
     this.#dropSocket();
-    this.#emit("state", { state: "off", why });
+    this.emit("state", { state: "off", why });
   }
 
   #dropSocket() {
@@ -211,7 +179,7 @@ export class Client extends EventTarget {
   }
 
   #keepAlive(session) {
-    this.#after(PING_MS, () => {
+    this.after(PING_MS, () => {
       if (this.#awaitsPong) {
         this.#onClose(session, 1006, "no answer");
         return;
@@ -226,12 +194,12 @@ export class Client extends EventTarget {
     if (expiresInS === undefined) return;
     // Timers hold 31 bits of milliseconds.
     const delayMs = Math.min(expiresInS * 800, 2 ** 31 - 1);
-    this.#after(delayMs, async () => {
+    this.after(delayMs, async () => {
       try {
         this.#token = await this.#getToken();
       } catch (error) {
         // The server will end the session with 4401, and then there is another try.
-        this.#log(`no new token: ${error.message}`);
+        this.log(`no new token: ${error.message}`);
         return;
       }
       if (session.socket === this.#socket) {
@@ -241,7 +209,7 @@ export class Client extends EventTarget {
   }
 
   /** Call back after a delay, unless this session ends before. */
-  #after(delayMs, callback) {
+  after(delayMs, callback) {
     const timer = setTimeout(() => {
       this.#timers.delete(timer);
       callback();
@@ -249,47 +217,18 @@ export class Client extends EventTarget {
     this.#timers.add(timer);
   }
 
-  // --- pulls ---------------------------------------------------------------------------------
+  // --- what a subclass makes of it -------------------------------------------------------------
 
-  /** Pull until nothing is left. Whatever asks meanwhile is served by one more pull. */
-  async #pull(cause) {
-    this.#cause = cause;
-    if (this.#pulling) return;
-    this.#pulling = true;
-    for (let attempt = 0; this.#cause && !this.#closed; ) {
-      const served = this.#cause;
-      try {
-        while (await this.#pullPage(served));
-        attempt = 0;
-        if (this.#cause === served) this.#cause = null;
-      } catch (error) {
-        this.#log(`pull failed: ${error.message}`);
-        await sleep(jitter(attempt++));
-      }
-    }
-    this.#pulling = false;
-  }
+  /** The session is live: pull. Times are performance.now(). */
+  onReady(_at) {}
 
-  /** Pull one page; whether there is more. */
-  async #pullPage(cause) {
-    const startedAt = performance.now();
-    const device = encodeURIComponent(this.device);
-    const path = `/v1/messages?after=${this.#cursor}&limit=${PAGE_SIZE}&device=${device}`;
-    const headers = this.#etag === null ? {} : { "If-None-Match": this.#etag };
-    const response = await this.#request("GET", path, undefined, headers);
-    const page = response.status === 304 ? { messages: [] } : await response.json();
-    const endedAt = performance.now();
-    if (response.status === 200) {
-      this.#cursor = page.version;
-      // The tag stands for the head: it may be shown once the last page is in.
-      this.#etag = page.more ? null : response.headers.get("ETag");
-    }
-    const { messages } = page;
-    this.#emit("pull", { status: response.status, messages, cause, startedAt, endedAt });
-    return page.more === true;
-  }
+  /** A poke came. */
+  onPoke(_frame, _at) {}
 
-  async #request(method, path, body, headers = {}, mayRenew = true) {
+  // --- calls -------------------------------------------------------------------------------------
+
+  /** Call the API; what is no success is a `Refusal`, but for 304. */
+  async request(method, path, body, headers = {}, mayRenew = true) {
     this.#token ??= await this.#getToken();
     const token = this.#token;
     const response = await reach(path, {
@@ -301,20 +240,20 @@ export class Client extends EventTarget {
       },
       body: body === undefined ? undefined : JSON.stringify(body),
     });
-    this.#log(`→ ${method} ${path.split("?")[0]} ${response.status}`);
+    this.log(`→ ${method} ${path.split("?")[0]} ${response.status}`);
     if (response.status === 401 && mayRenew) {
       if (this.#token === token) this.#token = null;
-      return this.#request(method, path, body, headers, false);
+      return this.request(method, path, body, headers, false);
     }
     if (!response.ok && response.status !== 304) throw await Refusal.of(response);
     return response;
   }
 
-  #emit(type, detail) {
+  emit(type, detail) {
     this.dispatchEvent(new CustomEvent(type, { detail }));
   }
 
-  #log(text) {
-    this.#emit("log", { text });
+  log(text) {
+    this.emit("log", { text });
   }
 }

@@ -1,0 +1,117 @@
+// What the whole cluster does now, in a row of numbers.
+
+import {
+  formatCount,
+  formatDuration,
+  formatMs,
+  formatRate,
+  formatShare,
+  plural,
+} from "./format.js";
+
+const sum = (all, of) => all.reduce((total, each) => total + of(each), 0);
+
+/** Of those that answer pulls; `null` when nobody does. */
+const slowestPullMs = (pulling) =>
+  pulling.length ? Math.max(...pulling.map((each) => each.pull_p99_ms)) : null;
+
+/** The load in a view, for the numbers and the charts. */
+export function loadOf({ traffic, instances }) {
+  const cpu = sum(instances, (each) => each.cpu_share);
+  return {
+    opsPerS: traffic.global_ops_per_s,
+    redLine: traffic.red_line,
+    isOver: traffic.over_red_line,
+    inPerS: traffic.messages_per_s,
+    outPerS: sum(instances, (each) => each.pokes_per_s),
+    // Each instance tells of its own CPU time; the cluster's is their mean by that.
+    noise: cpu > 0 ? sum(instances, (each) => each.noise_ratio * each.cpu_share) / cpu : 0,
+    pullsPerS: sum(instances, (each) => each.pulls_per_s),
+    pullMs: slowestPullMs(instances.filter((each) => each.pulls_per_s > 0)),
+    gaps: sum(instances, (each) => each.gaps),
+    doubtS: sum(instances, (each) => each.doubt_s),
+    sessions: sum(instances, (each) => each.sessions),
+    instances: instances.length,
+    draining: instances.filter((each) => each.state === "draining").length,
+  };
+}
+
+const FIGURES = [
+  {
+    key: "ops",
+    name: "Deliveries",
+    value: (load) => `${formatRate(load.opsPerS)}/s`,
+    note: (load) => `red line ${formatCount(load.redLine)}/s`,
+    share: (load) => load.opsPerS / load.redLine,
+    isBad: (load) => load.isOver,
+  },
+  {
+    key: "noise",
+    name: "Noise ratio",
+    value: (load) => formatShare(load.noise),
+    note: () => "of the CPU time, on others' pokes",
+  },
+  {
+    key: "in",
+    name: "Signals in",
+    value: (load) => `${formatRate(load.inPerS)}/s`,
+    note: () => "published",
+  },
+  {
+    key: "out",
+    name: "Pokes out",
+    value: (load) => `${formatRate(load.outPerS)}/s`,
+    note: () => "frames to sockets",
+  },
+  {
+    key: "pulls",
+    name: "Pull latency",
+    value: (load) => (load.pullMs === null ? "–" : formatMs(load.pullMs)),
+    note: (load) => `99 of 100, at ${formatRate(load.pullsPerS)} pulls/s`,
+  },
+  {
+    key: "gaps",
+    name: "Gaps",
+    value: (load) => formatCount(load.gaps),
+    note: (load) => `${formatDuration(load.doubtS)} in doubt`,
+    isBad: (load) => load.gaps > 0,
+  },
+  {
+    key: "sessions",
+    name: "Sessions",
+    value: (load) => formatCount(load.sessions),
+    note: () => "open",
+  },
+  {
+    key: "instances",
+    name: "Instances",
+    value: (load) => formatCount(load.instances),
+    note: (load) => (load.draining ? `${plural(load.draining, "one")} draining` : "all active"),
+  },
+];
+
+export class Figures {
+  #tiles = new Map();
+
+  constructor(root) {
+    for (const { key, name } of FIGURES) {
+      const tile = document.createElement("div");
+      tile.className = "card";
+      tile.dataset.figure = key;
+      tile.innerHTML = "<dt></dt><dd><b></b> <small></small></dd>";
+      tile.querySelector("dt").textContent = name;
+      root.append(tile);
+      this.#tiles.set(key, tile);
+    }
+  }
+
+  show(load) {
+    for (const { key, value, note, share, isBad } of FIGURES) {
+      const tile = this.#tiles.get(key);
+      tile.querySelector("b").textContent = value(load);
+      tile.querySelector("small").textContent = note(load);
+      tile.classList.toggle("bad", isBad?.(load) ?? false);
+      if (share) tile.style.setProperty("--share", Math.min(1, share(load)));
+    }
+  }
+}

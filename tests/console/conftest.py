@@ -1,0 +1,170 @@
+"""Three instances that the console's tests share, and a browser page that may not complain."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import websockets
+from playwright.async_api import Browser, Page, Request
+from tests.support import Instance, wait_until
+from tests.support.engines import run_nats
+from tests.support.serving import JWT_SECRET
+
+NAMES = ("one", "two", "three")
+SHARDS = 60
+RED_LINE = 600
+
+
+@dataclass
+class Trio:
+    """Instances on NATS; each test finds them all up, in fan-out and settled."""
+
+    instances: Mapping[str, Instance]
+
+    @property
+    def one(self) -> Instance:
+        """The one that the console is opened on."""
+        return self.instances["one"]
+
+    def admin_token(self) -> str:
+        """What an operator signs in with."""
+        return self.one.token("urn:user:operator", "admin")
+
+    async def view(self) -> Any:
+        """The cluster as the first instance sees it."""
+        async with self.one.async_http("urn:user:test", "admin") as http:
+            return (await http.get("/v1/cluster")).json()
+
+    async def migrate(self, mode: str) -> None:
+        """Have the cluster change its mode, and wait until it has."""
+        async with self.one.async_http("urn:user:test", "admin") as http:
+            answer = await http.put("/v1/cluster/mode", json={"mode": mode, "force": True})
+            assert answer.status_code == 202
+        await self.settled(mode)
+
+    async def settled(self, mode: str = "fanout") -> None:
+        """Return when all three are active, and hold what an even map gives them."""
+
+        async def is_settled() -> bool:
+            view = await self.view()
+            members = view["instances"]
+            return view["mode"] == mode and all(
+                len(members) == len(NAMES)
+                and each["state"] == "active"
+                and each["settled"]
+                and each["epoch"] == view["epoch"]
+                and len(each["shards"]) == SHARDS // len(NAMES)
+                for each in members
+            )
+
+        await wait_until(is_settled, 20, f"three instances, {mode}")
+
+    async def restore(self) -> None:
+        """Undo what a test did."""
+        for instance in self.instances.values():
+            if not instance.is_running():
+                await asyncio.to_thread(instance.start)
+        view = await self.view()
+        for each in view["instances"]:
+            if each["state"] != "active":
+                await asyncio.to_thread(self.instances[each["id"]].restart)
+        if view["mode"] != "fanout":
+            await self.migrate("fanout")
+        await self.settled()
+
+    @asynccontextmanager
+    async def sessions(self, recipients: Sequence[str]) -> AsyncIterator[None]:
+        """A session of each at one of the instances, in turn."""
+        async with AsyncExitStack() as opened:
+            for number, recipient in enumerate(recipients):
+                instance = self.instances[NAMES[number % len(NAMES)]]
+                socket = websockets.connect(
+                    instance.ws_url + "?moved=1", additional_headers=instance.headers(recipient)
+                )
+                await opened.enter_async_context(socket)
+            yield
+
+    async def poke(self, recipients: Sequence[str]) -> None:
+        """Publish a poke for each, each a signal of its own."""
+        async with self.one.async_http("urn:user:backend", "poke") as http:
+            await http.post("/v1/pokes", json={"recipients": list(recipients)})
+
+
+@pytest.fixture(scope="module")
+def shared_trio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trio]:
+    """The three, for all tests of a module."""
+    with ExitStack() as opened, ThreadPoolExecutor(len(NAMES)) as threads:
+        nats = opened.enter_context(run_nats(tmp_path_factory.mktemp("nats")))
+        directory = tmp_path_factory.mktemp("trio")
+        starts = [threads.submit(_start, name, nats.url, directory, opened) for name in NAMES]
+        yield Trio({name: start.result() for name, start in zip(NAMES, starts, strict=True)})
+
+
+def _start(name: str, nats_url: str, directory: Path, opened: ExitStack) -> Instance:
+    settings = {
+        "jwt_secret": JWT_SECRET,
+        "transport": nats_url,
+        "coordination": nats_url,
+        "mailbox": "sqlite:///shared.db",
+        "cluster": "console",
+        "instance": name,
+        "shard_count": SHARDS,
+        "lease_s": 1,
+        "red_line_ops_per_s": RED_LINE,
+        "drain_s": 0.2,
+    }
+    env = {k: v for k, v in os.environ.items() if not k.startswith("POKEBRIDGE_")}
+    env |= {f"POKEBRIDGE_{key.upper()}": str(value) for key, value in settings.items()}
+    instance = Instance(name, ["--dev"], env, directory)
+    opened.callback(instance.kill)
+    instance.start()
+    return instance
+
+
+@pytest.fixture
+async def trio(shared_trio: Trio) -> AsyncIterator[Trio]:
+    """The three, settled in fan-out, and so again afterwards."""
+    await shared_trio.settled()
+    yield shared_trio
+    await shared_trio.restore()
+
+
+@dataclass
+class Complaints:
+    """What a page did that it should not."""
+
+    lines: list[str]
+    urls: list[str]
+
+    def listen(self, page: Page) -> None:
+        """Note errors, refusals of the content policy among them, and all that is asked for."""
+        page.on("pageerror", lambda error: self.lines.append(str(error)))
+        page.on(
+            "console", lambda line: self.lines.append(line.text) if line.type == "error" else None
+        )
+        page.on("request", self._note)
+        page.on("websocket", lambda socket: self.urls.append(socket.url))
+
+    def _note(self, request: Request) -> None:
+        self.urls.append(request.url)
+
+
+@pytest.fixture
+def complaints() -> Complaints:
+    """Nothing so far."""
+    return Complaints([], [])
+
+
+@pytest.fixture
+async def page(chromium: Browser, complaints: Complaints) -> AsyncIterator[Page]:
+    """An empty page, 1280 px wide."""
+    page = await chromium.new_page(viewport={"width": 1280, "height": 900})
+    complaints.listen(page)
+    yield page
+    await page.close()
