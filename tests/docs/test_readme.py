@@ -150,21 +150,20 @@ def _settings_rows() -> Iterator[str]:
 def test_the_commands_are_the_codes() -> None:
     """The table names every command, with the arguments that it takes, and no other."""
     documented = re.findall(r"^\| `pokebridge (\w+)[^`]*` \|", README, re.MULTILINE)
-    assert sorted(documented) == sorted(cli.list_commands(click.Context(cli)))
+    assert sorted(set(documented)) == sorted(cli.list_commands(click.Context(cli)))
 
 
-def test_the_contract_says_which_commands_do_not_exist() -> None:
-    """Every command of the contract exists, or stands in its last section; none is in both."""
+def test_the_contracts_commands_are_the_codes() -> None:
+    """Every command of the contract exists, and there is no other."""
     contract = (ROOT / "docs" / "protocol.md").read_text()
     _, commands = contract.split("## 6. Command line", 1)
-    commands, missing = commands.split("## 8. Not served yet", 1)
+    commands, _ = commands.split("## 7. From a checkout", 1)
     promised = {
         name
         for row in re.findall(r"^\| (`.*?) \|", commands, re.MULTILINE)
         for name in re.findall(r"`([a-z]+)[^`]*`", row)
     }
-    absent = {name for name in promised if f"`{name}`" in missing}
-    assert promised - absent == set(cli.list_commands(click.Context(cli)))
+    assert promised == set(cli.list_commands(click.Context(cli)))
 
 
 @pytest.mark.parametrize("path", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]), ids=str)
@@ -173,7 +172,7 @@ def test_links_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\((?!https?://)([^)]+)\)", path.read_text()):
         file, _, anchor = target.partition("#")
         linked = path.parent / file if file else path
-        assert linked.is_file(), target
+        assert linked.exists(), target
         assert not anchor or anchor in _anchors(linked.read_text()), target
 
 
