@@ -142,7 +142,12 @@ class PostgresPool:
             except BaseException as error:
                 if not isinstance(error, asyncpg.PostgresError):
                     connection.terminate()  # nobody knows what it is about to say
-                if isinstance(error, TimeoutError):
+                if isinstance(error, asyncpg.ReadOnlySQLTransactionError):
+                    connection.terminate()  # after a failover this is the wrong server
+                    self._drop_idle()
+                if isinstance(
+                    error, TimeoutError
+                ):  # the network died silently, for all most likely
                     self._drop_idle()
                 raise
             finally:
@@ -157,7 +162,6 @@ class PostgresPool:
         return None
 
     def _drop_idle(self) -> None:
-        """The network dropped one connection silently, and the others with it most likely."""
         while self._idle:
             self._idle.pop().terminate()
 

@@ -1,0 +1,121 @@
+"""PostgreSQL fails over to a standby: the mailbox goes on there, and nothing is lost or doubled."""
+
+import asyncio
+import os
+import pwd
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+from tests.support import Daemon, free_port, wait_until
+from tests.support.engines import SETPRIV, _postgres_programs, _running
+
+from pokebridge.mailbox.postgres import PostgresMailbox
+from pokebridge.testing.mailbox_kit import BOB, message, unpoked, versions
+
+
+@contextmanager
+def standby_of(primary: Daemon) -> Iterator[Daemon]:
+    """A copy of ``primary`` that follows it, made as its operators would make it."""
+    port = free_port()
+    with tempfile.TemporaryDirectory(prefix="pokebridge-standby-") as name:
+        directory = Path(name)
+        run_as: list[str] = []
+        if os.geteuid() == 0:
+            nobody = pwd.getpwnam("nobody")
+            os.chown(directory, nobody.pw_uid, nobody.pw_gid)
+            run_as = [*SETPRIV, f"--reuid={nobody.pw_uid}", f"--regid={nobody.pw_gid}"]
+        programs = _postgres_programs(directory, run_as)
+        data = str(directory / "data")
+        copy = ["--pgdata", data, "--write-recovery-conf", "--checkpoint=fast", "--no-sync"]
+        command = [*run_as, str(programs / "pg_basebackup"), *copy, "--dbname", primary.url]
+        subprocess.run(command, check=True, capture_output=True, cwd=directory)
+        settings = {
+            "listen_addresses": "127.0.0.1",
+            "port": f"{port}",
+            "unix_socket_directories": "",
+            "fsync": "off",
+        }
+        flags = [flag for item in settings.items() for flag in ("-c", "=".join(item))]
+        with _running(
+            Daemon(
+                "standby",
+                [*run_as, str(programs / "postgres"), "-D", data, *flags],
+                port=port,
+                url=f"postgresql://postgres@127.0.0.1:{port}/postgres",
+                directory=directory,
+            )
+        ) as daemon:
+            yield daemon
+
+
+async def test_a_failover_loses_and_doubles_nothing(own_postgres_server: Daemon) -> None:
+    """The primary is killed amid appends and its standby promoted: each call is only slow.
+
+    Commits wait for the standby, as they must where a failover may lose none.
+    """
+    with standby_of(own_postgres_server) as standby:
+        by_hand = await asyncpg.connect(own_postgres_server.url)
+        await by_hand.execute("ALTER SYSTEM SET synchronous_standby_names = '*'")
+        await by_hand.execute("SELECT pg_reload_conf()")
+
+        async def is_followed() -> bool:
+            state = "SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'sync'"
+            return bool(await by_hand.fetchval(state))
+
+        await wait_until(is_followed)
+        await by_hand.close()
+        hosts = f"{own_postgres_server.address},{standby.address}"
+        mailbox = await PostgresMailbox.open(f"postgresql://postgres@{hosts}/postgres")
+        given: list[int] = []
+
+        async def send(sender: str) -> None:
+            while len(given) < 300:
+                new = message(sender=sender)
+                given.append((await mailbox.append(new)).version)
+
+        senders = asyncio.gather(*(send(f"urn:user:{n}") for n in range(4)))
+        await wait_until(lambda: len(given) > 50)
+        await asyncio.to_thread(own_postgres_server.kill)
+        promoter = await asyncpg.connect(standby.url)
+        await promoter.execute("SELECT pg_promote()")
+        await promoter.close()
+        await senders
+        assert sorted(given) == list(range(1, len(given) + 1)) == await versions(mailbox)
+        assert await unpoked(mailbox) == {BOB: len(given)}
+        await mailbox.close()
+
+
+async def test_a_server_that_turns_read_only_is_left(own_postgres_server: Daemon) -> None:
+    """A connection to what is a standby now is given up; appends wait until it can be written."""
+    mailbox = await PostgresMailbox.open(own_postgres_server.url)
+    by_hand = await asyncpg.connect(own_postgres_server.url)
+
+    async def turn_read_only(state: str) -> None:
+        await by_hand.execute(f"ALTER SYSTEM SET default_transaction_read_only = {state}")
+        await by_hand.execute("SELECT pg_reload_conf()")
+
+    async def is_held_up() -> bool:
+        """Whether an append has met the change, which reaches each session in its own time."""
+        waiting.append(asyncio.create_task(mailbox.append(message())))
+
+        async def is_done_or_disconnected() -> bool:
+            sessions = "SELECT FROM pg_stat_activity WHERE application_name = 'pokebridge'"
+            return waiting[-1].done() or not await by_hand.fetch(sessions)
+
+        await wait_until(is_done_or_disconnected)
+        return not waiting[-1].done()
+
+    waiting: list[asyncio.Task[Any]] = []
+    await mailbox.append(message())
+    await turn_read_only("on")
+    await wait_until(is_held_up)
+    await turn_read_only("off")
+    given = [(await call).version for call in waiting]
+    assert given == list(range(2, len(given) + 2))
+    await by_hand.close()
+    await mailbox.close()
