@@ -463,3 +463,23 @@ class TestClosing:
         await sender.send(message(EVE))
         assert publisher.pokes == [Poke(BOB, 1)]
         assert await unpoked(mailbox) == {EVE: 1}
+
+
+async def test_who_cannot_publish_leaves_the_outbox_to_others(
+    mailbox: WatchedMailbox, publisher: Recorder
+) -> None:
+    """Cut off from the transport alone, a process does not keep entries from those who can publish.
+
+    Each of its claims would make an entry young again.
+    """
+    clock = mailbox._clock = ManualClock()
+    publisher.error = TransportError("down")
+    async with Processor(mailbox, publisher, sweep_after_s=10, sweep_every_s=0.01) as cut_off:
+        await cut_off.send(message())
+        await wait_until(lambda: publisher.attempts == 1)
+        clock.now_s += 10.01
+        sweeps = mailbox.calls["claim_unpoked"]
+        await wait_until(lambda: mailbox.calls["claim_unpoked"] > sweeps + 2)
+        assert publisher.attempts == 1
+        clock.now_s += 0.02
+        await wait_until(lambda: publisher.attempts == 2)

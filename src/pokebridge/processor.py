@@ -194,11 +194,13 @@ class Processor:
 
     async def _sweep(self) -> None:
         """Publish and confirm the old entries of the outbox, batch by batch, until none is left."""
+        yield_s = 2 * self._sweep_every_s  # no pause between sweeps is longer
         more = True
         while more:
             with self._store.watched():
                 pokes = await self._mailbox.claim_unpoked(
-                    older_than_s=self._sweep_after_s, limit=BATCH
+                    older_than_s=self._sweep_after_s + (yield_s if self._transport.is_down else 0),
+                    limit=BATCH,
                 )
             if pokes:
                 await self._publish(pokes)
@@ -252,6 +254,11 @@ class _Part:
     def __init__(self, name: str) -> None:
         self._name = name
         self._down_since_s: float | None = None
+
+    @property
+    def is_down(self) -> bool:
+        """Whether the last call to it failed."""
+        return self._down_since_s is not None
 
     @contextmanager
     def watched(self) -> Iterator[None]:

@@ -48,6 +48,7 @@ class DeafTransport(MemoryTransport):
     def __init__(self) -> None:
         super().__init__()
         self.receivers = []
+        self.subscribed: list[Selection] = []
 
     async def publish(self, signals: Any) -> None:
         """Deliver, unless deaf."""
@@ -57,6 +58,7 @@ class DeafTransport(MemoryTransport):
     async def subscribe(self, selection: Selection, receiver: Receiver) -> Subscription:  # type: ignore[override]
         """Subscribe, and keep the receiver so that a test can report a gap to it."""
         self.receivers.append(receiver)
+        self.subscribed.append(selection)
         return await super().subscribe(selection, receiver)
 
 
@@ -128,7 +130,7 @@ async def running(
         GatewayConfig(
             instance="i-1",
             timing=timing,
-            hold_timing=HoldTiming(silence_s=0.2, probe_timeout_s=0.2, retry_s=0.05),
+            hold_timing=HoldTiming(silence_s=0.2, probe_timeout_s=0.2, retry_s=0.05, parting_s=0.1),
         ),
         **config,
     )

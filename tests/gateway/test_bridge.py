@@ -4,7 +4,7 @@ import asyncio
 from dataclasses import replace
 
 import pytest
-from tests.gateway.harness import BOB, QUICK, running
+from tests.gateway.harness import BOB, QUICK, Running, running
 from tests.support.waiting import wait_until
 
 from pokebridge.placement import ShardMap
@@ -109,3 +109,59 @@ async def test_a_migration_under_traffic_loses_no_poke() -> None:
                 heard = await client.message()
             wanted = {Feed.ALL} if shard_map.mode == "fanout" else {0, shard_of(BOB), Feed.UNTAGGED}
             await wait_until(lambda wanted=wanted: server.gateway.hold.selections == wanted)  # type: ignore[misc]
+
+
+def bobs_mine(server: Running) -> ShardMap:
+    """The map that gives Bob's shard to the instance under test, and the others to nobody."""
+    count = server.gateway.homing.shard_map.shard_count
+    owners = ["i-1" if shard == shard_of(BOB) else None for shard in range(count)]
+    return ShardMap(1, "partitioned", tuple(owners))
+
+
+async def test_a_gap_in_what_is_about_to_go_wakes_everyone() -> None:
+    """A migration does not close the old subscription over a gap that it is about to report."""
+    async with running() as server:
+        client = await server.open()
+        hold = server.gateway.hold
+        server.gateway.apply(bobs_mine(server), {})
+        await wait_until(lambda: shard_of(BOB) in hold.selections and hold.trouble is None)
+        assert Feed.ALL in hold.selections
+        server.transport.receivers[0].on_gap(Feed.ALL, "the test says so")
+        assert "within_ms" in await client.message()
+        await wait_until(lambda: hold.settled)
+
+
+async def test_what_goes_without_an_answer_may_have_missed_something() -> None:
+    """A subscription that had gone deaf unnoticed is not replaced without waking its sessions."""
+    async with running() as server:
+        client = await server.open()
+        old = server.transport.receivers[0]
+        old.on_signal = lambda body, tag: None  # type: ignore[method-assign]
+        await server.poke()  # lost
+        server.gateway.apply(bobs_mine(server), {})
+        assert "within_ms" in await client.message()
+        await wait_until(lambda: server.gateway.hold.settled)
+
+
+async def test_what_is_needed_again_stays() -> None:
+    """A migration back, before the old subscription has gone, keeps it."""
+    async with running() as server:
+        await server.open()
+        hold, mine = server.gateway.hold, bobs_mine(server)
+        server.gateway.apply(mine, {})
+        await wait_until(lambda: hold.trouble is None and len(hold.selections) > 1)
+        server.gateway.apply(replace(mine, epoch=2, mode="fanout"), {})
+        await wait_until(lambda: hold.settled)
+        assert server.transport.subscribed.count(Feed.ALL) == 1
+
+
+async def test_a_session_is_not_left_when_what_covers_it_goes() -> None:
+    """Accepted on the strength of the old subscription, it has its shard subscribed at once."""
+    async with running() as server:
+        hold = server.gateway.hold
+        count = server.gateway.homing.shard_map.shard_count
+        elsewhere = ShardMap(1, "partitioned", ("i-1",) + (None,) * (count - 1))
+        server.gateway.apply(elsewhere, {})
+        assert hold.covers(BOB)
+        await server.open()
+        assert shard_of(BOB) in hold.selections

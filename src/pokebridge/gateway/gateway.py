@@ -18,7 +18,7 @@ from typing import Protocol
 import structlog
 
 from pokebridge.errors import AuthError, KeysUnavailableError, PokebridgeError, RefusedError
-from pokebridge.gateway.admission import Admission
+from pokebridge.gateway.admission import Admission, retry_within
 from pokebridge.gateway.bridge import Bridge
 from pokebridge.gateway.connection import Connection
 from pokebridge.gateway.handshake import (
@@ -237,7 +237,7 @@ class Gateway:
         try:
             if not self._serves:
                 raise RefusedError(HTTPStatus.NOT_FOUND, "this instance takes no sessions")
-            self._admission.check_handshake(self.now())
+            self._check_handshake()
             handshake = read_handshake(
                 request,
                 allowed_origins=self._config.allowed_origins,
@@ -253,11 +253,18 @@ class Gateway:
         else:
             self._accept(transport, handshake, identity, hand_over)
 
+    def _check_handshake(self) -> None:
+        # The loop's clock stands still during a turn: after a long one, time would seem to have
+        # passed at once, and the next handshakes with it.
+        self._admission.check_handshake(time.monotonic())
+
     async def _upgrade_later(
         self, transport: asyncio.Transport, handshake: Handshake, hand_over: Callable[[], None]
     ) -> None:
         try:
             identity = await self._verifier.verify(handshake.token)
+            # All who waited for the key are here at once, and a drain may have begun meanwhile.
+            self._check_handshake()
             self._admission.check_session(handshake.address)
         except PokebridgeError as error:
             self._refuse(transport, error)
@@ -268,7 +275,7 @@ class Gateway:
     def _refuse(self, transport: asyncio.Transport, error: PokebridgeError) -> None:
         headers = error.headers if isinstance(error, RefusedError) else {}
         if isinstance(error, KeysUnavailableError):
-            headers = {"Retry-After": "2"}
+            headers = retry_within(2, 10)
         elif isinstance(error, AuthError):
             headers = {"WWW-Authenticate": "Bearer"}
         self.handshakes[str(int(error.status))] += 1
@@ -304,7 +311,9 @@ class Gateway:
             self._send_away(connection, 1012)
             return
         replaced = self.sessions.add(connection)
-        self.homing.enter(session.recipient)
+        if self.homing.enter(session.recipient):
+            # Now, and not with the next tick: what covers it until then may be about to go.
+            self._rehold()
         if replaced is not None:
             self.homing.leave(session.recipient)
             replaced.close(4409, "replaced: the recipient has too many sessions")
@@ -312,7 +321,6 @@ class Gateway:
             self._open(connection)
         else:
             self._waiting[connection] = None
-            self._rehold()
 
     def _end_of_session(self, now: float) -> float:
         if self._config.max_session_s == inf:

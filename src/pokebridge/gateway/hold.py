@@ -24,7 +24,6 @@ from pokebridge.wire import Disconnect, Probe, decode_signal, encode_probe, is_p
 log = structlog.get_logger(__name__)
 
 
-
 @dataclass(frozen=True, slots=True)
 class HoldTiming:
     """How subscriptions are watched; in seconds."""

@@ -53,9 +53,11 @@ class Homing:
         """What to have subscribed; ``now`` in seconds of a monotonic clock."""
         return self._placement.decide(self._map, self.interest, now)
 
-    def enter(self, recipient: str) -> None:
-        """A session of ``recipient`` begins here."""
-        self._interest[shard_of(recipient, self._map.shard_count)] += 1
+    def enter(self, recipient: str) -> bool:
+        """A session of ``recipient`` begins here; whether it is the first of its shard."""
+        shard = shard_of(recipient, self._map.shard_count)
+        self._interest[shard] += 1
+        return self._interest[shard] == 1
 
     def leave(self, recipient: str) -> None:
         """A session of ``recipient`` has ended here."""
