@@ -374,6 +374,17 @@ async def test_a_peer_that_never_reads_is_dropped() -> None:
 # --- what a client may say ----------------------------------------------------------------------
 
 
+async def test_pings_keep_their_interval_when_pongs_have_longer() -> None:
+    """The deadline of a pong that came does not hold the next ping up."""
+    timing = Timing(ping_interval_s=0.2, pong_timeout_s=30)
+    async with running(timing) as server:
+        client = await server.open()
+        for _ in range(4):
+            opcode, payload = await client.frame()
+            assert opcode == Opcode.PING
+            client.send(Opcode.PONG, payload)
+
+
 async def test_json_ping_is_answered() -> None:
     """``ping`` gets ``pong``, also in fragments and byte by byte."""
     async with running() as server:

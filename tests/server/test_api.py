@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from ipaddress import ip_network
 from typing import Any
 from urllib.parse import quote
 
@@ -501,6 +502,17 @@ class TestSessionsAndCluster:
             "shard": 42,
             "instance": "b",
         }
+
+    @pytest.mark.parametrize(("trusted", "scheme"), [("127.0.0.0/8", "wss"), ("10.0.0.0/8", "ws")])
+    async def test_connect_info_behind_a_proxy(
+        self, world: World, trusted: str, scheme: str
+    ) -> None:
+        """A trusted proxy's word that TLS was spoken to it is believed, a stranger's is not."""
+        parts = replace(world.parts(), trusted_proxies=[ip_network(trusted)])
+        headers = bearer(BOB) | {"X-Forwarded-Proto": "https"}
+        async with http_client(create_api(parts)) as http:
+            response = await http.get("/v1/connect-info", headers=headers)
+        assert response.json()["url"] == f"{scheme}://a.example:8080/v1/connect"
 
     @pytest.mark.parametrize("method", ["GET", "HEAD"])
     async def test_plain_connect(self, http: httpx.AsyncClient, method: str) -> None:

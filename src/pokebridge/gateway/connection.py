@@ -164,6 +164,7 @@ class Connection(asyncio.Protocol):
             raise FrameError(1008, "too many messages")
         if event.opcode is Opcode.PONG:
             session.pong(self._gateway.now())
+            self._reschedule()  # the next ping may be due before the deadline of this pong was
         elif event.opcode is Opcode.PING:
             self._transport.write(encode_frame(Opcode.PONG, event.payload))
         else:

@@ -124,12 +124,13 @@ def client_address(
         return peer
     hops = [hop.strip() for value in forwarded_for for hop in value.split(",")]
     address = peer
-    while hops and _is_trusted(address, trusted_proxies):
+    while hops and is_trusted(address, trusted_proxies):
         address = hops.pop()
     return address
 
 
-def _is_trusted(address: str, trusted_proxies: Sequence[Network]) -> bool:
+def is_trusted(address: str, trusted_proxies: Sequence[Network]) -> bool:
+    """Whether ``address`` is a proxy whose forwarding headers are believed."""
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:

@@ -1,11 +1,12 @@
 """The calls about sessions and the cluster."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from http import HTTPStatus
 from typing import Protocol
 
 from fastapi import Request, Response
 
+from pokebridge.gateway.handshake import Network, is_trusted
 from pokebridge.model import check_recipient
 from pokebridge.placement import Mode
 from pokebridge.server import schema
@@ -30,8 +31,10 @@ class SessionCalls:
         *,
         home_of: Callable[[str], tuple[int, str, str]],
         disconnect: Callable[[str], Awaitable[None]],
+        trusted_proxies: Sequence[Network],
     ) -> None:
         self._verify = verify
+        self._trusted_proxies = trusted_proxies
         self._home_of = home_of
         self._disconnect = disconnect
 
@@ -48,8 +51,16 @@ class SessionCalls:
         caller = (await authorize(self._verify, request)).subject
         shard, instance, url = self._home_of(caller)
         return json_response(
-            schema.ConnectInfo(url=url or _url_asked(request), shard=shard, instance=instance)
+            schema.ConnectInfo(url=url or self._url_asked(request), shard=shard, instance=instance)
         )
+
+    def _url_asked(self, request: Request) -> str:
+        """The host that was asked; behind a proxy, in the scheme that was spoken to that."""
+        scheme = request.url.scheme
+        if request.client is not None and is_trusted(request.client.host, self._trusted_proxies):
+            scheme = request.headers.get("x-forwarded-proto", scheme)
+        scheme = "wss" if scheme == "https" else "ws"
+        return f"{scheme}://{request.url.netloc}/v1/connect"
 
     async def disconnect(self, request: Request) -> Response:
         """DELETE /v1/sessions/{recipient}."""
@@ -177,8 +188,3 @@ class ClusterCalls:
             answers={202: schema.DrainRequest},
             problems=[404],
         )
-
-
-def _url_asked(request: Request) -> str:
-    scheme = "wss" if request.url.scheme == "https" else "ws"
-    return f"{scheme}://{request.url.netloc}/v1/connect"

@@ -17,6 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from pokebridge import console
+from pokebridge.gateway.handshake import Network
 from pokebridge.mailbox.base import Mailbox
 from pokebridge.model import NewMessage, Poke, Receipt, check_recipient
 from pokebridge.server import docs, problems, schema
@@ -72,6 +73,7 @@ class Parts:
     has_calls: bool = True
     middleware: Sequence[Callable[[ASGIApp], ASGIApp]] = ()
     allowed_origins: Sequence[str] = ()
+    trusted_proxies: Sequence[Network] = ()
     sign_dev_token: Sign | None = None
 
 
@@ -98,7 +100,12 @@ def _add_calls(app: Api, parts: Parts) -> None:
     PokeCalls(parts.verify, parts.publish_pokes).add_to(app)
     if parts.mailbox is not None and parts.send is not None:
         MessageCalls(parts.verify, parts.mailbox, parts.send).add_to(app)
-    SessionCalls(parts.verify, home_of=parts.home_of, disconnect=parts.disconnect).add_to(app)
+    SessionCalls(
+        parts.verify,
+        home_of=parts.home_of,
+        disconnect=parts.disconnect,
+        trusted_proxies=parts.trusted_proxies,
+    ).add_to(app)
     ClusterCalls(
         parts.verify,
         view_cluster=parts.view_cluster,

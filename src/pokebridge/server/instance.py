@@ -118,6 +118,7 @@ class Instance:
                 on_pull=self._note_pull,
                 middleware=[] if self._tracing is None else [self._tracing.middleware],
                 allowed_origins=settings.allowed_origins,
+                trusted_proxies=settings.trusted_proxies,
                 sign_dev_token=self._sign_dev_token if settings.dev else None,
             )
         )
