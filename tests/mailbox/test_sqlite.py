@@ -8,6 +8,7 @@ import threading
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import closing
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +245,31 @@ class TestReading:
             for statement in statements:
                 plan = db.execute(f"EXPLAIN QUERY PLAN {statement}").fetchall()
                 assert all("USING PRIMARY KEY" in step[3] for step in plan), plan
+
+
+class TestVacuuming:
+    """The file does not stay as large as it once was."""
+
+    async def test_purges_shrink_the_file(
+        self, path: Path, mailbox: SqliteMailbox, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Step by step, what a backlog took goes back to the disk; a little is kept for reuse."""
+        monkeypatch.setattr(sqlite, "VACUUM_PAGES", 64)
+        big = b"1" * 60_000
+        await asyncio.gather(*(mailbox.append(message(body=big)) for _ in range(100)))
+        await mailbox.ack(BOB, "phone", 100)
+
+        async def pages() -> int:
+            return await mailbox._writes.do(lambda db: sqlite._pragma(db, "page_count"))
+
+        sizes = [await pages()]
+        for _ in range(40):
+            await mailbox.purge(limit=100)
+            sizes.append(await pages())
+        assert sizes[0] > 1400
+        assert all(0 <= one - other <= 70 for one, other in pairwise(sizes))
+        assert sizes[-1] < 150
+        assert (await mailbox.append(message())).version == 101
 
 
 class TestOpening:

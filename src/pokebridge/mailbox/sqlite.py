@@ -41,6 +41,8 @@ READ_BATCH: Final = 16
 # Beyond this, a checkpoint cuts the write-ahead log's file back.
 WAL_SIZE_BYTES: Final = 64 * 1024 * 1024
 
+# When more than a quarter of a file is free a purge gives so much of it back to the disk.
+VACUUM_PAGES: Final = 1024
 # Of each connection: the look-up tables of a million recipients fit.
 CACHE_SIZE_BYTES: Final = 32 * 1024 * 1024
 
@@ -374,6 +376,10 @@ def _purge(db: sqlite3.Connection, limit: int, limits: Limits, now_ms: int) -> i
     ).fetchall()
     for (recipient,) in forgotten:
         _delete_acked(db, recipient)
+    free = _pragma(db, "freelist_count")
+    if free > VACUUM_PAGES and free > _pragma(db, "page_count") // 4:
+        for _ in range(VACUUM_PAGES):  # one a statement, since Python takes one step of each
+            db.execute("PRAGMA incremental_vacuum(1)")
     return messages + receipts + len(forgotten)
 
 
@@ -439,6 +445,8 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 def _bring_up_to_date(db: sqlite3.Connection, path: Path) -> None:
     """Check that the file is ours, or new, and do the migrations that it lacks."""
+    # Of a new file only, and before it has anything in it: purges can then shrink it.
+    db.execute("PRAGMA auto_vacuum = INCREMENTAL")
     try:
         db.execute("BEGIN IMMEDIATE")
         done = _pragma(db, "user_version")
