@@ -1,29 +1,51 @@
 """Who may open a session now: limits on what a stranger can ask for, cheap to refuse."""
 
 import math
+import random
+from collections import deque
 from http import HTTPStatus
 
 from pokebridge.errors import RefusedError
 
+MOST_RETRY_AFTER_S = 60
+"""Nobody is sent away for longer, however many stand in line: some of them never come back."""
 
-class TokenBucket:
-    """At most ``rate_per_s`` takes a second over time, and one second's worth at once."""
+
+class HandshakePace:
+    """Lets at most ``rate_per_s`` handshakes pass in any second, and tells the others when to come.
+
+    A second has up to ten slices, each with its share of the rate: a token bucket that holds a
+    second's worth would let twice the rate pass in one second, and half of it in one turn of the
+    loop, in which no poke is delivered.
+
+    Who is refused is thought of as standing in line, and is sent away for as long as those ahead
+    will take. So the line comes back at the rate at which it can be served, where a constant would
+    bring all of it at once, to be refused again. ``now`` is seconds of a monotonic clock.
+    """
 
     def __init__(self, rate_per_s: float) -> None:
+        slices = min(10, max(1, int(rate_per_s // 10)))
         self._rate_per_s = rate_per_s
-        self._burst = max(1.0, rate_per_s)
-        self._tokens = self._burst
-        self._refilled_at = -math.inf
+        self._slice_s = 1 / slices
+        self._passed: deque[float] = deque(maxlen=max(1, int(rate_per_s // slices)))
+        self._in_line = 0.0
+        self._counted_at = -math.inf
 
     def take(self, now: float) -> bool:
-        """Take one, if there is one; ``now`` in seconds of a monotonic clock."""
-        grown = self._tokens + (now - self._refilled_at) * self._rate_per_s
-        self._tokens = min(self._burst, grown)
-        self._refilled_at = now
-        if self._tokens < 1.0:
+        """Whether a handshake may pass; it is counted then."""
+        passed = self._passed
+        if len(passed) == passed.maxlen and now - passed[0] < self._slice_s:
             return False
-        self._tokens -= 1.0
+        passed.append(now)
         return True
+
+    def queue(self, now: float) -> int:
+        """Put one that was refused at the end of the line: the whole seconds until its turn."""
+        served = (now - self._counted_at) * self._rate_per_s
+        most = self._rate_per_s * MOST_RETRY_AFTER_S
+        self._in_line = min(max(0.0, self._in_line - served) + 1, most)
+        self._counted_at = now
+        return math.ceil(self._in_line / self._rate_per_s)
 
 
 class Admission:
@@ -36,7 +58,7 @@ class Admission:
         max_sessions: int | None,
         max_sessions_per_address: int | None,
     ) -> None:
-        self._handshakes = TokenBucket(handshakes_per_s) if handshakes_per_s else None
+        self._pace = HandshakePace(handshakes_per_s) if handshakes_per_s else None
         self._max_sessions = max_sessions
         self._max_per_address = max_sessions_per_address
         self._sessions = 0
@@ -53,9 +75,11 @@ class Admission:
             raise RefusedError(
                 HTTPStatus.SERVICE_UNAVAILABLE, "this instance is draining", {"Retry-After": "1"}
             )
-        if self._handshakes is not None and not self._handshakes.take(now):
+        if self._pace is not None and not self._pace.take(now):
             raise RefusedError(
-                HTTPStatus.SERVICE_UNAVAILABLE, "too many handshakes just now", {"Retry-After": "2"}
+                HTTPStatus.SERVICE_UNAVAILABLE,
+                "too many handshakes just now",
+                {"Retry-After": str(self._pace.queue(now))},
             )
 
     def check_session(self, address: str) -> None:
@@ -68,14 +92,14 @@ class Admission:
             raise RefusedError(
                 HTTPStatus.SERVICE_UNAVAILABLE,
                 "this instance has all the sessions it takes",
-                {"Retry-After": "5"},
+                retry_within(5, 15),
             )
         limit = self._max_per_address
         if limit is not None and self._by_address.get(address, 0) >= limit:
             raise RefusedError(
                 HTTPStatus.TOO_MANY_REQUESTS,
                 "too many sessions from this address",
-                {"Retry-After": "30"},
+                retry_within(30, 60),
             )
 
     def enter(self, address: str) -> None:
@@ -93,3 +117,8 @@ class Admission:
                 self._by_address[address] = left
             else:
                 self._by_address.pop(address, None)
+
+
+def retry_within(least_s: int, most_s: int) -> dict[str, str]:
+    """The header that sends those who are refused together away for different times."""
+    return {"Retry-After": str(random.randint(least_s, most_s))}  # noqa: S311 - spreads load
