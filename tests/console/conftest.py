@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 import websockets
-from playwright.async_api import Browser, Page, Request
+from playwright.async_api import Browser, Page, Request, async_playwright
 from tests.support import Instance, wait_until
+from tests.support.browser import FLAGS
 from tests.support.engines import run_nats
+from tests.support.missing import require
 from tests.support.serving import JWT_SECRET
 
 NAMES = ("one", "two", "three")
 SHARDS = 60
-RED_LINE = 600
+RED_LINE = 150
 
 
 @dataclass
@@ -26,6 +29,7 @@ class Trio:
     """Instances on NATS; each test finds them all up, in fan-out and settled."""
 
     instances: Mapping[str, Instance]
+    nats_url: str
 
     @property
     def one(self) -> Instance:
@@ -103,7 +107,8 @@ def shared_trio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trio]:
         nats = opened.enter_context(run_nats(tmp_path_factory.mktemp("nats")))
         directory = tmp_path_factory.mktemp("trio")
         starts = [threads.submit(_start, name, nats.url, directory, opened) for name in NAMES]
-        yield Trio({name: start.result() for name, start in zip(NAMES, starts, strict=True)})
+        instances = {name: start.result() for name, start in zip(NAMES, starts, strict=True)}
+        yield Trio(instances, nats.url)
 
 
 def _start(name: str, nats_url: str, directory: Path, opened: ExitStack) -> Instance:
@@ -127,7 +132,7 @@ def _start(name: str, nats_url: str, directory: Path, opened: ExitStack) -> Inst
     return instance
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="session")
 async def trio(shared_trio: Trio) -> AsyncIterator[Trio]:
     """The three, settled in fan-out, and so again afterwards."""
     await shared_trio.settled()
@@ -161,10 +166,21 @@ def complaints() -> Complaints:
     return Complaints([], [])
 
 
-@pytest.fixture
-async def page(chromium: Browser, complaints: Complaints) -> AsyncIterator[Page]:
-    """An empty page, 1280 px wide."""
-    page = await chromium.new_page(viewport={"width": 1280, "height": 900})
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def browser() -> AsyncIterator[Browser]:
+    """A headless browser that the tests share."""
+    path = require("chromium")
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=path, args=FLAGS)
+        yield browser
+        await browser.close()
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def page(browser: Browser, complaints: Complaints) -> AsyncIterator[Page]:
+    """An empty page, 1280 px wide, in a profile of its own."""
+    context = await browser.new_context(viewport={"width": 1280, "height": 900})
+    page = await context.new_page()
     complaints.listen(page)
     yield page
-    await page.close()
+    await context.close()

@@ -21,6 +21,8 @@ export class Live extends Session {
     // It stays at this page's origin: the policy of the page allows no other.
     super({ device: "console", getToken: async () => token, follows: false });
     document.addEventListener("visibilitychange", this.#onVisible);
+    // A browser does not learn why a handshake was refused, but why a call was.
+    this.addEventListener("state", ({ detail }) => detail.state === "waiting" && this.refresh());
   }
 
   /** Pull once; raises what went wrong. */
