@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import threading
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator
@@ -76,10 +77,20 @@ class NodeRuntime:
 
 
 @asynccontextmanager
-async def run_node() -> AsyncIterator[NodeRuntime]:
-    """A Node process with the harness in it."""
+async def run_node(*, own_websocket: bool = False) -> AsyncIterator[NodeRuntime]:
+    """A Node process with the harness in it, with the WebSocket of `ws` or with Node's own."""
+    flags, env = [], dict(os.environ)
+    if own_websocket:
+        flags = ["--experimental-websocket"]  # what Node 20 wants; later ones have it anyway
+        env["OWN_WEBSOCKET"] = "1"
     process = await asyncio.create_subprocess_exec(
-        require("node"), str(HERE / "node.mjs"), stdin=PIPE, stdout=PIPE, limit=LINE_LIMIT_BYTES
+        require("node"),
+        *flags,
+        str(HERE / "node.mjs"),
+        stdin=PIPE,
+        stdout=PIPE,
+        env=env,
+        limit=LINE_LIMIT_BYTES,
     )
     try:
         yield NodeRuntime(process)

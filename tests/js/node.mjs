@@ -6,10 +6,10 @@ import { connect } from "../../clients/js/dist/index.js";
 import { makeHarness } from "./harness.js";
 
 const require = createRequire(new URL("../../clients/js/package.json", import.meta.url));
-const { WebSocket } = require("ws");
+const runtime = process.env.OWN_WEBSOCKET ? {} : { WebSocket: require("ws").WebSocket };
 globalThis.connect = connect;
 globalThis.renew = () => {
-  globalThis.harness = makeHarness(connect, { WebSocket });
+  globalThis.harness = makeHarness(connect, runtime);
 };
 renew();
 

@@ -77,7 +77,7 @@ async def test_what_the_handler_throws_at_comes_again(
     await node.evaluate(
         """void (globalThis.harness.start = ((start) => (settings) => {
           let rejections = 1;
-          start({ ...settings, onMessages: (messages) => {
+          start({ ...settings, onMessages: async (messages) => {
             if (rejections-- > 0) throw new Error("not now");
             harness.shown.push(...messages.map(({ body }) => body));
           } });

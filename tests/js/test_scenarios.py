@@ -94,7 +94,8 @@ async def test_killed_restarted_drained(
 async def test_offline_and_back_in_a_browser(page: PageRuntime, instance: Instance) -> None:
     """Back online, what was missed is pulled at once, and once: by Chromium's own emulation."""
     client = Client(page)
-    await client.start(instance.url, "urn:user:page-offline")
+    # Only the network's return can bring the socket back in time.
+    await client.start(instance.url, "urn:user:page-offline", policy={"base_s": 1e4, "cap_s": 1e4})
     await client.idle()
     await page.set_offline(offline=True)
     await client.wait_state("connecting")
@@ -136,6 +137,21 @@ async def test_revoked(client: Client, instance: Instance) -> None:
     assert await client.count("fetch_token") == 2
     assert await client.count("pull") == 3
     await client.close()
+
+
+async def test_nodes_own_websocket(client_package: Path, instance: Instance) -> None:
+    """Where Node has a WebSocket of its own none is passed: opened, closed, opened again."""
+    async with run_node(own_websocket=True) as node:
+        client = Client(node)
+        await client.start(instance.url, "urn:user:native")
+        async with instance.async_http("root", "admin") as http:
+            (await http.delete("/v1/sessions/urn:user:native")).raise_for_status()
+        await client.wait_count("closed", 1)
+        await client.wait_state("connected")
+        await send(instance, "urn:user:native", "hello")
+        await client.wait_shown("hello")
+        closes = [step["code"] for step in await client.steps() if step["type"] == "closed"]
+        assert closes == [4401]
 
 
 async def test_a_refused_token(client: Client, instance: Instance) -> None:

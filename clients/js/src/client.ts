@@ -375,11 +375,14 @@ export class Client {
     const wanted = this.#wanted;
     this.#wanted = undefined;
     clearTimeout(this.#patience);
+    if (wanted) {
+      this.#open(wanted);
+    } else {
+      // Nobody has renewed this tab's token while it followed.
+      this.#feed({ type: "closed", code: CLOSE_TOKEN, reason: "the leading tab is gone" });
+      this.wake();
+    }
     this.#tellThatWeLead();
-    if (wanted) return this.#open(wanted);
-    // Nobody has renewed this tab's token while it followed.
-    this.#feed({ type: "closed", code: CLOSE_TOKEN, reason: "the leading tab is gone" });
-    this.wake();
   }
 
   #askTheLeader(): void {
