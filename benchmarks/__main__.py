@@ -13,14 +13,16 @@ from pathlib import Path
 import psutil
 import uvloop
 
-from benchmarks import handshakes, latency, mailbox, memory, noise, pokes
+from benchmarks import handshakes, latency, mailbox, memory, noise, pokes, transports
 from benchmarks.harness import BenchmarkError, Figure, progress
+from pokebridge.telemetry import configure_logging
 
 MEASURES: dict[str, Callable[[], Awaitable[list[Figure]]]] = {
     "memory": memory.measure,
     "pokes": pokes.measure,
     "handshakes": handshakes.measure,
     "noise": noise.measure,
+    "transports": transports.measure,
     "latency": latency.measure,
     "mailbox": mailbox.measure,
 }
@@ -34,6 +36,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     given = parser.parse_args()
+    configure_logging("json", "warning")
     try:
         figures = uvloop.run(_take(given.only or list(MEASURES)))
     except BenchmarkError as error:

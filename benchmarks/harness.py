@@ -170,8 +170,11 @@ def load_program() -> Path:
 
 
 @contextlib.asynccontextmanager
-async def instance() -> AsyncIterator[Server]:
-    """A real ``pokebridge serve`` on a free port, without limits for strangers."""
+async def instance(**more: str) -> AsyncIterator[Server]:
+    """A real ``pokebridge serve`` on a free port, without limits for strangers.
+
+    ``more``: further settings.
+    """
     settings = {
         "host": "127.0.0.1",
         "port": "0",
@@ -180,6 +183,7 @@ async def instance() -> AsyncIterator[Server]:
         "jwt_secret": SECRET,
         "max_sessions_per_address": "0",
         "handshakes_per_s": "0",
+        **more,
     }
     env = {name: value for name, value in os.environ.items() if not name.startswith("POKEBRIDGE_")}
     env |= {f"POKEBRIDGE_{name.upper()}": value for name, value in settings.items()}
