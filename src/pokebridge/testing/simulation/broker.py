@@ -1,4 +1,4 @@
-"""A transport that loses, doubles, reorders, lets wait and goes away, and keeps its port's promises.
+"""A transport that loses, doubles, reorders and goes away, and keeps its port's promises.
 
 What the port promises is kept to the letter and no more: a subscription is accepted before it
 delivers, order is nobody's, a signal may come twice, and whatever is lost to a live subscription is

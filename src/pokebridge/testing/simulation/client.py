@@ -1,7 +1,5 @@
 """A client: the real, pure :class:`ClientCore`, with a simulated socket, HTTP and token issuer."""
 
-from collections.abc import Callable
-from random import Random
 from typing import TYPE_CHECKING
 
 from pokebridge.client.core import ClientCore
@@ -30,7 +28,7 @@ from pokebridge.client.events import (
 from pokebridge.framing import Opcode
 from pokebridge.gateway.handshake import UpgradeRequest
 from pokebridge.model import Page
-from pokebridge.testing.simulation.http import Answer
+from pokebridge.testing.simulation.http import Answer, Work
 from pokebridge.testing.simulation.loop import Handle, VirtualLoop
 from pokebridge.testing.simulation.network import Trouble
 from pokebridge.testing.simulation.sockets import Network, Wire, masked_frame, read_frame
@@ -55,7 +53,7 @@ class SimClient:
         self.loop = loop
         self.recipient = recipient
         self.device = device
-        self.rng: Random = world.rng
+        self.rng = world.rng
         self.network = Network(world.rng)
         self.trouble = Trouble(world.outside)
         self.core = ClientCore(HOME_URL)
@@ -74,7 +72,7 @@ class SimClient:
         self._close_code = _ABNORMAL
         self._timer: Handle | None = None
         self._timer_at: float | None = None
-        self._pulls = 0
+        self._pull_began_at = 0.0
 
     @property
     def name(self) -> str:
@@ -90,6 +88,14 @@ class SimClient:
     def active(self) -> bool:
         """Whether it has not left, nor was told to stop."""
         return not (self.left or self.core.stopped)
+
+    @property
+    def pull_is_troubled(self) -> bool:
+        """Whether a pull is under way that something has befallen since it began."""
+        if self.pulls_from is None:
+            return False
+        concerned = (self.trouble, self.pulls_from.trouble, self.world.post.trouble)
+        return max(trouble.over_at for trouble in concerned) >= self._pull_began_at
 
     def start(self) -> None:
         """Begin."""
@@ -245,7 +251,7 @@ class SimClient:
     # --- pulls ------------------------------------------------------------------------------------
 
     def _pull(self, after: int) -> None:
-        self._pulls += 1
+        self._pull_began_at = self.world.scheduler.now
         recipient, device = self.recipient, self.device
         self._ask(lambda at: at.pull(recipient, device, after, PAGE_LIMIT), self._on_page)
 
@@ -265,15 +271,14 @@ class SimClient:
             ),
         )
 
-    def _ask(self, work: "Callable[[SimInstance], object]", done: Answer) -> None:
+    def _ask(self, work: Work, done: Answer) -> None:
         self.pulls_from = self.world.route(HOME_URL, self)
         self.world.http.ask(self.loop, self.network, self.pulls_from, work, done)
 
     def _end_pull(self, event: Pulled | PullFailed) -> None:
-        asked = self.pulls_from
-        self.pulls_from = None
         failed = isinstance(event, PullFailed)
-        if failed or self.failing or (asked is not None and asked.trouble.active):
-            self.trouble.happen()  # it could not see what there was
+        if failed or self.failing or self.pull_is_troubled:
+            self.trouble.happen()  # until now it could not see what there was
+        self.pulls_from = None
         self.failing = failed
         self.feed(event)

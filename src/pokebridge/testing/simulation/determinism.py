@@ -16,6 +16,7 @@ from unittest.mock import patch
 import structlog
 
 from pokebridge import processor
+from pokebridge.gateway import meter
 from pokebridge.gateway.connection import Connection
 from pokebridge.model import Feed
 from pokebridge.server import cluster
@@ -43,11 +44,18 @@ def under_control(seed: int, on_log: OnLog = lambda _where, _what: None) -> Iter
 
 
 def _replacements() -> list[tuple[Any, str, Any]]:
+    monotonic = _virtual(time.monotonic, VirtualLoop.time)
+    cpu = _virtual(time.process_time, lambda _: 0.0)
     return [
         (secrets, "token_hex", _token_hex),
         (time, "time", _virtual(time.time, VirtualLoop.wall)),
-        (time, "monotonic", _virtual(time.monotonic, VirtualLoop.time)),
-        (processor, "monotonic", _virtual(time.monotonic, VirtualLoop.time)),
+        (time, "monotonic", monotonic),
+        (time, "process_time", cpu),
+        (time, "thread_time", cpu),
+        (processor, "monotonic", monotonic),
+        # Clocks that are a parameter's default.
+        (meter.Window.__init__, "__defaults__", (monotonic,)),
+        (meter.Meter.__init__, "__defaults__", (monotonic, cpu)),
         # An object's hash is its address, a string's hash has a seed of its own: the order of
         # sets would follow them.
         (Connection, "__hash__", lambda each: hash(int(each.session.id, 16))),
@@ -58,7 +66,7 @@ def _replacements() -> list[tuple[Any, str, Any]]:
 
 
 def _token_hex(size_bytes: int = 8) -> str:
-    return f"{random.getrandbits(8 * size_bytes):0{2 * size_bytes}x}"  # noqa: S311 - no secret here
+    return f"{random.getrandbits(8 * size_bytes):0{2 * size_bytes}x}"
 
 
 def _virtual(

@@ -6,7 +6,7 @@ none works is only what comes after.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import TYPE_CHECKING
 
 from starlette.exceptions import HTTPException
@@ -15,11 +15,12 @@ from pokebridge.errors import PokebridgeError
 from pokebridge.testing.simulation.network import Server
 
 if TYPE_CHECKING:
+    from pokebridge.placement import Mode
     from pokebridge.testing.simulation.client import SimClient
     from pokebridge.testing.simulation.instance import SimInstance
     from pokebridge.testing.simulation.world import World
 
-Fault = Callable[["World"], Awaitable[None]]
+Fault = Callable[["World"], Coroutine[None, None, None]]
 
 
 def _victim(world: "World", *, well: bool = True) -> "SimInstance | None":
@@ -41,7 +42,7 @@ def _client(world: "World") -> "SimClient | None":
 
 
 async def kill(world: "World") -> None:
-    """kill -9; a supervisor starts it again."""
+    """SIGKILL; a supervisor starts it again."""
     if victim := _victim(world, well=False):
         victim.kill()
 
@@ -77,7 +78,7 @@ async def pause_a_writer(world: "World") -> None:
 
 
 async def kill_after_commit(world: "World") -> None:
-    """kill -9 of whoever next commits a message, before it can poke."""
+    """SIGKILL for whoever next commits a message, before it can poke."""
     world.kills_next_committer = True
 
 
@@ -107,7 +108,7 @@ async def migrate(world: "World") -> None:
         return
     through = world.rng.choice(well)
     before = through.real.cluster.view.shard_map.mode
-    mode = "fanout" if before == "partitioned" else "partitioned"
+    mode: Mode = "fanout" if before == "partitioned" else "partitioned"
     world.trace.note(through.name, f"is to migrate the cluster to {mode}")
     await _ask(world, through, lambda: through.real.cluster.migrate(mode, force=True))
 
@@ -350,35 +351,38 @@ async def come_and_go(world: "World") -> None:
         world.add_client(client.recipient)
 
 
-ALL: Sequence[Fault] = (
-    kill,
-    lose_power,
-    pause,
-    pause_a_writer,
-    kill_after_commit,
-    restart,
-    drain,
-    migrate,
-    add_instance,
-    remove_instance,
-    restart_broker,
-    break_subscription,
-    cut_from_broker,
-    cut_from_store,
-    cut_from_mailbox,
-    stop_mailbox,
-    slow_mailbox,
-    forgetful_mailbox,
-    forgetful_broker,
-    stop_store,
-    slow_store,
-    forgetful_store,
-    wipe_store,
-    lose_socket,
-    quiet_network,
-    switch_network,
-    sleep_and_wake,
-    slow_reader,
-    no_tokens,
-    come_and_go,
-)
+ALL: Mapping[str, Fault] = {
+    fault.__name__: fault
+    for fault in (
+        kill,
+        lose_power,
+        pause,
+        pause_a_writer,
+        kill_after_commit,
+        restart,
+        drain,
+        migrate,
+        add_instance,
+        remove_instance,
+        restart_broker,
+        break_subscription,
+        cut_from_broker,
+        cut_from_store,
+        cut_from_mailbox,
+        stop_mailbox,
+        slow_mailbox,
+        forgetful_mailbox,
+        forgetful_broker,
+        stop_store,
+        slow_store,
+        forgetful_store,
+        wipe_store,
+        lose_socket,
+        quiet_network,
+        switch_network,
+        sleep_and_wake,
+        slow_reader,
+        no_tokens,
+        come_and_go,
+    )
+}

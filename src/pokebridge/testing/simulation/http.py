@@ -1,4 +1,4 @@
-"""HTTP between a caller and an instance, as far as it matters: it works, fails, or takes for ever."""
+"""HTTP between a caller and an instance: it works, fails, or takes for ever."""
 
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any

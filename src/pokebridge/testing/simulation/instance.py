@@ -1,4 +1,4 @@
-"""An instance: all of the real one but its HTTP server, in a process that can be stopped and killed."""
+"""All of a real instance but its HTTP server, in a process that can be stopped and killed."""
 
 import asyncio
 from collections.abc import Sequence
@@ -109,8 +109,8 @@ class SimInstance(Peer):
             await self.real.drain()
             self.listens = False
             waits_until = self.loop.time() + _GRACE_S
-            while self.calls and self.loop.time() < waits_until:
-                await asyncio.sleep(0.1)  # noqa: ASYNC110 - as uvicorn does
+            while self.calls and self.loop.time() < waits_until:  # noqa: ASYNC110 - as uvicorn does
+                await asyncio.sleep(0.1)
         await self.real.close()
         self._exit()
 

@@ -67,6 +67,8 @@ class Oracle:
         self._map: ShardMap | None = None
         self._maps: dict[int, ShardMap] = {}
         self._losses = 0
+        self._settle_s = 2 * world.config.lease_s
+        self._remembering_until = 0.0
         self._views: dict[SimInstance, ShardMap] = {}
 
     def fail(self, invariant: str, detail: str) -> None:
@@ -136,7 +138,7 @@ class Oracle:
         world = self._world
         if client.instance is None or client not in self._ready_at or client.failing:
             return float("inf")
-        if client.pulls_from is not None and client.pulls_from.trouble.active:
+        if client.pull_is_troubled:
             return float("inf")
         return max(
             self._ready_at[client],
@@ -210,6 +212,10 @@ class Oracle:
         same = before is not None and before.standing == standing
         self._seen[peer] = _Seen(members, standing, before.since_s if before and same else now)
 
+    def knowledge_of(self, peer: Peer) -> object:
+        """What ``peer`` has read of the members."""
+        return self._seen.get(peer)
+
     def on_written(self, written: Written) -> None:
         """A shard map was written."""
         shard_map = _decode_map(written.after.body)
@@ -218,33 +224,37 @@ class Oracle:
         self._world.trace.note(
             written.peer.name, f"writes the map of epoch {shard_map.epoch}, {shard_map.mode}"
         )
+        now = self._world.scheduler.now
         if lost:
+            # Until everyone has told what it remembers, the newest of it is not known.
             self._maps.clear()
+            self._remembering_until = now + 2 * self._settle_s
         elif before is not None and shard_map.epoch <= before.epoch:
             self.fail("epochs only grow", f"{shard_map.epoch} was written after {before.epoch}")
-        elif before is not None:
-            self._check_moves(written.peer, before, shard_map)
+        elif before is not None and isinstance(written.known, _Seen):
+            if now >= self._remembering_until:
+                self._check_moves(written.known, before, shard_map)
         self._map = self._maps[shard_map.epoch] = shard_map
 
-    def _check_moves(self, peer: Peer, before: ShardMap, after: ShardMap) -> None:
+    def _check_moves(self, seen: _Seen, before: ShardMap, after: ShardMap) -> None:
+        """See whether ``after`` is what may follow for a writer that has ``seen`` the members."""
         moved = [
             shard
             for shard, owner in enumerate(before.owners)
             if owner is not None and owner != after.owners[shard]
         ]
         self.moves += len(moved)
-        seen = self._seen[peer]
         can_own = {member.id for member in seen.members if member.state == "active"}
         can_own -= before.draining | after.draining
         for shard in moved:
             if after.owners[shard] not in can_own and can_own:
                 self.fail("a shard moves to who can own it", f"{shard} to {after.owners[shard]}")
         needless = [shard for shard in moved if before.owners[shard] in can_own]
-        settle_s = 2 * self._world.config.lease_s
-        if needless and self._world.scheduler.now - seen.since_s < 0.9 * settle_s:
+        settled_s = self._world.scheduler.now - seen.since_s
+        if needless and settled_s < 0.9 * self._settle_s:
             self.fail(
                 "a shard moves only when it must",
-                f"{peer.name} moved {needless} though their owners live and the cluster changed"
+                f"{needless} moved though their owners live and the cluster changed"
                 f" at {seen.since_s:.3f}",
             )
         fair = after.shard_count // max(1, len(can_own))

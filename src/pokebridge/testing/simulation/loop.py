@@ -93,6 +93,14 @@ class Scheduler:
         self._timers: list[tuple[float, int, Handle]] = []
         self._number = 0
 
+    def process(
+        self, name: str, *, clock_s: float = 0.0, pace: float = 1.0, wall_ahead_s: float = 0.0
+    ) -> "VirtualLoop":
+        """The loop of a new process; see :class:`VirtualLoop` for its clocks."""
+        return VirtualLoop(  # type: ignore[abstract] # no sockets, signals, child processes
+            self, name, clock_s=clock_s, pace=pace, wall_ahead_s=wall_ahead_s
+        )
+
     def soon(self, handle: Handle) -> None:
         """Run ``handle`` at this instant, after what is due already."""
         self._due.append(handle)
@@ -193,12 +201,12 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         """A timer of ``when`` fires: let rounding not show it a time before that."""
         self._not_before = max(self._not_before, when)
 
-    def call_soon(
+    def call_soon(  # type: ignore[override] # asyncio's handles are slower, and no better here
         self,
         callback: Callable[..., object],
         *args: Any,
         context: contextvars.Context | None = None,
-    ) -> Handle:  # type: ignore[override] # asyncio's handles are slower, and no better here
+    ) -> Handle:
         """See asyncio."""
         handle = Handle(self, callback, args, context=context)
         self.scheduler.soon(handle)
@@ -287,7 +295,10 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         )
 
     def run_in_executor(  # type: ignore[override] # nothing here is worth a thread
-        self, executor: object, func: Callable[..., T], *args: Any
+        self,
+        executor: object,
+        func: Callable[..., T],
+        *args: Any,  # noqa: ARG002 - asyncio's signature
     ) -> asyncio.Future[T]:
         """Call it here and now: a simulation has no threads."""
         future: asyncio.Future[T] = self.create_future()
@@ -304,7 +315,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
                 (f"{self.name}: {context['message']}", context.get("exception"))
             )
 
-    # --- for those who run a single loop, as pytest-asyncio does ------------------------------------
+    # --- for those who run a single loop, as pytest-asyncio does -------------------------------
 
     def run_until_complete(self, future: Any) -> Any:
         """See asyncio."""

@@ -98,7 +98,7 @@ class Wire:
         network.wires = [wire for wire in network.wires if not wire.is_over]
         network.wires.append(self)
 
-    # --- both ways ---------------------------------------------------------------------------------
+    # --- both ways ----------------------------------------------------------------------------
 
     def carry(self, loop: VirtualLoop, call: Callable[..., object], *args: Any) -> None:
         """Have ``call`` made at the other end, after all that went that way before."""
@@ -128,7 +128,7 @@ class Wire:
         """Whether nothing will come through it any more."""
         return self._lost or (self._hung_up and not self._held)
 
-    # --- the client's end --------------------------------------------------------------------------
+    # --- the client's end ---------------------------------------------------------------------
 
     def send(self, data: bytes) -> None:
         """To the instance."""

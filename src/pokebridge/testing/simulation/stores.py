@@ -24,7 +24,8 @@ class Written:
     """A write that succeeded."""
 
     peer: Peer
-    before: Document | None
+    known: object
+    """What its writer knew when it asked for it (``Store.knowledge_of``)."""
     after: Document
 
 
@@ -39,6 +40,8 @@ class Store(Server):
         self.on_written: Callable[[Written], None] = lambda _written: None
         self.on_writes: Callable[[Peer], bool] = lambda _peer: False
         """Told that a process is about to write; whether that is to wait a moment."""
+        self.knowledge_of: Callable[[Peer], object] = lambda _peer: None
+        """Asked when a process asks for a write, which may be carried out much later."""
         self.losses = 0
         self._members: dict[str, tuple[Member, float]] = {}
         self._document: Document | None = None
@@ -89,14 +92,14 @@ class Store(Server):
         """See the port."""
         return self._document
 
-    def write(self, peer: Peer, body: bytes, revision: int | None) -> bool:
+    def write(self, peer: Peer, body: bytes, revision: int | None, known: object) -> bool:
         """See the port."""
         before = self._document
         if revision != (None if before is None else before.revision):
             return False
         self._revision += 1
         self._document = Document(body, self._revision)
-        self.on_written(Written(peer, before, self._document))
+        self.on_written(Written(peer, known, self._document))
         self._announce()
         return True
 
@@ -161,9 +164,10 @@ class SimCoordination:
 
     async def write(self, body: bytes, revision: int | None) -> bool:
         """See the port."""
+        known = self._store.knowledge_of(self._peer)
         if self._store.on_writes(self._peer):
             await asyncio.sleep(0)
-        return await self._call(lambda: self._store.write(self._peer, body, revision))
+        return await self._call(lambda: self._store.write(self._peer, body, revision, known))
 
     async def lead(self, holder: str, lease_s: float) -> bool:
         """See the port."""

@@ -28,6 +28,9 @@ class SimVerifier:
         """The same."""
         return self.verify_now(token)
 
+    async def check(self) -> None:
+        """There is no key to be had."""
+
     async def close(self) -> None:
         """Nothing is open."""
 
