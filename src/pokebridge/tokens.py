@@ -120,6 +120,17 @@ class TokenVerifier:
                 await self._key_set.fetched()
         return self.verify_now(token)
 
+    async def check(self) -> None:
+        """Get the key set, unless it was had before: it is kept through any outage.
+
+        Raises :class:`~pokebridge.errors.KeysUnavailableError` when it can't be had just now, and
+        so no token of the issuer's could be verified.
+        """
+        if self._key_set is not None and not self._key_set.was_had:
+            await self._key_set.fetched()
+            if not self._key_set.was_had:
+                raise KeysUnavailableError("the issuer's keys were never had")
+
     async def close(self) -> None:
         """Give up a fetch that is under way and close the HTTP client. May be called twice."""
         if self._key_set is not None:
@@ -178,6 +189,11 @@ class _KeySet:
         self._tried_at = -KEYS_RETRY_S
         self._fetched_at = -KEYS_FRESH_S
         self._last_failed = False
+
+    @property
+    def was_had(self) -> bool:
+        """Whether there are keys, new or old."""
+        return bool(self._keys)
 
     def find(self, algorithm: object, key_id: str | None) -> jwt.PyJWK:
         """The key called ``key_id``; without an id, the only key of ``algorithm``.

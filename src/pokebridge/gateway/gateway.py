@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from itertools import islice
 from math import inf
 from typing import Protocol
 
@@ -38,6 +39,9 @@ from pokebridge.sharding import DEFAULT_SHARD_COUNT, shard_of
 from pokebridge.transport.base import Transport
 
 log = structlog.get_logger(__name__)
+
+# Between two batches of sessions that hear ``ready`` after they had to wait for it.
+_READY_EVERY_S = 0.1
 
 
 class Identity(Protocol):
@@ -124,6 +128,7 @@ class Gateway:
         """Sessions that were sent after their shard."""
         self._connections: set[Connection] = set()
         self._waiting: dict[Connection, None] = {}
+        self._opener: asyncio.TimerHandle | None = None
         self._all_gone = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -146,6 +151,8 @@ class Gateway:
     async def close(self) -> None:
         """Stop; whoever is still connected is cut off."""
         self.refuse()
+        if self._opener is not None:
+            self._opener.cancel()
         for task in self._tasks:
             task.cancel()
         for connection in list(self._connections):
@@ -334,10 +341,20 @@ class Gateway:
         connection.open(self._config.timing.ping_interval_s * spread)
 
     def _open_waiting(self) -> None:
-        covered = [each for each in self._waiting if self.hold.covers(each.recipient)]
-        for connection in covered:
+        """Say ``ready`` to those who waited, no faster than the pulls that it causes are borne."""
+        if self._opener is None:
+            self._open_next()
+
+    def _open_next(self) -> None:
+        self._opener = None
+        at_once = max(1, int(self.pulls_per_s * _READY_EVERY_S))
+        covered = (each for each in self._waiting if self.hold.covers(each.recipient))
+        opened = list(islice(covered, at_once))
+        for connection in opened:
             del self._waiting[connection]
             self._open(connection)
+        if len(opened) == at_once and self._loop is not None:
+            self._opener = self._loop.call_later(_READY_EVERY_S, self._open_next)
 
     def _wake(self, concerns: Callable[[str], bool]) -> None:
         self._spawn(self.bridge.wake(concerns, self.pulls_per_s))

@@ -7,7 +7,7 @@ Processor ──append──▶ mailbox          Publisher ──signals──�
 
 import asyncio
 import resource
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from math import inf
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from pydantic import SecretStr
 
 from pokebridge import __version__
 from pokebridge.coordination.base import Coordination
-from pokebridge.errors import MailboxError
+from pokebridge.errors import PokebridgeError
 from pokebridge.gateway.gateway import Gateway, GatewayConfig
 from pokebridge.mailbox.base import Mailbox
 from pokebridge.processor import Processor
@@ -40,7 +40,7 @@ log = structlog.get_logger(__name__)
 
 # Descriptors that are no sessions: the listener, the mailbox, the transport, HTTP connections.
 _RESERVED_DESCRIPTORS = 1000
-_MAILBOX_CHECK_TIMEOUT_S = 2.0
+_CHECK_TIMEOUT_S = 2.0
 
 
 class Instance:
@@ -195,15 +195,10 @@ class Instance:
             reasons.append(f"coordination: {self.cluster.trouble}")
         if "gateway" in roles and self.gateway.hold.trouble is not None:
             reasons.append(f"transport: {self.gateway.hold.trouble}")
-        if self._mailbox is None:
-            return reasons
-        try:
-            async with asyncio.timeout(_MAILBOX_CHECK_TIMEOUT_S):
-                await self._mailbox.check()
-        except MailboxError as error:
-            reasons.append(f"mailbox: {error}")
-        except TimeoutError:
-            reasons.append("mailbox: it does not answer")
+        if roles & {"gateway", "api"}:
+            reasons += await _trouble_of("tokens", self._verifier.check)
+        if self._mailbox is not None:
+            reasons += await _trouble_of("mailbox", self._mailbox.check)
         return reasons
 
     def _sign_dev_token(self, subject: str, scopes: Iterable[str], ttl_s: float) -> str:
@@ -254,6 +249,17 @@ class Instance:
         if self._processor is not None:
             numbers[Metric.MESSAGES_COMMITTED] = self._processor.stats.messages_committed
         return numbers
+
+
+async def _trouble_of(part: str, check: Callable[[], Awaitable[None]]) -> Sequence[str]:
+    try:
+        async with asyncio.timeout(_CHECK_TIMEOUT_S):
+            await check()
+    except PokebridgeError as error:
+        return [f"{part}: {error}"]
+    except TimeoutError:
+        return [f"{part}: no answer within {_CHECK_TIMEOUT_S:g} s"]
+    return []
 
 
 def _gateway_config(settings: Settings) -> GatewayConfig:
