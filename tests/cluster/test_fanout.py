@@ -31,7 +31,11 @@ TIMEOUT_S = 60.0
 SILENCE_LIMIT_S = 5.0
 CUT_S = 10.0
 # What /readyz says while the engine is away.
-REASONS = {"nats": "nats://127.0.0.1:", "valkey": "redis://127.0.0.1:", "pubsub": "no probe"}
+REASONS = {
+    "nats": "nats://127.0.0.1:",
+    "valkey": "redis://127.0.0.1:",
+    "pubsub": "Pub/Sub at 127.0.0.1:",
+}
 OUTBOX_SWEEP_S = 1.0
 
 

@@ -198,7 +198,7 @@ async def test_readiness_says_what_is_wrong_later(
             lambda: admin.execute_command("ACL", "SETUSER", "bridge", *CHANNELS),
         ),
         "pubsub://a-project": (
-            "no probe came back",
+            "pubsub.subscriptions.consume",
             lambda: in_loop(deny),
             lambda: in_loop(lambda: pubsub.allow("StreamingPull")),
         ),

@@ -18,7 +18,14 @@ from pokebridge.errors import SignalError, TransportError
 from pokebridge.gateway.meter import SAMPLE_EVERY
 from pokebridge.placement import Steps, next_steps
 from pokebridge.sharding import shard_of
-from pokebridge.transport.base import Feed, Selection, Signal, Subscription, Transport
+from pokebridge.transport.base import (
+    Explains,
+    Feed,
+    Selection,
+    Signal,
+    Subscription,
+    Transport,
+)
 from pokebridge.wire import Disconnect, Probe, decode_signal, encode_probe, is_probe
 
 log = structlog.get_logger(__name__)
@@ -301,12 +308,16 @@ class _Held:
                 await hold.transport.publish([Signal(self._probe, shard)])
                 await self._probe_back.wait()
         except TimeoutError:
-            self._lose("no probe came back")
+            self._lose(self._explanation() or "no probe came back")
             return False
         except TransportError as error:
             self._lose(str(error))
             return False
         return True
+
+    def _explanation(self) -> str | None:
+        subscription = self._subscription
+        return subscription.trouble if isinstance(subscription, Explains) else None
 
     def _lose(self, trouble: str) -> None:
         """This is not known to deliver any more, and may have missed something."""

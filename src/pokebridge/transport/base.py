@@ -5,11 +5,20 @@ batching are the same for every engine and live above it (``bridge``, ``publishe
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from pokebridge.model import Feed, Selection
 
-__all__ = ["Carrier", "Feed", "Receiver", "Selection", "Signal", "Subscription", "Transport"]
+__all__ = [
+    "Carrier",
+    "Explains",
+    "Feed",
+    "Receiver",
+    "Selection",
+    "Signal",
+    "Subscription",
+    "Transport",
+]
 
 Carrier = Literal["filter", "topic"]
 """What sets a shard's signals apart on Google Pub/Sub: a filter, or a topic of their own."""
@@ -41,6 +50,15 @@ class Subscription(Protocol):
 
     async def close(self) -> None:
         """Stop receiving and give back what the engine holds for it. May be called twice."""
+
+
+@runtime_checkable
+class Explains(Protocol):
+    """A subscription that can tell why it does not deliver, where the publisher would not know."""
+
+    @property
+    def trouble(self) -> str | None:
+        """What went wrong last, until it delivers again; ``None`` when nothing is known."""
 
 
 class Transport(Protocol):

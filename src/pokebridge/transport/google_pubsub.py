@@ -364,6 +364,11 @@ class _Whole:
 
         return _PartReceiver(self._receiver.on_signal, on_gap)
 
+    @property
+    def trouble(self) -> str | None:
+        """What goes wrong with one of them."""
+        return next((part.trouble for part in self.parts if part.trouble), None)
+
     async def close(self) -> None:
         await asyncio.gather(*(part.close() for part in self.parts))
 

@@ -106,6 +106,7 @@ class PulledSubscription:
     ) -> None:
         self._api = api
         self.name = name
+        self.trouble: str | None = None
         self._source = source
         self._topic = source.topic
         self._wanted_tag = None if isinstance(source.wanted, Feed) else str(source.wanted)
@@ -250,6 +251,7 @@ class PulledSubscription:
             attempts = min(attempts + 1, 10)
 
     def _note(self, error: PubSubError) -> None:
+        self.trouble = str(error)
         if error.is_missing:
             log.warning("subscription gone", subscription=self.name, reason=str(error))
             self.lose("the subscription was gone")
@@ -298,6 +300,7 @@ class PulledSubscription:
         """Acknowledge on receipt: a poke is worthless later, and its version in the mailbox."""
         self._mark_good()
         self._heard_s = self._good_s
+        self.trouble = None
         for received in response.received_messages:
             self._acks.append(received.ack_id)
             message = received.message
