@@ -14,7 +14,7 @@ SEEN_EVERY_MS: Final = DAY_MS
 """How often at most it is written down that a device was seen."""
 PAGE_BYTES: Final = 1024 * 1024
 """What the bodies of one page have at most, so that 500 large messages are several pages."""
-FORGET_BATCH: Final = 50
+FORGET_BATCH: Final = 10
 """Devices that one purge forgets at most: each may free a whole mailbox of messages."""
 
 

@@ -22,7 +22,7 @@ from pokebridge.mailbox.base import (
     ttl_ms,
 )
 from pokebridge.mailbox.batcher import Batcher
-from pokebridge.mailbox.postgres_pool import CALL_TIMEOUT_S, Connection, PostgresPool
+from pokebridge.mailbox.postgres_pool import CALL_TIMEOUT_S, Connection, PostgresPool, Record
 from pokebridge.mailbox.postgres_schema import MIGRATION_LOCK, MIGRATIONS
 from pokebridge.model import MAX_VERSION, Message, NewMessage, Page, Poke, Receipt
 
@@ -36,6 +36,8 @@ READ_BATCH: Final = 16
 READERS: Final = 4
 # Long after the last attempt of a batch, whose calls end within seconds.
 BATCH_KEPT_MS: Final = 10 * 60 * 1000
+# A purge may delete some mailboxes of 64 MiB at once.
+UPKEEP_TIMEOUT_S: Final = 30.0
 STATS_TIMEOUT_S: Final = 300.0
 MIGRATION_TIMEOUT_S: Final = 600.0
 
@@ -231,38 +233,21 @@ class PostgresMailbox:
         """See the port."""
         now_ms = self._now_ms()
         forget_ms = int(self._limits.forget_device_s * 1000)
-
-        async def purge(connection: Connection) -> int:
-            purged: int = await connection.fetchval(PURGE_MESSAGES, limit, now_ms)
-            purged += await connection.fetchval(
-                PURGE_RECEIPTS, limit - purged, now_ms, RECEIPT_KEPT_MS
-            )
-            at_most = min(limit - purged, FORGET_BATCH)
-            purged += await connection.fetchval(PURGE_DEVICES, at_most, now_ms, forget_ms)
-            await connection.execute(PURGE_BATCHES, limit, now_ms, BATCH_KEPT_MS)
-            return purged
-
-        return await self._pool.run(purge)
+        purged = await self._count_of(PURGE_MESSAGES, limit, now_ms)
+        purged += await self._count_of(PURGE_RECEIPTS, limit - purged, now_ms, RECEIPT_KEPT_MS)
+        at_most = min(limit - purged, FORGET_BATCH)
+        purged += await self._count_of(PURGE_DEVICES, at_most, now_ms, forget_ms)
+        await self._take_time(PURGE_BATCHES, limit, now_ms, BATCH_KEPT_MS)
+        return purged
 
     async def clear(self, recipient: str) -> int:
         """See the port."""
-        cleared: int = await self._pool.run(
-            lambda connection: connection.fetchval(CLEAR, recipient)
-        )
-        return cleared
+        return await self._count_of(CLEAR, recipient)
 
     async def stats(self) -> MailboxStats:
         """See the port."""
-
-        async def count(connection: Connection) -> MailboxStats:
-            async with connection.transaction(readonly=True):
-                await connection.execute(f"SET LOCAL statement_timeout = '{STATS_TIMEOUT_S:.0f}s'")
-                await connection.execute("SET LOCAL enable_seqscan = on")
-                row = await connection.fetchrow(STATS, timeout=STATS_TIMEOUT_S)
-                assert row is not None, "an aggregate has a row"  # noqa: S101
-                return MailboxStats(*row)
-
-        return await self._pool.run(count, timeout_s=STATS_TIMEOUT_S)
+        (row,) = await self._take_time(STATS, timeout_s=STATS_TIMEOUT_S, reads_all=True)
+        return MailboxStats(*row)
 
     async def check(self) -> None:
         """See the port."""
@@ -342,6 +327,28 @@ class PostgresMailbox:
         parameters = (list(recipients), list(devices), self._now_ms(), SEEN_EVERY_MS)
         await self._pool.run(lambda connection: connection.execute(SEE_DEVICES, *parameters))
         return [None] * len(seen)
+
+    async def _count_of(self, statement: str, *parameters: object) -> int:
+        ((count,),) = await self._take_time(statement, *parameters)
+        return int(count)
+
+    async def _take_time(
+        self,
+        statement: str,
+        *parameters: object,
+        timeout_s: float = UPKEEP_TIMEOUT_S,
+        reads_all: bool = False,
+    ) -> list[Record]:
+        """The rows of ``statement``, which has more to do than one call's share of it."""
+
+        async def work(connection: Connection) -> list[Record]:
+            async with connection.transaction():
+                await connection.execute(f"SET LOCAL statement_timeout = '{timeout_s:.0f}s'")
+                if reads_all:
+                    await connection.execute("SET LOCAL enable_seqscan = on")
+                return await connection.fetch(statement, *parameters, timeout=timeout_s)
+
+        return await self._pool.run(work, timeout_s=timeout_s)
 
     def _now_ms(self) -> int | None:
         return None if self._clock is None else int(self._clock() * 1000)

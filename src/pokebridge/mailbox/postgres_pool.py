@@ -15,6 +15,7 @@ import structlog
 from pokebridge.errors import ConfigError, MailboxError
 
 T = TypeVar("T")
+Record: TypeAlias = asyncpg.Record
 if TYPE_CHECKING:
     Connection: TypeAlias = asyncpg.Connection[asyncpg.Record]
 else:
