@@ -316,7 +316,7 @@ class _Held:
         return True
 
     def _explanation(self) -> str | None:
-        subscription = self._subscription
+        subscription: object = self._subscription
         return subscription.trouble if isinstance(subscription, Explains) else None
 
     def _lose(self, trouble: str) -> None:
