@@ -70,4 +70,6 @@ class Homing:
         if self._map.mode == "fanout":
             return None
         owner = self._map.owners[shard]
-        return None if owner is None or owner == self._instance else self._urls.get(owner)
+        url = None if owner is None or owner == self._instance else self._urls.get(owner)
+        # Instances that share one URL can't be told apart by it: a move would lead anywhere.
+        return None if url == self._urls.get(self._instance) else url

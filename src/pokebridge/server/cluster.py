@@ -8,7 +8,7 @@ import asyncio
 import resource
 import secrets
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from http import HTTPStatus
@@ -194,7 +194,8 @@ class Cluster:
             CoordinationError: the store can't be had.
         """
         if mode == "partitioned" and not force:
-            share = self._report().untagged_share
+            reports = [member.report for member in self._members().values()]
+            share = max((report.untagged_share for report in reports), default=0.0)
             if share > _UNTAGGED_SHARE_ALLOWED:
                 raise HTTPException(
                     HTTPStatus.CONFLICT,
@@ -339,7 +340,15 @@ class Cluster:
             ),
             seen_by=self._settings.instance,
             events=self.events.count,
+            trouble="; ".join(self._troubles()),
         )
+
+    def _troubles(self) -> Iterator[str]:
+        if self.trouble is not None:
+            yield f"coordination: {self.trouble}"
+        hold = self._gateway.hold
+        if hold.is_in_doubt:
+            yield f"transport: {hold.trouble or 'what is held may have missed something'}"
 
     def show_events(self) -> schema.Events:
         """What has happened, as far as this instance has seen it."""
