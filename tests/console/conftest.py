@@ -4,7 +4,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import pytest
 import pytest_asyncio
 import websockets
 from playwright.async_api import Browser, Page, Request, async_playwright
-from tests.support import Instance, wait_until
+from tests.support import Daemon, Instance, wait_until
 from tests.support.browser import FLAGS
 from tests.support.engines import run_nats
 from tests.support.missing import require
@@ -29,7 +29,7 @@ class Trio:
     """Instances on NATS; each test finds them all up, in fan-out and settled."""
 
     instances: Mapping[str, Instance]
-    nats_url: str
+    nats: Daemon
 
     @property
     def one(self) -> Instance:
@@ -84,15 +84,15 @@ class Trio:
 
     @asynccontextmanager
     async def sessions(self, recipients: Sequence[str]) -> AsyncIterator[None]:
-        """A session of each at one of the instances, in turn."""
-        async with AsyncExitStack() as opened:
-            for number, recipient in enumerate(recipients):
-                instance = self.instances[NAMES[number % len(NAMES)]]
-                socket = websockets.connect(
-                    instance.ws_url + "?moved=1", additional_headers=instance.headers(recipient)
-                )
-                await opened.enter_async_context(socket)
+        """A session of each at one of the instances, in turn; it reads, and comes back."""
+        async with asyncio.TaskGroup() as group:
+            tasks = [
+                group.create_task(_listen(self.instances[NAMES[number % len(NAMES)]], recipient))
+                for number, recipient in enumerate(recipients)
+            ]
             yield
+            for task in tasks:
+                task.cancel()
 
     async def poke(self, recipients: Sequence[str]) -> None:
         """Publish a poke for each, each a signal of its own."""
@@ -100,15 +100,27 @@ class Trio:
             await http.post("/v1/pokes", json={"recipients": list(recipients)})
 
 
+async def _listen(instance: Instance, recipient: str) -> None:
+    url = instance.ws_url + "?moved=1"
+    async for socket in websockets.connect(url, additional_headers=instance.headers(recipient)):
+        with suppress(websockets.ConnectionClosed):
+            async for _ in socket:
+                pass
+
+
 @pytest.fixture(scope="module")
 def shared_trio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trio]:
     """The three, for all tests of a module."""
     with ExitStack() as opened, ThreadPoolExecutor(len(NAMES)) as threads:
-        nats = opened.enter_context(run_nats(tmp_path_factory.mktemp("nats")))
-        directory = tmp_path_factory.mktemp("trio")
-        starts = [threads.submit(_start, name, nats.url, directory, opened) for name in NAMES]
-        instances = {name: start.result() for name, start in zip(NAMES, starts, strict=True)}
-        yield Trio(instances, nats.url)
+        yield start_trio(tmp_path_factory.mktemp("trio"), opened, threads)
+
+
+def start_trio(directory: Path, opened: ExitStack, threads: ThreadPoolExecutor) -> Trio:
+    """NATS and the three on it; ``opened`` stops them all."""
+    (directory / "nats").mkdir()
+    nats = opened.enter_context(run_nats(directory / "nats"))
+    starts = [threads.submit(_start, name, nats.url, directory, opened) for name in NAMES]
+    return Trio({name: start.result() for name, start in zip(NAMES, starts, strict=True)}, nats)
 
 
 def _start(name: str, nats_url: str, directory: Path, opened: ExitStack) -> Instance:

@@ -185,7 +185,7 @@ async def test_a_migration(console: Page, trio: Trio, complaints: Complaints) ->
 
 async def _poke_untagged(trio: Trio) -> None:
     nats = NatsClient()
-    await nats.connect(trio.nats_url)
+    await nats.connect(trio.nats.url)
     for _ in range(200):
         await nats.publish("push-notifications", b'{"recipient":"urn:user:nobody"}')
     await nats.close()
@@ -215,7 +215,7 @@ async def test_a_drain(console: Page, trio: Trio) -> None:
 
 async def test_over_the_red_line(console: Page, trio: Trio) -> None:
     """The page says so when the API does, with the figure and what to do."""
-    banner = console.locator(".banner")
+    banner = console.locator(".banner.over")
     await expect(banner).to_be_hidden()
     one_in_each_shard = [f"urn:user:{number}" for number in range(1000)]
 
@@ -227,6 +227,19 @@ async def test_over_the_red_line(console: Page, trio: Trio) -> None:
     await expect(banner).to_contain_text("Over the red line")
     await expect(banner).to_contain_text(f"of {RED_LINE}")
     await expect(console.locator("[data-figure=ops]")).to_have_class(re.compile("bad"))
+
+
+async def test_a_broken_transport(console: Page, trio: Trio) -> None:
+    """Just then an operator looks: the page is still poked, and says what is wrong."""
+    trouble = console.locator(".banner.trouble")
+    await expect(trouble).to_be_hidden()
+    await asyncio.to_thread(trio.nats.kill)
+    await expect(trouble).to_contain_text("one is in trouble")
+    await expect(status(console)).to_have_text("live")
+    await asyncio.to_thread(trio.nats.start)
+    await expect(trouble).to_be_hidden(timeout=15_000)
+    await expect(figure(console, "gaps")).not_to_have_text("0")
+    await expect(events(console, "gap").first).to_contain_text("every session concerned was poked")
 
 
 async def test_by_keyboard_alone(page: Page, trio: Trio) -> None:

@@ -222,6 +222,9 @@ class Cluster(Struct):
     traffic: Traffic
     seen_by: str = ""
     events: int = 0
+    trouble: Annotated[
+        str, Meta(description="What `seen_by` can't reach; empty when all is well.")
+    ] = ""
 
 
 class Event(Struct):

@@ -106,7 +106,8 @@ function show(seen) {
   instances.show(view);
   shards.show(view);
   showMode();
-  showBanner(load);
+  showBanner(".trouble", view.trouble && `${view.seen_by} is in trouble. ${view.trouble}`);
+  showBanner(".over", load.isOver && adviceOn(load));
   find(".seen-by").textContent =
     `As ${view.seen_by} sees it; the figures of the others are as of their last report.`;
   if (connection.state !== "waiting") showConnection(connection);
@@ -125,15 +126,22 @@ function showMode() {
 
 const otherMode = () => (view.mode === "fanout" ? "partitioned" : "fanout");
 
-function showBanner({ isOver, opsPerS, redLine, instances: count }) {
-  const banner = find(".banner");
-  banner.hidden = !isOver;
+function showBanner(kind, text) {
+  const banner = find(`.banner${kind}`);
+  banner.hidden = !text;
+  // What stays the same is not announced again.
+  if (text && banner.textContent !== text) banner.textContent = text;
+}
+
+function adviceOn({ opsPerS, redLine, instances: count }) {
+  const load = `${formatRate(opsPerS)} deliveries/s of ${formatCount(redLine)}`;
+  // It counts as left only after it has been so for a while.
+  if (opsPerS <= redLine) return `The red line was crossed a moment ago. Now: ${load}.`;
   const advice =
     view.mode === "fanout"
       ? `${count} instances each hear everything; partitioned mode would spare most of it.`
       : "That is what there is to deliver: more instances share it, and batching lessens it.";
-  const text = `Over the red line: ${formatRate(opsPerS)} deliveries/s of ${formatCount(redLine)}. ${advice}`;
-  if (isOver && banner.textContent !== text) banner.textContent = text;
+  return `Over the red line: ${load}. ${advice}`;
 }
 
 function showConnection(detail) {

@@ -38,7 +38,7 @@ const CHARTS = [
     format: formatMs,
     unit: "",
     series: [{ label: "99th percentile", color: "--pull", of: (load) => load.pullMs, fill: true }],
-    least: 1,
+    least: 2,
   },
 ];
 

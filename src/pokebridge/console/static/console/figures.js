@@ -49,7 +49,7 @@ const FIGURES = [
     key: "noise",
     name: "Noise ratio",
     value: (load) => formatShare(load.noise),
-    note: () => "of the CPU time, on others' pokes",
+    note: () => "of CPU, on others' pokes",
   },
   {
     key: "in",
@@ -67,7 +67,7 @@ const FIGURES = [
     key: "pulls",
     name: "Pull latency",
     value: (load) => (load.pullMs === null ? "–" : formatMs(load.pullMs)),
-    note: (load) => `99 of 100, at ${formatRate(load.pullsPerS)} pulls/s`,
+    note: (load) => `p99 · ${formatRate(load.pullsPerS)} pulls/s`,
   },
   {
     key: "gaps",
