@@ -1,16 +1,14 @@
 """The mailbox's appends and pulls, SQLite and PostgreSQL, to the bare driver doing the same.
 
-    python -m benchmarks.mailbox --messages 1000000 --recipients 100000    (some minutes)
-
-The yardstick for PostgreSQL is asyncpg on ten connections, for SQLite sqlite3 in a thread, as an
-event loop must use it. Both get the mailbox's own statements, and appends in transactions as large
-as those that the mailbox makes of its callers. Rounds of both alternate, as they do between a store
-of few recipients and one of a hundred times as many, whose empty pulls must cost about the same.
+The stores hold a million messages of a hundred thousand recipients, and as many others that had
+some. The yardstick for PostgreSQL is asyncpg on ten connections, for SQLite sqlite3 in a thread, as
+an event loop must use it. Both get the mailbox's own statements, and appends in transactions as
+large as those that the mailbox makes of its callers. Rounds of both alternate, as they do between
+that store and one of few recipients, whose empty pulls must cost about the same.
 """
 
 # ruff: noqa: A005, SLF001 - never imported but as benchmarks.mailbox; the statements are private
 
-import argparse
 import asyncio
 import contextlib
 import random
@@ -26,7 +24,6 @@ from statistics import median
 from typing import Protocol
 
 import asyncpg
-import uvloop
 from tests.support.engines import run_postgres
 
 from benchmarks.harness import Figure, compare, progress, recipient
@@ -41,7 +38,7 @@ from pokebridge.model import MAX_VERSION, NewMessage
 AT_MOST_DRIVER = 1.67
 AT_MOST_GROWTH = 1.5
 CALLERS = 256
-MAX_PULLS = 25_000
+SENDER = "urn:user:sender"
 BODY = b'{"text": "a message of the usual size, which is not much", "n": 1234567}'
 
 Call = Callable[[int], Awaitable[object]]
@@ -98,46 +95,53 @@ class Times:
         return Figure("mailbox", name, 1e6 / median(self.rounds_us), "/s", None, detail)
 
 
+@dataclass(frozen=True, slots=True)
+class Size:
+    """What the stores hold: ``messages`` of ``active`` among ``many`` recipients, and ``few``."""
+
+    messages: int
+    active: int
+    many: int
+    few: int
+
+    @property
+    def head(self) -> int:
+        """How many messages each of those that are active has at first."""
+        return self.messages // self.active
+
+
 async def measure(
     *,
-    messages: int = 20_000,
-    recipients: int = 100_000,
-    few: int = 10_000,
-    many: int = 1_000_000,
+    size: Size = Size(messages=1_000_000, active=100_000, many=1_000_000, few=10_000),
+    calls: int = 5_000,
     rounds: int = 4,
 ) -> list[Figure]:
-    """Append ``messages`` to ``recipients``, pull them, and pull in vain from few and many."""
+    """Append, pull and pull in vain, ``calls`` times each in every round."""
     figures = []
     for open_store in (_sqlite_store, _postgres_store):
-        async with open_store(few, many) as store:
-            figures += await _measure(store, messages // rounds, recipients, few, many, rounds)
+        async with open_store(size) as store:
+            figures += await _measure(store, size, calls, rounds)
     return figures
 
 
-async def _measure(
-    store: Store, count: int, recipients: int, few: int, many: int, rounds: int
-) -> list[Figure]:
+async def _measure(store: Store, size: Size, calls: int, rounds: int) -> list[Figure]:
     names = ("append", "pull", "empty pull")
     ours, bare = ({name: Times() for name in names} for _ in range(2))
-    growth = {few: Times(), many: Times()}
+    growth = {size.few: Times(), size.many: Times()}
     pick = random.Random(1).randrange
-    pulls = min(count, MAX_PULLS)
     for number in range(rounds + 1):
         for times in (*ours.values(), *bare.values(), *growth.values()) if number == 1 else ():
             times.rounds_us.clear()  # the first round has warmed up
             times.latencies_s.clear()
-        for name, call, driver_call in _calls(store, recipients, pick):
+        for name, call, driver_call in _calls(store, size, pick):
+            await ours[name].take(call, calls, CALLERS)
             if name == "append":
-                await ours[name].take(call, count, CALLERS)
-                transactions = count // store.transaction
-                await bare[name].take(driver_call, transactions, store.appenders)
+                await bare[name].take(driver_call, calls // store.transaction, store.appenders)
                 bare[name].rounds_us[-1] /= store.transaction
             else:
-                await ours[name].take(call, pulls, CALLERS)
-                await bare[name].take(driver_call, pulls, store.readers)
-        for size, mailbox in ((few, store.few), (many, store.many)):
-            pull = _pull_in_vain(mailbox, size, pick)
-            await growth[size].take(pull, pulls, CALLERS)
+                await bare[name].take(driver_call, calls, store.readers)
+        for among, mailbox in ((size.few, store.few), (size.many, store.many)):
+            await growth[among].take(_pull_in_vain(mailbox, among, pick), 4 * calls, CALLERS)
         progress(f"mailbox: {store.kind}, round {number} of {rounds}")
     figures = [ours[name].figure(f"{name}, {store.kind}") for name in names]
     figures += [
@@ -151,36 +155,34 @@ async def _measure(
         )
         for name in names
     ]
-    grown = f"empty pull, {store.kind}, of {many:,} recipients to {few:,}"
-    few_us, many_us = growth[few].rounds_us, growth[many].rounds_us
+    grown = f"empty pull, {store.kind}, of {size.many:,} recipients to {size.few:,}"
+    few_us, many_us = growth[size.few].rounds_us, growth[size.many].rounds_us
     return [*figures, compare("mailbox", grown, many_us, few_us, "us", AT_MOST_GROWTH)]
 
 
 def _calls(
-    store: Store, recipients: int, pick: Callable[[int], int]
+    store: Store, size: Size, pick: Callable[[int], int]
 ) -> Iterator[tuple[str, Call, Call]]:
     """What is measured, of the mailbox and of the driver."""
     mailbox, driver = store.many, store.driver
 
-    sent_to = []
-
     def message() -> NewMessage:
-        sent_to.append(recipient(pick(recipients)))
-        return NewMessage(sent_to[-1], "urn:user:sender", uuid.uuid4().hex, BODY)
+        return NewMessage(recipient(pick(size.active)), SENDER, uuid.uuid4().hex, BODY)
 
     async def append_many(_: int) -> None:
         await driver.append([message() for _ in range(store.transaction)])
 
     yield "append", lambda _: mailbox.append(message()), append_many
+    after = size.head - 1  # so that there is one, and what this run has appended
     yield (
         "pull",
-        lambda _: mailbox.read(sent_to[pick(len(sent_to))], after=1, limit=50),
-        lambda _: driver.read(sent_to[pick(len(sent_to))], 1),
+        lambda _: mailbox.read(recipient(pick(size.active)), after=after, limit=50),
+        lambda _: driver.read(recipient(pick(size.active)), after),
     )
     yield (
         "empty pull",
-        _pull_in_vain(mailbox, recipients, pick),
-        lambda _: driver.read(recipient(pick(recipients)), MAX_VERSION),
+        _pull_in_vain(mailbox, size.active, pick),
+        lambda _: driver.read(recipient(pick(size.active)), MAX_VERSION),
     )
 
 
@@ -228,15 +230,14 @@ class SqliteDriver:
 
 
 @contextlib.asynccontextmanager
-async def _sqlite_store(few: int, many: int) -> AsyncIterator[Store]:
+async def _sqlite_store(size: Size) -> AsyncIterator[Store]:
     with tempfile.TemporaryDirectory() as folder:
         mailboxes = []
-        for size in (few, many):
-            path = Path(folder) / f"{size}.db"
+        for recipients in (size.few, size.many):
+            path = Path(folder) / f"{recipients}.db"
             mailboxes.append(await SqliteMailbox.open(path))
             with contextlib.closing(sqlite3.connect(path)) as db, db:
-                names = ((recipient(number),) for number in range(size))
-                db.executemany("INSERT INTO heads VALUES (?, 1, 0, 0)", names)
+                _fill_sqlite(db, recipients, size)
         driver = SqliteDriver(path)
         try:
             yield Store(
@@ -252,6 +253,18 @@ async def _sqlite_store(few: int, many: int) -> AsyncIterator[Store]:
             driver.close()
             for mailbox in mailboxes:
                 await mailbox.close()
+
+
+def _fill_sqlite(db: sqlite3.Connection, recipients: int, size: Size) -> None:
+    heads = ((recipient(n), size.head, 0, 0) for n in range(recipients))
+    db.executemany("INSERT INTO heads VALUES (?, ?, ?, ?)", heads)
+    if recipients == size.many:
+        messages = (
+            (recipient(n), version, f"{version}", SENDER, BODY, 0, None)
+            for n in range(size.active)
+            for version in range(1, size.head + 1)
+        )
+        db.executemany("INSERT INTO messages VALUES (?, ?, ?, ?, ?, ?, ?)", messages)
 
 
 # --- PostgreSQL -------------------------------------------------------------------------------
@@ -296,50 +309,48 @@ class PostgresDriver:
 
 
 @contextlib.asynccontextmanager
-async def _postgres_store(few: int, many: int) -> AsyncIterator[Store]:
+async def _postgres_store(size: Size) -> AsyncIterator[Store]:
     with run_postgres() as server:
         async with contextlib.AsyncExitStack() as opened:
             mailboxes, connections = [], []
-            for size in (few, many):
-                schema = f"of_{size}"
+            for recipients in (size.few, size.many):
+                schema = f"of_{recipients}"
                 mailboxes.append(await PostgresMailbox.open(f"{server.url}?schema={schema}"))
                 opened.push_async_callback(mailboxes[-1].close)
                 settings = SERVER_SETTINGS | {"search_path": schema, "statement_timeout": "0"}
                 connections = [
                     await asyncpg.connect(server.url, server_settings=settings)
-                    for _ in range(CONNECTIONS if size == many else 1)
+                    for _ in range(CONNECTIONS if recipients == size.many else 1)
                 ]
                 for connection in connections:
                     opened.push_async_callback(connection.close)
-                for start in range(0, size, 100_000):
-                    names = [recipient(n) for n in range(start, min(size, start + 100_000))]
-                    await connections[0].execute(
-                        "INSERT INTO heads SELECT unnest($1::text[]), 1, 0, 0", names
-                    )
-                await connections[0].execute("ANALYZE")
-            driver = PostgresDriver(connections)
+                await _fill_postgres(connections[0], recipients, size)
             yield Store(
                 "PostgreSQL",
                 few=mailboxes[0],
                 many=mailboxes[1],
-                driver=driver,
+                driver=PostgresDriver(connections),
                 transaction=CALLERS // 4,  # two with the server, two waiting or being made up
                 appenders=postgres.APPENDERS,
                 readers=CONNECTIONS,
             )
 
 
-def main() -> None:
-    """Take the measure alone, at the size that the command line asks for."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.mailbox", description=__doc__)
-    parser.add_argument("--messages", type=int, default=1_000_000)
-    parser.add_argument("--recipients", type=int, default=100_000)
-    given = parser.parse_args()
-    from benchmarks.__main__ import table  # noqa: PLC0415 - which imports this module
-
-    measured = measure(messages=given.messages, recipients=given.recipients)
-    print(table(uvloop.run(measured)))
-
-
-if __name__ == "__main__":
-    main()
+async def _fill_postgres(
+    connection: "asyncpg.Connection[asyncpg.Record]", recipients: int, size: Size
+) -> None:
+    for start in range(0, recipients, 100_000):
+        names = [recipient(n) for n in range(start, min(recipients, start + 100_000))]
+        await connection.execute(
+            "INSERT INTO heads SELECT unnest($1::text[]), $2, 0, 0", names, size.head
+        )
+        if recipients == size.many and start < size.active:
+            await connection.execute(
+                "INSERT INTO messages SELECT name, version, version::text, $2, $3, 0, NULL"
+                " FROM unnest($1::text[]) AS name, generate_series(1, $4) AS version",
+                names[: size.active - start],
+                SENDER,
+                BODY,
+                size.head,
+            )
+    await connection.execute("ANALYZE")

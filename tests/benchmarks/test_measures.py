@@ -67,7 +67,8 @@ async def test_latency() -> None:
 
 async def test_mailbox() -> None:
     """Both stores and their drivers append and pull, and so do those of few and many recipients."""
-    figures = await mailbox.measure(messages=1200, recipients=50, few=20, many=200, rounds=2)
+    size = mailbox.Size(messages=250, active=50, many=200, few=20)
+    figures = await mailbox.measure(size=size, calls=600, rounds=2)
     assert len(figures) == 2 * (3 + 3 + 1)
     assert all(figure.value > 0 for figure in figures)
 
