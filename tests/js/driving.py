@@ -17,7 +17,8 @@ from tests.support.missing import require
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 CLIENT = ROOT / "clients" / "js"
-QUICK = {"base_s": 0.05, "cap_s": 0.2}
+# Reconnects soon; and polls only where a test is about that.
+QUICK = {"base_s": 0.05, "cap_s": 0.2, "poll_after_s": 60}
 TIMEOUT_S = 20.0
 # A reply of the harness with a long list of steps is a long line.
 LINE_LIMIT_BYTES = 2**22
@@ -158,6 +159,11 @@ class Client:
             return await self.count(kind) >= at_least
 
         await wait_until(has_come, TIMEOUT_S, f"{at_least} times {kind}")
+
+    async def heard(self) -> int:
+        """How many reasons to pull the socket has brought: ``ready`` and pokes."""
+        texts = [json.loads(step["text"]) for step in await self.steps() if step["type"] == "text"]
+        return sum(text["type"] in {"ready", "poke"} for text in texts)
 
     async def idle(self) -> None:
         """Wait until no pull is under way: then their number is final until something is heard."""

@@ -60,6 +60,26 @@ async def test_four_tabs_one_socket(context: BrowserContext, site: str, instance
     for client in left:
         await client.wait_shown(1, 2, 3, "on")
     assert await pulls(instance) - before == 4 + 3 + 1 + 1
+    for client in left:
+        assert await client.count("fetch_token") == 1
+
+
+async def test_a_new_leader_with_an_old_token(
+    context: BrowserContext, site: str, instance: Instance
+) -> None:
+    """Who has only followed gets a new token first, and no handshake is refused."""
+    await wait_sessions(instance, 0)
+    first, second = [await open_page(context, site) for _ in range(2)]
+    await Client(first).start(instance.url, "urn:user:old", ttl_s=20)
+    client = Client(second)
+    await client.start(instance.url, "urn:user:old", ttl_s=20)
+    await first.page.close()
+    await client.wait_count("connect", 2)
+    await client.wait_state("connected")
+    kinds = [step["type"] for step in await client.steps()]
+    end = kinds.index("closed")
+    assert kinds[end : kinds.index("opened", end)].count("token") == 1
+    assert kinds.count("closed") == 1
 
 
 async def test_each_tab_pulls_its_own(

@@ -11,6 +11,8 @@ const TOKEN_TIMEOUT_MS = 30_000;
 const MAX_NAP_MS = 10_000;
 // A timer this late means that the machine, or the page, was asleep.
 const ASLEEP_MS = 5_000;
+// A tab that comes to lead does not connect with a token that is this near its end.
+const OLD_TOKEN_MS = 30_000;
 // A leading tab that takes longer to answer is asleep.
 const LEADER_ANSWERS_WITHIN_MS = 2_000;
 const ABNORMAL_CLOSURE = 1006; // RFC 6455, section 7.4.1: no close frame came
@@ -169,7 +171,7 @@ export class Client {
       if (!this.#ended) this.#carryOut(action);
     }
     if (this.#ended) return;
-    this.#sleepUntil(this.#core.timer * 1000 - now * 1000);
+    this.#sleepFor((this.#core.timer - now) * 1000);
     this.#setState(
       this.#core.ready && (this.#leads || this.#leaderIsConnected) ? "connected" : "connecting",
     );
@@ -221,7 +223,7 @@ export class Client {
     this.#feed(end);
   }
 
-  #sleepUntil(delayMs: number): void {
+  #sleepFor(delayMs: number): void {
     clearTimeout(this.#timer);
     const napMs = Math.ceil(Math.min(Math.max(delayMs, 0), MAX_NAP_MS));
     const wall = Date.now();
@@ -359,7 +361,9 @@ export class Client {
   #share(): void {
     const kind = this.#options.onMessages ? "mailbox" : "own";
     try {
-      const name = ["pokebridge", kind, this.#url, this.#device, recipient(this.#token)].join(" ");
+      const { sub } = claims(this.#token);
+      if (!sub) throw new TypeError("the token does not say whose it is");
+      const name = ["pokebridge", kind, this.#url, this.#device, sub].join(" ");
       this.#tabs = new Tabs(
         name,
         (leads) => (leads ? this.#lead() : this.#lose("another tab leads")),
@@ -379,7 +383,9 @@ export class Client {
       this.#open(wanted);
     } else {
       // Nobody has renewed this tab's token while it followed.
-      this.#feed({ type: "closed", code: CLOSE_TOKEN, reason: "the leading tab is gone" });
+      const isOld = claims(this.#token).exp * 1000 < Date.now() + OLD_TOKEN_MS;
+      const code = isOld ? CLOSE_TOKEN : ABNORMAL_CLOSURE;
+      this.#feed({ type: "closed", code, reason: "the leading tab is gone" });
       this.wake();
     }
     this.#tellThatWeLead();
@@ -430,7 +436,7 @@ export class Client {
   }
 
   #onPage(after: number, page: Page): void {
-    (this.#puller as MailboxPuller).keep(after, page);
+    if (this.#puller instanceof MailboxPuller) this.#puller.keep(after, page);
     this.#hear({ type: "poke", version: page.version });
   }
 
@@ -440,12 +446,10 @@ export class Client {
   }
 }
 
-/** Whose token it is: `sub` (RFC 7519, section 4.1.2); tabs of different users must not share. */
-function recipient(token: string): string {
+/** What a JWT says of itself (RFC 7519, section 4.1): whose it is, and until when. */
+function claims(token: string): { sub: string; exp: number } {
   const payload = token.split(".")[1] ?? "";
-  const { sub } = JSON.parse(atob(payload.replace(/-/g, "+").replace(/_/g, "/")));
-  if (!sub) throw new TypeError("a token without sub");
-  return sub;
+  return JSON.parse(atob(payload.replace(/-/g, "+").replace(/_/g, "/")));
 }
 
 function within<T>(timeoutMs: number, value: T | Promise<T>): Promise<T> {
