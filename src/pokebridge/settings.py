@@ -138,7 +138,8 @@ class Settings(BaseModel):
     # At least the largest message fits.
     max_bytes_per_recipient: Annotated[int, Field(ge=65_536)] = 64 * 1024 * 1024
     """Bytes of the bodies that are kept for one recipient."""
-    forget_device_days: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 90
+    # That a device was seen is written down once a day.
+    forget_device_days: Annotated[float, Field(ge=2, allow_inf_nan=False)] = 90
     """Days after which a device that was not seen holds no message back any more."""
     no_mailbox: bool = False
     """Keep no messages: clients pull from an API of your own, which pokes after its commit."""
