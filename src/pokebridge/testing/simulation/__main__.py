@@ -61,7 +61,8 @@ def main() -> int:
         outcome = simulate(asked.first, lines_kept=_WHOLE_TRACE)
         sys.stdout.writelines(f"{line}\n" for line in outcome.last)
         return 0
-    gc.freeze()  # what is imported stays; only the worlds come and go
+    gc.freeze()  # what is imported stays; only the worlds come and go,
+    gc.set_threshold(100_000, 20, 20)  # and each is large
     summary = Summary()
     seeds = range(asked.first, asked.first + asked.seeds)
     for outcome in _told(_outcomes(seeds, asked.jobs), asked.seeds):

@@ -28,6 +28,9 @@ OnLog = Callable[[str, str], None]
 """Takes a log line: which process said it, and what."""
 
 
+_FEED_HASHES = {feed.value: -2 - place for place, feed in enumerate(Feed)}
+
+
 @contextmanager
 def under_control(seed: int, on_log: OnLog = lambda _where, _what: None) -> Iterator[None]:
     """Everything inside depends on ``seed`` alone, the hash seed and the real clock included."""
@@ -59,7 +62,7 @@ def _replacements() -> list[tuple[Any, str, Any]]:
         # An object's hash is its address, a string's hash has a seed of its own: the order of
         # sets would follow them.
         (Connection, "__hash__", lambda each: hash(int(each.session.id, 16))),
-        (Feed, "__hash__", lambda each: -2 - list(Feed).index(each)),
+        (Feed, "__hash__", lambda each: _FEED_HASHES[each.value]),
         (cluster, "_memory_bytes", lambda: 0),
         (server_instance, "TokenVerifier", lambda **_: SimVerifier()),
     ]

@@ -77,6 +77,7 @@ class Oracle:
             now = self._world.scheduler.now
             self.violation = Violation(invariant, detail, now)
             self._world.trace.note("ORACLE", f"{invariant}: {detail}")
+            self._world.scheduler.stop()
 
     def head(self, recipient: str) -> int:
         """The newest version of ``recipient``."""
@@ -226,18 +227,17 @@ class Oracle:
         )
         now = self._world.scheduler.now
         if lost:
-            # Until everyone has told what it remembers, the newest of it is not known.
             self._maps.clear()
             self._remembering_until = now + 2 * self._settle_s
         elif before is not None and shard_map.epoch <= before.epoch:
             self.fail("epochs only grow", f"{shard_map.epoch} was written after {before.epoch}")
-        elif before is not None and isinstance(written.known, _Seen):
-            if now >= self._remembering_until:
-                self._check_moves(written.known, before, shard_map)
+        elif before is not None and not self._is_remembering():
+            self._check_moves(written.known, before, shard_map)
         self._map = self._maps[shard_map.epoch] = shard_map
 
-    def _check_moves(self, seen: _Seen, before: ShardMap, after: ShardMap) -> None:
+    def _check_moves(self, seen: object, before: ShardMap, after: ShardMap) -> None:
         """See whether ``after`` is what may follow for a writer that has ``seen`` the members."""
+        assert isinstance(seen, _Seen), "who writes has read the members"
         moved = [
             shard
             for shard, owner in enumerate(before.owners)
@@ -273,10 +273,13 @@ class Oracle:
             self._views[instance] = shard_map
             if before is not None and shard_map.epoch < before.epoch:
                 self.fail("epochs only grow", f"{instance.name}: {before.epoch}, {shard_map.epoch}")
+            if self._is_remembering() or self._world.config.assignment == "ring":
+                continue
             known = self._maps.get(shard_map.epoch)
-            if (
-                known is not None
-                and self._world.config.assignment == "coordinator"
-                and known != shard_map
-            ):
+            if known is not None and known != shard_map:
                 self.fail("one map an epoch", f"{instance.name} has another {shard_map.epoch}")
+
+    def _is_remembering(self) -> bool:
+        """Whether the store has lost its data, and not all have told yet what they remember."""
+        has_lost = self._losses != self._world.store.losses
+        return has_lost or self._world.scheduler.now < self._remembering_until

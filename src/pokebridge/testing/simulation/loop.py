@@ -9,6 +9,8 @@ that has come due runs at once), or **killed**, as by SIGKILL: nothing of it run
 
 import asyncio
 import contextvars
+import logging
+import math
 import random
 from collections import deque
 from collections.abc import Callable
@@ -16,6 +18,8 @@ from heapq import heappop, heappush
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 EPOCH_S = 1_800_000_000.0
 """The Unix time at which every simulation begins."""
@@ -71,7 +75,8 @@ class Handle:
         if self._cancelled:
             return
         loop = self.loop
-        loop.not_before(self._when)
+        if self._when:
+            loop.not_before(self._when)
         try:
             if self._context is None:
                 self._callback(*self._args)
@@ -87,11 +92,12 @@ class Scheduler:
     def __init__(self) -> None:
         self.now = 0.0
         self.callbacks = 0
-        self.errors: list[tuple[str, BaseException | None]] = []
-        """What callbacks and tasks of living processes raised and nobody caught."""
+        self.on_error: Callable[[str], None] = _log.error
+        """Told what callbacks and tasks of living processes raised and nobody caught."""
         self._due: deque[Handle] = deque()
         self._timers: list[tuple[float, int, Handle]] = []
         self._number = 0
+        self._stopped = False
 
     def process(
         self, name: str, *, clock_s: float = 0.0, pace: float = 1.0, wall_ahead_s: float = 0.0
@@ -110,35 +116,39 @@ class Scheduler:
         self._number += 1
         heappush(self._timers, (when, self._number, handle))
 
-    def run(self, until: Callable[[], bool], deadline_s: float) -> bool:
-        """Run until ``until()``, asked whenever time moves on; False when the deadline came first.
+    def stop(self) -> None:
+        """Have :meth:`run` return before anything else happens."""
+        self._stopped = True
+
+    def run(self, deadline_s: float = math.inf) -> bool:
+        """Run until :meth:`stop`; False when the deadline came first, or nothing was left to do.
 
         Raises:
             LivelockError: time does not move on any more.
         """
         outer = asyncio._get_running_loop()  # noqa: SLF001 - documented for event loops
+        self._stopped = False
         try:
-            return self._run(until, deadline_s)
+            self._run(deadline_s)
         finally:
             asyncio._set_running_loop(outer)  # noqa: SLF001 - the same
+        return self._stopped
 
-    def _run(self, until: Callable[[], bool], deadline_s: float) -> bool:
+    def _run(self, deadline_s: float) -> None:
         enter, due, timers = asyncio._set_running_loop, self._due, self._timers  # noqa: SLF001 - the same
         enter(None)
         running: VirtualLoop | None = None
         here = 0
-        while True:
+        while not self._stopped:
             if due:
                 handle = due.popleft()
-            else:
-                if until():
-                    return True
-                if not timers or timers[0][0] > deadline_s:
-                    self.now = max(self.now, deadline_s)
-                    return False
+            elif timers and timers[0][0] <= deadline_s:
                 when, _, handle = heappop(timers)
                 if when > self.now:
                     self.now, here = when, 0
+            else:
+                self.now = max(self.now, deadline_s if timers else self.now)
+                return
             loop = handle.loop
             if loop.paused:
                 loop.backlog.append(handle)
@@ -275,7 +285,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
                 break
             for task in tasks:
                 task.cancel()
-            self.scheduler.run(lambda: True, self.scheduler.now)
+            self.scheduler.run(self.scheduler.now)
         for task in asyncio.all_tasks(self):
             task._log_destroy_pending = False  # type: ignore[attr-defined] # noqa: SLF001 - asyncio has no other way to say so
         self.dead = True
@@ -296,9 +306,9 @@ class VirtualLoop(asyncio.AbstractEventLoop):
 
     def run_in_executor(  # type: ignore[override] # nothing here is worth a thread
         self,
-        executor: object,
+        executor: object,  # noqa: ARG002 - asyncio's signature
         func: Callable[..., T],
-        *args: Any,  # noqa: ARG002 - asyncio's signature
+        *args: Any,
     ) -> asyncio.Future[T]:
         """Call it here and now: a simulation has no threads."""
         future: asyncio.Future[T] = self.create_future()
@@ -311,25 +321,26 @@ class VirtualLoop(asyncio.AbstractEventLoop):
     def call_exception_handler(self, context: dict[str, Any]) -> None:
         """Note what nobody caught."""
         if not (self.dead or self._reaped):
-            self.scheduler.errors.append(
-                (f"{self.name}: {context['message']}", context.get("exception"))
-            )
+            what = f"{self.name}: {context['message']}: {context.get('exception')!r}"
+            self.scheduler.on_error(what)
 
     # --- for those who run a single loop, as pytest-asyncio does -------------------------------
 
     def run_until_complete(self, future: Any) -> Any:
         """See asyncio."""
         task = asyncio.ensure_future(future, loop=self)
-        if not self.scheduler.run(task.done, float("inf")):
+        task.add_done_callback(lambda _: self.scheduler.stop())
+        if not self.scheduler.run():
             raise RuntimeError("nothing is left to run, and the result is not there")
         return task.result()
 
     def run_forever(self) -> None:
         """See asyncio; here for ever ends when nothing is left to do."""
-        self.scheduler.run(lambda: False, float("inf"))
+        self.scheduler.run()
 
     def stop(self) -> None:
         """See asyncio."""
+        self.scheduler.stop()
 
     def close(self) -> None:
         """See asyncio."""
