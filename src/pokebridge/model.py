@@ -69,6 +69,7 @@ class NewMessage:
     ``body`` is a JSON text as bytes, kept as it came. ``id`` is the sender's own when
     ``id_is_senders``: then the same id from the same sender is the same message, for ever the
     first answer. ``ttl_s`` seconds after the commit it may be deleted unread; ``None``: never.
+    ``is_ephemeral``: only for those connected now; nobody else is told of it.
     """
 
     recipient: str
@@ -77,6 +78,7 @@ class NewMessage:
     body: bytes
     ttl_s: float | None = None
     id_is_senders: bool = False
+    is_ephemeral: bool = False
 
 
 class Receipt(NamedTuple):

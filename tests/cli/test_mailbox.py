@@ -57,7 +57,15 @@ def test_stats(run: Run, url: str) -> None:
     counted = json.loads(run("mailbox", "stats", "--mailbox", url, "--json").out)
     for name in ("oldest_message_ms", "oldest_outbox_ms"):
         assert before_ms < counted.pop(name) <= time.time() * 1000
-    assert counted == {"recipients": 2, "messages": 3, "bytes": 9, "devices": 1, "outbox": 2}
+    assert counted == {
+        "recipients": 2,
+        "messages": 3,
+        "bytes": 9,
+        "devices": 1,
+        "outbox": 2,
+        "pushes": 0,
+        "dead_pushes": 0,
+    }
     result = run("mailbox", "stats", POKEBRIDGE_MAILBOX=url)
     assert result.status == 0
     assert [line.split()[0] for line in result.out.splitlines()[:5]] == [

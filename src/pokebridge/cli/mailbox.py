@@ -39,7 +39,7 @@ def mailbox() -> None:
 @config_option
 @json_option
 def stats(url: str | None, config: Path | None, *, as_json: bool) -> None:
-    """Count recipients, messages, bytes, devices and pokes that are owed.
+    """Count recipients, messages, bytes, devices, and pokes and pushes that are owed.
 
     Pokes that are owed for longer than seconds mean that the transport can't be reached. This
     reads the whole store, which takes its time when it is large.
@@ -131,6 +131,8 @@ def _lines(counted: MailboxStats) -> dict[str, str]:
         "outbox": f"{counted.outbox:,}",
         "oldest message": _time(counted.oldest_message_ms),
         "oldest in outbox": _time(counted.oldest_outbox_ms),
+        "pushes owed": f"{counted.pushes:,}",
+        "pushes given up": f"{counted.dead_pushes:,}",
     }
 
 

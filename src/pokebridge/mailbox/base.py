@@ -46,7 +46,8 @@ class Limits:
 class MailboxStats(NamedTuple):
     """What a mailbox holds; times are Unix time in milliseconds, ``None`` when there is nothing.
 
-    ``recipients`` counts all that ever had a message, ``outbox`` the pokes that are owed now.
+    ``recipients`` counts all that ever had a message, ``outbox`` the pokes that are owed now,
+    ``pushes`` the notifications that are owed, ``dead_pushes`` those that were given up.
     """
 
     recipients: int
@@ -56,6 +57,8 @@ class MailboxStats(NamedTuple):
     outbox: int
     oldest_message_ms: int | None
     oldest_outbox_ms: int | None
+    pushes: int = 0
+    dead_pushes: int = 0
 
 
 class Mailbox(Protocol):

@@ -20,6 +20,8 @@ from pokebridge.mailbox.base import (
     expiry_ms,
     page_of,
 )
+from pokebridge.mailbox.memory_pushes import MemoryPushes
+from pokebridge.mailbox.pushes import PushTiming
 from pokebridge.model import Message, NewMessage, Page, Poke, Receipt
 
 
@@ -62,11 +64,15 @@ class _Log:
 class MemoryMailbox:
     """Keeps every promise of the port but one: nothing survives the process.
 
-    No call suspends, so each is atomic by nature. ``clock`` gives Unix time in seconds.
+    No call suspends, so each is atomic by nature. ``clock`` gives Unix time in seconds. With a
+    ``push_timing`` appends owe pushes.
     """
 
     def __init__(
-        self, clock: Callable[[], float] = time.time, limits: Limits | None = None
+        self,
+        clock: Callable[[], float] = time.time,
+        limits: Limits | None = None,
+        push_timing: PushTiming | None = None,
     ) -> None:
         self._clock = clock
         self._limits = limits or Limits()
@@ -78,6 +84,7 @@ class MemoryMailbox:
             tuple[int, str, int]
         ] = []  # a heap of (expires_ms, recipient, version)
         self._seen_ms: dict[tuple[str, str], int] = {}  # by (recipient, device), longest ago first
+        self.pushes = None if push_timing is None else MemoryPushes(push_timing, self._now_ms)
         self._closed = False
 
     async def append(self, message: NewMessage) -> Receipt:
@@ -101,6 +108,8 @@ class MemoryMailbox:
             self._receipts[key] = (log.head, now_ms)
         _, since_ms = self._outbox.get(message.recipient, (0, now_ms))
         self._outbox[message.recipient] = (log.head, since_ms)
+        if self.pushes is not None and self.pushes.timing.concerns(message):
+            self.pushes.owe(message.recipient, log.head)
         return Receipt(message.id, log.head)
 
     async def read(
@@ -201,12 +210,15 @@ class MemoryMailbox:
             del self._seen_ms[recipient, device]
         log.acked.clear()
         self._outbox.pop(recipient, None)
+        if self.pushes is not None:
+            self.pushes.forget(recipient)
         return log.delete(0, len(log.kept))
 
     async def stats(self) -> MailboxStats:
         """See the port."""
         self._check_open()
         logs = self._logs.values()
+        pushes, dead_pushes = (0, 0) if self.pushes is None else self.pushes.counts()
         oldest = [log.kept[0].message.sent_at_ms for log in logs if log.kept]
         return MailboxStats(
             recipients=sum(log.head > 0 for log in logs),
@@ -216,6 +228,8 @@ class MemoryMailbox:
             outbox=len(self._outbox),
             oldest_message_ms=min(oldest, default=None),
             oldest_outbox_ms=min((since for _, since in self._outbox.values()), default=None),
+            pushes=pushes,
+            dead_pushes=dead_pushes,
         )
 
     async def check(self) -> None:

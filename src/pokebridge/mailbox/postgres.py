@@ -23,7 +23,9 @@ from pokebridge.mailbox.base import (
 )
 from pokebridge.mailbox.batcher import Batcher
 from pokebridge.mailbox.postgres_pool import CALL_TIMEOUT_S, Connection, PostgresPool, Record
+from pokebridge.mailbox.postgres_pushes import PostgresPushes
 from pokebridge.mailbox.postgres_schema import MIGRATION_LOCK, MIGRATIONS
+from pokebridge.mailbox.pushes import PushTiming
 from pokebridge.model import MAX_VERSION, Message, NewMessage, Page, Poke, Receipt
 
 DEFAULT_SCHEMA: Final = "pokebridge"
@@ -42,6 +44,9 @@ STATS_TIMEOUT_S: Final = 300.0
 MIGRATION_TIMEOUT_S: Final = 600.0
 
 APPEND: Final = "SELECT append($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)"
+APPEND_OWING_PUSHES: Final = (
+    "SELECT append_owing_pushes($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)"
+)
 # For each pull its recipient's head and, from the same snapshot, a page and the message after it,
 # which says that there is more.
 READ: Final = """
@@ -99,7 +104,8 @@ STATS: Final = """
 SELECT count(*) FILTER (WHERE head > 0), coalesce(sum(kept_messages), 0)::bigint,
     coalesce(sum(kept_bytes), 0)::bigint, (SELECT count(*) FROM devices),
     (SELECT count(*) FROM outbox), (SELECT min(sent_at_ms) FROM messages),
-    (SELECT min(since_ms) FROM outbox)
+    (SELECT min(since_ms) FROM outbox), (SELECT count(*) FROM pushes WHERE due_ms IS NOT NULL),
+    (SELECT count(*) FROM dead_pushes)
 FROM heads
 """
 # Of the catalogues: to_regclass() may not know yet what another session has just made.
@@ -124,11 +130,18 @@ class PostgresMailbox:
     """The mailbox in one schema of a PostgreSQL database; make it with :meth:`open`."""
 
     def __init__(
-        self, pool: PostgresPool, clock: Callable[[], float] | None, limits: Limits
+        self,
+        pool: PostgresPool,
+        clock: Callable[[], float] | None,
+        limits: Limits,
+        push_timing: PushTiming | None,
     ) -> None:
         self._pool = pool
         self._clock = clock
         self._limits = limits
+        self.pushes = (
+            None if push_timing is None else PostgresPushes(pool, push_timing, self._now_ms)
+        )
         self._append = Batcher[NewMessage, Receipt](
             self._append_all,
             timeout_s=CALL_TIMEOUT_S,
@@ -158,12 +171,14 @@ class PostgresMailbox:
         url: str,
         clock: Callable[[], float] | None = None,
         limits: Limits | None = None,
+        push_timing: PushTiming | None = None,
     ) -> "PostgresMailbox":
         """Connect to ``url`` and bring its schema up to date.
 
         ``postgresql://USER:PASSWORD@HOST:PORT/DATABASE``, with several hosts for a failover, with
         ``?schema=NAME`` for another schema than ``pokebridge``, and with libpq's other parameters.
         ``clock`` gives Unix time in seconds; without one the database's own time counts.
+        With a ``push_timing`` appends owe pushes.
 
         Raises:
             ConfigError: the URL can't be used, or PostgreSQL does not allow what is needed.
@@ -177,7 +192,7 @@ class PostgresMailbox:
         except BaseException:
             await pool.close()
             raise
-        return cls(pool, clock, limits or Limits())
+        return cls(pool, clock, limits or Limits(), push_timing)
 
     async def append(self, message: NewMessage) -> Receipt:
         """See the port."""
@@ -274,7 +289,8 @@ class PostgresMailbox:
         for key, message in zip(keys, messages, strict=True):
             once.setdefault(key, message)
         new = once.values()
-        parameters = (
+        statement = APPEND
+        parameters: tuple[object, ...] = (
             uuid.uuid4(),
             [message.recipient for message in new],
             [message.sender for message in new],
@@ -286,7 +302,13 @@ class PostgresMailbox:
             self._limits.max_bytes,
             self._now_ms(),
         )
-        versions = await self._pool.run(lambda connection: connection.fetchval(APPEND, *parameters))
+        if self.pushes is not None:
+            statement, timing = APPEND_OWING_PUSHES, self.pushes.timing
+            concern = [timing.concerns(message) for message in new]
+            parameters = (*parameters, concern, timing.grace_ms)
+        versions = await self._pool.run(
+            lambda connection: connection.fetchval(statement, *parameters)
+        )
         outcome = dict(zip(once, versions, strict=True))
         answers: list[Receipt | Exception] = []
         for key, message in zip(keys, messages, strict=True):

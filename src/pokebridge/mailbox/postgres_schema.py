@@ -268,5 +268,107 @@ BEGIN
 END $$;
 """
 
-MIGRATIONS: Final = (_TABLES + _NOW + _APPEND + _DEVICES + _UPKEEP,)
+_PUSHES = """
+-- A row whose due_ms is NULL owes nothing: it remembers the quiet period.
+CREATE TABLE pushes (
+    recipient text COLLATE "C" PRIMARY KEY,
+    first bigint NOT NULL,
+    version bigint NOT NULL,
+    since_ms bigint NOT NULL,
+    due_ms bigint,
+    attempts integer NOT NULL,
+    quiet_until_ms bigint NOT NULL
+) WITH (autovacuum_vacuum_scale_factor = 0.01, autovacuum_vacuum_threshold = 1000);
+CREATE INDEX pushes_by_due ON pushes (due_ms) WHERE due_ms IS NOT NULL;
+CREATE INDEX pushes_by_quiet ON pushes (quiet_until_ms) WHERE due_ms IS NULL;
+
+CREATE TABLE dead_pushes (
+    recipient text COLLATE "C" NOT NULL,
+    first bigint NOT NULL,
+    version bigint NOT NULL,
+    since_ms bigint NOT NULL,
+    attempts integer NOT NULL,
+    reason text NOT NULL,
+    at_ms bigint NOT NULL,
+    PRIMARY KEY (recipient, first)
+);
+CREATE INDEX dead_pushes_by_age ON dead_pushes (at_ms);
+
+-- What append does, and owe pushes for what is new: from each recipient's first message on.
+CREATE FUNCTION append_owing_pushes(
+    a_batch uuid, a_recipients text[], a_senders text[], a_ids text[], a_ids_are_senders boolean[],
+    a_bodies bytea[], a_ttls_ms bigint[], a_max_messages bigint, a_max_bytes bigint,
+    a_now_ms bigint, a_concern boolean[], a_grace_ms bigint
+) RETURNS bigint[] LANGUAGE plpgsql AS $$
+DECLARE
+    versions bigint[];
+BEGIN
+    versions := append(a_batch, a_recipients, a_senders, a_ids, a_ids_are_senders, a_bodies,
+        a_ttls_ms, a_max_messages, a_max_bytes, a_now_ms);
+    INSERT INTO pushes
+        SELECT given.recipient COLLATE "C" AS r, min(given.version), max(given.version),
+            now_ms(a_now_ms), now_ms(a_now_ms) + a_grace_ms, 0, 0
+        FROM unnest(a_recipients, versions, a_concern) AS given (recipient, version, concerns)
+        WHERE given.version > 0 AND given.concerns GROUP BY r ORDER BY r
+    ON CONFLICT (recipient) DO UPDATE SET
+        first = CASE WHEN pushes.due_ms IS NULL THEN excluded.first ELSE pushes.first END,
+        since_ms = CASE WHEN pushes.due_ms IS NULL THEN excluded.since_ms ELSE pushes.since_ms END,
+        attempts = CASE WHEN pushes.due_ms IS NULL THEN 0 ELSE pushes.attempts END,
+        due_ms = coalesce(pushes.due_ms, greatest(excluded.due_ms, pushes.quiet_until_ms)),
+        version = greatest(pushes.version, excluded.version);
+    RETURN versions;
+END $$;
+
+-- Begin the quiet period. What is newer than the push is owed after it, as a push of its own.
+-- The row may be gone, or be about newer messages: a pull was quicker than the answer.
+CREATE FUNCTION settle_push(
+    a_recipient text, a_version bigint, a_quiet_ms bigint, a_next_ms bigint, a_now_ms bigint
+) RETURNS void LANGUAGE sql AS $$
+    INSERT INTO pushes VALUES (a_recipient, a_version, a_version, now_ms(a_now_ms), NULL, 0,
+        now_ms(a_now_ms) + a_quiet_ms)
+    ON CONFLICT (recipient) DO UPDATE SET
+        quiet_until_ms = excluded.quiet_until_ms,
+        due_ms = CASE WHEN pushes.due_ms IS NULL OR pushes.version <= a_version THEN NULL
+            WHEN pushes.first <= a_version THEN now_ms(a_now_ms) + a_next_ms
+            ELSE greatest(pushes.due_ms, excluded.quiet_until_ms) END,
+        since_ms = CASE WHEN pushes.first <= a_version
+            THEN excluded.since_ms ELSE pushes.since_ms END,
+        attempts = CASE WHEN pushes.first <= a_version THEN 0 ELSE pushes.attempts END,
+        first = greatest(pushes.first, a_version + 1)
+$$;
+
+CREATE FUNCTION purge_pushes(a_limit bigint, a_kept_ms bigint, a_now_ms bigint) RETURNS bigint
+LANGUAGE sql AS $$
+    WITH quiet AS MATERIALIZED (
+        SELECT recipient FROM pushes WHERE due_ms IS NULL AND quiet_until_ms <= now_ms(a_now_ms)
+        ORDER BY quiet_until_ms LIMIT a_limit FOR UPDATE SKIP LOCKED
+    ), old AS MATERIALIZED (
+        SELECT recipient, first FROM dead_pushes WHERE at_ms <= now_ms(a_now_ms) - a_kept_ms
+        ORDER BY at_ms LIMIT a_limit FOR UPDATE SKIP LOCKED
+    ), ended AS (
+        DELETE FROM pushes USING quiet WHERE pushes.recipient = quiet.recipient RETURNING 1
+    ), forgotten AS (
+        DELETE FROM dead_pushes USING old
+        WHERE dead_pushes.recipient = old.recipient AND dead_pushes.first = old.first RETURNING 1
+    )
+    SELECT (SELECT count(*) FROM ended) + (SELECT count(*) FROM forgotten)
+$$;
+
+CREATE OR REPLACE FUNCTION clear_recipient(a_recipient text) RETURNS bigint
+LANGUAGE plpgsql AS $$
+DECLARE
+    deleted bigint;
+BEGIN
+    PERFORM FROM heads WHERE recipient = a_recipient FOR NO KEY UPDATE;
+    DELETE FROM messages WHERE recipient = a_recipient;
+    GET DIAGNOSTICS deleted = ROW_COUNT;
+    UPDATE heads SET kept_messages = 0, kept_bytes = 0 WHERE recipient = a_recipient;
+    DELETE FROM devices WHERE recipient = a_recipient;
+    DELETE FROM outbox WHERE recipient = a_recipient;
+    DELETE FROM pushes WHERE recipient = a_recipient;
+    RETURN deleted;
+END $$;
+"""
+
+MIGRATIONS: Final = (_TABLES + _NOW + _APPEND + _DEVICES + _UPKEEP, _PUSHES)
 """The statements of each schema version; the table ``migrations`` counts those done."""

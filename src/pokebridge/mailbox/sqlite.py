@@ -25,6 +25,7 @@ from pokebridge.mailbox.base import (
     expiry_ms,
     page_of,
 )
+from pokebridge.mailbox.pushes import PushTiming
 from pokebridge.mailbox.sqlite_lane import (
     LOCK_TIMEOUT_S,
     Lane,
@@ -32,6 +33,7 @@ from pokebridge.mailbox.sqlite_lane import (
     do_each,
     result_code,
 )
+from pokebridge.mailbox.sqlite_pushes import TABLES, SqlitePushes, owe
 from pokebridge.model import Message, NewMessage, Page, Poke, Receipt
 
 READERS: Final = 2
@@ -97,6 +99,7 @@ MIGRATIONS: Final = (
         "UPDATE devices SET seen_ms = strftime('%s', 'now') * 1000",
         "CREATE INDEX devices_by_seen ON devices (seen_ms)",
     ),
+    TABLES,
 )
 """The statements of each schema version; the file's ``user_version`` counts those done."""
 
@@ -110,11 +113,18 @@ class SqliteMailbox:
         readers: Sequence[sqlite3.Connection],
         clock: Callable[[], float],
         limits: Limits,
+        push_timing: PushTiming | None,
     ) -> None:
         self._clock = clock
         self._limits = limits
+        self._push_timing = push_timing
         self._writes = Lane("mailbox-writer", [writer], commit_together, WRITE_BATCH)
         self._reads = Lane("mailbox-reader", readers, do_each, READ_BATCH)
+        self.pushes = (
+            None
+            if push_timing is None
+            else SqlitePushes(self._writes, self._reads, push_timing, self._now_ms)
+        )
 
     @classmethod
     async def open(
@@ -122,21 +132,32 @@ class SqliteMailbox:
         path: str | Path,
         clock: Callable[[], float] = time.time,
         limits: Limits | None = None,
+        push_timing: PushTiming | None = None,
     ) -> "SqliteMailbox":
         """Open the mailbox at ``path``, made anew when there is no file.
 
-        ``clock`` gives Unix time in seconds and is called from other threads.
+        ``clock`` gives Unix time in seconds and is called from other threads. With a
+        ``push_timing`` appends owe pushes.
 
         Raises:
             ConfigError: the path can't be used, or the file is something else.
             MailboxError: another process keeps the file locked.
         """
         writer, *readers = await asyncio.to_thread(_open_file, Path(path))
-        return cls(writer, readers, clock, limits or Limits())
+        return cls(writer, readers, clock, limits or Limits(), push_timing)
 
     async def append(self, message: NewMessage) -> Receipt:
         """See the port."""
-        return await self._writes.do(lambda db: _append(db, message, self._limits, self._now_ms()))
+        timing = self._push_timing
+
+        def append(db: sqlite3.Connection) -> Receipt:
+            now_ms = self._now_ms()
+            receipt = _append(db, message, self._limits, now_ms)
+            if timing is not None and not receipt.duplicate and timing.concerns(message):
+                owe(db, message.recipient, receipt.version, timing, now_ms)
+            return receipt
+
+        return await self._writes.do(append)
 
     async def read(
         self,
@@ -386,6 +407,7 @@ def _purge(db: sqlite3.Connection, limit: int, limits: Limits, now_ms: int) -> i
 def _clear(db: sqlite3.Connection, recipient: str) -> int:
     db.execute("DELETE FROM devices WHERE recipient = ?", (recipient,))
     db.execute("DELETE FROM outbox WHERE recipient = ?", (recipient,))
+    db.execute("DELETE FROM pushes WHERE recipient = ?", (recipient,))
     return _delete(db, "recipient = ?", (recipient,))
 
 
@@ -393,7 +415,9 @@ def _stats(db: sqlite3.Connection) -> MailboxStats:
     row = db.execute(
         "SELECT count(*), total(kept_messages), total(kept_bytes),"
         " (SELECT count(*) FROM devices), (SELECT count(*) FROM outbox),"
-        " (SELECT min(sent_at_ms) FROM messages), (SELECT min(since_ms) FROM outbox) FROM heads"
+        " (SELECT min(sent_at_ms) FROM messages), (SELECT min(since_ms) FROM outbox),"
+        " (SELECT count(*) FROM pushes WHERE due_ms IS NOT NULL),"
+        " (SELECT count(*) FROM dead_pushes) FROM heads"
     ).fetchone()
     recipients, messages, size_bytes, *rest = row
     return MailboxStats(recipients, int(messages), int(size_bytes), *rest)

@@ -136,6 +136,7 @@ def _new_message(sender: str, wanted: schema.SendRequest) -> NewMessage:
         body=body,
         ttl_s=_ttl_s(wanted),
         id_is_senders=wanted.id is not UNSET,
+        is_ephemeral=wanted.ephemeral,
     )
 
 

@@ -27,9 +27,10 @@ def message(
     body: bytes = b"{}",
     ttl_s: float | None = None,
     id_is_senders: bool = False,
+    is_ephemeral: bool = False,
 ) -> NewMessage:
     """A message of which a test names only what matters to it."""
-    return NewMessage(recipient, sender, id, body, ttl_s, id_is_senders)
+    return NewMessage(recipient, sender, id, body, ttl_s, id_is_senders, is_ephemeral)
 
 
 async def versions(mailbox: Mailbox, recipient: str = BOB, *, after: int = 0) -> list[int]:
