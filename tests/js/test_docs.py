@@ -6,9 +6,9 @@ import os
 import re
 import shutil
 import subprocess
-from asyncio.subprocess import PIPE
+from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -43,24 +43,25 @@ def project(tmp_path: Path, client_package: Path) -> Path:
 
 
 @asynccontextmanager
-async def running(*command: str | Path, **env: str) -> AsyncIterator[asyncio.StreamReader]:
-    """A Node process; yields what it prints."""
+async def running(*command: str | Path, **env: str) -> AsyncIterator[Process]:
+    """A Node process."""
     process = await asyncio.create_subprocess_exec(
         require("node"), *command, stdout=PIPE, env=os.environ | env
     )
     try:
-        assert process.stdout is not None
-        yield process.stdout
+        yield process
     finally:
-        process.kill()
+        with suppress(ProcessLookupError):
+            process.kill()
         await process.communicate()
 
 
-async def line_with(output: asyncio.StreamReader, text: str) -> str:
-    """The first line that has ``text`` in it."""
+async def line_with(process: Process, text: str) -> str:
+    """The next line of its output that has ``text`` in it."""
+    assert process.stdout is not None
     seen = ""
     async with asyncio.timeout(TIMEOUT_S):
-        while line := (await output.readline()).decode():
+        while line := (await process.stdout.readline()).decode():
             if text in line:
                 return line
             seen += line
@@ -88,9 +89,9 @@ async def test_snippets(project: Path, instance: Instance) -> None:
         await send(instance, recipient, "hello")
         prelude = f"--import={(project / 'prelude.mjs').as_uri()}"
         env = {"BRIDGE": instance.url, "RECIPIENT": recipient}
-        async with running(prelude, source, **env) as output:
+        async with running(prelude, source, **env) as process:
             expected = '"hello"' if "onMessages" in snippet else ""
-            await line_with(output, f"shown: {expected}")
+            await line_with(process, f"shown: {expected}")
 
     modules = snippets("js")
     assert len(modules) == 6
@@ -175,15 +176,18 @@ async def test_the_react_example(
 
 
 async def test_the_node_worker(project: Path, instance: Instance) -> None:
-    """A job is done and answered."""
+    """A job is done and answered; asked to stop, the worker ends by itself."""
     worker = shutil.copy(ROOT / "examples" / "node-worker" / "worker.mjs", project)
     async with (
-        running(worker, BRIDGE=instance.url, WORKER="urn:worker:test") as output,
+        running(worker, BRIDGE=instance.url, WORKER="urn:worker:test") as process,
         instance.async_http("urn:user:boss", "send") as http,
     ):
-        await line_with(output, "connected")
+        await line_with(process, "connected")
         job = {"recipient": "urn:worker:test", "body": {"numbers": [1, 2, 3]}}
         (await http.post("/v1/messages", json=job)).raise_for_status()
-        await line_with(output, "1 + 2 + 3 = 6")
+        await line_with(process, "1 + 2 + 3 = 6")
         answers = (await http.get("/v1/messages")).json()["messages"]
         assert [answer["body"] for answer in answers] == [{"sum": 6}]
+        process.terminate()
+        async with asyncio.timeout(TIMEOUT_S):
+            assert await process.wait() == 0
