@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import resource
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -12,16 +11,16 @@ import uvloop
 
 from pokebridge.cli.api import Access, Api, api_options
 from pokebridge.cli.load import Load, Plan, Tally
-from pokebridge.cli.options import json_option
-from pokebridge.errors import ConfigError, UnavailableError
+from pokebridge.cli.options import allow_clients, json_option
+from pokebridge.cli.storm import storm
+from pokebridge.errors import UnavailableError
 
-# Descriptors that are not clients' sockets.
-_RESERVED_DESCRIPTORS = 200
 _CONNECTS_PER_S = 200
 _PROGRESS_S = 1.0
 
 
-@click.command(
+@click.group(
+    invoke_without_command=True,
     epilog="Example: pokebridge bench --clients 1000 --pokes-per-s 2000 --duration-s 20",
     short_help="Put load on an instance.",
 )
@@ -50,7 +49,10 @@ _PROGRESS_S = 1.0
 )
 @api_options(token=False)
 @json_option
+@click.pass_context
 def bench(
+    ctx: click.Context,
+    /,
     clients: int,
     ramp_s: float | None,
     pokes_per_s: float | None,
@@ -67,9 +69,11 @@ def bench(
     instance that runs with --dev. The load generator itself takes CPU: for the limits of an
     instance run it on another machine.
     """
+    if ctx.invoked_subcommand is not None:
+        return
     if pokes_per_s is not None and messages_per_s is not None:
         raise click.UsageError("--pokes-per-s and --messages-per-s exclude each other")
-    _allow_descriptors(clients)
+    allow_clients(clients)
     messages = messages_per_s is not None
     rate_per_s = messages_per_s if messages_per_s is not None else pokes_per_s
     plan = Plan(
@@ -82,6 +86,9 @@ def bench(
     tally = uvloop.run(_bench(Access(**access), plan))
     report = _report(plan, tally)
     click.echo(json.dumps(report) if as_json else _table(report))
+
+
+bench.add_command(storm)
 
 
 async def _bench(access: Access, plan: Plan) -> Tally:
@@ -109,14 +116,6 @@ async def _show_progress(load: Load) -> None:
             f" {tally.failures.total()} failures",
             err=True,
         )
-
-
-def _allow_descriptors(clients: int) -> None:
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    at_most = hard - _RESERVED_DESCRIPTORS
-    if clients > at_most:
-        raise ConfigError(f"--clients: at most {at_most}, by this machine's file limit, ulimit -Hn")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _report(plan: Plan, tally: Tally) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The plan as a picture: deliveries and cost against the number of instances."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from pokebridge.redline import PRICES, Load, Outcome, Prices, Strategy, evaluate
 
 if TYPE_CHECKING:  # an extra, and slow to import
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 FORMATS = (".svg", ".png")
 _STEPS = 60
@@ -51,6 +53,37 @@ class PlotFile(click.Path):
         return path
 
 
+def check_drawing() -> None:
+    """Raise ConfigError when the library that draws is not installed."""
+    try:
+        import matplotlib as mpl  # noqa: F401, PLC0415 - an extra
+    except ImportError as error:
+        raise ConfigError(
+            "--plot needs a library that is not installed: pip install 'pokebridge[plot]'"
+        ) from error
+
+
+@contextmanager
+def drawing(path: Path, size_inches: tuple[float, float]) -> Iterator["Figure"]:
+    """A figure to draw on, which is saved to ``path`` when the block ends.
+
+    Raises:
+        ConfigError: the library for it is not installed, or the file can't be written.
+    """
+    check_drawing()
+    import matplotlib as mpl  # noqa: PLC0415 - an extra
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=size_inches, layout="constrained")
+        yield figure
+        try:
+            no_date = {"Date": None, "Creator": None} if path.suffix.lower() == ".svg" else None
+            figure.savefig(path, metadata=no_date, dpi=150)
+        except OSError as error:
+            raise ConfigError(f"--plot {path}: {error.strerror}") from None
+
+
 def save_plot(
     path: Path,
     load: Load,
@@ -63,31 +96,18 @@ def save_plot(
     Raises:
         ConfigError: the library for it is not installed, or the file can't be written.
     """
-    try:
-        import matplotlib as mpl  # noqa: PLC0415 - an extra
-        from matplotlib.figure import Figure  # noqa: PLC0415
-    except ImportError as error:
-        raise ConfigError(
-            "--plot needs a library that is not installed: pip install 'pokebridge[plot]'"
-        ) from error
     counts = _counts(load)
     courses = {
         strategy: [evaluate(replace(load, instances=count), strategy, prices) for count in counts]
         for strategy in strategies
     }
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(10, 4.6), layout="constrained")
+    with drawing(path, (10, 4.6)) as figure:
         left, right = figure.subplots(1, 2)
         for strategy, outcomes in courses.items():
             _draw(left, right, counts, outcomes, titles[strategy])
         _finish_deliveries(left, load)
         _finish_costs(right, load)
         figure.suptitle(f"{load.messages_per_s:,.6g} messages/s, {load.shards:,} shards")
-        try:
-            no_date = {"Date": None, "Creator": None} if path.suffix.lower() == ".svg" else None
-            figure.savefig(path, metadata=no_date, dpi=150)
-        except OSError as error:
-            raise ConfigError(f"--plot {path}: {error.strerror}") from None
 
 
 def crossing(load: Load) -> int | None:

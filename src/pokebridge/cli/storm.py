@@ -1,0 +1,130 @@
+"""``pokebridge bench storm``: kill an instance under its clients, and watch them come back."""
+
+import asyncio
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+import uvloop
+
+from pokebridge.cli.options import allow_clients
+from pokebridge.cli.plot import PlotFile, check_drawing
+from pokebridge.cli.storm_fleet import FleetPlan
+from pokebridge.cli.storm_plot import save_storm_plot
+from pokebridge.cli.storm_report import storm_failures, storm_report, storm_table
+from pokebridge.cli.storm_run import Storm, StormPlan
+from pokebridge.errors import ConfigError, PokebridgeError
+
+
+@click.command(
+    epilog="Example: pokebridge bench storm --transport nats://127.0.0.1:4222 --clients 15000",
+    short_help="Kill an instance under load.",
+)
+@click.option("--transport", required=True, metavar="URL", help="What carries pokes between them.")
+@click.option("--mailbox", metavar="URL", help="[default: a temporary SQLite file]")
+@click.option("--coordination", metavar="URL", help="[default: none]")
+@click.option(
+    "--mode", type=click.Choice(["fanout", "partitioned"]), default="fanout", show_default=True
+)
+@click.option("--instances", type=click.IntRange(min=2), default=3, show_default=True)
+@click.option("--clients", type=click.IntRange(min=2), default=3000, show_default=True)
+@click.option(
+    "--handshakes-per-s",
+    type=click.IntRange(min=1),
+    default=500,
+    show_default=True,
+    help="Handshakes that each instance accepts in a second.",
+)
+@click.option(
+    "--messages-per-s",
+    type=click.FloatRange(min=0),
+    default=100,
+    show_default=True,
+    help="Sent all the time, each to a client that waits for none.",
+)
+@click.option(
+    "--calm-s",
+    type=click.FloatRange(min=0),
+    default=10,
+    show_default=True,
+    help="Seconds with messages before the kill, and again once all are back.",
+)
+@click.option(
+    "--restart-s",
+    type=click.FloatRange(min=0),
+    help="Seconds after which the killed instance starts again. [default: never]",
+)
+@click.option(
+    "--within-s",
+    type=click.FloatRange(min=0),
+    default=120,
+    show_default=True,
+    help="Seconds within which all must be back.",
+)
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write all figures to this file.",
+)
+@click.option("--plot", "plot_file", type=PlotFile(), help="Draw the storm into this file.")
+def storm(json_file: Path | None, plot_file: Path | None, **given: Any) -> None:
+    """Start instances, connect clients to them, kill one with -9, and watch.
+
+    The clients keep to the protocol as every client of pokebridge does. What stands for a load
+    balancer before the instances knows at once that one is gone. It fails when a message was lost,
+    or when not all clients have come back and pulled in time.
+
+    The instances run on this machine, and their load is the clients' too: what it shows is whether
+    the storm stays within bounds. For the limits of an instance use three machines.
+    """
+    plan = _plan(**given)
+    if plan.fleet.transport.startswith("memory:"):
+        raise ConfigError("--transport: memory:// does not reach another process")
+    if plot_file is not None:
+        check_drawing()
+    allow_clients(plan.clients)
+    load = os.getloadavg()[0]
+    report = uvloop.run(_storm(plan, load))
+    click.echo(storm_table(report))
+    if json_file is not None:
+        json_file.write_text(json.dumps(report))
+    if plot_file is not None:
+        save_storm_plot(plot_file, report)
+    if failures := storm_failures(report):
+        raise PokebridgeError("; ".join(failures))
+
+
+def _plan(
+    *,
+    clients: int,
+    messages_per_s: float,
+    calm_s: float,
+    restart_s: float | None,
+    within_s: float,
+    **fleet: Any,
+) -> StormPlan:
+    return StormPlan(
+        fleet=FleetPlan(**fleet),
+        clients=clients,
+        messages_per_s=messages_per_s,
+        calm_s=calm_s,
+        restart_s=restart_s,
+        within_s=within_s,
+    )
+
+
+async def _storm(plan: StormPlan, machine_load: float) -> dict[str, Any]:
+    began_s = asyncio.get_running_loop().time()
+
+    def say(text: str) -> None:
+        passed_s = asyncio.get_running_loop().time() - began_s
+        click.echo(f"{passed_s:5.0f} s  {text}", err=True)
+
+    with tempfile.TemporaryDirectory(prefix="pokebridge-storm-") as directory:
+        storm = Storm(plan, Path(directory), say)
+        await storm.run()
+        return storm_report(plan, storm, machine_load)
