@@ -132,7 +132,7 @@ class PostgresPool:
         except TimeoutError:
             reason = _reason(failure) if failure else "it did not answer"
             raise MailboxError(
-                f"PostgreSQL could not do it within {timeout_s:g} s: {reason}"
+                f"the mailbox's PostgreSQL could not do it within {timeout_s:g} s: {reason}"
             ) from failure
 
     async def _attempt(self, work: Callable[[Connection], Awaitable[T]]) -> T:
@@ -198,7 +198,7 @@ def _raise_unless_it_may_pass(error: Exception) -> None:
             return
     elif not isinstance(error, ValueError):  # of the driver's own errors, one about a parameter
         return
-    raise MailboxError(f"PostgreSQL: {_reason(error)}") from error
+    raise MailboxError(f"the mailbox's PostgreSQL: {_reason(error)}") from error
 
 
 def _reason(error: BaseException) -> str:
