@@ -430,6 +430,26 @@ class DurableMailboxContract(MailboxContract):
         )
         assert sorted(receipts) == [("a", 1, False)] + [("a", 1, True)] * 14
 
+    async def test_sweepers_in_several_processes_share_the_outbox(
+        self, connect: Connect, clock: ManualClock
+    ) -> None:
+        """What one process has claimed no other one gets; together they get all."""
+        mailboxes = [await connect() for _ in range(3)]
+        await asyncio.gather(*(mailboxes[0].append(message(f"r{n}")) for n in range(60)))
+        clock.now_s += 2
+        claims = await asyncio.gather(
+            *(
+                mailbox.claim_unpoked(older_than_s=1, limit=7)
+                for _ in range(4)
+                for mailbox in mailboxes
+            )
+        )
+        claimed = [poke.recipient for pokes in claims for poke in pokes]
+        assert len(claimed) == len(set(claimed))
+        for mailbox in mailboxes:  # a claim may have passed over what another one had locked
+            claimed += [poke.recipient for poke in await _claim_all(mailbox)]
+        assert sorted(claimed) == sorted(f"r{n}" for n in range(60))
+
     async def test_a_commit_is_seen_by_other_processes_at_once(self, connect: Connect) -> None:
         """When append has returned, another process reads the message, and can confirm its poke."""
         one, other = await connect(), await connect()
@@ -440,3 +460,10 @@ class DurableMailboxContract(MailboxContract):
         assert await unpoked(other) == {BOB: 20}
         await other.poked([Poke(BOB, 20)])
         assert await unpoked(one) == {}
+
+
+async def _claim_all(mailbox: Mailbox) -> list[Poke]:
+    claimed: list[Poke] = []
+    while pokes := await mailbox.claim_unpoked(older_than_s=1, limit=7):
+        claimed += pokes
+    return claimed
