@@ -20,6 +20,8 @@ class Broker(Server):
 
     def __init__(self, outside: VirtualLoop, rng: Random, trace: Trace) -> None:
         super().__init__(outside, "broker", TransportError, rng, trace)
+        self.ordered = True
+        """Whether what is not late comes to each subscription in the order of publishing."""
         self.late_share = 0.0
         """Of the deliveries, those that take up to a second; so order is mixed."""
         self.double_share = 0.0
@@ -57,7 +59,7 @@ class Broker(Server):
             copies = 2
             self.doubled += 1
         for _ in range(copies):
-            delay_s = self.latency_s()
+            delay_s = link.in_order(self.latency_s()) if self.ordered else self.latency_s()
             if self.late_share and self.rng.random() < self.late_share:
                 delay_s += self.rng.uniform(0.05, 1.0)
             link.peer.loop.deliver(delay_s, link.hear, body, tag, link.connection)
@@ -114,12 +116,19 @@ class Link:
         self._receiver = receiver
         self._ended = False
         self._broken = False
+        self._last_at = 0.0
 
     def selects(self, shard: int | None) -> bool:
         """Whether a signal with this tag is for it."""
         if self.selection is Feed.ALL:
             return True
         return shard is None if self.selection is Feed.UNTAGGED else shard == self.selection
+
+    def in_order(self, delay_s: float) -> float:
+        """A delay like ``delay_s`` after which nothing is overtaken."""
+        now = self._broker.outside.scheduler.now
+        self._last_at = max(self._last_at, now + delay_s)
+        return self._last_at - now
 
     def accept(self) -> None:
         """The engine takes it; delivering may begin later."""

@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 import structlog
 
-from pokebridge import processor
+from pokebridge import attempts
 from pokebridge.gateway import meter
 from pokebridge.gateway.connection import Connection
 from pokebridge.model import Feed
@@ -55,7 +55,7 @@ def _replacements() -> list[tuple[Any, str, Any]]:
         (time, "monotonic", monotonic),
         (time, "process_time", cpu),
         (time, "thread_time", cpu),
-        (processor, "monotonic", monotonic),
+        (attempts, "monotonic", monotonic),
         # Clocks that are a parameter's default.
         (meter.Window.__init__, "__defaults__", (monotonic,)),
         (meter.Meter.__init__, "__defaults__", (monotonic, cpu)),

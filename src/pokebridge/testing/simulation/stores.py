@@ -47,6 +47,8 @@ class Store(Server):
         self._document: Document | None = None
         self._leader: tuple[str, float] | None = None
         self._revision = 0
+        self.changes = 0
+        """Grows with whatever a waiting process is to hear of."""
         self._waiting: list[tuple[Peer, asyncio.Future[None]]] = []
 
     def connect(self, peer: Peer) -> "SimCoordination":
@@ -125,6 +127,7 @@ class Store(Server):
         return changed
 
     def _announce(self) -> None:
+        self.changes += 1
         waiting, self._waiting = self._waiting, []
         for peer, changed in waiting:
             if self.is_reached_by(peer):
@@ -142,6 +145,7 @@ class SimCoordination:
     def __init__(self, store: Store, peer: Peer) -> None:
         self._store = store
         self._peer = peer
+        self._noticed = store.changes
         self._closed = False
 
     async def renew(self, member: Member, lease_s: float) -> None:
@@ -180,10 +184,15 @@ class SimCoordination:
     async def wait_for_change(self, timeout_s: float) -> None:
         """See the port."""
         self._check_open()
-        changed = self._store.watch(self._peer)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await changed
+        store = self._store
+        if store.changes == self._noticed or not store.is_reached_by(self._peer):
+            changed = store.watch(self._peer)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    await changed
+        else:
+            await asyncio.sleep(store.latency_s())
+        self._noticed = store.changes
 
     async def close(self) -> None:
         """See the port."""

@@ -150,6 +150,7 @@ class World:
         self.store.on_written = self.oracle.on_written
         self.post.on_committed = self._on_committed
         self.broker.slow_starts_s = self.rng.choice((0.0, 0.3, 1.5))
+        self.broker.ordered = self.rng.random() < 0.5
         self.broker.late_share = self.rng.choice((0.0, 0.05))
         self.broker.double_share = self.rng.choice((0.0, 0.05))
         self.store.late_expiry = self.rng.random() < 0.5
