@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from pokebridge import processor
+from pokebridge import attempts, processor
 from pokebridge.adapters import open_mailbox
-from pokebridge.errors import InputError, MailboxError, TransportError
-from pokebridge.mailbox.base import Mailbox
+from pokebridge.errors import InputError, MailboxError, MailboxFullError, TransportError
+from pokebridge.mailbox.base import Limits, Mailbox
 from pokebridge.mailbox.memory import MemoryMailbox
 from pokebridge.mailbox.sqlite import SqliteMailbox
 from pokebridge.model import NewMessage, Poke, Receipt
@@ -87,7 +87,7 @@ class WatchedMailbox(MemoryMailbox):
 @pytest.fixture(autouse=True)
 def quick_back_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test waits long for a second try."""
-    monkeypatch.setattr(processor, "BACKOFF_CAP_S", 0.02)
+    monkeypatch.setattr(attempts, "BACKOFF_CAP_S", 0.02)
 
 
 @pytest.fixture
@@ -215,6 +215,18 @@ class TestSending:
             mailbox.error = None
         assert publisher.pokes == []
         assert sender.stats.messages_committed == 0
+
+
+    async def test_a_full_mailbox_is_the_senders_to_know(self, publisher: Recorder) -> None:
+        """What is refused raises MailboxFullError, is counted and is not poked."""
+        mailbox = MemoryMailbox(limits=Limits(max_messages=1))
+        async with without_sweep(mailbox, publisher) as sender:
+            await sender.send(message())
+            with pytest.raises(MailboxFullError):
+                await sender.send(message())
+            await confirmed(mailbox)
+        assert publisher.pokes == [Poke(BOB, 1)]
+        assert (sender.stats.messages_committed, sender.stats.messages_refused) == (1, 1)
 
 
 class TestSweeping:
@@ -384,7 +396,7 @@ class TestOutages:
                 await confirmed(mailbox)
         assert set(publisher.pokes) == {Poke(BOB, 1), Poke(EVE, 1)}
         assert {(line["event"], line["log_level"]) for line in logs} == {
-            ("processor_step_failed", "error")
+            ("step_failed", "error")
         }
         assert all(line["exc_info"] for line in logs)
 
@@ -406,8 +418,8 @@ class TestOutages:
             pass
 
         monkeypatch.setattr(random, "uniform", uniform)
-        monkeypatch.setattr(processor, "BACKOFF_CAP_S", 2.0)
-        attempt = processor._Attempts()
+        monkeypatch.setattr(attempts, "BACKOFF_CAP_S", 2.0)
+        attempt = attempts.Attempts()
         for _ in range(100):
             assert not await attempt(fail())
         assert await attempt(succeed())

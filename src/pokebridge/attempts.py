@@ -1,0 +1,73 @@
+"""Loops that no error ends, and a line in the log when a part they need fails and is back."""
+
+import asyncio
+import random
+from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager
+from time import monotonic
+from typing import Final
+
+import structlog
+
+from pokebridge.errors import UnavailableError
+
+BACKOFF_FIRST_S: Final = 0.1
+BACKOFF_CAP_S: Final = 2.0
+
+_log = structlog.get_logger(__name__)
+
+
+class Part:
+    """Something that we depend on: a line in the log when it fails and when it is back."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._down_since_s: float | None = None
+
+    @property
+    def is_down(self) -> bool:
+        """Whether the last call to it failed."""
+        return self._down_since_s is not None
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Note how a call to the part ends."""
+        try:
+            yield
+        except UnavailableError as error:
+            if self._down_since_s is None:
+                self._down_since_s = monotonic()
+                _log.warning("part_unavailable", part=self._name, error=str(error))
+            raise
+        if self._down_since_s is not None:
+            down_s = round(monotonic() - self._down_since_s, 3)
+            _log.info("part_is_back", part=self._name, down_s=down_s)
+            self._down_since_s = None
+
+
+class Attempts:
+    """The attempts of one loop: none ends it, and failed ones are followed by a growing pause."""
+
+    def __init__(self) -> None:
+        self._failures = 0
+
+    async def __call__(self, step: Awaitable[None]) -> bool:
+        """Whether ``step`` succeeded; when not, this returns after a back-off with full jitter."""
+        try:
+            await step
+        except UnavailableError:
+            pass  # its part has logged it
+        except Exception:  # noqa: BLE001 - a defect must show; ending the loop would be silence
+            _log.exception("step_failed")
+        else:
+            self._failures = 0
+            return True
+        longest_s = min(BACKOFF_CAP_S, BACKOFF_FIRST_S * 2 ** min(self._failures, 16))
+        self._failures += 1
+        await asyncio.sleep(random.uniform(0, longest_s))  # noqa: S311 - no secret
+        return False
+
+
+def jittered(pause_s: float) -> float:
+    """``pause_s`` seconds, up to half more or less, so that processes drift apart."""
+    return pause_s * random.uniform(0.5, 1.5)  # noqa: S311 - no secret

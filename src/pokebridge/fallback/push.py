@@ -1,0 +1,243 @@
+"""Sends the pushes that a mailbox owes, and tells it what was pulled.
+
+Nobody keeps a record of who is connected. A message that was not pulled within its grace is what
+counts: perhaps its recipient sleeps, perhaps it is just slow, and then one push was too many.
+"""
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from itertools import islice
+from time import monotonic
+from typing import Final, Protocol
+
+import msgspec
+import structlog
+
+from pokebridge.attempts import Attempts, Part, jittered
+from pokebridge.errors import UnavailableError
+from pokebridge.mailbox.pushes import OwedPush, PushQueue
+
+AT_ONCE: Final = 32
+LOOK_EVERY_S: Final = 0.5
+PURGE_EVERY_S: Final = 60.0
+PURGE_BATCH: Final = 1_000
+# Pulls are told to the mailbox together; a grace is far longer.
+TELL_EVERY_S: Final = 0.1
+# Recipients that pulled and wait to be told: beyond, a push may be one too many.
+MAX_PULLED: Final = 100_000
+TELL_BATCH: Final = 1_000
+_MAX_REASON = 200
+
+_log = structlog.get_logger(__name__)
+_encode = msgspec.json.Encoder().encode
+
+
+class Receiver(Protocol):
+    """Where pushes go."""
+
+    timeout_s: float
+
+    async def post(self, webhook_id: str, body: bytes) -> None:
+        """Return when it has arrived; raises UnavailableError when it has not, or nobody knows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Retries:
+    """How a push is tried again: pauses double from the first to the longest, half of each random.
+
+    By default 15 attempts, over about a day.
+    """
+
+    first_s: float = 5.0
+    longest_s: float = 4 * 3600.0
+    attempts: int = 15
+
+    def pause_s(self, attempts: int) -> float:
+        """The pause after so many ``attempts``."""
+        longest_s: float = min(self.longest_s, self.first_s * 2 ** min(attempts - 1, 32))
+        return longest_s * random.uniform(0.5, 1.0)  # noqa: S311 - no secret
+
+
+@dataclass(slots=True)
+class PushStats:
+    """Counters since the start: ``failed`` attempts; ``dead`` pushes, that were given up."""
+
+    sent: int = 0
+    failed: int = 0
+    dead: int = 0
+
+
+class Pusher:
+    """Claims pushes that are due and posts each to ``receiver``, AT_ONCE at a time.
+
+    A push is claimed for longer than its attempt may take. Who dies in between leaves it to
+    whoever looks next when that has passed; so it arrives once, or with the same id again. While
+    the receiver fails it is asked for one push at a time, so that an outage uses up the attempts
+    of few, and its end meets no storm.
+    """
+
+    def __init__(
+        self,
+        queue: PushQueue,
+        receiver: Receiver,
+        *,
+        retries: Retries | None = None,
+        look_every_s: float = LOOK_EVERY_S,
+    ) -> None:
+        self.stats = PushStats()
+        self._queue = queue
+        self._receiver = receiver
+        self._retries = retries or Retries()
+        self._look_every_s = look_every_s
+        self._lease_s = 2 * receiver.timeout_s
+        self._store = Part("mailbox")
+        self._webhook = Part("push_webhook")
+        self._under_way: set[asyncio.Task[None]] = set()
+        self._loops: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Send what is due, from now on."""
+        self._loops = [
+            asyncio.create_task(self._keep_pushing(), name="pusher-push"),
+            asyncio.create_task(self._keep_purging(), name="pusher-purge"),
+        ]
+
+    async def close(self, *, deadline_s: float = 5.0) -> None:
+        """Claim nothing more and let attempts under way end, for at most ``deadline_s`` seconds.
+
+        One that is cut off then is made again by whoever looks next. May be called twice.
+        """
+        for loop in self._loops:
+            loop.cancel()
+        await asyncio.gather(*self._loops, return_exceptions=True)
+        self._loops.clear()
+        if self._under_way:
+            await asyncio.wait(self._under_way, timeout=deadline_s)
+        for task in self._under_way:
+            task.cancel()
+        await asyncio.gather(*self._under_way, return_exceptions=True)
+
+    async def _keep_pushing(self) -> None:
+        attempt = Attempts()
+        while True:
+            if await attempt(self._push_due()):
+                await asyncio.sleep(jittered(self._look_every_s))
+
+    async def _keep_purging(self) -> None:
+        attempt = Attempts()
+        while True:
+            if await attempt(self._purge()):
+                await asyncio.sleep(jittered(PURGE_EVERY_S))
+
+    async def _push_due(self) -> None:
+        """Begin pushes until nothing is due; one at most while the receiver fails."""
+        while True:
+            is_trial = self._webhook.is_down
+            room = AT_ONCE - len(self._under_way)
+            with self._store.watched():
+                pushes = await self._queue.claim(
+                    limit=1 if is_trial else room, lease_s=self._lease_s
+                )
+            for push in pushes:
+                task = asyncio.create_task(self._push(push), name="pusher-post")
+                self._under_way.add(task)
+                task.add_done_callback(self._under_way.discard)
+            if not pushes:
+                return
+            if is_trial or len(self._under_way) == AT_ONCE:
+                await asyncio.wait(self._under_way, return_when=asyncio.FIRST_COMPLETED)
+            if self._webhook.is_down:
+                return
+
+    async def _push(self, push: OwedPush) -> None:
+        until_s = monotonic() + self._lease_s
+        body = _encode({"recipient": push.recipient, "version": push.version})
+        try:
+            with self._webhook.watched():
+                await self._receiver.post(push.id, body)
+        except UnavailableError as error:
+            self.stats.failed += 1
+            if push.attempts < self._retries.attempts:
+                retry_s = self._retries.pause_s(push.attempts)
+                await self._record(lambda: self._queue.failed(push, retry_s=retry_s), until_s)
+            else:
+                await self._give_up(push, str(error), until_s)
+        else:
+            self.stats.sent += 1
+            await self._record(lambda: self._queue.sent(push), until_s)
+
+    async def _give_up(self, push: OwedPush, reason: str, until_s: float) -> None:
+        self.stats.dead += 1
+        reason = " ".join(reason.split())[:_MAX_REASON]
+        _log.error("push_given_up", recipient=push.recipient, attempts=push.attempts, reason=reason)
+        await self._record(lambda: self._queue.bury(push, reason), until_s)
+
+    async def _record(self, write: Callable[[], Awaitable[None]], until_s: float) -> None:
+        """Tell the mailbox what has become of a push, while the lease lasts."""
+
+        async def watched() -> None:
+            with self._store.watched():
+                await write()
+
+        attempt = Attempts()
+        while not await attempt(watched()) and monotonic() < until_s:
+            pass
+
+    async def _purge(self) -> None:
+        purged = PURGE_BATCH
+        while purged == PURGE_BATCH:
+            with self._store.watched():
+                purged = await self._queue.purge(limit=PURGE_BATCH)
+
+
+class Pulls:
+    """Tells ``queue`` what was pulled here, together and a little later, so that no pull waits.
+
+    What a killed process had not told yet, a tenth of a second's, may be pushed all the same.
+    """
+
+    def __init__(self, queue: PushQueue, *, tell_every_s: float = TELL_EVERY_S) -> None:
+        self._queue = queue
+        self._tell_every_s = tell_every_s
+        self._versions: dict[str, int] = {}
+        self._store = Part("mailbox")
+        self._changed = asyncio.Event()
+        self._telling: asyncio.Task[None] | None = None
+
+    def note(self, recipient: str, version: int) -> None:
+        """``recipient`` has what there is up to ``version``."""
+        known = self._versions.get(recipient)
+        if known is not None or len(self._versions) < MAX_PULLED:
+            self._versions[recipient] = max(version, known or 0)
+            self._changed.set()
+
+    async def start(self) -> None:
+        """Begin to tell."""
+        self._telling = asyncio.create_task(self._keep_telling(), name="pulls-tell")
+
+    async def close(self) -> None:
+        """Tell what is left, if the mailbox takes it now."""
+        if self._telling is not None:
+            self._telling.cancel()
+            await asyncio.gather(self._telling, return_exceptions=True)
+            self._telling = None
+            await Attempts()(self._tell())
+
+    async def _keep_telling(self) -> None:
+        attempt = Attempts()
+        while True:
+            await self._changed.wait()
+            await asyncio.sleep(self._tell_every_s)
+            await attempt(self._tell())
+
+    async def _tell(self) -> None:
+        while self._versions:
+            some = dict(islice(self._versions.items(), TELL_BATCH))
+            with self._store.watched():
+                await self._queue.pulled(some)
+            for recipient, version in some.items():
+                if self._versions[recipient] == version:
+                    del self._versions[recipient]
+        self._changed.clear()

@@ -1,0 +1,111 @@
+"""A signed POST, as the Standard Webhooks specification has it (version 1.0.0).
+
+https://github.com/standard-webhooks/standard-webhooks/blob/main/spec/standard-webhooks.md
+"""
+
+import asyncio
+import base64
+import binascii
+import hashlib
+import hmac
+import time
+from collections.abc import Callable
+from typing import Final
+
+import httpx
+
+from pokebridge.errors import UnavailableError
+
+SECRET_PREFIX: Final = "whsec_"  # noqa: S105 - what a secret begins with
+SECRET_BYTES: Final = range(24, 65)
+TIMEOUT_S: Final = 10.0
+# What is read of an answer, so that its connection can be used again; a larger one costs that.
+ANSWER_BYTES: Final = 16 * 1024
+
+
+class WebhookError(UnavailableError):
+    """The receiver did not answer, or with another status than 2xx."""
+
+
+def secret_key(secret: str) -> bytes:
+    """The key in ``secret``: ``whsec_`` and 24 to 64 bytes in base64.
+
+    Raises ValueError, without the secret in it, when it is none.
+    """
+    encoded = secret.removeprefix(SECRET_PREFIX)
+    try:
+        key = base64.b64decode(encoded, validate=True)
+    except binascii.Error:
+        key = b""
+    if encoded == secret or len(key) not in SECRET_BYTES:
+        raise ValueError(f"must be {SECRET_PREFIX} and then 24 to 64 random bytes in base64")
+    return key
+
+
+def signature(key: bytes, webhook_id: str, timestamp: int, body: bytes) -> str:
+    """The value of ``webhook-signature``: HMAC-SHA256 of id, time (Unix, seconds) and body."""
+    signed = b"%b.%d.%b" % (webhook_id.encode(), timestamp, body)
+    digest = hmac.new(key, signed, hashlib.sha256).digest()
+    return f"v1,{base64.b64encode(digest).decode()}"
+
+
+class Webhook:
+    """One receiver, at ``url``, which the operator has chosen: https, but for development.
+
+    No redirect is followed, so nobody else can say where a notification goes.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        secret: str,
+        *,
+        timeout_s: float = TIMEOUT_S,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.timeout_s = timeout_s
+        self._url = url
+        self._key = secret_key(secret)
+        self._clock = clock
+        self._http = httpx.AsyncClient(
+            timeout=timeout_s,
+            follow_redirects=False,
+            headers={"user-agent": "pokebridge", "content-type": "application/json"},
+        )
+
+    async def post(self, webhook_id: str, body: bytes) -> None:
+        """Return when the receiver has answered 2xx, within ``timeout_s`` in all.
+
+        Raises:
+            WebhookError: it has not; nobody knows whether it took the notification.
+        """
+        timestamp = int(self._clock())
+        headers = {
+            "webhook-id": webhook_id,
+            "webhook-timestamp": str(timestamp),
+            "webhook-signature": signature(self._key, webhook_id, timestamp, body),
+        }
+        try:
+            async with (
+                asyncio.timeout(self.timeout_s),
+                self._http.stream("POST", self._url, content=body, headers=headers) as answer,
+            ):
+                await _read_some(answer)
+        except TimeoutError:
+            raise WebhookError(f"no answer within {self.timeout_s:g} s") from None
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise WebhookError(f"{type(error).__name__}: {error}") from error
+        if not answer.is_success:
+            raise WebhookError(f"it answered {answer.status_code} {answer.reason_phrase}")
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+
+async def _read_some(answer: httpx.Response) -> None:
+    size_bytes = 0
+    async for chunk in answer.aiter_raw():
+        size_bytes += len(chunk)
+        if size_bytes > ANSWER_BYTES:
+            return
