@@ -28,6 +28,28 @@ async def test_it_is_there_without_dev() -> None:
         assert (await http.get("/console")).status_code == 404
 
 
+@pytest.mark.parametrize("path", ["/", "/console"])
+async def test_headers(path: str) -> None:
+    """A page allows no script but its own, and is asked about before it is used again."""
+    async with http_client(create_api(World().dev_parts())) as http:
+        page = await http.get(path)
+        policy = page.headers["content-security-policy"]
+        assert "default-src 'none'; script-src 'self'; style-src 'self';" in policy
+        assert "require-trusted-types-for 'script'" in policy
+        assert page.headers["x-content-type-options"] == "nosniff"
+        assert page.headers["referrer-policy"] == "no-referrer"
+        for file, kind in (
+            ("/assets/playground/app.js", "javascript"),
+            ("/assets/shared/base.css", "text/css"),
+        ):
+            first = await http.get(file)
+            assert kind in first.headers["content-type"]
+            assert first.headers["cache-control"] == "no-cache"
+            again = await http.get(file, headers={"If-None-Match": first.headers["etag"]})
+            assert again.status_code == 304
+        assert (await http.get("/assets/%2e%2e/__init__.py")).status_code == 404
+
+
 @pytest.mark.parametrize("file", sorted(STATIC.rglob("*.html")), ids=lambda file: file.parent.name)
 def test_no_page_has_anything_inline_or_from_elsewhere(file: Path) -> None:
     """Nothing that its content policy would refuse."""

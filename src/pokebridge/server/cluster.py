@@ -39,6 +39,8 @@ log = structlog.get_logger(__name__)
 _UNTAGGED_SHARE_ALLOWED = 0.01
 _SHARDS_SHOWN_AT_MOST = 1000
 _TICK_S = 1.0
+# Events that the log has already, of whom it concerns and of who decided it.
+_TOLD_BY_ONE = frozenset({"gap", "moved"})
 
 
 class Cluster:
@@ -147,7 +149,8 @@ class Cluster:
             self._gateway.apply(view.shard_map, urls)
             self._check_name(view)
         for event in self.events.see(view):
-            log.info(event.text, kind=event.kind, epoch=view.shard_map.epoch)
+            if event.kind not in _TOLD_BY_ONE:
+                log.info(event.text, kind=event.kind, epoch=view.shard_map.epoch)
         me = self._settings.instance
         if me in view.shard_map.draining and before is not None:
             self._on_drain()

@@ -12,12 +12,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import msgspec
-import structlog
 
 from pokebridge.errors import TransportError
 from pokebridge.model import Poke
-
-log = structlog.get_logger(__name__)
 
 WATCH_S = 30.0
 LOOK_EVERY_S = 1.0
@@ -68,18 +65,23 @@ class Watchers:
 
     async def _watch(self) -> None:
         shown = None
-        while self._until_s:
-            try:
-                seen = legible(msgspec.to_builtins(await self._look()))
-            except TransportError as error:  # it can't count its subscribers now
-                seen = str(error)
-            if seen != shown:
-                shown = seen
-                await self._poke([Poke(recipient) for recipient in self._until_s])
-            await asyncio.sleep(LOOK_EVERY_S)
-            now_s = time.monotonic()
-            self._until_s = {who: end for who, end in self._until_s.items() if end > now_s}
-        self._task = None
+        try:
+            while self._until_s:
+                seen = await self._see()
+                if seen != shown:
+                    shown = seen
+                    await self._poke([Poke(recipient) for recipient in self._until_s])
+                await asyncio.sleep(LOOK_EVERY_S)
+                now_s = time.monotonic()
+                self._until_s = {who: end for who, end in self._until_s.items() if end > now_s}
+        finally:
+            self._task = None
+
+    async def _see(self) -> Any:
+        try:
+            return legible(msgspec.to_builtins(await self._look()))
+        except TransportError as error:  # it can't count its subscribers now
+            return str(error)
 
     async def _poke(self, pokes: Sequence[Poke]) -> None:
         with contextlib.suppress(TransportError, TimeoutError):

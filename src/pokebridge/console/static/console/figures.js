@@ -98,8 +98,11 @@ export class Figures {
       const tile = document.createElement("div");
       tile.className = "card";
       tile.dataset.figure = key;
-      tile.innerHTML = "<dt></dt><dd><b></b> <small></small></dd>";
-      tile.querySelector("dt").textContent = name;
+      const term = document.createElement("dt");
+      term.textContent = name;
+      const number = document.createElement("dd");
+      number.append(document.createElement("b"), " ", document.createElement("small"));
+      tile.append(term, number);
       root.append(tile);
       this.#tiles.set(key, tile);
     }
