@@ -51,6 +51,7 @@ class Metric(StrEnum):
     OVER_RED_LINE = "pokebridge_over_red_line", "1 while the cluster is over the red line"
     PULL_CAPACITY = "pokebridge_pull_capacity_per_s", "Pulls a second to which they are spread"
     MESSAGES_COMMITTED = "pokebridge_messages_committed_total", "Messages committed to a mailbox"
+    MESSAGES_REFUSED = "pokebridge_messages_refused_total", "Messages refused: a mailbox was full"
     HTTP_SECONDS = (
         "pokebridge_http_request_duration_seconds",
         "Time to answer an HTTP request (method, route, status)",

@@ -248,6 +248,7 @@ class Instance:
         }
         if self._processor is not None:
             numbers[Metric.MESSAGES_COMMITTED] = self._processor.stats.messages_committed
+            numbers[Metric.MESSAGES_REFUSED] = self._processor.stats.messages_refused
         return numbers
 
 
