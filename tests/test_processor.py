@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from pokebridge import processor
+from pokebridge import attempts, processor
 from pokebridge.adapters import open_mailbox
 from pokebridge.errors import InputError, MailboxError, MailboxFullError, TransportError
 from pokebridge.mailbox.base import Limits, Mailbox
@@ -87,7 +87,7 @@ class WatchedMailbox(MemoryMailbox):
 @pytest.fixture(autouse=True)
 def quick_back_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test waits long for a second try."""
-    monkeypatch.setattr(processor, "BACKOFF_CAP_S", 0.02)
+    monkeypatch.setattr(attempts, "BACKOFF_CAP_S", 0.02)
 
 
 @pytest.fixture
@@ -396,7 +396,7 @@ class TestOutages:
                 await confirmed(mailbox)
         assert set(publisher.pokes) == {Poke(BOB, 1), Poke(EVE, 1)}
         assert {(line["event"], line["log_level"]) for line in logs} == {
-            ("processor_step_failed", "error")
+            ("step_failed", "error")
         }
         assert all(line["exc_info"] for line in logs)
 
@@ -418,8 +418,8 @@ class TestOutages:
             pass
 
         monkeypatch.setattr(random, "uniform", uniform)
-        monkeypatch.setattr(processor, "BACKOFF_CAP_S", 2.0)
-        attempt = processor._Attempts()
+        monkeypatch.setattr(attempts, "BACKOFF_CAP_S", 2.0)
+        attempt = attempts.Attempts()
         for _ in range(100):
             assert not await attempt(fail())
         assert await attempt(succeed())

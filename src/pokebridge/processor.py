@@ -7,18 +7,16 @@ or in any other process that shares the mailbox.
 """
 
 import asyncio
-import random
-from collections.abc import Awaitable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from time import monotonic
 from types import TracebackType
 from typing import Final, Protocol, Self
 
 import structlog
 
-from pokebridge.errors import MailboxFullError, UnavailableError
+from pokebridge.attempts import Attempts, Part, jittered
+from pokebridge.errors import MailboxFullError
 from pokebridge.mailbox.base import Mailbox
 from pokebridge.model import NewMessage, Poke, Receipt, check_recipient
 
@@ -30,8 +28,6 @@ MAX_PENDING: Final = 10_000
 # The pause between confirmations, so that a busy recipient costs few transactions. Far below the
 # age at which a sweep takes an entry for forgotten.
 CONFIRM_EVERY_S: Final = 0.05
-BACKOFF_FIRST_S: Final = 0.1
-BACKOFF_CAP_S: Final = 2.0
 
 _log = structlog.get_logger("pokebridge.processor")
 
@@ -65,7 +61,7 @@ class Processor:
     well above what a publish takes, or pokes are doubled. So what a dead process left is poked
     within ``sweep_after_s + 1.5 * sweep_every_s``, by default 1.6 s. A purge runs every
     ``purge_every_s``. Both pauses are jittered by half, so that processes which share a mailbox
-    drift apart.
+    drift apart. Unless it ``does_upkeep`` neither runs here: others that share the mailbox do it.
     """
 
     def __init__(
@@ -73,6 +69,7 @@ class Processor:
         mailbox: Mailbox,
         publisher: Pokes,
         *,
+        does_upkeep: bool = True,
         sweep_every_s: float = 0.4,
         sweep_after_s: float = 1.0,
         purge_every_s: float = 20.0,
@@ -80,13 +77,14 @@ class Processor:
         self.stats = ProcessorStats()
         self._mailbox = mailbox
         self._publisher = publisher
+        self._does_upkeep = does_upkeep
         self._sweep_every_s = sweep_every_s
         self._sweep_after_s = sweep_after_s
         self._purge_every_s = purge_every_s
         self._unpublished = _Newest()
         self._unconfirmed = _Newest()
-        self._transport = _Part("transport")
-        self._store = _Part("mailbox")
+        self._transport = Part("transport")
+        self._store = Part("mailbox")
         self._tasks: list[asyncio.Task[None]] = []
 
     async def send(self, message: NewMessage) -> Receipt:
@@ -112,14 +110,11 @@ class Processor:
 
     async def start(self) -> None:
         """Start publishing, and sweep at once what an earlier process left behind."""
+        loops = {"publish": self._keep_publishing(), "confirm": self._keep_confirming()}
+        if self._does_upkeep:
+            loops |= {"sweep": self._keep_sweeping(), "purge": self._keep_purging()}
         self._tasks = [
-            asyncio.create_task(loop, name=f"processor-{name}")
-            for name, loop in (
-                ("publish", self._keep_publishing()),
-                ("confirm", self._keep_confirming()),
-                ("sweep", self._keep_sweeping()),
-                ("purge", self._keep_purging()),
-            )
+            asyncio.create_task(loop, name=f"processor-{name}") for name, loop in loops.items()
         ]
 
     async def close(self, *, deadline_s: float = 5.0) -> None:
@@ -161,28 +156,28 @@ class Processor:
 
     async def _keep_publishing(self) -> None:
         """Publish what was sent. A batch that fails is not tried again here: a sweep finds it."""
-        attempt = _Attempts()
+        attempt = Attempts()
         while batch := await self._unpublished.take(BATCH):
             if await attempt(self._publish(batch)):
                 self._unconfirmed.add(batch)
 
     async def _keep_confirming(self) -> None:
-        attempt = _Attempts()
+        attempt = Attempts()
         while batch := await self._unconfirmed.take(BATCH):
             if await attempt(self._confirm(batch)) and len(batch) < BATCH:
                 await asyncio.sleep(CONFIRM_EVERY_S)
 
     async def _keep_sweeping(self) -> None:
-        attempt = _Attempts()
+        attempt = Attempts()
         while True:
             if await attempt(self._sweep()):
-                await asyncio.sleep(_jittered(self._sweep_every_s))
+                await asyncio.sleep(jittered(self._sweep_every_s))
 
     async def _keep_purging(self) -> None:
-        attempt = _Attempts()
+        attempt = Attempts()
         while True:
             if await attempt(self._purge()):
-                await asyncio.sleep(_jittered(self._purge_every_s))
+                await asyncio.sleep(jittered(self._purge_every_s))
 
     async def _publish(self, pokes: Sequence[Poke]) -> None:
         try:
@@ -251,58 +246,3 @@ class _Newest:
         """Let the consumer end when all are taken."""
         self._closed = True
         self._changed.set()
-
-
-class _Part:
-    """Something that we depend on: a line in the log when it fails and when it is back."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._down_since_s: float | None = None
-
-    @property
-    def is_down(self) -> bool:
-        """Whether the last call to it failed."""
-        return self._down_since_s is not None
-
-    @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Note how a call to the part ends."""
-        try:
-            yield
-        except UnavailableError as error:
-            if self._down_since_s is None:
-                self._down_since_s = monotonic()
-                _log.warning("part_unavailable", part=self._name, error=str(error))
-            raise
-        if self._down_since_s is not None:
-            down_s = round(monotonic() - self._down_since_s, 3)
-            _log.info("part_is_back", part=self._name, down_s=down_s)
-            self._down_since_s = None
-
-
-class _Attempts:
-    """The attempts of one loop: none ends it, and failed ones are followed by a growing pause."""
-
-    def __init__(self) -> None:
-        self._failures = 0
-
-    async def __call__(self, step: Awaitable[None]) -> bool:
-        """Whether ``step`` succeeded; when not, this returns after a back-off with full jitter."""
-        try:
-            await step
-        except UnavailableError:
-            pass  # its part has logged it
-        except Exception:  # noqa: BLE001 - a defect must show; ending the loop would be silence
-            _log.exception("processor_step_failed")
-        else:
-            self._failures = 0
-            return True
-        longest_s = min(BACKOFF_CAP_S, BACKOFF_FIRST_S * 2 ** min(self._failures, 16))
-        self._failures += 1
-        await asyncio.sleep(random.uniform(0, longest_s))  # noqa: S311 - no secret
-        return False
-
-
-def _jittered(pause_s: float) -> float:
-    return pause_s * random.uniform(0.5, 1.5)  # noqa: S311 - no secret
