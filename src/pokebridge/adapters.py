@@ -59,7 +59,8 @@ async def open_transport(
 ) -> Transport:
     """The transport that ``url`` chooses, for ``instance`` of ``cluster``.
 
-    ``carrier`` and ``shard_count`` matter on Google Pub/Sub, where a shard may have a topic.
+    ``shard_count`` matters where everything is a subscription for each shard: on Google Pub/Sub
+    with the ``carrier`` ``topic``, and on a Redis Cluster.
 
     Raises:
         ConfigError: there is none with this scheme, or the URL is not one of its.
@@ -225,7 +226,10 @@ async def _redis_transport(choice: _Choice) -> Transport:
     from pokebridge.transport.redis import RedisTransport
 
     return await RedisTransport.connect(
-        choice.url, cluster=choice.cluster, instance=choice.instance
+        choice.url,
+        cluster=choice.cluster,
+        instance=choice.instance,
+        shard_count=choice.shard_count,
     )
 
 

