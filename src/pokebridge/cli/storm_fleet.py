@@ -57,7 +57,7 @@ class StormInstance:
         # Nothing but the plan decides how it is set.
         env = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
         env[f"{ENV_PREFIX}JWT_SECRET"] = secret
-        with self._log.open("ab") as log:
+        with await asyncio.to_thread(self._log.open, "ab") as log:
             self._process = await asyncio.create_subprocess_exec(
                 *self._command, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, env=env
             )
@@ -67,19 +67,19 @@ class StormInstance:
                     await asyncio.sleep(_POLL_S)
         except TimeoutError:
             raise UnavailableError(
-                f"{self.name} is not ready after {START_TIMEOUT_S:g} s{self._last_words()}"
+                f"{self.name} is not ready after {START_TIMEOUT_S:g} s{await self._last_words()}"
             ) from None
 
     async def _is_ready(self, http: httpx.AsyncClient) -> bool:
-        self.check()
+        await self.check()
         with suppress(httpx.HTTPError):
             return (await http.get(f"http://{HOST}:{self.port}/readyz")).is_success
         return False
 
-    def check(self) -> None:
+    async def check(self) -> None:
         """Raise UnavailableError when the process has ended by itself."""
         if self._process is not None and self._process.returncode is not None:
-            raise UnavailableError(f"{self.name} has ended by itself{self._last_words()}")
+            raise UnavailableError(f"{self.name} has ended by itself{await self._last_words()}")
 
     async def kill(self) -> None:
         """SIGKILL, as a machine that dies would."""
@@ -89,19 +89,24 @@ class StormInstance:
             await process.wait()
 
     def cpu_s(self) -> float | None:
-        """CPU time of the process so far, user and system; ``None`` where that is not told."""
-        if self._process is None:
+        """CPU time of the process so far, user and system; ``None`` where that is not told.
+
+        It reads a file, so call it in a thread.
+        """
+        process = self._process
+        if process is None:
             return None
         try:
-            stat = Path(f"/proc/{self._process.pid}/stat").read_text(encoding="ascii")
+            stat = Path(f"/proc/{process.pid}/stat").read_text(encoding="ascii")
         except OSError:
             return None
         # After the command's name, which may hold blanks: fields 14 and 15 of proc(5).
         user, system = stat.rpartition(")")[2].split()[11:13]
         return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
-    def _last_words(self) -> str:
-        lines = self._log.read_text(errors="replace").split("\n")
+    async def _last_words(self) -> str:
+        text = await asyncio.to_thread(self._log.read_text, errors="replace")
+        lines = text.split("\n")
         last = next((line for line in reversed(lines) if line.strip()), "")
         return f": {last}" if last else ""
 
@@ -120,12 +125,16 @@ class Fleet:
             log = directory / f"{name}.log"
             self.instances.append(StormInstance(name, port, command, log))
         self.up: list[StormInstance] = []
+        self._turn = 0
 
     async def start(self) -> None:
         """Start them all."""
-        async with asyncio.TaskGroup() as group:
-            for instance in self.instances:
-                group.create_task(self.start_one(instance))
+        try:
+            async with asyncio.TaskGroup() as group:
+                for instance in self.instances:
+                    group.create_task(self.start_one(instance))
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from None
 
     async def start_one(self, instance: StormInstance) -> None:
         """Start ``instance``, or start it again, and let clients connect to it."""
@@ -138,18 +147,19 @@ class Fleet:
         await instance.kill()
 
     def pick(self) -> StormInstance:
-        """Where the next client or request goes."""
-        return random.choice(self.up)  # noqa: S311 - spreads load
+        """Where the next client or request goes: to each in its turn."""
+        self._turn += 1
+        return self.up[self._turn % len(self.up)]
 
     def at(self, url: str) -> StormInstance:
         """The instance that a ``move`` frame names."""
         port = urlsplit(url).port
         return next(each for each in self.instances if each.port == port)
 
-    def check(self) -> None:
+    async def check(self) -> None:
         """Raise UnavailableError when one has ended that was not killed."""
         for instance in self.up:
-            instance.check()
+            await instance.check()
 
     async def close(self) -> None:
         """End whatever still runs."""

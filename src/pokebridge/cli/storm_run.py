@@ -7,6 +7,7 @@ import random
 import secrets
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 
 from pokebridge.cli.storm_clients import StormClient
@@ -163,18 +164,19 @@ class Storm:
         return sum(client.caught_up for client in self.watcher.struck)
 
     async def _until_all_are_connected(self) -> None:
-        plan, now = self._plan, self._loop.time()
-        all_per_s = plan.fleet.handshakes_per_s * plan.fleet.instances * _RAMP_SHARE
-        ramp_per_s = min(_RAMP_PER_S, all_per_s)
+        plan = self._plan
         run = secrets.token_hex(4)
         for number in range(plan.clients):
             recipient = f"urn:storm:{run}:{number}"
             token = sign_token(self.fleet.secret, recipient, (), _TOKEN_TTL_S)
-            client = StormClient(self.fleet, self.watcher, recipient, token)
-            self._clients.append(client)
-            self._loop.call_at(now + number / ramp_per_s, client.start)
-        within_s = plan.clients / ramp_per_s + plan.within_s
-        if not await self._until(self._all_are_back, within_s):
+            self._clients.append(StormClient(self.fleet, self.watcher, recipient, token))
+        # Slowly enough that none is refused: who was would remember it, and come back the later
+        # from the storm. Without a hurry after a pause of this process, therefore.
+        per_s = min(_RAMP_PER_S, plan.fleet.handshakes_per_s * plan.fleet.instances * _RAMP_SHARE)
+        for client in self._clients:
+            client.start()
+            await asyncio.sleep(1 / per_s)
+        if not await self._until(self._all_are_back, plan.within_s):
             statuses = ", ".join(
                 f"{count} answered {status}"
                 for status, count in self.watcher.statuses.most_common()
@@ -198,6 +200,8 @@ class Storm:
         if await self._until(self._all_are_back, plan.within_s):
             course.back_s = self._loop.time()
             self._say(f"all are back after {course.back_s - course.killed_s:.1f} s")
+            if plan.restart_s is not None:
+                await self._until(lambda: course.restarted_s is not None, inf)
             await self._pass(plan.calm_s)
 
     async def _restart(self, victim: StormInstance, after_s: float) -> None:

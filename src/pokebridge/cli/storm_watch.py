@@ -155,14 +155,14 @@ class Watcher(Observer):
     async def keep_sampling(self) -> None:
         """Take samples until cancelled."""
         due_s = self._loop.time()
-        self._read_cpu()
+        await asyncio.to_thread(self._read_cpu)
         while True:
             due_s = max(due_s + SAMPLE_S, self._loop.time())
             await asyncio.sleep(due_s - self._loop.time())
-            self._fleet.check()
-            self._sample(due_s)
+            await self._fleet.check()
+            self._sample(due_s, await asyncio.to_thread(self._read_cpu))
 
-    def _sample(self, due_s: float) -> None:
+    def _sample(self, due_s: float, cpu: Mapping[str, float]) -> None:
         now = self._loop.time()
         counts, self._counts = self._counts, _Counts()
         oldest = next(iter(self._waiting.values()), None)
@@ -175,7 +175,7 @@ class Watcher(Observer):
                 refused=counts.refused,
                 pulls=counts.pulls,
                 silence_s=now - silent_since_s,
-                cpu=self._read_cpu(),
+                cpu=cpu,
                 late_s=now - due_s,
             )
         )
