@@ -83,6 +83,7 @@ _METHODS = {
         "Subscriber", "subscription", "pubsub.subscriptions.delete", "DeleteSubscriptionRequest"
     ),
     "Pull": _Method("Subscriber", "subscription", _CONSUME, "PullRequest", "PullResponse"),
+    "Acknowledge": _Method("Subscriber", "subscription", _CONSUME, "AcknowledgeRequest"),
     "ModifyAckDeadline": _Method(
         "Subscriber", "subscription", _CONSUME, "ModifyAckDeadlineRequest"
     ),
