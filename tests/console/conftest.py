@@ -1,6 +1,7 @@
 """Three instances that the console's tests share, and a browser page that may not complain."""
 
 import asyncio
+import itertools
 import os
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,8 @@ from tests.support.engines import run_nats
 from tests.support.missing import require
 from tests.support.serving import JWT_SECRET
 
+from pokebridge.sharding import shard_of
+
 NAMES = ("one", "two", "three")
 SHARDS = 60
 RED_LINE = 150
@@ -36,9 +39,14 @@ class Trio:
         """The one that the console is opened on."""
         return self.instances["one"]
 
-    def admin_token(self) -> str:
-        """What an operator signs in with."""
-        return self.one.token("urn:user:operator", "admin")
+    async def admin_token(self) -> str:
+        """What an operator signs in with whose shard is another instance's, once partitioned."""
+        owned = next(
+            each["shards"] for each in (await self.view())["instances"] if each["id"] == "one"
+        )
+        subjects = (f"urn:user:operator-{number}" for number in itertools.count())
+        elsewhere = next(each for each in subjects if shard_of(each, SHARDS) not in owned)
+        return self.one.token(elsewhere, "admin")
 
     async def view(self) -> Any:
         """The cluster as the first instance sees it."""

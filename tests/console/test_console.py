@@ -24,7 +24,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 async def console(page: Page, trio: Trio, complaints: Complaints) -> AsyncIterator[Page]:
     """The console, signed in and live; it may break nothing, and ask nobody else."""
     await page.goto(f"{trio.one.url}/console")
-    await sign_in(page, trio.admin_token())
+    await sign_in(page, await trio.admin_token())
     await expect(status(page)).to_have_text("live")
     yield page
     assert complaints.lines == []
@@ -83,7 +83,7 @@ async def test_only_an_admin_gets_in(page: Page, trio: Trio, complaints: Complai
     await expect(error).to_have_text("the token lacks the scope 'admin'")
     await expect(page.locator(".cluster")).to_be_hidden()
     await expect(page.get_by_label("Admin token")).to_be_focused()
-    await sign_in(page, trio.admin_token())
+    await sign_in(page, await trio.admin_token())
     await expect(page.locator("tbody tr")).to_have_count(3)
     await page.reload()
     await expect(page.locator("tbody tr")).to_have_count(3)
@@ -129,7 +129,7 @@ async def test_it_is_poked_and_does_not_poll(
         lambda socket: socket.on("framereceived", lambda payload: frames.append(str(payload))),
     )
     await page.goto(f"{trio.one.url}/console")
-    await sign_in(page, trio.admin_token())
+    await sign_in(page, await trio.admin_token())
     await expect(figure(page, "sessions")).to_have_text("1")
     async with trio.sessions(USERS):
         await expect(figure(page, "sessions")).to_have_text(str(len(USERS) + 1))
@@ -246,7 +246,7 @@ async def test_by_keyboard_alone(page: Page, trio: Trio) -> None:
     """Signing in, asking for a migration and reading the grid take no mouse; focus is seen."""
     await page.goto(f"{trio.one.url}/console")
     await expect(page.get_by_label("Admin token")).to_be_focused()
-    await page.keyboard.insert_text(trio.admin_token())
+    await page.keyboard.insert_text(await trio.admin_token())
     await page.keyboard.press("Enter")
     await expect(page.locator("tbody tr")).to_have_count(3)
     await _tab_to(page, page.locator(".migrate"))
