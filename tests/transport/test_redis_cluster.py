@@ -4,6 +4,7 @@ import asyncio
 import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -87,8 +88,10 @@ async def connect_node() -> AsyncIterator[ConnectNode]:
     """``RedisTransport.connect``, closed afterwards."""
     async with AsyncExitStack() as stack:
 
-        async def connect(node: Daemon, **settings: Any) -> RedisTransport:
-            transport = await RedisTransport.connect(node.url, shard_count=SHARD_COUNT, **settings)
+        async def connect(node: Daemon, user: str = "", **settings: Any) -> RedisTransport:
+            transport = await RedisTransport.connect(
+                f"redis://{user}{node.address}", shard_count=SHARD_COUNT, **settings
+            )
             stack.push_async_callback(transport.close)
             return transport
 
@@ -142,6 +145,24 @@ async def test_what_others_publish_is_heard(nodes: list[Daemon], connect_node: C
     await untagged.wait_for(lambda heard: heard.payloads == [b'{"by":"hand"}'])
     tags = dict(zip(tagged.bodies, tagged.tags, strict=True))
     assert {tags[body] for body in of_shard} == {"42"}
+
+
+async def test_what_the_docs_grant_is_enough(
+    nodes: list[Daemon], connect_node: ConnectNode
+) -> None:
+    """The ACL that docs/transports/redis.md names suffices on a cluster; less is told at once."""
+    page = Path(__file__).parents[2] / "docs" / "transports" / "redis.md"
+    text = await asyncio.to_thread(page.read_text)
+    rules = text.split("    ACL SETUSER bridge ")[1].split("\n\n")[0].split()
+    more = text.split("these as well, and no more channels:\n\n")[1].split("\n\n")[0].split()
+    for node in nodes:
+        command(node, "ACL", "SETUSER", "bridge", *rules, *more)
+        command(node, "ACL", "SETUSER", "blind", *rules)
+    transport = await connect_node(nodes[0], user="bridge:SECRET@")
+    for which in SELECTIONS:
+        await subscribe_live(transport, which)
+    with pytest.raises(TransportError, match=r"permission.*cluster\|slots"):
+        await connect_node(nodes[0], user="blind:SECRET@")
 
 
 async def test_a_node_that_dies_is_a_gap(nodes: list[Daemon], connect_node: ConnectNode) -> None:
