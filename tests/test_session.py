@@ -167,6 +167,13 @@ def test_close_is_said_once() -> None:
     assert not session.poke(1)
 
 
+def test_a_closed_session_writes_nothing() -> None:
+    """Once the socket is gone, no deadline makes it speak again."""
+    session = make()
+    session.state = State.CLOSED
+    assert session.tick(10_000) == b""
+
+
 def test_too_many_frames_are_noticed() -> None:
     """A client may send a bounded number of frames between two pings."""
     session = make()

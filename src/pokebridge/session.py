@@ -169,7 +169,7 @@ class Session:
 
     def tick(self, now: float) -> bytes:
         """Do what is due: the bytes to write. Then ``state`` may be CLOSED, ``due_at`` new."""
-        if now < self.due_at:
+        if now < self.due_at or self.state is State.CLOSED:
             return b""
         if self.state is State.CLOSING or self._blocked:
             self.state = State.CLOSED
