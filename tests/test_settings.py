@@ -1,5 +1,6 @@
 """Settings: precedence, defaults, and one line for everything that is wrong."""
 
+import base64
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,7 @@ def test_client_variables_and_empty_ones_are_no_settings() -> None:
         ("port", 70000, "65535"),
         ("shard_count", 0, "greater than or equal to 1"),
         ("shard_count", 10_001, "10000"),
-        ("mode", "sideways", "'fanout' or 'partitioned'"),
+        ("mode", "sideways", "'fanout', 'partitioned' or 'auto'"),
         ("roles", "gateway,cook", "'gateway'"),
         ("coordination", "redis", "must be a URL"),
         ("lease_s", 0.1, "greater than or equal to 0.5"),
@@ -203,3 +204,47 @@ def test_settings_do_not_change_and_hide_their_secrets() -> None:
 def test_every_setting_is_documented() -> None:
     """--help prints the attribute docstrings."""
     assert all(field.description for field in Settings.model_fields.values())
+
+
+PUSH = {"push_webhook_url": "https://example.com/hook"}
+PUSH_SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+
+
+@pytest.mark.parametrize(
+    "secret", ["whsec_", "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", "whsec_dG9vIHNob3J0", "whsec_!"]
+)
+def test_a_webhook_secret_is_long_and_random(secret: str) -> None:
+    """One without its prefix, too short, or not base64 is refused, and not repeated."""
+    line = refusal(PUSH | {"push_webhook_secret": secret})
+    assert line.startswith("--push-webhook-secret: must be whsec_ and then 24 to 64 random bytes")
+
+
+def test_the_webhook_is_signed_and_encrypted() -> None:
+    """It needs a secret where it is called, and https: but for a developer's own machine."""
+    signed = PUSH | {"push_webhook_secret": PUSH_SECRET}
+    key = load_settings(None, {"dev": True, **signed}).push_webhook_key
+    assert key == base64.b64decode(PUSH_SECRET.removeprefix("whsec_"))
+    assert refusal(PUSH).startswith("push_webhook_secret (POKEBRIDGE_PUSH_WEBHOOK_SECRET) must be")
+    load_settings(None, {"dev": True, "roles": "api", **PUSH})
+    for url, dev, is_right in [
+        ("http://localhost:1/", True, True),
+        ("http://127.0.0.1:1/", True, True),
+        ("http://[::1]:1/", True, True),
+        ("http://localhost:1/", False, False),
+        ("http://10.0.0.1/", True, False),
+        ("http://localhost.example.com/", True, False),
+        ("https://10.0.0.1/", False, True),
+    ]:
+        given = signed | {"push_webhook_url": url, "dev": dev, "jwt_secret": SECRET}
+        if is_right:
+            load_settings(None, given, {})
+        else:
+            assert "https://" in refusal(given), url
+
+
+@pytest.mark.parametrize(
+    "given", [{"ingress": "nats://h:4222/S"}, PUSH | {"push_webhook_secret": PUSH_SECRET}]
+)
+def test_what_needs_a_mailbox_says_so(given: dict[str, Any]) -> None:
+    """Without a mailbox there is nothing to notify of, and nowhere to commit to."""
+    assert "needs a mailbox" in refusal(given | {"no_mailbox": True})

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Generic, NoReturn, TypeVar
 
 from pokebridge.coordination.base import Coordination
 from pokebridge.errors import ConfigError, MissingExtraError
+from pokebridge.ingress.base import Source
 from pokebridge.mailbox.base import Limits, Mailbox
+from pokebridge.mailbox.pushes import PushTiming
 from pokebridge.placement import Mode
 from pokebridge.sharding import DEFAULT_SHARD_COUNT
 from pokebridge.transport.base import Carrier, Transport
@@ -32,6 +34,7 @@ class _Choice:
     shard_count: int = DEFAULT_SHARD_COUNT
     mode: Mode = "fanout"
     limits: Limits | None = None
+    push_timing: PushTiming | None = None
     carrier: Carrier = "filter"
     creates: bool = True
 
@@ -95,15 +98,29 @@ async def open_for_janitor(url: str, *, instance: str, cluster: str) -> Transpor
     return await _open("transport", _TRANSPORTS, choice)
 
 
-async def open_mailbox(url: str, limits: Limits | None = None) -> Mailbox:
+async def open_mailbox(
+    url: str, limits: Limits | None = None, push_timing: PushTiming | None = None
+) -> Mailbox:
     """The mailbox that ``url`` chooses, with ``limits`` for each recipient, or the usual ones.
+
+    With a ``push_timing`` it owes pushes.
 
     Raises:
         ConfigError: there is none with this scheme, or the URL is not one of its.
         MissingExtraError: its driver is not installed.
         MailboxError: it can't be reached.
     """
-    return await _open("mailbox", _MAILBOXES, _Choice(url, limits=limits))
+    return await _open("mailbox", _MAILBOXES, _Choice(url, limits=limits, push_timing=push_timing))
+
+
+async def open_ingress(url: str, *, cluster: str) -> Source:
+    """The queue that ``url`` chooses, read by all processors of ``cluster`` together.
+
+    Raises:
+        ConfigError: there is none with this scheme, or the URL is not one of its.
+        MissingExtraError: its driver is not installed.
+    """
+    return await _open("ingress", _INGRESSES, _Choice(url, cluster=cluster))
 
 
 async def open_coordination(
@@ -160,7 +177,7 @@ async def _memory_mailbox(choice: _Choice) -> Mailbox:
 
     if choice.url != "memory://":
         _refuse("mailbox", "memory:// and nothing behind it")
-    return MemoryMailbox(limits=choice.limits)
+    return MemoryMailbox(limits=choice.limits, push_timing=choice.push_timing)
 
 
 async def _memory_coordination(choice: _Choice) -> Coordination:
@@ -207,13 +224,27 @@ async def _sqlite_mailbox(choice: _Choice) -> Mailbox:
     path = choice.url.removeprefix("sqlite:///")
     if path in {choice.url, "", ":memory:"}:
         _refuse("mailbox", "sqlite:///FILE, or sqlite:////FILE for an absolute path")
-    return await SqliteMailbox.open(path, limits=choice.limits)
+    return await SqliteMailbox.open(path, limits=choice.limits, push_timing=choice.push_timing)
 
 
 async def _postgres_mailbox(choice: _Choice) -> Mailbox:
     from pokebridge.mailbox.postgres import PostgresMailbox
 
-    return await PostgresMailbox.open(choice.url, limits=choice.limits)
+    return await PostgresMailbox.open(
+        choice.url, limits=choice.limits, push_timing=choice.push_timing
+    )
+
+
+async def _nats_ingress(choice: _Choice) -> Source:
+    from pokebridge.ingress.nats import NatsSource
+
+    return NatsSource(choice.url, cluster=choice.cluster)
+
+
+async def _google_ingress(choice: _Choice) -> Source:
+    from pokebridge.ingress.google_pubsub import GooglePubSubSource
+
+    return await GooglePubSubSource.connect(choice.url)
 
 
 async def _nats_transport(choice: _Choice) -> Transport:
@@ -280,4 +311,10 @@ _MAILBOXES: Mapping[str, _Adapter[Mailbox]] = {
     "postgresql": _POSTGRES_MAILBOX,
     "postgres": _POSTGRES_MAILBOX,
     "memory": _Adapter(_memory_mailbox, "memory://"),
+}
+_NATS_INGRESS = _Adapter(_nats_ingress, "nats://HOST:PORT/STREAM/SUBJECT", "nats")
+_INGRESSES: Mapping[str, _Adapter[Source]] = {
+    "nats": _NATS_INGRESS,
+    "tls": _NATS_INGRESS,
+    "pubsub": _Adapter(_google_ingress, "pubsub://PROJECT/SUBSCRIPTION", "pubsub"),
 }

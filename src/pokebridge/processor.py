@@ -87,6 +87,11 @@ class Processor:
         self._store = Part("mailbox")
         self._tasks: list[asyncio.Task[None]] = []
 
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether the transport refused the last pokes."""
+        return self._transport.is_down
+
     async def send(self, message: NewMessage) -> Receipt:
         """Commit ``message``; its poke follows by itself. A duplicate is not poked again.
 

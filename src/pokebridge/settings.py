@@ -3,15 +3,17 @@
 The attribute docstrings are the settings' documentation: ``pokebridge serve --help`` prints them.
 """
 
+import base64
 import difflib
 import os
 import re
 import secrets
 import tomllib
 from collections.abc import Mapping
-from ipaddress import IPv4Network, IPv6Network, ip_network
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -35,6 +37,8 @@ _OTHER_VARIABLES = frozenset({"config", "url", "token"})
 _SERVICE_LINK = re.compile(r"(.+_)?(SERVICE_(HOST|PORT(_.+)?)|PORT_\d+_(TCP|UDP|SCTP)(_.+)?)")
 _SERVICE_LINK_VALUE = re.compile(r"(tcp|udp|sctp)://.+")
 
+_WEBHOOK_SECRET = "whsec_"  # noqa: S105 - what one begins with
+
 _Role = Literal["gateway", "api", "processor", "coordinator"]
 _ALL_ROLES: frozenset[_Role] = frozenset(get_args(_Role))
 
@@ -49,6 +53,19 @@ def _split(value: Any) -> Any:
 def _check_secret(secret: SecretStr) -> SecretStr:
     if len(secret.get_secret_value().encode()) < 32:  # RFC 7518, section 3.2
         raise ValueError("must have at least 32 bytes")
+    return secret
+
+
+def _check_webhook_secret(secret: SecretStr) -> SecretStr:
+    prefix, encoded = secret.get_secret_value()[:6], secret.get_secret_value()[6:]
+    try:
+        key = base64.b64decode(encoded, validate=True)
+    except ValueError:
+        key = b""
+    if (
+        prefix != _WEBHOOK_SECRET or not 24 <= len(key) <= 64
+    ):  # as the Standard Webhooks specification has it
+        raise ValueError(f"must be {_WEBHOOK_SECRET} and then 24 to 64 random bytes in base64")
     return secret
 
 
@@ -79,6 +96,13 @@ def _network(value: Any) -> IPv4Network | IPv6Network:
         raise ValueError("must be networks like 10.0.0.0/8, separated by commas") from None
 
 
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def _zero_is_none(limit: int | None) -> int | None:
     return limit or None
 
@@ -88,6 +112,7 @@ _Network = Annotated[IPv4Network | IPv6Network, BeforeValidator(_network)]
 _Limit = Annotated[int | None, AfterValidator(_zero_is_none)]
 _Secret = Annotated[SecretStr, AfterValidator(_check_secret)]
 _PartUrl = Annotated[str, _matching(r"[a-z]+://\S*", "a URL, like memory://")]
+_INGRESS = "nats://HOST:PORT/STREAM/SUBJECT or pubsub://PROJECT/SUBSCRIPTION"
 # Such a name is a label, a part of a subscription's name and of a subject on every engine.
 _Name = Annotated[
     str, _matching(r"[a-z0-9][a-z0-9-]{0,62}", "1 to 63 lower-case letters, digits and hyphens")
@@ -143,6 +168,18 @@ class Settings(BaseModel):
     """Days after which a device that was not seen holds no message back any more."""
     no_mailbox: bool = False
     """Keep no messages: clients pull from an API of your own, which pokes after its commit."""
+    ingress: Annotated[str, _matching(r"(nats|tls|pubsub)://\S+", _INGRESS)] | None = None
+    """URL of a queue whose messages are sent, besides those that come by HTTP:
+    nats://HOST:PORT/STREAM/SUBJECT (JetStream) or pubsub://PROJECT/SUBSCRIPTION."""
+    push_webhook_url: Annotated[str, _matching(r"https?://\S+", "an https:// URL")] | None = None
+    """URL that is told, by a signed POST, of a recipient that has not pulled; none: nobody is.
+    The same for all instances of a cluster."""
+    push_webhook_secret: Annotated[SecretStr, AfterValidator(_check_webhook_secret)] | None = None
+    """Secret that signs it: whsec_ and 24 to 64 random bytes in base64 (Standard Webhooks)."""
+    push_grace_s: _Seconds = 10
+    """Seconds that a message may wait for a pull before push_webhook_url is told."""
+    push_quiet_s: _Seconds = 300
+    """Seconds after that in which it is not told of the same recipient again."""
     coordination: _PartUrl = "memory://"
     """URL of what instances agree through: postgresql://…, nats://HOST:PORT (KV),
     redis://HOST:PORT/DB, static://?ordinal=0&replicas=3, or memory:// for this process only."""
@@ -223,6 +260,32 @@ class Settings(BaseModel):
     def initial_mode(self) -> Literal["fanout", "partitioned"]:
         """The mode of a cluster that has none yet."""
         return "fanout" if self.mode == "auto" else self.mode
+
+    @property
+    def push_webhook_key(self) -> bytes:
+        """The key in ``push_webhook_secret``."""
+        assert self.push_webhook_secret is not None, "it was checked"  # noqa: S101
+        secret = self.push_webhook_secret.get_secret_value()
+        return base64.b64decode(secret.removeprefix(_WEBHOOK_SECRET))
+
+    @model_validator(mode="after")
+    def _check_push(self) -> Self:
+        if self.no_mailbox and (self.ingress or self.push_webhook_url):
+            name = "ingress" if self.ingress else "push_webhook_url"
+            raise ValueError(f"{name} needs a mailbox: it can't be had with no_mailbox")
+        if self.push_webhook_url is None:
+            return self
+        url = urlsplit(self.push_webhook_url)
+        if url.scheme != "https" and not (self.dev and _is_loopback(url.hostname or "")):
+            raise ValueError(
+                "push_webhook_url must be an https:// URL; with --dev also http://localhost"
+            )
+        if self.push_webhook_secret is None and "processor" in self.roles:
+            raise ValueError(
+                f"push_webhook_secret ({ENV_PREFIX}PUSH_WEBHOOK_SECRET) must be set,"
+                " to sign what push_webhook_url is told"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -52,6 +52,9 @@ class Metric(StrEnum):
     PULL_CAPACITY = "pokebridge_pull_capacity_per_s", "Pulls a second to which they are spread"
     MESSAGES_COMMITTED = "pokebridge_messages_committed_total", "Messages committed to a mailbox"
     MESSAGES_REFUSED = "pokebridge_messages_refused_total", "Messages refused: a mailbox was full"
+    PUSHES = "pokebridge_pushes_total", "Notifications posted to the webhook (result)"
+    INGRESS_MESSAGES = "pokebridge_ingress_messages_total", "Messages from the queue (result)"
+    INGRESS_UP = "pokebridge_ingress_up", "1 while the queue can be read"
     HTTP_SECONDS = (
         "pokebridge_http_request_duration_seconds",
         "Time to answer an HTTP request (method, route, status)",

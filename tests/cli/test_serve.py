@@ -48,7 +48,9 @@ def test_every_setting_but_the_secrets_has_a_flag(run: Run) -> None:
     shown = run("serve", "--help").out
     for name in Settings.model_fields:
         has_flag = f" --{name.replace('_', '-')} " in shown
-        assert has_flag == (name not in {"jwt_secret", "jwt_previous_secret"})
+        assert has_flag == (
+            name not in {"jwt_secret", "jwt_previous_secret", "push_webhook_secret"}
+        )
 
 
 def _answers(url: str) -> bool:

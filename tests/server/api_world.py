@@ -34,6 +34,7 @@ class World:
     disconnected: list[str] = field(default_factory=list)
     drained: list[str] = field(default_factory=list)
     watching: list[str] = field(default_factory=list)
+    pulled: list[tuple[str, int]] = field(default_factory=list)
     modes: list[tuple[Mode, bool]] = field(default_factory=list)
     not_ready: list[str] = field(default_factory=list)
     transport_is_down: bool = False
@@ -56,6 +57,7 @@ class World:
             not_ready=self._not_ready,
             registry=CollectorRegistry(),
             on_pull=lambda _: None,
+            on_pulled=lambda recipient, version: self.pulled.append((recipient, version)),
         )
 
     def dev_parts(self) -> Parts:

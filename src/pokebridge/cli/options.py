@@ -7,6 +7,7 @@ import click
 
 from pokebridge.errors import ConfigError
 from pokebridge.mailbox.base import Limits
+from pokebridge.mailbox.pushes import PushTiming
 from pokebridge.settings import Settings
 
 # Descriptors that are not clients' sockets.
@@ -40,3 +41,10 @@ def allow_clients(clients: int) -> None:
     if clients > at_most:
         raise ConfigError(f"--clients: at most {at_most}, by this machine's file limit, ulimit -Hn")
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def push_timing(settings: Settings) -> PushTiming | None:
+    """When pushes are due; ``None`` when nobody is to be told."""
+    if settings.push_webhook_url is None:
+        return None
+    return PushTiming(grace_s=settings.push_grace_s, quiet_s=settings.push_quiet_s)

@@ -9,13 +9,19 @@ import click
 import uvloop
 from pydantic.fields import FieldInfo
 
-from pokebridge.adapters import open_coordination, open_mailbox, open_tracing, open_transport
-from pokebridge.cli.options import config_option, mailbox_limits
+from pokebridge.adapters import (
+    open_coordination,
+    open_ingress,
+    open_mailbox,
+    open_tracing,
+    open_transport,
+)
+from pokebridge.cli.options import config_option, mailbox_limits, push_timing
 from pokebridge.settings import Settings, load_settings
 from pokebridge.telemetry import configure_logging
 
 # A flag would show them to everybody who can list processes.
-_NO_FLAGS = frozenset({"jwt_secret", "jwt_previous_secret"})
+_NO_FLAGS = frozenset({"jwt_secret", "jwt_previous_secret", "push_webhook_secret"})
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -50,7 +56,7 @@ def serve(config: Path | None, **overrides: Any) -> None:
 
     Every setting is also a TOML key and an environment variable: --shard-count is shard_count and
     POKEBRIDGE_SHARD_COUNT. A flag beats the environment, which beats the file. The secrets
-    jwt_secret and jwt_previous_secret have no flag.
+    jwt_secret, jwt_previous_secret and push_webhook_secret have no flag.
     """
     run_instance(load_settings(config, overrides))
 
@@ -85,13 +91,20 @@ def run_instance(settings: Settings) -> None:
             opened.push_async_callback(coordination.close)
             mailbox = None
             if not settings.no_mailbox and settings.roles & {"api", "processor"}:
-                mailbox = await open_mailbox(settings.mailbox, mailbox_limits(settings))
+                mailbox = await open_mailbox(
+                    settings.mailbox, mailbox_limits(settings), push_timing(settings)
+                )
                 opened.push_async_callback(mailbox.close)
+            ingress = None
+            if settings.ingress is not None and "processor" in settings.roles:
+                ingress = await open_ingress(settings.ingress, cluster=settings.cluster)
+                opened.push_async_callback(ingress.close)
             await server.serve(
                 settings,
                 transport=transport,
                 mailbox=mailbox,
                 coordination=coordination,
+                ingress=ingress,
                 tracing=tracing,
             )
 

@@ -6,11 +6,12 @@ counts: perhaps its recipient sleeps, perhaps it is just slow, and then one push
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from time import monotonic
-from typing import Final, Protocol
+from typing import Final, Literal, Protocol
 
 import msgspec
 import structlog
@@ -30,6 +31,10 @@ MAX_PULLED: Final = 100_000
 TELL_BATCH: Final = 1_000
 _MAX_REASON = 200
 
+Result = Literal["sent", "failed", "dead"]
+"""What came of an attempt; ``dead`` are those after whose failure the push was given up."""
+_NOTHING: Mapping[Result, int] = {"sent": 0, "failed": 0, "dead": 0}
+
 _log = structlog.get_logger(__name__)
 _encode = msgspec.json.Encoder().encode
 
@@ -41,6 +46,9 @@ class Receiver(Protocol):
 
     async def post(self, webhook_id: str, body: bytes) -> None:
         """Return when it has arrived; raises UnavailableError when it has not, or nobody knows."""
+
+    async def close(self) -> None:
+        """Disconnect."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +68,6 @@ class Retries:
         return longest_s * random.uniform(0.5, 1.0)  # noqa: S311 - no secret
 
 
-@dataclass(slots=True)
-class PushStats:
-    """Counters since the start: ``failed`` attempts; ``dead`` pushes, that were given up."""
-
-    sent: int = 0
-    failed: int = 0
-    dead: int = 0
-
-
 class Pusher:
     """Claims pushes that are due and posts each to ``receiver``, AT_ONCE at a time.
 
@@ -86,7 +85,7 @@ class Pusher:
         retries: Retries | None = None,
         look_every_s: float = LOOK_EVERY_S,
     ) -> None:
-        self.stats = PushStats()
+        self.results: Counter[Result] = Counter(_NOTHING)
         self._queue = queue
         self._receiver = receiver
         self._retries = retries or Retries()
@@ -118,6 +117,7 @@ class Pusher:
         for task in self._under_way:
             task.cancel()
         await asyncio.gather(*self._under_way, return_exceptions=True)
+        await self._receiver.close()
 
     async def _keep_pushing(self) -> None:
         attempt = Attempts()
@@ -158,18 +158,18 @@ class Pusher:
             with self._webhook.watched():
                 await self._receiver.post(push.id, body)
         except UnavailableError as error:
-            self.stats.failed += 1
+            self.results["failed"] += 1
             if push.attempts < self._retries.attempts:
                 retry_s = self._retries.pause_s(push.attempts)
                 await self._record(lambda: self._queue.failed(push, retry_s=retry_s), until_s)
             else:
                 await self._give_up(push, str(error), until_s)
         else:
-            self.stats.sent += 1
+            self.results["sent"] += 1
             await self._record(lambda: self._queue.sent(push), until_s)
 
     async def _give_up(self, push: OwedPush, reason: str, until_s: float) -> None:
-        self.stats.dead += 1
+        self.results["dead"] += 1
         reason = " ".join(reason.split())[:_MAX_REASON]
         _log.error("push_given_up", recipient=push.recipient, attempts=push.attempts, reason=reason)
         await self._record(lambda: self._queue.bury(push, reason), until_s)

@@ -102,3 +102,8 @@ class OwesPushes(Protocol):
     """A mailbox that can owe pushes; ``pushes`` is ``None`` when it was not asked to."""
 
     pushes: PushQueue | None
+
+
+def pushes_of(mailbox: object) -> PushQueue | None:
+    """What ``mailbox`` owes, if it can and shall."""
+    return mailbox.pushes if isinstance(mailbox, OwesPushes) else None

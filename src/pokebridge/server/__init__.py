@@ -13,6 +13,7 @@ import uvicorn
 
 from pokebridge.coordination.base import Coordination
 from pokebridge.errors import ConfigError
+from pokebridge.ingress.base import Source
 from pokebridge.mailbox.base import Mailbox
 from pokebridge.server.http import HttpProtocol
 from pokebridge.server.instance import Instance
@@ -34,12 +35,14 @@ async def serve(
     transport: Transport,
     mailbox: Mailbox | None,
     coordination: Coordination,
+    ingress: Source | None = None,
     tracing: "Tracing | None" = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then drain, finish what is under way and return.
 
     The parts are closed at the end. ``mailbox`` is ``None`` for an instance that keeps no messages.
-    ``tracing`` has been put over the transport already.
+    ``ingress`` is where messages come from besides HTTP. ``tracing`` has been put over the
+    transport already.
 
     Raises:
         ConfigError: the address can't be listened on.
@@ -52,6 +55,7 @@ async def serve(
         transport,
         mailbox,
         coordination,
+        ingress=ingress,
         url=_reached_at(settings, listener),
         tracing=tracing,
     )

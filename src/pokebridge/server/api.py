@@ -50,7 +50,8 @@ class Parts:
     connect to for that: empty for the host that was asked. ``not_ready`` says why the instance
     can't serve now, an empty sequence that it can. ``drain`` has an instance begin to send its
     sessions elsewhere. ``watch`` has a recipient poked when there is something new to see, for the
-    seconds that it returns. ``on_pull`` is given the duration of each pull in seconds.
+    seconds that it returns. ``on_pull`` is given the duration of each pull in seconds,
+    ``on_pulled`` the recipient and the version up to which it has now what there is.
     ``middleware`` is ASGI's, around everything else.
     ``allowed_origins`` may call from a browser, ``"*"`` stands for any. ``sign_dev_token`` makes
     a token for anybody who asks: given with ``--dev`` alone.
@@ -70,6 +71,7 @@ class Parts:
     not_ready: Callable[[], Awaitable[Sequence[str]]]
     registry: CollectorRegistry
     on_pull: Callable[[float], None]
+    on_pulled: Callable[[str, int], None]
     has_calls: bool = True
     middleware: Sequence[Callable[[ASGIApp], ASGIApp]] = ()
     allowed_origins: Sequence[str] = ()
@@ -99,7 +101,7 @@ def create_api(parts: Parts) -> FastAPI:
 def _add_calls(app: Api, parts: Parts) -> None:
     PokeCalls(parts.verify, parts.publish_pokes).add_to(app)
     if parts.mailbox is not None and parts.send is not None:
-        MessageCalls(parts.verify, parts.mailbox, parts.send).add_to(app)
+        MessageCalls(parts.verify, parts.mailbox, parts.send, parts.on_pulled).add_to(app)
     SessionCalls(
         parts.verify,
         home_of=parts.home_of,

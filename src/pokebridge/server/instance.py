@@ -19,13 +19,19 @@ from pydantic import SecretStr
 from pokebridge import __version__
 from pokebridge.coordination.base import Coordination
 from pokebridge.errors import PokebridgeError
+from pokebridge.fallback.push import Pulls, Pusher
+from pokebridge.fallback.webhook import Webhook
 from pokebridge.gateway.gateway import Gateway, GatewayConfig
+from pokebridge.ingress.base import Source
+from pokebridge.ingress.ingress import Ingress
 from pokebridge.mailbox.base import Mailbox
+from pokebridge.mailbox.pushes import PushQueue, pushes_of
 from pokebridge.processor import Processor
 from pokebridge.publisher import Publisher
 from pokebridge.server import api, metrics
 from pokebridge.server.capacity import PullCapacity
 from pokebridge.server.cluster import Cluster
+from pokebridge.server.messages import read_ingress
 from pokebridge.server.watch import Watchers
 from pokebridge.session import Timing
 from pokebridge.settings import Settings
@@ -54,6 +60,7 @@ class Instance:
         coordination: Coordination,
         *,
         url: str = "",
+        ingress: Source | None = None,
         tracing: "Tracing | None" = None,
     ) -> None:
         """``url`` is where clients reach this instance and no other, empty when they can't."""
@@ -62,7 +69,20 @@ class Instance:
         self._mailbox = mailbox
         self._coordination = coordination
         self._publisher = Publisher(transport, shard_count=settings.shard_count)
-        self._processor = None if mailbox is None else Processor(mailbox, self._publisher)
+        self._processor: Processor | None = None
+        self._send: api.Send | None = None
+        if mailbox is not None:
+            does_upkeep = "processor" in settings.roles
+            self._processor = Processor(mailbox, self._publisher, does_upkeep=does_upkeep)
+            self._send = self._processor.send
+            if tracing is not None:
+                self._send = tracing.sending(self._send)
+        queue = pushes_of(mailbox)
+        self._pulls = None if queue is None else Pulls(queue)
+        self._pusher = None if queue is None else _pusher(settings, queue)
+        self._ingress: Ingress | None = None
+        if ingress is not None and self._send is not None:
+            self._ingress = Ingress(ingress, read_ingress, self._send)
         self._verifier = TokenVerifier(
             secret=_reveal(settings.jwt_secret),
             previous_secret=_reveal(settings.jwt_previous_secret),
@@ -92,19 +112,17 @@ class Instance:
 
     def _create_app(self, registry: CollectorRegistry) -> FastAPI:
         settings = self.settings
-        send: api.Send | None = None if self._processor is None else self._processor.send
         publish_pokes: api.PublishPokes = self._publisher.publish
         if self._tracing is not None:
             sessions = self.gateway.sessions
             self._tracing.is_here = lambda recipient: bool(sessions.find(recipient))
-            send = send and self._tracing.sending(send)
             publish_pokes = self._tracing.poking(publish_pokes)
         return api.create_api(
             api.Parts(
                 verify=self._verifier.verify,
                 has_calls="api" in settings.roles,
                 mailbox=self._mailbox,
-                send=send,
+                send=self._send,
                 publish_pokes=publish_pokes,
                 disconnect=self._publisher.disconnect,
                 home_of=self.cluster.home_of,
@@ -116,6 +134,7 @@ class Instance:
                 not_ready=self._not_ready,
                 registry=registry,
                 on_pull=self._note_pull,
+                on_pulled=self._note_pulled,
                 middleware=[] if self._tracing is None else [self._tracing.middleware],
                 allowed_origins=settings.allowed_origins,
                 trusted_proxies=settings.trusted_proxies,
@@ -135,13 +154,18 @@ class Instance:
         """
         await self.gateway.start(serves="gateway" in self.settings.roles)
         await self.cluster.start()
-        if self._processor is not None:
-            await self._processor.start()
+        for part in (self._processor, self._pulls, self._pusher, self._ingress):
+            if part is not None:
+                await part.start()
         self._pacer = asyncio.create_task(self._keep_pace())
 
     def _note_pull(self, duration_s: float) -> None:
         self._capacity.add(duration_s)
         self.cluster.pulls.add(duration_s)
+
+    def _note_pulled(self, recipient: str, version: int) -> None:
+        if self._pulls is not None:
+            self._pulls.note(recipient, version)
 
     async def _keep_pace(self) -> None:
         """Let the pulls after a gap spread to what this instance has shown to bear."""
@@ -171,8 +195,9 @@ class Instance:
         if self._pacer is not None:
             self._pacer.cancel()
         await self._watchers.close()
-        if self._processor is not None:
-            await self._processor.close()
+        for part in (self._ingress, self._pusher, self._pulls, self._processor):
+            if part is not None:
+                await part.close()
         await self._publisher.close()
         await self.cluster.close()
         await self.gateway.close()
@@ -195,6 +220,10 @@ class Instance:
             reasons.append(f"coordination: {self.cluster.trouble}")
         if "gateway" in roles and self.gateway.hold.trouble is not None:
             reasons.append(f"transport: {self.gateway.hold.trouble}")
+        if "gateway" not in roles and self._processor is not None and self._processor.is_cut_off:
+            reasons.append("transport: pokes can't be published")
+        if roles == {"processor"} and self._ingress is not None and self._ingress.is_down:
+            reasons.append("ingress: the queue can't be read")
         if roles & {"gateway", "api"}:
             reasons += await _trouble_of("tokens", self._verifier.check)
         if self._mailbox is not None:
@@ -249,7 +278,22 @@ class Instance:
         if self._processor is not None:
             numbers[Metric.MESSAGES_COMMITTED] = self._processor.stats.messages_committed
             numbers[Metric.MESSAGES_REFUSED] = self._processor.stats.messages_refused
+        if self._pusher is not None:
+            numbers[Metric.PUSHES] = {
+                (result,): count for result, count in self._pusher.results.items()
+            }
+        if self._ingress is not None:
+            numbers[Metric.INGRESS_UP] = not self._ingress.is_down
+            numbers[Metric.INGRESS_MESSAGES] = {
+                (result,): count for result, count in self._ingress.results.items()
+            }
         return numbers
+
+
+def _pusher(settings: Settings, queue: PushQueue) -> Pusher | None:
+    if settings.push_webhook_url is None or "processor" not in settings.roles:
+        return None
+    return Pusher(queue, Webhook(settings.push_webhook_url, settings.push_webhook_key))
 
 
 async def _trouble_of(part: str, check: Callable[[], Awaitable[None]]) -> Sequence[str]:

@@ -4,6 +4,7 @@ import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from http import HTTPStatus
 
 import msgspec
@@ -36,6 +37,7 @@ from pokebridge.server.openapi import Api
 
 # A body nested deeper could exhaust the stack of the parser that pulls it, for ever.
 MAX_BODY_DEPTH = 100
+_decode_ingress = msgspec.json.Decoder(schema.IngressMessage).decode
 _HEAD_TAG = re.compile(r'(?:W/)?"(0|[1-9]\d{0,15})"')
 
 
@@ -47,11 +49,14 @@ class MessageCalls:
         verify: Verify,
         mailbox: Mailbox,
         send: Callable[[NewMessage], Awaitable[Receipt]],
+        on_pulled: Callable[[str, int], None],
         devices: KnownDevices | None = None,
     ) -> None:
+        """``on_pulled`` is told that a recipient has what there is up to a version."""
         self._verify = verify
         self._mailbox = mailbox
         self._send = send
+        self._on_pulled = on_pulled
         self._devices = devices or KnownDevices(mailbox)
         self._read_message = body_reader(schema.SendRequest)
         self._read_ack = body_reader(schema.AckRequest)
@@ -74,6 +79,7 @@ class MessageCalls:
         page = await self._mailbox.read(
             reader, after=query.after, limit=query.limit, unless_head=_known_head(if_none_match)
         )
+        self._on_pulled(reader, page.version if page.more else page.head)
         headers = {"ETag": f'"{page.head}"', "Cache-Control": "private, no-cache"}
         if _matches(if_none_match, headers["ETag"]):
             return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)
@@ -88,6 +94,7 @@ class MessageCalls:
         given = (acked.device, query.device)
         devices = [check_device(device) for device in given if device is not UNSET]
         await self._mailbox.ack(reader, [*devices, DEFAULT_DEVICE][0], acked.version)
+        self._on_pulled(reader, acked.version)
         return Response(status_code=HTTPStatus.NO_CONTENT)
 
     def add_to(self, app: Api) -> None:
@@ -120,6 +127,22 @@ class MessageCalls:
             body=schema.AckRequest,
             answers={204: "Acknowledged."},
         )
+
+
+def read_ingress(body: bytes, default_id: str) -> NewMessage:
+    """The message in what a queue delivered, named ``default_id`` unless it has an ``id``.
+
+    So a redelivery is the same message. Raises :class:`~pokebridge.errors.InputError`, as for a
+    POST of the same body.
+    """
+    try:
+        wanted = decode_json(_decode_ingress, body)
+        message = _new_message(check_recipient(wanted.sender), wanted)
+    except HTTPException as error:
+        raise InputError(error.detail) from None
+    if message.id_is_senders:
+        return message
+    return replace(message, id=default_id, id_is_senders=True)
 
 
 def _new_message(sender: str, wanted: schema.SendRequest) -> NewMessage:

@@ -31,6 +31,8 @@ BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 
 _LABELS = {
     Metric.BUILD_INFO: ("version", "instance"),
     Metric.HANDSHAKES: ("status",),
+    Metric.PUSHES: ("result",),
+    Metric.INGRESS_MESSAGES: ("result",),
     Metric.HTTP_SECONDS: ("method", "route", "status"),
 }
 _PULL = ("GET", "/v1/messages")

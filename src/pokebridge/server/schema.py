@@ -96,6 +96,12 @@ class SendRequest(_Request):
     ] = False
 
 
+class IngressMessage(SendRequest, kw_only=True):
+    """A message from a queue: who may publish there says who sent it."""
+
+    sender: Recipient
+
+
 class Sent(Struct):
     """The message is durable under this `id` and `version`."""
 

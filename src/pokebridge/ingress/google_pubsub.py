@@ -1,0 +1,126 @@
+"""Ingress from a Google Pub/Sub subscription (docs/ingress.md).
+
+What can't be committed goes to the topic SUBSCRIPTION-dead-letters, kept by a subscription of the
+same name; both are made when they are missing.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any, Final, Self
+
+from pokebridge.errors import ConfigError, TransportError
+from pokebridge.ingress.base import Delivery
+from pokebridge.transport.google_pubsub_api import PubSubApi, PubSubError, PubsubMessage
+
+FETCH_S: Final = 5.0
+DEAD_KEPT_S: Final = 31 * 24 * 3600
+_NAME = re.compile(r"[A-Za-z][\w.~+%-]{2,200}")
+# What an attribute's value may have; a character has four bytes at most.
+_MAX_REASON = 250
+
+
+class GooglePubSubSource:
+    """Messages of a subscription, which the operator has made. ``connect`` makes one."""
+
+    def __init__(self, api: PubSubApi, subscription: str) -> None:
+        self._api = api
+        self._subscription = f"projects/{api.project}/subscriptions/{subscription}"
+        self._dead_topic = f"projects/{api.project}/topics/{subscription}-dead-letters"
+        self._dead_subscription = f"{self._subscription}-dead-letters"
+        self._closed = False
+
+    @classmethod
+    async def connect(cls, url: str) -> Self:
+        """A source for ``pubsub://PROJECT/SUBSCRIPTION``.
+
+        Raises ConfigError when it makes no sense, or there are no credentials.
+        """
+        project, _, subscription = url.removeprefix("pubsub://").partition("/")
+        if not project or _NAME.fullmatch(subscription) is None:
+            raise ConfigError("the ingress's URL is pubsub://PROJECT/SUBSCRIPTION")
+        return cls(await PubSubApi.connect(project), subscription)
+
+    async def fetch(self, limit: int) -> Sequence[Delivery]:
+        """See the port."""
+        if self._closed:
+            raise TransportError("ingress: closed")
+        try:
+            answer = await self._api.call(
+                "Pull", subscription=self._subscription, max_messages=limit, timeout_s=FETCH_S
+            )
+        except PubSubError as error:
+            if error.is_timeout:
+                return ()
+            raise
+        return [_delivery(received) for received in answer.received_messages]
+
+    async def ack(self, deliveries: Sequence[Delivery]) -> None:
+        """See the port."""
+        if deliveries:
+            await self._api.call(
+                "Acknowledge", subscription=self._subscription, ack_ids=_ack_ids(deliveries)
+            )
+
+    async def retry(self, deliveries: Sequence[Delivery], *, delay_s: float) -> None:
+        """See the port."""
+        if deliveries:
+            await self._api.call(
+                "ModifyAckDeadline",
+                subscription=self._subscription,
+                ack_ids=_ack_ids(deliveries),
+                ack_deadline_seconds=round(delay_s),
+            )
+
+    async def bury(self, delivery: Delivery, reason: str) -> None:
+        """See the port."""
+        message = PubsubMessage(
+            data=delivery.body,
+            attributes={
+                "pokebridge_reason": reason[:_MAX_REASON],
+                "pokebridge_id": delivery.id,
+            },
+        )
+        try:
+            await self._api.call("Publish", topic=self._dead_topic, messages=[message])
+        except PubSubError as error:
+            if not error.is_missing:
+                raise
+            await self._make_dead_letters()
+            await self._api.call("Publish", topic=self._dead_topic, messages=[message])
+        await self.ack([delivery])
+
+    async def close(self) -> None:
+        """See the port."""
+        if not self._closed:
+            self._closed = True
+            await self._api.close()
+
+    async def _make_dead_letters(self) -> None:
+        """The topic, and a subscription that keeps what is published there."""
+        await self._create("CreateTopic", name=self._dead_topic)
+        await self._create(
+            "CreateSubscription",
+            name=self._dead_subscription,
+            topic=self._dead_topic,
+            message_retention_duration={"seconds": DEAD_KEPT_S},
+            expiration_policy={},  # never
+        )
+
+    async def _create(self, method: str, **fields: Any) -> None:
+        try:
+            await self._api.call(method, **fields)
+        except PubSubError as error:
+            if not error.is_taken:
+                raise
+
+
+def _delivery(received: Any) -> Delivery:
+    message = received.message
+    # The time tells an emulator that was started anew from the one before.
+    published = message.publish_time
+    stamp_us = published.seconds * 1_000_000 + published.nanos // 1_000
+    return Delivery(f"pubsub:{message.message_id}:{stamp_us}", message.data, received.ack_id)
+
+
+def _ack_ids(deliveries: Sequence[Delivery]) -> list[str]:
+    return [delivery.handle for delivery in deliveries]

@@ -1,0 +1,139 @@
+"""Commits what a queue delivers, and acks it only then."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Final, Literal
+
+import structlog
+
+from pokebridge.attempts import Attempts, Part
+from pokebridge.errors import InputError, MailboxFullError, UnavailableError
+from pokebridge.ingress.base import Delivery, Source
+from pokebridge.model import NewMessage, Receipt
+
+# Messages that are taken at once: the next come when the fate of these is known.
+BATCH: Final = 256
+RETRY_DELAY_S: Final = 1.0
+# A message that meets a defect of ours so often is put aside: it might hold up all others.
+MAX_DEFECTS: Final = 5
+_MAX_REMEMBERED = 1_000
+
+Result = Literal["committed", "duplicate", "refused", "retried"]
+_NOTHING: Mapping[Result, int] = {"committed": 0, "duplicate": 0, "refused": 0, "retried": 0}
+
+_log = structlog.get_logger(__name__)
+
+
+class _RefusedError(Exception):
+    """The message can never be committed."""
+
+
+class Ingress:
+    """Reads ``source`` and sends its messages; use ``start`` and ``close``.
+
+    ``read`` makes a message of a body and the delivery's id, or raises InputError; ``send``
+    commits it. A message is acked after its commit, and buried with the reason when it is none or
+    its recipient's mailbox is full: there is no sender to tell. While the mailbox can't be had
+    everything stays in the queue.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        read: Callable[[bytes, str], NewMessage],
+        send: Callable[[NewMessage], Awaitable[Receipt]],
+    ) -> None:
+        self.results: Counter[Result] = Counter(_NOTHING)
+        self._source = source
+        self._read = read
+        self._send = send
+        self._queue = Part("ingress")
+        self._mailbox = Part("mailbox")
+        self._defects: dict[str, int] = {}
+        self._reading: asyncio.Task[None] | None = None
+        self._settling: asyncio.Task[None] | None = None
+
+    @property
+    def is_down(self) -> bool:
+        """Whether the queue could not be read lately."""
+        return self._queue.is_down
+
+    async def start(self) -> None:
+        """Begin to read; a queue that can't be had is tried again and again."""
+        self._reading = asyncio.create_task(self._keep_reading(), name="ingress")
+
+    async def close(self, *, deadline_s: float = 5.0) -> None:
+        """Take nothing more, and settle what was taken, for at most ``deadline_s`` seconds.
+
+        What is not settled by then is delivered again.
+        """
+        tasks = [task for task in (self._reading, self._settling) if task is not None]
+        if self._reading is not None:
+            self._reading.cancel()
+        if self._settling is not None:
+            await asyncio.wait({self._settling}, timeout=deadline_s)
+            self._settling.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._reading = self._settling = None
+
+    async def _keep_reading(self) -> None:
+        attempt = Attempts()
+        while True:
+            await attempt(self._step())
+
+    async def _step(self) -> None:
+        with self._queue.watched():
+            deliveries = await self._source.fetch(BATCH)
+        if deliveries:
+            self._settling = asyncio.create_task(self._settle(deliveries), name="ingress-settle")
+            await asyncio.shield(self._settling)
+
+    async def _settle(self, deliveries: Sequence[Delivery]) -> None:
+        """Commit what can be, and tell the queue what has become of each."""
+        commits = (self._commit(delivery) for delivery in deliveries)
+        fates = await asyncio.gather(*commits, return_exceptions=True)
+        done: list[Delivery] = []
+        later: list[Delivery] = []
+        refused: list[tuple[Delivery, str]] = []
+        failure: BaseException | None = None
+        for delivery, fate in zip(deliveries, fates, strict=True):
+            match fate:
+                case _RefusedError():
+                    refused.append((delivery, str(fate)))
+                case BaseException():
+                    later.append(delivery)
+                    failure = fate
+                case _:
+                    done.append(delivery)
+        with self._queue.watched():
+            await self._source.ack(done)
+            for delivery, reason in refused:
+                await self._source.bury(delivery, reason)
+                _log.warning("ingress_message_refused", id=delivery.id, reason=reason)
+                self.results["refused"] += 1
+            await self._source.retry(later, delay_s=RETRY_DELAY_S)
+        self.results["retried"] += len(later)
+        with self._mailbox.watched():
+            if failure is not None:
+                raise failure
+
+    async def _commit(self, delivery: Delivery) -> None:
+        try:
+            receipt = await self._send(self._read(delivery.body, delivery.id))
+        except (InputError, MailboxFullError) as error:
+            raise _RefusedError(" ".join(str(error).split())) from None
+        except UnavailableError:
+            raise
+        except Exception as error:
+            if self._is_hopeless(delivery.id):
+                raise _RefusedError(f"an error that nobody expected: {error!r}") from error
+            raise
+        self.results["duplicate" if receipt.duplicate else "committed"] += 1
+
+    def _is_hopeless(self, delivery_id: str) -> bool:
+        count = self._defects.pop(delivery_id, 0) + 1
+        self._defects[delivery_id] = count
+        if len(self._defects) > _MAX_REMEMBERED:
+            del self._defects[next(iter(self._defects))]
+        return count >= MAX_DEFECTS

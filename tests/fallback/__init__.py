@@ -1,0 +1,1 @@
+"""What the fallback's tests share: a receiver."""
