@@ -15,6 +15,7 @@ from pokebridge.testing.simulation import faults
 from pokebridge.testing.simulation.broker import Broker
 from pokebridge.testing.simulation.client import HOME_URL, SimClient
 from pokebridge.testing.simulation.determinism import under_control
+from pokebridge.testing.simulation.http import TIMEOUT_S as HTTP_TIMEOUT_S
 from pokebridge.testing.simulation.http import Http
 from pokebridge.testing.simulation.instance import SimInstance
 from pokebridge.testing.simulation.invariants import Oracle, Violation
@@ -66,15 +67,15 @@ def draw_config(rng: Random) -> Config:
     """A world at random."""
     return Config(
         instances=rng.randint(2, 5),
-        recipients=rng.randint(6, 16),
+        recipients=rng.randint(5, 12),
         shard_count=rng.choice((8, 16, 24)),
         mode=rng.choice(("fanout", "partitioned")),
         assignment="ring" if rng.random() < 0.2 else "coordinator",
         lease_s=rng.choice((2.0, 3.0, 5.0)),
         sticky=rng.random() < 0.5,
         fresh_names=rng.random() < 0.3,
-        chaos_s=rng.uniform(30.0, 80.0),
-        fault_every_s=rng.uniform(1.5, 5.0),
+        chaos_s=rng.uniform(20.0, 50.0),
+        fault_every_s=rng.uniform(1.0, 4.0),
         message_every_s=rng.uniform(0.2, 1.0),
         legacy_share=rng.choice((0.0, 0.3)),
         faults=[fault for fault in faults.ALL if rng.random() < 0.5] or ["kill"],
@@ -342,15 +343,18 @@ class World:
         )
         self._recovery_s = self.scheduler.now - healed_at
         self.trace.note("world", "all has recovered")
+        # The last calls that got no answer have ended after this.
+        await asyncio.sleep(max(0.0, healed_at + HTTP_TIMEOUT_S - self.scheduler.now))
         self.broker.late_share = 0.0
+        sent_at = self.scheduler.now
         for recipient in everyone:
             self.send_soon(recipient)
         await self._until(lambda: not self._unaccepted, STEADY_BOUND_S, "messages are accepted")
         await self._until(
-            lambda: not self._who_is_behind(),
+            lambda: not self._who_is_behind(sent_at),
             STEADY_BOUND_S,
             "a steady cluster is quick",
-            self._who_is_behind,
+            lambda: self._who_is_behind(sent_at),
         )
         looking.cancel()
 
@@ -397,11 +401,13 @@ class World:
     def _all_listen(self) -> bool:
         return all(each is not None and each.is_well for each in self.names.values())
 
-    def _who_is_behind(self) -> str:
+    def _who_is_behind(self, since_s: float) -> str:
+        """Those who lack something, though nothing has disturbed them; a late move does."""
         return " ".join(
             f"{each.name} on {each.instance and each.instance.name}"
             for each in self.clients
-            if each.active and not self.oracle.is_up_to_date(each)
+            if each.active and self.oracle.undisturbed_since(each) <= since_s
+            if not self.oracle.is_up_to_date(each)
         )
 
     def _has_recovered(self) -> bool:
