@@ -117,6 +117,9 @@ async def test_three_instances(console: Page, trio: Trio) -> None:
     marks = [await letter(console, name) for name in NAMES]
     assert sorted(await letters(console)) == sorted(marks * (SHARDS // 3))
     await expect(events(console, "joined")).not_to_have_count(0)
+    async with trio.one.async_http(USERS[0]) as http:
+        assert (await http.get("/v1/messages")).status_code == 200
+    await expect(cell(console, "one", "Pulls")).to_have_text(re.compile(r"^[\d.]+ ms$"))
 
 
 async def test_it_is_poked_and_does_not_poll(
@@ -287,6 +290,27 @@ async def test_it_fits(console: Page, width: int) -> None:
     assert box["x"] + box["width"] <= width
     charts = console.locator("figure canvas")
     await expect(charts).to_have_count(4)
+
+
+async def test_a_large_cluster_fits(page: Page, trio: Trio) -> None:
+    """As many shards as there may be, on more instances than a test can start, with long names."""
+    view = await trio.view()
+    one = view["instances"][0]
+    view["shard_count"] = 10_000
+    view["instances"] = [
+        one | {"id": f"{number}-" + "n" * 60, "shards": list(range(number, 10_000, 50))}
+        for number in range(50)
+    ]
+    await page.route("**/v1/cluster", lambda route: route.fulfill(json=view))
+    await page.set_viewport_size({"width": 390, "height": 844})
+    await page.goto(f"{trio.one.url}/console")
+    await sign_in(page, await trio.admin_token())
+    await expect(page.locator("tbody tr")).to_have_count(50)
+    await expect(page.locator(".shards .shard")).to_have_count(10_000)
+    assert (await letters(page))[49] == "AX"
+    assert await page.evaluate("document.documentElement.scrollWidth") <= 390
+    await page.set_viewport_size({"width": 1280, "height": 844})
+    assert await page.evaluate("document.documentElement.scrollWidth") <= 1280
 
 
 async def test_a_development_token(console: Page) -> None:

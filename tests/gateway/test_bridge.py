@@ -38,12 +38,15 @@ async def test_silent_deafness_is_noticed_and_healed() -> None:
     async with running() as server:
         clients = [await server.open(f"urn:user:{number}") for number in range(3)]
         server.transport.deaf = True
+        assert not server.gateway.hold.is_in_doubt
         await wait_until(lambda: server.gateway.hold.trouble is not None)
+        assert server.gateway.hold.is_in_doubt
         await server.poke("urn:user:0")  # lost
         server.transport.deaf = False
         for client in clients:
             assert (await client.message())["type"] == "poke"
         assert server.gateway.hold.trouble is None
+        assert not server.gateway.hold.is_in_doubt
 
 
 async def test_a_reported_gap_wakes_everyone_with_a_window() -> None:
