@@ -55,12 +55,12 @@ class Receiver(Protocol):
 class Retries:
     """How a push is tried again: pauses double from the first to the longest, half of each random.
 
-    By default 15 attempts, over about a day.
+    By default 20 attempts, over about a day.
     """
 
     first_s: float = 5.0
     longest_s: float = 4 * 3600.0
-    attempts: int = 15
+    attempts: int = 20
 
     def pause_s(self, attempts: int) -> float:
         """The pause after so many ``attempts``."""
