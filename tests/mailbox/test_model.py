@@ -124,14 +124,16 @@ async def test_all_mailboxes_answer_the_same(
             await SqliteMailbox.open(Path(folder) / "mailbox.db", clock, LIMITS),
             await PostgresMailbox.open(url, clock, LIMITS),
         ]
-        for step in steps:
-            if isinstance(step, float):
-                clock.now_s += step
-                continue
-            first, *others = [await answer(mailbox, step) for mailbox in mailboxes]
-            assert others == [first, first]
-        for mailbox in mailboxes:
-            await mailbox.close()
+        try:
+            for step in steps:
+                if isinstance(step, float):
+                    clock.now_s += step
+                    continue
+                first, *others = [await answer(mailbox, step) for mailbox in mailboxes]
+                assert others == [first, first]
+        finally:
+            for mailbox in mailboxes:
+                await mailbox.close()
 
 
 async def answer(mailbox: Mailbox, step: Operation) -> object:

@@ -188,7 +188,6 @@ class TestOutages:
         """When packets are dropped, every call fails in time; after the heal all is well."""
         monkeypatch.setattr(postgres_pool, "CALL_TIMEOUT_S", 0.6)
         monkeypatch.setattr(postgres_pool, "ATTEMPT_TIMEOUT_S", 0.2)
-        monkeypatch.setattr(postgres, "CALL_TIMEOUT_S", 0.6)
         async with CutProxy("127.0.0.1", postgres_server.port) as proxy:
             url = postgres_server.url.replace(str(postgres_server.port), str(proxy.port))
             mailbox = await PostgresMailbox.open(url + new_schema())
@@ -354,7 +353,7 @@ class TestPlans:
         for n in range(20):
             await mailbox.append(message(f"r{n}", id=f"{n}", id_is_senders=True, ttl_s=n))
         await by_hand.execute("ANALYZE")
-        await mailbox.close()
+        await _close_and_wait(mailbox, by_hand)
         before = await _sequential_scans(by_hand)
         mailbox = await PostgresMailbox.open(url)
         for n in range(8):
@@ -365,7 +364,7 @@ class TestPlans:
             await mailbox.poked(await mailbox.claim_unpoked(older_than_s=0, limit=5))
             await mailbox.purge(limit=5)
             await mailbox.clear(f"r{n}")
-        await mailbox.close()
+        await _close_and_wait(mailbox, by_hand)
         assert await _sequential_scans(by_hand) == before
 
 
@@ -399,17 +398,21 @@ def _nodes(plan: Any) -> list[Any]:
     return [plan, *(node for child in plan.get("Plans", []) for node in _nodes(child))]
 
 
-async def _sequential_scans(connection: Any) -> dict[str, int]:
-    """By table, of all sessions that have ended: they report at their end."""
+async def _close_and_wait(mailbox: PostgresMailbox, connection: Any) -> None:
+    """Close the mailbox and wait until its sessions have ended, since then they report."""
+    pids = [idle.get_server_pid() for idle in mailbox._pool._idle]
+    await mailbox.close()
 
     async def all_ended() -> bool:
-        await connection.execute("SELECT pg_stat_clear_snapshot()")
-        return not await connection.fetchval(
-            "SELECT count(*) FROM pg_stat_activity"
-            " WHERE application_name = 'pokebridge' AND pid <> pg_backend_pid()"
+        return not await connection.fetch(
+            "SELECT FROM pg_stat_activity WHERE pid = ANY ($1::int[])", pids
         )
 
     await wait_until(all_ended)
+
+
+async def _sequential_scans(connection: Any) -> dict[str, int]:
+    """By table, as the sessions that have ended reported them."""
     rows = await connection.fetch(
         "SELECT relname, seq_scan FROM pg_stat_user_tables"
         " WHERE schemaname = current_schema() AND relname <> 'migrations'"

@@ -219,14 +219,14 @@ class MemoryMailbox:
         self._check_open()
         logs = self._logs.values()
         pushes, dead_pushes = (0, 0) if self.pushes is None else self.pushes.counts()
-        oldest = [log.kept[0].message.sent_at_ms for log in logs if log.kept]
+        sent_at_ms = (kept.message.sent_at_ms for log in logs for kept in log.kept)
         return MailboxStats(
             recipients=sum(log.head > 0 for log in logs),
             messages=sum(len(log.kept) for log in logs),
             bytes=sum(log.kept_bytes for log in logs),
             devices=len(self._seen_ms),
             outbox=len(self._outbox),
-            oldest_message_ms=min(oldest, default=None),
+            oldest_message_ms=min(sent_at_ms, default=None),
             oldest_outbox_ms=min((since for _, since in self._outbox.values()), default=None),
             pushes=pushes,
             dead_pushes=dead_pushes,

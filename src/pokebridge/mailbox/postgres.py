@@ -22,7 +22,7 @@ from pokebridge.mailbox.base import (
     ttl_ms,
 )
 from pokebridge.mailbox.batcher import Batcher
-from pokebridge.mailbox.postgres_pool import CALL_TIMEOUT_S, Connection, PostgresPool, Record
+from pokebridge.mailbox.postgres_pool import Connection, PostgresPool, Record
 from pokebridge.mailbox.postgres_pushes import PostgresPushes
 from pokebridge.mailbox.postgres_schema import MIGRATION_LOCK, MIGRATIONS
 from pokebridge.mailbox.pushes import PushTiming
@@ -33,6 +33,8 @@ DEFAULT_SCHEMA: Final = "pokebridge"
 BATCH: Final = 512
 BATCH_BYTES: Final = 4 * 1024 * 1024
 APPENDERS: Final = 2
+# What waits for its turn is refused after this; with the call itself all ends within 12 s.
+TURN_TIMEOUT_S: Final = 6.0
 # Pulls with something to read: some share a round trip, whose pages must not grow too large.
 READ_BATCH: Final = 16
 READERS: Final = 4
@@ -144,7 +146,7 @@ class PostgresMailbox:
         )
         self._append = Batcher[NewMessage, Receipt](
             self._append_all,
-            timeout_s=CALL_TIMEOUT_S,
+            timeout_s=TURN_TIMEOUT_S,
             lanes=APPENDERS,
             max_count=BATCH,
             max_cost=BATCH_BYTES,
@@ -152,17 +154,17 @@ class PostgresMailbox:
         )
         # Most pulls find nothing new: in a storm of reconnects hundreds share a round trip.
         self._head = Batcher[str, int](
-            self._read_heads, timeout_s=CALL_TIMEOUT_S, lanes=2, max_count=BATCH, max_cost=0
+            self._read_heads, timeout_s=TURN_TIMEOUT_S, lanes=2, max_count=BATCH, max_cost=0
         )
         self._page = Batcher[_Pull, Page](
             self._read_pages,
-            timeout_s=CALL_TIMEOUT_S,
+            timeout_s=TURN_TIMEOUT_S,
             lanes=READERS,
             max_count=READ_BATCH,
             max_cost=0,
         )
         self._see = Batcher[tuple[str, str], None](
-            self._see_all, timeout_s=CALL_TIMEOUT_S, lanes=1, max_count=BATCH, max_cost=0
+            self._see_all, timeout_s=TURN_TIMEOUT_S, lanes=1, max_count=BATCH, max_cost=0
         )
 
     @classmethod

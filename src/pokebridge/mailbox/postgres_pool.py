@@ -25,9 +25,9 @@ CONNECTIONS: Final = 10
 MAX_WAITING: Final = 10_000
 # A call ends within CALL_TIMEOUT_S. An attempt that hears nothing is given up sooner, so that there
 # is time for another on a new connection; the server itself cancels one before that.
-CALL_TIMEOUT_S: Final = 5.0
-ATTEMPT_TIMEOUT_S: Final = 2.0
-STATEMENT_TIMEOUT_S: Final = 1.5
+CALL_TIMEOUT_S: Final = 6.0
+ATTEMPT_TIMEOUT_S: Final = 3.0
+STATEMENT_TIMEOUT_S: Final = 2.5
 CLOSE_TIMEOUT_S: Final = 2.0
 _BACKOFF_FIRST_S: Final = 0.02
 _BACKOFF_CAP_S: Final = 0.5
