@@ -254,7 +254,7 @@ class _Socket(asyncio.Protocol):
 
     def send(self, opcode: Opcode, payload: bytes) -> None:
         """Send a short frame."""
-        if self._transport is not None:
+        if self._transport is not None and not self._transport.is_closing():
             self._transport.write(bytes((0x80 | opcode, 0x80 | len(payload))) + _MASK + payload)
 
     def abort(self) -> None:

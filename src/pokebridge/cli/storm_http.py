@@ -41,9 +41,11 @@ class HttpPool:
 
     def send(self, request: bytes, done: Done) -> None:
         """Send a whole ``request``; ``done`` is called later, in any case."""
-        if self._idle:
-            self._idle.pop().send(request, done)
-            return
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.is_open:
+                connection.send(request, done)
+                return
         self._waiting.append((request, done))
         if len(self._open) + len(self._dialling) < self._size:
             task = asyncio.get_running_loop().create_task(self._dial())
@@ -78,7 +80,7 @@ class HttpPool:
 
     def freed(self, connection: "_Connection") -> None:
         """It can take another request."""
-        if self._waiting:
+        if self._waiting and connection.is_open:
             connection.send(*self._waiting.popleft())
         else:
             self._idle.append(connection)
@@ -102,6 +104,11 @@ class _Connection(asyncio.Protocol):
         self._body = b""
         self._retry_after: str | None = None
         self._transport: asyncio.Transport | None = None
+
+    @property
+    def is_open(self) -> bool:
+        # It may have been closed in this turn of the loop, and be told of it in the next.
+        return self._transport is not None and not self._transport.is_closing()
 
     def send(self, request: bytes, done: Done) -> None:
         self._done = done

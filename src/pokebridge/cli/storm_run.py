@@ -160,7 +160,9 @@ class Storm:
 
     @property
     def back(self) -> int:
-        """How many of the struck clients are connected again and have pulled."""
+        """How many of the struck clients have been connected again, and have pulled."""
+        if self.course.back_s is not None:
+            return len(self.watcher.struck)
         return sum(client.caught_up for client in self.watcher.struck)
 
     async def _until_all_are_connected(self) -> None:
