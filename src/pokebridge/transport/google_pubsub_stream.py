@@ -115,7 +115,6 @@ class PulledSubscription:
         self._receiver = receiver
         self._labels = dict(labels)
         self._on_closed = on_closed
-        self._topic.attached.add(self)
         self._client_id = secrets.token_hex(16)
         self._acks: list[str] = []
         self._has_acks = asyncio.Event()
@@ -202,6 +201,7 @@ class PulledSubscription:
         except PubSubError as error:
             self._may_exist = error.is_transient
             raise
+        self._topic.attached.add(self)
 
     async def _replace(self) -> None:
         """Make it anew where an earlier life of this instance, or a lost answer, left one.
