@@ -330,7 +330,7 @@ class World:
             for _ in range(self.rng.choice((1, 1, 2))):
                 self.add_client(recipient)
         looking = self.outside.create_task(self._look())
-        await self._until(self._all_listen, _START_BOUND_S, "every instance starts")
+        await self._until_nothing(self._who_is_missing, _START_BOUND_S, "all start")
         self._chaos_ends_at = self.scheduler.now + config.chaos_s
         sending = self.outside.create_task(self._keep_sending(everyone))
         await self._cause_chaos()
@@ -338,9 +338,7 @@ class World:
         self.pauses_next_writer = self.kills_next_committer = False
         self.trace.note("world", "nothing goes wrong any more")
         healed_at = self.scheduler.now
-        await self._until(
-            self._has_recovered, RECOVERY_BOUND_S, "all recovers", self._what_is_wrong
-        )
+        await self._until_nothing(self._what_is_wrong, RECOVERY_BOUND_S, "all recovers")
         self._recovery_s = self.scheduler.now - healed_at
         self.trace.note("world", "all has recovered")
         # The last calls that got no answer have ended after this.
@@ -349,12 +347,9 @@ class World:
         sent_at = self.scheduler.now
         for recipient in everyone:
             self.send_soon(recipient)
-        await self._until(lambda: not self._unaccepted, STEADY_BOUND_S, "messages are accepted")
-        await self._until(
-            lambda: not self._who_is_behind(sent_at),
-            STEADY_BOUND_S,
-            "a steady cluster is quick",
-            lambda: self._who_is_behind(sent_at),
+        await self._until_nothing(self._what_is_unaccepted, STEADY_BOUND_S, "all recovers")
+        await self._until_nothing(
+            lambda: self._who_is_behind(sent_at), STEADY_BOUND_S, "no silence"
         )
         looking.cancel()
 
@@ -384,22 +379,23 @@ class World:
             under_way.append(self.outside.create_task(faults.ALL[fault](self)))
         await asyncio.gather(*under_way)
 
-    async def _until(
-        self,
-        condition: Callable[[], bool],
-        within_s: float,
-        meaning: str,
-        explain: Callable[[], str] = lambda: "",
+    async def _until_nothing(
+        self, wrong: Callable[[], str], within_s: float, invariant: str
     ) -> None:
+        """Wait until ``wrong`` has nothing to say."""
         deadline = self.scheduler.now + within_s
-        while not condition():
+        while what := wrong():
             if self.scheduler.now >= deadline:
-                self.oracle.fail(meaning, f"not within {within_s:.0f} s {explain()}")
-                await asyncio.sleep(1.0)  # which ends the run
+                self.oracle.fail(invariant, f"not within {within_s:.0f} s: {what}")
             await asyncio.sleep(0.05)
 
-    def _all_listen(self) -> bool:
-        return all(each is not None and each.is_well for each in self.names.values())
+    def _who_is_missing(self) -> str:
+        return " ".join(
+            base for base, each in self.names.items() if each is None or not each.is_well
+        )
+
+    def _what_is_unaccepted(self) -> str:
+        return f"{self._unaccepted} messages" if self._unaccepted else ""
 
     def _who_is_behind(self, since_s: float) -> str:
         """Those who lack something, though nothing has disturbed them; a late move does."""
@@ -410,15 +406,10 @@ class World:
             if not self.oracle.is_up_to_date(each)
         )
 
-    def _has_recovered(self) -> bool:
-        return not self._what_is_wrong()
-
     def _what_is_wrong(self) -> str:
         """What is not yet as it should be in a cluster that nothing befalls; empty when all is."""
-        if self._unaccepted:
-            return f"{self._unaccepted} messages are not accepted"
-        if not self._all_listen():
-            return "an instance is missing"
+        if missing := self._what_is_unaccepted() or self._who_is_missing():
+            return f"missing: {missing}"
         for client in self.clients:
             if client.active and not self.oracle.is_well_and_up_to_date(client):
                 return f"{client.name} is not connected, or not up to date"
