@@ -116,6 +116,7 @@ def report_of(**changes: Any) -> dict[str, Any]:
         "back_s": 4.0,
         "connected": 9,
         "messages": {"sent": 5, "resent": 0, "refused": 0, "lost": 0},
+        "witnesses": {"sent": 9, "lost": 0},
         "handshakes": {"limit_per_s": 5, "most_in_a_second": {}, "by_status": {}},
         "others_poke_ms": {"before": times, "storm": times, "after": dict.fromkeys(times)},
         "silence_s": {"struck": 4.0, "others": 0.1},

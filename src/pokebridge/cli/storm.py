@@ -43,7 +43,7 @@ from pokebridge.errors import ConfigError, PokebridgeError
     type=click.FloatRange(min=0),
     default=100,
     show_default=True,
-    help="Sent all the time, each to a client that waits for none.",
+    help="Sent to the clients all the time, and as many to those that time the pokes.",
 )
 @click.option(
     "--calm-s",

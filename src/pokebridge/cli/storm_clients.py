@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from pokebridge.cli.storm_fleet import Fleet, StormInstance
+from pokebridge.cli.storm_fleet import Balancer, Endpoint
 from pokebridge.cli.storm_http import HOST, Answer
 from pokebridge.client.core import ClientCore, Policy
 from pokebridge.client.events import (
@@ -62,7 +62,7 @@ class _Page(msgspec.Struct):
 class Observer:
     """What the clients tell whoever watches the storm; every time is the loop's."""
 
-    def on_handshake(self, where: StormInstance, status: int, asked_s: float) -> None:
+    def on_handshake(self, where: Endpoint, status: int, asked_s: float) -> None:
         """A handshake that was sent at ``asked_s`` has been answered."""
 
     def on_connected(self, change: int) -> None:
@@ -79,8 +79,8 @@ class StormClient:
     """One recipient's client."""
 
     __slots__ = (
+        "_balancer",
         "_core",
-        "_fleet",
         "_loop",
         "_observer",
         "_pulled_after_ready",
@@ -93,10 +93,10 @@ class StormClient:
         "where",
     )
 
-    def __init__(self, fleet: Fleet, observer: Observer, recipient: str, token: str) -> None:
+    def __init__(self, balancer: Balancer, observer: Observer, recipient: str, token: str) -> None:
         self._loop = asyncio.get_running_loop()
         self._core = ClientCore(BALANCER_URL, policy=_POLICY)
-        self._fleet = fleet
+        self._balancer = balancer
         self._observer = observer
         self._token = token
         self._socket: _Socket | None = None
@@ -105,7 +105,7 @@ class StormClient:
         self._readies = 0
         self._pulled_after_ready = 0
         self.recipient = recipient
-        self.where: StormInstance | None = None
+        self.where: Endpoint | None = None
         """The instance of its socket, if it has one."""
 
     @property
@@ -171,7 +171,7 @@ class StormClient:
 
     def _connect(self, url: str, *, moved: bool) -> None:
         self._drop_socket()
-        where = self._fleet.pick() if url == BALANCER_URL else self._fleet.at(url)
+        where = self._balancer.pick() if url == BALANCER_URL else self._balancer.at(url)
         query = "?moved=1" if moved else ""
         request = (
             f"GET /v1/connect{query} HTTP/1.1\r\nHost: {HOST}:{where.port}\r\n"
@@ -226,7 +226,7 @@ class StormClient:
         def done(answer: Answer | None) -> None:
             self._on_pulled(answer, readies)
 
-        self._fleet.pick().http.send(request.encode(), done)
+        self._balancer.pick().http.send(request.encode(), done)
 
     def _on_pulled(self, answer: Answer | None, readies: int) -> None:
         if answer is None or answer.status != 200:

@@ -37,13 +37,38 @@ class FleetPlan:
     handshakes_per_s: int
 
 
-class StormInstance:
-    """One instance, running or killed."""
+class Endpoint:
+    """Where an instance is reached."""
 
-    def __init__(self, name: str, port: int, command: Sequence[str], log: Path) -> None:
+    def __init__(self, name: str, port: int) -> None:
         self.name = name
         self.port = port
         self.http = HttpPool(port, _HTTP_CONNECTIONS)
+
+
+class Balancer:
+    """What stands for a load balancer: it knows who is ``up``, and sends to each in its turn."""
+
+    def __init__(self, endpoints: Sequence[Endpoint]) -> None:
+        self.up = list(endpoints)
+        self._turn = 0
+
+    def pick(self) -> Endpoint:
+        """Where the next client or request goes."""
+        self._turn += 1
+        return self.up[self._turn % len(self.up)]
+
+    def at(self, url: str) -> Endpoint:
+        """The instance that a ``move`` frame names; one that is down can't be reached there."""
+        port = urlsplit(url).port or 0
+        return next((each for each in self.up if each.port == port), Endpoint("gone", port))
+
+
+class StormInstance(Endpoint):
+    """One instance, running or killed."""
+
+    def __init__(self, name: str, port: int, command: Sequence[str], log: Path) -> None:
+        super().__init__(name, port)
         self._command = command
         self._log = log
         self._process: asyncio.subprocess.Process | None = None
@@ -112,20 +137,19 @@ class StormInstance:
 
 
 class Fleet:
-    """All instances, behind what stands for a load balancer: it knows who is up."""
+    """All instances, and the balancer before them."""
 
     def __init__(self, plan: FleetPlan, directory: Path) -> None:
         self.secret = secrets.token_hex(32)
         cluster = f"storm-{secrets.token_hex(4)}"
         mailbox = plan.mailbox or f"sqlite:///{directory / 'mailbox.db'}"
-        self.instances = []
+        self.instances: list[StormInstance] = []
         for number, port in enumerate(_free_ports(plan.instances), 1):
             name = f"instance-{number}"
             command = _serve_command(plan, name, port, cluster, mailbox)
             log = directory / f"{name}.log"
             self.instances.append(StormInstance(name, port, command, log))
-        self.up: list[StormInstance] = []
-        self._turn = 0
+        self.balancer = Balancer([])
 
     async def start(self) -> None:
         """Start them all."""
@@ -139,26 +163,16 @@ class Fleet:
     async def start_one(self, instance: StormInstance) -> None:
         """Start ``instance``, or start it again, and let clients connect to it."""
         await instance.start(self.secret)
-        self.up.append(instance)
+        self.balancer.up.append(instance)
 
     async def kill(self, instance: StormInstance) -> None:
         """Kill it; from now on nobody is sent there."""
-        self.up.remove(instance)
+        self.balancer.up.remove(instance)
         await instance.kill()
-
-    def pick(self) -> StormInstance:
-        """Where the next client or request goes: to each in its turn."""
-        self._turn += 1
-        return self.up[self._turn % len(self.up)]
-
-    def at(self, url: str) -> StormInstance:
-        """The instance that a ``move`` frame names."""
-        port = urlsplit(url).port
-        return next(each for each in self.instances if each.port == port)
 
     async def check(self) -> None:
         """Raise UnavailableError when one has ended that was not killed."""
-        for instance in self.up:
+        for instance in self.instances:
             await instance.check()
 
     async def close(self) -> None:

@@ -7,7 +7,8 @@ from math import inf
 from typing import Any
 
 from pokebridge.cli.storm_run import Storm, StormPlan
-from pokebridge.cli.storm_watch import PokeTime, most_in_a_second, percentile
+from pokebridge.cli.storm_watch import most_in_a_second, percentile
+from pokebridge.cli.storm_witness import PokeTime
 
 # Figures in a file: no more digits than mean something.
 _DIGITS = 4
@@ -37,6 +38,7 @@ def storm_report(plan: StormPlan, storm: Storm, machine_load: float) -> dict[str
             "refused": sender.refused,
             "lost": watcher.owed,
         },
+        "witnesses": {"sent": storm.testimony.sent, "lost": storm.testimony.lost},
         "handshakes": {
             "limit_per_s": plan.fleet.handshakes_per_s,
             "most_in_a_second": {
@@ -52,7 +54,7 @@ def storm_report(plan: StormPlan, storm: Storm, machine_load: float) -> dict[str
         "machine": {"cores": os.cpu_count(), "load_before": round(machine_load, 2)},
         "samples": [
             asdict(sample) | {"at_s": moment(sample.at_s)}
-            for sample in watcher.samples
+            for sample in storm.sampler.samples
             if sample.at_s >= (course.calm_from_s or 0)
         ],
         "pokes_by_second": _pokes_by_second(storm),
@@ -60,13 +62,13 @@ def storm_report(plan: StormPlan, storm: Storm, machine_load: float) -> dict[str
 
 
 def _poke_times(storm: Storm) -> dict[str, Any]:
-    """How long pokes took to the clients that were not struck, before, during and after."""
+    """How long pokes took to clients of the other instances, before, during and after."""
     course = storm.course
     killed_s, back_s = course.killed_s or inf, course.back_s or inf
     phases = {"before": (0.0, killed_s), "storm": (killed_s, back_s), "after": (back_s, inf)}
     return {
         name: _percentiles_ms(
-            [each for each in storm.watcher.poke_times if since_s <= each.asked_s < until_s]
+            [each for each in storm.testimony.poke_times if since_s <= each.asked_s < until_s]
         )
         for name, (since_s, until_s) in phases.items()
     }
@@ -75,7 +77,7 @@ def _poke_times(storm: Storm) -> dict[str, Any]:
 def _pokes_by_second(storm: Storm) -> list[dict[str, Any]]:
     zero_s = storm.course.killed_s or 0.0
     seconds: dict[int, list[PokeTime]] = {}
-    for each in storm.watcher.poke_times:
+    for each in storm.testimony.poke_times:
         seconds.setdefault(int((each.asked_s - zero_s) // 1), []).append(each)
     return [{"at_s": second + 0.5, **_percentiles_ms(each)} for second, each in seconds.items()]
 
@@ -97,7 +99,7 @@ def storm_failures(report: dict[str, Any]) -> Sequence[str]:
             f"{report['connected']} of {report['clients']} clients are connected, and"
             f" {report['back']} of the {report['struck']} struck have come back and pulled"
         )
-    if lost := report["messages"]["lost"]:
+    if lost := report["messages"]["lost"] + report["witnesses"]["lost"]:
         failures.append(f"{lost} messages were lost")
     return failures
 

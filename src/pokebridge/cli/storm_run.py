@@ -2,32 +2,24 @@
 
 import asyncio
 import gc
-import json
-import random
-import secrets
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 
-from pokebridge.cli.storm_clients import StormClient
 from pokebridge.cli.storm_fleet import Fleet, FleetPlan, StormInstance
-from pokebridge.cli.storm_http import HOST, Answer
-from pokebridge.cli.storm_watch import Message, Watcher
+from pokebridge.cli.storm_sender import Sender, make_clients, start_clients
+from pokebridge.cli.storm_watch import Sampler, Watcher
+from pokebridge.cli.storm_witness import Orders, Testimony, Witness
 from pokebridge.errors import UnavailableError
-from pokebridge.tokens import sign_token
 
 # While they connect for the first time; in the storm they come as they do.
 _RAMP_PER_S = 400.0
 _RAMP_SHARE = 0.8
 _POLL_S = 0.05
-_SEND_EVERY_S = 0.01
-_RESEND_S = 0.2
 # Until what was accepted last must have been pulled.
-STRAGGLERS_S = 30.0
-_TOKEN_TTL_S = 6 * 3600.0
-_MESSAGE_TTL_S = 600
-_REQUIRED_DRAWS = 20
+_STRAGGLERS_S = 30.0
+_MOST_WITNESSES = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,72 +46,6 @@ class Course:
     """All were connected again, and had pulled."""
 
 
-class Sender:
-    """Sends messages at a rate to clients that wait for none."""
-
-    def __init__(self, plan: StormPlan, fleet: Fleet, watcher: Watcher) -> None:
-        self._fleet = fleet
-        self._watcher = watcher
-        self._rate_per_s = plan.messages_per_s
-        self._loop = asyncio.get_running_loop()
-        self._run = secrets.token_hex(4)
-        self._token = sign_token(fleet.secret, f"urn:storm:{self._run}", ["send"], _TOKEN_TTL_S)
-        self.sent = 0
-        self.resent = 0
-        self.refused = 0
-
-    async def run(self, clients: Sequence[StormClient]) -> None:
-        """Send until cancelled."""
-        began_s, due = self._loop.time(), 0
-        while True:
-            wanted = int((self._loop.time() - began_s) * self._rate_per_s)
-            for _ in range(wanted - due):
-                self._send_to_one(clients)
-            due = wanted
-            await asyncio.sleep(_SEND_EVERY_S)
-
-    def _send_to_one(self, clients: Sequence[StormClient]) -> None:
-        for _ in range(_REQUIRED_DRAWS):
-            client = random.choice(clients)  # noqa: S311 - spreads load
-            if client not in self._watcher.under_way:
-                self.sent += 1
-                message = Message(f"{self._run}-{self.sent}", client, self._loop.time())
-                self._watcher.under_way[client] = message
-                self._post(message)
-                return
-
-    def _post(self, message: Message) -> None:
-        message.asked_s = self._loop.time()
-        body = json.dumps(
-            {
-                "recipient": message.client.recipient,
-                "id": message.id,
-                "body": None,
-                "ttl_s": _MESSAGE_TTL_S,
-            }
-        ).encode()
-        head = (
-            f"POST /v1/messages HTTP/1.1\r\nHost: {HOST}\r\nContent-Type: application/json\r\n"
-            f"Authorization: Bearer {self._token}\r\nContent-Length: {len(body)}\r\n\r\n"
-        )
-
-        def done(answer: Answer | None) -> None:
-            self._on_answer(message, answer)
-
-        self._fleet.pick().http.send(head.encode() + body, done)
-
-    def _on_answer(self, message: Message, answer: Answer | None) -> None:
-        if answer is None:
-            # It may be committed or not; with its id it can be sent again, and counts once.
-            self.resent += 1
-            self._loop.call_later(_RESEND_S, self._post, message)
-        elif answer.status in {200, 202}:
-            self._watcher.on_answered(message)
-        else:
-            self.refused += 1
-            self._watcher.on_given_up(message)
-
-
 class Storm:
     """Carries out a :class:`StormPlan`; ``say`` is told how it goes."""
 
@@ -128,10 +54,18 @@ class Storm:
         self._say = say
         self._loop = asyncio.get_running_loop()
         self.fleet = Fleet(plan.fleet, directory)
-        self.watcher = Watcher(self.fleet)
-        self.sender = Sender(plan, self.fleet, self.watcher)
+        self.watcher = Watcher()
+        self.sampler = Sampler(self.watcher, self.fleet)
         self.course = Course()
-        self._clients: list[StormClient] = []
+        self.testimony = Testimony(0, 0, [])
+        secret, balancer = self.fleet.secret, self.fleet.balancer
+        self.sender = Sender(plan.messages_per_s, secret, balancer, self.watcher)
+        self._clients = make_clients(plan.clients, secret, balancer, self.watcher)
+        # Slowly enough that none is refused.
+        all_per_s = plan.fleet.handshakes_per_s * plan.fleet.instances
+        self._clients_per_s = min(_RAMP_PER_S, all_per_s * _RAMP_SHARE)
+        self._victim = self.fleet.instances[-1]
+        self._witness = self._make_witness()
         self._tasks: list[asyncio.Task[None]] = []
 
     async def run(self) -> None:
@@ -144,7 +78,8 @@ class Storm:
         try:
             self._say(f"starting {self._plan.fleet.instances} instances")
             await self.fleet.start()
-            self._spawn(self.watcher.keep_sampling())
+            await self._witness.start()
+            self._spawn(self.sampler.run())
             self._spawn(self._report_progress())
             await self._until_all_are_connected()
             # What has been made until now stays: looking through it again and again would stop
@@ -154,7 +89,8 @@ class Storm:
             sending = self._spawn(self.sender.run(self._clients))
             await self._storm()
             sending.cancel()
-            await self._until(lambda: not self.watcher.owed, STRAGGLERS_S)
+            await self._until(lambda: not self.watcher.owed, _STRAGGLERS_S)
+            self.testimony = await self._witness.finish()
         finally:
             await self._end()
 
@@ -165,26 +101,29 @@ class Storm:
             return len(self.watcher.struck)
         return sum(client.caught_up for client in self.watcher.struck)
 
-    async def _until_all_are_connected(self) -> None:
+    def _make_witness(self) -> Witness:
         plan = self._plan
-        run = secrets.token_hex(4)
-        for number in range(plan.clients):
-            recipient = f"urn:storm:{run}:{number}"
-            token = sign_token(self.fleet.secret, recipient, (), _TOKEN_TTL_S)
-            self._clients.append(StormClient(self.fleet, self.watcher, recipient, token))
-        # Slowly enough that none is refused: who was would remember it, and come back the later
-        # from the storm. Without a hurry after a pause of this process, therefore.
-        per_s = min(_RAMP_PER_S, plan.fleet.handshakes_per_s * plan.fleet.instances * _RAMP_SHARE)
-        for client in self._clients:
-            client.start()
-            await asyncio.sleep(1 / per_s)
-        if not await self._until(self._all_are_back, plan.within_s):
+        others = [each for each in self.fleet.instances if each is not self._victim]
+        share = len(others) / plan.fleet.instances
+        return Witness(
+            Orders(
+                secret=self.fleet.secret,
+                ports={each.name: each.port for each in others},
+                clients=min(_MOST_WITNESSES, plan.clients // 10 + 1),
+                clients_per_s=self._clients_per_s * share,
+                messages_per_s=plan.messages_per_s,
+            )
+        )
+
+    async def _until_all_are_connected(self) -> None:
+        await start_clients(self._clients, self._clients_per_s)
+        if not await self._until(self._all_are_back, self._plan.within_s):
             statuses = ", ".join(
                 f"{count} answered {status}"
                 for status, count in self.watcher.statuses.most_common()
             )
             raise UnavailableError(
-                f"only {self.watcher.connected} of {plan.clients} clients could connect"
+                f"only {self.watcher.connected} of {self._plan.clients} clients could connect"
                 f" (handshakes: {statuses or 'none answered'})"
             )
 
@@ -192,7 +131,7 @@ class Storm:
         plan, course = self._plan, self.course
         course.calm_from_s = self._loop.time()
         await self._pass(plan.calm_s)
-        victim = self.fleet.up[-1]
+        victim = self._victim
         self.watcher.struck = frozenset(each for each in self._clients if each.where is victim)
         self._say(f"killing {victim.name} and its {len(self.watcher.struck)} sessions")
         course.killed_s, course.killed = self._loop.time(), victim.name
@@ -233,7 +172,7 @@ class Storm:
     async def _report_progress(self) -> None:
         while True:
             await asyncio.sleep(1.0)
-            last = self.watcher.samples[-4:]
+            last = self.sampler.samples[-4:]
             self._say(
                 f"{self.watcher.connected} of {self._plan.clients} connected;"
                 f" in the last second {sum(each.accepted for each in last)} handshakes,"
@@ -253,4 +192,5 @@ class Storm:
         for client in self._clients:
             client.stop()
         gc.unfreeze()
+        await self._witness.close()
         await self.fleet.close()

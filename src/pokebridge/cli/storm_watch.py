@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from pokebridge.cli.storm_clients import Observer, PulledMessage, StormClient
-from pokebridge.cli.storm_fleet import Fleet, StormInstance
+from pokebridge.cli.storm_fleet import Endpoint, Fleet
 
 SAMPLE_S = 0.25
 # Of uvloop's clock.
@@ -24,7 +24,6 @@ class Message:
     client: StormClient
     asked_s: float
     answered_s: float | None = None
-    is_heard: bool = False
     is_pulled: bool = False
 
 
@@ -45,14 +44,6 @@ class Sample:
     """How late the sample was taken: so much may be wrong with the times here."""
 
 
-@dataclass(frozen=True, slots=True)
-class PokeTime:
-    """From asking for a message to hearing its poke, for a client that was not ``struck``."""
-
-    asked_s: float
-    took_s: float
-
-
 @dataclass(slots=True)
 class Silence:
     """The longest time from a message's answer to its pull, in seconds."""
@@ -61,29 +52,25 @@ class Silence:
     others_s: float = 0.0
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Counts:
-    accepted: int = 0
-    refused: int = 0
-    pulls: int = 0
+    accepted: int
+    refused: int
+    pulls: int
 
 
 class Watcher(Observer):
     """Sees everything that clients and senders do."""
 
-    def __init__(self, fleet: Fleet) -> None:
-        self._fleet = fleet
+    def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._counts = _Counts()
-        self._cpu_s: dict[str, float] = {}
         self._waiting: dict[str, Message] = {}
         self.connected = 0
+        self.pulls = 0
         self.under_way: dict[StormClient, Message] = {}
         """A client's message, at most one: so a poke can only be its."""
         self.struck: frozenset[StormClient] = frozenset()
         """The clients of the instance that was killed."""
-        self.samples: list[Sample] = []
-        self.poke_times: list[PokeTime] = []
         self.silence = Silence()
         self.statuses: Counter[int] = Counter()
         """Handshakes by the status that they were answered with."""
@@ -92,31 +79,19 @@ class Watcher(Observer):
 
     # --- clients ----------------------------------------------------------------------------------
 
-    def on_handshake(self, where: StormInstance, status: int, asked_s: float) -> None:
+    def on_handshake(self, where: Endpoint, status: int, asked_s: float) -> None:
         """Count it."""
         self.statuses[status] += 1
         if status == 101:
-            self._counts.accepted += 1
             self.accepted[where.name].append((asked_s, self._loop.time()))
-        else:
-            self._counts.refused += 1
 
     def on_connected(self, change: int) -> None:
         """Count it."""
         self.connected += change
 
-    def on_poke(self, client: StormClient) -> None:
-        """Time it, unless the client had been away meanwhile."""
-        message = self.under_way.get(client)
-        if message is not None and not message.is_heard:
-            message.is_heard = True
-            if client not in self.struck:
-                now = self._loop.time()
-                self.poke_times.append(PokeTime(message.asked_s, now - message.asked_s))
-
     def on_pull(self, client: StormClient, messages: list[PulledMessage]) -> None:
         """See whether it brought what was waited for."""
-        self._counts.pulls += 1
+        self.pulls += 1
         message = self.under_way.get(client)
         if message is not None and any(each.id == message.id for each in messages):
             message.is_pulled = True
@@ -139,6 +114,11 @@ class Watcher(Observer):
         """Messages that were accepted and have not been pulled."""
         return len(self._waiting)
 
+    def waiting_since_s(self) -> float | None:
+        """When that message was answered that has waited longest; ``None``: none waits."""
+        oldest = next(iter(self._waiting.values()), None)
+        return None if oldest is None else oldest.answered_s
+
     def _finish(self, message: Message) -> None:
         """Done, once it is both answered and pulled; in either order."""
         if not message.is_pulled or message.answered_s is None:
@@ -150,10 +130,24 @@ class Watcher(Observer):
         else:
             self.silence.others_s = max(self.silence.others_s, waited_s)
 
-    # --- samples ----------------------------------------------------------------------------------
 
-    async def keep_sampling(self) -> None:
-        """Take samples until cancelled."""
+class Sampler:
+    """Takes a :class:`Sample` of what ``watcher`` sees, several times a second."""
+
+    def __init__(self, watcher: Watcher, fleet: Fleet) -> None:
+        self._watcher = watcher
+        self._fleet = fleet
+        self._loop = asyncio.get_running_loop()
+        self._counts = self._count()
+        self._cpu_s: dict[str, float] = {}
+        self.samples: list[Sample] = []
+
+    async def run(self) -> None:
+        """Take samples until cancelled.
+
+        Raises:
+            UnavailableError: an instance has ended that was not killed.
+        """
         due_s = self._loop.time()
         await asyncio.to_thread(self._read_cpu)
         while True:
@@ -162,26 +156,31 @@ class Watcher(Observer):
             await self._fleet.check()
             self._sample(due_s, await asyncio.to_thread(self._read_cpu))
 
+    def _count(self) -> _Counts:
+        statuses = self._watcher.statuses
+        accepted = statuses[101]
+        return _Counts(accepted, statuses.total() - accepted, self._watcher.pulls)
+
     def _sample(self, due_s: float, cpu: Mapping[str, float]) -> None:
         now = self._loop.time()
-        counts, self._counts = self._counts, _Counts()
-        oldest = next(iter(self._waiting.values()), None)
-        silent_since_s = now if oldest is None else oldest.answered_s or now
+        before, self._counts = self._counts, self._count()
+        silent_since_s = self._watcher.waiting_since_s()
         self.samples.append(
             Sample(
                 at_s=now,
-                connected=self.connected,
-                accepted=counts.accepted,
-                refused=counts.refused,
-                pulls=counts.pulls,
-                silence_s=now - silent_since_s,
+                connected=self._watcher.connected,
+                accepted=self._counts.accepted - before.accepted,
+                refused=self._counts.refused - before.refused,
+                pulls=self._counts.pulls - before.pulls,
+                silence_s=0.0 if silent_since_s is None else now - silent_since_s,
                 cpu=cpu,
                 late_s=now - due_s,
             )
         )
 
     def _read_cpu(self) -> Mapping[str, float]:
-        used = {each.name: cpu_s for each in self._fleet.up if (cpu_s := each.cpu_s()) is not None}
+        instances = self._fleet.instances
+        used = {each.name: cpu_s for each in instances if (cpu_s := each.cpu_s()) is not None}
         used[LOAD_GENERATOR] = time.process_time()
         before, self._cpu_s = self._cpu_s, used
         return {
