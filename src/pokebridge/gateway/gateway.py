@@ -124,6 +124,8 @@ class Gateway:
         """Handshakes by outcome: the HTTP status that they were answered with."""
         self.pulls_per_s = 1000.0
         """The rate to which the pulls after a gap are spread."""
+        self.on_ready: Callable[[str, str], None] = lambda _recipient, _device: None
+        """Told of each session that becomes ready; must not block."""
         self.moved = 0
         """Sessions that were sent after their shard."""
         self._connections: set[Connection] = set()
@@ -339,6 +341,7 @@ class Gateway:
         # Sessions that came together, as after a restart, are not pinged together.
         spread = random.uniform(0.5, 1.0)  # noqa: S311 - spreads load
         connection.open(self._config.timing.ping_interval_s * spread)
+        self.on_ready(connection.recipient, connection.session.device)
 
     def _open_waiting(self) -> None:
         """Say ``ready`` to those who waited, no faster than the pulls that it causes are borne."""

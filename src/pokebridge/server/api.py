@@ -19,6 +19,7 @@ from starlette.types import ASGIApp
 from pokebridge import console
 from pokebridge.gateway.handshake import Network
 from pokebridge.mailbox.base import Mailbox
+from pokebridge.mailbox.devices import KnownDevices
 from pokebridge.model import NewMessage, Poke, Receipt, check_recipient
 from pokebridge.server import docs, problems, schema
 from pokebridge.server.administration import ClusterCalls, Migrate, SessionCalls
@@ -72,6 +73,7 @@ class Parts:
     registry: CollectorRegistry
     on_pull: Callable[[float], None]
     on_pulled: Callable[[str, int], None]
+    devices: KnownDevices | None = None
     has_calls: bool = True
     middleware: Sequence[Callable[[ASGIApp], ASGIApp]] = ()
     allowed_origins: Sequence[str] = ()
@@ -101,7 +103,9 @@ def create_api(parts: Parts) -> FastAPI:
 def _add_calls(app: Api, parts: Parts) -> None:
     PokeCalls(parts.verify, parts.publish_pokes).add_to(app)
     if parts.mailbox is not None and parts.send is not None:
-        MessageCalls(parts.verify, parts.mailbox, parts.send, parts.on_pulled).add_to(app)
+        MessageCalls(
+            parts.verify, parts.mailbox, parts.send, parts.on_pulled, parts.devices
+        ).add_to(app)
     SessionCalls(
         parts.verify,
         home_of=parts.home_of,

@@ -25,7 +25,9 @@ from pokebridge.gateway.gateway import Gateway, GatewayConfig
 from pokebridge.ingress.base import Source
 from pokebridge.ingress.ingress import Ingress
 from pokebridge.mailbox.base import Mailbox
+from pokebridge.mailbox.devices import KnownDevices
 from pokebridge.mailbox.pushes import PushQueue, pushes_of
+from pokebridge.model import DEFAULT_DEVICE
 from pokebridge.processor import Processor
 from pokebridge.publisher import Publisher
 from pokebridge.server import api, metrics
@@ -71,6 +73,7 @@ class Instance:
         self._publisher = Publisher(transport, shard_count=settings.shard_count)
         self._processor: Processor | None = None
         self._send: api.Send | None = None
+        self._devices = None if mailbox is None else KnownDevices(mailbox)
         if mailbox is not None:
             does_upkeep = "processor" in settings.roles
             self._processor = Processor(mailbox, self._publisher, does_upkeep=does_upkeep)
@@ -91,6 +94,7 @@ class Instance:
             audience=settings.jwt_audience,
         )
         self.gateway = Gateway(_gateway_config(settings), transport, self._verifier)
+        self.gateway.on_ready = self._note_device
         self.cluster = Cluster(
             settings,
             self.gateway,
@@ -122,6 +126,7 @@ class Instance:
                 verify=self._verifier.verify,
                 has_calls="api" in settings.roles,
                 mailbox=self._mailbox,
+                devices=self._devices,
                 send=self._send,
                 publish_pokes=publish_pokes,
                 disconnect=self._publisher.disconnect,
@@ -163,6 +168,11 @@ class Instance:
         self._capacity.add(duration_s)
         self.cluster.pulls.add(duration_s)
 
+    def _note_device(self, recipient: str, device: str) -> None:
+        """A session is ready: messages wait for its device too, if it has a name of its own."""
+        if self._devices is not None and device != DEFAULT_DEVICE:
+            self._devices.note(recipient, device)
+
     def _note_pulled(self, recipient: str, version: int) -> None:
         if self._pulls is not None:
             self._pulls.note(recipient, version)
@@ -195,7 +205,7 @@ class Instance:
         if self._pacer is not None:
             self._pacer.cancel()
         await self._watchers.close()
-        for part in (self._ingress, self._pusher, self._pulls, self._processor):
+        for part in (self._ingress, self._pusher, self._pulls, self._processor, self._devices):
             if part is not None:
                 await part.close()
         await self._publisher.close()
