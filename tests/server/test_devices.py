@@ -3,14 +3,13 @@
 import json
 
 import websockets
-
 from tests.support import Serve, wait_until
 
 BOB = "urn:user:bob"
 
 
 async def test_a_device_is_known_from_its_first_ready(serve: Serve) -> None:
-    """A connected phone that has pulled nothing yet holds messages back, a nameless one does not."""
+    """A connected phone that has pulled nothing yet holds messages back; one without a name not."""
     instance = serve(mailbox="memory://")
     headers = instance.headers(BOB)
     url = instance.ws_url
