@@ -113,6 +113,16 @@ async def migrate(world: "World") -> None:
     await _ask(world, through, lambda: through.real.cluster.migrate(mode, force=True))
 
 
+async def migrate_over_a_gap(world: "World") -> None:
+    """The mode changes just when subscriptions have failed, and nobody has noticed yet."""
+    if world.running:
+        victim = world.rng.choice(world.running)
+        world.trace.note(victim.name, "loses its streams")
+        for link in world.broker.links_of(victim):
+            link.break_off("a broken stream", world.rng.uniform(0.0, 3.0))
+    await migrate(world)
+
+
 async def add_instance(world: "World") -> None:
     """The cluster grows by one."""
     if len(world.names) < world.config.instances + 2:
@@ -344,6 +354,16 @@ async def no_tokens(world: "World") -> None:
         client.token_trouble = False
 
 
+async def disconnect(world: "World") -> None:
+    """An administrator closes all sessions of a recipient: its clients get new tokens."""
+    client = _client(world)
+    if client is None or not world.well_instances:
+        return
+    through = world.rng.choice(world.well_instances)
+    world.trace.note(through.name, f"is to disconnect {client.recipient}")
+    await _ask(world, through, lambda: through.disconnect(client.recipient))
+
+
 async def come_and_go(world: "World") -> None:
     """One client leaves for good, another comes."""
     if client := _client(world):
@@ -362,6 +382,7 @@ ALL: Mapping[str, Fault] = {
         restart,
         drain,
         migrate,
+        migrate_over_a_gap,
         add_instance,
         remove_instance,
         restart_broker,
@@ -383,6 +404,7 @@ ALL: Mapping[str, Fault] = {
         sleep_and_wake,
         slow_reader,
         no_tokens,
+        disconnect,
         come_and_go,
     )
 }

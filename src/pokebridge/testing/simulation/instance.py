@@ -173,6 +173,10 @@ class SimInstance(Peer):
         assert processor is not None
         return await processor.send(message)
 
+    async def disconnect(self, recipient: str) -> None:
+        """``DELETE /v1/sessions/{recipient}``."""
+        await self.real._publisher.disconnect(recipient)  # noqa: SLF001 - the same
+
     # --- for those who look on --------------------------------------------------------------------
 
     @property
