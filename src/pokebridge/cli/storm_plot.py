@@ -15,7 +15,7 @@ _RED = "#C00000"
 # For legends and names.
 _HEADROOM = 1.15
 _SIZE_INCHES = (9.0, 11.0)
-# Rates are shown over so many samples: a second.
+# Rates and CPU are shown over so many samples: a second.
 _SMOOTH = round(1 / SAMPLE_S)
 
 
@@ -126,7 +126,13 @@ def _name_marks(axes: "Axes", report: dict[str, Any]) -> None:
 
 
 def _rates(samples: Sequence[dict[str, Any]], name: str) -> Sequence[float]:
-    return [each / SAMPLE_S for each in _smooth([sample[name] for sample in samples])]
+    """A second's rate up to each sample; more than that when samples were late."""
+    rates = []
+    for last in range(len(samples)):
+        first = max(0, last - _SMOOTH)
+        took_s = samples[last]["at_s"] - samples[first]["at_s"] or SAMPLE_S
+        rates.append(sum(sample[name] for sample in samples[first + 1 : last + 1]) / took_s)
+    return rates
 
 
 def _smooth(values: Sequence[float]) -> Sequence[float]:

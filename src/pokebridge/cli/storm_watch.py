@@ -29,7 +29,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """How it was at ``at_s``, and what has happened in the ``SAMPLE_S`` before."""
+    """How it was at ``at_s``, and what has happened since the last sample."""
 
     at_s: float
     connected: int
@@ -140,6 +140,7 @@ class Sampler:
         self._loop = asyncio.get_running_loop()
         self._counts = self._count()
         self._cpu_s: dict[str, float] = {}
+        self._cpu_read_s = 0.0
         self.samples: list[Sample] = []
 
     async def run(self) -> None:
@@ -183,8 +184,9 @@ class Sampler:
         used = {each.name: cpu_s for each in instances if (cpu_s := each.cpu_s()) is not None}
         used[LOAD_GENERATOR] = time.process_time()
         before, self._cpu_s = self._cpu_s, used
+        since_s, self._cpu_read_s = self._cpu_read_s, time.monotonic()
         return {
-            name: max(0.0, cpu_s - before[name]) / SAMPLE_S
+            name: max(0.0, cpu_s - before[name]) / (self._cpu_read_s - since_s)
             for name, cpu_s in used.items()
             if name in before
         }
