@@ -12,8 +12,10 @@ from pokebridge.errors import ConfigError, TransportError
 from pokebridge.ingress.base import Delivery
 from pokebridge.transport.google_pubsub_api import PubSubApi, PubSubError, PubsubMessage
 
-FETCH_S: Final = 5.0
-DEAD_KEPT_S: Final = 31 * 24 * 3600
+# The server ends an empty pull long before that. One that we give up may have been given messages,
+# which then wait for their ack deadline.
+FETCH_S: Final = 120.0
+DEAD_KEPT_S: Final = 7 * 24 * 3600
 _NAME = re.compile(r"[A-Za-z][\w.~+%-]{2,200}")
 # What an attribute's value may have; a character has four bytes at most.
 _MAX_REASON = 250

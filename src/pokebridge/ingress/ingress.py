@@ -53,6 +53,7 @@ class Ingress:
         self._defects: dict[str, int] = {}
         self._reading: asyncio.Task[None] | None = None
         self._settling: asyncio.Task[None] | None = None
+        self._closing = False
 
     @property
     def is_down(self) -> bool:
@@ -68,6 +69,7 @@ class Ingress:
 
         What is not settled by then is delivered again.
         """
+        self._closing = True
         tasks = [task for task in (self._reading, self._settling) if task is not None]
         if self._reading is not None:
             self._reading.cancel()
@@ -79,7 +81,7 @@ class Ingress:
 
     async def _keep_reading(self) -> None:
         attempt = Attempts()
-        while True:
+        while not self._closing:  # a driver may swallow a cancellation
             await attempt(self._step())
 
     async def _step(self) -> None:

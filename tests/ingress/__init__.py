@@ -1,0 +1,1 @@
+"""What the ingress's tests share: queues of each engine."""

@@ -1,0 +1,325 @@
+"""Ingress: what a queue delivers is committed once and acked then, or put aside with why."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+
+from pokebridge.errors import ConfigError, MailboxError, TransportError
+from pokebridge.ingress import ingress as ingress_module
+from pokebridge.ingress import nats as nats_ingress
+from pokebridge.ingress.base import Delivery, Source
+from pokebridge.ingress.google_pubsub import GooglePubSubSource
+from pokebridge.ingress.ingress import Ingress
+from pokebridge.ingress.nats import NatsSource
+from pokebridge.mailbox.base import Limits
+from pokebridge.mailbox.memory import MemoryMailbox
+from pokebridge.model import NewMessage, Receipt
+from pokebridge.server.messages import read_ingress
+from pokebridge.testing.mailbox_kit import ALICE, BOB, EVE, versions
+from pokebridge.testing.pubsub import PubSubServer
+from tests.ingress.queues import DeadLetter, NatsQueue, PubSubQueue, Queue
+from tests.support import Daemon, wait_until
+
+
+def order(recipient: str = BOB, **more: Any) -> bytes:
+    """A message as a backend would publish it."""
+    return json.dumps({"sender": ALICE, "recipient": recipient, "body": {"n": 1}} | more).encode()
+
+
+@pytest.fixture(params=["nats", "pubsub-emulator", "pubsub-server"])
+async def queue(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Queue]:
+    """A queue on each engine."""
+    monkeypatch.setattr(nats_ingress, "ACK_WAIT_S", 1.0)
+    if request.param == "nats":
+        queue: Queue = await NatsQueue.make(request.getfixturevalue("nats_server").url)
+        yield queue
+        await queue.close()
+    elif request.param == "pubsub-emulator":
+        address = request.getfixturevalue("pubsub_emulator")
+        monkeypatch.setenv("PUBSUB_EMULATOR_HOST", address)
+        queue = await PubSubQueue.make(address)
+        yield queue
+        await queue.close()
+    else:
+        async with PubSubServer() as server:
+            monkeypatch.setenv("PUBSUB_EMULATOR_HOST", server.address)
+            queue = await PubSubQueue.make(server.address)
+            yield queue
+            await queue.close()
+
+
+@pytest.fixture
+async def nats_queue(
+    nats_server: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[NatsQueue]:
+    """A queue on the shared NATS server."""
+    monkeypatch.setattr(nats_ingress, "ACK_WAIT_S", 1.0)
+    queue = await NatsQueue.make(nats_server.url)
+    yield queue
+    await queue.close()
+
+
+class Sender:
+    """Commits to a mailbox; can be away, or have a defect."""
+
+    def __init__(self, limits: Limits | None = None) -> None:
+        self.mailbox = MemoryMailbox(limits=limits)
+        self.is_away = False
+        self.defect_in = ""
+        self.calls = 0
+        self.most_at_once = self._at_once = 0
+
+    async def send(self, message: NewMessage) -> Receipt:
+        """Commit ``message``."""
+        self.calls += 1
+        self._at_once += 1
+        self.most_at_once = max(self.most_at_once, self._at_once)
+        try:
+            await asyncio.sleep(0)
+            if self.is_away:
+                raise MailboxError("away")
+            if message.id == self.defect_in:
+                raise RuntimeError("bug")
+            return await self.mailbox.append(message)
+        finally:
+            self._at_once -= 1
+
+
+@asynccontextmanager
+async def reading(source: Source, sender: Sender) -> AsyncIterator[Ingress]:
+    """An ingress that is running."""
+    ingress = Ingress(source, read_ingress, sender.send)
+    await ingress.start()
+    try:
+        yield ingress
+    finally:
+        await ingress.close()
+
+
+async def buried(queue: Queue, count: int) -> list[DeadLetter]:
+    """The first ``count`` dead letters."""
+    found: list[DeadLetter] = []
+
+    async def are_there() -> bool:
+        found.extend(await queue.dead_letters())
+        return len(found) >= count
+
+    await wait_until(are_there)
+    return found
+
+
+async def test_what_is_published_is_committed(queue: Queue) -> None:
+    """More than a batch of messages: each once, from the sender that its body names."""
+    sender = Sender()
+    async with reading(await queue.source(), sender) as ingress:
+        await queue.publish(*(order(body=n) for n in range(300)))
+        await queue.publish(order(EVE, id="order-7", ttl_s=60))
+        await wait_until(lambda: ingress.results["committed"] == 301, what=f"{ingress.results}")
+    page = await sender.mailbox.read(BOB, after=0, limit=500)
+    assert sorted(int(kept.body) for kept in page.messages) == list(range(300))
+    assert {kept.sender for kept in page.messages} == {ALICE}
+    [named] = (await sender.mailbox.read(EVE, after=0, limit=1)).messages
+    assert (named.id, named.body) == ("order-7", b'{"n": 1}')
+    assert sender.most_at_once <= ingress_module.BATCH
+
+
+async def test_a_redelivery_commits_nothing(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Acks that were lost after the commit: the messages come again, and are known by their ids."""
+    source, sender = await queue.source(), Sender()
+    failures = 1
+    ack = source.ack
+
+    async def lossy(deliveries: list[Delivery]) -> None:
+        nonlocal failures
+        failures -= 1
+        if failures >= 0:
+            await source.retry(deliveries, delay_s=0)  # what the engine does by itself, in time
+            raise TransportError("cut off")
+        await ack(deliveries)
+
+    monkeypatch.setattr(source, "ack", lossy)
+    async with reading(source, sender) as ingress:
+        await queue.publish(order(), order(EVE, id="order-7"))
+        await wait_until(lambda: ingress.results["duplicate"] >= 1)
+        await wait_until(lambda: ingress.results["committed"] + ingress.results["duplicate"] >= 3)
+    assert await versions(sender.mailbox, BOB) == [1]
+    assert await versions(sender.mailbox, EVE) == [1]
+
+
+async def test_poison_is_put_aside_with_the_reason(queue: Queue) -> None:
+    """What can never be committed goes where it can be looked at; its neighbours are committed."""
+    poison = {
+        b"Dear Bob": "the body is not JSON",
+        b'{"recipient": "b", "body": 1}': "missing required field `sender`",
+        order("not a recipient"): "a recipient is 1 to 256 visible ASCII characters",
+        order(sender="\n"): "a recipient is 1 to 256 visible ASCII characters",
+        order(body="x" * 70_000): "at most 65536 bytes",
+        order(colour="red"): "unknown field `colour`",
+        b"[" * 100_000: "",
+    }
+    sender = Sender()
+    async with reading(await queue.source(), sender) as ingress:
+        await queue.publish(order(), *poison, order())
+        dead = await buried(queue, len(poison))
+        await wait_until(lambda: ingress.results["committed"] == 2)
+    assert {letter.body for letter in dead} == set(poison)
+    for letter in dead:
+        assert poison[letter.body] in letter.reason
+    assert ingress.results["refused"] == len(poison)
+
+
+async def test_what_a_full_mailbox_refuses_is_put_aside(queue: Queue) -> None:
+    """There is no sender to tell, and nothing else waits for room."""
+    sender = Sender(Limits(max_messages=1))
+    async with reading(await queue.source(), sender):
+        await queue.publish(order(), order(), order(EVE))
+        [letter] = await buried(queue, 1)
+        await wait_until(lambda: sender.calls == 3)
+    assert "mailbox is full" in letter.reason
+    assert await versions(sender.mailbox, EVE) == [1]
+
+
+async def test_nothing_is_acked_while_the_mailbox_is_away(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Messages stay in the queue during an outage, and are committed once after it."""
+    monkeypatch.setattr(ingress_module, "RETRY_DELAY_S", 0.0)
+    sender = Sender()
+    sender.is_away = True
+    with capture_logs() as logs:
+        async with reading(await queue.source(), sender) as ingress:
+            await queue.publish(*(order(body=n) for n in range(5)))
+            await wait_until(lambda: ingress.results["retried"] >= 10)
+            sender.is_away = False
+            await wait_until(lambda: ingress.results["committed"] == 5)
+    assert await versions(sender.mailbox) == [1, 2, 3, 4, 5]
+    assert [line["event"] for line in logs] == ["part_unavailable", "part_is_back"]
+    assert await queue.dead_letters() == []
+
+
+async def test_a_defect_holds_nobody_up(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A message that meets a bug of ours again and again is put aside, with the error."""
+    monkeypatch.setattr(ingress_module, "RETRY_DELAY_S", 0.0)
+    sender = Sender()
+    sender.defect_in = "order-7"
+    with capture_logs() as logs:
+        async with reading(await queue.source(), sender) as ingress:
+            await queue.publish(order(id="order-7"), order(EVE))
+            [letter] = await buried(queue, 1)
+            await wait_until(lambda: ingress.results["committed"] == 1)
+    assert [line["event"] for line in logs].count("step_failed") == ingress_module.MAX_DEFECTS - 1
+    assert "RuntimeError('bug')" in letter.reason
+    assert ingress.results["retried"] == ingress_module.MAX_DEFECTS - 1
+
+
+async def test_two_processors_share_a_queue(queue: Queue) -> None:
+    """Each message goes to one of them; what one had taken when it died, the other gets."""
+    one, other = Sender(), Sender()
+    dying = await queue.source()
+    await queue.publish(*(order(body=n) for n in range(20)))
+    taken = await dying.fetch(5)
+    assert taken
+    await dying.retry(taken, delay_s=0)
+    await dying.close()
+    async with (
+        reading(await queue.source(), one) as first,
+        reading(await queue.source(), other) as second,
+    ):
+        await wait_until(lambda: first.results["committed"] + second.results["committed"] == 20)
+    bodies = [
+        kept.body
+        for sender in (one, other)
+        for kept in (await sender.mailbox.read(BOB, after=0, limit=100)).messages
+    ]
+    assert sorted(map(int, bodies)) == list(range(20))
+
+
+async def test_closing_settles_what_was_taken(nats_queue: NatsQueue) -> None:
+    """An orderly stop amid a batch acks what it commits: nothing is left to deliver again."""
+    sender = Sender()
+    async with reading(await nats_queue.source(), sender):
+        await nats_queue.publish(*(order(body=n) for n in range(50)))
+        await wait_until(lambda: sender.calls > 0)
+    count = await sender.mailbox.head(BOB)
+    assert await nats_queue.unacked() == 50 - count
+
+
+async def test_a_killed_nats_comes_back(
+    own_nats_server: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The queue is read on after the engine's death, also when that was not there at the start."""
+    monkeypatch.setattr(nats_ingress, "ACK_WAIT_S", 1.0)
+    queue = await NatsQueue.make(own_nats_server.url)
+    sender = Sender()
+    await asyncio.to_thread(own_nats_server.kill)
+    async with reading(await queue.source(), sender) as ingress:
+        await wait_until(lambda: ingress.is_down)
+        await asyncio.to_thread(own_nats_server.start)
+        await queue.publish(order())
+        await wait_until(lambda: ingress.results["committed"] == 1)
+        assert not ingress.is_down
+        await asyncio.to_thread(own_nats_server.kill)
+        await wait_until(lambda: ingress.is_down)
+        await asyncio.to_thread(own_nats_server.start)
+        await queue.publish(order())
+        await wait_until(lambda: ingress.results["committed"] == 2)
+    assert await versions(sender.mailbox) == [1, 2]
+    await queue.close()
+
+
+async def test_a_restarted_pubsub_server_is_read_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that stops and comes back costs nothing but the time."""
+    async with PubSubServer() as server:
+        monkeypatch.setenv("PUBSUB_EMULATOR_HOST", server.address)
+        queue = await PubSubQueue.make(server.address)
+        sender = Sender()
+        async with reading(await queue.source(), sender) as ingress:
+            await server.stop()
+            await wait_until(lambda: ingress.is_down)
+            await server.start()
+            await queue.publish(order())
+            await wait_until(lambda: ingress.results["committed"] == 1)
+        await queue.close()
+
+
+async def test_a_subject_of_the_stream_is_read(nats_queue: NatsQueue) -> None:
+    """Other subjects of the same stream are other people's."""
+    sender = Sender()
+    async with reading(await nats_queue.source(), sender) as ingress:
+        await nats_queue.publish_beside(order(EVE))
+        await nats_queue.publish(order())
+        await wait_until(lambda: ingress.results["committed"] == 1)
+    assert await sender.mailbox.head(EVE) == 0
+
+
+async def test_a_stream_that_is_missing_is_named(nats_server: Daemon) -> None:
+    """The log says what to make, and it is tried again."""
+    source = NatsSource(f"{nats_server.url}/NOWHERE", cluster="c")
+    with pytest.raises(TransportError, match="there is no stream NOWHERE"):
+        await source.fetch(1)
+    await source.close()
+    with pytest.raises(TransportError, match="closed"):
+        await source.fetch(1)
+
+
+@pytest.mark.parametrize(
+    "url", ["nats://h:4222", "nats://h:4222/a.b", "nats:///S", "nats://h:4222/S?colour=red"]
+)
+def test_a_wrong_nats_url_is_refused(url: str) -> None:
+    """One line says what it looks like."""
+    with pytest.raises(ConfigError, match="the ingress's URL"):
+        NatsSource(url, cluster="c")
+
+
+@pytest.mark.parametrize("url", ["pubsub://", "pubsub://p", "pubsub:///s", "pubsub://p/a/b"])
+async def test_a_wrong_pubsub_url_is_refused(url: str) -> None:
+    """One line says what it looks like."""
+    with pytest.raises(ConfigError, match="the ingress's URL"):
+        await GooglePubSubSource.connect(url)
