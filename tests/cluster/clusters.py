@@ -161,13 +161,13 @@ async def metrics(instance: Instance, *wanted: Metric) -> list[float]:
 
 
 async def until_quiet(cluster: Cluster, pause_s: float) -> None:
-    """Return when no instance has heard a poke for ``pause_s``: nothing is owed any more."""
+    """Return when no instance has had a poke or a gap for ``pause_s``: nothing is owed any more."""
     loop = asyncio.get_running_loop()
-    last, since_s = await cluster.counts(Metric.POKES), loop.time()
+    last, since_s = await cluster.counts(Metric.POKES, Metric.GAPS), loop.time()
 
     async def is_quiet() -> bool:
         nonlocal last, since_s
-        if (counted := await cluster.counts(Metric.POKES)) != last:
+        if (counted := await cluster.counts(Metric.POKES, Metric.GAPS)) != last:
             last, since_s = counted, loop.time()
         return loop.time() - since_s > pause_s
 

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from pokebridge.cli import main
 
+PATIENCE_S = 30.0
+
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(
     ["tests.cluster.starts", "pokebridge.cli.serve", "pokebridge.server"]
@@ -25,27 +27,41 @@ _forks.set_forkserver_preload(
 @contextmanager
 def instances(count: int, settings: Mapping[str, object], log: Path) -> Iterator[None]:
     """Start ``count`` instances, and kill them with SIGKILL when the block ends."""
-    env = {f"POKEBRIDGE_{name.upper()}": str(value) for name, value in settings.items()}
-    env["PUBSUB_EMULATOR_HOST"] = os.environ["PUBSUB_EMULATOR_HOST"]
-    started = [_forks.Process(target=_serve, args=(env, log)) for _ in range(count)]
+    started = [_fork(settings, log, "info") for _ in range(count)]
     try:
-        for process in started:
-            process.start()
         yield
     finally:
-        _kill(started)
+        for process in started:
+            _kill(process)
 
 
-def _serve(env: Mapping[str, str], log: Path) -> None:
+def failing_instance(settings: Mapping[str, object], log: Path) -> tuple[int | None, str]:
+    """Start an instance that ends by itself; its exit status, and what it had to say."""
+    process = _fork(settings, log, "error")
+    try:
+        process.join(PATIENCE_S)
+        return process.exitcode, log.read_text()
+    finally:
+        _kill(process)
+
+
+def _fork(settings: Mapping[str, object], log: Path, level: str) -> ForkServerProcess:
+    env = {f"POKEBRIDGE_{name.upper()}": str(value) for name, value in settings.items()}
+    env = {"PUBSUB_EMULATOR_HOST": os.environ.get("PUBSUB_EMULATOR_HOST", "")} | env
+    process = _forks.Process(target=_serve, args=(env, log, level))
+    process.start()
+    return process
+
+
+def _serve(env: Mapping[str, str], log: Path, level: str) -> None:
     os.environ.update(env)
     with log.open("a") as lines:
-        os.dup2(lines.fileno(), sys.stderr.fileno())
-    main(["serve", "--port", "0", "--dev"])
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(lines.fileno(), stream.fileno())
+    main(["serve", "--port", "0", "--dev", "--log-level", level])
 
 
-def _kill(processes: list[ForkServerProcess]) -> None:
-    for process in processes:
-        process.kill()
-    for process in processes:
-        process.join()
-        process.close()
+def _kill(process: ForkServerProcess) -> None:
+    process.kill()
+    process.join()
+    process.close()

@@ -183,10 +183,12 @@ async def test_an_engine_that_is_restarted_leaves_nobody_silent(
 
 
 async def is_readiness(cluster: Cluster, status: int, text: str) -> bool:
-    """Whether that is what the first instance's ``/readyz`` says."""
-    async with cluster.instances[0].async_http() as http:
-        answer = await http.get("/readyz")
-    return answer.status_code == status and text in answer.text
+    """Whether that is what every instance's ``/readyz`` says."""
+    answers = []
+    for instance in cluster.instances:
+        async with instance.async_http() as http:
+            answers.append(await http.get("/readyz"))
+    return all(answer.status_code == status and text in answer.text for answer in answers)
 
 
 async def test_a_cut_connection_leaves_nobody_silent(
@@ -245,15 +247,23 @@ async def test_deleted_subscriptions_leave_nobody_silent(
             three.async_http("urn:backend", "send") as http,
         ):
             await traffic.more(10)
+            before = await cluster.counts(Metric.GAPS)
             await asyncio.to_thread(_delete_subscriptions, cluster)
             deleted_s = monotonic()
             await traffic.send(http, carol)
             await traffic.more(20)
             await traffic.all_pulled()
+            await wait_until(partial(_all_had_a_gap, cluster, before))
         return measured(traffic, deleted_s)
 
     only = {"pubsub": clusters["pubsub"]}
     report(capsys, "subscriptions deleted", await on_each(only, act, TIMEOUT_S))
+
+
+async def _all_had_a_gap(cluster: Cluster, before: list[list[float]]) -> bool:
+    return all(
+        now > then for now, then in zip(await cluster.counts(Metric.GAPS), before, strict=True)
+    )
 
 
 def _delete_subscriptions(cluster: Cluster) -> None:

@@ -2,8 +2,9 @@
 
 import asyncio
 import os
+import secrets
+import subprocess
 import sys
-from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,9 +13,9 @@ import pytest
 import valkey
 
 from pokebridge.testing.pubsub import PubSubServer
+from tests.cluster import starts
 from tests.support import Daemon, Instance, Serve, free_port, wait_until
 from tests.support.engines import BIN
-from tests.support.serving import POKEBRIDGE
 
 USERS = """authorization { users = [
     { user: bridge, password: pw %s }
@@ -66,79 +67,93 @@ async def pubsub(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[PubSubServer]
         yield server
 
 
-async def assert_fails(failure: Failure, *command: str | Path, pubsub_host: str = "") -> None:
-    """Start an instance, which ends by itself with one clear line and no traceback."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith("POKEBRIDGE_")}
-    env["PUBSUB_EMULATOR_HOST"] = pubsub_host
-    flags = ("serve", "--dev", "--port", "0", "--mailbox", "memory://", "--log-level", "error")
-    process = await asyncio.create_subprocess_exec(
-        *(command or [POKEBRIDGE]), *flags, "--transport", failure.transport, env=env,
-        stdout=PIPE, stderr=PIPE,
-    )  # fmt: skip
-    try:
-        out, err = await process.communicate()
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    assert (process.returncode, out) == (failure.status, b""), err
-    (line,) = err.decode().splitlines()
+def assert_is_one_line(failure: Failure, status: int | None, out: str) -> None:
+    """It ended as it should, with one clear line and no traceback; no password is in it."""
+    assert status == failure.status, out
+    (line,) = out.splitlines()
     assert line.startswith("pokebridge: ")
     for said in failure.said:
         assert said in line
-    assert "pw" not in line.split()
+    assert "s3cret" not in line
+
+
+async def assert_fails(failure: Failure, directory: Path) -> None:
+    """Start an instance, which ends by itself."""
+    log = directory / f"{secrets.token_hex(4)}.log"
+    settings = {"transport": failure.transport, "mailbox": "memory://"}
+    status, out = await asyncio.to_thread(starts.failing_instance, settings, log)
+    assert_is_one_line(failure, status, out)
 
 
 async def test_a_start_that_can_not_be_is_one_clear_line(
-    nats_with_users: Nats, own_valkey_server: Daemon, pubsub: PubSubServer
+    nats_with_users: Nats, own_valkey_server: Daemon, tmp_path: Path
 ) -> None:
-    """No such project, a permission that is missing, a wrong password, a broker that is not there.
+    """A permission that is missing, a wrong password, a broker that is not there.
 
-    Status 2 is for a setting to correct, 1 for an engine that can't be had now.
+    Status 1 is for an engine that can't be had now.
     """
     with valkey.Valkey(port=own_valkey_server.port) as admin:
         admin.execute_command("ACL", "SETUSER", "mute", *ACL, "&other")
     nats, redis = nats_with_users.address, own_valkey_server.address
     nowhere = f"127.0.0.1:{free_port()}"
-    at_pubsub = [
+    failures = [
+        Failure(f"nats://mute:pw@{nats}", 1, [nats, "no permission for subscription"]),
+        Failure(f"nats://bridge:s3cret@{nats}", 1, [nats, "Authorization"]),
+        Failure(f"nats://bridge:s3cret@{nowhere}", 1, [nowhere, "refused"]),
+        Failure(f"redis://mute:pw@{redis}/0", 1, [redis, "permission"]),
+        Failure(f"redis://mute:s3cret@{redis}/0", 1, [redis, "password"]),
+        Failure(f"redis://mute:s3cret@{nowhere}/0", 1, [nowhere, "refused"]),
+    ]
+    async with asyncio.timeout(TIMEOUT_S), asyncio.TaskGroup() as group:
+        for failure in failures:
+            group.create_task(assert_fails(failure, tmp_path))
+
+
+async def test_a_start_without_pubsub_is_one_clear_line(
+    pubsub: PubSubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No such project, a permission that is missing, a service that can't be reached.
+
+    Status 2 is for what somebody has to correct in a setting.
+    """
+    wrong = [
         Failure("pubsub://no-such-project", 2, ["project no-such-project is not known"]),
         Failure("pubsub://Not_A_Project", 2, ["'Not_A_Project' can't be a project"]),
     ]
-    elsewhere = [
-        Failure(f"nats://mute:pw@{nats}", 1, [nats, "no permission for subscription"]),
-        Failure(f"nats://bridge:no@{nats}", 1, [nats, "Authorization"]),
-        Failure(f"nats://{nowhere}", 1, [nowhere, "refused"]),
-        Failure(f"redis://mute:pw@{redis}/0", 1, [redis, "permission"]),
-        Failure(f"redis://mute:no@{redis}/0", 1, [redis, "password"]),
-        Failure(f"redis://{nowhere}/0", 1, [nowhere, "refused"]),
-    ]
-    async with asyncio.timeout(TIMEOUT_S), asyncio.TaskGroup() as group:
-        for failure in elsewhere:
-            group.create_task(assert_fails(failure))
-        for failure in at_pubsub:
-            group.create_task(assert_fails(failure, pubsub_host=pubsub.address))
-        unreachable = Failure("pubsub://a-project", 1, [nowhere, "can't be reached"])
-        group.create_task(assert_fails(unreachable, pubsub_host=nowhere))
-        for method, permission in (
-            ("CreateTopic", "pubsub.topics.create"),
-            ("CreateSubscription", "pubsub.subscriptions.create"),
-            ("StreamingPull", "pubsub.subscriptions.consume"),
+    async with asyncio.timeout(TIMEOUT_S):
+        for failure in wrong:
+            await assert_fails(failure, tmp_path)
+        for status, method, permission in (
+            (2, "CreateTopic", "pubsub.topics.create"),
+            (1, "CreateSubscription", "pubsub.subscriptions.create"),
+            (1, "StreamingPull", "pubsub.subscriptions.consume"),
         ):
             pubsub.deny(method)
-            status = 2 if method == "CreateTopic" else 1
-            denied = Failure("pubsub://a-project", status, [permission])
-            await assert_fails(denied, pubsub_host=pubsub.address)
+            await assert_fails(Failure("pubsub://a-project", status, [permission]), tmp_path)
             pubsub.allow(method)
+        nowhere = f"127.0.0.1:{free_port()}"
+        monkeypatch.setenv("PUBSUB_EMULATOR_HOST", nowhere)
+        unreachable = Failure("pubsub://a-project", 1, [nowhere, "can't be reached"])
+        await assert_fails(unreachable, tmp_path)
 
 
 @pytest.mark.parametrize("missing", [("nats", "nats"), ("redis", "redis"), ("pubsub", "google")])
-async def test_a_missing_driver_is_one_clear_line(missing: tuple[str, str]) -> None:
+def test_a_missing_driver_is_one_clear_line(missing: tuple[str, str], tmp_path: Path) -> None:
     """It names the extra to install."""
     scheme, package = missing
     without = f"import sys; sys.modules[{package!r}] = None; import pokebridge.cli as c; c.main()"
-    failure = Failure(f"{scheme}://a-host", 2, [f"pip install 'pokebridge[{scheme}]'"])
-    async with asyncio.timeout(TIMEOUT_S):
-        await assert_fails(failure, sys.executable, "-c", without)
+    flags = ("serve", "--dev", "--mailbox", "memory://", "--transport", f"{scheme}://a-host")
+    done = subprocess.run(
+        [sys.executable, "-c", without, *flags],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    failure = Failure(scheme, 2, [f"pip install 'pokebridge[{scheme}]'"])
+    assert_is_one_line(failure, done.returncode, done.stdout)
 
 
 async def readiness(instance: Instance) -> tuple[int, str]:
