@@ -10,7 +10,7 @@ NODE := tests/node clients/js
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-deps check fix bench lock clean
+.PHONY: help setup run test test-deps simulate check fix bench lock clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -56,6 +56,10 @@ test-deps:
 	@if command -v npm >/dev/null; then \
 	  for directory in $(NODE); do (cd $$directory && npm ci --silent --no-audit --no-fund) || exit; done; \
 	else echo "test: npm is missing, so the tests of the JavaScript client won't run" >&2; fi
+
+simulate: setup  ## run SEEDS (1000) simulated clusters, FROM=0, JOBS=1 processes; JSON=1, TRACE=1
+	@$(BIN)/python -m pokebridge.testing.simulation --seeds $(or $(SEEDS),1000) --from $(or $(FROM),0) \
+	  --jobs $(or $(JOBS),1) $(if $(JSON),--json) $(if $(TRACE),--trace)
 
 check: setup  ## formatting, lint, types, layers, docstrings, style rules
 	@$(BIN)/ruff format --check --quiet $(CODE)
