@@ -224,13 +224,13 @@ class VirtualLoop(asyncio.AbstractEventLoop):
 
     def call_later(  # type: ignore[override] # the same
         self,
-        delay: float,  # asyncio's name, in seconds
+        delay_s: float,
         callback: Callable[..., object],
         *args: Any,
         context: contextvars.Context | None = None,
     ) -> Handle:
         """See asyncio."""
-        return self.call_at(self.time() + delay, callback, *args, context=context)
+        return self.call_at(self.time() + delay_s, callback, *args, context=context)
 
     def call_at(  # type: ignore[override] # the same
         self,
@@ -364,5 +364,5 @@ class VirtualLoop(asyncio.AbstractEventLoop):
     async def shutdown_asyncgens(self) -> None:
         """See asyncio."""
 
-    async def shutdown_default_executor(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - the same
+    async def shutdown_default_executor(self, timeout_s: float | None = None) -> None:
         """See asyncio."""
