@@ -436,13 +436,13 @@ async def _read_slots(name: str, connection: AbstractConnection) -> _Slots | Non
         ranges = sorted(await connection.read_response())
     if not ranges:
         raise TransportError(f"{name}: this cluster serves no slots")
-    primaries = [(_text_in(primary[0]) or host, primary[1]) for _, _, primary, *_ in ranges]
-    return _Slots([first for first, *_ in ranges], [f"{at}:{port}" for at, port in primaries])
+    nodes = [_node(primary[0] or host.encode(), primary[1]) for _, _, primary, *_ in ranges]
+    return _Slots([first for first, *_ in ranges], nodes)
 
 
-def _text_in(value: Any) -> str:
-    """``value``, which a server may leave out, as text."""
-    return value.decode() if isinstance(value, bytes) else ""
+def _node(host: bytes, port: int) -> str:
+    """``HOST:PORT`` as a URL has it."""
+    return f"[{host.decode()}]:{port}" if b":" in host else f"{host.decode()}:{port}"
 
 
 @contextmanager
