@@ -23,11 +23,16 @@ class Part:
     def __init__(self, name: str) -> None:
         self._name = name
         self._down_since_s: float | None = None
+        self._failed_s = 0.0
 
     @property
     def is_down(self) -> bool:
         """Whether the last call to it failed."""
         return self._down_since_s is not None
+
+    def failed_within(self, span_s: float) -> bool:
+        """Whether the last call to it failed, so many seconds ago at most."""
+        return self.is_down and monotonic() - self._failed_s < span_s
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -35,6 +40,7 @@ class Part:
         try:
             yield
         except UnavailableError as error:
+            self._failed_s = monotonic()
             if self._down_since_s is None:
                 self._down_since_s = monotonic()
                 _log.warning("part_unavailable", part=self._name, error=str(error))

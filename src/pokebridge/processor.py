@@ -28,6 +28,8 @@ MAX_PENDING: Final = 10_000
 # The pause between confirmations, so that a busy recipient costs few transactions. Far below the
 # age at which a sweep takes an entry for forgotten.
 CONFIRM_EVERY_S: Final = 0.05
+# Longer than the pause after which what is owed is claimed again.
+CUT_OFF_S: Final = 5.0
 
 _log = structlog.get_logger("pokebridge.processor")
 
@@ -89,8 +91,11 @@ class Processor:
 
     @property
     def is_cut_off(self) -> bool:
-        """Whether the transport refused the last pokes."""
-        return self._transport.is_down
+        """Whether the transport has refused the last pokes, just now.
+
+        For a while only: another processor may have published them, and nothing is owed any more.
+        """
+        return self._transport.failed_within(CUT_OFF_S)
 
     async def send(self, message: NewMessage) -> Receipt:
         """Commit ``message``; its poke follows by itself. A duplicate is not poked again.

@@ -28,7 +28,7 @@ DIAL_TIMEOUT_S: Final = 3.0
 CALL_TIMEOUT_S: Final = 4.0
 FETCH_S: Final = 2.0
 # Well above what a commit takes at worst; after it the messages of a killed process come again.
-ACK_WAIT_S: Final = 30.0
+ACK_WAIT_S: Final = 10.0
 MAX_ACK_PENDING: Final = 10_000
 DEAD_KEPT_S: Final = 30 * 24 * 3600.0
 # Headers come on top, and a server takes 1 MiB by default. A body that we would take is smaller.

@@ -230,10 +230,11 @@ class Instance:
             reasons.append(f"coordination: {self.cluster.trouble}")
         if "gateway" in roles and self.gateway.hold.trouble is not None:
             reasons.append(f"transport: {self.gateway.hold.trouble}")
-        if "gateway" not in roles and self._processor is not None and self._processor.is_cut_off:
-            reasons.append("transport: pokes can't be published")
-        if roles == {"processor"} and self._ingress is not None and self._ingress.is_down:
-            reasons.append("ingress: the queue can't be read")
+        if roles == {"processor"}:  # others have callers, who are not to be turned away for it
+            if self._processor is not None and self._processor.is_cut_off:
+                reasons.append("transport: pokes can't be published")
+            if self._ingress is not None and self._ingress.is_down:
+                reasons.append("ingress: the queue can't be read")
         if roles & {"gateway", "api"}:
             reasons += await _trouble_of("tokens", self._verifier.check)
         if self._mailbox is not None:
