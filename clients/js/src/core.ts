@@ -345,7 +345,8 @@ export class Core {
   }
 
   #onClosed(code: number): void {
-    const movedAgain = this.#moved && !this.#isStable();
+    // Sent on before it was served is a circle; once served, a shard may move as it must.
+    const movedAgain = this.#moved && !this.ready;
     this.#loseSocket();
     if (code === CLOSE_TOKEN) {
       this.#connectAt = this.#now;

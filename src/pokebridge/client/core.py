@@ -318,7 +318,8 @@ class ClientCore:
             self._authenticate()
 
     def _on_closed(self, code: int) -> None:
-        moved_again = self._moved and not self._is_stable()
+        # Sent on before it was served is a circle; once served, a shard may move as it must.
+        moved_again = self._moved and not self.ready
         self._lose_socket()
         if code == CLOSE_TOKEN:
             self._connect_at = self._now
