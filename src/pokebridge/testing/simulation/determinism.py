@@ -5,18 +5,19 @@ the order of sets. For as long as a simulation runs, here is where the answers c
 """
 
 import asyncio
+import functools
 import random
 import secrets
+import sys
 import time
-from collections.abc import Callable, Iterator, MutableMapping
+import types
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
 import structlog
 
-from pokebridge import attempts
-from pokebridge.gateway import meter
 from pokebridge.gateway.connection import Connection
 from pokebridge.model import Feed
 from pokebridge.server import cluster
@@ -46,26 +47,43 @@ def under_control(seed: int, on_log: OnLog = lambda _where, _what: None) -> Iter
             random.setstate(state)
 
 
-def _replacements() -> list[tuple[Any, str, Any]]:
-    monotonic = _virtual(time.monotonic, VirtualLoop.time)
-    cpu = _virtual(time.process_time, lambda _: 0.0)
-    return [
-        (secrets, "token_hex", _token_hex),
-        (time, "time", _virtual(time.time, VirtualLoop.wall)),
-        (time, "monotonic", monotonic),
-        (time, "process_time", cpu),
-        (time, "thread_time", cpu),
-        (attempts, "monotonic", monotonic),
-        # Clocks that are a parameter's default.
-        (meter.Window.__init__, "__defaults__", (monotonic,)),
-        (meter.Meter.__init__, "__defaults__", (monotonic, cpu)),
-        # An object's hash is its address, a string's hash has a seed of its own: the order of
-        # sets would follow them.
-        (Connection, "__hash__", lambda each: hash(int(each.session.id, 16))),
-        (Feed, "__hash__", lambda each: _FEED_HASHES[each.value]),
-        (cluster, "_memory_bytes", lambda: 0),
-        (server_instance, "TokenVerifier", lambda **_: SimVerifier()),
-    ]
+def _replacements() -> Iterator[tuple[Any, str, Any]]:
+    yield secrets, "token_hex", _token_hex
+    yield from _clocks()
+    # An object's hash is its address, a string's hash has a seed of its own: the order of sets
+    # would follow them.
+    yield Connection, "__hash__", lambda each: hash(int(each.session.id, 16))
+    yield Feed, "__hash__", lambda each: _FEED_HASHES[each.value]
+    yield cluster, "_memory_bytes", lambda: 0
+    yield server_instance, "TokenVerifier", lambda **_: SimVerifier()
+
+
+@functools.cache
+def _clocks() -> list[tuple[Any, str, Any]]:
+    """Every place where our code has one of Python's clocks: in a module, or as a default."""
+    virtual: dict[Any, Callable[[], float]] = {
+        time.time: _virtual(time.time, VirtualLoop.wall),
+        time.monotonic: _virtual(time.monotonic, VirtualLoop.time),
+        time.perf_counter: _virtual(time.perf_counter, VirtualLoop.time),
+        time.process_time: _virtual(time.process_time, lambda _: 0.0),
+        time.thread_time: _virtual(time.thread_time, lambda _: 0.0),
+    }
+    found: list[tuple[Any, str, Any]] = [(time, real.__name__, virtual[real]) for real in virtual]
+    for name, module in tuple(sys.modules.items()):
+        if not name.startswith("pokebridge.") or name == __name__:
+            continue
+        for attribute, value in tuple(vars(module).items()):
+            if isinstance(value, types.BuiltinFunctionType) and value in virtual:
+                found.append((module, attribute, virtual[value]))
+            defaults = getattr(getattr(value, "__init__", None), "__defaults__", None) or ()
+            if getattr(value, "__module__", "") == name and any(map(_is_in(virtual), defaults)):
+                new = tuple(virtual[each] if _is_in(virtual)(each) else each for each in defaults)
+                found.append((value.__init__, "__defaults__", new))
+    return found
+
+
+def _is_in(clocks: Mapping[Any, object]) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, types.BuiltinFunctionType) and value in clocks
 
 
 def _token_hex(size_bytes: int = 8) -> str:
