@@ -10,7 +10,7 @@ NODE := tests/node clients/js
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-deps simulate check fix bench lock clean
+.PHONY: help setup run test test-deps simulate check fix chaos bench lock clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -72,6 +72,9 @@ check: setup  ## formatting, lint, types, layers, docstrings, style rules
 fix: setup  ## format, and mend what lint can mend
 	@$(BIN)/ruff format $(CODE)
 	@$(BIN)/ruff check --fix $(CODE)
+
+chaos: setup test-deps  ## five instances and 2,000 clients through every misfortune, for some minutes
+	@$(BIN)/python -m tests.cluster.chaos
 
 bench: setup  ## run the benchmarks
 	@$(BIN)/python -m benchmarks

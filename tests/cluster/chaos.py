@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 from pathlib import Path
 from time import monotonic
@@ -43,18 +43,20 @@ defaults
   mode http
   timeout connect 1s
   timeout client 1h
-  timeout server 1h
+  timeout server 700ms
   timeout tunnel 1h
   retries 4
   option redispatch 1
-  retry-on conn-failure
+  retry-on conn-failure empty-response response-timeout
 frontend clients
   bind 127.0.0.1:{port}
   default_backend instances
 backend instances
   balance roundrobin
   option httpchk GET /readyz
-  default-server check inter 300ms fall 2 rise 1 on-marked-down shutdown-sessions
+  timeout check 500ms
+  http-request disable-l7-retry unless METH_GET
+  default-server check inter 200ms fall 2 rise 1 on-marked-down shutdown-sessions
 {servers}
 """
 
@@ -70,7 +72,7 @@ class Size:
     store_cut_s: float
 
 
-SMALL = Size(clients=150, rate_per_s=30, lease_s=2, stopped_s=5, store_cut_s=5)
+SMALL = Size(clients=100, rate_per_s=20, lease_s=2, stopped_s=4, store_cut_s=4)
 FULL = Size(clients=2000, rate_per_s=40, lease_s=5, stopped_s=20, store_cut_s=30)
 
 
@@ -347,6 +349,5 @@ async def _main(size: Size) -> int:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--clients", type=int, default=FULL.clients)
-    given = parser.parse_args()
-    sys.exit(uvloop.run(_main(Size(given.clients, 40, 5, 20, 30))))
+    parser.add_argument("--clients", type=int, default=FULL.clients, help="sessions in all")
+    sys.exit(uvloop.run(_main(replace(FULL, clients=parser.parse_args().clients))))
