@@ -77,6 +77,12 @@ class Server(NamedTuple):
         return int(self.process.memory_info().rss)
 
 
+def waited_s(pid: int) -> float:
+    """How long the main thread of ``pid`` has waited for a CPU (Linux, sched-stats.rst)."""
+    _, waited_ns, _ = Path(f"/proc/{pid}/schedstat").read_text().split()
+    return int(waited_ns) / 1e9
+
+
 def progress(text: str) -> None:
     """Say on stderr what is going on."""
     print(f"bench: {text}", file=sys.stderr, flush=True)
@@ -192,7 +198,16 @@ async def instance(**more: str) -> AsyncIterator[Server]:
     ) as it:
         process = psutil.Process(it.pid)
         await until(lambda: any(_ports(process)), "pokebridge serve listens")
-        yield Server(next(_ports(process)), process)
+        server = Server(next(_ports(process)), process)
+        await _answer(server.port)  # it listens before it has opened all that it needs
+        yield server
+
+
+async def _answer(port: int) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"GET /healthz HTTP/1.0\r\n\r\n")
+    await reader.read()
+    writer.close()
 
 
 def _ports(process: psutil.Process) -> Iterator[int]:
