@@ -45,22 +45,22 @@ class Queue(Protocol):
 class NatsQueue:
     """A stream of its own on a NATS server with JetStream."""
 
-    def __init__(self, server_url: str, client: Client) -> None:
+    def __init__(self, server_url: str, client: Client, stream: str, cluster: str) -> None:
         self._client = client
         self._jetstream = client.jetstream()
         name = secrets.token_hex(4)
-        self.cluster = f"test-{name}"
-        self.stream = f"ORDERS-{name}"
+        self.cluster = cluster or f"test-{name}"
+        self.stream = stream or f"ORDERS-{name}"
         self.subject = f"orders-{name}.paid"
         self.url = f"{server_url}/{self.stream}/{self.subject}"
         self._sources: list[Source] = []
         self._seen = 0
 
     @classmethod
-    async def make(cls, server_url: str) -> "NatsQueue":
-        """A new stream. The connection survives a restart of the server."""
+    async def make(cls, server_url: str, stream: str = "", cluster: str = "") -> "NatsQueue":
+        """A new stream, by default of a name of its own. It survives the server's restart."""
         client = await nats.connect(server_url, max_reconnect_attempts=-1, reconnect_time_wait=0.05)
-        queue = cls(server_url, client)
+        queue = cls(server_url, client, stream, cluster)
         subjects = [queue.subject.replace("paid", "*")]
         await queue._jetstream.add_stream(name=queue.stream, subjects=subjects)
         return queue

@@ -2,8 +2,11 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+import re
+import textwrap
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +26,8 @@ from pokebridge.server.messages import read_ingress
 from pokebridge.testing.mailbox_kit import ALICE, BOB, EVE, versions
 from pokebridge.testing.pubsub import PubSubServer
 from tests.ingress.queues import DeadLetter, NatsQueue, PubSubQueue, Queue
-from tests.support import Daemon, wait_until
+from tests.support import Daemon, free_port, wait_until
+from tests.support.engines import BIN
 
 
 def order(recipient: str = BOB, **more: Any) -> bytes:
@@ -323,3 +327,75 @@ async def test_a_wrong_pubsub_url_is_refused(url: str) -> None:
     """One line says what it looks like."""
     with pytest.raises(ConfigError, match="the ingress's URL"):
         await GooglePubSubSource.connect(url)
+
+
+def permissions() -> str:
+    """The configuration of a server in the docs."""
+    docs = (Path(__file__).parents[2] / "docs" / "ingress.md").read_text()
+    [block] = re.findall(r"^    authorization \{\n.+?^    \}\n", docs, re.DOTALL | re.MULTILINE)
+    return textwrap.dedent(block)
+
+
+@pytest.fixture
+def guarded_nats(tmp_path: Path) -> Iterator[Callable[[str], Daemon]]:
+    """Start NATS with JetStream and what the docs grant, but for lines that name ``without``."""
+    started: list[Daemon] = []
+
+    def start(without: str) -> Daemon:
+        lines = permissions().splitlines()
+        granted = "\n".join(line for line in lines if not without or without not in line)
+        granted = granted.replace("users = [", "users = [ { user: admin, password: pw }, ")
+        config = tmp_path / "nats.conf"
+        config.write_text(f"{granted}\njetstream {{ store_dir: {tmp_path}/jetstream }}\n")
+        port = free_port()
+        command = [str(BIN / "nats-server"), "--addr", "127.0.0.1", "--port", f"{port}"]
+        daemon = Daemon(
+            "nats-server",
+            [*command, "--config", str(config)],
+            port=port,
+            url=f"nats://admin:pw@127.0.0.1:{port}",
+            directory=tmp_path,
+        )
+        daemon.start()
+        started.append(daemon)
+        return daemon
+
+    yield start
+    for daemon in started:
+        daemon.kill()
+
+
+@asynccontextmanager
+async def guarded(server: Daemon) -> AsyncIterator[tuple[NatsQueue, Source]]:
+    """The stream of the docs' example, and an end of the user's who has just the permissions."""
+    queue = await NatsQueue.make(server.url, stream="ORDERS", cluster="default")
+    source = NatsSource(queue.url.replace("admin:", "pokebridge:"), cluster="default")
+    try:
+        yield queue, source
+    finally:
+        await source.close()
+        await queue.close()
+
+
+async def test_what_the_docs_grant_is_enough(guarded_nats: Callable[[str], Daemon]) -> None:
+    """With just these permissions messages are committed, and poison is put aside."""
+    server = await asyncio.to_thread(guarded_nats, "")
+    async with guarded(server) as (queue, source), reading(source, Sender()) as ingress:
+        await queue.publish(order(), b"Dear Bob")
+        await buried(queue, 1)
+        await wait_until(lambda: ingress.results["committed"] == 1)
+
+        async def all_is_acked() -> bool:
+            return await queue.unacked() == 0
+
+        await wait_until(all_is_acked)
+
+
+async def test_a_permission_that_is_missing_is_named(
+    guarded_nats: Callable[[str], Daemon],
+) -> None:
+    """The error says what the server has refused, not that time ran out."""
+    server = await asyncio.to_thread(guarded_nats, "CONSUMER.INFO")
+    async with guarded(server) as (_, source):
+        with pytest.raises(TransportError, match=r"(?i)permissions violation.*CONSUMER\.INFO"):
+            await source.fetch(1)

@@ -144,6 +144,9 @@ class NatsSource:
             jetstream = client.jetstream(timeout=CALL_TIMEOUT_S)
             await self._find_consumer(jetstream)
             pulls = await jetstream.pull_subscribe_bind(self._name, self._stream)
+        except (errors.Error, OSError) as error:
+            await client.hang_up()
+            raise client.trouble or error from error  # a missing permission is only told beside
         except BaseException:
             await client.hang_up()
             raise
