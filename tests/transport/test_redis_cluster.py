@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,29 +50,45 @@ def cluster_info(node: Daemon) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Daemon]]:
     """A cluster of three, each of which serves a third of the slots."""
-    nodes = []
-    for number in range(3):
-        port, bus = free_port(), free_port()
-        directory = tmp_path_factory.mktemp(f"node-{number}")
-        flags = ["--bind", "127.0.0.1", "--port", str(port), "--save", ""]
-        flags += ["--cluster-enabled", "yes", "--cluster-port", str(bus)]
-        flags += ["--cluster-node-timeout", "2000"]
-        node = Daemon(
-            f"node-{number}",
-            [str(get_binary_path()), *flags],
-            port=port,
-            url=f"redis://127.0.0.1:{port}/0",
-            directory=directory,
-        )
-        node.start()
-        nodes.append(node)
-        first = number * SLOTS // 3
-        command(node, "CLUSTER", "ADDSLOTSRANGE", first, (number + 1) * SLOTS // 3 - 1)
-        command(node, "CLUSTER", "MEET", "127.0.0.1", nodes[0].port, _bus_port(nodes[0]))
-    block_until(lambda: all(map(_is_whole, nodes)), 20, "the cluster")
-    yield nodes
-    for node in nodes:
-        node.kill()
+    with run_cluster(tmp_path_factory.mktemp("cluster")) as nodes:
+        yield nodes
+
+
+@contextmanager
+def run_cluster(directory: Path) -> Iterator[list[Daemon]]:
+    """Three nodes, and how to start one is :func:`node_in`."""
+    nodes = [node_in(directory / f"node-{number}") for number in range(3)]
+    try:
+        for number, node in enumerate(nodes):
+            node.start()
+            first, end = number * SLOTS // 3, (number + 1) * SLOTS // 3
+            command(node, "CLUSTER", "ADDSLOTSRANGE", first, end - 1)
+            _meet(node, nodes[0])
+        block_until(lambda: all(map(_is_whole, nodes)), 20, "the cluster")
+        yield nodes
+    finally:
+        for node in nodes:
+            node.kill()
+
+
+def node_in(directory: Path) -> Daemon:
+    """A node that is not started; a replica of it may take over whenever it is dead."""
+    directory.mkdir()
+    port = free_port()
+    flags = ["--bind", "127.0.0.1", "--port", str(port), "--save", ""]
+    flags += ["--cluster-enabled", "yes", "--cluster-node-timeout", "2000"]
+    flags += ["--cluster-replica-validity-factor", "0", "--cluster-port", str(free_port())]
+    return Daemon(
+        directory.name,
+        [str(get_binary_path()), *flags],
+        port=port,
+        url=f"redis://127.0.0.1:{port}/0",
+        directory=directory,
+    )
+
+
+def _meet(node: Daemon, other: Daemon) -> None:
+    command(node, "CLUSTER", "MEET", "127.0.0.1", other.port, _bus_port(other))
 
 
 def _bus_port(node: Daemon) -> int:
@@ -191,6 +208,53 @@ async def _hears_again(
         return True
 
     await wait_until(comes, 20)
+
+
+async def test_a_replica_takes_over(connect_node: ConnectNode, tmp_path: Path) -> None:
+    """The node that the URL names dies for good: a gap, and all is heard by its replica's help."""
+    replica = node_in(tmp_path / "replica")
+    with run_cluster(tmp_path) as nodes:
+        try:
+            await asyncio.to_thread(_replicate, nodes[1], replica)
+            transport, publisher = [await connect_node(nodes[1]) for _ in range(2)]
+            receivers = {which: (await subscribe_live(transport, which))[1] for which in SELECTIONS}
+            await asyncio.to_thread(nodes[1].kill)
+            for which, receiver in receivers.items():
+                await receiver.wait_for(lambda heard: bool(heard.gaps), 30)
+                await _hears_again(publisher, receiver, which if isinstance(which, int) else None)
+            await wait_until(lambda: not is_away(publisher))
+            for shard in range(SHARD_COUNT):
+                await assert_hears(publisher, receivers[Feed.ALL], shard)
+        finally:
+            replica.kill()
+
+
+def _replicate(primary: Daemon, replica: Daemon) -> None:
+    """Return when the cluster knows ``replica`` for a replica of ``primary`` that is in step."""
+    replica.start()
+    _meet(replica, primary)
+    primary_id = command(primary, "CLUSTER", "MYID").decode()
+
+    def is_replica() -> bool:
+        try:
+            command(replica, "CLUSTER", "REPLICATE", primary_id)
+        except valkey.ResponseError:  # it has not heard of it yet
+            return False
+        return True
+
+    block_until(is_replica, 20, "a replica")
+    block_until(
+        lambda: str(replica.port) in str(command(primary, "INFO", "replication")), 20, "a copy"
+    )
+    known = f"{replica.port}@".encode()
+    block_until(
+        lambda: any(known in line and b"slave" in line for line in _node_lines(primary)), 20
+    )
+
+
+def _node_lines(node: Daemon) -> list[bytes]:
+    lines: list[bytes] = command(node, "CLUSTER", "NODES").splitlines()
+    return lines
 
 
 async def test_a_slot_that_moves_is_a_gap(nodes: list[Daemon], connect_node: ConnectNode) -> None:

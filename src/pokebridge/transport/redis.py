@@ -105,8 +105,11 @@ class RedisTransport:
         by_node: dict[str, Any] = {}
         for body, shard in signals:
             channel = self._channel_of(shard)
-            node, command = self._home, "PUBLISH"
-            if self._slots is not None and shard is not None:
+            if self._slots is None:
+                node, command = self._home, "PUBLISH"
+            elif shard is None:
+                node, command = self._slots.nodes[0], "PUBLISH"  # any; this one is not dead
+            else:
                 node, command = self._slots.node_of(channel), "SPUBLISH"
             if node not in by_node:
                 by_node[node] = (await self._client(node)).pipeline(transaction=False)
