@@ -77,6 +77,23 @@ async def test_the_path_of_a_pubsub_url_is_the_topic() -> None:
             await open_transport(url, instance="a", cluster="c")
 
 
+async def test_the_carrier_reaches_pubsub() -> None:
+    """A topic's name that is too long with a shard behind it is refused where that matters."""
+    url = f"pubsub://project-a/{'t' * 254}"
+    with pytest.raises(ConfigError, match="t-2' can't be a topic"):
+        await open_transport(url, instance="", cluster="c", carrier="topic", shard_count=3)
+    with pytest.raises(ConfigError, match="'' can't be a instance name"):
+        await open_transport(url, instance="", cluster="c", carrier="filter", shard_count=3)
+
+
+async def test_only_some_transports_leave_orphans() -> None:
+    """For the others a janitor connects to nothing; an unknown one is refused."""
+    for url in ("memory://", "nats://127.0.0.1:1", "rediss://127.0.0.1:1"):
+        assert await open_for_janitor(url, instance="a", cluster="c") is None
+    with pytest.raises(ConfigError, match="transport: must be"):
+        await open_for_janitor("kafka://", instance="a", cluster="c")
+
+
 async def test_a_missing_driver_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     """A part whose driver is not installed says what to install; a bug of ours stays a bug."""
     missing = "no_such_driver"
