@@ -1,8 +1,8 @@
 """What goes wrong: each fault as a coroutine of the world's own loop, from its begin to its end.
 
 A run draws which kinds it has at all, so that some runs have much of one kind and others a mix
-("swarm testing": Groce et al., 2012). One instance is always left alone: what is promised while
-none works is only what comes after.
+("swarm testing": Groce et al., 2012). No instance is killed, stopped or cut off while no other is
+well: what is promised while none works is only what comes after.
 """
 
 import asyncio
