@@ -1,10 +1,10 @@
 """``pokebridge bench storm``: kill an instance under its clients, and watch them come back."""
 
-import asyncio
 import json
 import os
 import tempfile
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import click
@@ -118,10 +118,10 @@ def _plan(
 
 
 async def _storm(plan: StormPlan, machine_load: float) -> dict[str, Any]:
-    began_s = asyncio.get_running_loop().time()
+    began_s = monotonic()
 
     def say(text: str) -> None:
-        passed_s = asyncio.get_running_loop().time() - began_s
+        passed_s = monotonic() - began_s
         click.echo(f"{passed_s:5.0f} s  {text}", err=True)
 
     with tempfile.TemporaryDirectory(prefix="pokebridge-storm-") as directory:

@@ -10,6 +10,7 @@ import random
 import re
 import struct
 from collections.abc import Iterator
+from time import monotonic
 
 import msgspec
 
@@ -60,7 +61,7 @@ class _Page(msgspec.Struct):
 
 
 class Observer:
-    """What the clients tell whoever watches the storm; every time is the loop's."""
+    """What the clients tell whoever watches the storm; every time is of the monotonic clock."""
 
     def on_handshake(self, where: Endpoint, status: int, asked_s: float) -> None:
         """A handshake that was sent at ``asked_s`` has been answered."""
@@ -132,7 +133,9 @@ class StormClient:
         """Let the core decide, and do it."""
         was_ready = self._core.ready
         # It spreads clients and keeps no secret.
-        actions = self._core.handle(event, now=self._loop.time(), random=random.random())  # noqa: S311
+        # The loop's own clock stands still while thousands of connections break: jitter that was
+        # drawn from there on would be over, for most, before it began.
+        actions = self._core.handle(event, now=monotonic(), random=random.random())  # noqa: S311
         if self._core.ready != was_ready:
             self._readies += not was_ready
             self._observer.on_connected(-1 if was_ready else 1)
@@ -267,7 +270,7 @@ class _Socket(asyncio.Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # TCP
         """Ask for the upgrade."""
         self._transport, self.dialling = transport, None
-        self._asked_s = asyncio.get_running_loop().time()
+        self._asked_s = monotonic()
         transport.write(self._request)
         self._request = b""
 

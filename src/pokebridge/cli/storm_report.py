@@ -65,7 +65,11 @@ def _poke_times(storm: Storm) -> dict[str, Any]:
     """How long pokes took to clients of the other instances, before, during and after."""
     course = storm.course
     killed_s, back_s = course.killed_s or inf, course.back_s or inf
-    phases = {"before": (0.0, killed_s), "storm": (killed_s, back_s), "after": (back_s, inf)}
+    phases = {
+        "before": (course.calm_from_s or 0.0, killed_s),
+        "storm": (killed_s, back_s),
+        "after": (back_s, inf),
+    }
     return {
         name: _percentiles_ms(
             [each for each in storm.testimony.poke_times if since_s <= each.asked_s < until_s]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
+from time import monotonic
 
 from pokebridge.cli.storm_fleet import Fleet, FleetPlan, StormInstance
 from pokebridge.cli.storm_sender import Sender, make_clients, start_clients
@@ -36,7 +37,7 @@ class StormPlan:
 
 @dataclass(slots=True)
 class Course:
-    """When what happened, in seconds of the loop's clock; ``None``: it did not."""
+    """When what happened, in seconds of the monotonic clock; ``None``: it did not."""
 
     calm_from_s: float | None = None
     killed_s: float | None = None
@@ -129,17 +130,17 @@ class Storm:
 
     async def _storm(self) -> None:
         plan, course = self._plan, self.course
-        course.calm_from_s = self._loop.time()
+        course.calm_from_s = monotonic()
         await self._pass(plan.calm_s)
         victim = self._victim
         self.watcher.struck = frozenset(each for each in self._clients if each.where is victim)
         self._say(f"killing {victim.name} and its {len(self.watcher.struck)} sessions")
-        course.killed_s, course.killed = self._loop.time(), victim.name
+        course.killed_s, course.killed = monotonic(), victim.name
         await self.fleet.kill(victim)
         if plan.restart_s is not None:
             self._spawn(self._restart(victim, plan.restart_s))
         if await self._until(self._all_are_back, plan.within_s):
-            course.back_s = self._loop.time()
+            course.back_s = monotonic()
             self._say(f"all are back after {course.back_s - course.killed_s:.1f} s")
             if plan.restart_s is not None:
                 await self._until(lambda: course.restarted_s is not None, inf)
@@ -148,7 +149,7 @@ class Storm:
     async def _restart(self, victim: StormInstance, after_s: float) -> None:
         await asyncio.sleep(after_s)
         await self.fleet.start_one(victim)
-        self.course.restarted_s = self._loop.time()
+        self.course.restarted_s = monotonic()
         self._say(f"{victim.name} is ready again")
 
     def _all_are_back(self) -> bool:
@@ -158,8 +159,8 @@ class Storm:
 
     async def _until(self, condition: Callable[[], bool], within_s: float) -> bool:
         """Whether ``condition`` came true in time; what fails meanwhile is raised here."""
-        until_s = self._loop.time() + within_s
-        while not (is_true := condition()) and self._loop.time() < until_s:
+        until_s = monotonic() + within_s
+        while not (is_true := condition()) and monotonic() < until_s:
             for task in self._tasks:
                 if task.done() and not task.cancelled():
                     task.result()

@@ -5,6 +5,7 @@ import json
 import random
 import secrets
 from collections.abc import Iterable, Sequence
+from time import monotonic
 
 from pokebridge.cli.storm_clients import StormClient
 from pokebridge.cli.storm_fleet import Balancer
@@ -60,9 +61,9 @@ class Sender:
 
     async def run(self, clients: Sequence[StormClient]) -> None:
         """Send until cancelled."""
-        began_s, due = self._loop.time(), 0
+        began_s, due = monotonic(), 0
         while True:
-            wanted = int((self._loop.time() - began_s) * self._rate_per_s)
+            wanted = int((monotonic() - began_s) * self._rate_per_s)
             for _ in range(wanted - due):
                 self._send_to_one(clients)
             due = wanted
@@ -73,13 +74,13 @@ class Sender:
             client = random.choice(clients)  # noqa: S311 - spreads load
             if client not in self._watcher.under_way:
                 self.sent += 1
-                message = Message(f"{self._run}-{self.sent}", client, self._loop.time())
+                message = Message(f"{self._run}-{self.sent}", client, monotonic())
                 self._watcher.under_way[client] = message
                 self._post(message)
                 return
 
     def _post(self, message: Message) -> None:
-        message.asked_s = self._loop.time()
+        message.asked_s = monotonic()
         body = json.dumps(
             {
                 "recipient": message.client.recipient,

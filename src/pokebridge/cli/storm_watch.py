@@ -1,29 +1,28 @@
 """What happens in a storm: counted as it comes, and sampled several times a second."""
 
 import asyncio
-import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from time import monotonic, process_time
 
 from pokebridge.cli.storm_clients import Observer, PulledMessage, StormClient
 from pokebridge.cli.storm_fleet import Endpoint, Fleet
 
 SAMPLE_S = 0.25
-# Of uvloop's clock.
-_CLOCK_STEP_S = 0.001
 LOAD_GENERATOR = "load generator"
 
 
 @dataclass(slots=True)
 class Message:
-    """A message on its way to ``client``, in seconds of the loop's clock; answered 202 or 200."""
+    """A message on its way to ``client``; times in seconds of the monotonic clock."""
 
     id: str
     client: StormClient
     asked_s: float
     answered_s: float | None = None
+    """When it was accepted: from then on it is owed."""
     is_pulled: bool = False
 
 
@@ -83,7 +82,7 @@ class Watcher(Observer):
         """Count it."""
         self.statuses[status] += 1
         if status == 101:
-            self.accepted[where.name].append((asked_s, self._loop.time()))
+            self.accepted[where.name].append((asked_s, monotonic()))
 
     def on_connected(self, change: int) -> None:
         """Count it."""
@@ -101,7 +100,7 @@ class Watcher(Observer):
 
     def on_answered(self, message: Message) -> None:
         """It was accepted: now it is owed to its recipient."""
-        message.answered_s = self._loop.time()
+        message.answered_s = monotonic()
         self._waiting[message.id] = message
         self._finish(message)
 
@@ -124,7 +123,7 @@ class Watcher(Observer):
         if not message.is_pulled or message.answered_s is None:
             return
         del self._waiting[message.id], self.under_way[message.client]
-        waited_s = self._loop.time() - message.answered_s
+        waited_s = monotonic() - message.answered_s
         if message.client in self.struck:
             self.silence.struck_s = max(self.silence.struck_s, waited_s)
         else:
@@ -149,11 +148,11 @@ class Sampler:
         Raises:
             UnavailableError: an instance has ended that was not killed.
         """
-        due_s = self._loop.time()
+        due_s = monotonic()
         await asyncio.to_thread(self._read_cpu)
         while True:
-            due_s = max(due_s + SAMPLE_S, self._loop.time())
-            await asyncio.sleep(due_s - self._loop.time())
+            due_s = max(due_s + SAMPLE_S, monotonic())
+            await asyncio.sleep(due_s - monotonic())
             await self._fleet.check()
             self._sample(due_s, await asyncio.to_thread(self._read_cpu))
 
@@ -163,7 +162,7 @@ class Sampler:
         return _Counts(accepted, statuses.total() - accepted, self._watcher.pulls)
 
     def _sample(self, due_s: float, cpu: Mapping[str, float]) -> None:
-        now = self._loop.time()
+        now = monotonic()
         before, self._counts = self._counts, self._count()
         silent_since_s = self._watcher.waiting_since_s()
         self.samples.append(
@@ -182,9 +181,9 @@ class Sampler:
     def _read_cpu(self) -> Mapping[str, float]:
         instances = self._fleet.instances
         used = {each.name: cpu_s for each in instances if (cpu_s := each.cpu_s()) is not None}
-        used[LOAD_GENERATOR] = time.process_time()
+        used[LOAD_GENERATOR] = process_time()
         before, self._cpu_s = self._cpu_s, used
-        since_s, self._cpu_read_s = self._cpu_read_s, time.monotonic()
+        since_s, self._cpu_read_s = self._cpu_read_s, monotonic()
         return {
             name: max(0.0, cpu_s - before[name]) / (self._cpu_read_s - since_s)
             for name, cpu_s in used.items()
@@ -201,7 +200,7 @@ def most_in_a_second(handshakes: Iterable[tuple[float, float]]) -> int:
     """
     edges: list[tuple[float, int]] = []
     for asked_s, answered_s in handshakes:
-        first_s = answered_s + _CLOCK_STEP_S - 1
+        first_s = answered_s - 1
         if first_s <= asked_s:
             edges += [(first_s, 1), (asked_s, -1)]
     return max(accumulate(change for _, change in sorted(edges)), default=0)
