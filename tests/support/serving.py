@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import secrets
 import sys
 import time
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from tests.support.daemon import Daemon, free_port
 
 POKEBRIDGE = Path(sys.executable).with_name("pokebridge")
 # One for all instances of a run: they accept each other's tokens, also after a restart.
-JWT_SECRET = secrets.token_hex(32)
+JWT_SECRET = "0123456789abcdef-of-the-tests-and-of-nobody-else"
 HTTP_TIMEOUT_S = 20.0
 
 
