@@ -67,7 +67,7 @@ class Ingress:
     async def close(self, *, deadline_s: float = 5.0) -> None:
         """Take nothing more, and settle what was taken, for at most ``deadline_s`` seconds.
 
-        What is not settled by then is delivered again.
+        What is not settled by then is delivered again. May be called twice.
         """
         self._closing = True
         tasks = [task for task in (self._reading, self._settling) if task is not None]
@@ -78,6 +78,7 @@ class Ingress:
             self._settling.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._reading = self._settling = None
+        await self._source.close()
 
     async def _keep_reading(self) -> None:
         attempt = Attempts()
