@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pokebridge import adapters
-from pokebridge.adapters import open_coordination, open_mailbox, open_transport
+from pokebridge.adapters import open_coordination, open_for_janitor, open_mailbox, open_transport
 from pokebridge.coordination.base import Coordination
 from pokebridge.coordination.memory import MemoryCoordination
 from pokebridge.coordination.static import StaticCoordination
