@@ -19,8 +19,13 @@ def _outcomes(seeds: range, jobs: int) -> Iterator[Outcome]:
     if jobs == 1:
         yield from map(simulate, seeds)
         return
-    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+    with multiprocessing.get_context("spawn").Pool(jobs, _collect_rarely) as pool:
         yield from pool.imap_unordered(simulate, seeds, chunksize=4)
+
+
+def _collect_rarely() -> None:
+    gc.freeze()  # what is imported stays; only the worlds come and go,
+    gc.set_threshold(100_000, 20, 20)  # and each is large
 
 
 def _told(outcomes: Iterable[Outcome], count: int) -> Iterator[Outcome]:
@@ -61,8 +66,7 @@ def main() -> int:
         outcome = simulate(asked.first, lines_kept=_WHOLE_TRACE)
         sys.stdout.writelines(f"{line}\n" for line in outcome.last)
         return 0
-    gc.freeze()  # what is imported stays; only the worlds come and go,
-    gc.set_threshold(100_000, 20, 20)  # and each is large
+    _collect_rarely()
     summary = Summary()
     seeds = range(asked.first, asked.first + asked.seeds)
     for outcome in _told(_outcomes(seeds, asked.jobs), asked.seeds):

@@ -260,6 +260,8 @@ class SimClient:
             self._end_pull(PullFailed())
             return
         self.world.oracle.received(self, page)
+        if self.pull_is_troubled:
+            self.trouble.happen()  # until now it could not see what there was
         if not page.messages:
             self._end_pull(Pulled(page.version, page.more))
             return
