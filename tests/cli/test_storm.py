@@ -87,6 +87,13 @@ def test_what_can_not_be_done_is_said_in_a_line(
     assert text in last
 
 
+def test_options_at_the_wrong_place_are_not_ignored(run: Run) -> None:
+    """Before its name they would be those of bench."""
+    result = run("bench", "--clients", "5", "storm", "--transport", "nats://x")
+    assert (result.status, result.out) == (2, "")
+    assert result.err == "pokebridge: options of storm come after its name\n"
+
+
 async def test_an_instance_that_does_not_start_has_the_last_word(tmp_path: Path) -> None:
     """What it said is why there is no storm."""
     command = [sys.executable, "-c", "print('so be it\\nI quit')"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 import uvloop
+from click.core import ParameterSource
 
 from pokebridge.cli.api import Access, Api, api_options
 from pokebridge.cli.load import Load, Plan, Tally
@@ -70,6 +71,7 @@ def bench(
     instance run it on another machine.
     """
     if ctx.invoked_subcommand is not None:
+        _refuse_own_options(ctx)
         return
     if pokes_per_s is not None and messages_per_s is not None:
         raise click.UsageError("--pokes-per-s and --messages-per-s exclude each other")
@@ -89,6 +91,13 @@ def bench(
 
 
 bench.add_command(storm)
+
+
+def _refuse_own_options(ctx: click.Context) -> None:
+    """What stands before the name of a command is bench's own, and would be ignored."""
+    for name in ctx.params:
+        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"options of {ctx.invoked_subcommand} come after its name")
 
 
 async def _bench(access: Access, plan: Plan) -> Tally:
