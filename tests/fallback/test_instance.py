@@ -33,7 +33,7 @@ class Apart(NamedTuple):
     processor: Instance
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture
 async def apart(
     request: pytest.FixtureRequest,
     serve: Serve,
@@ -54,9 +54,11 @@ async def apart(
         push_grace_s=1.0,
         push_quiet_s=60,
     )
-    api = await asyncio.to_thread(start, "--roles", "api")
-    processor = await asyncio.to_thread(start, "--roles", "processor", push_webhook_secret=SECRET)
-    return Apart(api, processor)
+    roles: list[dict[str, str]] = [
+        {"roles": "api"},
+        {"roles": "processor", "push_webhook_secret": SECRET},
+    ]
+    return Apart(*await asyncio.gather(*(asyncio.to_thread(start, **role) for role in roles)))
 
 
 async def send(api: Instance, recipient: str, **more: object) -> None:
@@ -67,6 +69,7 @@ async def send(api: Instance, recipient: str, **more: object) -> None:
         assert answer.status_code == httpx.codes.ACCEPTED
 
 
+@pytest.mark.parametrize("apart", ["sqlite", "postgresql"], indirect=True)
 async def test_who_pulls_is_not_pushed(apart: Apart, receiver: Receiver) -> None:
     """Bob sleeps and is told of, once, signed; Eve pulls in time, Dan acks, Joe is told nothing.
 
@@ -99,6 +102,7 @@ async def test_who_pulls_is_not_pushed(apart: Apart, receiver: Receiver) -> None
         await wait_until(is_counted)
 
 
+@pytest.mark.parametrize("apart", ["sqlite"], indirect=True)
 async def test_a_killed_processor_leaves_its_pushes_to_the_next(
     apart: Apart, receiver: Receiver
 ) -> None:
