@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import random
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping
+from heapq import heapify, heappop, heappush
 from http import HTTPStatus
 from pathlib import Path
 
@@ -80,6 +82,24 @@ def test_who_is_refused_comes_back_when_it_is_served() -> None:
     assert [pace.queue(0.0) for _ in range(250)] == [1] * 100 + [2] * 100 + [3] * 50
     assert pace.queue(2.0) == 1
     assert max(pace.queue(2.0) for _ in range(50_000)) == MOST_RETRY_AFTER_S
+
+
+def test_a_storm_is_over_soon_and_few_are_refused_twice() -> None:
+    """7,500 clients that heed ``Retry-After`` and jitter: near the 15 s that it takes at least."""
+    rng, pace = random.Random(1), HandshakePace(500)
+    coming = [(rng.random(), client, 1) for client in range(7500)]
+    heapify(coming)
+    passed_at = refused = 0.0
+    while coming:
+        now, client, failures = heappop(coming)
+        if pace.take(now):
+            passed_at = now
+        else:
+            refused += 1
+            jitter_s = rng.random() * min(30.0, 2.0**failures)
+            heappush(coming, (now + pace.queue(now) + jitter_s, client, failures + 1))
+    assert passed_at < 26
+    assert refused / 7500 < 1.2
 
 
 async def test_a_real_storm_is_spread_by_what_it_is_told() -> None:
