@@ -1,13 +1,12 @@
 """``python -m pokebridge.testing.simulation --seeds 10000``: many worlds, one after the other."""
 
 import argparse
-import gc
 import json
-import multiprocessing
 import sys
 import time
 from collections.abc import Iterable, Iterator
 
+from pokebridge.testing.simulation.runner import outcomes
 from pokebridge.testing.simulation.summary import Summary, report
 from pokebridge.testing.simulation.world import Outcome, simulate
 
@@ -15,24 +14,11 @@ _TOLD_EVERY_S = 10.0
 _WHOLE_TRACE = 1_000_000
 
 
-def _outcomes(seeds: range, jobs: int) -> Iterator[Outcome]:
-    if jobs == 1:
-        yield from map(simulate, seeds)
-        return
-    with multiprocessing.get_context("spawn").Pool(jobs, _collect_rarely) as pool:
-        yield from pool.imap_unordered(simulate, seeds, chunksize=4)
-
-
-def _collect_rarely() -> None:
-    gc.freeze()  # what is imported stays; only the worlds come and go,
-    gc.set_threshold(100_000, 20, 20)  # and each is large
-
-
-def _told(outcomes: Iterable[Outcome], count: int) -> Iterator[Outcome]:
+def _told(told: Iterable[Outcome], count: int) -> Iterator[Outcome]:
     """The same, with a line about the progress now and then."""
     began_s = told_s = time.monotonic()
     failed = 0
-    for number, outcome in enumerate(outcomes, 1):
+    for number, outcome in enumerate(told, 1):
         failed += outcome.violation is not None
         now_s = time.monotonic()
         if now_s - told_s > _TOLD_EVERY_S:
@@ -66,10 +52,9 @@ def main() -> int:
         outcome = simulate(asked.first, lines_kept=_WHOLE_TRACE)
         sys.stdout.writelines(f"{line}\n" for line in outcome.last)
         return 0
-    _collect_rarely()
     summary = Summary()
     seeds = range(asked.first, asked.first + asked.seeds)
-    for outcome in _told(_outcomes(seeds, asked.jobs), asked.seeds):
+    for outcome in _told(outcomes(seeds, asked.jobs), asked.seeds):
         summary.add(outcome)
         for line in report(outcome):
             _say(line)
