@@ -2,6 +2,8 @@
 # Needs: Python >= 3.11 with venv, make, gcc. Node and npm serve only the tests of the JavaScript client.
 
 PORT ?= 8080
+# Most tests wait for a server more than they compute, so there may be more of them than cores.
+WORKERS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
@@ -38,7 +40,7 @@ run: setup  ## start a development instance on PORT (8080)
 	@exec $(BIN)/pokebridge serve --dev --port $(PORT) --mailbox sqlite:///var/pokebridge.db
 
 test: setup test-deps  ## run the whole test suite, real engines included
-	@$(BIN)/pytest -q
+	@$(BIN)/pytest -q --numprocesses $(WORKERS) --dist loadfile
 
 # What the suite needs beside Python, as PROGRAM or PROGRAM:PACKAGE. Where something can't be had the tests say so: they
 # skip, and in CI they fail.

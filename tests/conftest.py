@@ -3,6 +3,7 @@
 from collections.abc import Generator
 
 import pytest
+from hypothesis import settings
 
 from tests.support import daemon
 from tests.support.blocking import no_blocking_calls
@@ -35,6 +36,10 @@ __all__ = [
     "valkey_server",
 ]
 
+
+# How fast a busy machine runs an example proves nothing.
+settings.register_profile("suite", deadline=None)
+settings.load_profile("suite")
 
 log_sizes = pytest.StashKey[dict[daemon.Daemon, int]]()
 

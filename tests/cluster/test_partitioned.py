@@ -136,7 +136,7 @@ def _start(
         "instance": name,
         "mode": "partitioned",
         "shard_count": SHARDS,
-        "lease_s": 2,
+        "lease_s": 4,
     }
     env |= {f"POKEBRIDGE_{key.upper()}": str(value) for key, value in settings.items()}
     instance = Instance(name, ["--dev"], env, directory)
