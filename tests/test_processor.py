@@ -216,7 +216,6 @@ class TestSending:
         assert publisher.pokes == []
         assert sender.stats.messages_committed == 0
 
-
     async def test_a_full_mailbox_is_the_senders_to_know(self, publisher: Recorder) -> None:
         """What is refused raises MailboxFullError, is counted and is not poked."""
         mailbox = MemoryMailbox(limits=Limits(max_messages=1))
@@ -395,9 +394,7 @@ class TestOutages:
                 await sender.send(message(EVE))
                 await confirmed(mailbox)
         assert set(publisher.pokes) == {Poke(BOB, 1), Poke(EVE, 1)}
-        assert {(line["event"], line["log_level"]) for line in logs} == {
-            ("step_failed", "error")
-        }
+        assert {(line["event"], line["log_level"]) for line in logs} == {("step_failed", "error")}
         assert all(line["exc_info"] for line in logs)
 
     async def test_pauses_grow_with_full_jitter_to_a_cap(
