@@ -41,9 +41,6 @@ class State(Enum):
     """Nothing more may be written; the socket is to be dropped."""
 
 
-# For the one place where it counts: Python 3.11 looks a member up by a call, in 70 ns.
-_OPEN = State.OPEN
-
 _NOTHING = -1
 _UNKNOWN_VERSION = 0
 
@@ -98,6 +95,11 @@ class Session:
             return self._due_at
         return min(self._due_at, self._expires_at, self._ends_at)
 
+    @property
+    def flows(self) -> bool:
+        """Whether a poke is written at once: it is open, and the peer takes what is written."""
+        return self.state is State.OPEN and not self._blocked
+
     def open(self, *, instance: str, now: float, first_ping_s: float) -> bytes:
         """The subscription is live: the ``ready`` frame to write.
 
@@ -114,10 +116,10 @@ class Session:
 
         Before ``ready`` a poke needs neither: the pull that ``ready`` causes sees its commit.
         """
-        if self.state is not _OPEN:
-            return False
-        if not self._blocked:
+        if self.flows:
             return True
+        if self.state is not State.OPEN:
+            return False
         # An unversioned poke may be newer than any version that we know, so it absorbs.
         if version is None or self._pending == _UNKNOWN_VERSION:
             self._pending = _UNKNOWN_VERSION

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+from collections.abc import Callable
 from ipaddress import ip_network
 
 import pytest
@@ -10,6 +11,8 @@ from tests.gateway.harness import BOB, QUICK, Client, running, token
 from tests.support.waiting import wait_until
 from websockets.frames import Opcode
 
+from pokebridge.gateway.connection import Connection
+from pokebridge.model import Poke
 from pokebridge.session import Timing
 
 # --- bringing a token ---------------------------------------------------------------------------
@@ -333,6 +336,27 @@ async def test_garbage_on_the_transport_is_counted_and_dropped() -> None:
         assert server.gateway.bridge.counters.malformed == 5
         await server.poke()
         assert await client.message() == {"type": "poke"}
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda connection: connection.close(1001, "the end"),
+        lambda connection: connection.move("ws://other.example"),
+        lambda connection: connection.abort(),
+    ],
+    ids=["close", "move", "abort"],
+)
+async def test_no_poke_follows_the_end(end: Callable[[Connection], None]) -> None:
+    """After a close frame nothing more is sent (RFC 6455, section 5.5.1)."""
+    async with running() as server:
+        await server.open()
+        (connection,) = server.gateway.sessions.find(BOB)
+        bridge = server.gateway.bridge
+        bridge.handle_poke(Poke(BOB))
+        end(connection)
+        bridge.handle_poke(Poke(BOB))
+        assert bridge.counters.delivered == 1
 
 
 async def test_a_reader_that_reads_nothing_costs_one_pending_poke() -> None:

@@ -26,6 +26,7 @@ class BridgeCounters:
     signals: int = 0
     malformed: int = 0
     pokes: int = 0
+    """Pokes that the signals carried."""
     noise: int = 0
     """Pokes for recipients that have no session here."""
     delivered: int = 0
@@ -63,13 +64,13 @@ class Bridge:
             for connection in self._sessions.find(content.recipient):
                 connection.close(4401, "disconnected by an administrator")
         elif not isinstance(content, Probe):
+            self.counters.pokes += len(content)
             for poke in content:
                 self.handle_poke(poke)
 
     def handle_poke(self, poke: Poke) -> None:
         """Route ``poke`` to its recipient's sessions here, or drop it."""
         counters = self.counters
-        counters.pokes += 1
         connections = self._sessions.find(poke.recipient)
         if not connections:
             counters.noise += 1

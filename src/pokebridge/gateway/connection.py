@@ -47,6 +47,7 @@ class Connection(asyncio.Protocol):
 
     __slots__ = (
         "_deaf",
+        "_direct",
         "_gateway",
         "_parser",
         "_socket",
@@ -62,6 +63,7 @@ class Connection(asyncio.Protocol):
         self._gateway = gateway
         self._transport = transport
         self._socket: socket.SocketType | None = None
+        self._direct: socket.SocketType | None = None
         self._parser: FrameParser | None = None
         self._deaf = False
         self.session = session
@@ -84,7 +86,7 @@ class Connection(asyncio.Protocol):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES_AT_MOST)
         transport.pause_reading()  # nothing is heard before ``ready`` is said
         transport.write(response)
-        self._reschedule()
+        self._follow()
 
     def open(self, first_ping_s: float) -> None:
         """The recipient's subscription is live: say ``ready``."""
@@ -96,20 +98,18 @@ class Connection(asyncio.Protocol):
                 )
             )
             self._transport.resume_reading()
-            self._reschedule()
+            self._follow()
 
     def notify(self, version: int | None, frame: bytes) -> bool:
         """Send a poke, ``frame``, or merge it; whether it was sent."""
-        if not self.session.poke(version):
-            return False
         sent = 0
-        if self._socket is not None:
-            # A tenth less CPU than through the transport (docs/benchmarks.md). It overtakes
-            # nothing: while the transport holds anything back, the session merges.
+        if self._direct is not None:
             try:
-                sent = self._socket.send(frame)
+                sent = self._direct.send(frame)
             except OSError:
                 sent = 0  # full, or broken: the transport finds that out too, and acts
+        elif not self.session.poke(version):
+            return False
         if sent < len(frame):
             self._transport.write(frame[sent:])
         return True
@@ -121,7 +121,7 @@ class Connection(asyncio.Protocol):
             log.info("session closing", session=self.session.id, code=code, reason=reason)
             self._transport.resume_reading()
             self._transport.write(frame)
-            self._reschedule()
+            self._follow()
 
     def move(self, url: str) -> None:
         """Send the client to another instance."""
@@ -132,11 +132,12 @@ class Connection(asyncio.Protocol):
     def renew(self, expires_at: float) -> None:
         """A new token was accepted: it runs out at ``expires_at`` on the loop's clock."""
         self._transport.write(self.session.renew(expires_at=expires_at, now=self._gateway.now()))
-        self._reschedule()
+        self._follow()
 
     def abort(self) -> None:
         """Drop the socket without a word."""
         self.session.state = State.CLOSED
+        self._direct = None
         self._transport.abort()
 
     def wake(self, now: float) -> None:
@@ -147,7 +148,7 @@ class Connection(asyncio.Protocol):
             return
         if data:
             self._transport.write(data)
-        self._reschedule()
+        self._follow()
 
     # --- asyncio's calls ------------------------------------------------------------------------
 
@@ -167,11 +168,12 @@ class Connection(asyncio.Protocol):
         """The peer does not read: merge pokes, and take no more work from it."""
         self.session.block(self._gateway.now())
         self._transport.pause_reading()
-        self._reschedule()
+        self._follow()
 
     def resume_writing(self) -> None:
         """The peer has read everything: pay what is owed."""
         data = self.session.drain(self._gateway.now())
+        self._follow()
         if self.session.state is not State.WAITING:
             self._transport.resume_reading()
         if data:
@@ -182,9 +184,10 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
         """The socket is gone."""
+        self.session.state = State.CLOSED
+        self._direct = None
         if self._socket is not None:
             self._socket.detach()
-        self.session.state = State.CLOSED
         self._gateway.forget(self)
 
     # --- what a client says ---------------------------------------------------------------------
@@ -200,7 +203,7 @@ class Connection(asyncio.Protocol):
             raise FrameError(1008, "too many messages")
         if event.opcode is Opcode.PONG:
             session.pong(self._gateway.now())
-            self._reschedule()  # the next ping may be due before the deadline of this pong was
+            self._follow()  # the next ping may be due before the deadline of this pong was
         elif event.opcode is Opcode.PING:
             self._transport.write(encode_frame(Opcode.PONG, event.payload))
         else:
@@ -228,5 +231,11 @@ class Connection(asyncio.Protocol):
         if self._transport.can_write_eof() and not self._transport.is_closing():
             self._transport.write_eof()
 
-    def _reschedule(self) -> None:
+    def _follow(self) -> None:
+        """The session has changed: wake it in time, and send directly only while it flows.
+
+        Directly is past the session and the transport; docs/benchmarks.md says what that saves. It
+        overtakes nothing: a session does not flow while its transport holds anything back.
+        """
         self._gateway.wheel.schedule(self, self.session.due_at)
+        self._direct = self._socket if self.session.flows else None
