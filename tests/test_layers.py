@@ -40,3 +40,26 @@ def _imported_modules(tree: ast.Module) -> list[str]:
             else [a.name for a in node.names]
         )
     ]
+
+
+def test_handle_poke_and_the_session_map_know_nothing_of_phases() -> None:
+    """All that they import, however far down, is poke, session and socket (seed, section 5)."""
+    ask = (
+        "import sys, pokebridge.gateway.bridge, pokebridge.gateway.session_map\n"
+        "print(*(name for name in sys.modules if name.startswith('pokebridge.')))"
+    )
+    result = subprocess.run([sys.executable, "-c", ask], check=True, capture_output=True, text=True)
+    imported = {name.removeprefix("pokebridge.") for name in result.stdout.split()}
+    assert imported <= {
+        "errors",
+        "framing",
+        "gateway",
+        "gateway.bridge",
+        "gateway.connection",
+        "gateway.meter",
+        "gateway.session_map",
+        "model",
+        "session",
+        "telemetry",
+        "wire",
+    }

@@ -8,7 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from pokebridge.telemetry import Metric
 from tests.cluster.clusters import metrics
 from tests.cluster.traffic import frames
 from tests.support import Daemon, Instance, Serve, free_port, wait_until
-from tests.support.engines import run_nats
+from tests.support.engines import run_nats, run_pubsub_emulator
+from tests.support.missing import missing
 from tests.support.serving import JWT_SECRET, POKEBRIDGE
 
 NAMES = ("one", "two", "three")
@@ -88,7 +89,7 @@ def clusters(
 
     They are shared: each test counts from where it begins, and leaves them as they were.
     """
-    with ExitStack() as opened, ThreadPoolExecutor(9) as threads:
+    with ExitStack() as opened, ThreadPoolExecutor(12) as threads:
         started = {
             engine: {
                 name: threads.submit(
@@ -118,6 +119,9 @@ def _engines(
     pubsub.start()
     # It honours filters, which Google's emulator does not.
     yield "pubsub", f"pubsub://{pubsub.address}/pokes", directories.mktemp("pubsub")
+    with suppress(pytest.skip.Exception):
+        emulator = opened.enter_context(run_pubsub_emulator(directories.mktemp("emulator-server")))
+        yield "emulator", f"pubsub://{emulator.address}/pokes", directories.mktemp("emulator")
 
 
 def _start(
@@ -137,6 +141,8 @@ def _start(
         "mode": "partitioned",
         "shard_count": SHARDS,
         "lease_s": 4,
+        # Google's emulator keeps filters and ignores them.
+        "carrier": "topic" if engine == "emulator" else "filter",
     }
     env |= {f"POKEBRIDGE_{key.upper()}": str(value) for key, value in settings.items()}
     instance = Instance(name, ["--dev"], env, directory)
@@ -145,9 +151,11 @@ def _start(
     return instance
 
 
-@pytest.fixture(params=["nats", "valkey", "pubsub"])
+@pytest.fixture(params=["nats", "valkey", "pubsub", "emulator"])
 async def cluster(request: pytest.FixtureRequest, clusters: Mapping[str, Cluster]) -> Cluster:
     """The three on one engine, settled."""
+    if request.param not in clusters:
+        missing("Google's Pub/Sub emulator (gcloud's pubsub-emulator)")
     cluster = clusters[request.param]
     await cluster.settled()
     return Cluster(cluster.instances, before=await cluster.received())
