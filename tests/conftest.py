@@ -41,6 +41,15 @@ __all__ = [
 settings.register_profile("suite", deadline=None)
 settings.load_profile("suite")
 
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long plays first, lest one process be left with them when the others are done."""
+    items.sort(
+        key=lambda item: "cluster" not in item.path.parts and "janitor" not in item.path.name
+    )
+
+
 log_sizes = pytest.StashKey[dict[daemon.Daemon, int]]()
 
 
