@@ -19,6 +19,7 @@ from tests.support.engines import (
     pubsub_emulator,
     valkey_server,
 )
+from tests.support.logs import restored_logging
 from tests.support.serving import serve
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "postgres_database",
     "postgres_server",
     "pubsub_emulator",
+    "restored_logging",
     "serve",
     "valkey_server",
 ]

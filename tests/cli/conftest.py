@@ -1,13 +1,11 @@
 """Running the command, in this process or in one of its own."""
 
-import logging
 import os
 import subprocess
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import pytest
-import structlog
 from tests.support.serving import JWT_SECRET, POKEBRIDGE, Instance
 
 from pokebridge.cli import main
@@ -61,20 +59,8 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def restored_logging() -> Iterator[None]:
-    """A command sets logging up for its process, which is the tests' own here."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    structlog.reset_defaults()
-
-
-@pytest.fixture
 def run(
     clean_environment: None,
-    restored_logging: None,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> Run:
