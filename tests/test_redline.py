@@ -30,6 +30,7 @@ from pokebridge.redline import (
     advise,
     evaluate,
     format_usd,
+    misplaced_share,
 )
 
 ENGINES: list[Engine] = ["pubsub", "nats"]
@@ -226,6 +227,19 @@ def test_few_misplaced_sessions_cost_a_little() -> None:
     assert outcome.deliveries_per_s == pytest.approx(1000 * copies)
     assert outcome.discarded_share == pytest.approx(1 - 1 / copies)
     assert outcome.subscriptions == math.ceil(100 * copies) + 50
+
+
+@given(loads)
+def test_the_misplaced_share_is_found_in_what_it_does(load: Load) -> None:
+    """From how many instances a message reaches, as it is measured in a partitioned cluster."""
+    assume(load.instances <= load.shards)
+    mean = load.sessions * load.misplaced_share / load.shards / max(load.instances - 1, 1)
+    assume(mean < 15)  # beyond that everyone hears everything, whatever the share
+    assume(load.instances == 1 or mean > 1e-6)
+    expected = load.misplaced_share if load.instances > 1 else 0.0
+    copies = 1 - (load.instances - 1) * math.expm1(-mean)
+    assert misplaced_share(load, copies) == pytest.approx(expected, rel=1e-3)
+    assert misplaced_share(load, load.instances + 1) in {0.0, 1.0}  # a measure is never exact
 
 
 @pytest.mark.parametrize(

@@ -281,6 +281,19 @@ def _copies(load: Load, units: int) -> float:
     return owners - others * math.expm1(-mean)
 
 
+def misplaced_share(load: Load, copies: float) -> float:
+    """The share with which a shard a unit makes ``copies`` of each message, as was measured.
+
+    This is ``_copies`` solved for it; ``copies`` beyond what any share explains is all of them.
+    """
+    others = load.instances - 1
+    reached = min(max(copies - 1, 0.0) / others, 1.0) if others else 0.0
+    if not reached or not load.sessions:
+        return 0.0
+    mean = -math.log1p(-reached) if reached < 1 else math.inf
+    return min(mean * others * load.shards / load.sessions, 1.0)
+
+
 def _prefixes(load: Load) -> int:
     """How many groups the leading digits of the shard make: as many as fit into one filter."""
     counts = [min(load.shards, 10**digits) for digits in (1, 2, 3, 4)]

@@ -104,20 +104,15 @@ class Stage:
     nats: Daemon
     store: CutProxy
     instances: dict[str, Instance]
-    url: str
+    http: httpx.AsyncClient
+    """An administrator's, through the balancer."""
     crowd: Crowd
     tell: Callable[[str], None]
     outcomes: list[Outcome] = field(default_factory=list)
 
-    def headers(self) -> dict[str, str]:
-        """An administrator's."""
-        return {"Authorization": f"Bearer {token_for('urn:admin', 'admin')}"}
-
-    async def view(self, name: str | None = None) -> Any:
-        """What an instance, or any, tells of the cluster."""
-        url = self.url if name is None else self.instances[name].url
-        async with httpx.AsyncClient(base_url=url, headers=self.headers(), timeout=10) as http:
-            return (await http.get("/v1/cluster")).json()
+    async def view(self) -> Any:
+        """What an instance, any of them, tells of the cluster."""
+        return (await self.http.get("/v1/cluster")).json()
 
     async def settled(self, mode: str, count: int = len(NAMES)) -> None:
         """Wait until ``count`` instances are where the shard map wants them, evenly."""
@@ -198,7 +193,11 @@ async def stage(
         opened.push_async_callback(asyncio.to_thread, balancer.kill)
         await asyncio.to_thread(balancer.start)
         crowd = Crowd(balancer.url, token_for, size.clients, size.rate_per_s)
-        played = Stage(size, nats, store, instances, balancer.url, crowd, tell)
+        headers = {"Authorization": f"Bearer {token_for('urn:admin', 'admin')}"}
+        http = await opened.enter_async_context(
+            httpx.AsyncClient(base_url=balancer.url, headers=headers, timeout=10)
+        )
+        played = Stage(size, nats, store, instances, http, crowd, tell)
         await played.settled("partitioned")
         await opened.enter_async_context(crowd)
         tell(f"{size.clients} clients on {len(NAMES)} instances")
@@ -315,9 +314,8 @@ async def migrate(stage: Stage) -> None:
     """To fan-out and back, under traffic."""
     for mode in ("fanout", "partitioned"):
         async with stage.act(f"migrating to {mode}"):
-            async with httpx.AsyncClient(base_url=stage.url, headers=stage.headers()) as http:
-                answer = await http.put("/v1/cluster/mode", json={"mode": mode})
-                assert answer.status_code == 202, answer.text
+            answer = await stage.http.put("/v1/cluster/mode", json={"mode": mode})
+            assert answer.status_code == 202, answer.text
             await stage.settled(mode)
 
 

@@ -9,6 +9,7 @@ import asyncio
 import os
 import re
 import secrets
+import subprocess
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +22,7 @@ import pytest
 from pokebridge.telemetry import Metric
 from tests.support import CutProxy, Daemon, Instance, wait_until
 from tests.support.engines import run_nats, run_pubsub_emulator, run_valkey
-from tests.support.serving import JWT_SECRET
+from tests.support.serving import JWT_SECRET, POKEBRIDGE
 
 NAMES = ("one", "two", "three")
 TOPIC = "pokes"
@@ -172,3 +173,11 @@ async def until_quiet(cluster: Cluster, pause_s: float) -> None:
         return loop.time() - since_s > pause_s
 
     await wait_until(is_quiet, what="no pokes")
+
+
+def run_command(instance: Instance, *words: str) -> subprocess.CompletedProcess[str]:
+    """``pokebridge`` with the address of ``instance`` and the secret to sign its own token with."""
+    environ = os.environ | {"POKEBRIDGE_URL": instance.url, "POKEBRIDGE_JWT_SECRET": JWT_SECRET}
+    return subprocess.run(
+        [POKEBRIDGE, *words], env=environ, capture_output=True, text=True, timeout=60, check=False
+    )

@@ -3,17 +3,20 @@
 import asyncio
 import json
 import random
-from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from math import inf
 from time import monotonic, time
 from typing import Self
+from urllib.parse import urlsplit
 
 import httpx
 
-from pokebridge.client import PokeClient, ReceivedMessage
-from pokebridge.client.events import Text
+from pokebridge.cli.storm_clients import Observer, PulledMessage, StormClient
+from pokebridge.cli.storm_fleet import Balancer, Endpoint
+from pokebridge.cli.storm_http import HttpPool
+from pokebridge.client.events import AnyEvent, Text
 from tests.support import wait_until
 
 TokenFor = Callable[[str, str], str]
@@ -33,39 +36,25 @@ class Sent:
     pulled_s: float = inf
 
 
-class Client:
-    """A recipient's one client, and where it has been."""
+class Client(StormClient):
+    """A recipient's one client, and where it has been.
 
-    def __init__(
-        self, url: str, recipient: str, token: str, got: Callable[[ReceivedMessage], None]
-    ) -> None:
-        self.recipient = recipient
+    It keeps the smart client's rules and costs little, so that two thousand of them measure the
+    cluster and not themselves, on the same machine.
+    """
+
+    def __init__(self, balancer: Balancer, observer: Observer, recipient: str, token: str) -> None:
+        super().__init__(balancer, observer, recipient, token)
         self.instance = ""
         """The instance that it was last ready on."""
         self.ready_s: list[float] = []
-        self._got = got
-        self._client = PokeClient(url, token, self._on_messages, on_event=self._on_event)
 
-    async def __aenter__(self) -> Self:
-        await self._client.__aenter__()
-        return self
-
-    async def __aexit__(self, *reason: object) -> None:
-        await self._client.__aexit__(None, None, None)
-
-    @property
-    def connected(self) -> bool:
-        """Whether it hears pokes."""
-        return self._client.connected
-
-    async def _on_messages(self, messages: Sequence[ReceivedMessage]) -> None:
-        for message in messages:
-            self._got(message)
-
-    def _on_event(self, event: object) -> None:
+    def feed(self, event: AnyEvent) -> None:
+        """Note where it is ready."""
         if isinstance(event, Text) and '"ready"' in event.text:
             self.instance = json.loads(event.text)["instance"]
             self.ready_s.append(monotonic())
+        super().feed(event)
 
 
 @dataclass
@@ -81,7 +70,7 @@ class Act:
 
 
 @dataclass
-class Crowd:
+class Crowd(Observer):
     """Clients at ``url``, one a recipient, and a sender. An async context manager."""
 
     url: str
@@ -92,27 +81,33 @@ class Crowd:
     clients: list[Client] = field(default_factory=list)
     refused: int = 0
     """Messages that were not taken; they are owed to nobody."""
-    _stack: AsyncExitStack = field(default_factory=AsyncExitStack)
     _sending: asyncio.Task[None] | None = None
+
+    def __post_init__(self) -> None:
+        """Let each client pull through a connection of its own, as from its own machine."""
+        self._endpoint = Endpoint("balancer", urlsplit(self.url).port or 0)
+        self._endpoint.http = HttpPool(self._endpoint.port, self.count)
 
     async def __aenter__(self) -> Self:
         """Connect everybody, and begin to send."""
+        balancer = Balancer([self._endpoint])
         for number in range(self.count):
             recipient = f"urn:user:{number}"
-            client = Client(self.url, recipient, self.token_for(recipient, ""), self._on_pulled)
-            self.clients.append(await self._stack.enter_async_context(client))
+            client = Client(balancer, self, recipient, self.token_for(recipient, ""))
+            self.clients.append(client)
+            client.start()
             if number % 20 == 0:  # a ramp: what is tested is not the first minute of a cluster
-                await wait_until(
-                    lambda: sum(not client.connected for client in self.clients) < 50, 60
-                )
-        await wait_until(lambda: all(client.connected for client in self.clients), 60)
+                await wait_until(lambda: sum(not client.ready for client in self.clients) < 50, 60)
+        await wait_until(lambda: all(client.ready for client in self.clients), 60)
         self._sending = asyncio.create_task(self._send_steadily())
         return self
 
     async def __aexit__(self, *reason: object) -> None:
         """Stop sending, and disconnect everybody."""
         await self.stop_sending()
-        await self._stack.aclose()
+        for client in self.clients:
+            client.stop()
+        self._endpoint.http.close()
 
     async def stop_sending(self) -> None:
         """Send no more; what was answered is still to be pulled."""
@@ -151,11 +146,13 @@ class Crowd:
             longest_s = max(longest_s, message.pulled_s - begun_s)
         return longest_s
 
-    def _on_pulled(self, received: ReceivedMessage) -> None:
-        message = self.sent.get(received.id)
-        if message is not None and message.pulled_s == inf:
-            message.pulled_s = monotonic()
-            message.committed_s = message.pulled_s - (time() - received.sent_at.timestamp())
+    def on_pull(self, client: StormClient, messages: list[PulledMessage]) -> None:
+        """Note what was pulled, and how long ago it was committed."""
+        for pulled in messages:
+            message = self.sent.get(pulled.id)
+            if message is not None and message.pulled_s == inf:
+                message.pulled_s = monotonic()
+                message.committed_s = message.pulled_s - (time() - pulled.sent_at.timestamp())
 
     async def _send_steadily(self) -> None:
         headers = {"Authorization": f"Bearer {self.token_for('urn:backend', 'send')}"}

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -20,12 +19,12 @@ from websockets.asyncio.client import ClientConnection as Socket
 
 from pokebridge.sharding import shard_of
 from pokebridge.telemetry import Metric
-from tests.cluster.clusters import metrics
+from tests.cluster.clusters import metrics, run_command
 from tests.cluster.traffic import frames
 from tests.support import Daemon, Instance, Serve, free_port, wait_until
 from tests.support.engines import run_nats, run_pubsub_emulator
 from tests.support.missing import missing
-from tests.support.serving import JWT_SECRET, POKEBRIDGE
+from tests.support.serving import JWT_SECRET
 
 NAMES = ("one", "two", "three")
 SHARDS = 12
@@ -259,7 +258,7 @@ async def _find_a_client_in_the_wrong_place(cluster: Cluster) -> None:
         assert deliveries <= 2 * len(recipients)
 
 
-async def test_an_operator_migrates_and_drains_by_command(
+async def test_an_operator_migrates_and_drains_byrun_command(
     nats_server: Daemon, serve: Serve
 ) -> None:
     """``cluster mode`` tells of each instance and returns when all are there; nobody is silent.
@@ -311,11 +310,11 @@ async def _poke_untagged(nats_server: Daemon, sockets: Mapping[str, Socket]) -> 
 
 async def _migrate(cluster: Cluster, mode: str, *flags: str) -> None:
     one = cluster.instances["one"]
-    done = await asyncio.to_thread(_command, one, "cluster", "mode", mode, "--json", *flags)
+    done = await asyncio.to_thread(run_command, one, "cluster", "mode", mode, "--json", *flags)
     assert done.returncode == 0, done.stderr
     assert {line.split()[0] for line in done.stderr.splitlines()} == set(cluster.instances)
     assert json.loads(done.stdout)["mode"] == mode
-    shown = await asyncio.to_thread(_command, one, "cluster", "status")
+    shown = await asyncio.to_thread(run_command, one, "cluster", "status")
     assert f"{mode}, epoch" in shown.stdout
     assert all(name in shown.stdout for name in cluster.instances)
 
@@ -323,7 +322,7 @@ async def _migrate(cluster: Cluster, mode: str, *flags: str) -> None:
 async def _drain_two(cluster: Cluster, sockets: Mapping[str, Socket]) -> None:
     one, two = cluster.instances["one"], cluster.instances["two"]
     before = await cluster.owners()
-    done = await asyncio.to_thread(_command, one, "cluster", "drain", "two")
+    done = await asyncio.to_thread(run_command, one, "cluster", "drain", "two")
     assert done.returncode == 0, done.stderr
     assert set((await cluster.owners()).values()) == {"one"}
     for recipient, socket in sockets.items():
@@ -334,10 +333,3 @@ async def _drain_two(cluster: Cluster, sockets: Mapping[str, Socket]) -> None:
     async with two.async_http() as http:
         answer = await http.get("/readyz")
     assert (answer.status_code, "draining" in answer.text) == (503, True)
-
-
-def _command(instance: Instance, *words: str) -> subprocess.CompletedProcess[str]:
-    environ = os.environ | {"POKEBRIDGE_URL": instance.url, "POKEBRIDGE_JWT_SECRET": JWT_SECRET}
-    return subprocess.run(
-        [POKEBRIDGE, *words], env=environ, capture_output=True, text=True, timeout=60, check=False
-    )

@@ -32,6 +32,7 @@ from pokebridge.redline import (
     advise,
     evaluate,
     format_share,
+    misplaced_share,
 )
 from pokebridge.settings import load_settings
 from pokebridge.sharding import MAX_SHARD_COUNT
@@ -68,6 +69,8 @@ class _Measured(NamedTuple):
 
     mode: Mode
     noise_ratio: float
+    copies: float
+    """How many instances receive a message."""
     load: dict[str, Any]
 
 
@@ -177,19 +180,20 @@ async def _measure(access: Access) -> _Measured:
         traffic, members = cluster["traffic"], cluster["instances"]
         messages_per_s = float(traffic["messages_per_s"])
         global_ops_per_s = float(traffic["global_ops_per_s"])
+        copies = global_ops_per_s / messages_per_s if messages_per_s else 1.0
+        mode: Mode = "partitioned" if cluster["mode"] == "partitioned" else "fanout"
         # Without coordination an instance knows itself alone, and how many there are.
-        counted = round(global_ops_per_s / messages_per_s) if messages_per_s else 1
-        return _Measured(
-            mode="partitioned" if cluster["mode"] == "partitioned" else "fanout",
-            noise_ratio=float(traffic["noise_ratio"]),
-            load={
-                "messages_per_s": messages_per_s,
-                "instances": max(len(members), counted, 1),
-                "shards": int(cluster["shard_count"]),
-                "sessions": sum(int(member["sessions"]) for member in members),
-                "red_line_ops_per_s": float(traffic["red_line"]),
-            },
-        )
+        counted = round(copies) if mode == "fanout" else 1
+        load: dict[str, Any] = {
+            "messages_per_s": messages_per_s,
+            "instances": max(len(members), counted, 1),
+            "shards": int(cluster["shard_count"]),
+            "sessions": sum(int(member["sessions"]) for member in members),
+            "red_line_ops_per_s": float(traffic["red_line"]),
+        }
+        if mode == "partitioned":
+            load["misplaced_share"] = misplaced_share(Load(**load), copies)
+        return _Measured(mode, float(traffic["noise_ratio"]), copies, load)
     except (KeyError, TypeError, ValueError):
         raise UnavailableError(
             f"{access.url} answered, but not as an instance of pokebridge"
@@ -232,7 +236,11 @@ def _as_json(
     figures = {strategy: _figures(outcome) for strategy, outcome in outcomes.items()}
     return {
         "load": asdict(load),
-        "measured": {"mode": measured.mode, "noise_ratio": measured.noise_ratio}
+        "measured": {
+            "mode": measured.mode,
+            "noise_ratio": measured.noise_ratio,
+            "copies": measured.copies,
+        }
         if measured
         else None,
         "fanout": figures[FANOUT[engine]],
@@ -258,7 +266,10 @@ def _headlines(load: Load, measured: _Measured | None, prices: Prices) -> Sequen
     data = f"prices as of {prices.as_of}; costs of CPU time as measured, see docs/redline.md"
     if measured is None:
         return [asked, data]
-    noise = f"measured in {measured.mode}: {measured.noise_ratio:.1%} of the CPU time is noise"
+    noise = (
+        f"measured in {measured.mode}: a message reaches {measured.copies:.3g} instances,"
+        f" {measured.noise_ratio:.1%} of the CPU time is noise"
+    )
     return [asked, noise, data]
 
 

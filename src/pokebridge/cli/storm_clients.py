@@ -10,6 +10,7 @@ import random
 import re
 import struct
 from collections.abc import Iterator
+from datetime import datetime
 from time import monotonic
 
 import msgspec
@@ -49,9 +50,10 @@ _MASK = bytes(4)
 
 
 class PulledMessage(msgspec.Struct):
-    """What a storm wants to know of a message."""
+    """What is wanted to be known of a message; ``sent_at`` is when it was committed."""
 
     id: str
+    sent_at: datetime
 
 
 class _Page(msgspec.Struct):

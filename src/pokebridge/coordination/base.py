@@ -21,6 +21,8 @@ class Report:
     interest: tuple[int, ...] = ()
     """The shards of its sessions."""
     messages_per_s: float = 0.0
+    owned_per_s: float = 0.0
+    """Of them, those for shards that it owns: so each counts for one member alone."""
     pokes_per_s: float = 0.0
     """Poke frames handed to its sockets."""
     noise_ratio: float = 0.0

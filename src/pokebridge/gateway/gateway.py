@@ -204,6 +204,7 @@ class Gateway:
         moved = self.homing.see(shard_map, urls)
         if not self._serves:
             return
+        self.hold.own(shard_map.owned_by(self.instance))
         self._rehold()
         if moved:
             self._spawn(self._move_sessions(moved))

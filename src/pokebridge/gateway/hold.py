@@ -9,7 +9,7 @@ transport, by probes: signals that an instance publishes and then waits for.
 import asyncio
 import contextlib
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 import structlog
@@ -71,13 +71,17 @@ class Hold:
         self.timing = timing
         self.gaps = 0
         self.probes = 0
-        self.tags = frozenset(str(shard) for shard in range(shard_count))
+        self.owned = 0
+        """Signals for shards that this instance owns. What others own comes for sessions here."""
         self.untagged = 0
         """Signals that no subscription of their recipient's shard would bring: they are tagged with
         none, or with a wrong one, which is looked for in one of ``SAMPLE_EVERY`` alone."""
         self._shard_count = shard_count
         self._on_live = on_live
         self._on_missed = on_missed
+        self.tags: dict[str | None, bool] = {}
+        """The tags there are, and whether this instance owns their shard."""
+        self.own(frozenset())
         self._wanted: frozenset[Selection] = frozenset()
         self._held: dict[Selection, _Held] = {}
         self._closing: set[asyncio.Task[None]] = set()
@@ -131,6 +135,10 @@ class Hold:
             held = self._held[selection] = _Held(self, selection)
             await held.subscribe()
             held.start()
+
+    def own(self, shards: Collection[int]) -> None:
+        """Count the signals for ``shards`` as owned from now on."""
+        self.tags = {str(shard): shard in shards for shard in range(self._shard_count)}
 
     def want(self, selections: Iterable[Selection]) -> None:
         """Move to other subscriptions: the old go once all the new are proven live."""
@@ -268,10 +276,13 @@ class _Held:
     def on_signal(self, body: bytes, tag: str | None) -> None:
         self._heard += 1
         hold = self._hold
-        if tag not in hold.tags:
+        owned = hold.tags.get(tag)
+        if owned is None:
             hold.untagged += not is_probe(body)
-        elif not self._heard % SAMPLE_EVERY and hold.is_mistagged(body, tag):
-            hold.untagged += SAMPLE_EVERY
+        else:
+            hold.owned += owned
+            if not self._heard % SAMPLE_EVERY and hold.is_mistagged(body, tag):
+                hold.untagged += SAMPLE_EVERY
         if body == self._probe:
             self._probe_back.set()
         hold.on_signal(body)

@@ -266,7 +266,7 @@ class Cluster:
         gateway = self._gateway
         hold, traffic = gateway.hold, gateway.bridge.traffic
         elapsed_s, totals = self._window.growth(self._totals())
-        signals, untagged, delivered, cpu_s, *pulls = totals
+        signals, untagged, owned, delivered, cpu_s, *pulls = totals
         interest = sorted(gateway.homing.interest)
         return Report(
             epoch=gateway.homing.shard_map.epoch,
@@ -274,6 +274,7 @@ class Cluster:
             subscriptions=len(hold.selections),
             interest=tuple(interest[:_SHARDS_SHOWN_AT_MOST]),
             messages_per_s=traffic.messages_per_s,
+            owned_per_s=owned / elapsed_s,
             pokes_per_s=delivered / elapsed_s,
             noise_ratio=traffic.noise_ratio,
             untagged_share=untagged / signals if signals else 0.0,
@@ -290,6 +291,7 @@ class Cluster:
         return (
             counters.signals,
             self._gateway.hold.untagged,
+            self._gateway.hold.owned,
             counters.delivered,
             time.process_time(),
             *self.pulls.counts,
@@ -360,12 +362,16 @@ class Cluster:
     async def _load(self, members: Mapping[str, Member]) -> "_Load":
         """The load on the cluster.
 
-        In fan-out every instance receives every message; partitioned, their sum is what there is.
+        In fan-out every instance receives every message. Partitioned, a shard's owner does, and who
+        else has sessions of it; what carries no shard still reaches everyone.
         """
-        rates = [member.report.messages_per_s for member in members.values()]
-        if self.view.shard_map.mode == "partitioned":
-            return _Load(sum(rates), sum(rates), len(members))
+        reports = [member.report for member in members.values()]
+        rates = [report.messages_per_s for report in reports]
         instances = len(members)
+        if self.view.shard_map.mode == "partitioned":
+            to_all = [report.messages_per_s * report.untagged_share for report in reports]
+            published = sum(report.owned_per_s for report in reports) + max(to_all, default=0.0)
+            return _Load(published, sum(rates), instances)
         if not self._is_shared:
             instances = await self._transport.subscriber_count() or 1
         messages_per_s = max(rates, default=0.0)

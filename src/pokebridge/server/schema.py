@@ -195,6 +195,7 @@ class Instance(Struct):
     subscriptions: int = 0
     interest: Sequence[int] = ()
     messages_per_s: float = 0.0
+    owned_per_s: Annotated[float, Meta(description="Of them, for the instance's shards.")] = 0.0
     pokes_per_s: Annotated[float, Meta(description="Poke frames written to sockets.")] = 0.0
     noise_ratio: Annotated[Share, Meta(description="CPU time spent on others' pokes.")] = 0.0
     untagged_share: Annotated[Share, Meta(description="Of the signals: without a shard.")] = 0.0
@@ -211,7 +212,7 @@ class Instance(Struct):
 class Traffic(Struct):
     """The load, against the red line: `global_ops_per_s` counts a message once an instance."""
 
-    messages_per_s: float
+    messages_per_s: Annotated[float, Meta(description="Published.")]
     global_ops_per_s: float
     red_line: float
     noise_ratio: Annotated[float, Meta(description="CPU time spent on others' pokes, 0 to 1.")]
