@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 CODE := src tests $(wildcard benchmarks examples deploy)
-NODE := tests/node clients/js
+NODE := tests/node clients/js examples/replicache/web
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
@@ -86,4 +86,4 @@ lock: setup  ## compile requirements.lock anew from pyproject.toml (UPGRADE=1: n
 	  --generate-hashes --no-header $(if $(UPGRADE),--upgrade) --output-file requirements.lock
 
 clean:  ## delete all that these commands made, the development mailbox in var/ included
-	@rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis var node_modules $(NODE:=/node_modules) clients/js/dist clients/js/build
+	@rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis var node_modules $(NODE:=/node_modules) $(NODE:=/dist) clients/js/build

@@ -1,25 +1,35 @@
-"""A pull endpoint as Replicache calls it, and pushes that poke. The bridge keeps no messages.
+"""Push and pull as Replicache calls them, and pokes after changes. The bridge keeps no messages.
 
 Replicache (https://doc.replicache.dev/reference/server-pull) asks with the ``cookie`` of its last
 pull and gets a patch; a poke tells it when to ask. Its cookie is our version: the number of the
 newest change in the space. Here the space is one list of todos, kept in memory.
 """
 
+import asyncio
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import httpx
 from fastapi import FastAPI
+from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel, Field
 
+from pokebridge.errors import PokebridgeError
 from pokebridge.publisher import HttpPublisher
 
 BRIDGE = os.environ.get("BRIDGE_URL", "http://127.0.0.1:8080")
+PAGE = Path(__file__).parent / "web" / "dist"
 SPACE = "urn:space:todos"
 """Whom to poke: all who look at the list connect with a token for it."""
+REPEAT_AFTER_S = 1.0
+
+
+ClientGroup = Annotated[str, Field(alias="clientGroupID")]
+"""One browser profile. Its clients, tabs mostly, number their mutations each for itself."""
 
 
 class Mutation(BaseModel):
@@ -28,19 +38,21 @@ class Mutation(BaseModel):
     id: int
     name: str
     args: dict[str, Any]
-    client_id: str = Field(alias="clientID")
+    client: Annotated[str, Field(alias="clientID")]
 
 
 class Push(BaseModel):
     """Mutations in order."""
 
+    group: ClientGroup
     mutations: list[Mutation]
 
 
 class Pull(BaseModel):
     """``cookie`` is the version that the client has; ``None`` when it has nothing."""
 
-    cookie: int | None = None
+    group: ClientGroup
+    cookie: int | None
 
 
 @dataclass
@@ -48,30 +60,33 @@ class Space:
     """The todos, when each changed, and the last mutation of each client."""
 
     version: int = 0
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set while somebody is still to be poked."""
     todos: dict[str, tuple[int, dict[str, Any] | None]] = field(default_factory=dict)
     """Key → the version that it changed at, and its value; ``None`` once it is deleted."""
-    last_mutations: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Client → the version, and the number of the mutation."""
+    last_mutations: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
+    """Group and client → the version, and the number of the mutation."""
 
-    def apply(self, mutation: Mutation) -> None:
+    def apply(self, group: str, mutation: Mutation) -> None:
         """Do it, unless it was done before: a push may come twice."""
-        _, last = self.last_mutations.get(mutation.client_id, (0, 0))
+        _, last = self.last_mutations.get((group, mutation.client), (0, 0))
         if mutation.id <= last:
             return
         self.version += 1
         key = f"todo/{mutation.args['id']}"
         value = None if mutation.name == "deleteTodo" else mutation.args
         self.todos[key] = (self.version, value)
-        self.last_mutations[mutation.client_id] = (self.version, mutation.id)
+        self.last_mutations[group, mutation.client] = (self.version, mutation.id)
+        self.changed.set()
 
-    def since(self, cookie: int) -> dict[str, Any]:
+    def since(self, group: str, cookie: int) -> dict[str, Any]:
         """What changed after ``cookie``, as a patch."""
         return {
             "cookie": self.version,
             "lastMutationIDChanges": {
                 client: number
-                for client, (version, number) in self.last_mutations.items()
-                if version > cookie
+                for (its_group, client), (version, number) in self.last_mutations.items()
+                if its_group == group and version > cookie
             },
             "patch": [
                 {"op": "del", "key": key}
@@ -86,8 +101,20 @@ class Space:
 space = Space()
 
 
+async def _poke_on_changes(publisher: HttpPublisher) -> None:
+    """Poke until the bridge has taken it. What changes meanwhile needs no poke of its own."""
+    while True:
+        await space.changed.wait()
+        space.changed.clear()
+        try:
+            await publisher.poke(SPACE)
+        except PokebridgeError:  # the bridge is away
+            space.changed.set()
+            await asyncio.sleep(REPEAT_AFTER_S)
+
+
 @asynccontextmanager
-async def _life(app: FastAPI) -> AsyncIterator[None]:
+async def _life(_app: FastAPI) -> AsyncIterator[None]:
     token = os.environ.get("POKEBRIDGE_TOKEN")
     if token is None:  # a development instance hands one out
         async with httpx.AsyncClient() as http:
@@ -95,8 +122,9 @@ async def _life(app: FastAPI) -> AsyncIterator[None]:
             answer = await http.post(f"{BRIDGE}/v1/dev/token", json=wanted)
             token = str(answer.raise_for_status().json()["token"])
     async with HttpPublisher(BRIDGE, token) as publisher:
-        app.state.publisher = publisher
+        poking = asyncio.create_task(_poke_on_changes(publisher))
         yield
+        poking.cancel()
 
 
 app = FastAPI(lifespan=_life)
@@ -104,16 +132,17 @@ app = FastAPI(lifespan=_life)
 
 @app.post("/replicache/push")
 async def push(pushed: Push) -> dict[str, Any]:
-    """Apply the mutations, and have everybody who looks at the list pull."""
-    before = space.version
+    """Apply the mutations. Everybody who looks at the list is poked, who pushed them included."""
     for mutation in pushed.mutations:
-        space.apply(mutation)
-    if space.version > before:
-        await app.state.publisher.poke(SPACE)
+        space.apply(pushed.group, mutation)
     return {}
 
 
 @app.post("/replicache/pull")
-def pull(asked: Pull) -> dict[str, Any]:
+async def pull(asked: Pull) -> dict[str, Any]:
     """The patch from the client's version to ours."""
-    return space.since(asked.cookie or 0)
+    return space.since(asked.group, asked.cookie or 0)
+
+
+if PAGE.is_dir():  # it is built
+    app.mount("/", StaticFiles(directory=PAGE, html=True))

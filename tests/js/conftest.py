@@ -1,8 +1,6 @@
-"""The client as it is published, in both runtimes, and an instance that tests share."""
+"""The client in both runtimes, and an instance that tests share."""
 
-import fcntl
 import os
-import subprocess
 import threading
 from collections.abc import AsyncIterator, Iterator
 from functools import partial
@@ -14,8 +12,6 @@ import pytest
 import pytest_asyncio
 from playwright.async_api import Browser, BrowserContext, async_playwright
 from tests.js.driving import (
-    CLIENT,
-    ROOT,
     TIMEOUT_S,
     Client,
     NodeRuntime,
@@ -26,7 +22,8 @@ from tests.js.driving import (
 )
 from tests.support import Instance, free_port
 from tests.support.browser import FLAGS
-from tests.support.missing import missing, require
+from tests.support.missing import require
+from tests.support.npm import ROOT
 from tests.support.serving import JWT_SECRET
 
 # What Playwright switches off, and users have.
@@ -35,18 +32,6 @@ NOT_AS_A_USERS = [
     "--disable-backgrounding-occluded-windows",
     "--disable-renderer-backgrounding",
 ]
-
-
-@pytest.fixture(scope="session")
-def client_package() -> Path:
-    """``clients/js``, freshly built."""
-    npm = require("npm")
-    if not (CLIENT / "node_modules").is_dir():
-        missing("what clients/js is built with (npm ci in clients/js)")
-    with (CLIENT / "node_modules" / ".building").open("w") as lock:  # tests may run in parallel
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        subprocess.run([npm, "run", "--silent", "build"], cwd=CLIENT, check=True)
-    return CLIENT
 
 
 class Site(SimpleHTTPRequestHandler):

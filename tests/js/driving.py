@@ -15,8 +15,6 @@ from tests.support import Instance, wait_until
 from tests.support.missing import require
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-CLIENT = ROOT / "clients" / "js"
 # Reconnects soon; and polls only where a test is about that.
 QUICK = {"base_s": 0.05, "cap_s": 0.2, "poll_after_s": 60}
 TIMEOUT_S = 20.0

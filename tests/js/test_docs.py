@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 from playwright.async_api import BrowserContext, Page, expect
-from tests.js.driving import CLIENT, HERE, ROOT, TIMEOUT_S, send, wait_sessions
+from tests.js.driving import HERE, TIMEOUT_S, send, wait_sessions
 from tests.support import Instance
 from tests.support.missing import require
+from tests.support.npm import CLIENT, ROOT
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 

@@ -1,0 +1,120 @@
+"""The Replicache example: its app and its page as they stand, beside a bridge without a mailbox."""
+
+import asyncio
+from pathlib import Path
+
+import httpx
+import pytest
+from playwright.async_api import Browser, Page, expect
+from tests.examples.apps import EXAMPLES, run_app
+from tests.support import Daemon, Instance, Serve, wait_until
+from tests.support.npm import build
+
+WEB = EXAMPLES / "replicache" / "web"
+TIMEOUT_S = 40.0
+
+
+@pytest.fixture
+def bridge(serve: Serve) -> Instance:
+    """An instance that keeps no messages."""
+    return serve("--no-mailbox")
+
+
+@pytest.fixture(scope="session")
+def page_built(client_package: Path) -> None:
+    """The page, with the client in it."""
+    assert client_package.is_dir()
+    build(WEB)
+
+
+def answered(app: Daemon, call: str) -> int:
+    """How often the app has answered ``POST /replicache/CALL``."""
+    return app.log().count(f'"POST /replicache/{call} HTTP/1.1" 200')
+
+
+async def open_list(chromium: Browser, app: Daemon, bridge: Instance) -> Page:
+    """The list, in a browser profile of its own, once pokes are heard."""
+    page = await (await chromium.new_context()).new_page()
+    await page.clock.install()  # it runs as ever, but for a test that moves it
+    await page.goto(f"{app.url}/?bridge={bridge.url}")
+    await expect(page.locator("output")).to_have_text("connected")
+    return page
+
+
+async def add(page: Page, text: str) -> None:
+    """Write something into the list."""
+    await page.get_by_label("What to do").fill(text)
+    await page.get_by_role("button", name="Add").click()
+
+
+@pytest.mark.usefixtures("page_built")
+async def test_two_browsers(chromium: Browser, bridge: Instance, tmp_path: Path) -> None:
+    """What one changes the other shows, for one pull each; and nobody pulls unless poked."""
+    async with asyncio.timeout(TIMEOUT_S):
+        with run_app("replicache", bridge, tmp_path) as app:
+            ann, bob = [await open_list(chromium, app, bridge) for _ in range(2)]
+            await add(ann, "water the plants")
+            await expect(bob.locator("li")).to_contain_text(["water the plants"])
+            await bob.get_by_role("button", name="Done").click()
+            await expect(ann.locator("li")).to_have_count(0)
+            for page in (ann, bob):
+                await page.clock.fast_forward("30:00")
+            await add(bob, "half an hour later")
+            await expect(ann.locator("li")).to_contain_text(["half an hour later"])
+            # Replicache pulls when it starts, and when it learns that pokes are heard from now on.
+            at_start, for_pokes = 2 * 2, 2 * 3
+            assert answered(app, "pull") <= at_start + for_pokes
+
+
+@pytest.mark.usefixtures("page_built")
+async def test_the_bridge_is_away(chromium: Browser, bridge: Instance, tmp_path: Path) -> None:
+    """Pushes go on meanwhile; once it is back all is shown, for a pull on ready and one poke."""
+    async with asyncio.timeout(TIMEOUT_S):
+        with run_app("replicache", bridge, tmp_path) as app:
+            ann, bob = [await open_list(chromium, app, bridge) for _ in range(2)]
+            await asyncio.to_thread(bridge.kill)
+            for page in (ann, bob):
+                await expect(page.locator("output")).to_have_text("connecting")
+            await add(ann, "on my own")
+            await expect(ann.locator("li")).to_contain_text(["on my own"])
+            await wait_until(lambda: answered(app, "push") == 1, what="a push")
+            await expect(bob.locator("li")).to_have_count(0)
+
+            await asyncio.to_thread(bridge.start)
+            for page in (ann, bob):
+                await page.clock.fast_forward("00:05")  # they needn't wait to try again
+            await expect(bob.locator("li")).to_contain_text(["on my own"])
+            await expect(ann.locator("output")).to_have_text("connected")
+            await add(bob, "together")
+            await expect(ann.locator("li")).to_contain_text(["on my own", "together"])
+            at_start, on_ready, for_pokes = 2 * 2, 2, 2 * 2
+            assert answered(app, "pull") <= at_start + on_ready + for_pokes
+
+
+async def test_a_push_that_comes_twice(bridge: Instance, tmp_path: Path) -> None:
+    """It is applied once; each browser profile hears of its own clients' mutations alone."""
+    created = {"id": 1, "name": "putTodo", "args": {"id": "a", "text": "sleep"}, "clientID": "c1"}
+    deleted = {"id": 2, "name": "deleteTodo", "args": {"id": "a"}, "clientID": "c1"}
+    async with asyncio.timeout(TIMEOUT_S):
+        with run_app("replicache", bridge, tmp_path) as app:
+            async with httpx.AsyncClient(base_url=app.url) as http:
+
+                async def push(*mutations: object) -> None:
+                    body = {"clientGroupID": "ann", "mutations": mutations}
+                    (await http.post("/replicache/push", json=body)).raise_for_status()
+
+                async def pull(group: str, cookie: int | None) -> object:
+                    body = {"clientGroupID": group, "cookie": cookie}
+                    return (await http.post("/replicache/pull", json=body)).json()
+
+                await push(created)
+                await push(created)
+                put = {"op": "put", "key": "todo/a", "value": created["args"]}
+                first = {"cookie": 1, "lastMutationIDChanges": {"c1": 1}, "patch": [put]}
+                assert await pull("ann", None) == first
+                assert await pull("bob", None) == first | {"lastMutationIDChanges": {}}
+                await push(created, deleted)
+                gone = [{"op": "del", "key": "todo/a"}]
+                second = {"cookie": 2, "lastMutationIDChanges": {"c1": 2}, "patch": gone}
+                assert await pull("ann", 1) == second
+                assert await pull("ann", 2) == {**second, "lastMutationIDChanges": {}, "patch": []}
