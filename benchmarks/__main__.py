@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import uvloop
 
-from benchmarks import handshakes, latency, mailbox, memory, noise, pokes, transports
+from benchmarks import handshakes, latency, mailbox, memory, noise, pokes, profiled, transports
 from benchmarks.harness import BenchmarkError, Figure, progress
 from pokebridge.telemetry import configure_logging
 
@@ -22,6 +22,7 @@ MEASURES: dict[str, Callable[[], Awaitable[list[Figure]]]] = {
     "pokes": pokes.measure,
     "handshakes": handshakes.measure,
     "noise": noise.measure,
+    "profiled": profiled.measure,
     "transports": transports.measure,
     "latency": latency.measure,
     "mailbox": mailbox.measure,

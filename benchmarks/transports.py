@@ -69,7 +69,7 @@ async def measure(
     figures = [await _memory(rounds)]
     for engine, size in sizes.items():
         async with contextlib.AsyncExitStack() as stack:
-            url = await stack.enter_async_context(_engine(engine))
+            url = await stack.enter_async_context(run_engine(engine))
             ours, bare = [
                 await stack.enter_async_context(_receiving(engine, kind, url))
                 for kind in ("ours", "bare")
@@ -205,7 +205,7 @@ async def _delivered(
 
 
 @contextlib.asynccontextmanager
-async def _engine(name: str) -> AsyncIterator[str]:
+async def run_engine(name: str) -> AsyncIterator[str]:
     """A server of this kind on a free port; yields what ``receivers.connect`` takes for it."""
     port = free_port()
     command: dict[str, tuple[str | Path, ...]] = {

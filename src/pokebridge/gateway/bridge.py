@@ -5,13 +5,12 @@ drops. It knows nothing of shards, phases or subscriptions, so a migration leave
 """
 
 import asyncio
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from pokebridge.errors import SignalError
 from pokebridge.gateway.connection import Connection
-from pokebridge.gateway.meter import SAMPLE_EVERY, Meter, Traffic
+from pokebridge.gateway.meter import SAMPLE_EVERY, Meter, Stopwatch, Traffic
 from pokebridge.gateway.session_map import SessionMap
 from pokebridge.model import Poke
 from pokebridge.wire import Disconnect, Probe, decode_signal, poke_frame
@@ -48,11 +47,13 @@ class Bridge:
         if counters.signals % SAMPLE_EVERY:
             self._take(body)
             return
-        pokes, noise, started_s = counters.pokes, counters.noise, time.thread_time()
+        pokes, noise = counters.pokes, counters.noise
+        stopwatch = Stopwatch()
         self._take(body)
+        cpu_s = stopwatch.stop()
         if counters.pokes > pokes:
             others = (counters.noise - noise) / (counters.pokes - pokes)
-            self._meter.add_noise((time.thread_time() - started_s) * others)
+            self._meter.add_noise(cpu_s * others)
 
     def _take(self, body: bytes) -> None:
         try:
