@@ -1,10 +1,11 @@
 """The mailbox's appends and pulls, SQLite and PostgreSQL, to the bare driver doing the same.
 
-The stores hold a million messages of a hundred thousand recipients, and as many others that had
-some. The yardstick for PostgreSQL is asyncpg on ten connections, for SQLite sqlite3 in a thread, as
-an event loop must use it. Both get the mailbox's own statements, and appends in transactions as
-large as those that the mailbox makes of its callers. Rounds of both alternate, as they do between
-that store and one of few recipients, whose empty pulls must cost about the same.
+A million messages are appended to a hundred thousand recipients, among nine times as many others.
+At that size the mailbox is compared with a bare driver, in rounds that alternate: asyncpg on ten
+connections, sqlite3 in a thread, as an event loop must use it. Both get the mailbox's own
+statements, and appends in transactions as large as those that the mailbox makes of its callers.
+Empty pulls alternate between that store and one of few recipients, where they must cost about the
+same.
 """
 
 # ruff: noqa: A005, SLF001 - never imported but as benchmarks.mailbox; the statements are private
@@ -26,7 +27,7 @@ from typing import Protocol
 import asyncpg
 from tests.support.engines import run_postgres
 
-from benchmarks.harness import Figure, compare, progress, recipient
+from benchmarks.harness import BenchmarkError, Figure, compare, progress, recipient
 from pokebridge.mailbox import postgres, sqlite
 from pokebridge.mailbox.base import PAGE_BYTES, Limits, Mailbox
 from pokebridge.mailbox.postgres import PostgresMailbox
@@ -37,7 +38,9 @@ from pokebridge.model import MAX_VERSION, NewMessage
 # 60% of the driver's rate: a call may cost so many times the driver's.
 AT_MOST_DRIVER = 1.67
 AT_MOST_GROWTH = 1.5
+GROWTH_ROUNDS = 12
 CALLERS = 256
+FILL_STEPS = 10
 SENDER = "urn:user:sender"
 BODY = b'{"text": "a message of the usual size, which is not much", "n": 1234567}'
 
@@ -97,7 +100,7 @@ class Times:
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """What the stores hold: ``messages`` of ``active`` among ``many`` recipients, and ``few``."""
+    """How many messages, of how many ``active`` recipients among ``many``; and the ``few``."""
 
     messages: int
     active: int
@@ -106,7 +109,7 @@ class Size:
 
     @property
     def head(self) -> int:
-        """How many messages each of those that are active has at first."""
+        """How many messages each of those that are active gets."""
         return self.messages // self.active
 
 
@@ -116,21 +119,41 @@ async def measure(
     calls: int = 5_000,
     rounds: int = 4,
 ) -> list[Figure]:
-    """Append, pull and pull in vain, ``calls`` times each in every round."""
+    """Append all messages; then append, pull and pull in vain, ``calls`` each in every round."""
     figures = []
     for open_store in (_sqlite_store, _postgres_store):
         async with open_store(size) as store:
-            figures += await _measure(store, size, calls, rounds)
+            figures.append(await _fill(store, size))
+            figures += await _compare_with_driver(store, size, calls, rounds)
+            figures.append(await _compare_growth(store, size, 4 * calls))
     return figures
 
 
-async def _measure(store: Store, size: Size, calls: int, rounds: int) -> list[Figure]:
+async def _fill(store: Store, size: Size) -> Figure:
+    """Append all messages, one a call, in a random order of their recipients."""
+    order = [number % size.active for number in range(size.messages)]
+    random.Random(1).shuffle(order)
+    names = (recipient(number) for number in order)
+    times, share = Times(), size.messages // FILL_STEPS
+    for step in range(1, FILL_STEPS + 1):
+        await times.take(lambda _: store.many.append(_message(next(names))), share, CALLERS)
+        progress(f"mailbox: {store.kind}, {step * share:,} messages appended")
+    kept = (await store.many.stats()).messages
+    if kept != size.messages:
+        raise BenchmarkError(f"{size.messages} messages were appended, and {kept} are there")
+    return times.figure(f"append of {size.messages:,} messages, {store.kind}")
+
+
+def _message(name: str) -> NewMessage:
+    return NewMessage(name, SENDER, uuid.uuid4().hex, BODY)
+
+
+async def _compare_with_driver(store: Store, size: Size, calls: int, rounds: int) -> list[Figure]:
     names = ("append", "pull", "empty pull")
     ours, bare = ({name: Times() for name in names} for _ in range(2))
-    growth = {size.few: Times(), size.many: Times()}
-    pick = random.Random(1).randrange
+    pick = random.Random(2).randrange
     for number in range(rounds + 1):
-        for times in (*ours.values(), *bare.values(), *growth.values()) if number == 1 else ():
+        for times in (*ours.values(), *bare.values()) if number == 1 else ():
             times.rounds_us.clear()  # the first round has warmed up
             times.latencies_s.clear()
         for name, call, driver_call in _calls(store, size, pick):
@@ -140,11 +163,9 @@ async def _measure(store: Store, size: Size, calls: int, rounds: int) -> list[Fi
                 bare[name].rounds_us[-1] /= store.transaction
             else:
                 await bare[name].take(driver_call, calls, store.readers)
-        for among, mailbox in ((size.few, store.few), (size.many, store.many)):
-            await growth[among].take(_pull_in_vain(mailbox, among, pick), 4 * calls, CALLERS)
         progress(f"mailbox: {store.kind}, round {number} of {rounds}")
     figures = [ours[name].figure(f"{name}, {store.kind}") for name in names]
-    figures += [
+    return figures + [
         compare(
             "mailbox",
             f"{name}, {store.kind}, to the bare driver",
@@ -155,9 +176,16 @@ async def _measure(store: Store, size: Size, calls: int, rounds: int) -> list[Fi
         )
         for name in names
     ]
-    grown = f"empty pull, {store.kind}, of {size.many:,} recipients to {size.few:,}"
-    few_us, many_us = growth[size.few].rounds_us, growth[size.many].rounds_us
-    return [*figures, compare("mailbox", grown, many_us, few_us, "us", AT_MOST_GROWTH)]
+
+
+async def _compare_growth(store: Store, size: Size, calls: int) -> Figure:
+    few, many = Times(), Times()
+    pick = random.Random(3).randrange
+    for _ in range(1 + GROWTH_ROUNDS):  # the first warms up
+        await few.take(_pull_in_vain(store.few, size.few, pick), calls, CALLERS)
+        await many.take(_pull_in_vain(store.many, size.many, pick), calls, CALLERS)
+    name = f"empty pull, {store.kind}, of {size.many:,} recipients to {size.few:,}"
+    return compare("mailbox", name, many.rounds_us[1:], few.rounds_us[1:], "us", AT_MOST_GROWTH)
 
 
 def _calls(
@@ -167,7 +195,7 @@ def _calls(
     mailbox, driver = store.many, store.driver
 
     def message() -> NewMessage:
-        return NewMessage(recipient(pick(size.active)), SENDER, uuid.uuid4().hex, BODY)
+        return _message(recipient(pick(size.active)))
 
     async def append_many(_: int) -> None:
         await driver.append([message() for _ in range(store.transaction)])
@@ -184,6 +212,11 @@ def _calls(
         _pull_in_vain(mailbox, size.active, pick),
         lambda _: driver.read(recipient(pick(size.active)), MAX_VERSION),
     )
+
+
+def _strangers(recipients: int, size: Size) -> range:
+    """Those whose messages have all been read and deleted; the active ones get theirs later."""
+    return range(size.active if recipients == size.many else 0, recipients)
 
 
 def _pull_in_vain(mailbox: Mailbox, recipients: int, pick: Callable[[int], int]) -> Call:
@@ -237,7 +270,8 @@ async def _sqlite_store(size: Size) -> AsyncIterator[Store]:
             path = Path(folder) / f"{recipients}.db"
             mailboxes.append(await SqliteMailbox.open(path))
             with contextlib.closing(sqlite3.connect(path)) as db, db:
-                _fill_sqlite(db, recipients, size)
+                heads = ((recipient(n), 10, 0, 0) for n in _strangers(recipients, size))
+                db.executemany("INSERT INTO heads VALUES (?, ?, ?, ?)", heads)
         driver = SqliteDriver(path)
         try:
             yield Store(
@@ -253,18 +287,6 @@ async def _sqlite_store(size: Size) -> AsyncIterator[Store]:
             driver.close()
             for mailbox in mailboxes:
                 await mailbox.close()
-
-
-def _fill_sqlite(db: sqlite3.Connection, recipients: int, size: Size) -> None:
-    heads = ((recipient(n), size.head, 0, 0) for n in range(recipients))
-    db.executemany("INSERT INTO heads VALUES (?, ?, ?, ?)", heads)
-    if recipients == size.many:
-        messages = (
-            (recipient(n), version, f"{version}", SENDER, BODY, 0, None)
-            for n in range(size.active)
-            for version in range(1, size.head + 1)
-        )
-        db.executemany("INSERT INTO messages VALUES (?, ?, ?, ?, ?, ?, ?)", messages)
 
 
 # --- PostgreSQL -------------------------------------------------------------------------------
@@ -324,7 +346,11 @@ async def _postgres_store(size: Size) -> AsyncIterator[Store]:
                 ]
                 for connection in connections:
                     opened.push_async_callback(connection.close)
-                await _fill_postgres(connections[0], recipients, size)
+                await connections[0].execute(
+                    "INSERT INTO heads SELECT unnest($1::text[]), 10, 0, 0",
+                    [recipient(n) for n in _strangers(recipients, size)],
+                )
+                await connections[0].execute("VACUUM (ANALYZE) heads")
             yield Store(
                 "PostgreSQL",
                 few=mailboxes[0],
@@ -334,23 +360,3 @@ async def _postgres_store(size: Size) -> AsyncIterator[Store]:
                 appenders=postgres.APPENDERS,
                 readers=CONNECTIONS,
             )
-
-
-async def _fill_postgres(
-    connection: "asyncpg.Connection[asyncpg.Record]", recipients: int, size: Size
-) -> None:
-    for start in range(0, recipients, 100_000):
-        names = [recipient(n) for n in range(start, min(recipients, start + 100_000))]
-        await connection.execute(
-            "INSERT INTO heads SELECT unnest($1::text[]), $2, 0, 0", names, size.head
-        )
-        if recipients == size.many and start < size.active:
-            await connection.execute(
-                "INSERT INTO messages SELECT name, version, version::text, $2, $3, 0, NULL"
-                " FROM unnest($1::text[]) AS name, generate_series(1, $4) AS version",
-                names[: size.active - start],
-                SENDER,
-                BODY,
-                size.head,
-            )
-    await connection.execute("ANALYZE")
