@@ -59,6 +59,11 @@ async def open_page(context: BrowserContext, site: str) -> PageRuntime:
     return PageRuntime(page, await context.new_cdp_session(page))
 
 
+async def open_pages(context: BrowserContext, site: str, number: int) -> list[PageRuntime]:
+    """So many new tabs with the harness in them."""
+    return await asyncio.gather(*(open_page(context, site) for _ in range(number)))
+
+
 class NodeRuntime:
     """A Node process."""
 

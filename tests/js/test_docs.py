@@ -148,6 +148,7 @@ async def test_the_example_page(context: BrowserContext, site: str, instance: In
         await page.goto(f"{site}/examples/page/?bridge={instance.url}&user={user}")
         await expect(page.locator("#state")).to_have_text("connected")
     for sender, recipient in (("zoe", "yan"), ("yan", "zoe")):
+        await pages[sender].bring_to_front()  # Chromium is slow to draw what is hidden
         await pages[sender].get_by_label("To").fill(recipient)
         await pages[sender].get_by_label("say").fill(f"from {sender}")
         await pages[sender].get_by_role("button").click()

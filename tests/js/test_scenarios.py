@@ -112,7 +112,7 @@ async def test_offline_and_back_in_node(node: NodeRuntime, instance: Instance) -
     """The same where nobody says that the network is gone: the silence is noticed."""
     client = Client(node)
     async with CutProxy("127.0.0.1", instance.port) as proxy:
-        policy = {**QUICK, "ping_after_s": 1, "pong_within_s": 1}
+        policy = {**QUICK, "ping_after_s": 0.3, "pong_within_s": 1}
         await client.start(f"http://{proxy.address}", "urn:user:node-offline", policy=policy)
         await client.idle()
         proxy.cut()
@@ -206,12 +206,12 @@ async def sleep(node: NodeRuntime, instance: Instance) -> None:
     """While a process is stopped its connection is lost, which it finds out when it goes on."""
     client = Client(node)
     async with CutProxy("127.0.0.1", instance.port) as proxy:
-        policy = {**QUICK, "ping_after_s": 1, "pong_within_s": 2}
+        policy = {**QUICK, "ping_after_s": 0.5, "pong_within_s": 1}
         await client.start(f"http://{proxy.address}", "urn:user:sleepy", policy=policy)
         await client.idle()
         node.process.send_signal(signal.SIGSTOP)
         proxy.cut()
-        await asyncio.sleep(6.5)  # the sleep itself is what is tested
+        await asyncio.sleep(6)  # the sleep itself is what is tested
         await send(instance, "urn:user:sleepy", "good morning")
         node.process.send_signal(signal.SIGCONT)
         await client.wait_count("wake", 1)

@@ -12,7 +12,7 @@ from playwright.async_api import Browser, BrowserContext
 from tests.js.driving import (
     QUICK,
     Client,
-    open_page,
+    open_pages,
     poke,
     pulls,
     released,
@@ -29,7 +29,7 @@ async def test_four_tabs_one_socket(context: BrowserContext, site: str, instance
     """One socket and one pull a message serve four tabs; another tab takes over when it is gone."""
     await wait_sessions(instance, 0)
     before = await pulls(instance)
-    tabs = [await open_page(context, site) for _ in range(4)]
+    tabs = await open_pages(context, site, 4)
     clients = [Client(tab) for tab in tabs]
     for client in clients:
         await client.start(instance.url, "urn:user:tabs")
@@ -69,7 +69,7 @@ async def test_a_new_leader_with_an_old_token(
 ) -> None:
     """Who has only followed gets a new token first, and no handshake is refused."""
     await wait_sessions(instance, 0)
-    first, second = [await open_page(context, site) for _ in range(2)]
+    first, second = await open_pages(context, site, 2)
     await Client(first).start(instance.url, "urn:user:old", ttl_s=20)
     client = Client(second)
     await client.start(instance.url, "urn:user:old", ttl_s=20)
@@ -87,7 +87,7 @@ async def test_each_tab_pulls_its_own(
 ) -> None:
     """With ``onPoke`` every tab is told of each poke, through one socket."""
     await wait_sessions(instance, 0)
-    clients = [Client(await open_page(context, site)) for _ in range(2)]
+    clients = [Client(tab) for tab in await open_pages(context, site, 2)]
     for client in clients:
         await client.start(instance.url, "urn:user:own-tabs", kind="own")
         await client.wait_count("pulled", 1)
@@ -101,7 +101,7 @@ async def test_each_tab_pulls_its_own(
 async def test_who_does_not_share(context: BrowserContext, site: str, instance: Instance) -> None:
     """Another user, another device and a browser without Web Locks have sockets of their own."""
     await wait_sessions(instance, 0)
-    first, second, third, fourth = [await open_page(context, site) for _ in range(4)]
+    first, second, third, fourth = await open_pages(context, site, 4)
     await Client(first).start(instance.url, "urn:user:one")
     await Client(second).start(instance.url, "urn:user:two")
     await Client(third).start(instance.url, "urn:user:one", device="phone")
@@ -188,7 +188,7 @@ async def test_a_leading_tab_that_sleeps(
 ) -> None:
     """Phones stop pages in the background, locks and all: a tab that is looked at takes over."""
     await wait_sessions(instance, 0)
-    asleep, awake = [await open_page(context, site) for _ in range(2)]
+    asleep, awake = await open_pages(context, site, 2)
     old, new = Client(asleep), Client(awake)
     policy = {**QUICK, "ping_after_s": 0.2}
     await old.start(instance.url, "urn:user:phone", policy=policy)
