@@ -233,6 +233,7 @@ class SqliteDriver:
         self._thread = ThreadPoolExecutor(1)
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         self._db.execute("PRAGMA synchronous = FULL")
+        self._db.execute(f"PRAGMA wal_autocheckpoint = {sqlite.CHECKPOINT_PAGES}")
         self._loop = asyncio.get_running_loop()
 
     async def append(self, messages: Sequence[NewMessage]) -> None:

@@ -40,9 +40,10 @@ READERS: Final = 2
 # What one thread takes at once. A write batch is a transaction; a read batch only saves wake-ups.
 WRITE_BATCH: Final = 512
 READ_BATCH: Final = 16
-# Beyond this, a checkpoint cuts the write-ahead log's file back.
+# The write-ahead log's pages, 32 MiB, that begin a checkpoint. Messages of many recipients touch
+# many pages: by SQLite's default of 1,000 each second batch would, and write more. Cut back at 64.
+CHECKPOINT_PAGES: Final = 8192
 WAL_SIZE_BYTES: Final = 64 * 1024 * 1024
-
 # When more than a quarter of a file is free a purge gives so much of it back to the disk.
 VACUUM_PAGES: Final = 1024
 # Of each connection: the look-up tables of a million recipients fit.
@@ -463,6 +464,7 @@ def _connect(path: Path) -> sqlite3.Connection:
     )
     db.execute("PRAGMA synchronous = FULL")  # a commit is on the disk, not only in its cache
     db.execute(f"PRAGMA cache_size = -{CACHE_SIZE_BYTES // 1024}")
+    db.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
     db.execute(f"PRAGMA journal_size_limit = {WAL_SIZE_BYTES}")
     return db
 
