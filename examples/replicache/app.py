@@ -7,6 +7,7 @@ newest change in the space. Here the space is one list of todos, kept in memory.
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -59,13 +60,19 @@ class Pull(BaseModel):
 class Space:
     """The todos, when each changed, and the last mutation of each client."""
 
-    version: int = 0
+    born: int
+    """The version to begin with: above all that an earlier life of the app has given out."""
+    version: int = field(init=False)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     """Set while somebody is still to be poked."""
     todos: dict[str, tuple[int, dict[str, Any] | None]] = field(default_factory=dict)
     """Key → the version that it changed at, and its value; ``None`` once it is deleted."""
     last_mutations: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
     """Group and client → the version, and the number of the mutation."""
+
+    def __post_init__(self) -> None:
+        """Begin."""
+        self.version = self.born
 
     def apply(self, group: str, mutation: Mutation) -> None:
         """Do it, unless it was done before: a push may come twice."""
@@ -80,7 +87,12 @@ class Space:
         self.changed.set()
 
     def since(self, group: str, cookie: int) -> dict[str, Any]:
-        """What changed after ``cookie``, as a patch."""
+        """What changed after ``cookie``, as a patch; what an earlier life knew goes."""
+        patch: list[dict[str, Any]] = [{"op": "clear"}] if cookie < self.born else []
+        for key, (version, value) in self.todos.items():
+            if version > cookie:
+                put = {"op": "put", "key": key, "value": value}
+                patch.append({"op": "del", "key": key} if value is None else put)
         return {
             "cookie": self.version,
             "lastMutationIDChanges": {
@@ -88,17 +100,11 @@ class Space:
                 for (its_group, client), (version, number) in self.last_mutations.items()
                 if its_group == group and version > cookie
             },
-            "patch": [
-                {"op": "del", "key": key}
-                if value is None
-                else {"op": "put", "key": key, "value": value}
-                for key, (version, value) in self.todos.items()
-                if version > cookie
-            ],
+            "patch": patch,
         }
 
 
-space = Space()
+space = Space(born=time.time_ns() // 1_000_000)
 
 
 async def _poke_on_changes(publisher: HttpPublisher) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -91,6 +92,21 @@ async def test_the_bridge_is_away(chromium: Browser, bridge: Instance, tmp_path:
             assert answered(app, "pull") <= at_start + on_ready + for_pokes
 
 
+@pytest.mark.usefixtures("page_built")
+async def test_the_app_is_restarted(chromium: Browser, bridge: Instance, tmp_path: Path) -> None:
+    """Its list is in memory: pages that show the old one go on with the new one."""
+    async with asyncio.timeout(TIMEOUT_S):
+        with run_app("replicache", bridge, tmp_path) as app:
+            ann, bob = [await open_list(chromium, app, bridge) for _ in range(2)]
+            await add(ann, "old")
+            await expect(bob.locator("li")).to_contain_text(["old"])
+            await asyncio.to_thread(app.kill)
+            await asyncio.to_thread(app.start)
+            await add(ann, "new")
+            for page in (ann, bob):
+                await expect(page.locator("li")).to_contain_text(["new"])
+
+
 async def test_a_push_that_comes_twice(bridge: Instance, tmp_path: Path) -> None:
     """It is applied once; each browser profile hears of its own clients' mutations alone."""
     created = {"id": 1, "name": "putTodo", "args": {"id": "a", "text": "sleep"}, "clientID": "c1"}
@@ -103,18 +119,21 @@ async def test_a_push_that_comes_twice(bridge: Instance, tmp_path: Path) -> None
                     body = {"clientGroupID": "ann", "mutations": mutations}
                     (await http.post("/replicache/push", json=body)).raise_for_status()
 
-                async def pull(group: str, cookie: int | None) -> object:
+                async def pull(group: str, cookie: int | None) -> dict[str, Any]:
                     body = {"clientGroupID": group, "cookie": cookie}
-                    return (await http.post("/replicache/pull", json=body)).json()
+                    return dict((await http.post("/replicache/pull", json=body)).json())
 
                 await push(created)
                 await push(created)
                 put = {"op": "put", "key": "todo/a", "value": created["args"]}
-                first = {"cookie": 1, "lastMutationIDChanges": {"c1": 1}, "patch": [put]}
-                assert await pull("ann", None) == first
-                assert await pull("bob", None) == first | {"lastMutationIDChanges": {}}
+                first = await pull("ann", None)
+                version = first["cookie"]
+                assert first["lastMutationIDChanges"] == {"c1": 1}
+                assert first["patch"] == [{"op": "clear"}, put]
+                assert await pull("bob", None) == {**first, "lastMutationIDChanges": {}}
                 await push(created, deleted)
                 gone = [{"op": "del", "key": "todo/a"}]
-                second = {"cookie": 2, "lastMutationIDChanges": {"c1": 2}, "patch": gone}
-                assert await pull("ann", 1) == second
-                assert await pull("ann", 2) == {**second, "lastMutationIDChanges": {}, "patch": []}
+                second = {"cookie": version + 1, "lastMutationIDChanges": {"c1": 2}, "patch": gone}
+                assert await pull("ann", version) == second
+                third = {**second, "lastMutationIDChanges": {}, "patch": []}
+                assert await pull("ann", version + 1) == third
