@@ -48,6 +48,11 @@ async def add(page: Page, text: str) -> None:
     await page.get_by_role("button", name="Add").click()
 
 
+async def expect_list(page: Page, *texts: str) -> None:
+    """Wait until the list is exactly this; each entry has its button."""
+    await expect(page.locator("li")).to_have_text([f"{text} Done" for text in texts])
+
+
 @pytest.mark.usefixtures("page_built")
 async def test_two_browsers(chromium: Browser, bridge: Instance, tmp_path: Path) -> None:
     """What one changes the other shows, for one pull each; and nobody pulls unless poked."""
@@ -55,13 +60,13 @@ async def test_two_browsers(chromium: Browser, bridge: Instance, tmp_path: Path)
         with run_app("replicache", bridge, tmp_path) as app:
             ann, bob = [await open_list(chromium, app, bridge) for _ in range(2)]
             await add(ann, "water the plants")
-            await expect(bob.locator("li")).to_contain_text(["water the plants"])
+            await expect_list(bob, "water the plants")
             await bob.get_by_role("button", name="Done").click()
-            await expect(ann.locator("li")).to_have_count(0)
+            await expect_list(ann)
             for page in (ann, bob):
                 await page.clock.fast_forward("30:00")
             await add(bob, "half an hour later")
-            await expect(ann.locator("li")).to_contain_text(["half an hour later"])
+            await expect_list(ann, "half an hour later")
             # Replicache pulls when it starts, and when it learns that pokes are heard from now on.
             at_start, for_pokes = 2 * 2, 2 * 3
             assert answered(app, "pull") <= at_start + for_pokes
@@ -77,17 +82,17 @@ async def test_the_bridge_is_away(chromium: Browser, bridge: Instance, tmp_path:
             for page in (ann, bob):
                 await expect(page.locator("output")).to_have_text("connecting")
             await add(ann, "on my own")
-            await expect(ann.locator("li")).to_contain_text(["on my own"])
+            await expect_list(ann, "on my own")
             await wait_until(lambda: answered(app, "push") == 1, what="a push")
-            await expect(bob.locator("li")).to_have_count(0)
+            await expect_list(bob)
 
             await asyncio.to_thread(bridge.start)
             for page in (ann, bob):
                 await page.clock.fast_forward("00:05")  # they needn't wait to try again
-            await expect(bob.locator("li")).to_contain_text(["on my own"])
+            await expect_list(bob, "on my own")
             await expect(ann.locator("output")).to_have_text("connected")
             await add(bob, "together")
-            await expect(ann.locator("li")).to_contain_text(["on my own", "together"])
+            await expect_list(ann, "on my own", "together")
             at_start, on_ready, for_pokes = 2 * 2, 2, 2 * 2
             assert answered(app, "pull") <= at_start + on_ready + for_pokes
 
@@ -99,12 +104,12 @@ async def test_the_app_is_restarted(chromium: Browser, bridge: Instance, tmp_pat
         with run_app("replicache", bridge, tmp_path) as app:
             ann, bob = [await open_list(chromium, app, bridge) for _ in range(2)]
             await add(ann, "old")
-            await expect(bob.locator("li")).to_contain_text(["old"])
+            await expect_list(bob, "old")
             await asyncio.to_thread(app.kill)
             await asyncio.to_thread(app.start)
             await add(ann, "new")
             for page in (ann, bob):
-                await expect(page.locator("li")).to_contain_text(["new"])
+                await expect_list(page, "new")
 
 
 async def test_a_push_that_comes_twice(bridge: Instance, tmp_path: Path) -> None:
