@@ -7,6 +7,7 @@ import pytest
 from tests.gateway.harness import BOB, QUICK, Running, running
 from tests.support.waiting import wait_until
 
+from pokebridge.gateway.homing import Reach
 from pokebridge.placement import ShardMap
 from pokebridge.sharding import shard_of
 from pokebridge.transport.base import Feed
@@ -88,7 +89,7 @@ async def test_a_client_of_another_owner_is_moved_once_and_then_served() -> None
     async with running() as server:
         count = server.gateway.homing.shard_map.shard_count
         there = ShardMap(1, "partitioned", ("other",) * count)
-        server.gateway.apply(there, {"other": "ws://other.example/v1/connect"})
+        server.gateway.apply(there, {"other": Reach("ws://other.example/v1/connect", "1")})
         client = await server.connect()
         assert await client.message() == {"type": "move", "url": "ws://other.example/v1/connect"}
         assert await client.closed() == 4307

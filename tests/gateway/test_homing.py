@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from pokebridge.gateway.homing import Homing
+from pokebridge.gateway.homing import Homing, Reach
 from pokebridge.placement import Placement, ShardMap
 from pokebridge.sharding import shard_of
 
@@ -17,6 +17,11 @@ def owned_by(owner: str | None, epoch: int = 1) -> ShardMap:
     owners: list[str | None] = ["here"] * SHARDS
     owners[shard_of(BOB, SHARDS)] = owner
     return ShardMap(epoch, "partitioned", tuple(owners))
+
+
+def reached(urls: Mapping[str, str], incarnation: str = "first") -> dict[str, Reach]:
+    """The members at ``urls``."""
+    return {name: Reach(url, incarnation) for name, url in urls.items()}
 
 
 def homing() -> Homing:
@@ -43,13 +48,22 @@ def test_a_session_follows_its_shard_where_the_owner_can_be_reached(
 ) -> None:
     """To the owner's own URL, and nowhere when there is none that leads to it alone."""
     home = homing()
-    moved = home.see(owned_by(owner), urls)
+    moved = home.see(owned_by(owner), reached(urls))
     assert home.url_for(BOB) == url
     assert moved == (frozenset() if url is None else {shard_of(BOB, SHARDS)})
 
 
 def test_sessions_are_not_told_twice() -> None:
     """A map that changes nothing for their shard sends nobody away again."""
-    home, urls = homing(), {"there": "wss://there"}
-    assert home.see(owned_by("there"), urls)
-    assert not home.see(owned_by("there", epoch=2), urls)
+    home, members = homing(), reached({"there": "wss://there"})
+    assert home.see(owned_by("there"), members)
+    assert not home.see(owned_by("there", epoch=2), members)
+
+
+def test_sessions_go_home_to_an_owner_that_is_back_before_anybody_missed_it() -> None:
+    """It died and came back within its lease: the map is the same, and its sessions had fled."""
+    home, shard = homing(), shard_of(BOB, SHARDS)
+    assert home.see(owned_by("there"), reached({"there": "wss://there"})) == {shard}
+    again = reached({"there": "wss://there"}, incarnation="second")
+    assert home.see(owned_by("there"), again) == {shard}
+    assert not home.see(owned_by("there"), again)

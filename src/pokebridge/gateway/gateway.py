@@ -30,7 +30,7 @@ from pokebridge.gateway.handshake import (
     refusal_response,
 )
 from pokebridge.gateway.hold import Hold, HoldTiming
-from pokebridge.gateway.homing import Homing
+from pokebridge.gateway.homing import Homing, Reach
 from pokebridge.gateway.session_map import SessionMap
 from pokebridge.gateway.wheel import Wheel
 from pokebridge.placement import Mode, Placement, PlacementRules, ShardMap
@@ -199,9 +199,9 @@ class Gateway:
 
     # --- where sessions belong ----------------------------------------------------------------
 
-    def apply(self, shard_map: ShardMap, urls: Mapping[str, str]) -> None:
+    def apply(self, shard_map: ShardMap, members: Mapping[str, Reach]) -> None:
         """Hold what ``shard_map`` says, and let sessions follow their shard to the owner's URL."""
-        moved = self.homing.see(shard_map, urls)
+        moved = self.homing.see(shard_map, members)
         if not self._serves:
             return
         self.hold.own(shard_map.owned_by(self.instance))

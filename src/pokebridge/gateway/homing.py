@@ -2,19 +2,27 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from pokebridge.model import Selection
 from pokebridge.placement import Placement, ShardMap
 from pokebridge.sharding import shard_of
 
 
+class Reach(NamedTuple):
+    """Where a member is reached, and which of its lives that is."""
+
+    url: str
+    incarnation: str
+
+
 class Homing:
-    """The last shard map, the members' URLs and the shards of the sessions here."""
+    """The last shard map, where the members are reached, and the shards of the sessions here."""
 
     def __init__(self, instance: str, shard_map: ShardMap, placement: Placement) -> None:
         self._instance = instance
         self._map = shard_map
-        self._urls: Mapping[str, str] = {}
+        self._members: Mapping[str, Reach] = {}
         self._placement = placement
         self._interest: Counter[int] = Counter()
 
@@ -28,21 +36,19 @@ class Homing:
         """The shards of the sessions here."""
         return frozenset(self._interest)
 
-    def see(self, shard_map: ShardMap, urls: Mapping[str, str]) -> frozenset[int]:
+    def see(self, shard_map: ShardMap, members: Mapping[str, Reach]) -> frozenset[int]:
         """Take over a map and where its members are reached.
 
         Returns the shards that have their home elsewhere now and had not before: their sessions
-        here should follow.
+        here should follow. An owner that is back from the dead before anybody missed it is a new
+        home: its sessions have fled from it.
         """
-        before, self._map, self._urls = self._map, shard_map, urls
-        if shard_map.mode == "fanout":
-            return frozenset()
-        was_partitioned = before.mode == "partitioned"
+        homes = {shard: self._home_of(shard) for shard in self._interest}
+        self._map, self._members = shard_map, members
         return frozenset(
             shard
-            for shard in self._interest
-            if self._url_of(shard) is not None
-            and not (was_partitioned and before.owners[shard] == shard_map.owners[shard])
+            for shard, before in homes.items()
+            if self._url_of(shard) is not None and self._home_of(shard) != before
         )
 
     def url_for(self, recipient: str) -> str | None:
@@ -66,10 +72,17 @@ class Homing:
         if not self._interest[shard]:
             del self._interest[shard]
 
+    def _home_of(self, shard: int) -> tuple[str, str | None] | None:
+        owner = self._map.owners[shard] if self._map.mode == "partitioned" else None
+        if owner is None:
+            return None
+        member = self._members.get(owner)
+        return owner, member and member.incarnation
+
     def _url_of(self, shard: int) -> str | None:
         if self._map.mode == "fanout":
             return None
-        owner = self._map.owners[shard]
-        url = None if owner is None or owner == self._instance else self._urls.get(owner)
+        owner, here = self._map.owners[shard], self._members.get(self._instance)
+        member = None if owner is None or owner == self._instance else self._members.get(owner)
         # Instances that share one URL can't be told apart by it: a move would lead anywhere.
-        return None if url == self._urls.get(self._instance) else url
+        return None if member is None or (here and here.url == member.url) else member.url

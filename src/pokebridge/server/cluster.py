@@ -22,6 +22,7 @@ from pokebridge.coordination.base import Coordination, Member, Report
 from pokebridge.coordinator import Membership, View
 from pokebridge.errors import CoordinationError, TransportError
 from pokebridge.gateway.gateway import Gateway
+from pokebridge.gateway.homing import Reach
 from pokebridge.gateway.meter import Window
 from pokebridge.placement import Mode
 from pokebridge.redline import MIGRATE_RULES
@@ -141,12 +142,16 @@ class Cluster:
     def _on_view(self, view: View) -> None:
         self._seen.set()
         before, self._applied = self._applied, view
-        urls = {each.id: connect_url(each.url) for each in view.members.values() if each.url}
+        reached = {
+            each.id: Reach(connect_url(each.url), each.incarnation)
+            for each in view.members.values()
+            if each.url
+        }
         if before is None or (before.shard_map, _standings(before)) != (
             view.shard_map,
             _standings(view),
         ):
-            self._gateway.apply(view.shard_map, urls)
+            self._gateway.apply(view.shard_map, reached)
             self._check_name(view)
         for event in self.events.see(view):
             if event.kind not in _TOLD_BY_ONE:
