@@ -12,25 +12,8 @@ from dataclasses import dataclass
 
 WINDOW_S = 10.0
 SAMPLE_EVERY = 64
-_WARM_UP = 2
 
 Clock = Callable[[], float]
-
-
-class Stopwatch:
-    """Times something short by the thread's CPU clock, from when it is made."""
-
-    def __init__(self) -> None:
-        # A clock that was not read lately takes several times as long, and would be found in the
-        # figure: benchmarks/profiled.py saw two thirds more than there was.
-        for _ in range(_WARM_UP):
-            before_s = time.thread_time()
-        self._started_s = time.thread_time()
-        self._reading_s = self._started_s - before_s
-
-    def stop(self) -> float:
-        """The CPU time since then in seconds, without that of reading the clock."""
-        return max(0.0, time.thread_time() - self._started_s - self._reading_s)
 
 
 class Window:
