@@ -108,7 +108,7 @@ async def test_moved_killed_returned_drained(scene: Scene) -> None:
     await scene.send("moved", "killed")
     await wait_sessions(asked, 2)
 
-    await settled(asked, 1)  # else it comes back unnoticed
+    await settled(asked, 1)  # its death is noticed
     await asyncio.to_thread(owner.start)
     await scene.wait_sessions(asked=0, owner=2)
     await scene.send("moved", "killed", "returned")

@@ -90,7 +90,8 @@ class Storm:
             sending = self._spawn(self.sender.run(self._clients))
             await self._storm()
             sending.cancel()
-            await self._until(lambda: not self.watcher.owed, _STRAGGLERS_S)
+            # What is not answered yet may still become owed.
+            await self._until(lambda: not self.watcher.under_way, _STRAGGLERS_S)
             self.testimony = await self._witness.finish()
         finally:
             await self._end()

@@ -144,7 +144,7 @@ async def _testify() -> None:
     await stdin.read()
     sending.cancel()
     until_s = monotonic() + _STRAGGLERS_S
-    while clock.owed and monotonic() < until_s:  # noqa: ASYNC110 - as they come
+    while clock.under_way and monotonic() < until_s:  # noqa: ASYNC110 - as they come
         await asyncio.sleep(_POLL_S)
     testimony = Testimony(sender.sent, clock.owed, clock.poke_times)
     sys.stdout.buffer.write(msgspec.json.encode(testimony) + b"\n")
