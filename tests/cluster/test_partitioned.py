@@ -258,7 +258,7 @@ async def _find_a_client_in_the_wrong_place(cluster: Cluster) -> None:
         assert deliveries <= 2 * len(recipients)
 
 
-async def test_an_operator_migrates_and_drains_byrun_command(
+async def test_an_operator_migrates_and_drains_by_command(
     nats_server: Daemon, serve: Serve
 ) -> None:
     """``cluster mode`` tells of each instance and returns when all are there; nobody is silent.
