@@ -40,7 +40,7 @@ run: setup  ## start a development instance on PORT (8080)
 	@exec $(BIN)/pokebridge serve --dev --port $(PORT) --mailbox sqlite:///var/pokebridge.db
 
 test: setup test-deps  ## run the whole test suite, real engines included
-	@$(BIN)/pytest -q --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+	@$(BIN)/pytest -q --numprocesses $(WORKERS) --dist loadfile
 
 # What the suite needs beside Python, as PROGRAM or PROGRAM:PACKAGE. Where something can't be had the tests say so: they
 # skip, and in CI they fail.

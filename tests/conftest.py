@@ -49,7 +49,9 @@ settings.load_profile("suite")
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The long plays first, lest one process be left with them when the others are done."""
-    items.sort(key=lambda item: "cluster" not in item.path.parts)
+    items.sort(
+        key=lambda item: "cluster" not in item.path.parts and "janitor" not in item.path.name
+    )
 
 
 log_sizes = pytest.StashKey[dict[daemon.Daemon, int]]()
