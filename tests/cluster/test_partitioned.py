@@ -24,7 +24,7 @@ from tests.cluster.traffic import frames
 from tests.support import Daemon, Instance, Serve, free_port, wait_until
 from tests.support.engines import run_nats, run_pubsub_emulator
 from tests.support.missing import missing
-from tests.support.serving import JWT_SECRET
+from tests.support.serving import JWT_SECRET, owners_in
 
 NAMES = ("one", "two", "three")
 SHARDS = 12
@@ -63,7 +63,7 @@ class Cluster:
     async def owners(self) -> dict[int, str]:
         """Shard → the name of its owner."""
         view = await self.view()
-        return {shard: each["id"] for each in view["instances"] for shard in each["shards"]}
+        return owners_in(view)
 
     async def poke(self, recipients: Sequence[str]) -> None:
         """Have the first instance publish a poke for each."""

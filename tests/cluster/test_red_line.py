@@ -19,6 +19,7 @@ from pokebridge.sharding import shard_of
 from pokebridge.telemetry import Metric
 from tests.cluster.clusters import metrics, run_command
 from tests.support import Daemon, Instance, Serve, wait_until
+from tests.support.serving import owners_in
 
 NAMES = ("one", "two", "three")
 HIGH_PER_S, MIDDLE_PER_S, LOW_PER_S = 120.0, 50.0, 4.0
@@ -176,7 +177,7 @@ async def _clients_elsewhere(
 ) -> AsyncIterator[None]:
     """Sessions of ``count`` shards on an instance that does not own them."""
     view = (await http.get("/v1/cluster")).json()
-    owners = {shard: each["id"] for each in view["instances"] for shard in each["shards"]}
+    owners = owners_in(view)
     by_shard = {shard_of(f"urn:user:{number}", SHARDS): number for number in range(2000)}
     async with AsyncExitStack() as opened:
         for shard, number in sorted(by_shard.items())[:count]:

@@ -19,7 +19,7 @@ import pytest
 import websockets
 from tests.deploy.proxies import DEPLOY, IDLE_TIMEOUT, RELOAD_TIMEOUT, Proxy, run_proxy
 from tests.support import Daemon, Instance, Serve, block_until, free_port, wait_until
-from tests.support.serving import HTTP_TIMEOUT_S, JWT_SECRET
+from tests.support.serving import HTTP_TIMEOUT_S, JWT_SECRET, owners_in
 from tests.transport.certificates import Certificates, make_certificates
 from websockets.asyncio.client import ClientConnection
 from websockets.asyncio.client import connect as WebSocket  # noqa: N812 - the class that it is
@@ -211,7 +211,7 @@ def owners(site: Site) -> dict[int, str]:
     """Which instance owns which shard."""
     with site.instances[0].http("urn:operator", "admin") as http:
         cluster = http.get("/v1/cluster").json()
-    return {shard: each["id"] for each in cluster["instances"] for shard in each["shards"]}
+    return owners_in(cluster)
 
 
 class Start(Protocol):

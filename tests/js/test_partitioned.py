@@ -22,6 +22,7 @@ from tests.js.driving import (
     wait_sessions,
 )
 from tests.support import Daemon, Instance, Serve, wait_until
+from tests.support.serving import owners_in
 
 from pokebridge.sharding import shard_of
 
@@ -69,7 +70,7 @@ async def settled(asked: Instance, instances: int) -> dict[int, str]:
         )
 
     await wait_until(is_settled, TIMEOUT_S, f"{instances} owners")
-    return {shard: each["id"] for each in view["instances"] for shard in each["shards"]}
+    return owners_in(view)
 
 
 @pytest_asyncio.fixture(loop_scope="session")

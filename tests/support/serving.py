@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import httpx
 import jwt
@@ -98,3 +98,8 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
     yield start
     for instance in instances:
         instance.kill()
+
+
+def owners_in(view: Any) -> dict[int, str]:
+    """Shard → the instance that owns it, of an answer of ``GET /v1/cluster``."""
+    return {shard: each["id"] for each in view["instances"] for shard in each["shards"]}
