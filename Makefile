@@ -7,7 +7,7 @@ WORKERS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
-CODE := src tests $(wildcard benchmarks examples deploy)
+CODE := src tests $(wildcard benchmarks simulation examples deploy)
 NODE := tests/node clients/js examples/replicache/web
 
 MAKEFLAGS += --no-print-directory
@@ -60,7 +60,7 @@ test-deps:
 	else echo "test: npm is missing, so the tests of the JavaScript client won't run" >&2; fi
 
 simulate: setup  ## run SEEDS (1000) simulated clusters, FROM=0, JOBS=1 processes; JSON=1, TRACE=1
-	@$(BIN)/python -m pokebridge.testing.simulation --seeds $(or $(SEEDS),1000) --from $(or $(FROM),0) \
+	@$(BIN)/python -m simulation --seeds $(or $(SEEDS),1000) --from $(or $(FROM),0) \
 	  --jobs $(or $(JOBS),1) $(if $(JSON),--json) $(if $(TRACE),--trace)
 
 check: setup  ## formatting, lint, types, layers, docstrings, style rules

@@ -25,7 +25,6 @@ from statistics import median
 from typing import Protocol
 
 import asyncpg
-from tests.support.engines import run_postgres
 
 from benchmarks.harness import BenchmarkError, Figure, compare, progress, recipient
 from pokebridge.mailbox import postgres, sqlite
@@ -34,6 +33,7 @@ from pokebridge.mailbox.postgres import PostgresMailbox
 from pokebridge.mailbox.postgres_pool import CONNECTIONS, SERVER_SETTINGS
 from pokebridge.mailbox.sqlite import SqliteMailbox
 from pokebridge.model import MAX_VERSION, NewMessage
+from tests.support.engines import run_postgres
 
 # 60% of the driver's rate: a call may cost so many times the driver's.
 AT_MOST_DRIVER = 1.67

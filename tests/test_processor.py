@@ -13,13 +13,13 @@ import pytest
 from structlog.testing import capture_logs
 
 from pokebridge import attempts, processor
-from pokebridge.adapters import open_mailbox
 from pokebridge.errors import InputError, MailboxError, MailboxFullError, TransportError
 from pokebridge.mailbox.base import Limits, Mailbox
 from pokebridge.mailbox.memory import MemoryMailbox
 from pokebridge.mailbox.sqlite import SqliteMailbox
 from pokebridge.model import NewMessage, Poke, Receipt
 from pokebridge.processor import Processor
+from pokebridge.server.adapters import open_mailbox
 from pokebridge.testing.mailbox_kit import BOB, EVE, ManualClock, fill, message, unpoked, versions
 from tests.support.waiting import wait_until
 

@@ -26,8 +26,8 @@ from pydantic import (
     model_validator,
 )
 
+from pokebridge.costs import MIGRATE_RULES
 from pokebridge.errors import ConfigError
-from pokebridge.redline import MIGRATE_RULES
 from pokebridge.sharding import DEFAULT_SHARD_COUNT, MAX_SHARD_COUNT
 
 ENV_PREFIX = "POKEBRIDGE_"

@@ -6,6 +6,9 @@ from collections.abc import Awaitable, Sequence
 from pathlib import Path
 
 import pytest
+
+from benchmarks import __main__ as bench
+from benchmarks import handshakes, latency, mailbox, memory, noise, pokes
 from benchmarks.harness import (
     BenchmarkError,
     Figure,
@@ -15,9 +18,6 @@ from benchmarks.harness import (
     tokens,
     websockets_server,
 )
-
-from benchmarks import __main__ as bench
-from benchmarks import handshakes, latency, mailbox, memory, noise, pokes
 
 
 async def taken(measure: Awaitable[list[Figure]]) -> dict[str, Figure]:

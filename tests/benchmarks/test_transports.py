@@ -1,8 +1,7 @@
 """The measure of the transports runs, at a size that proves that and measures nothing."""
 
-from benchmarks.transports import Sizes
-
 from benchmarks import transports
+from benchmarks.transports import Sizes
 
 
 async def test_transports() -> None:

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import pytest
-from tests.support.serving import JWT_SECRET, POKEBRIDGE, Instance
 
 from pokebridge.cli import main
+from tests.support.serving import JWT_SECRET, POKEBRIDGE, Instance
 
 TIMEOUT_S = 60.0
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
+
+from pokebridge.bench import load
 from tests.cli.conftest import Result, Run
 from tests.support.serving import JWT_SECRET
-
-from pokebridge.cli import load
 
 Bench = Callable[[], Awaitable[Result]]
 

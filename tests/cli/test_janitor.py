@@ -12,11 +12,11 @@ import grpc
 import pytest
 from google.pubsub_v1 import SubscriberClient
 from google.pubsub_v1.services.subscriber.transports import SubscriberGrpcTransport
-from tests.cli.conftest import Result, Run
-from tests.support import Daemon, Serve, free_port
 
 from pokebridge.cli.janitor import _lines
 from pokebridge.transport.google_pubsub_janitor import Orphan, SweepReport
+from tests.cli.conftest import Result, Run
+from tests.support import Daemon, Serve, free_port
 
 DEAD_AFTER_S = 2.0
 IMPATIENT = """

@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+
 from tests.cli.conftest import Run
 from tests.support import block_until, free_port
 from tests.support.serving import JWT_SECRET, POKEBRIDGE, Instance, Serve

@@ -7,11 +7,11 @@ import uuid
 from pathlib import Path
 
 import pytest
-from tests.cli.conftest import Run
 
-from pokebridge.adapters import open_mailbox
 from pokebridge.mailbox.base import Mailbox
+from pokebridge.server.adapters import open_mailbox
 from pokebridge.testing.mailbox_kit import BOB, EVE, fill, message, versions
+from tests.cli.conftest import Run
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

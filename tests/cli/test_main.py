@@ -9,11 +9,11 @@ from collections.abc import Iterator
 
 import click
 import pytest
+
+from pokebridge.cli import cli
 from tests.cli.conftest import Result, Run
 from tests.support import free_port
 from tests.support.serving import POKEBRIDGE
-
-from pokebridge.cli import cli
 
 SHORT = "hunter2"
 

@@ -9,12 +9,12 @@ from threading import Thread
 from xml.etree import ElementTree as ET
 
 import pytest
+
+from pokebridge.bench.plot import _counts, crossing
+from pokebridge.cli.plan import _load, _Measured
+from pokebridge.costs import Load, Strategy
 from tests.cli.conftest import Run
 from tests.support.serving import JWT_SECRET, Instance
-
-from pokebridge.cli.plan import _load, _Measured
-from pokebridge.cli.plot import _counts, crossing
-from pokebridge.redline import Load, Strategy
 
 SAFE = ["--messages-per-s", "100", "--instances", "10"]
 CRITICAL = ["--messages-per-s", "1000", "--instances", "50"]

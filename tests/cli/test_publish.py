@@ -5,9 +5,10 @@ import json
 import zlib
 
 import pytest
+from websockets.asyncio.client import connect
+
 from tests.cli.conftest import Run
 from tests.support.serving import JWT_SECRET, Instance, Serve
-from websockets.asyncio.client import connect
 
 
 @pytest.fixture

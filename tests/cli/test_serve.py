@@ -6,11 +6,11 @@ import subprocess
 from pathlib import Path
 
 import httpx
+
+from pokebridge.settings import Settings
 from tests.cli.conftest import Run
 from tests.support import block_until, free_port
 from tests.support.serving import JWT_SECRET, POKEBRIDGE
-
-from pokebridge.settings import Settings
 
 
 def test_a_configured_instance_serves_and_stops(clean_environment: None, tmp_path: Path) -> None:

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
+from pokebridge.bench.storm_fleet import StormInstance
+from pokebridge.bench.storm_http import Answer, HttpPool
+from pokebridge.bench.storm_report import storm_failures, storm_table
+from pokebridge.bench.storm_watch import most_in_a_second
+from pokebridge.errors import UnavailableError
 from tests.cli.conftest import Run
 from tests.support import Daemon, free_port
-
-from pokebridge.cli.storm_fleet import StormInstance
-from pokebridge.cli.storm_http import Answer, HttpPool
-from pokebridge.cli.storm_report import storm_failures, storm_table
-from pokebridge.cli.storm_watch import most_in_a_second
-from pokebridge.errors import UnavailableError
 
 CLIENTS = 120
 LIMIT_PER_S = 30

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.cli.conftest import Run
-from tests.support.serving import JWT_SECRET
 
 from pokebridge.errors import AuthError
 from pokebridge.tokens import TokenVerifier
+from tests.cli.conftest import Run
+from tests.support.serving import JWT_SECRET
 
 BOB = "urn:user:bob"
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.client.faulty_bridge import Bad, FaultyBridge
-from tests.support import CutProxy, wait_until
-from tests.transport.certificates import make_certificates
 
 from pokebridge.client import OnPoke, PokeClient, Policy, ReceivedMessage, core
 from pokebridge.client.events import Closed, Connect, Pull, Pulled, Text, Tick
 from pokebridge.errors import ConfigError, ForbiddenError, InputError
+from tests.client.faulty_bridge import Bad, FaultyBridge
+from tests.support import CutProxy, wait_until
+from tests.transport.certificates import make_certificates
 
 # Nothing waits for long; polling and pings stay out of the way where a test does not want them.
 QUICK = Policy(base_s=0.01, cap_s=0.05, overload_base_s=0.01, overload_cap_s=0.05)

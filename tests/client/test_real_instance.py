@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from tests.support import Instance, Serve, wait_until
 
 from pokebridge.client import PokeClient, Policy, ReceivedMessage, core
 from pokebridge.errors import AuthError, ForbiddenError, TransportError
 from pokebridge.model import Poke
 from pokebridge.publisher import HttpPublisher
+from tests.support import Instance, Serve, wait_until
 
 BOB = "urn:user:bob"
 QUICK = Policy(base_s=0.05, cap_s=0.2, poll_after_s=60.0)

@@ -14,13 +14,13 @@ import pytest
 import pytest_asyncio
 import websockets
 from playwright.async_api import Browser, Page, Request, async_playwright
+
+from pokebridge.sharding import shard_of
 from tests.support import Daemon, Instance, wait_until
 from tests.support.browser import FLAGS
 from tests.support.engines import run_nats
 from tests.support.missing import require
 from tests.support.serving import JWT_SECRET
-
-from pokebridge.sharding import shard_of
 
 NAMES = ("one", "two", "three")
 SHARDS = 60

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 from playwright.async_api import Page, async_playwright
+
 from tests.console.conftest import Trio, start_trio
 from tests.support.browser import FLAGS
 from tests.support.missing import require

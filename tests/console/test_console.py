@@ -9,6 +9,7 @@ import pytest
 import pytest_asyncio
 from nats.aio.client import Client as NatsClient
 from playwright.async_api import Locator, Page, expect
+
 from tests.console.conftest import NAMES, RED_LINE, SHARDS, Complaints, Trio
 from tests.support import wait_until
 

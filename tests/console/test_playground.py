@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 from playwright.async_api import Browser, Locator, Page, expect
+
 from tests.support import Instance, Serve
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")

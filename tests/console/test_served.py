@@ -6,10 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.server.api_world import EVENT, INSTANCE, World, bearer, http_client
 
 from pokebridge import console
-from pokebridge.server.api import create_api
+from pokebridge.api.app import create_api
+from tests.api.api_world import EVENT, INSTANCE, World, bearer, http_client
 
 STATIC = Path(console.__file__).parent / "static"
 

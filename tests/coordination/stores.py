@@ -12,13 +12,13 @@ from contextlib import AsyncExitStack
 from typing import Protocol, Self
 
 import pytest
-from tests.support import CutProxy, Daemon, wait_until
 
-from pokebridge.coordination import store
+from pokebridge.cluster.membership import Membership, Planner, View
+from pokebridge.coordination import store_connection
 from pokebridge.coordination.base import Coordination, Member
-from pokebridge.coordinator import Membership, Planner, View
 from pokebridge.errors import CoordinationError
 from pokebridge.testing.coordination import every_call, member
+from tests.support import CutProxy, Daemon, wait_until
 
 LoseData = Callable[[Daemon], Awaitable[None]]
 
@@ -66,7 +66,7 @@ async def refusals(end: Coordination) -> list[str]:
     """What each kind of call says, all at once; fails when one succeeds or takes long."""
     started_s = time.monotonic()
     results = await asyncio.gather(*every_call(end), return_exceptions=True)
-    assert time.monotonic() - started_s < store.CALL_TIMEOUT_S + 2
+    assert time.monotonic() - started_s < store_connection.CALL_TIMEOUT_S + 2
     assert all(isinstance(result, CoordinationError) for result in results), results
     return [str(result) for result in results]
 
@@ -154,7 +154,7 @@ class StoreSuite:
         waiter = asyncio.create_task(end.wait_for_change(60))
         await wait_until(lambda: answers(end))
         await asyncio.to_thread(own_server.kill)
-        async with asyncio.timeout(store.CALL_TIMEOUT_S):
+        async with asyncio.timeout(store_connection.CALL_TIMEOUT_S):
             await asyncio.gather(waiter, return_exceptions=True)
         await refusals(end)
         with pytest.raises(CoordinationError):
@@ -169,7 +169,7 @@ class StoreSuite:
         self, own_server: Daemon, connect_to: ConnectTo, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A network that drops everything costs each call its time limit, and no more."""
-        monkeypatch.setattr(store, "CALL_TIMEOUT_S", 0.5)
+        monkeypatch.setattr(store_connection, "CALL_TIMEOUT_S", 0.5)
         async with CutProxy("127.0.0.1", own_server.port) as proxy:
             url = own_server.url.replace(own_server.address, proxy.address)
             end = await connect_to(url)

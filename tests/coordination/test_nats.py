@@ -11,13 +11,13 @@ import nats
 import pytest
 from nats.js import JetStreamContext
 from nats.js.api import KeyValueConfig, StorageType
-from tests.coordination.stores import ConnectTo, LoseData, StoreSuite, answers, connections
-from tests.support import Daemon, free_port, wait_until
-from tests.support.engines import BIN
 
 from pokebridge.coordination.nats import NatsCoordination
 from pokebridge.errors import CoordinationError
 from pokebridge.testing.coordination import Connect, CoordinationContract, member
+from tests.coordination.stores import ConnectTo, LoseData, StoreSuite, answers, connections
+from tests.support import Daemon, free_port, wait_until
+from tests.support.engines import BIN
 
 _clusters = itertools.count()
 

@@ -12,13 +12,13 @@ from urllib.parse import urlsplit
 import asyncpg
 import certifi
 import pytest
-from tests.coordination.stores import ConnectTo, LoseData, StoreSuite, connections
-from tests.support import Daemon, wait_until
-from tests.transport.certificates import Certificates, make_certificates
 
 from pokebridge.coordination.postgres import _TABLES, PostgresCoordination
 from pokebridge.errors import CoordinationError
 from pokebridge.testing.coordination import Connect, CoordinationContract, member
+from tests.coordination.stores import ConnectTo, LoseData, StoreSuite, connections
+from tests.support import Daemon, wait_until
+from tests.transport.certificates import Certificates, make_certificates
 
 
 @pytest.fixture

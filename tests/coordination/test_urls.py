@@ -1,13 +1,13 @@
 """What the stores' URLs may be, and that no message shows their secrets."""
 
 import pytest
-from tests.coordination.stores import Adapter
-from tests.support import free_port
 
 from pokebridge.coordination.nats import NatsCoordination
 from pokebridge.coordination.postgres import PostgresCoordination
 from pokebridge.coordination.redis import RedisCoordination
 from pokebridge.errors import ConfigError, CoordinationError
+from tests.coordination.stores import Adapter
+from tests.support import free_port
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
+
 from tests.support import Daemon
 from tests.support.missing import require
 from tests.transport.certificates import Certificates

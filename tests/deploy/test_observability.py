@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.support.missing import require
 
-from pokebridge.server.metrics import _LABELS
+from pokebridge.api.metrics import _LABELS
 from pokebridge.telemetry import Metric
+from tests.support.missing import require
 
 ROOT = Path(__file__).parents[2]
 PROMETHEUS = ROOT / "deploy/prometheus"

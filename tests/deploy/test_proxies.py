@@ -17,10 +17,6 @@ from typing import Any, Protocol
 import httpx
 import pytest
 import websockets
-from tests.deploy.proxies import DEPLOY, IDLE_TIMEOUT, RELOAD_TIMEOUT, Proxy, run_proxy
-from tests.support import Daemon, Instance, Serve, block_until, free_port, wait_until
-from tests.support.serving import HTTP_TIMEOUT_S, JWT_SECRET, owners_in
-from tests.transport.certificates import Certificates, make_certificates
 from websockets.asyncio.client import ClientConnection
 from websockets.asyncio.client import connect as WebSocket  # noqa: N812 - the class that it is
 from websockets.exceptions import InvalidStatus
@@ -30,6 +26,10 @@ from websockets.typing import Subprotocol
 from pokebridge.client import PokeClient, Policy, ReceivedMessage
 from pokebridge.client.events import AnyAction, AnyEvent, Text
 from pokebridge.sharding import shard_of
+from tests.deploy.proxies import DEPLOY, IDLE_TIMEOUT, RELOAD_TIMEOUT, Proxy, run_proxy
+from tests.support import Daemon, Instance, Serve, block_until, free_port, wait_until
+from tests.support.serving import HTTP_TIMEOUT_S, JWT_SECRET, owners_in
+from tests.transport.certificates import Certificates, make_certificates
 
 BOB, CAROL = "urn:user:bob", "urn:user:carol"
 NAMES = ("b1", "b2", "b3")

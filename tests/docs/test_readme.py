@@ -13,11 +13,11 @@ from typing import IO
 
 import click
 import pytest
-from tests.support import Instance, Serve, block_until
-from tests.support.missing import require
 
 from pokebridge.cli import cli
 from pokebridge.settings import Settings
+from tests.support import Instance, Serve, block_until
+from tests.support.missing import require
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from pokebridge.bench.plot import save_plot
 from pokebridge.cli.plan import TITLES
-from pokebridge.cli.plot import save_plot
-from pokebridge.redline import (
+from pokebridge.costs import (
     CPU_COSTS,
     LOG_RULES,
     MAX_ADMIN_OPS_PER_MIN,

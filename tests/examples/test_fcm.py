@@ -14,9 +14,9 @@ import httpx
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
-from tests.support import Daemon, Serve, free_port, wait_until
 
 from pokebridge.testing.mailbox_kit import ALICE, BOB, EVE
+from tests.support import Daemon, Serve, free_port, wait_until
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "fcm"
 SECRET = "whsec_" + "b2xkIHNlY3JldHMgYXJlIGJhZCBvbmVz"

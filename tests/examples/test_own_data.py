@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import httpx
+
 from tests.examples.apps import EXAMPLES, run_app
 from tests.support import Serve, wait_until
 

@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 import pytest
 from playwright.async_api import Browser, Page, expect
+
 from tests.examples.apps import EXAMPLES, run_app
 from tests.support import Daemon, Instance, Serve, wait_until
 from tests.support.npm import build

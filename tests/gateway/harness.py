@@ -17,7 +17,7 @@ from websockets.frames import Frame
 from websockets.frames import Opcode as TheirOpcode
 
 from pokebridge.gateway.gateway import Gateway, GatewayConfig
-from pokebridge.gateway.hold import HoldTiming
+from pokebridge.gateway.subscriptions import HoldTiming
 from pokebridge.model import Poke
 from pokebridge.publisher import Publisher
 from pokebridge.server.http import HttpProtocol

@@ -4,13 +4,13 @@ import asyncio
 from dataclasses import replace
 
 import pytest
-from tests.gateway.harness import BOB, QUICK, Running, running
-from tests.support.waiting import wait_until
 
-from pokebridge.gateway.homing import Reach
+from pokebridge.gateway.shard_routing import Reach
 from pokebridge.placement import ShardMap
 from pokebridge.sharding import shard_of
 from pokebridge.transport.base import Feed
+from tests.gateway.harness import BOB, QUICK, Running, running
+from tests.support.waiting import wait_until
 
 
 async def test_ready_waits_until_the_subscription_is_proven() -> None:

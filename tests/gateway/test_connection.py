@@ -7,13 +7,13 @@ from collections.abc import Callable
 from ipaddress import ip_network
 
 import pytest
-from tests.gateway.harness import BOB, QUICK, Client, running, token
-from tests.support.waiting import wait_until
 from websockets.frames import Opcode
 
 from pokebridge.gateway.connection import Connection
 from pokebridge.model import Poke
 from pokebridge.session import Timing
+from tests.gateway.harness import BOB, QUICK, Client, running, token
+from tests.support.waiting import wait_until
 
 # --- bringing a token ---------------------------------------------------------------------------
 

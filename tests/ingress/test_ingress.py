@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
+from pokebridge.api.messages import read_ingress
 from pokebridge.errors import ConfigError, MailboxError, TransportError
 from pokebridge.ingress import ingress as ingress_module
 from pokebridge.ingress import nats as nats_ingress
@@ -22,7 +23,6 @@ from pokebridge.ingress.nats import NatsSource
 from pokebridge.mailbox.base import Limits
 from pokebridge.mailbox.memory import MemoryMailbox
 from pokebridge.model import NewMessage, Receipt
-from pokebridge.server.messages import read_ingress
 from pokebridge.testing.mailbox_kit import ALICE, BOB, EVE, versions
 from pokebridge.testing.pubsub import PubSubServer
 from tests.ingress.queues import DeadLetter, NatsQueue, PubSubQueue, Queue

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 from playwright.async_api import Browser, BrowserContext, async_playwright
+
 from tests.js.driving import (
     TIMEOUT_S,
     Client,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from playwright.async_api import BrowserContext, CDPSession, Page
+
 from tests.support import Instance, wait_until
 from tests.support.missing import require
 

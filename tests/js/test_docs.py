@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from playwright.async_api import BrowserContext, Page, expect
+
 from tests.js.driving import HERE, TIMEOUT_S, send, wait_sessions
 from tests.support import Instance
 from tests.support.missing import require

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 import pytest_asyncio
+
 from tests.client.faulty_bridge import Bad, FaultyBridge
 from tests.js.driving import QUICK, Client, NodeRuntime
 from tests.support import wait_until

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import pytest_asyncio
+
+from pokebridge.sharding import shard_of
 from tests.js.driving import (
     TIMEOUT_S,
     Client,
@@ -23,8 +25,6 @@ from tests.js.driving import (
 )
 from tests.support import Daemon, Instance, Serve, wait_until
 from tests.support.serving import owners_in
-
-from pokebridge.sharding import shard_of
 
 SHARDS = 4
 

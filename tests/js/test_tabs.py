@@ -9,6 +9,7 @@ import httpx
 import pytest
 import websockets
 from playwright.async_api import Browser, BrowserContext
+
 from tests.js.driving import (
     QUICK,
     Client,

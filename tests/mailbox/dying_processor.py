@@ -9,9 +9,9 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from pokebridge.adapters import open_mailbox
 from pokebridge.model import Poke
 from pokebridge.processor import Processor
+from pokebridge.server.adapters import open_mailbox
 from pokebridge.testing.mailbox_kit import message
 
 

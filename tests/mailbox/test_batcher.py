@@ -4,11 +4,11 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 import pytest
-from tests.support import wait_until
 
 from pokebridge.errors import MailboxError
 from pokebridge.mailbox import batcher
 from pokebridge.mailbox.batcher import Batcher
+from tests.support import wait_until
 
 
 class Store:

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Protocol
 
 import pytest
-from tests.mailbox import crowd
-from tests.support import Daemon, Serve, wait_until
 
 from pokebridge.mailbox.postgres import PostgresMailbox
+from tests.mailbox import crowd
+from tests.support import Daemon, Serve, wait_until
 
 CHAOS_S = float(os.environ.get("POKEBRIDGE_CHAOS_S", "10"))
 SENDERS = 8

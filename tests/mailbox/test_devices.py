@@ -3,13 +3,13 @@
 import asyncio
 
 import pytest
-from tests.support import wait_until
 
 from pokebridge.errors import MailboxError
 from pokebridge.mailbox import devices
 from pokebridge.mailbox.devices import KnownDevices
 from pokebridge.mailbox.memory import MemoryMailbox
 from pokebridge.testing.mailbox_kit import BOB, ManualClock
+from tests.support import wait_until
 
 
 class WatchedMailbox(MemoryMailbox):

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import asyncpg
-from tests.support import Daemon, free_port, wait_until
-from tests.support.engines import SETPRIV, _postgres_programs, _running
 
 from pokebridge.mailbox.postgres import PostgresMailbox
 from pokebridge.testing.mailbox_kit import BOB, message, unpoked, versions
+from tests.support import Daemon, free_port, wait_until
+from tests.support.engines import SETPRIV, _postgres_programs, _running
 
 
 @contextmanager

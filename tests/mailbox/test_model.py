@@ -8,7 +8,6 @@ from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support import Daemon
 
 from pokebridge.errors import MailboxFullError
 from pokebridge.mailbox.base import RECEIPT_KEPT_MS, Limits, Mailbox
@@ -17,6 +16,7 @@ from pokebridge.mailbox.postgres import PostgresMailbox
 from pokebridge.mailbox.sqlite import SqliteMailbox
 from pokebridge.model import NewMessage, Poke
 from pokebridge.testing.mailbox_kit import ManualClock
+from tests.support import Daemon
 
 Operation = Callable[[Mailbox], Awaitable[Any]]
 

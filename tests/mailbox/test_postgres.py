@@ -9,7 +9,6 @@ from typing import Any
 
 import asyncpg
 import pytest
-from tests.support import CutProxy, Daemon, wait_until
 
 from pokebridge.errors import ConfigError, InputError, MailboxError
 from pokebridge.mailbox import batcher, postgres, postgres_pool
@@ -26,6 +25,7 @@ from pokebridge.testing.mailbox_kit import (
     unpoked,
     versions,
 )
+from tests.support import CutProxy, Daemon, wait_until
 
 
 def new_schema() -> str:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import asyncpg
 import pytest
-from tests.support import Daemon, wait_until
 
 from pokebridge.mailbox import postgres, postgres_schema, sqlite
 from pokebridge.mailbox.memory import MemoryMailbox
@@ -16,6 +15,7 @@ from pokebridge.mailbox.pushes import PushTiming
 from pokebridge.mailbox.sqlite import SqliteMailbox
 from pokebridge.testing.mailbox_kit import BOB, ManualClock, fill, message, versions
 from pokebridge.testing.mailbox_pushes import TIMING, PushContract
+from tests.support import Daemon, wait_until
 
 
 class TestMemoryPushes(PushContract):

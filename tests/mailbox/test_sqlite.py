@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.waiting import wait_until
 
 from pokebridge.errors import ConfigError, MailboxError, MailboxFullError
-from pokebridge.mailbox import sqlite, sqlite_lane
+from pokebridge.mailbox import sqlite, sqlite_workers
 from pokebridge.mailbox.base import Limits, Mailbox
 from pokebridge.mailbox.sqlite import SqliteMailbox
-from pokebridge.mailbox.sqlite_lane import Lane, commit_together
+from pokebridge.mailbox.sqlite_workers import Lane, commit_together
 from pokebridge.model import Receipt
 from pokebridge.testing.mailbox import Connect, DurableMailboxContract
 from pokebridge.testing.mailbox_kit import BOB, ManualClock, fill, kept, message, unpoked, versions
+from tests.support.waiting import wait_until
 
 APPENDER = Path(__file__).with_name("appender.py")
 
@@ -183,7 +183,7 @@ class TestTheWriter:
         self, path: Path, mailbox: SqliteMailbox, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """While another process keeps the write lock, writes fail in time, and reads go on."""
-        monkeypatch.setattr(sqlite_lane, "LOCK_TIMEOUT_S", 0.1)
+        monkeypatch.setattr(sqlite_workers, "LOCK_TIMEOUT_S", 0.1)
         await mailbox.append(message())
         with closing(sqlite3.connect(path, isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
@@ -198,7 +198,7 @@ class TestTheWriter:
         self, path: Path, mailbox: SqliteMailbox, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A call too many is refused at once; those that wait are done when the lock is free."""
-        monkeypatch.setattr(sqlite_lane, "MAX_WAITING", 3)
+        monkeypatch.setattr(sqlite_workers, "MAX_WAITING", 3)
         with closing(sqlite3.connect(path, isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
             calls = [asyncio.create_task(mailbox.append(message())) for _ in range(3)]
@@ -212,7 +212,7 @@ class TestTheWriter:
         self, path: Path, mailbox: SqliteMailbox, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Callers that went away don't fill the queue for ever."""
-        monkeypatch.setattr(sqlite_lane, "MAX_WAITING", 3)
+        monkeypatch.setattr(sqlite_workers, "MAX_WAITING", 3)
         with closing(sqlite3.connect(path, isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
             calls = [asyncio.create_task(mailbox.append(message())) for _ in range(3)]

@@ -8,6 +8,7 @@ import time
 import httpx
 import pytest
 import websockets
+
 from tests.support.serving import Instance, Serve
 from tests.support.waiting import wait_until
 

@@ -3,6 +3,7 @@
 import json
 
 import websockets
+
 from tests.support import Serve, wait_until
 
 BOB = "urn:user:bob"

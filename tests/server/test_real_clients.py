@@ -8,6 +8,7 @@ from typing import Any
 
 import aiohttp
 import websockets
+
 from tests.support.missing import missing, require
 from tests.support.serving import Instance, Serve
 

@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path
 
 import httpx
-from tests.support import Daemon, Instance, Serve, wait_until
 
 from pokebridge.client import PokeClient
 from pokebridge.mailbox.postgres import PostgresMailbox
 from pokebridge.mailbox.sqlite import SqliteMailbox
 from pokebridge.testing.mailbox_kit import ALICE, BOB, message
+from tests.support import Daemon, Instance, Serve, wait_until
 
 
 async def readiness(instance: Instance) -> str:

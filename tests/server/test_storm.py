@@ -17,11 +17,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given
 from hypothesis import strategies as st
 from jwt.algorithms import ECAlgorithm
-from tests.gateway.harness import TIMEOUT_S, Client, running
-from tests.support import Daemon, free_port, wait_until
 
 from pokebridge.gateway.admission import MOST_RETRY_AFTER_S, HandshakePace
 from pokebridge.tokens import TokenVerifier
+from tests.gateway.harness import TIMEOUT_S, Client, running
+from tests.support import Daemon, free_port, wait_until
 
 KEY = ec.generate_private_key(ec.SECP256R1())
 KEY_SET = {"keys": [ECAlgorithm.to_jwk(KEY.public_key(), as_dict=True) | {"kid": "e"}]}

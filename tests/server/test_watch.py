@@ -4,12 +4,13 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 
 import pytest
-from tests.support import wait_until
 
+from pokebridge.api import schema
 from pokebridge.errors import TransportError
 from pokebridge.model import Poke
-from pokebridge.server import schema, watch
+from pokebridge.server import watch
 from pokebridge.server.watch import MAX_WATCHERS, Watchers, legible
+from tests.support import wait_until
 
 
 class World:

@@ -26,9 +26,9 @@ from google.protobuf.field_mask_pb2 import FieldMask  # type: ignore[import-unty
 from google.pubsub_v1 import PublisherAsyncClient, SubscriberAsyncClient
 from google.pubsub_v1.services.publisher.transports import PublisherGrpcAsyncIOTransport
 from google.pubsub_v1.services.subscriber.transports import SubscriberGrpcAsyncIOTransport
-from tests.support import wait_until
 
 from pokebridge.testing.pubsub import PubSubServer
+from tests.support import wait_until
 
 
 class Client:

@@ -4,11 +4,11 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 
 import pytest
-from tests.transport.certificates import Certificates, make_certificates
-from tests.transport.pubsub_world import World
 
 from pokebridge.testing.pubsub import PubSubServer
 from pokebridge.transport import google_pubsub
+from tests.transport.certificates import Certificates, make_certificates
+from tests.transport.pubsub_world import World
 
 
 @pytest.fixture(scope="session")

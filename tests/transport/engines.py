@@ -10,14 +10,14 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from typing import Any
 
 import pytest
-from tests.support import free_port, wait_until
-from tests.transport.certificates import Certificates
-from tests.transport.outages import assert_hears, is_away
 
 from pokebridge.errors import TransportError
 from pokebridge.testing.transport import RecordingReceiver, prove_live, subscribe_live
-from pokebridge.transport import link
+from pokebridge.transport import reconnecting_link
 from pokebridge.transport.base import Feed, Signal, Transport
+from tests.support import free_port, wait_until
+from tests.transport.certificates import Certificates
+from tests.transport.outages import assert_hears, is_away
 
 ConnectUrl = Callable[..., Awaitable[Any]]
 PublishByHand = Callable[[str, bytes], Awaitable[None]]
@@ -55,7 +55,7 @@ class StartContract:
         self, connect_url: ConnectUrl, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A start against a port that accepts and is silent fails in bounded time."""
-        monkeypatch.setattr(link, "DIAL_TIMEOUT_S", 0.3)
+        monkeypatch.setattr(reconnecting_link, "DIAL_TIMEOUT_S", 0.3)
         with socket.create_server(("127.0.0.1", 0)) as silent:
             port = silent.getsockname()[1]
             with pytest.raises(TransportError, match="no answer"):

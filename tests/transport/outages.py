@@ -13,12 +13,12 @@ from contextlib import asynccontextmanager, suppress
 from functools import partial
 
 import pytest
-from tests.support import CutProxy, Daemon, wait_until
 
 from pokebridge.errors import TransportError
 from pokebridge.testing.transport import RecordingReceiver, subscribe_live
-from pokebridge.transport import link
+from pokebridge.transport import reconnecting_link
 from pokebridge.transport.base import Feed, Selection, Signal, Transport
+from tests.support import CutProxy, Daemon, wait_until
 
 ConnectTo = Callable[[str], Awaitable[Transport]]
 
@@ -178,7 +178,7 @@ class OutageContract:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """A process that was stopped for longer than the heartbeat allows keeps its connection."""
-        monkeypatch.setattr(link, "HEARTBEAT_S", 0.1)
+        monkeypatch.setattr(reconnecting_link, "HEARTBEAT_S", 0.1)
         transport = await connect_to(own_server.address)
         _, receiver = await subscribe_live(transport, Feed.ALL)
         connection = transport._link._connection  # type: ignore[attr-defined]  # both have a link
@@ -189,7 +189,7 @@ class OutageContract:
             asked = asyncio.ensure_future(ask())
             for _ in range(10):  # so that it is sent
                 await asyncio.sleep(0)
-            time.sleep(3 * link.HEARTBEAT_S)  # noqa: ASYNC251 - stalls the loop on purpose
+            time.sleep(3 * reconnecting_link.HEARTBEAT_S)  # noqa: ASYNC251 - stalls the loop on purpose
             stalls += 1
             await asked
 

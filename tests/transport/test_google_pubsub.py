@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 from grpc import StatusCode
-from tests.support import CutProxy, Daemon, wait_until
-from tests.transport.pubsub_world import TOPIC, World, crash
 
 from pokebridge.errors import ConfigError, TransportError
 from pokebridge.testing.pubsub import PubSubServer
@@ -24,6 +22,8 @@ from pokebridge.testing.transport import (
 from pokebridge.transport import google_pubsub_stream
 from pokebridge.transport.base import Feed, Selection, Signal
 from pokebridge.transport.google_pubsub import GooglePubSubTransport
+from tests.support import CutProxy, Daemon, wait_until
+from tests.transport.pubsub_world import TOPIC, World, crash
 
 
 class TestContractOnOwnServer(TransportContract):

@@ -9,8 +9,6 @@ from contextlib import asynccontextmanager, suppress
 
 import pytest
 from grpc import StatusCode
-from tests.support import wait_until
-from tests.transport.pubsub_world import World, crash
 
 from pokebridge.errors import TransportError
 from pokebridge.testing.pubsub import PubSubServer
@@ -19,6 +17,8 @@ from pokebridge.transport import google_pubsub
 from pokebridge.transport.base import Feed, Signal
 from pokebridge.transport.google_pubsub import GooglePubSubTransport
 from pokebridge.transport.google_pubsub_janitor import EMPTY_LOOKS
+from tests.support import wait_until
+from tests.transport.pubsub_world import World, crash
 
 DEAD_AFTER_S = 2.0
 

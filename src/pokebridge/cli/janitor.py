@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import click
 
-from pokebridge.adapters import open_for_janitor
 from pokebridge.cli.options import config_option, json_option
+from pokebridge.server.adapters import open_for_janitor
 from pokebridge.settings import Settings, load_settings
 from pokebridge.telemetry import configure_logging
 

@@ -9,11 +9,11 @@ from typing import TypeVar
 
 import click
 
-from pokebridge.adapters import open_mailbox
 from pokebridge.cli.options import config_option, json_option, mailbox_limits
 from pokebridge.errors import ConfigError
 from pokebridge.mailbox.base import Mailbox, MailboxStats
 from pokebridge.model import check_recipient
+from pokebridge.server.adapters import open_mailbox
 from pokebridge.settings import Settings, load_settings
 
 T = TypeVar("T")

@@ -12,12 +12,11 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from pokebridge.bench.plot import PlotFile, save_plot
 from pokebridge.cli.api import Access, Api, token_option
 from pokebridge.cli.options import config_option, json_option
-from pokebridge.cli.plot import PlotFile, save_plot
 from pokebridge.cli.publish import SUBJECT
-from pokebridge.errors import UnavailableError
-from pokebridge.redline import (
+from pokebridge.costs import (
     FANOUT,
     PARTITIONED,
     PRICES,
@@ -34,6 +33,7 @@ from pokebridge.redline import (
     format_share,
     misplaced_share,
 )
+from pokebridge.errors import UnavailableError
 from pokebridge.settings import load_settings
 from pokebridge.sharding import MAX_SHARD_COUNT
 

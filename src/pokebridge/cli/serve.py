@@ -9,14 +9,14 @@ import click
 import uvloop
 from pydantic.fields import FieldInfo
 
-from pokebridge.adapters import (
+from pokebridge.cli.options import config_option, mailbox_limits, push_timing
+from pokebridge.server.adapters import (
     open_coordination,
     open_ingress,
     open_mailbox,
     open_tracing,
     open_transport,
 )
-from pokebridge.cli.options import config_option, mailbox_limits, push_timing
 from pokebridge.settings import Settings, load_settings
 from pokebridge.telemetry import configure_logging
 

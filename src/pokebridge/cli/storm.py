@@ -10,12 +10,12 @@ from typing import Any
 import click
 import uvloop
 
+from pokebridge.bench.plot import PlotFile, check_drawing
+from pokebridge.bench.storm_fleet import FleetPlan
+from pokebridge.bench.storm_plot import save_storm_plot
+from pokebridge.bench.storm_report import storm_failures, storm_report, storm_table
+from pokebridge.bench.storm_run import Storm, StormPlan
 from pokebridge.cli.options import allow_clients
-from pokebridge.cli.plot import PlotFile, check_drawing
-from pokebridge.cli.storm_fleet import FleetPlan
-from pokebridge.cli.storm_plot import save_storm_plot
-from pokebridge.cli.storm_report import storm_failures, storm_report, storm_table
-from pokebridge.cli.storm_run import Storm, StormPlan
 from pokebridge.errors import ConfigError, PokebridgeError
 
 

@@ -36,7 +36,7 @@ from nats.js.api import DiscardPolicy, StreamConfig
 from nats.js.errors import APIError, NotFoundError
 
 from pokebridge.coordination.base import Document, Member
-from pokebridge.coordination.store import (
+from pokebridge.coordination.store_connection import (
     CALL_TIMEOUT_S,
     DIAL_TIMEOUT_S,
     Announced,

@@ -22,7 +22,7 @@ import asyncpg
 import msgspec
 
 from pokebridge.coordination.base import Document, Member
-from pokebridge.coordination.store import DIAL_TIMEOUT_S, Line, decode_all, encode
+from pokebridge.coordination.store_connection import DIAL_TIMEOUT_S, Line, decode_all, encode
 from pokebridge.engines import text_of
 from pokebridge.engines.urls import without_secrets
 from pokebridge.errors import ConfigError

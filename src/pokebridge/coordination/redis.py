@@ -24,7 +24,7 @@ from redis.asyncio import Redis
 from redis.exceptions import MovedError, RedisError
 
 from pokebridge.coordination.base import Document, Member
-from pokebridge.coordination.store import (
+from pokebridge.coordination.store_connection import (
     CALL_TIMEOUT_S,
     DIAL_TIMEOUT_S,
     Announced,

@@ -133,7 +133,7 @@ class StaticCoordination:
         return [member for _, member in sorted(self._members.items())]
 
     async def read(self) -> Document | None:
-        """The shard map, as :mod:`pokebridge.coordinator` writes one."""
+        """The shard map, as :mod:`pokebridge.cluster.membership` writes one."""
         self._check_open()
         return self._document
 

@@ -29,9 +29,9 @@ from pokebridge.gateway.handshake import (
     read_handshake,
     refusal_response,
 )
-from pokebridge.gateway.hold import Hold, HoldTiming
-from pokebridge.gateway.homing import Homing, Reach
 from pokebridge.gateway.session_map import SessionMap
+from pokebridge.gateway.shard_routing import Homing, Reach
+from pokebridge.gateway.subscriptions import Hold, HoldTiming
 from pokebridge.gateway.wheel import Wheel
 from pokebridge.placement import Mode, Placement, PlacementRules, ShardMap
 from pokebridge.session import Session, State, Timing

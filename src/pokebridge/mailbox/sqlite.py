@@ -26,14 +26,14 @@ from pokebridge.mailbox.base import (
     page_of,
 )
 from pokebridge.mailbox.pushes import PushTiming
-from pokebridge.mailbox.sqlite_lane import (
+from pokebridge.mailbox.sqlite_pushes import TABLES, SqlitePushes, owe
+from pokebridge.mailbox.sqlite_workers import (
     LOCK_TIMEOUT_S,
     Lane,
     commit_together,
     do_each,
     result_code,
 )
-from pokebridge.mailbox.sqlite_pushes import TABLES, SqlitePushes, owe
 from pokebridge.model import Message, NewMessage, Page, Poke, Receipt
 
 READERS: Final = 2

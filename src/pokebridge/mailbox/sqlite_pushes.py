@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from pokebridge.mailbox.pushes import DEAD_KEPT_MS, OwedPush, PushTiming
-from pokebridge.mailbox.sqlite_lane import Lane
+from pokebridge.mailbox.sqlite_workers import Lane
 
 TABLES: Final = (
     """CREATE TABLE pushes (

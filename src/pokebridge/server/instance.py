@@ -17,6 +17,10 @@ from prometheus_client import CollectorRegistry
 from pydantic import SecretStr
 
 from pokebridge import __version__
+from pokebridge.api import app as api
+from pokebridge.api import metrics
+from pokebridge.api.messages import read_ingress
+from pokebridge.cluster.node import Cluster
 from pokebridge.coordination.base import Coordination
 from pokebridge.errors import PokebridgeError
 from pokebridge.fallback.push import Pulls, Pusher
@@ -30,10 +34,7 @@ from pokebridge.mailbox.pushes import PushQueue, pushes_of
 from pokebridge.model import DEFAULT_DEVICE
 from pokebridge.processor import Processor
 from pokebridge.publisher import Publisher
-from pokebridge.server import api, metrics
 from pokebridge.server.capacity import PullCapacity
-from pokebridge.server.cluster import Cluster
-from pokebridge.server.messages import read_ingress
 from pokebridge.server.watch import Watchers
 from pokebridge.session import Timing
 from pokebridge.settings import Settings

@@ -21,7 +21,7 @@ from nats.aio.subscription import Subscription as NatsSubscription
 from pokebridge.engines.nats import NatsClient, client_options, refusal_of, servers_in
 from pokebridge.errors import TransportError
 from pokebridge.transport.base import Feed, Receiver, Selection, Signal, Subscription
-from pokebridge.transport.link import (
+from pokebridge.transport.reconnecting_link import (
     DIAL_TIMEOUT_S,
     CachedCount,
     Deliver,
@@ -158,7 +158,7 @@ class _Client(NatsClient):
 
 
 class _NatsConnection:
-    """One connection to one server (:class:`~pokebridge.transport.link.Connection`)."""
+    """One connection to one server (a ``reconnecting_link.Connection``)."""
 
     def __init__(self, server: str, deliver: Deliver) -> None:
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()

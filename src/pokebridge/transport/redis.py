@@ -29,7 +29,7 @@ from pokebridge.engines.urls import without_secrets
 from pokebridge.errors import TransportError
 from pokebridge.sharding import DEFAULT_SHARD_COUNT
 from pokebridge.transport.base import Feed, Receiver, Selection, Signal, Subscription
-from pokebridge.transport.link import (
+from pokebridge.transport.reconnecting_link import (
     ANSWER_TIMEOUT_S,
     CLOSE_TIMEOUT_S,
     DIAL_TIMEOUT_S,
@@ -237,7 +237,7 @@ def _sharded(channel: str) -> str:
 
 
 class _Listener:
-    """A connection that listens (:class:`~pokebridge.transport.link.Connection`).
+    """A connection that listens (a ``reconnecting_link.Connection``).
 
     A topic is a channel, a pattern (it ends in ``*``), or a sharded channel, which Redis keeps
     apart from the plain one of that name and which therefore has a name of its own here.
@@ -368,7 +368,7 @@ class _Slots(NamedTuple):
 
 
 class _ClusterListener:
-    """A connection to every node of a cluster (:class:`~pokebridge.transport.link.Connection`).
+    """A connection to every node of a cluster (a ``reconnecting_link.Connection``).
 
     When one is lost, or a slot moves, the whole is: then all is dialled again from a new map.
     """

@@ -1,0 +1,286 @@
+"""A client: the real, pure :class:`ClientCore`, with a simulated socket, HTTP and token issuer."""
+
+from typing import TYPE_CHECKING
+
+from pokebridge.client.core import ClientCore
+from pokebridge.client.events import (
+    AnyAction,
+    AnyEvent,
+    Authenticate,
+    Closed,
+    Connect,
+    Disconnect,
+    FetchToken,
+    Opened,
+    Ping,
+    Pull,
+    Pulled,
+    PullFailed,
+    Refused,
+    Start,
+    Stop,
+    Text,
+    Tick,
+    Token,
+    TokenFailed,
+    Wake,
+)
+from pokebridge.framing import Opcode
+from pokebridge.gateway.handshake import UpgradeRequest
+from pokebridge.model import Page
+from simulation.http import Answer, Work
+from simulation.loop import Handle, VirtualLoop
+from simulation.network import Trouble
+from simulation.sockets import Network, Wire, masked_frame, read_frame
+
+if TYPE_CHECKING:
+    from simulation.instance import SimInstance
+    from simulation.world import World
+
+HOME_URL = "wss://home/v1/connect"
+"""Where a load balancer listens."""
+PAGE_LIMIT = 5
+"""Small, so that a client that was away pulls several pages."""
+TOKEN_LIFE_S = (45.0, 200.0)
+_ABNORMAL = 1006  # RFC 6455, section 7.4.1: no close frame came
+
+
+class SimClient:
+    """One device of a recipient."""
+
+    def __init__(self, world: "World", loop: VirtualLoop, recipient: str, device: str) -> None:
+        self.world = world
+        self.loop = loop
+        self.recipient = recipient
+        self.device = device
+        self.rng = world.rng
+        self.network = Network(world.rng)
+        self.trouble = Trouble(world.outside)
+        self.core = ClientCore(HOME_URL)
+        self.instance: SimInstance | None = None
+        """Where its socket goes."""
+        self.pulls_from: SimInstance | None = None
+        """Where its running pull goes."""
+        self.failing = False
+        """Whether its last pull failed."""
+        self.left = False
+        self.token_trouble = False
+        self._token = ""
+        self._wire: Wire | None = None
+        self._unparsed = b""
+        self._is_open = False
+        self._close_code = _ABNORMAL
+        self._timer: Handle | None = None
+        self._timer_at: float | None = None
+        self._pull_began_at = 0.0
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return self.loop.name
+
+    @property
+    def wire(self) -> Wire | None:
+        """Its connection, if it has one."""
+        return self._wire
+
+    @property
+    def active(self) -> bool:
+        """Whether it has not left, nor was told to stop."""
+        return not (self.left or self.core.stopped)
+
+    @property
+    def pull_is_troubled(self) -> bool:
+        """Whether a pull is under way that something has befallen since it began."""
+        if self.pulls_from is None:
+            return False
+        concerned = (self.trouble, self.pulls_from.trouble, self.world.post.trouble)
+        return max(trouble.over_at for trouble in concerned) >= self._pull_began_at
+
+    def start(self) -> None:
+        """Begin."""
+        self.loop.deliver(0.0, self.feed, Start())
+
+    def wake(self) -> None:
+        """The machine woke up, or has another network."""
+        self.loop.deliver(0.0, self.feed, Wake())
+
+    def leave(self) -> None:
+        """Close the page, or the laptop's lid for good."""
+        self.left = True
+        self._drop()
+
+    def lose_socket(self) -> None:
+        """The connection breaks, and both sides notice."""
+        wire = self._wire
+        if wire is not None:
+            wire.hang_up(rudely=True)
+            self._drop()
+            self.loop.deliver(0.0, self.feed, Closed(_ABNORMAL))
+
+    # --- between the core and the world -----------------------------------------------------------
+
+    def feed(self, event: AnyEvent) -> None:
+        """Something happened: have the core handle it, and do what it says."""
+        if self.left:
+            return
+        was_ready = self.core.ready
+        actions = self.core.handle(event, now=self.loop.time(), random=self.rng.random())
+        for action in actions:
+            self._carry_out(action)
+        if self.core.ready != was_ready:
+            self.world.oracle.readiness_changed(self)
+        timer = self.core.timer
+        if timer != self._timer_at:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer_at = timer
+            self._timer = None if timer is None else self.loop.call_at(timer, self._tick)
+
+    def _tick(self) -> None:
+        self._timer_at = None
+        self.feed(Tick())
+
+    def _carry_out(self, action: AnyAction) -> None:
+        match action:
+            case FetchToken():
+                self.loop.call_later(self.rng.uniform(0.005, 0.1), self._fetch_token)
+            case Connect(url=url, moved=moved):
+                self._connect(url, moved=moved)
+            case Disconnect():
+                self._drop()
+            case Ping():
+                self._say(b'{"type":"ping"}')
+            case Authenticate():
+                self._say(b'{"type":"auth","token":"%b"}' % self._token.encode())
+            case Pull(after=after):
+                self._pull(after)
+            case Stop(code=code):
+                self.world.trace.note(self.name, f"told to stop: {code}")
+                self._drop()
+
+    def _fetch_token(self) -> None:
+        if self.token_trouble:
+            self.feed(TokenFailed())
+            return
+        self._token = self.world.issue_token(self.recipient, self.rng.uniform(*TOKEN_LIFE_S))
+        self.feed(Token())
+
+    # --- the socket -------------------------------------------------------------------------------
+
+    def _connect(self, url: str, *, moved: bool) -> None:
+        self._drop()
+        instance = self.world.route(url, self)
+        if instance is not None and instance.vanished:
+            return  # nobody answers: the core has a deadline
+        if instance is None or not instance.listens:
+            self.loop.deliver(self.network.latency_s(), self._refused_by_nobody)
+            return
+        wire = self._wire = Wire(self.network, self, instance.loop)
+        self.instance = instance
+        self._unparsed, self._is_open, self._close_code = b"", False, _ABNORMAL
+        query = f"device={self.device}" + ("&moved=1" if moved else "")
+        headers = [
+            (b"host", b"home"),
+            (b"upgrade", b"websocket"),
+            (b"connection", b"Upgrade"),
+            (b"sec-websocket-key", b"dGhlIHNhbXBsZSBub25jZQ=="),
+            (b"sec-websocket-version", b"13"),
+            (b"authorization", b"Bearer " + self._token.encode()),
+        ]
+        request = UpgradeRequest("GET", f"/v1/connect?{query}", headers, self.name)
+        wire.carry(instance.loop, instance.accept, wire, request)
+
+    def _refused_by_nobody(self) -> None:
+        if self._wire is None:
+            self.feed(Closed(_ABNORMAL))
+
+    def _drop(self) -> None:
+        wire, self._wire = self._wire, None
+        self.instance = None
+        if wire is not None:
+            wire.hang_up()
+
+    def _say(self, text: bytes) -> None:
+        if self._wire is not None:
+            self._wire.send(masked_frame(Opcode.TEXT, text))
+
+    def on_data(self, wire: Wire, data: bytes) -> None:
+        """Bytes from the instance."""
+        self._unparsed += data
+        while self._wire is wire and (self._is_open or self._has_opened()):
+            found = read_frame(self._unparsed)
+            if found is None:
+                return
+            frame, self._unparsed = found
+            if frame.opcode is Opcode.TEXT:
+                text = frame.payload.decode()
+                self.world.oracle.heard(self, text)
+                self.feed(Text(text))
+            elif frame.opcode is Opcode.PING:
+                wire.send(masked_frame(Opcode.PONG, frame.payload))
+            elif frame.opcode is Opcode.CLOSE:
+                self._close_code = int.from_bytes(frame.payload[:2], "big")
+                wire.send(masked_frame(Opcode.CLOSE, frame.payload[:2]))
+
+    def _has_opened(self) -> bool:
+        """Read the answer to the handshake; whether it is there and says yes."""
+        head, end, rest = self._unparsed.partition(b"\r\n\r\n")
+        if not end:
+            return False
+        status = int(head.split()[1])
+        if status == 101:
+            self._unparsed, self._is_open = rest, True
+            self.feed(Opened())
+            return self._wire is not None
+        asked_s = None
+        for line in head.decode().split("\r\n"):
+            name, _, value = line.partition(": ")
+            if name == "Retry-After":
+                asked_s = float(value)
+        self._drop()
+        self.feed(Refused(status, asked_s))
+        return False
+
+    def on_end(self, wire: Wire) -> None:
+        """The instance has closed, or the connection broke."""
+        if self._wire is wire:
+            self._drop()
+            self.feed(Closed(self._close_code))
+
+    # --- pulls ------------------------------------------------------------------------------------
+
+    def _pull(self, after: int) -> None:
+        self._pull_began_at = self.world.scheduler.now
+        recipient, device = self.recipient, self.device
+        self._ask(lambda at: at.pull(recipient, device, after, PAGE_LIMIT), self._on_page)
+
+    def _on_page(self, page: Page | None) -> None:
+        if page is None:
+            self._end_pull(PullFailed())
+            return
+        self.world.oracle.received(self, page)
+        if self.pull_is_troubled:
+            self.trouble.happen()  # until now it could not see what there was
+        if not page.messages:
+            self._end_pull(Pulled(page.version, page.more))
+            return
+        recipient, device, version = self.recipient, self.device, page.version
+        self._ask(
+            lambda at: at.ack(recipient, device, version),
+            lambda acked: self._end_pull(
+                PullFailed(cursor=version) if acked is None else Pulled(version, page.more)
+            ),
+        )
+
+    def _ask(self, work: Work, done: Answer) -> None:
+        self.pulls_from = self.world.route(HOME_URL, self)
+        self.world.http.ask(self.loop, self.network, self.pulls_from, work, done)
+
+    def _end_pull(self, event: Pulled | PullFailed) -> None:
+        failed = isinstance(event, PullFailed)
+        if failed or self.failing or self.pull_is_troubled:
+            self.trouble.happen()  # until now it could not see what there was
+        self.pulls_from = None
+        self.failing = failed
+        self.feed(event)

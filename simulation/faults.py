@@ -1,0 +1,410 @@
+"""What goes wrong: each fault as a coroutine of the world's own loop, from its begin to its end.
+
+A run draws which kinds it has at all, so that some runs have much of one kind and others a mix
+("swarm testing": Groce et al., 2012). No instance is killed, stopped or cut off while no other is
+well: what is promised while none works is only what comes after.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from typing import TYPE_CHECKING
+
+from starlette.exceptions import HTTPException
+
+from pokebridge.errors import PokebridgeError
+from simulation.network import Server
+
+if TYPE_CHECKING:
+    from pokebridge.placement import Mode
+    from simulation.client import SimClient
+    from simulation.instance import SimInstance
+    from simulation.world import World
+
+Fault = Callable[["World"], Coroutine[None, None, None]]
+
+
+def _victim(world: "World", *, well: bool = True) -> "SimInstance | None":
+    """An instance that may be harmed, a ``well`` one or any, as another one is well."""
+    well_ones = world.well_instances
+    if len(well_ones) < 2:
+        return None
+    spared = world.rng.choice(well_ones)
+    candidates = well_ones if well else world.running
+    return world.rng.choice([each for each in candidates if each is not spared])
+
+
+def _client(world: "World") -> "SimClient | None":
+    ready = [client for client in world.clients if client.core.ready and not client.trouble.active]
+    return world.rng.choice(ready) if ready else None
+
+
+# --- instances ------------------------------------------------------------------------------------
+
+
+async def kill(world: "World") -> None:
+    """SIGKILL; a supervisor starts it again."""
+    if victim := _victim(world, well=False):
+        victim.kill()
+
+
+async def lose_power(world: "World") -> None:
+    """A machine is gone, and nobody tells its clients."""
+    if victim := _victim(world, well=False):
+        victim.kill(machine=True)
+
+
+async def pause(world: "World") -> None:
+    """SIGSTOP for a while; a long one costs it its subscriptions, as slow consumers are cut off."""
+    victim = _victim(world)
+    if victim is None:
+        return
+    world.trace.note(victim.name, "is stopped")
+    victim.trouble.begin()
+    victim.loop.pause()
+    began_s = world.scheduler.now
+    await world.nap(world.rng.uniform(0.5, 4 * world.config.lease_s))
+    pause_s = world.scheduler.now - began_s
+    if pause_s > 5.0 and world.rng.random() < 0.5:
+        for link in world.broker.links_of(victim):
+            link.break_off("too slow")
+    world.trace.note(victim.name, "goes on")
+    victim.loop.resume()
+    victim.trouble.end()
+
+
+async def pause_a_writer(world: "World") -> None:
+    """SIGSTOP for whoever next writes the shard map, just as the write is on its way."""
+    world.pauses_next_writer = True
+
+
+async def kill_after_commit(world: "World") -> None:
+    """SIGKILL for whoever next commits a message, before it can poke."""
+    world.kills_next_committer = True
+
+
+async def restart(world: "World") -> None:
+    """SIGTERM: it drains, stops, and is started again."""
+    if victim := _victim(world):
+        world.trace.note(victim.name, "is to stop")
+        victim.stop()
+
+
+async def drain(world: "World") -> None:
+    """An operator drains an instance through another one, and then restarts it."""
+    victim = _victim(world)
+    if victim is None:
+        return
+    through = world.rng.choice(world.well_instances)
+    world.trace.note(victim.name, f"is to drain, says {through.name}")
+    await _ask(world, through, lambda: through.real.cluster.drain(victim.name))
+    await world.nap(world.rng.uniform(5.0, 15.0))
+    victim.stop()
+
+
+async def migrate(world: "World") -> None:
+    """An operator has the cluster change its mode."""
+    well = world.well_instances
+    if not well:
+        return
+    through = world.rng.choice(well)
+    before = through.real.cluster.view.shard_map.mode
+    mode: Mode = "fanout" if before == "partitioned" else "partitioned"
+    world.trace.note(through.name, f"is to migrate the cluster to {mode}")
+    await _ask(world, through, lambda: through.real.cluster.migrate(mode, force=True))
+
+
+async def migrate_over_a_gap(world: "World") -> None:
+    """The mode changes just when subscriptions have failed, and nobody has noticed yet."""
+    if world.running:
+        victim = world.rng.choice(world.running)
+        world.trace.note(victim.name, "loses its streams")
+        for link in world.broker.links_of(victim):
+            link.break_off("a broken stream", world.rng.uniform(0.0, 3.0))
+    await migrate(world)
+
+
+async def add_instance(world: "World") -> None:
+    """The cluster grows by one."""
+    if len(world.names) < world.config.instances + 2:
+        world.add_instance()
+
+
+async def remove_instance(world: "World") -> None:
+    """The cluster shrinks by one, for good."""
+    victim = _victim(world)
+    if victim is not None and len(world.names) > 2:
+        world.names.pop(victim.base, None)
+        victim.stop()
+
+
+async def _ask(world: "World", through: "SimInstance", call: Callable[[], Awaitable[None]]) -> None:
+    """Have an instance carry out what an operator asks; it may fail."""
+    done: asyncio.Future[None] = world.outside.create_future()
+
+    async def carry_out() -> None:
+        try:
+            await call()
+        except (PokebridgeError, HTTPException) as error:
+            world.trace.note(through.name, f"can't: {error}")
+        done.set_result(None)
+
+    through.loop.deliver(0.0, lambda: through.loop.create_task(carry_out()))
+    await asyncio.wait([done], timeout=20.0)
+
+
+# --- servers --------------------------------------------------------------------------------------
+
+
+async def restart_broker(world: "World") -> None:
+    """All connections break, and what was under way is lost."""
+    broker = world.broker
+    world.trace.note("broker", "goes down")
+    broker.trouble.begin()
+    broker.go_down()
+    await world.nap(world.rng.choice((0.1, 1.0, 5.0)) * world.rng.uniform(0.5, 1.5))
+    world.trace.note("broker", "comes up")
+    broker.come_up()
+    broker.trouble.end()
+
+
+async def break_subscription(world: "World") -> None:
+    """One subscription fails alone: a stream ends, a consumer is slow, somebody deletes it."""
+    if world.broker.subscriptions:
+        link = world.rng.choice(world.broker.subscriptions)
+        world.trace.note(link.peer.name, f"loses {link.selection}")
+        link.break_off("a broken stream", world.rng.choice((0.0, 0.0, 1.0, 6.0)))
+
+
+async def cut_from_broker(world: "World") -> None:
+    """A partition between an instance and the broker."""
+    await _cut(world, world.broker)
+
+
+async def cut_from_store(world: "World") -> None:
+    """A partition between an instance and the coordination store; no client may notice."""
+    if world.running:
+        victim = world.rng.choice(world.running)
+        world.trace.note(victim.name, "is cut off from the store")
+        world.store.cut(victim)
+        await world.nap(world.rng.uniform(0.5, 5 * world.config.lease_s))
+        world.store.heal(victim)
+
+
+async def cut_from_mailbox(world: "World") -> None:
+    """A partition between an instance and the mailbox."""
+    await _cut(world, world.post)
+
+
+async def _cut(world: "World", server: Server) -> None:
+    victim = _victim(world)
+    if victim is None:
+        return
+    world.trace.note(victim.name, f"is cut off from the {server.name}")
+    victim.trouble.begin()
+    server.cut(victim)
+    await world.nap(world.rng.uniform(0.3, 10.0))
+    world.trace.note(victim.name, f"reaches the {server.name} again")
+    server.heal(victim)
+    victim.trouble.end()
+
+
+async def stop_mailbox(world: "World") -> None:
+    """The database is away for a while."""
+    await _go_down(world, world.post, world.rng.uniform(0.3, 6.0))
+
+
+async def slow_mailbox(world: "World") -> None:
+    """The database is slow."""
+    await _be_slow(world, world.post, world.rng.uniform(0.05, 0.5), world.rng.uniform(1.0, 8.0))
+
+
+async def forgetful_mailbox(world: "World") -> None:
+    """The database commits and then can't say so."""
+    await _be_forgetful(world, world.post, world.rng.uniform(1.0, 8.0))
+
+
+async def forgetful_broker(world: "World") -> None:
+    """The broker takes signals, or half of them, and then says that it did not."""
+    await _be_forgetful(world, world.broker, world.rng.uniform(1.0, 8.0))
+
+
+async def stop_store(world: "World") -> None:
+    """The coordination store is away; no client may notice."""
+    store = world.store
+    world.trace.note("store", "goes down")
+    store.up = False
+    await world.nap(world.rng.uniform(0.5, 6 * world.config.lease_s))
+    world.trace.note("store", "comes up")
+    store.up = True
+
+
+async def slow_store(world: "World") -> None:
+    """The coordination store is slow, up to seconds; no client may notice."""
+    world.store.slow_s = world.rng.choice((0.1, 0.5, 2.0))
+    await world.nap(world.rng.uniform(2.0, 15.0))
+    world.store.slow_s = 0.0
+
+
+async def forgetful_store(world: "World") -> None:
+    """The coordination store writes and then can't say so; no client may notice."""
+    world.store.forgetful = 0.3
+    await world.nap(world.rng.uniform(1.0, 10.0))
+    world.store.forgetful = 0.0
+
+
+async def wipe_store(world: "World") -> None:
+    """The coordination store loses all its data; no client may notice."""
+    world.trace.note("store", "loses its data")
+    world.store.forget_everything()
+
+
+async def _go_down(world: "World", server: Server, down_s: float) -> None:
+    server.trace.note(server.name, "goes down")
+    server.trouble.begin()
+    server.up = False
+    await world.nap(down_s)
+    server.trace.note(server.name, "comes up")
+    server.up = True
+    server.trouble.end()
+
+
+async def _be_slow(world: "World", server: Server, slow_s: float, while_s: float) -> None:
+    server.trace.note(server.name, "is slow")
+    server.trouble.begin()
+    server.slow_s = slow_s
+    await world.nap(while_s)
+    server.slow_s = 0.0
+    server.trouble.end()
+
+
+async def _be_forgetful(world: "World", server: Server, while_s: float) -> None:
+    server.trace.note(server.name, "forgets to answer")
+    server.trouble.begin()
+    server.forgetful = 0.3
+    await world.nap(while_s)
+    server.forgetful = 0.0
+    server.trouble.end()
+
+
+# --- clients --------------------------------------------------------------------------------------
+
+
+async def lose_socket(world: "World") -> None:
+    """A connection breaks, and both sides know."""
+    if client := _client(world):
+        client.lose_socket()
+
+
+async def quiet_network(world: "World") -> None:
+    """A client's network goes quiet, and then is back."""
+    client = _client(world)
+    if client is None:
+        return
+    client.trouble.begin()
+    client.network.quiet = True
+    await world.nap(world.rng.choice((0.5, 5.0, 60.0)) * world.rng.random())
+    client.network.come_back()
+    client.trouble.end()
+
+
+async def switch_network(world: "World") -> None:
+    """A phone goes from one network to another; the instance is not told."""
+    if client := _client(world):
+        client.network.change()
+        client.lose_socket()
+        client.wake()
+
+
+async def sleep_and_wake(world: "World") -> None:
+    """A laptop's lid is closed for a while: its socket is dead when it wakes."""
+    client = _client(world)
+    if client is None:
+        return
+    client.trouble.begin()
+    client.loop.pause()
+    await world.nap(world.rng.choice((1.0, 20.0, 60.0)) * world.rng.random())
+    client.loop.resume()
+    if world.rng.random() < 0.5:
+        client.network.change()
+        client.lose_socket()
+    client.wake()
+    client.trouble.end()
+
+
+async def slow_reader(world: "World") -> None:
+    """A client does not read its socket for a while, and is sent much."""
+    client = _client(world)
+    if client is None or client.wire is None:
+        return
+    wire = client.wire
+    client.trouble.begin()
+    wire.reads = False
+    for _ in range(world.rng.randrange(60)):
+        world.send_soon(client.recipient)
+        await world.nap(world.rng.uniform(0.01, 0.3))
+    wire.read_on()
+    client.trouble.end()
+
+
+async def no_tokens(world: "World") -> None:
+    """The token issuer does not answer a client for a while."""
+    if client := _client(world):
+        client.token_trouble = True
+        await world.nap(world.rng.uniform(1.0, 60.0))
+        client.token_trouble = False
+
+
+async def disconnect(world: "World") -> None:
+    """An administrator closes all sessions of a recipient: its clients get new tokens."""
+    client = _client(world)
+    if client is None or not world.well_instances:
+        return
+    through = world.rng.choice(world.well_instances)
+    world.trace.note(through.name, f"is to disconnect {client.recipient}")
+    await _ask(world, through, lambda: through.disconnect(client.recipient))
+
+
+async def come_and_go(world: "World") -> None:
+    """One client leaves for good, another comes."""
+    if client := _client(world):
+        client.leave()
+        world.add_client(client.recipient)
+
+
+ALL: Mapping[str, Fault] = {
+    fault.__name__: fault
+    for fault in (
+        kill,
+        lose_power,
+        pause,
+        pause_a_writer,
+        kill_after_commit,
+        restart,
+        drain,
+        migrate,
+        migrate_over_a_gap,
+        add_instance,
+        remove_instance,
+        restart_broker,
+        break_subscription,
+        cut_from_broker,
+        cut_from_store,
+        cut_from_mailbox,
+        stop_mailbox,
+        slow_mailbox,
+        forgetful_mailbox,
+        forgetful_broker,
+        stop_store,
+        slow_store,
+        forgetful_store,
+        wipe_store,
+        lose_socket,
+        quiet_network,
+        switch_network,
+        sleep_and_wake,
+        slow_reader,
+        no_tokens,
+        disconnect,
+        come_and_go,
+    )
+}

@@ -1,0 +1,191 @@
+"""All of a real instance but its HTTP server, in a process that can be stopped and killed."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+
+from pokebridge.errors import PokebridgeError
+from pokebridge.gateway.handshake import UpgradeRequest
+from pokebridge.model import NewMessage, Page, Receipt
+from pokebridge.server.instance import Instance
+from pokebridge.settings import Settings
+from simulation.loop import VirtualLoop
+from simulation.network import Peer
+from simulation.sockets import Socket, Wire
+
+if TYPE_CHECKING:
+    from simulation.http import Call
+    from simulation.world import World
+
+_GRACE_S = 5.0
+
+
+class _Headless(Instance):
+    """The real instance, without an HTTP application: what that would call is called here."""
+
+    def _create_app(self, registry: CollectorRegistry) -> FastAPI:  # noqa: ARG002 - the original's signature
+        return FastAPI.__new__(FastAPI)
+
+
+class SimInstance(Peer):
+    """One process that runs an instance."""
+
+    def __init__(self, world: "World", loop: VirtualLoop, base: str) -> None:
+        super().__init__(loop, loop.name)
+        name = loop.name
+        self.base = base
+        """What the supervisor calls it, whatever its name is in this life."""
+        self.world = world
+        self.url = f"wss://{name}.sim"
+        self.listens = False
+        """Whether its port is open."""
+        self.stopping = False
+        self.vanished = False
+        """Whether the whole machine is gone, so that not even a refusal comes from it."""
+        self.died_at: float | None = None
+        self.calls: dict[Call, None] = {}
+        """The HTTP requests under way."""
+        self.ended: asyncio.Future[None] = world.outside.create_future()
+        self._sockets: list[Socket] = []
+        self._seen: set[tuple[str, str]] = set()
+        config = world.config
+        settings = Settings(
+            instance=name,
+            advertise_url=self.url,
+            transport="sim://broker",
+            mailbox="sim://mailbox",
+            coordination="sim://store",
+            mode=config.mode,
+            assignment=config.assignment,
+            lease_s=config.lease_s,
+            shard_count=config.shard_count,
+            jwt_secret="of no use, but there must be one",  # type: ignore[arg-type] # noqa: S106 - as in a file
+            max_sessions=1000,
+            handshakes_per_s=0,
+            max_sessions_per_address=0,
+        )
+        self._mailbox = world.post.connect(self)
+        self.real = _Headless(
+            settings,
+            world.broker.connect(self),
+            self._mailbox,
+            world.store.connect(self),
+            url=self.url,
+        )
+
+    # --- its life ---------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the process."""
+        self.loop.deliver(0.0, self._begin)
+
+    def _begin(self) -> None:
+        self.loop.create_task(self._serve())
+
+    async def _serve(self) -> None:
+        try:
+            await self.real.start()
+        except PokebridgeError as error:
+            self.world.trace.note(self.name, f"can't start: {error}")
+            self._exit()
+        else:
+            self.listens = True
+            self.world.trace.note(self.name, "listens")
+
+    def stop(self) -> None:
+        """SIGTERM."""
+        if not self.stopping:
+            self.stopping = True
+            self.loop.deliver(0.0, self._end)
+
+    def _end(self) -> None:
+        self.loop.create_task(self._shut_down())
+
+    async def _shut_down(self) -> None:
+        if self.listens:
+            await self.real.drain()
+            self.listens = False
+            waits_until = self.loop.time() + _GRACE_S
+            while self.calls and self.loop.time() < waits_until:  # noqa: ASYNC110 - as uvicorn does
+                await asyncio.sleep(0.1)
+        await self.real.close()
+        self._exit()
+
+    def _exit(self) -> None:
+        self._die()
+        for socket in self._sockets:
+            socket.cut()
+
+    def kill(self, *, machine: bool = False) -> None:
+        """SIGKILL, or the whole ``machine`` loses power: then nobody tells its clients."""
+        if self.died_at is not None:
+            return
+        self.vanished = machine
+        self._die()
+        for socket in self._sockets:
+            if machine:
+                socket.wire.lose()
+            else:
+                socket.cut()
+        if not machine:
+            for call in self.calls:
+                call.answer(None)
+
+    def _die(self) -> None:
+        self.listens = False
+        self.died_at = self.world.scheduler.now
+        self.trouble.begin()
+        self.loop.kill()
+        self.world.broker.drop(self)
+        self.ended.set_result(None)
+
+    # --- what comes over the network --------------------------------------------------------------
+
+    def accept(self, wire: Wire, request: UpgradeRequest) -> None:
+        """A client connects and asks for an upgrade."""
+        self._sockets = [socket for socket in self._sockets if not socket.is_gone]
+        written, client = self.world.oracle.written, wire.client
+        socket = Socket(wire, lambda data, unsent: written(self, client, data, unsent))
+        if not self.listens:
+            socket.cut()
+            return
+        self._sockets.append(socket)
+        self.real.gateway.upgrade(socket, request, lambda: None)
+
+    async def pull(self, recipient: str, device: str, after: int, limit: int) -> Page:
+        """``GET /v1/messages``."""
+        if (recipient, device) not in self._seen:
+            await self._mailbox.see_device(recipient, device)
+            self._seen.add((recipient, device))
+        return await self._mailbox.read(recipient, after=after, limit=limit)
+
+    async def ack(self, recipient: str, device: str, version: int) -> bool:
+        """``POST /v1/messages/ack``."""
+        await self._mailbox.ack(recipient, device, version)
+        return True
+
+    async def send(self, message: NewMessage) -> Receipt:
+        """``POST /v1/messages``."""
+        processor = self.real._processor  # noqa: SLF001 - the API has it from there too
+        assert processor is not None
+        return await processor.send(message)
+
+    async def disconnect(self, recipient: str) -> None:
+        """``DELETE /v1/sessions/{recipient}``."""
+        await self.real._publisher.disconnect(recipient)  # noqa: SLF001 - the same
+
+    # --- for those who look on --------------------------------------------------------------------
+
+    @property
+    def is_well(self) -> bool:
+        """Whether it serves, and nothing is in its way."""
+        serves = self.listens and not self.stopping and not self.real.gateway.draining
+        return serves and not self.trouble.active
+
+    @property
+    def sockets(self) -> Sequence[Socket]:
+        """What clients have open to it."""
+        return self._sockets

@@ -1,0 +1,285 @@
+"""What must hold at every moment, and the judge who looks on.
+
+The judge knows what no process can: what is committed, which subscriptions deliver, who is in
+trouble. Its rules are architecture, section 8, made exact in docs/simulation.md.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import msgspec
+
+from pokebridge.coordination.base import Member
+from pokebridge.model import NewMessage, Page, Receipt
+from pokebridge.placement import ShardMap
+from pokebridge.sharding import shard_of
+from simulation.network import Peer
+from simulation.stores import Written
+
+if TYPE_CHECKING:
+    from simulation.client import SimClient
+    from simulation.instance import SimInstance
+    from simulation.world import World
+
+SILENCE_BOUND_S: Final = 5.0
+"""How long a message may wait for a client that nothing of its own keeps from it."""
+UNSENT_BOUND_BYTES: Final = 512
+"""What a session may have waiting for a peer that does not read: a few small frames."""
+_LOOK_AGAIN_S: Final = 1.0
+
+_decode_map = msgspec.json.Decoder(ShardMap).decode
+
+
+class Violation(NamedTuple):
+    """An invariant that did not hold, at a virtual time in seconds."""
+
+    invariant: str
+    detail: str
+    at_s: float
+
+
+class _Seen(NamedTuple):
+    """The members as one process last read them, and since when (true time) they are these."""
+
+    members: Sequence[Member]
+    standing: frozenset[tuple[str, str]]
+    since_s: float
+
+
+class Oracle:
+    """Watches one world."""
+
+    def __init__(self, world: "World") -> None:
+        self.violation: Violation | None = None
+        self.committed = 0
+        self.silences_s: list[float] = []
+        """How long each message waited for a client that nothing of its own kept from it."""
+        self.waits_s: list[float] = []
+        """How long each message waited for each client, whatever the reason."""
+        self.moves = 0
+        self._world = world
+        self._commits: dict[str, list[float]] = {}
+        self._ids: set[tuple[str, str]] = set()
+        self._cursors: dict[SimClient, int | None] = {}
+        self._ready_at: dict[SimClient, float] = {}
+        self._watched: set[SimClient] = set()
+        self._seen: dict[Peer, _Seen] = {}
+        self._map: ShardMap | None = None
+        self._maps: dict[int, ShardMap] = {}
+        self._losses = 0
+        self._settle_s = 2 * world.config.lease_s
+        self._remembering_until = 0.0
+        self._views: dict[SimInstance, ShardMap] = {}
+
+    def fail(self, invariant: str, detail: str) -> None:
+        """Note the first violation: it ends the run."""
+        if self.violation is None:
+            now = self._world.scheduler.now
+            self.violation = Violation(invariant, detail, now)
+            self._world.trace.note("ORACLE", f"{invariant}: {detail}")
+            self._world.scheduler.stop()
+
+    def head(self, recipient: str) -> int:
+        """The newest version of ``recipient``."""
+        return len(self._commits.get(recipient, ()))
+
+    def is_up_to_date(self, client: "SimClient") -> bool:
+        """Whether ``client`` has seen everything."""
+        return (self._cursors.get(client) or 0) >= self.head(client.recipient)
+
+    def is_well_and_up_to_date(self, client: "SimClient") -> bool:
+        """Whether ``client`` has a session on a living instance too, and nothing is in its way."""
+        undisturbed = self.undisturbed_since(client) < float("inf")
+        return undisturbed and self.is_up_to_date(client)
+
+    # --- messages ---------------------------------------------------------------------------------
+
+    def on_committed(self, peer: Peer, message: NewMessage, receipt: Receipt) -> None:
+        """The mailbox has committed a message."""
+        commits = self._commits.setdefault(message.recipient, [])
+        commits.append(self._world.scheduler.now)
+        self.committed += 1
+        self._world.trace.note(
+            peer.name, f"commits {message.id} as {message.recipient} {receipt.version}"
+        )
+        if receipt.version != len(commits):
+            self.fail("dense versions", f"{message.recipient} got {receipt.version}")
+        if (message.sender, message.id) in self._ids:
+            self.fail("no message doubled", f"{message.id} was committed twice")
+        self._ids.add((message.sender, message.id))
+        for client in self._world.clients_of(message.recipient):
+            self._watch(client)
+
+    def received(self, client: "SimClient", page: Page) -> None:
+        """``client`` has pulled a page."""
+        versions = [message.version for message in page.messages]
+        self._world.trace.note(client.name, f"pulls {versions} up to {page.version}")
+        cursor = self._cursors.get(client)
+        if cursor is None:  # what every device that was known had acked before is not for this one
+            cursor = versions[0] - 1 if versions else page.version
+        if versions != list(range(cursor + 1, cursor + 1 + len(versions))):
+            self.fail("no message lost or doubled", f"{client.name} at {cursor} got {versions}")
+        if not versions and not page.more and page.version < cursor:
+            self.fail("cursors only grow", f"{client.name} at {cursor} was told {page.version}")
+        now, healthy_at = self._world.scheduler.now, self.undisturbed_since(client)
+        for version in versions:
+            committed_at = self._commits[client.recipient][version - 1]
+            self.waits_s.append(now - committed_at)
+            if healthy_at <= now:
+                self.silences_s.append(now - max(committed_at, healthy_at))
+        self._cursors[client] = max(cursor, page.version if not versions else versions[-1])
+
+    def undisturbed_since(self, client: "SimClient") -> float:
+        """Since when nothing of its own keeps ``client`` from hearing; infinity while it does.
+
+        Its own are its network, its pulls, the instance that its socket goes to, and what no
+        instance can do without: the broker and the mailbox. Whatever befalls other instances, the
+        coordination store or the shard map is no excuse.
+        """
+        world = self._world
+        if client.instance is None or client not in self._ready_at or client.failing:
+            return float("inf")
+        if client.pull_is_troubled:
+            return float("inf")
+        return max(
+            self._ready_at[client],
+            client.trouble.over_at,
+            client.instance.trouble.over_at,
+            world.broker.trouble.over_at,
+            world.post.trouble.over_at,
+        )
+
+    def _watch(self, client: "SimClient") -> None:
+        if client not in self._watched:
+            self._watched.add(client)
+            self._world.outside.deliver(SILENCE_BOUND_S, self._look, client)
+
+    def _look(self, client: "SimClient") -> None:
+        """See whether what is the oldest for ``client`` has waited too long."""
+        cursor = self._cursors.get(client) or 0
+        if not client.active or cursor >= self.head(client.recipient):
+            self._watched.discard(client)
+            return
+        now = self._world.scheduler.now
+        committed_at = self._commits[client.recipient][cursor]
+        due_at = max(committed_at, self.undisturbed_since(client)) + SILENCE_BOUND_S
+        if due_at == float("inf"):
+            due_at = now + _LOOK_AGAIN_S
+        elif now >= due_at:
+            self.fail(
+                "no silence",
+                f"{client.name} on {client.instance and client.instance.name} has not pulled"
+                f" {cursor + 1}, committed at {committed_at:.3f}",
+            )
+            return
+        self._world.outside.deliver(due_at - now, self._look, client)
+
+    # --- sessions ---------------------------------------------------------------------------------
+
+    def readiness_changed(self, client: "SimClient") -> None:
+        """The core of ``client`` is ready now, or is no more."""
+        if client.core.ready:
+            self._ready_at[client] = self._world.scheduler.now
+            if not self.is_up_to_date(client):
+                self._watch(client)
+        else:
+            self._ready_at.pop(client, None)
+
+    def heard(self, client: "SimClient", text: str) -> None:
+        """``client`` has heard a message of its session."""
+        self._world.trace.note(client.name, f"hears {text}")
+
+    def written(
+        self, instance: "SimInstance", client: "SimClient", data: bytes, unsent: int
+    ) -> None:
+        """``instance`` has written ``data`` to the socket of ``client``; ``unsent`` bytes wait."""
+        if unsent > UNSENT_BOUND_BYTES:
+            self.fail("a slow reader costs O(1)", f"{unsent} bytes wait for {client.name}")
+        if b'"type":"ready"' in data:
+            shard = shard_of(client.recipient, self._world.config.shard_count)
+            if not self._world.broker.has_covered(instance, shard):
+                self.fail(
+                    "ready only when live",
+                    f"{instance.name} said ready to {client.name}; shard {shard} is not delivered",
+                )
+
+    # --- the shard map ----------------------------------------------------------------------------
+
+    def on_members(self, peer: Peer, members: Sequence[Member]) -> None:
+        """``peer`` has read who the members are."""
+        standing = frozenset((member.id, member.incarnation) for member in members)
+        before = self._seen.get(peer)
+        now = self._world.scheduler.now
+        same = before is not None and before.standing == standing
+        self._seen[peer] = _Seen(members, standing, before.since_s if before and same else now)
+
+    def knowledge_of(self, peer: Peer) -> object:
+        """What ``peer`` has read of the members."""
+        return self._seen.get(peer)
+
+    def on_written(self, written: Written) -> None:
+        """A shard map was written."""
+        shard_map = _decode_map(written.after.body)
+        before = self._map
+        lost, self._losses = self._losses != self._world.store.losses, self._world.store.losses
+        self._world.trace.note(
+            written.peer.name, f"writes the map of epoch {shard_map.epoch}, {shard_map.mode}"
+        )
+        now = self._world.scheduler.now
+        if lost:
+            self._maps.clear()
+            self._remembering_until = now + 2 * self._settle_s
+        elif before is not None and shard_map.epoch <= before.epoch:
+            self.fail("epochs only grow", f"{shard_map.epoch} was written after {before.epoch}")
+        elif before is not None and not self._is_remembering():
+            self._check_moves(written.known, before, shard_map)
+        self._map = self._maps[shard_map.epoch] = shard_map
+
+    def _check_moves(self, seen: object, before: ShardMap, after: ShardMap) -> None:
+        """See whether ``after`` is what may follow for a writer that has ``seen`` the members."""
+        assert isinstance(seen, _Seen), "who writes has read the members"
+        moved = [
+            shard
+            for shard, owner in enumerate(before.owners)
+            if owner is not None and owner != after.owners[shard]
+        ]
+        self.moves += len(moved)
+        can_own = {member.id for member in seen.members if member.state == "active"}
+        can_own -= before.draining | after.draining
+        for shard in moved:
+            if after.owners[shard] not in can_own and can_own:
+                self.fail("a shard moves to who can own it", f"{shard} to {after.owners[shard]}")
+        needless = [shard for shard in moved if before.owners[shard] in can_own]
+        settled_s = self._world.scheduler.now - seen.since_s
+        if needless and settled_s < 0.9 * self._settle_s:
+            self.fail(
+                "a shard moves only when it must",
+                f"{needless} moved though their owners live and the cluster changed"
+                f" at {seen.since_s:.3f}",
+            )
+        fair = after.shard_count // max(1, len(can_own))
+        for owner in {before.owners[shard] for shard in needless}:
+            kept = sum(each == owner for each in after.owners)
+            if kept < fair:
+                self.fail("a shard moves only when it must", f"{owner} is left with {kept}")
+
+    def look_at_views(self) -> None:
+        """See what map each instance has: to be called now and then."""
+        for instance in self._world.running:
+            shard_map = instance.real.cluster.view.shard_map
+            before = self._views.get(instance)
+            if before is shard_map:
+                continue
+            self._views[instance] = shard_map
+            if before is not None and shard_map.epoch < before.epoch:
+                self.fail("epochs only grow", f"{instance.name}: {before.epoch}, {shard_map.epoch}")
+            if self._is_remembering() or self._world.config.assignment == "ring":
+                continue
+            known = self._maps.get(shard_map.epoch)
+            if known is not None and known != shard_map:
+                self.fail("one map an epoch", f"{instance.name} has another {shard_map.epoch}")
+
+    def _is_remembering(self) -> bool:
+        """Whether the store has lost its data, and not all have told yet what they remember."""
+        has_lost = self._losses != self._world.store.losses
+        return has_lost or self._world.scheduler.now < self._remembering_until

@@ -1,0 +1,35 @@
+"""What happened, line by line: the end of it for people, a hash of all of it for comparison."""
+
+from collections import deque
+from hashlib import blake2b
+
+from simulation.loop import Scheduler
+
+_LAST_KEPT = 60
+
+
+class Trace:
+    """The story of one run. Two runs of one seed must tell the same."""
+
+    def __init__(self, scheduler: Scheduler, kept: int = _LAST_KEPT) -> None:
+        self.lines = 0
+        self._scheduler = scheduler
+        self._hash = blake2b(digest_size=8)
+        self._last: deque[str] = deque(maxlen=kept)
+
+    def note(self, where: str, what: str) -> None:
+        """Something happened at ``where``, now."""
+        line = f"{self._scheduler.now:9.4f}  {where:<9} {what}"
+        self.lines += 1
+        self._last.append(line)
+        self._hash.update(line.encode())
+
+    @property
+    def last(self) -> list[str]:
+        """The newest lines."""
+        return list(self._last)
+
+    @property
+    def digest(self) -> str:
+        """The hash of every line so far."""
+        return self._hash.hexdigest()

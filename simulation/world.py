@@ -1,0 +1,454 @@
+"""One simulated cluster with its clients and its bad luck, from one seed."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Literal, TypeVar
+
+from pokebridge.errors import UnavailableError
+from pokebridge.model import NewMessage, Poke, Receipt
+from pokebridge.placement import Mode
+from pokebridge.sharding import shard_of
+from pokebridge.transport.base import Signal
+from pokebridge.wire import encode_pokes
+from simulation import faults
+from simulation.broker import Broker
+from simulation.client import HOME_URL, SimClient
+from simulation.determinism import under_control
+from simulation.http import TIMEOUT_S as HTTP_TIMEOUT_S
+from simulation.http import Http
+from simulation.instance import SimInstance
+from simulation.invariants import Oracle, Violation
+from simulation.loop import LivelockError, Scheduler, VirtualLoop
+from simulation.network import Peer
+from simulation.sockets import Network
+from simulation.stores import Post, Store
+from simulation.tokens import issue_token
+from simulation.trace import Trace
+
+T = TypeVar("T")
+
+RECOVERY_BOUND_S = 110.0
+"""After the last fault everyone has everything within this; derived in docs/simulation.md."""
+STEADY_BOUND_S = 1.0
+"""And from then on a message reaches every client within this."""
+_START_BOUND_S = 30.0
+_AT_MOST_S = 600.0
+_UNNOTICED_S = 2.0
+_LOOK_EVERY_S = 0.5
+_DRAINED_LOOKS = 40
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """What one seed's world is like."""
+
+    instances: int
+    recipients: int
+    shard_count: int
+    mode: Mode
+    assignment: Literal["coordinator", "ring"]
+    lease_s: float
+    sticky: bool
+    """Whether the load balancer sends a recipient always to the same instance."""
+    fresh_names: bool
+    """Whether an instance that is restarted has another name."""
+    chaos_s: float
+    fault_every_s: float
+    message_every_s: float
+    legacy_share: float
+    """Of the messages, those of a backend that pokes by hand and does not tag."""
+    faults: Sequence[str]
+
+
+def draw_config(rng: Random) -> Config:
+    """A world at random."""
+    return Config(
+        instances=rng.randint(2, 5),
+        recipients=rng.randint(5, 12),
+        shard_count=rng.choice((8, 16, 24)),
+        mode=rng.choice(("fanout", "partitioned")),
+        assignment="ring" if rng.random() < 0.2 else "coordinator",
+        lease_s=rng.choice((2.0, 3.0, 5.0)),
+        sticky=rng.random() < 0.5,
+        fresh_names=rng.random() < 0.3,
+        chaos_s=rng.uniform(20.0, 50.0),
+        fault_every_s=rng.uniform(1.0, 4.0),
+        message_every_s=rng.uniform(0.2, 1.0),
+        legacy_share=rng.choice((0.0, 0.3)),
+        faults=[fault for fault in faults.ALL if rng.random() < 0.5] or ["kill"],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of one seed."""
+
+    seed: int
+    violation: Violation | None
+    digest: str
+    """A hash of all that happened: the same for the same seed and code, on any machine."""
+    last: Sequence[str]
+    virtual_s: float
+    callbacks: int
+    messages: int
+    deliveries: int
+    lost: int
+    doubled: int
+    moves: int
+    faults: Counter[str]
+    silences_s: Sequence[float]
+    waits_s: Sequence[float]
+    recovery_s: float
+
+
+def simulate(seed: int, *, lines_kept: int = 60) -> Outcome:
+    """Run the world of ``seed`` to its end, or to the first invariant that does not hold."""
+    scheduler = Scheduler()
+    trace = Trace(scheduler, lines_kept)
+    with under_control(seed, trace.note):
+        world = World(seed, scheduler, trace)
+        return world.run()
+
+
+class World:
+    """Everything there is."""
+
+    def __init__(self, seed: int, scheduler: Scheduler, trace: Trace) -> None:
+        self.seed = seed
+        self.scheduler = scheduler
+        self.trace = trace
+        self.rng = Random(seed)  # noqa: S311 - it is to be repeated
+        self.config = draw_config(self.rng)
+        self.outside = scheduler.process("world")
+        self.broker = Broker(self.outside, self.rng, trace)
+        self.store = Store(self.outside, self.rng, trace)
+        self.post = Post(self.outside, self.rng, trace)
+        self.oracle = Oracle(self)
+        self.http = Http()
+        self.names: dict[str, SimInstance | None] = {}
+        """What the supervisor keeps running, and what runs of it now."""
+        self.clients: list[SimClient] = []
+        self.faults: Counter[str] = Counter()
+        self.kills_next_committer = False
+        self.pauses_next_writer = False
+        self._all: list[SimInstance] = []
+        self._backend = Peer(self.outside, "backend")
+        self._network = Network(self.rng)
+        self._sent = 0
+        self._unaccepted = 0
+        self._recovery_s = 0.0
+        self._chaos_ends_at = float("inf")
+        self._by_name: dict[str, SimInstance] = {}
+        self._launches = 0
+        self._client_loops = 0
+        scheduler.on_error = lambda what: self.oracle.fail("no error goes uncaught", what)
+        self.store.on_writes = self._on_writes
+        self.store.knowledge_of = self.oracle.knowledge_of
+        self.store.on_members = self.oracle.on_members
+        self.store.on_written = self.oracle.on_written
+        self.post.on_committed = self._on_committed
+        self.broker.slow_starts_s = self.rng.choice((0.0, 0.3, 1.5))
+        self.broker.ordered = self.rng.random() < 0.5
+        self.broker.late_share = self.rng.choice((0.0, 0.05))
+        self.broker.double_share = self.rng.choice((0.0, 0.05))
+        self.store.late_expiry = self.rng.random() < 0.5
+
+    # --- who there is -----------------------------------------------------------------------------
+
+    @property
+    def running(self) -> list[SimInstance]:
+        """Every process that is not dead."""
+        return [each for each in self._all if each.died_at is None]
+
+    @property
+    def well_instances(self) -> list[SimInstance]:
+        """Those that work, as far as anyone can tell."""
+        return [each for each in self.running if each.is_well]
+
+    def clients_of(self, recipient: str) -> list[SimClient]:
+        """The devices of ``recipient``."""
+        return [each for each in self.clients if each.recipient == recipient and each.active]
+
+    def add_instance(self) -> None:
+        """Have a supervisor keep one more instance running."""
+        self._launches += 1
+        base = f"i{self._launches}"
+        self.names[base] = None
+        self.outside.create_task(self._supervise(base))
+
+    async def _supervise(self, base: str) -> None:
+        life = 0
+        while base in self.names:
+            life += 1
+            name = f"{base}-{life}" if self.config.fresh_names else base
+            instance = SimInstance(self, self._process(name), base)
+            self.names[base] = self._by_name[name] = instance
+            self._all.append(instance)
+            instance.start()
+            await instance.ended
+            self.trace.note(name, "has ended")
+            await asyncio.sleep(self.rng.choice((0.3, 6.0)) * self.rng.uniform(0.5, 1.5))
+
+    def add_client(self, recipient: str) -> None:
+        """One more device of ``recipient``."""
+        self._client_loops += 1
+        name = f"c{self._client_loops}"
+        client = SimClient(self, self._process(name), recipient, name)
+        self.clients.append(client)
+        self.outside.call_later(self.rng.uniform(0, 3.0), client.start)
+
+    def _process(self, name: str) -> VirtualLoop:
+        """A process with clocks of its own."""
+        return self.scheduler.process(
+            name,
+            clock_s=self.rng.uniform(0, 1e5),
+            pace=1 + self.rng.uniform(-0.002, 0.002),
+            wall_ahead_s=self.rng.uniform(-1.0, 1.0),
+        )
+
+    # --- the network between ----------------------------------------------------------------------
+
+    def route(self, url: str, client: SimClient | None = None) -> SimInstance | None:
+        """The instance that a connection to ``url`` gets to."""
+        if url != HOME_URL:
+            return self._by_name.get(url.removeprefix("wss://").partition(".")[0])
+        rotation = [each for each in self._all if self._is_in_rotation(each)]
+        if not rotation:
+            return None
+        if client is not None and self.config.sticky:
+            return rotation[shard_of(client.recipient, len(rotation))]
+        return self.rng.choice(rotation)
+
+    def _is_in_rotation(self, instance: SimInstance) -> bool:
+        """Whether the load balancer, which looks now and then, thinks that it is well."""
+        if instance.died_at is not None:
+            was_in = self.scheduler.now - instance.died_at < _UNNOTICED_S
+            return was_in and not instance.stopping
+        if not instance.listens or instance.stopping or instance.real.gateway.draining:
+            return False
+        return instance.trouble.lasts_s < _UNNOTICED_S
+
+    def issue_token(self, recipient: str, life_s: float) -> str:
+        """A token that lasts ``life_s`` seconds by the issuer's clock."""
+        return issue_token(recipient, self.outside.wall() + life_s)
+
+    def _on_committed(self, peer: Peer, message: NewMessage, receipt: Receipt) -> None:
+        self.oracle.on_committed(peer, message, receipt)
+        spare = [each for each in self.well_instances if each is not peer]
+        if self.kills_next_committer and isinstance(peer, SimInstance) and spare:
+            self.kills_next_committer = False
+            self.outside.deliver(0.0, peer.kill)
+
+    def _on_writes(self, peer: Peer) -> bool:
+        spare = [each for each in self.well_instances if each is not peer]
+        if not (self.pauses_next_writer and isinstance(peer, SimInstance) and spare):
+            return False
+        self.pauses_next_writer = False
+        self.trace.note(peer.name, "is stopped while it writes")
+        peer.loop.pause()
+        peer.trouble.begin()
+        self.outside.create_task(self._resume(peer))
+        return True
+
+    async def _resume(self, instance: SimInstance) -> None:
+        await self.nap(self.rng.uniform(0.5, 3.0) * self.config.lease_s)
+        self.trace.note(instance.name, "goes on")
+        instance.loop.resume()
+        instance.trouble.end()
+
+    # --- messages ---------------------------------------------------------------------------------
+
+    def send_soon(self, recipient: str, *, legacy: bool = False) -> None:
+        """A backend has something for ``recipient`` and sends it until it is accepted."""
+        self._sent += 1
+        self._unaccepted += 1
+        message = NewMessage(recipient, "backend", f"m{self._sent}", b"{}", id_is_senders=True)
+        if legacy:
+            self.outside.create_task(self._send_by_hand(message))
+        else:
+            self._try_to_send(message)
+
+    def _try_to_send(self, message: NewMessage) -> None:
+        def tried(receipt: Receipt | None) -> None:
+            if receipt is None:
+                self.outside.call_later(self.rng.uniform(0.2, 1.0), self._try_to_send, message)
+            else:
+                self._unaccepted -= 1
+
+        instance = self.route(HOME_URL)
+        self.http.ask(self.outside, self._network, instance, lambda at: at.send(message), tried)
+
+    async def _send_by_hand(self, message: NewMessage) -> None:
+        """As a backend does that has the mailbox, an own publisher and no idea of shards."""
+        mailbox = self.post.connect(self._backend)
+        transport = self.broker.connect(self._backend)
+        receipt = await self._keep_trying(lambda: mailbox.append(message))
+        poke = Poke(message.recipient, receipt.version)
+        await self._keep_trying(lambda: transport.publish([Signal(encode_pokes([poke]))]))
+        await self._keep_trying(lambda: mailbox.poked([poke]))
+        self._unaccepted -= 1
+
+    async def _keep_trying(self, call: Callable[[], Awaitable[T]]) -> T:
+        while True:
+            try:
+                return await call()
+            except UnavailableError:
+                await asyncio.sleep(self.rng.uniform(0.05, 0.3))
+
+    # --- the story --------------------------------------------------------------------------------
+
+    def run(self) -> Outcome:
+        """Let it all happen."""
+        story = self.outside.create_task(self._tell())
+        story.add_done_callback(lambda _: self.scheduler.stop())
+        try:
+            if not self.scheduler.run(_AT_MOST_S):
+                self.oracle.fail("an end", "the story does not end")
+        except LivelockError as error:
+            self.oracle.fail("time goes on", str(error))
+        if story.done():
+            story.result()
+        outcome = self._outcome()
+        for loop in [self.outside, *(each.loop for each in self._all)]:
+            loop.reap()
+        return outcome
+
+    async def nap(self, seconds: float) -> None:
+        """Sleep, but not beyond the end of the chaos."""
+        await asyncio.sleep(max(0.0, min(seconds, self._chaos_ends_at - self.scheduler.now)))
+
+    async def _tell(self) -> None:
+        config = self.config
+        self.trace.note("world", repr(config))
+        for _ in range(config.instances):
+            self.add_instance()
+        everyone = [f"urn:user:{number}" for number in range(config.recipients)]
+        for recipient in everyone:
+            for _ in range(self.rng.choice((1, 1, 2))):
+                self.add_client(recipient)
+        looking = self.outside.create_task(self._look())
+        await self._until_nothing(self._who_is_missing, _START_BOUND_S, "all start")
+        self._chaos_ends_at = self.scheduler.now + config.chaos_s
+        sending = self.outside.create_task(self._keep_sending(everyone))
+        await self._cause_chaos()
+        sending.cancel()
+        self.pauses_next_writer = self.kills_next_committer = False
+        self.trace.note("world", "nothing goes wrong any more")
+        healed_at = self.scheduler.now
+        await self._until_nothing(self._what_is_wrong, RECOVERY_BOUND_S, "all recovers")
+        self._recovery_s = self.scheduler.now - healed_at
+        self.trace.note("world", "all has recovered")
+        # The last calls that got no answer have ended after this.
+        await asyncio.sleep(max(0.0, healed_at + HTTP_TIMEOUT_S - self.scheduler.now))
+        self.broker.late_share = 0.0
+        sent_at = self.scheduler.now
+        for recipient in everyone:
+            self.send_soon(recipient)
+        await self._until_nothing(self._what_is_unaccepted, STEADY_BOUND_S, "all recovers")
+        await self._until_nothing(
+            lambda: self._who_is_behind(sent_at), STEADY_BOUND_S, "no silence"
+        )
+        looking.cancel()
+
+    async def _look(self) -> None:
+        drained: Counter[SimInstance] = Counter()
+        while True:
+            self.oracle.look_at_views()
+            for instance in self.running:
+                if instance.listens and instance.real.gateway.draining:
+                    drained[instance] += 1
+                    if drained[instance] == _DRAINED_LOOKS:
+                        instance.stop()  # as an operator does who finds it drained
+            await asyncio.sleep(_LOOK_EVERY_S)
+
+    async def _keep_sending(self, everyone: Sequence[str]) -> None:
+        while True:
+            await asyncio.sleep(self.rng.expovariate(1 / self.config.message_every_s))
+            legacy = self.rng.random() < self.config.legacy_share
+            self.send_soon(self.rng.choice(everyone), legacy=legacy)
+
+    async def _cause_chaos(self) -> None:
+        under_way = []
+        while self.scheduler.now < self._chaos_ends_at:
+            await self.nap(self.rng.expovariate(1 / self.config.fault_every_s))
+            fault = self.rng.choice(self.config.faults)
+            self.faults[fault] += 1
+            under_way.append(self.outside.create_task(faults.ALL[fault](self)))
+        await asyncio.gather(*under_way)
+
+    async def _until_nothing(
+        self, wrong: Callable[[], str], within_s: float, invariant: str
+    ) -> None:
+        """Wait until ``wrong`` has nothing to say."""
+        deadline = self.scheduler.now + within_s
+        while what := wrong():
+            if self.scheduler.now >= deadline:
+                self.oracle.fail(invariant, f"not within {within_s:.0f} s: {what}")
+            await asyncio.sleep(0.05)
+
+    def _who_is_missing(self) -> str:
+        return " ".join(
+            base for base, each in self.names.items() if each is None or not each.is_well
+        )
+
+    def _what_is_unaccepted(self) -> str:
+        return f"{self._unaccepted} messages" if self._unaccepted else ""
+
+    def _who_is_behind(self, since_s: float) -> str:
+        """Those who lack something, though nothing has disturbed them; a late move does."""
+        return " ".join(
+            f"{each.name} on {each.instance and each.instance.name}"
+            for each in self.clients
+            if each.active and self.oracle.undisturbed_since(each) <= since_s
+            if not self.oracle.is_up_to_date(each)
+        )
+
+    def _what_is_wrong(self) -> str:
+        """What is not yet as it should be in a cluster that nothing befalls; empty when all is."""
+        if missing := self._what_is_unaccepted() or self._who_is_missing():
+            return f"missing: {missing}"
+        for client in self.clients:
+            if client.active and not self.oracle.is_well_and_up_to_date(client):
+                return f"{client.name} is not connected, or not up to date"
+        return self._what_is_unsettled()
+
+    def _what_is_unsettled(self) -> str:
+        instances = self.running
+        maps = [each.real.cluster.view.shard_map for each in instances]
+        if any(each != maps[0] for each in maps):
+            return f"instances disagree on the map: epochs {[each.epoch for each in maps]}"
+        for each in instances:
+            if not each.real.gateway.hold.settled:
+                return f"the hold of {each.name} is not settled"
+        shard_map = maps[0]
+        held = Counter(shard_map.owners)
+        fair = shard_map.shard_count / len(instances)
+        for each in instances:
+            share = held.pop(each.name, 0)
+            if self.config.assignment == "coordinator" and not fair - 1 < share < fair + 1:
+                return f"{each.name} owns {share} of {shard_map.shard_count} shards"
+        return f"strangers own shards: {held}" if held else ""
+
+    def _outcome(self) -> Outcome:
+        oracle, broker = self.oracle, self.broker
+        self.trace.note("world", f"{self.scheduler.callbacks} callbacks, {self.rng.random()}")
+        return Outcome(
+            seed=self.seed,
+            violation=oracle.violation,
+            digest=self.trace.digest,
+            last=self.trace.last,
+            virtual_s=self.scheduler.now,
+            callbacks=self.scheduler.callbacks,
+            messages=oracle.committed,
+            deliveries=broker.delivered,
+            lost=broker.lost,
+            doubled=broker.doubled,
+            moves=oracle.moves,
+            faults=self.faults,
+            silences_s=oracle.silences_s,
+            waits_s=oracle.waits_s,
+            recovery_s=self._recovery_s,
+        )

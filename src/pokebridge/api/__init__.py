@@ -1,0 +1,1 @@
+"""The HTTP API of an instance. The only package with HTTP types."""

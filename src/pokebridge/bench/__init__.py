@@ -1,0 +1,1 @@
+"""Load generators and their plots, behind the command `pokebridge bench`."""

@@ -1,0 +1,223 @@
+"""An instance's place in its cluster, over the in-process store and transport."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+
+import pytest
+from starlette.exceptions import HTTPException
+
+from pokebridge.cluster.node import Cluster
+from pokebridge.coordination.memory import MemoryCoordination
+from pokebridge.gateway.gateway import Gateway, GatewayConfig
+from pokebridge.model import Feed
+from pokebridge.settings import Settings
+from pokebridge.sharding import shard_of
+from pokebridge.tokens import TokenVerifier
+from pokebridge.transport.base import Signal
+from pokebridge.transport.memory import MemoryTransport
+from tests.support import wait_until
+
+SECRET = "0123456789abcdef" * 4
+BOB = "urn:user:bob"
+SHARDS = 12
+
+
+@dataclass
+class Node:
+    """One instance without a server around it."""
+
+    name: str
+    cluster: Cluster
+    gateway: Gateway
+    settings: Settings
+    drains: list[str] = field(default_factory=list)
+
+    @property
+    def owned(self) -> frozenset[int]:
+        """What the map in force here gives it."""
+        return self.cluster.view.shard_map.owned_by(self.name)
+
+
+@dataclass
+class Nodes:
+    """Instances that share a store and a bus."""
+
+    opened: AsyncExitStack
+    store: MemoryCoordination = field(default_factory=MemoryCoordination)
+    bus: MemoryTransport = field(default_factory=MemoryTransport)
+
+    async def add(self, name: str, **given: object) -> Node:
+        """Start one; a shared store is claimed, as it is one here."""
+        settings = Settings.model_validate(
+            {
+                "dev": True,
+                "instance": name,
+                "shard_count": SHARDS,
+                "lease_s": 0.5,
+                "coordination": "nats://shared",
+                "advertise_url": f"ws://{name}.example",
+                **given,
+            }
+        )
+        transport = self.bus.connect()
+        config = GatewayConfig(instance=name, shard_count=SHARDS, mode=settings.initial_mode)
+        gateway = Gateway(config, transport, TokenVerifier(secret=SECRET))
+        drains: list[str] = []
+        cluster = Cluster(
+            settings,
+            gateway,
+            transport,
+            self.store.connect(),
+            url=settings.advertise_url or "",
+            on_drain=lambda: drains.append(name),
+        )
+        await gateway.start()
+        self.opened.push_async_callback(gateway.close)
+        await cluster.start()
+        self.opened.push_async_callback(cluster.close)
+        return Node(name, cluster, gateway, settings, drains)
+
+
+@pytest.fixture
+async def nodes() -> AsyncIterator[Nodes]:
+    """Nobody yet."""
+    async with AsyncExitStack() as opened:
+        yield Nodes(opened)
+
+
+def shares(*nodes: Node) -> Callable[[], bool]:
+    """Whether ``nodes`` have all the shards, each its even part, and agree on that."""
+    return lambda: all(
+        len(node.owned) == SHARDS // len(nodes)
+        and node.cluster.view.shard_map == nodes[0].cluster.view.shard_map
+        for node in nodes
+    )
+
+
+async def test_a_migration_there_and_back(nodes: Nodes) -> None:
+    """Each instance holds its shards once partitioned, and everything again in fan-out."""
+    one, two = await nodes.add("one"), await nodes.add("two")
+    await wait_until(shares(one, two), what="a balanced map")
+    assert one.gateway.hold.selections == {Feed.ALL}
+    await two.cluster.migrate("partitioned", force=False)
+
+    def holds_its_shards(node: Node) -> bool:
+        hold = node.gateway.hold
+        return hold.settled and hold.selections == node.owned | {Feed.UNTAGGED}
+
+    await wait_until(
+        lambda: holds_its_shards(one) and holds_its_shards(two),
+        what="both instances holding their shards",
+    )
+    shown = await one.cluster.show()
+    assert shown.mode == "partitioned"
+    assert sorted(shard for each in shown.instances for shard in each.shards) == list(range(SHARDS))
+    await one.cluster.migrate("fanout", force=False)
+    await wait_until(
+        lambda: all(node.gateway.hold.selections == {Feed.ALL} for node in (one, two)),
+        what="fan-out again",
+    )
+
+
+async def test_leaving_fan_out_is_refused_while_traffic_is_untagged(nodes: Nodes) -> None:
+    """The refusal says which share carries no shard; tagged traffic passes, and so does force."""
+    one = await nodes.add("one")
+    await nodes.bus.publish([Signal(b'{"recipient":"bob"}', shard_of("bob", SHARDS))] * 3)
+    await nodes.bus.publish([Signal(b'{"recipient":"bob"}')])
+    with pytest.raises(HTTPException, match="25% of the signals carry no valid shard"):
+        await one.cluster.migrate("partitioned", force=False)
+    await one.cluster.migrate("partitioned", force=True)
+    assert one.cluster.view.shard_map.mode == "partitioned"
+
+
+async def test_leaving_fan_out_is_refused_while_traffic_is_tagged_wrongly(nodes: Nodes) -> None:
+    """A publisher with another number of shards would wake nobody; a sample of signals tells."""
+    one = await nodes.add("one")
+    wrong = (shard_of("bob", SHARDS) + 1) % SHARDS
+    await nodes.bus.publish([Signal(b'{"recipient":"bob"}', wrong)] * 200)
+    with pytest.raises(HTTPException, match="carry no valid shard"):
+        await one.cluster.migrate("partitioned", force=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"coordination": "memory://", "transport": "nats://h:1"}, "share no coordination store"),
+        ({"coordination": "static://?ordinal=0&replicas=2"}, "each instance's setting"),
+    ],
+)
+async def test_a_migration_needs_a_store(
+    nodes: Nodes, given: dict[str, object], reason: str
+) -> None:
+    """Where the instances can't agree on a mode, that is said, and nothing changes."""
+    one = await nodes.add("one", **given)
+    with pytest.raises(HTTPException, match=reason) as refused:
+        await one.cluster.migrate("partitioned", force=False)
+    assert refused.value.status_code == 409
+    assert one.cluster.view.shard_map.mode == "fanout"
+
+
+async def test_a_recipients_home_is_its_owner(nodes: Nodes) -> None:
+    """Whoever is asked names the owner when partitioned, and itself in fan-out."""
+    one, two = await nodes.add("one"), await nodes.add("two")
+    await wait_until(shares(one, two), what="a balanced map")
+    shard = shard_of(BOB, SHARDS)
+    assert one.cluster.home_of(BOB) == (shard, "one", "ws://one.example/v1/connect")
+    await one.cluster.migrate("partitioned", force=False)
+    await wait_until(
+        lambda: two.cluster.view.shard_map.mode == "partitioned", what="two having heard"
+    )
+    owner = one if shard in one.owned else two
+    home = (shard, owner.name, f"ws://{owner.name}.example/v1/connect")
+    assert one.cluster.home_of(BOB) == two.cluster.home_of(BOB) == home
+
+
+async def test_a_drain_hands_the_shards_over_first(nodes: Nodes) -> None:
+    """When ``hand_over`` returns the shards are others', and all see who is draining."""
+    one, two = (
+        await nodes.add("one", mode="partitioned"),
+        await nodes.add("two", mode="partitioned"),
+    )
+    await wait_until(shares(one, two), what="a balanced map")
+    one.gateway.refuse()
+    await one.cluster.hand_over()
+    assert not one.owned
+    await wait_until(lambda: len(two.owned) == SHARDS, what="two having every shard")
+    states = {each.id: each.state for each in (await two.cluster.show()).instances}
+    assert states == {"one": "draining", "two": "active"}
+
+
+async def test_any_instance_can_be_asked_to_drain_any(nodes: Nodes) -> None:
+    """The one that is named begins; a name that nobody has is refused."""
+    one, two = await nodes.add("one"), await nodes.add("two")
+    await wait_until(lambda: "two" in one.cluster.view.members, what="one seeing two")
+    await one.cluster.drain("two")
+    await wait_until(lambda: bool(two.drains), what="two beginning to drain")
+    assert not one.drains
+    await one.cluster.drain("one")
+    assert one.drains
+    with pytest.raises(HTTPException, match="no such instance"):
+        await one.cluster.drain("nobody")
+
+
+async def test_a_restarted_instance_does_not_go_on_draining(nodes: Nodes) -> None:
+    """The mark belonged to its earlier life."""
+    one, two = await nodes.add("one"), await nodes.add("two")
+    await wait_until(lambda: "two" in one.cluster.view.members, what="one seeing two")
+    await one.cluster.drain("two")
+    await wait_until(lambda: bool(two.drains), what="two beginning to drain")
+    await two.cluster.close()
+    again = await nodes.add("two")
+    await wait_until(shares(one, again), what="its share of the shards")
+    assert not again.drains
+
+
+async def test_the_load_is_what_all_instances_receive(nodes: Nodes) -> None:
+    """In fan-out each message counts once an instance, wherever one asks."""
+    one, two = await nodes.add("one"), await nodes.add("two")
+    await wait_until(lambda: "two" in one.cluster.view.members, what="one seeing two")
+    await nodes.bus.publish([Signal(b'{"recipient":"bob"}', 3)] * 1000)
+    traffic = (await two.cluster.show()).traffic
+    assert traffic.messages_per_s > 50
+    assert traffic.global_ops_per_s == pytest.approx(2 * traffic.messages_per_s)

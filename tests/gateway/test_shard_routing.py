@@ -1,0 +1,69 @@
+"""Where a recipient is at home, and whether there is a way there."""
+
+from collections.abc import Mapping
+
+import pytest
+
+from pokebridge.gateway.shard_routing import Homing, Reach
+from pokebridge.placement import Placement, ShardMap
+from pokebridge.sharding import shard_of
+
+BOB = "urn:user:bob"
+SHARDS = 4
+
+
+def owned_by(owner: str | None, epoch: int = 1) -> ShardMap:
+    """A partitioned map in which Bob's shard is ``owner``'s, and the others are this instance's."""
+    owners: list[str | None] = ["here"] * SHARDS
+    owners[shard_of(BOB, SHARDS)] = owner
+    return ShardMap(epoch, "partitioned", tuple(owners))
+
+
+def reached(urls: Mapping[str, str], incarnation: str = "first") -> dict[str, Reach]:
+    """The members at ``urls``."""
+    return {name: Reach(url, incarnation) for name, url in urls.items()}
+
+
+def homing() -> Homing:
+    """The instance ``here``, on which Bob has a session."""
+    made = Homing("here", ShardMap(0, "fanout", (None,) * SHARDS), Placement("here"))
+    made.enter(BOB)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("owner", "urls", "url"),
+    [
+        ("there", {"here": "wss://here", "there": "wss://there"}, "wss://there"),
+        ("there", {"here": "wss://all", "there": "wss://all"}, None),
+        ("there", {"here": "wss://here"}, None),
+        ("there", {"there": "wss://there"}, "wss://there"),
+        ("here", {"here": "wss://here", "there": "wss://there"}, None),
+        (None, {"there": "wss://there"}, None),
+    ],
+    ids=["reached", "one URL for all", "not reached", "no own URL", "here", "no owner"],
+)
+def test_a_session_follows_its_shard_where_the_owner_can_be_reached(
+    owner: str | None, urls: Mapping[str, str], url: str | None
+) -> None:
+    """To the owner's own URL, and nowhere when there is none that leads to it alone."""
+    home = homing()
+    moved = home.see(owned_by(owner), reached(urls))
+    assert home.url_for(BOB) == url
+    assert moved == (frozenset() if url is None else {shard_of(BOB, SHARDS)})
+
+
+def test_sessions_are_not_told_twice() -> None:
+    """A map that changes nothing for their shard sends nobody away again."""
+    home, members = homing(), reached({"there": "wss://there"})
+    assert home.see(owned_by("there"), members)
+    assert not home.see(owned_by("there", epoch=2), members)
+
+
+def test_sessions_go_home_to_an_owner_that_is_back_before_anybody_missed_it() -> None:
+    """It died and came back within its lease: the map is the same, and its sessions had fled."""
+    home, shard = homing(), shard_of(BOB, SHARDS)
+    assert home.see(owned_by("there"), reached({"there": "wss://there"})) == {shard}
+    again = reached({"there": "wss://there"}, incarnation="second")
+    assert home.see(owned_by("there"), again) == {shard}
+    assert not home.see(owned_by("there"), again)

@@ -1,0 +1,153 @@
+"""From URLs to adapters."""
+
+from pathlib import Path
+
+import pytest
+
+from pokebridge.coordination.base import Coordination
+from pokebridge.coordination.memory import MemoryCoordination
+from pokebridge.coordination.static import StaticCoordination
+from pokebridge.errors import ConfigError, MissingExtraError
+from pokebridge.mailbox.memory import MemoryMailbox
+from pokebridge.mailbox.sqlite import SqliteMailbox
+from pokebridge.placement import Mode
+from pokebridge.server import adapters
+from pokebridge.server.adapters import (
+    open_coordination,
+    open_for_janitor,
+    open_mailbox,
+    open_transport,
+)
+from pokebridge.transport.base import Signal, Transport
+from pokebridge.transport.memory import MemoryTransport
+from tests.support import Daemon
+
+
+async def test_memory_chooses_what_lives_in_this_process() -> None:
+    """memory:// is a transport and a mailbox."""
+    transport = await open_transport("memory://", instance="a", cluster="c")
+    mailbox = await open_mailbox("memory://")
+    assert isinstance(transport, MemoryTransport)
+    assert isinstance(mailbox, MemoryMailbox)
+    await transport.close()
+    await mailbox.close()
+
+
+async def test_sqlite_chooses_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three slashes for a relative path, four for an absolute one."""
+    monkeypatch.chdir(tmp_path)
+    for url, path in (
+        ("sqlite:///here.db", tmp_path / "here.db"),
+        (f"sqlite:///{tmp_path}/there.db", tmp_path / "there.db"),
+    ):
+        mailbox = await open_mailbox(url)
+        assert isinstance(mailbox, SqliteMailbox)
+        assert path.exists()
+        await mailbox.close()
+
+
+@pytest.mark.parametrize("url", ["kafka://user:hunter2host", "hunter2", "MEMORY://", ""])
+async def test_an_unknown_scheme_is_answered_with_those_there_are(url: str) -> None:
+    """One line for the user, without the URL, which may hold a password."""
+    with pytest.raises(ConfigError, match="transport: must be memory://") as transport:
+        await open_transport(url, instance="a", cluster="c")
+    with pytest.raises(ConfigError, match="mailbox: must be sqlite:///FILE or postgresql://"):
+        await open_mailbox(url)
+    assert "hunter2" not in str(transport.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["sqlite://pokebridge.db", "sqlite:///", "sqlite:///:memory:", "memory://x"]
+)
+async def test_a_url_of_the_wrong_form_is_refused(url: str) -> None:
+    """The scheme is known and the rest is not what it needs."""
+    with pytest.raises(ConfigError, match="mailbox: must be"):
+        await open_mailbox(url)
+
+
+async def test_a_transport_url_of_the_wrong_form_is_refused() -> None:
+    """memory:// has no host."""
+    with pytest.raises(ConfigError, match="transport: must be memory://"):
+        await open_transport("memory://host", instance="a", cluster="c")
+
+
+async def test_the_path_of_a_pubsub_url_is_the_topic() -> None:
+    """Project and topic reach the adapter, which refuses them here; the topic has a default."""
+    for url, said in (
+        ("pubsub://pro_ject/topic-a", "'pro_ject' can't be a project"),
+        ("pubsub://project-a/google", "'google' can't be a topic"),
+        ("pubsub://pro_ject", "pubsub://pro_ject/push-notifications"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            await open_transport(url, instance="a", cluster="c")
+
+
+async def test_the_carrier_reaches_pubsub() -> None:
+    """A topic's name that is too long with a shard behind it is refused where that matters."""
+    url = f"pubsub://project-a/{'t' * 254}"
+    with pytest.raises(ConfigError, match="t-2' can't be a topic"):
+        await open_transport(url, instance="", cluster="c", carrier="topic", shard_count=3)
+    with pytest.raises(ConfigError, match="'' can't be a instance name"):
+        await open_transport(url, instance="", cluster="c", carrier="filter", shard_count=3)
+
+
+async def test_only_some_transports_leave_orphans() -> None:
+    """For the others a janitor connects to nothing; an unknown one is refused."""
+    for url in ("memory://", "nats://127.0.0.1:1", "rediss://127.0.0.1:1"):
+        assert await open_for_janitor(url, instance="a", cluster="c") is None
+    with pytest.raises(ConfigError, match="transport: must be"):
+        await open_for_janitor("kafka://", instance="a", cluster="c")
+
+
+async def test_a_missing_driver_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part whose driver is not installed says what to install; a bug of ours stays a bug."""
+    missing = "no_such_driver"
+
+    async def open_it(choice: adapters._Choice) -> Transport:
+        raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
+
+    table = {"far": adapters._Adapter(open_it, "far://HOST", "faraway")}
+    monkeypatch.setattr(adapters, "_TRANSPORTS", table)
+    with pytest.raises(MissingExtraError, match=r"pip install 'pokebridge\[faraway\]'"):
+        await open_transport("far://host", instance="a", cluster="c")
+    missing = "pokebridge.transport.far"
+    with pytest.raises(ModuleNotFoundError):
+        await open_transport("far://host", instance="a", cluster="c")
+
+
+async def test_a_running_engine_is_reached_by_its_url(
+    nats_server: Daemon, valkey_server: Daemon
+) -> None:
+    """Each engine's scheme opens its transport, which publishes."""
+    for url in (nats_server.url, valkey_server.url):
+        transport = await open_transport(url, instance="a", cluster="c")
+        await transport.publish([Signal(b"{}", 1)])
+        await transport.close()
+
+
+async def store_at(url: str, mode: Mode = "fanout") -> Coordination:
+    """The coordination for one instance of a cluster with six shards."""
+    return await open_coordination(url, instance="a-0", cluster="c", shard_count=6, mode=mode)
+
+
+async def test_a_coordination_is_chosen_by_its_url() -> None:
+    """In-process and static need no store; static computes the map of the settings."""
+    memory = await store_at("memory://")
+    assert isinstance(memory, MemoryCoordination)
+    static = await store_at("static://?ordinal=0&replicas=2", "partitioned")
+    assert isinstance(static, StaticCoordination)
+    document = await static.read()
+    assert document is not None
+    assert b'"partitioned","owners":["a-0","a-1","a-0","a-1","a-0","a-1"]' in document.body
+    with pytest.raises(ConfigError, match="coordination: must be memory:// or static://"):
+        await store_at("zookeeper://hunter2")
+
+
+async def test_running_engines_coordinate_by_their_urls(
+    nats_server: Daemon, valkey_server: Daemon, postgres_database: str
+) -> None:
+    """Each engine's scheme opens its store, which answers."""
+    for url in (nats_server.url, valkey_server.url, postgres_database):
+        store = await store_at(url)
+        assert await store.read() is None
+        await store.close()

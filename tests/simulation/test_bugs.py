@@ -1,0 +1,170 @@
+"""The simulation can fail: bugs planted in the real code are caught within its fixed seeds."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from pokebridge.cluster.membership import Membership
+from pokebridge.coordination.base import Document
+from pokebridge.errors import UnavailableError
+from pokebridge.gateway import subscriptions
+from pokebridge.gateway.gateway import Gateway
+from pokebridge.gateway.session_map import SessionMap
+from pokebridge.gateway.shard_routing import Homing
+from pokebridge.gateway.subscriptions import Hold
+from pokebridge.model import Feed, NewMessage, Poke, Receipt
+from pokebridge.placement import Placement, ShardMap, Steps
+from pokebridge.processor import Processor
+from pokebridge.session import Session, State
+from pokebridge.sharding import shard_of
+from simulation.world import simulate
+
+SEEDS = 200
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+
+
+def break_before_make(patch: pytest.MonkeyPatch) -> None:
+    """What is not wanted any more is dropped at once, whatever replaces it."""
+
+    def next_steps(wanted: Any, held: Any) -> Steps:
+        return Steps(frozenset(wanted - held.keys()), frozenset(held.keys() - wanted))
+
+    async def part(self: Any) -> None:
+        self._hold.let_go(self)
+
+    patch.setattr(subscriptions, "next_steps", next_steps)
+    patch.setattr(subscriptions._Held, "_part", part)
+
+
+def ready_before_live(patch: pytest.MonkeyPatch) -> None:
+    """``ready`` does not wait for the subscription to be proven."""
+    patch.setattr(Hold, "covers", lambda _self, _recipient: True)
+
+
+def no_gap_poke(patch: pytest.MonkeyPatch) -> None:
+    """A gap that the transport reports wakes nobody."""
+    patch.setattr(Gateway, "_wake", lambda _self, _concerns: None)
+
+
+def fenceless_leader(patch: pytest.MonkeyPatch) -> None:
+    """A leader writes over whatever is there, however long ago it read."""
+
+    async def write(self: Membership, shard_map: ShardMap, stored: Document | None) -> bool:
+        stored = await self._coordination.read()
+        return await real(self, shard_map, stored)
+
+    real = Membership._write
+    patch.setattr(Membership, "_write", write)
+
+
+def poke_before_commit(patch: pytest.MonkeyPatch) -> None:
+    """The poke is published before the mailbox has the message."""
+
+    async def send(self: Processor, message: NewMessage) -> Receipt:
+        await self._publisher.publish([Poke(message.recipient)])
+        receipt = await self._mailbox.append(message)
+        await self._mailbox.poked([Poke(message.recipient, receipt.version)])
+        return receipt
+
+    patch.setattr(Processor, "send", send)
+
+
+def queue_for_a_slow_reader(patch: pytest.MonkeyPatch) -> None:
+    """Pokes for a peer that does not read pile up."""
+    patch.setattr(Session, "poke", lambda self, _version: self.state is State.OPEN)
+
+
+def stale_disconnect_evicts(patch: pytest.MonkeyPatch) -> None:
+    """The end of an old session takes its recipient's newer ones out of the map."""
+
+    def remove(self: SessionMap[Any], session: Any) -> bool:
+        return self._sessions.pop(session.recipient, None) is not None
+
+    patch.setattr(SessionMap, "remove", remove)
+
+
+def no_sweep(patch: pytest.MonkeyPatch) -> None:
+    """Nobody looks for messages whose poke went missing."""
+
+    async def nothing(_self: Processor) -> None:
+        await asyncio.Event().wait()
+
+    patch.setattr(Processor, "_keep_sweeping", nothing)
+
+
+def owners_only(patch: pytest.MonkeyPatch) -> None:
+    """An instance holds what it owns, and not the shards of its own sessions."""
+    patch.setattr(Homing, "interest", property(lambda _self: frozenset()))
+
+
+def untagged_unheard(patch: pytest.MonkeyPatch) -> None:
+    """Partitioned, nobody listens to signals without a shard."""
+
+    def decide(self: Placement, *given: Any) -> frozenset[Any]:
+        return real(self, *given) - {Feed.UNTAGGED}
+
+    def covers(self: Hold, recipient: str) -> bool:
+        shard = shard_of(recipient, self._shard_count)
+        return self._is_live(Feed.ALL) or self._is_live(shard)
+
+    real = Placement.decide
+    patch.setattr(Placement, "decide", decide)
+    patch.setattr(Hold, "covers", covers)
+
+
+def gap_forgotten_at_parting(patch: pytest.MonkeyPatch) -> None:
+    """A subscription that is replaced takes a gap along that nobody was told of."""
+
+    async def part(self: Any) -> None:
+        self.missed = False
+        self._parting = None
+        self._hold.let_go(self)
+
+    patch.setattr(subscriptions._Held, "_part", part)
+
+
+def confirmed_unpublished(patch: pytest.MonkeyPatch) -> None:
+    """A poke is ticked off in the outbox although the transport did not take it."""
+
+    async def publish(self: Processor, pokes: Any) -> None:
+        try:
+            await real(self, pokes)
+        except UnavailableError:
+            self.stats.poke_failures += 1
+
+    real = Processor._publish
+    patch.setattr(Processor, "_publish", publish)
+
+
+PLANTS: list[tuple[Plant, str]] = [
+    (break_before_make, "no silence"),
+    (ready_before_live, "ready only when live"),
+    (no_gap_poke, "no silence"),
+    (fenceless_leader, "epochs only grow"),
+    (poke_before_commit, "no silence"),
+    (queue_for_a_slow_reader, "a slow reader costs O(1)"),
+    (stale_disconnect_evicts, "no silence"),
+    (no_sweep, "no silence"),
+    (owners_only, "all recovers"),
+    (untagged_unheard, "ready only when live"),
+    (gap_forgotten_at_parting, "no silence"),
+    (confirmed_unpublished, "no silence"),
+]
+"""Each bug, and the invariant that it breaks."""
+
+
+@pytest.mark.parametrize(("plant", "breaks"), PLANTS, ids=[each.__name__ for each, _ in PLANTS])
+def test_a_planted_bug_is_caught(
+    plant: Plant, breaks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some of the seeds that pass with the real code fail with the bug, for the right reason."""
+    plant(monkeypatch)
+    for seed in range(SEEDS):
+        violation = simulate(seed).violation
+        if violation is not None:
+            assert violation.invariant == breaks, violation
+            return
+    pytest.fail(f"not caught in {SEEDS} seeds")
