@@ -40,7 +40,7 @@ from pokebridge.coordination.store_connection import (
     CALL_TIMEOUT_S,
     DIAL_TIMEOUT_S,
     Announced,
-    Line,
+    StoreConnection,
     decode_all,
     encode,
 )
@@ -105,7 +105,7 @@ class NatsCoordination:
         self._replicas = replicas
         self._changed = asyncio.Event()
         self._announced = Announced()
-        self._line = Line(
+        self._connection = StoreConnection(
             without_secrets(url),
             dial=self._dial,
             is_up=lambda bucket: not bucket.lost.done(),
@@ -132,7 +132,7 @@ class NatsCoordination:
             raise ConfigError("the coordination's URL: replicas is 1 to 5")
         store = cls(url, cluster, int(replicas))
         try:
-            await store._line.call(_nothing)
+            await store._connection.call(_nothing)
         except BaseException:
             await store.close()
             raise
@@ -143,37 +143,37 @@ class NatsCoordination:
         """Be a member for ``lease_s`` seconds from now."""
         now = time.monotonic()
         is_news = self._announced.is_news(member, now)
-        await self._line.call(lambda bucket: bucket.renew(_Joined(member, lease_s), is_news))
+        await self._connection.call(lambda bucket: bucket.renew(_Joined(member, lease_s), is_news))
         self._announced.note(member, now + lease_s)
 
     async def leave(self, member_id: str, incarnation: str) -> None:
         """Be one no more, unless another incarnation has taken over."""
         self._announced.forget(member_id)
-        await self._line.call(lambda bucket: bucket.leave(member_id, incarnation))
+        await self._connection.call(lambda bucket: bucket.leave(member_id, incarnation))
 
     async def members(self) -> list[Member]:
         """Everyone whose lease lasts, by id."""
-        return await self._line.call(lambda bucket: bucket.members())
+        return await self._connection.call(lambda bucket: bucket.members())
 
     async def read(self) -> Document | None:
         """The shared document."""
-        return await self._line.call(lambda bucket: bucket.read())
+        return await self._connection.call(lambda bucket: bucket.read())
 
     async def write(self, body: bytes, revision: int | None) -> bool:
         """Replace the document if it is still at ``revision``."""
-        return await self._line.call(lambda bucket: bucket.write(body, revision))
+        return await self._connection.call(lambda bucket: bucket.write(body, revision))
 
     async def lead(self, holder: str, lease_s: float) -> bool:
         """Become the leader, or stay it."""
-        return await self._line.call(lambda bucket: bucket.lead(_Led(holder, lease_s)))
+        return await self._connection.call(lambda bucket: bucket.lead(_Led(holder, lease_s)))
 
     async def resign(self, holder: str) -> None:
         """Lead no more, if ``holder`` does."""
-        await self._line.call(lambda bucket: bucket.resign(holder))
+        await self._connection.call(lambda bucket: bucket.resign(holder))
 
     async def wait_for_change(self, timeout_s: float) -> None:
         """Return at the next change, when the connection breaks, or after ``timeout_s`` seconds."""
-        await self._line.call(_nothing)
+        await self._connection.call(_nothing)
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._changed.wait()
@@ -181,7 +181,7 @@ class NatsCoordination:
 
     async def close(self) -> None:
         """Close the connection. May be called twice."""
-        await self._line.close()
+        await self._connection.close()
 
     async def _dial(self) -> "_Bucket":
         """A connection to the next server that answers; what was missed meanwhile is a change."""

@@ -22,7 +22,12 @@ import asyncpg
 import msgspec
 
 from pokebridge.coordination.base import Document, Member
-from pokebridge.coordination.store_connection import DIAL_TIMEOUT_S, Line, decode_all, encode
+from pokebridge.coordination.store_connection import (
+    DIAL_TIMEOUT_S,
+    StoreConnection,
+    decode_all,
+    encode,
+)
 from pokebridge.engines import text_of
 from pokebridge.engines.urls import without_secrets
 from pokebridge.errors import ConfigError
@@ -97,8 +102,8 @@ _members = msgspec.json.Decoder(Member)
 class PostgresCoordination:
     """Members, document and leader in tables. Made by :meth:`connect`; holds one connection."""
 
-    def __init__(self, line: Line[_Connection], cluster: str) -> None:
-        self._line = line
+    def __init__(self, connection: StoreConnection[_Connection], cluster: str) -> None:
+        self._connection = connection
         self._cluster = cluster
         self._seen: asyncpg.Record | None = None
 
@@ -115,7 +120,7 @@ class PostgresCoordination:
             ConfigError: the URL makes no sense.
             CoordinationError: the database can't be had, or refuses.
         """
-        line = Line(
+        connection = StoreConnection(
             without_secrets(url),
             dial=partial(_dial, url, cluster),
             is_up=lambda connection: not connection.is_closed(),
@@ -123,7 +128,7 @@ class PostgresCoordination:
             failures=(asyncpg.PostgresError, asyncpg.InterfaceError),
             text_of=text_of,
         )
-        store = cls(line, cluster)
+        store = cls(connection, cluster)
         try:
             store._seen = await store._row(_GLANCE)
         except BaseException:
@@ -145,7 +150,9 @@ class PostgresCoordination:
 
     async def members(self) -> list[Member]:
         """Everyone whose lease lasts, by id."""
-        rows = await self._line.call(lambda connection: connection.fetch(_MEMBERS, self._cluster))
+        rows = await self._connection.call(
+            lambda connection: connection.fetch(_MEMBERS, self._cluster)
+        )
         return decode_all(_members, (row["record"] for row in rows))
 
     async def read(self) -> Document | None:
@@ -180,11 +187,11 @@ class PostgresCoordination:
 
     async def close(self) -> None:
         """Close the connection. May be called twice."""
-        await self._line.close()
+        await self._connection.close()
 
     async def _row(self, statement: str, *values: Any) -> asyncpg.Record | None:
         """The first row of ``statement``, whose first parameter is the cluster."""
-        return await self._line.call(
+        return await self._connection.call(
             lambda connection: connection.fetchrow(statement, self._cluster, *values)
         )
 

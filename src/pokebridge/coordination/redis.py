@@ -28,7 +28,7 @@ from pokebridge.coordination.store_connection import (
     CALL_TIMEOUT_S,
     DIAL_TIMEOUT_S,
     Announced,
-    Line,
+    StoreConnection,
     decode_all,
     encode,
 )
@@ -118,9 +118,14 @@ class RedisCoordination:
     One connection is for calls, and another for a wait, which keeps its own busy.
     """
 
-    def __init__(self, line: Line[Redis], waiting_line: Line[Redis], cluster: str) -> None:
-        self._line = line
-        self._waiting_line = waiting_line
+    def __init__(
+        self,
+        connection: StoreConnection[Redis],
+        waiting_connection: StoreConnection[Redis],
+        cluster: str,
+    ) -> None:
+        self._connection = connection
+        self._waiting_connection = waiting_connection
         keys = _Keys(cluster)
         self._member_keys = (keys.members, keys.leases, keys.changes)
         self._keys = keys
@@ -139,8 +144,8 @@ class RedisCoordination:
             ConfigError: the URL makes no sense.
             CoordinationError: the server can't be had, or refuses.
         """
-        lines = [
-            Line(
+        connections = [
+            StoreConnection(
                 without_secrets(url),
                 dial=partial(_dial, url, cluster),
                 is_up=lambda _: True,  # redis-py learns of a broken connection when it is used
@@ -150,7 +155,7 @@ class RedisCoordination:
             )
             for _ in range(2)
         ]
-        store = cls(lines[0], lines[1], cluster)
+        store = cls(connections[0], connections[1], cluster)
         try:
             await store._note_last_change()
         except BaseException:
@@ -179,7 +184,9 @@ class RedisCoordination:
     async def read(self) -> Document | None:
         """The shared document."""
         key = self._keys.document
-        values: Any = await self._line.call(lambda redis: redis.hmget(key, "body", "revision"))
+        values: Any = await self._connection.call(
+            lambda redis: redis.hmget(key, "body", "revision")
+        )
         body, revision = values
         return None if revision is None else Document(body, int(revision))
 
@@ -201,7 +208,7 @@ class RedisCoordination:
         """Return at the next change, or after ``timeout_s`` seconds."""
         key = self._keys.changes
         block_ms = max(1, _ms(timeout_s))  # 0 would be for ever
-        changes: Any = await self._waiting_line.call(
+        changes: Any = await self._waiting_connection.call(
             lambda redis: redis.xread({key: self._last_change}, block=block_ms),
             waits_s=timeout_s,
         )
@@ -210,15 +217,17 @@ class RedisCoordination:
 
     async def close(self) -> None:
         """Close the connections. May be called twice."""
-        await asyncio.gather(self._line.close(), self._waiting_line.close())
+        await asyncio.gather(self._connection.close(), self._waiting_connection.close())
 
     async def _run(self, script: str, keys: tuple[str, ...], *values: Any) -> Any:
-        return await self._line.call(lambda redis: redis.eval(script, len(keys), *keys, *values))
+        return await self._connection.call(
+            lambda redis: redis.eval(script, len(keys), *keys, *values)
+        )
 
     async def _note_last_change(self) -> None:
         """What was before this is no change."""
         key = self._keys.changes
-        entries: Any = await self._line.call(lambda redis: redis.xrevrange(key, count=1))
+        entries: Any = await self._connection.call(lambda redis: redis.xrevrange(key, count=1))
         if entries:
             self._last_change = entries[0][0].decode()
 

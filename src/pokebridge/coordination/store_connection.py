@@ -34,7 +34,7 @@ def decode_all(decoder: msgspec.json.Decoder[T], records: Iterable[bytes | str])
     return decoded
 
 
-class Line(Generic[C]):
+class StoreConnection(Generic[C]):
     """One connection to a store: dialled when a call needs it, given up at the first trouble.
 
     A call that failed, was cancelled or took too long leaves its connection in a state that nobody

@@ -25,7 +25,7 @@ from pokebridge.transport.reconnecting_link import (
     DIAL_TIMEOUT_S,
     CachedCount,
     Deliver,
-    Link,
+    ReconnectingLink,
     check_topic,
 )
 
@@ -39,7 +39,7 @@ _TOKEN = re.compile(rb"[0-9a-f]{1,32}")
 class NatsTransport:
     """Signals over core NATS. Made by :meth:`connect`; one connection carries everything."""
 
-    def __init__(self, link: "Link[_NatsConnection]", subject: str) -> None:
+    def __init__(self, link: "ReconnectingLink[_NatsConnection]", subject: str) -> None:
         self._link = link
         self._subject = subject
         self._census = _Census(link, f"{subject}-census", self._takes_everything)
@@ -69,7 +69,7 @@ class NatsTransport:
         servers = servers_in("transport", url)
         name = f"pokebridge {cluster} {instance}".strip()
         dials = [partial(_NatsConnection.dial, server, url, name) for server in servers]
-        link = Link(",".join(servers), dials, subject)
+        link = ReconnectingLink(",".join(servers), dials, subject)
         await link.open()
         return cls(link, subject)
 
@@ -158,7 +158,7 @@ class _Client(NatsClient):
 
 
 class _NatsConnection:
-    """One connection to one server (a ``reconnecting_link.Connection``)."""
+    """One connection to one server (a ``reconnecting_link.EngineConnection``)."""
 
     def __init__(self, server: str, deliver: Deliver) -> None:
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -262,7 +262,10 @@ class _Census:
     """
 
     def __init__(
-        self, link: Link[_NatsConnection], subject: str, takes_everything: Callable[[], bool]
+        self,
+        link: ReconnectingLink[_NatsConnection],
+        subject: str,
+        takes_everything: Callable[[], bool],
     ) -> None:
         self._link = link
         self._subject = subject

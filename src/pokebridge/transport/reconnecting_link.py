@@ -46,7 +46,7 @@ Deliver = Callable[[str, bytes, bytes], None]
 log = structlog.get_logger(__name__)
 
 
-class Connection(Protocol):
+class EngineConnection(Protocol):
     """A connection from its dial until it breaks.
 
     Its calls raise TransportError when the engine refuses. They may hang when the connection is
@@ -74,10 +74,10 @@ class Connection(Protocol):
         """Give up the connection, broken or not, within :data:`CLOSE_TIMEOUT_S`. Never raises."""
 
 
-C = TypeVar("C", bound=Connection)
+C = TypeVar("C", bound=EngineConnection)
 
 
-class Link(Generic[C]):
+class ReconnectingLink(Generic[C]):
     """Keeps one connection to the engine ``name`` and restores its subscriptions.
 
     Args:
@@ -96,8 +96,8 @@ class Link(Generic[C]):
         self._server_count = len(dials)
         self._connection: C | None = None
         self._trouble = "not connected yet"
-        self._routes: dict[str, tuple[_LinkSubscription, ...]] = {}
-        self._subscriptions: dict[_LinkSubscription, None] = {}
+        self._routes: dict[str, tuple[_RoutedSubscription, ...]] = {}
+        self._subscriptions: dict[_RoutedSubscription, None] = {}
         self._lock = asyncio.Lock()  # one change of what the engine delivers at a time
         self._work: set[asyncio.Task[Any]] = set()
         self._keeper: asyncio.Task[None] | None = None
@@ -132,12 +132,12 @@ class Link(Generic[C]):
 
     async def subscribe(
         self, topics: Collection[str], receiver: Receiver, selection: Selection | None
-    ) -> "_LinkSubscription":
+    ) -> "_RoutedSubscription":
         """Deliver ``topics`` to ``receiver``; a topic that several want is asked for once.
 
         Gaps are reported as gaps of ``selection``; with ``None`` they are not.
         """
-        subscription = _LinkSubscription(self, topics, receiver, selection)
+        subscription = _RoutedSubscription(self, topics, receiver, selection)
         joining = self.spawn(self._join(subscription))
         try:
             await asyncio.wait({joining})
@@ -149,7 +149,7 @@ class Link(Generic[C]):
         joining.result()
         return subscription
 
-    async def unsubscribe(self, subscription: "_LinkSubscription") -> None:
+    async def unsubscribe(self, subscription: "_RoutedSubscription") -> None:
         """Stop delivering to ``subscription``. May be called twice."""
         self._remove(subscription)
         await self._give_back()
@@ -197,12 +197,12 @@ class Link(Generic[C]):
         for subscription in self._routes.get(topic, ()):
             subscription.receiver.on_signal(body, tag)
 
-    def _add(self, subscription: "_LinkSubscription") -> None:
+    def _add(self, subscription: "_RoutedSubscription") -> None:
         self._subscriptions[subscription] = None
         for topic in subscription.topics:
             self._routes[topic] = (*self._routes.get(topic, ()), subscription)
 
-    def _remove(self, subscription: "_LinkSubscription") -> None:
+    def _remove(self, subscription: "_RoutedSubscription") -> None:
         if subscription not in self._subscriptions:
             return
         del self._subscriptions[subscription]
@@ -213,7 +213,7 @@ class Link(Generic[C]):
             else:
                 del self._routes[topic]
 
-    async def _join(self, subscription: "_LinkSubscription") -> None:
+    async def _join(self, subscription: "_RoutedSubscription") -> None:
         """Have the engine deliver what ``subscription`` wants, and what nobody wanted before."""
         async with self._lock:
             connection = self.connection
@@ -312,8 +312,8 @@ class Link(Generic[C]):
 
 
 @dataclass(eq=False, slots=True)
-class _LinkSubscription:
-    link: "Link[Any]"
+class _RoutedSubscription:
+    link: "ReconnectingLink[Any]"
     topics: Collection[str]
     receiver: Receiver
     selection: Selection | None

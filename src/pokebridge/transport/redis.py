@@ -35,7 +35,7 @@ from pokebridge.transport.reconnecting_link import (
     DIAL_TIMEOUT_S,
     CachedCount,
     Deliver,
-    Link,
+    ReconnectingLink,
     check_topic,
 )
 
@@ -63,7 +63,9 @@ class RedisTransport:
         self._marker = f"{channel}-all"
         self._clients: dict[str, Redis] = {}
         self._slots: _Slots | None = None
-        self._link: Link[_Listener | _ClusterListener] = Link(self._name, [self._dial], channel)
+        self._link: ReconnectingLink[_Listener | _ClusterListener] = ReconnectingLink(
+            self._name, [self._dial], channel
+        )
         self._cached_count = CachedCount()
         self._closed = False
 
@@ -237,7 +239,7 @@ def _sharded(channel: str) -> str:
 
 
 class _Listener:
-    """A connection that listens (a ``reconnecting_link.Connection``).
+    """A connection that listens (a ``reconnecting_link.EngineConnection``).
 
     A topic is a channel, a pattern (it ends in ``*``), or a sharded channel, which Redis keeps
     apart from the plain one of that name and which therefore has a name of its own here.
@@ -368,7 +370,7 @@ class _Slots(NamedTuple):
 
 
 class _ClusterListener:
-    """A connection to every node of a cluster (a ``reconnecting_link.Connection``).
+    """A connection to every node of a cluster (a ``reconnecting_link.EngineConnection``).
 
     When one is lost, or a slot moves, the whole is: then all is dialled again from a new map.
     """
