@@ -1,7 +1,7 @@
 """What must hold at every moment, and the judge who looks on.
 
 The judge knows what no process can: what is committed, which subscriptions deliver, who is in
-trouble. Its rules are architecture, section 8, made exact in docs/simulation.md.
+trouble. Its rules are in docs/simulation.md.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The cost model's laws, the seed's two examples, and the watch on the line."""
+"""The cost model's laws, the two examples of docs/roadmap.md, and the watch on the line."""
 
 import math
 from dataclasses import replace
@@ -55,7 +55,7 @@ def at_least(one: float, other: float) -> bool:
     return one >= other or math.isclose(one, other, rel_tol=1e-9, abs_tol=1e-9)
 
 
-# --- the seed's examples ------------------------------------------------------------------------
+# --- the roadmap's examples ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("engine", ENGINES)

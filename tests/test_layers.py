@@ -43,7 +43,7 @@ def _imported_modules(tree: ast.Module) -> list[str]:
 
 
 def test_handle_poke_and_the_session_map_know_nothing_of_phases() -> None:
-    """All that they import, however far down, is poke, session and socket (seed, section 5)."""
+    """All that they import, however far down, is poke, session and socket (docs/roadmap.md)."""
     ask = (
         "import sys, pokebridge.gateway.bridge, pokebridge.gateway.session_map\n"
         "print(*(name for name in sys.modules if name.startswith('pokebridge.')))"

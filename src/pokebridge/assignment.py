@@ -1,4 +1,4 @@
-"""Who should own which shard: pure functions from members to owners (seed, section 4).
+"""Who should own which shard: pure functions from members to owners (docs/roadmap.md).
 
 Two ways. The *ring* is rendezvous hashing (Thaler and Ravishankar, 1998): every instance computes
 the same owners from the same members, and nobody has to write them down. The *balanced* way is the

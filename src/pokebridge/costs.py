@@ -1,4 +1,4 @@
-"""The red line: what each way of routing signals costs, and when to change it (seed, section 3).
+"""The red line: what each way of routing signals costs, and when to change it (docs/roadmap.md).
 
 Seven figures for each :class:`Strategy` from one :class:`Load`. docs/redline.md reproduces them by
 hand, and says where each price and each measured cost in here is from. What is not known for
@@ -16,7 +16,7 @@ Engine = Literal["pubsub", "nats"]
 Mode = Literal["fanout", "partitioned"]
 
 SECONDS_A_MONTH = 730 * 3600  # 365 days / 12, as cloud prices count
-RED_LINE_OPS_PER_S = 5000.0  # seed, section 3
+RED_LINE_OPS_PER_S = 5000.0  # docs/roadmap.md
 NEAR_SHARE = 0.8
 """From this share of the line on it is time to get ready."""
 
@@ -114,9 +114,9 @@ class Strategy(StrEnum):
     """How signals find the instances: the engine, and what an instance subscribes to."""
 
     PUBSUB_FANOUT = "pubsub-fanout"
-    """Everything, on the shared topic: phase 1."""
+    """Everything, on the shared topic: fan-out (docs/roadmap.md)."""
     PUBSUB_FILTER = "pubsub-filter"
-    """A filtered subscription for each shard, on the shared topic: the seed's phase 2."""
+    """A filtered subscription for each shard, on the shared topic (phase 2 of docs/roadmap.md)."""
     PUBSUB_PREFIX = "pubsub-prefix"
     """One filtered subscription, for the leading digits of its shards."""
     PUBSUB_TOPIC = "pubsub-topic"
@@ -181,8 +181,9 @@ class Load:
 class Outcome:
     """What a strategy makes of a load, in the whole cluster.
 
-    ``deliveries_per_s`` are the seed's global operations: messages a second, once for each
-    instance that receives them. ``discarded_share`` of them find no session. ``filtered_share`` is
+    ``deliveries_per_s`` are the global operations of docs/roadmap.md: messages a second, once for
+    each instance that receives them. ``discarded_share`` of them find no session.
+    ``filtered_share`` is
     the share of charged deliveries that a filter dropped. ``cpu_cores_wasted`` go into what is
     discarded. ``admin_ops_to_deploy`` replace every instance once, ``admin_ops_per_min`` are those
     of a quiet cluster; both are Google's. ``obstacles`` are limits that it would break, in words.

@@ -1,4 +1,4 @@
-"""Which shards an instance holds: ``hold = owned + interest`` (architecture, section 2).
+"""Which shards an instance holds: ``hold = owned + interest`` (ARCHITECTURE.md).
 
 Ownership is for efficiency: the shard map gives each shard one owner, and clients are led there.
 Interest is for correctness: whoever has a session has its shard too, owner or not. So a stale map,

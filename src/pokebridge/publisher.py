@@ -2,7 +2,7 @@
 
 Both publishers take pokes from any number of callers, merge them for a few milliseconds and send
 few, large requests. Merging is safe because a poke is level-triggered: it says "you are behind
-version v", so the newest one says all (architecture.md section 1). A call returns when what it
+version v", so the newest one says all (ARCHITECTURE.md). A call returns when what it
 brought has been accepted, so a caller that is not told otherwise knows that nothing was lost.
 """
 

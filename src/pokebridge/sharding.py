@@ -1,4 +1,4 @@
-"""Which shard a recipient is in (protocol.md section 1, seed section 4)."""
+"""Which shard a recipient is in (docs/protocol.md section 1, docs/roadmap.md)."""
 
 from zlib import crc32
 

@@ -48,7 +48,7 @@ def test_the_seeds_critical_example(run: Run) -> None:
 
 
 def test_the_table_fits_a_terminal(run: Run) -> None:
-    """Eighty columns hold every figure of the seed's large example, whatever COLUMNS says."""
+    """Eighty columns hold every figure of the roadmap's critical example, whatever COLUMNS says."""
     table = run("plan", *CRITICAL, COLUMNS="40").out.splitlines()[1:-1]
     assert max(map(len, table)) <= 80
     assert "…" not in "".join(table)

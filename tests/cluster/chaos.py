@@ -1,4 +1,4 @@
-"""Five instances, a crowd of clients, and one misfortune after the other (architecture, section 8).
+"""Five instances, a crowd of clients, and one misfortune after the other.
 
 ``python -m tests.cluster.chaos`` plays it at full size; ``test_chaos.py`` a small one.
 """
@@ -31,7 +31,7 @@ from tests.support.serving import JWT_SECRET
 
 NAMES = ("one", "two", "three", "four", "five")
 SETTLED_WITHIN_S = 60.0
-# What each may wait for a message, at most: architecture.md section 8 and the contract's delays.
+# What each may wait for a message, at most: docs/simulation.md and the contract's delays.
 OTHERS_LIMIT_S = 1.0
 STRUCK_LIMIT_S = 2.0
 BROKER_LIMIT_S = 5.0

@@ -164,18 +164,3 @@ def test_the_contracts_commands_are_the_codes() -> None:
         for name in re.findall(r"`([a-z]+)[^`]*`", row)
     }
     assert promised == set(cli.list_commands(click.Context(cli)))
-
-
-@pytest.mark.parametrize("path", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]), ids=str)
-def test_links_lead_somewhere(path: Path) -> None:
-    """A link to a file of ours finds it, and the heading that it names."""
-    for target in re.findall(r"\]\((?!https?://)([^)]+)\)", path.read_text()):
-        file, _, anchor = target.partition("#")
-        linked = path.parent / file if file else path
-        assert linked.exists(), target
-        assert not anchor or anchor in _anchors(linked.read_text()), target
-
-
-def _anchors(text: str) -> set[str]:
-    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
-    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}

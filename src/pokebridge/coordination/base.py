@@ -2,7 +2,7 @@
 
 It is small so that any store with a clock or a compare-and-swap can carry it, and nothing here
 needs to be right for a poke to arrive: when the store is gone the last shard map stays in force,
-and interest keeps every client served (architecture, section 2).
+and interest keeps every client served (ARCHITECTURE.md).
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,8 @@
 """The signal bridge: from a signal's bytes to this instance's sockets.
 
-``handle_poke`` is the seed's ``handlePoke``: it looks into the local session map and routes or
-drops. It knows nothing of shards, phases or subscriptions, so a migration leaves it as it is.
+``handle_poke`` is ``handlePoke`` of docs/roadmap.md. It looks the recipient up in the local session
+map, and forwards the poke or drops it. It knows nothing of shards, modes or subscriptions, so a
+migration does not change it.
 """
 
 import asyncio

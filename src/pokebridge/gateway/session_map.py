@@ -1,7 +1,7 @@
-"""Which sockets of this instance a recipient has: the seed's ``SessionMap``.
+"""Which sockets of this instance a recipient has: the ``SessionMap`` of docs/roadmap.md.
 
 It knows nothing of shards, phases or transports; ``handle_poke`` and this map are what a migration
-between the phases leaves untouched (seed, section 5).
+between the phases leaves untouched (docs/roadmap.md).
 """
 
 from collections.abc import Iterator
