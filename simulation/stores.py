@@ -283,15 +283,15 @@ class SimMailbox:
         """See the port."""
         await self._call(lambda kept: kept.ack(recipient, device, version))
 
-    async def claim_unpoked(self, *, older_than_s: float, limit: int) -> Sequence[Poke]:
+    async def claim_outbox(self, *, older_than_s: float, limit: int) -> Sequence[Poke]:
         """See the port."""
         return await self._call(
-            lambda kept: kept.claim_unpoked(older_than_s=older_than_s, limit=limit)
+            lambda kept: kept.claim_outbox(older_than_s=older_than_s, limit=limit)
         )
 
-    async def poked(self, pokes: Sequence[Poke]) -> None:
+    async def confirm_outbox(self, pokes: Sequence[Poke]) -> None:
         """See the port."""
-        await self._call(lambda kept: kept.poked(pokes))
+        await self._call(lambda kept: kept.confirm_outbox(pokes))
 
     async def purge(self, *, limit: int) -> int:
         """See the port."""

@@ -265,7 +265,9 @@ class World:
         """A backend has something for ``recipient`` and sends it until it is accepted."""
         self._sent += 1
         self._unaccepted += 1
-        message = NewMessage(recipient, "backend", f"m{self._sent}", b"{}", id_is_senders=True)
+        message = NewMessage(
+            recipient, "backend", f"m{self._sent}", b"{}", has_idempotency_key=True
+        )
         if legacy:
             self.outside.create_task(self._send_by_hand(message))
         else:
@@ -288,7 +290,7 @@ class World:
         receipt = await self._keep_trying(lambda: mailbox.append(message))
         poke = Poke(message.recipient, receipt.version)
         await self._keep_trying(lambda: transport.publish([Signal(encode_pokes([poke]))]))
-        await self._keep_trying(lambda: mailbox.poked([poke]))
+        await self._keep_trying(lambda: mailbox.confirm_outbox([poke]))
         self._unaccepted -= 1
 
     async def _keep_trying(self, call: Callable[[], Awaitable[T]]) -> T:

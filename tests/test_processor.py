@@ -71,17 +71,17 @@ class WatchedMailbox(MemoryMailbox):
         self._called("append")
         return await super().append(message)
 
-    async def claim_unpoked(self, *, older_than_s: float, limit: int) -> Sequence[Poke]:
+    async def claim_outbox(self, *, older_than_s: float, limit: int) -> Sequence[Poke]:
         """Count, then do or fail."""
-        self._called("claim_unpoked")
-        return await super().claim_unpoked(older_than_s=older_than_s, limit=limit)
+        self._called("claim_outbox")
+        return await super().claim_outbox(older_than_s=older_than_s, limit=limit)
 
-    async def poked(self, pokes: Sequence[Poke]) -> None:
+    async def confirm_outbox(self, pokes: Sequence[Poke]) -> None:
         """Count, then do or fail; suspend first, as a real store does."""
-        self._called("poked")
+        self._called("confirm_outbox")
         for _ in range(5):
             await asyncio.sleep(0)
-        await super().poked(pokes)
+        await super().confirm_outbox(pokes)
 
 
 @pytest.fixture(autouse=True)
@@ -181,13 +181,13 @@ class TestSending:
                     await publisher.published.wait()
             await confirmed(mailbox)
         assert len(publisher.batches) == 100
-        assert mailbox.calls["poked"] <= 20
+        assert mailbox.calls["confirm_outbox"] <= 20
 
     async def test_a_duplicate_is_not_poked_again(
         self, mailbox: WatchedMailbox, publisher: Recorder
     ) -> None:
         """A retry gets the first answer and costs the recipient nothing."""
-        retry = message(id="a", id_is_senders=True)
+        retry = message(id="a", has_idempotency_key=True)
         async with without_sweep(mailbox, publisher) as sender:
             await sender.send(retry)
             await confirmed(mailbox)
@@ -293,7 +293,7 @@ class TestSweeping:
         """An entry that its own process is just publishing is not doubled."""
         await fill(mailbox, 1)
         async with Processor(mailbox, publisher, sweep_every_s=0.01, sweep_after_s=FOREVER_S):
-            await wait_until(lambda: mailbox.calls["claim_unpoked"] >= 3)
+            await wait_until(lambda: mailbox.calls["claim_outbox"] >= 3)
         assert publisher.pokes == []
 
     async def test_what_did_not_fit_is_swept(
@@ -358,7 +358,7 @@ class TestOutages:
         mailbox.error = MailboxError("disk full")
         with capture_logs() as logs:
             async with sweeping(mailbox, publisher):
-                await wait_until(lambda: mailbox.calls["claim_unpoked"] >= 5)
+                await wait_until(lambda: mailbox.calls["claim_outbox"] >= 5)
                 mailbox.error = None
                 await confirmed(mailbox)
         assert publisher.pokes == [Poke(BOB, 1)]
@@ -375,7 +375,7 @@ class TestOutages:
             await wait_until(lambda: publisher.attempts)
             mailbox.error = MailboxError("disk full")
             publisher.gate.set()
-            await wait_until(lambda: mailbox.calls["poked"])
+            await wait_until(lambda: mailbox.calls["confirm_outbox"])
             mailbox.error = None
             await confirmed(mailbox)
         assert set(publisher.pokes) == {Poke(BOB, 1)}
@@ -487,8 +487,8 @@ async def test_who_cannot_publish_leaves_the_outbox_to_others(
         await cut_off.send(message())
         await wait_until(lambda: publisher.attempts == 1)
         clock.now_s += 10.01
-        sweeps = mailbox.calls["claim_unpoked"]
-        await wait_until(lambda: mailbox.calls["claim_unpoked"] > sweeps + 2)
+        sweeps = mailbox.calls["claim_outbox"]
+        await wait_until(lambda: mailbox.calls["claim_outbox"] > sweeps + 2)
         assert publisher.attempts == 1
         clock.now_s += 0.02
         await wait_until(lambda: publisher.attempts == 2)

@@ -33,7 +33,7 @@ from tests.support import wait_until
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
 TRACEPARENT = f"00-{TRACE_ID}-b7ad6b7169203331-01"
 
-MESSAGE = NewMessage("urn:user:bob", "urn:user:eve", "once", b"1", id_is_senders=True)
+MESSAGE = NewMessage("urn:user:bob", "urn:user:eve", "once", b"1", has_idempotency_key=True)
 
 
 class Traced:

@@ -67,7 +67,7 @@ class NewMessage:
     """A message on its way into a mailbox.
 
     ``body`` is a JSON text as bytes, kept as it came. ``id`` is the sender's own when
-    ``id_is_senders``: then the same id from the same sender is the same message, for ever the
+    ``has_idempotency_key``: then the same id from the same sender is the same message, for ever the
     first answer. ``ttl_s`` seconds after the commit it may be deleted unread; ``None``: never.
     ``is_ephemeral``: only for those connected now; nobody else is told of it.
     """
@@ -77,7 +77,7 @@ class NewMessage:
     id: str
     body: bytes
     ttl_s: float | None = None
-    id_is_senders: bool = False
+    has_idempotency_key: bool = False
     is_ephemeral: bool = False
 
 

@@ -200,7 +200,7 @@ class Processor:
 
     async def _confirm(self, pokes: Sequence[Poke]) -> None:
         with self._store.watched():
-            await self._mailbox.poked(pokes)
+            await self._mailbox.confirm_outbox(pokes)
 
     async def _sweep(self) -> None:
         """Publish and confirm the old entries of the outbox, batch by batch, until none is left."""
@@ -208,7 +208,7 @@ class Processor:
         more = True
         while more:
             with self._store.watched():
-                pokes = await self._mailbox.claim_unpoked(
+                pokes = await self._mailbox.claim_outbox(
                     older_than_s=self._sweep_after_s + (yield_s if self._transport.is_down else 0),
                     limit=BATCH,
                 )

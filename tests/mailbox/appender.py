@@ -22,7 +22,7 @@ async def append_many(path: str, sender: str, count: int) -> None:
 
     async def append_some() -> None:
         for number in numbers:
-            new = message(sender=sender, id=f"{number}", id_is_senders=True)
+            new = message(sender=sender, id=f"{number}", has_idempotency_key=True)
             print((await mailbox.append(new)).version, flush=True)  # noqa: T201 - the answer
 
     await asyncio.gather(*(append_some() for _ in range(CONCURRENCY)))

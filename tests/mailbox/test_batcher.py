@@ -38,7 +38,7 @@ async def store() -> Store:
 def doubling(
     store: Store,
     *,
-    lanes: int = 1,
+    workers: int = 1,
     max_count: int = 100,
     max_cost: int = 1000,
     timeout_s: float = 10,
@@ -48,7 +48,7 @@ def doubling(
     return Batcher(
         store.double,
         timeout_s=timeout_s,
-        lanes=lanes,
+        workers=workers,
         max_count=max_count,
         max_cost=max_cost,
         cost=cost,
@@ -82,9 +82,9 @@ async def test_a_batch_is_bounded(store: Store) -> None:
     assert store.batches == [[1, 1, 1], [1, 9], [1], [50], [2]]
 
 
-async def test_lanes_share_what_waits(store: Store) -> None:
+async def test_workers_share_what_waits(store: Store) -> None:
     """Two batches are under way at once when there is enough for two; a few are one batch."""
-    double = doubling(store, lanes=2)
+    double = doubling(store, workers=2)
     await asyncio.gather(*(double(n) for n in range(100)))
     assert [len(batch) for batch in store.batches[:2]] == [50, batcher.SHARE_AT_LEAST]
     assert sorted(n for batch in store.batches for n in batch) == list(range(100))

@@ -53,16 +53,16 @@ def see_device(recipient: str, device: str) -> Operation:
     return lambda mailbox: mailbox.see_device(recipient, device)
 
 
-def poked(pokes: list[Poke]) -> Operation:
+def confirm_outbox(pokes: list[Poke]) -> Operation:
     """Confirm pokes."""
-    return lambda mailbox: mailbox.poked(pokes)
+    return lambda mailbox: mailbox.confirm_outbox(pokes)
 
 
 def unpoked(older_than_s: int) -> Operation:
     """All outbox entries of that age; their order is not promised."""
 
     async def ask(mailbox: Mailbox) -> set[Poke]:
-        return set(await mailbox.claim_unpoked(older_than_s=older_than_s, limit=100))
+        return set(await mailbox.claim_outbox(older_than_s=older_than_s, limit=100))
 
     return ask
 
@@ -89,7 +89,7 @@ messages = st.builds(
     id=st.sampled_from(["a", "b", "ü🦆"]),
     body=st.binary(max_size=20),
     ttl_s=st.sampled_from([None, None, 0, 1, 5]),
-    id_is_senders=st.booleans(),
+    has_idempotency_key=st.booleans(),
 )
 pokes = st.builds(Poke, recipients, st.none() | numbers)
 operations: st.SearchStrategy[Operation | float] = st.one_of(
@@ -103,7 +103,7 @@ operations: st.SearchStrategy[Operation | float] = st.one_of(
     st.builds(head, recipients),
     st.builds(clear, recipients),
     st.just(stats),
-    st.builds(poked, st.lists(pokes, max_size=3)),
+    st.builds(confirm_outbox, st.lists(pokes, max_size=3)),
     st.builds(unpoked, st.integers(0, 3)),
     st.just(purge),
     st.sampled_from([0.5, 1.0, 3.0, -2.0, RECEIPT_KEPT_MS / 1000, 80 * 86_400.0]),  # time passes

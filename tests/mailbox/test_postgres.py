@@ -144,7 +144,9 @@ class TestOutages:
             async with by_hand.transaction():
                 await by_hand.execute("UPDATE heads SET head = head WHERE recipient = $1", BOB)
                 call = asyncio.create_task(mailbox.append(message(id="lost")))
-                other = asyncio.create_task(mailbox.append(message(id="named", id_is_senders=True)))
+                other = asyncio.create_task(
+                    mailbox.append(message(id="named", has_idempotency_key=True))
+                )
                 await wait_until(lambda: _waiting_for_locks(by_hand))
                 proxy.reset()
                 # The retry waits behind the attempt whose answer can't arrive any more.
@@ -351,17 +353,17 @@ class TestPlans:
         """Whatever a mailbox does, no table is scanned as a whole, however small it still is."""
         mailbox = await PostgresMailbox.open(url)
         for n in range(20):
-            await mailbox.append(message(f"r{n}", id=f"{n}", id_is_senders=True, ttl_s=n))
+            await mailbox.append(message(f"r{n}", id=f"{n}", has_idempotency_key=True, ttl_s=n))
         await by_hand.execute("ANALYZE")
         await _close_and_wait(mailbox, by_hand)
         before = await _sequential_scans(by_hand)
         mailbox = await PostgresMailbox.open(url)
         for n in range(8):
-            await mailbox.append(message(f"r{n}", id=f"n{n}", id_is_senders=True, ttl_s=9))
+            await mailbox.append(message(f"r{n}", id=f"n{n}", has_idempotency_key=True, ttl_s=9))
             await mailbox.read(f"r{n}", after=0, limit=3)
             await mailbox.see_device(f"r{n}", "phone")
             await mailbox.ack(f"r{n}", "phone", 2)
-            await mailbox.poked(await mailbox.claim_unpoked(older_than_s=0, limit=5))
+            await mailbox.confirm_outbox(await mailbox.claim_outbox(older_than_s=0, limit=5))
             await mailbox.purge(limit=5)
             await mailbox.clear(f"r{n}")
         await _close_and_wait(mailbox, by_hand)

@@ -18,7 +18,7 @@ from pokebridge.errors import ConfigError, MailboxError, MailboxFullError
 from pokebridge.mailbox import sqlite, sqlite_workers
 from pokebridge.mailbox.base import Limits, Mailbox
 from pokebridge.mailbox.sqlite import SqliteMailbox
-from pokebridge.mailbox.sqlite_workers import Lane, commit_together
+from pokebridge.mailbox.sqlite_workers import WorkerPool, commit_together
 from pokebridge.model import Receipt
 from pokebridge.testing.mailbox import Connect, DurableMailboxContract
 from pokebridge.testing.mailbox_kit import BOB, ManualClock, fill, kept, message, unpoked, versions
@@ -99,7 +99,7 @@ class TestSeveralProcesses:
         assert kept == list(range(1, len(kept) + 1))
         assert set(printed) <= set(kept)
         assert await unpoked(mailbox) == {BOB: kept[-1]}
-        retry = message(sender="urn:user:killed", id="0", id_is_senders=True)
+        retry = message(sender="urn:user:killed", id="0", has_idempotency_key=True)
         assert (await mailbox.append(retry)).duplicate
         await mailbox.close()
 
@@ -147,10 +147,10 @@ class TestTheWriter:
         db.execute("PRAGMA foreign_keys = ON")
         db.execute("CREATE TABLE parent (id INTEGER PRIMARY KEY)")
         db.execute("CREATE TABLE child (id REFERENCES parent DEFERRABLE INITIALLY DEFERRED)")
-        lane = Lane("test", [db], commit_together, batch_size=10)
+        pool = WorkerPool("test", [db], commit_together, batch_size=10)
 
         def add(table: str, number: int) -> Coroutine[Any, Any, object]:
-            return lane.do(lambda db: db.execute(f"INSERT INTO {table} VALUES ({number})"))
+            return pool.do(lambda db: db.execute(f"INSERT INTO {table} VALUES ({number})"))
 
         def keep_busy(_: sqlite3.Connection) -> bool:
             started.set()
@@ -158,7 +158,7 @@ class TestTheWriter:
 
         # The first keeps the thread busy, so that the next two share a transaction.
         started, released = threading.Event(), threading.Event()
-        first = asyncio.create_task(lane.do(keep_busy))
+        first = asyncio.create_task(pool.do(keep_busy))
         await wait_until(started.is_set)
         both = asyncio.gather(add("parent", 1), add("child", 2), return_exceptions=True)
         await asyncio.sleep(0)
@@ -166,7 +166,7 @@ class TestTheWriter:
         assert [type(answer) for answer in await both] == [MailboxError, MailboxError]
         assert await first
         await add("parent", 1)
-        await lane.close()
+        await pool.close()
 
     async def test_a_commit_is_flushed(self, mailbox: SqliteMailbox) -> None:
         """Power loss can't be tested here, its remedy can: WAL mode, and a flush each commit."""

@@ -66,7 +66,7 @@ def poke_before_commit(patch: pytest.MonkeyPatch) -> None:
     async def send(self: Processor, message: NewMessage) -> Receipt:
         await self._publisher.publish([Poke(message.recipient)])
         receipt = await self._mailbox.append(message)
-        await self._mailbox.poked([Poke(message.recipient, receipt.version)])
+        await self._mailbox.confirm_outbox([Poke(message.recipient, receipt.version)])
         return receipt
 
     patch.setattr(Processor, "send", send)

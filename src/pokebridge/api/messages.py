@@ -140,9 +140,9 @@ def read_ingress(body: bytes, default_id: str) -> NewMessage:
         message = _new_message(check_recipient(wanted.sender), wanted)
     except HTTPException as error:
         raise InputError(error.detail) from None
-    if message.id_is_senders:
+    if message.has_idempotency_key:
         return message
-    return replace(message, id=default_id, id_is_senders=True)
+    return replace(message, id=default_id, has_idempotency_key=True)
 
 
 def _new_message(sender: str, wanted: schema.SendRequest) -> NewMessage:
@@ -158,7 +158,7 @@ def _new_message(sender: str, wanted: schema.SendRequest) -> NewMessage:
         id=uuid.uuid4().hex if wanted.id is UNSET else wanted.id,
         body=body,
         ttl_s=_ttl_s(wanted),
-        id_is_senders=wanted.id is not UNSET,
+        has_idempotency_key=wanted.id is not UNSET,
         is_ephemeral=wanted.ephemeral,
     )
 

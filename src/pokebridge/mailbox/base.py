@@ -68,9 +68,9 @@ class Mailbox(Protocol):
 
     - **Dense**: a recipient's versions are 1, 2, 3, … in commit order, also under concurrent
       senders in several processes. A reader never sees version n before n - 1 is committed.
-    - **Idempotent**: an append whose ``id_is_senders`` repeats (sender, id) commits nothing and
-      returns the first receipt, marked ``duplicate``, also after the message itself is deleted
-      (for at least a week).
+    - **Idempotent**: a message with an idempotency key, its (sender, id), is committed once. An
+      append that repeats the key commits nothing and returns the first receipt, marked
+      ``duplicate``. This holds for at least a week, also after the message itself is deleted.
     - **Durable**: when ``append`` returns, the message and the promise of its poke (the outbox)
       are committed in one transaction and survive the death of the process.
     - **Off the loop**: no call blocks the event loop.
@@ -120,7 +120,7 @@ class Mailbox(Protocol):
         Makes the device known. Deletes the messages that every known device has acked.
         """
 
-    async def claim_unpoked(self, *, older_than_s: float, limit: int) -> Sequence[Poke]:
+    async def claim_outbox(self, *, older_than_s: float, limit: int) -> Sequence[Poke]:
         """Outbox entries older than ``older_than_s`` seconds: committed, their poke unconfirmed.
 
         At most one entry a recipient, with the newest version; its age is that of the oldest
@@ -131,7 +131,7 @@ class Mailbox(Protocol):
         when that one dies the entry comes up again.
         """
 
-    async def poked(self, pokes: Sequence[Poke]) -> None:
+    async def confirm_outbox(self, pokes: Sequence[Poke]) -> None:
         """The pokes are published: drop the outbox entries up to their versions.
 
         An entry with a newer version stays, and its age starts anew. A poke without a version

@@ -24,12 +24,12 @@ class _Call(NamedTuple, Generic[Job, Result]):
 class Batcher(Generic[Job, Result]):
     """Does jobs by ``do``, many at a time, in the order in which they came.
 
-    ``do`` answers each job with its result or with an error of its own; what it raises is the
-    answer to all. A batch has ``max_count`` jobs at most, that have a ``cost`` of ``max_cost``
-    together at most, or one that costs more. ``lanes`` batches may be under way at once; each takes
-    its share of what waits, so that one is made up here while another is with the store.
+    ``do`` returns a result or an error for each job. What it raises is the error of every job.
+    A batch has at most ``max_count`` jobs with a total ``cost`` of at most ``max_cost``, or a
+    single job that costs more. Up to ``workers`` batches run at once. Each takes its share of the
+    waiting jobs, so that one is prepared here while the store works on another.
 
-    A job waits ``timeout_s`` for its turn at most. ``do`` must end in bounded time by itself.
+    A job waits at most ``timeout_s`` for its turn. ``do`` must end in bounded time by itself.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Batcher(Generic[Job, Result]):
         do: Callable[[Sequence[Job]], Awaitable[Sequence[Result | Exception]]],
         *,
         timeout_s: float,
-        lanes: int,
+        workers: int,
         max_count: int,
         max_cost: int,
         cost: Callable[[Job], int] = lambda _: 0,
@@ -48,7 +48,7 @@ class Batcher(Generic[Job, Result]):
         self._max_cost = max_cost
         self._cost = cost
         self._waiting: deque[_Call[Job, Result]] = deque()
-        self._lanes = self._idle_lanes = lanes
+        self._workers = self._idle_workers = workers
         self._working: set[asyncio.Task[None]] = set()
         self._closed = False
 
@@ -65,8 +65,8 @@ class Batcher(Generic[Job, Result]):
         loop = asyncio.get_running_loop()
         done: asyncio.Future[Result] = loop.create_future()
         self._waiting.append(_Call(job, done, loop.time() + self._timeout_s))
-        if self._idle_lanes:
-            self._idle_lanes -= 1
+        if self._idle_workers:
+            self._idle_workers -= 1
             task = loop.create_task(self._work())
             self._working.add(task)
             task.add_done_callback(self._working.discard)
@@ -92,11 +92,11 @@ class Batcher(Generic[Job, Result]):
                     call.done.set_exception(result)
                 else:
                     call.done.set_result(result)
-        self._idle_lanes += 1  # before anything can suspend, so that the next call finds it
+        self._idle_workers += 1  # before anything can suspend, so that the next call finds it
 
     def _take(self) -> list[_Call[Job, Result]]:
         now_s = asyncio.get_running_loop().time()
-        share = max(SHARE_AT_LEAST, -(-len(self._waiting) // self._lanes))
+        share = max(SHARE_AT_LEAST, -(-len(self._waiting) // self._workers))
         batch: list[_Call[Job, Result]] = []
         cost = 0
         while self._waiting and len(batch) < min(share, self._max_count):

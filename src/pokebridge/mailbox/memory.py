@@ -91,7 +91,7 @@ class MemoryMailbox:
         """See the port."""
         now_ms = self._now_ms()
         key = (message.sender, message.id)
-        if message.id_is_senders and (first := self._receipts.get(key)):
+        if message.has_idempotency_key and (first := self._receipts.get(key)):
             return Receipt(message.id, first[0], duplicate=True)
         log = self._logs.setdefault(message.recipient, _Log())
         if not log.has_room(message.body, self._limits):
@@ -104,7 +104,7 @@ class MemoryMailbox:
         )
         if expires_ms is not None:
             heappush(self._expiries, (expires_ms, message.recipient, log.head))
-        if message.id_is_senders:
+        if message.has_idempotency_key:
             self._receipts[key] = (log.head, now_ms)
         _, since_ms = self._outbox.get(message.recipient, (0, now_ms))
         self._outbox[message.recipient] = (log.head, since_ms)
@@ -155,7 +155,7 @@ class MemoryMailbox:
         log.acked[device] = max(log.acked[device], min(version, log.head))
         log.delete_acked()
 
-    async def claim_unpoked(self, *, older_than_s: float, limit: int) -> Sequence[Poke]:
+    async def claim_outbox(self, *, older_than_s: float, limit: int) -> Sequence[Poke]:
         """See the port."""
         now_ms = self._now_ms()
         latest_ms = now_ms - int(older_than_s * 1000)
@@ -169,7 +169,7 @@ class MemoryMailbox:
             self._outbox[poke.recipient] = (poke.version or 0, now_ms)
         return claimed
 
-    async def poked(self, pokes: Sequence[Poke]) -> None:
+    async def confirm_outbox(self, pokes: Sequence[Poke]) -> None:
         """See the port."""
         now_ms = self._now_ms()
         for poke in pokes:

@@ -84,7 +84,7 @@ UPDATE outbox SET since_ms = now_ms($3)
 FROM (SELECT recipient FROM late UNION ALL SELECT recipient FROM early LIMIT $2) AS claimed
 WHERE outbox.recipient = claimed.recipient RETURNING outbox.recipient, outbox.version
 """
-POKED: Final = """
+CONFIRM: Final = """
 WITH published AS MATERIALIZED (
     SELECT outbox.recipient, given.version
     FROM unnest($1::text[], $2::bigint[]) AS given (recipient, version)
@@ -147,24 +147,24 @@ class PostgresMailbox:
         self._append = Batcher[NewMessage, Receipt](
             self._append_all,
             timeout_s=TURN_TIMEOUT_S,
-            lanes=APPENDERS,
+            workers=APPENDERS,
             max_count=BATCH,
             max_cost=BATCH_BYTES,
             cost=lambda message: len(message.body),
         )
         # Most pulls find nothing new: in a storm of reconnects hundreds share a round trip.
         self._head = Batcher[str, int](
-            self._read_heads, timeout_s=TURN_TIMEOUT_S, lanes=2, max_count=BATCH, max_cost=0
+            self._read_heads, timeout_s=TURN_TIMEOUT_S, workers=2, max_count=BATCH, max_cost=0
         )
         self._page = Batcher[_Pull, Page](
             self._read_pages,
             timeout_s=TURN_TIMEOUT_S,
-            lanes=READERS,
+            workers=READERS,
             max_count=READ_BATCH,
             max_cost=0,
         )
         self._see = Batcher[tuple[str, str], None](
-            self._see_all, timeout_s=TURN_TIMEOUT_S, lanes=1, max_count=BATCH, max_cost=0
+            self._see_all, timeout_s=TURN_TIMEOUT_S, workers=1, max_count=BATCH, max_cost=0
         )
 
     @classmethod
@@ -231,20 +231,20 @@ class PostgresMailbox:
         parameters = (recipient, device, acked, self._now_ms(), SEEN_EVERY_MS)
         await self._pool.run(lambda connection: connection.execute(ACK, *parameters))
 
-    async def claim_unpoked(self, *, older_than_s: float, limit: int) -> Sequence[Poke]:
+    async def claim_outbox(self, *, older_than_s: float, limit: int) -> Sequence[Poke]:
         """See the port."""
         parameters = (int(older_than_s * 1000), limit, self._now_ms())
         rows = await self._pool.run(lambda connection: connection.fetch(CLAIM, *parameters))
         return [Poke(*row) for row in rows]
 
-    async def poked(self, pokes: Sequence[Poke]) -> None:
+    async def confirm_outbox(self, pokes: Sequence[Poke]) -> None:
         """See the port."""
         newest: dict[str, int] = {}
         for poke in pokes:
             if poke.version is not None:
                 newest[poke.recipient] = max(poke.version, newest.get(poke.recipient, 0))
         parameters = (list(newest), list(newest.values()), self._now_ms())
-        await self._pool.run(lambda connection: connection.execute(POKED, *parameters))
+        await self._pool.run(lambda connection: connection.execute(CONFIRM, *parameters))
 
     async def purge(self, *, limit: int) -> int:
         """See the port."""
@@ -284,7 +284,7 @@ class PostgresMailbox:
     async def _append_all(self, messages: Sequence[NewMessage]) -> list[Receipt | Exception]:
         """Commit ``messages`` at once. The batch's name is what makes another attempt safe."""
         keys = [
-            (message.sender, message.id) if message.id_is_senders else number
+            (message.sender, message.id) if message.has_idempotency_key else number
             for number, message in enumerate(messages)
         ]
         once: dict[tuple[str, str] | int, NewMessage] = {}
@@ -297,7 +297,7 @@ class PostgresMailbox:
             [message.recipient for message in new],
             [message.sender for message in new],
             [message.id for message in new],
-            [message.id_is_senders for message in new],
+            [message.has_idempotency_key for message in new],
             [message.body for message in new],
             [ttl_ms(message) for message in new],
             self._limits.max_messages,

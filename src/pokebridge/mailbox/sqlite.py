@@ -29,7 +29,7 @@ from pokebridge.mailbox.pushes import PushTiming
 from pokebridge.mailbox.sqlite_pushes import TABLES, SqlitePushes, owe
 from pokebridge.mailbox.sqlite_workers import (
     LOCK_TIMEOUT_S,
-    Lane,
+    WorkerPool,
     commit_together,
     do_each,
     result_code,
@@ -119,8 +119,8 @@ class SqliteMailbox:
         self._clock = clock
         self._limits = limits
         self._push_timing = push_timing
-        self._writes = Lane("mailbox-writer", [writer], commit_together, WRITE_BATCH)
-        self._reads = Lane("mailbox-reader", readers, do_each, READ_BATCH)
+        self._writes = WorkerPool("mailbox-writer", [writer], commit_together, WRITE_BATCH)
+        self._reads = WorkerPool("mailbox-reader", readers, do_each, READ_BATCH)
         self.pushes = (
             None
             if push_timing is None
@@ -195,7 +195,7 @@ class SqliteMailbox:
         """See the port."""
         await self._writes.do(lambda db: _ack(db, recipient, device, version, self._now_ms()))
 
-    async def claim_unpoked(self, *, older_than_s: float, limit: int) -> Sequence[Poke]:
+    async def claim_outbox(self, *, older_than_s: float, limit: int) -> Sequence[Poke]:
         """See the port."""
         # Nearly always there is nothing, and a look does not wait for the writer.
         old = _Old(older_than_s, limit)
@@ -203,9 +203,9 @@ class SqliteMailbox:
             return []
         return await self._writes.do(lambda db: old.claim(db, self._now_ms()))
 
-    async def poked(self, pokes: Sequence[Poke]) -> None:
+    async def confirm_outbox(self, pokes: Sequence[Poke]) -> None:
         """See the port."""
-        await self._writes.do(lambda db: _poked(db, pokes, self._now_ms()))
+        await self._writes.do(lambda db: _confirm_outbox(db, pokes, self._now_ms()))
 
     async def purge(self, *, limit: int) -> int:
         """See the port."""
@@ -237,7 +237,7 @@ class SqliteMailbox:
 
 
 def _append(db: sqlite3.Connection, message: NewMessage, limits: Limits, now_ms: int) -> Receipt:
-    if message.id_is_senders:
+    if message.has_idempotency_key:
         first = db.execute(
             "SELECT version FROM receipts WHERE sender = ? AND id = ?", (message.sender, message.id)
         ).fetchone()
@@ -269,7 +269,7 @@ def _append(db: sqlite3.Connection, message: NewMessage, limits: Limits, now_ms:
         " ON CONFLICT (recipient) DO UPDATE SET version = excluded.version",
         (message.recipient, version, now_ms),
     )
-    if message.id_is_senders:
+    if message.has_idempotency_key:
         db.execute(
             "INSERT INTO receipts VALUES (?, ?, ?, ?)",
             (message.sender, message.id, version, now_ms),
@@ -369,7 +369,7 @@ class _Old(NamedTuple):
         return pokes
 
 
-def _poked(db: sqlite3.Connection, pokes: Sequence[Poke], now_ms: int) -> None:
+def _confirm_outbox(db: sqlite3.Connection, pokes: Sequence[Poke], now_ms: int) -> None:
     confirmed = [(poke.recipient, poke.version) for poke in pokes if poke.version is not None]
     db.executemany("DELETE FROM outbox WHERE recipient = ? AND version <= ?", confirmed)
     db.executemany(
@@ -447,7 +447,9 @@ def _open_file(path: Path) -> list[sqlite3.Connection]:
                 for _ in range(1 + READERS)
             ]
             _bring_up_to_date(connections[0], path)
-            connections[0].execute("PRAGMA busy_timeout = 0")  # its lane waits in its own way
+            connections[0].execute(
+                "PRAGMA busy_timeout = 0"
+            )  # the worker pool waits for locks itself
             unless_all_is_well.pop_all()
             return connections
     except sqlite3.Error as error:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from pokebridge.mailbox.pushes import DEAD_KEPT_MS, OwedPush, PushTiming
-from pokebridge.mailbox.sqlite_workers import Lane
+from pokebridge.mailbox.sqlite_workers import WorkerPool
 
 TABLES: Final = (
     """CREATE TABLE pushes (
@@ -51,10 +51,10 @@ def owe(
 
 
 class SqlitePushes:
-    """The queue, on the lanes of its mailbox."""
+    """The queue, on the worker pools of its mailbox."""
 
     def __init__(
-        self, writes: Lane, reads: Lane, timing: PushTiming, now_ms: Callable[[], int]
+        self, writes: WorkerPool, reads: WorkerPool, timing: PushTiming, now_ms: Callable[[], int]
     ) -> None:
         self.timing = timing
         self._writes = writes

@@ -1,6 +1,6 @@
 """Threads that work on SQLite connections for an event loop.
 
-A :class:`Lane` takes jobs from the loop and does them in batches: each batch of writes is one
+A :class:`WorkerPool` takes jobs from the loop and does them in batches: each batch of writes is one
 transaction (group commit), and each batch of any kind wakes the loop once.
 """
 
@@ -37,7 +37,7 @@ class Outcome(NamedTuple):
     error: Exception | None = None
 
 
-class Lane:
+class WorkerPool:
     """A bounded queue of jobs and the threads that do them, each on a connection of its own."""
 
     def __init__(

@@ -109,7 +109,7 @@ class MailboxContract(OutboxContract, LimitsContract):
         ]
         for count, recipient in enumerate(recipients, 1):
             await mailbox.ack(recipient, "d" * 128, count)
-            await mailbox.poked([Poke(recipient, count)])
+            await mailbox.confirm_outbox([Poke(recipient, count)])
             assert await versions(mailbox, recipient) == []
             assert set(await unpoked(mailbox)) == set(recipients[count:])
 
@@ -187,9 +187,9 @@ class MailboxContract(OutboxContract, LimitsContract):
 
     async def test_a_repeated_id_commits_nothing(self, mailbox: Mailbox) -> None:
         """The same id from the same sender gets the first receipt; the first message stays."""
-        first = await mailbox.append(message(id="a", body=b"1", id_is_senders=True))
-        await mailbox.append(message(id="b", id_is_senders=True))
-        again = await mailbox.append(message(id="a", body=b"2", id_is_senders=True))
+        first = await mailbox.append(message(id="a", body=b"1", has_idempotency_key=True))
+        await mailbox.append(message(id="b", has_idempotency_key=True))
+        again = await mailbox.append(message(id="a", body=b"2", has_idempotency_key=True))
         assert (first, again) == (("a", 1, False), ("a", 1, True))
         page = await mailbox.read(BOB, after=0, limit=50)
         assert [(kept.id, kept.body) for kept in page.messages] == [("a", b"1"), ("b", b"{}")]
@@ -199,21 +199,25 @@ class MailboxContract(OutboxContract, LimitsContract):
     ) -> None:
         """A sender's id names one message: repeated to somebody else, it is still the first."""
         await fill(mailbox, 4, BOB)
-        await mailbox.append(message(BOB, id="a", id_is_senders=True))
-        assert await mailbox.append(message(EVE, id="a", id_is_senders=True)) == ("a", 5, True)
+        await mailbox.append(message(BOB, id="a", has_idempotency_key=True))
+        assert await mailbox.append(message(EVE, id="a", has_idempotency_key=True)) == (
+            "a",
+            5,
+            True,
+        )
         assert await mailbox.head(EVE) == 0
 
     async def test_an_id_is_its_senders_own(self, mailbox: Mailbox) -> None:
         """An equal id of another sender, or one that no sender gave, is another message."""
-        await mailbox.append(message(id="a", sender=ALICE, id_is_senders=True))
-        await mailbox.append(message(id="a", sender=EVE, id_is_senders=True))
+        await mailbox.append(message(id="a", sender=ALICE, has_idempotency_key=True))
+        await mailbox.append(message(id="a", sender=EVE, has_idempotency_key=True))
         await mailbox.append(message(id="a", sender=ALICE))
         await mailbox.append(message(id="a", sender=ALICE))
         assert await versions(mailbox) == [1, 2, 3, 4]
 
     async def test_racing_repeats_commit_once(self, mailbox: Mailbox) -> None:
         """Twenty retries at once: one is the first, all get the same answer."""
-        retry = message(id="a", id_is_senders=True)
+        retry = message(id="a", has_idempotency_key=True)
         receipts = await asyncio.gather(*(mailbox.append(retry) for _ in range(20)))
         assert sorted(receipts) == [("a", 1, False)] + [("a", 1, True)] * 19
         assert await versions(mailbox) == [1]
@@ -222,8 +226,8 @@ class MailboxContract(OutboxContract, LimitsContract):
         self, mailbox: Mailbox, clock: ManualClock
     ) -> None:
         """Acked or expired, and purged, a message's id is still known six days later."""
-        acked = message(id="acked", id_is_senders=True)
-        expired = message(id="expired", ttl_s=1, id_is_senders=True)
+        acked = message(id="acked", has_idempotency_key=True)
+        expired = message(id="expired", ttl_s=1, has_idempotency_key=True)
         await mailbox.append(acked)
         await mailbox.ack(BOB, "phone", 1)
         await mailbox.append(expired)
@@ -235,13 +239,17 @@ class MailboxContract(OutboxContract, LimitsContract):
 
     async def test_an_old_receipt_is_forgotten(self, mailbox: Mailbox, clock: ManualClock) -> None:
         """Receipts don't pile up: one of eight days is purged, a younger one is not."""
-        await mailbox.append(message(id="old", id_is_senders=True))
+        await mailbox.append(message(id="old", has_idempotency_key=True))
         clock.now_s += 4 * DAY_S
-        await mailbox.append(message(id="young", id_is_senders=True))
+        await mailbox.append(message(id="young", has_idempotency_key=True))
         clock.now_s += 4 * DAY_S
         assert await mailbox.purge(limit=100) == 1
-        assert (await mailbox.append(message(id="young", id_is_senders=True))).duplicate
-        assert await mailbox.append(message(id="old", id_is_senders=True)) == ("old", 3, False)
+        assert (await mailbox.append(message(id="young", has_idempotency_key=True))).duplicate
+        assert await mailbox.append(message(id="old", has_idempotency_key=True)) == (
+            "old",
+            3,
+            False,
+        )
 
     # -- expiry ------------------------------------------------------------------------------------
 
@@ -278,7 +286,7 @@ class MailboxContract(OutboxContract, LimitsContract):
         for n in range(7):
             await mailbox.append(message(f"urn:user:{n % 2}", ttl_s=1))
         for n in range(3):
-            await mailbox.append(message(id=f"{n}", id_is_senders=True))
+            await mailbox.append(message(id=f"{n}", has_idempotency_key=True))
         assert await mailbox.purge(limit=4) == 0
         clock.now_s += 8 * DAY_S
         assert [await mailbox.purge(limit=4) for _ in range(4)] == [4, 4, 2, 0]
@@ -375,8 +383,8 @@ class MailboxContract(OutboxContract, LimitsContract):
             mailbox.head(BOB),
             mailbox.see_device(BOB, "phone"),
             mailbox.ack(BOB, "phone", 1),
-            mailbox.claim_unpoked(older_than_s=0, limit=1),
-            mailbox.poked([Poke(BOB, 1)]),
+            mailbox.claim_outbox(older_than_s=0, limit=1),
+            mailbox.confirm_outbox([Poke(BOB, 1)]),
             mailbox.purge(limit=1),
             mailbox.clear(BOB),
             mailbox.stats(),
@@ -397,7 +405,7 @@ class DurableMailboxContract(MailboxContract):
     async def test_everything_survives_a_restart(self, connect: Connect) -> None:
         """Messages, the head, receipts, devices and the outbox are there after close and open."""
         before = await connect()
-        await before.append(message(id="a", body=b"1", id_is_senders=True))
+        await before.append(message(id="a", body=b"1", has_idempotency_key=True))
         await before.append(message(id="b", body=b"2"))
         await before.see_device(BOB, "tablet")
         await before.ack(BOB, "phone", 2)
@@ -406,7 +414,7 @@ class DurableMailboxContract(MailboxContract):
         page = await after.read(BOB, after=0, limit=50)
         assert [(kept.id, kept.body) for kept in page.messages] == [("a", b"1"), ("b", b"2")]
         assert await unpoked(after) == {BOB: 2}
-        assert await after.append(message(id="a", id_is_senders=True)) == ("a", 1, True)
+        assert await after.append(message(id="a", has_idempotency_key=True)) == ("a", 1, True)
         await after.ack(BOB, "tablet", 1)
         assert await versions(after) == [2]
         assert (await after.append(message())).version == 3
@@ -424,7 +432,7 @@ class DurableMailboxContract(MailboxContract):
     async def test_racing_repeats_in_several_processes_commit_once(self, connect: Connect) -> None:
         """A retry that lands on another process is still the same message."""
         mailboxes = [await connect() for _ in range(3)]
-        retry = message(id="a", id_is_senders=True)
+        retry = message(id="a", has_idempotency_key=True)
         receipts = await asyncio.gather(
             *(mailbox.append(retry) for _ in range(5) for mailbox in mailboxes)
         )
@@ -439,7 +447,7 @@ class DurableMailboxContract(MailboxContract):
         clock.now_s += 2
         claims = await asyncio.gather(
             *(
-                mailbox.claim_unpoked(older_than_s=1, limit=7)
+                mailbox.claim_outbox(older_than_s=1, limit=7)
                 for _ in range(4)
                 for mailbox in mailboxes
             )
@@ -458,12 +466,12 @@ class DurableMailboxContract(MailboxContract):
             page = await other.read(BOB, after=version - 1, limit=50)
             assert [kept.version for kept in page.messages] == [version]
         assert await unpoked(other) == {BOB: 20}
-        await other.poked([Poke(BOB, 20)])
+        await other.confirm_outbox([Poke(BOB, 20)])
         assert await unpoked(one) == {}
 
 
 async def _claim_all(mailbox: Mailbox) -> list[Poke]:
     claimed: list[Poke] = []
-    while pokes := await mailbox.claim_unpoked(older_than_s=1, limit=7):
+    while pokes := await mailbox.claim_outbox(older_than_s=1, limit=7):
         claimed += pokes
     return claimed

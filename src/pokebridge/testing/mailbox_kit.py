@@ -26,11 +26,11 @@ def message(
     sender: str = ALICE,
     body: bytes = b"{}",
     ttl_s: float | None = None,
-    id_is_senders: bool = False,
+    has_idempotency_key: bool = False,
     is_ephemeral: bool = False,
 ) -> NewMessage:
     """A message of which a test names only what matters to it."""
-    return NewMessage(recipient, sender, id, body, ttl_s, id_is_senders, is_ephemeral)
+    return NewMessage(recipient, sender, id, body, ttl_s, has_idempotency_key, is_ephemeral)
 
 
 async def versions(mailbox: Mailbox, recipient: str = BOB, *, after: int = 0) -> list[int]:
@@ -58,7 +58,7 @@ async def fill(mailbox: Mailbox, count: int, recipient: str = BOB) -> None:
 
 async def unpoked(mailbox: Mailbox, older_than_s: float = 0) -> dict[str, int | None]:
     """The outbox entries of at least that age: newest version by recipient."""
-    pokes = await mailbox.claim_unpoked(older_than_s=older_than_s, limit=1000)
+    pokes = await mailbox.claim_outbox(older_than_s=older_than_s, limit=1000)
     by_recipient = {poke.recipient: poke.version for poke in pokes}
     assert len(by_recipient) == len(pokes), "one entry a recipient"
     return by_recipient

@@ -62,14 +62,14 @@ class LimitsContract:
 
         A poke is owed for what was committed alone.
         """
-        first = message(id="first", id_is_senders=True)
+        first = message(id="first", has_idempotency_key=True)
         await mailbox.append(first)
         await asyncio.gather(*(mailbox.append(message()) for _ in range(LIMITS.max_messages - 1)))
-        late = message(id="late", id_is_senders=True)
+        late = message(id="late", has_idempotency_key=True)
         with pytest.raises(MailboxFullError):
             await mailbox.append(late)
         assert await mailbox.append(first) == ("first", 1, True)
-        pokes = await mailbox.claim_unpoked(older_than_s=0, limit=10)
+        pokes = await mailbox.claim_outbox(older_than_s=0, limit=10)
         assert [poke.version for poke in pokes] == [LIMITS.max_messages]
         await mailbox.ack(BOB, "phone", 1)
         assert await mailbox.append(late) == ("late", LIMITS.max_messages + 1, False)

@@ -19,21 +19,21 @@ class OutboxContract:
         return ManualClock()
 
     async def test_a_commit_owes_a_poke_until_it_is_confirmed(self, mailbox: Mailbox) -> None:
-        """An append leaves one entry a recipient with the newest version; ``poked`` drops it."""
+        """Appends leave one entry a recipient, with the newest version, until it is confirmed."""
         await fill(mailbox, 3, BOB)
         await fill(mailbox, 1, EVE)
         assert await unpoked(mailbox) == {BOB: 3, EVE: 1}
-        await mailbox.poked([Poke(BOB, 3), Poke("urn:user:nobody", 9)])
+        await mailbox.confirm_outbox([Poke(BOB, 3), Poke("urn:user:nobody", 9)])
         assert await unpoked(mailbox) == {EVE: 1}
-        await mailbox.poked([Poke(EVE, 7)])
+        await mailbox.confirm_outbox([Poke(EVE, 7)])
         assert await unpoked(mailbox) == {}
-        await mailbox.poked([])
+        await mailbox.confirm_outbox([])
 
     async def test_a_duplicate_owes_no_poke(self, mailbox: Mailbox) -> None:
         """What commits nothing puts nothing in the outbox."""
-        await mailbox.append(message(id="a", id_is_senders=True))
-        await mailbox.poked([Poke(BOB, 1)])
-        await mailbox.append(message(id="a", id_is_senders=True))
+        await mailbox.append(message(id="a", has_idempotency_key=True))
+        await mailbox.confirm_outbox([Poke(BOB, 1)])
+        await mailbox.append(message(id="a", has_idempotency_key=True))
         assert await unpoked(mailbox) == {}
 
     async def test_only_old_entries_are_asked_for(
@@ -53,10 +53,10 @@ class OutboxContract:
         for n in range(25):
             await mailbox.append(message(f"urn:user:{n}"))
         seen: list[Poke] = []
-        while pokes := await mailbox.claim_unpoked(older_than_s=0, limit=10):
+        while pokes := await mailbox.claim_outbox(older_than_s=0, limit=10):
             assert len(pokes) <= 10
             seen += pokes
-            await mailbox.poked(pokes)
+            await mailbox.confirm_outbox(pokes)
         assert sorted(poke.recipient for poke in seen) == sorted(f"urn:user:{n}" for n in range(25))
 
     async def test_one_sweeper_gets_each_entry(self, mailbox: Mailbox, clock: ManualClock) -> None:
@@ -64,7 +64,7 @@ class OutboxContract:
         for n in range(10):
             await mailbox.append(message(f"urn:user:{n}"))
         clock.now_s += 2
-        sweeps = [mailbox.claim_unpoked(older_than_s=1, limit=4) for _ in range(4)]
+        sweeps = [mailbox.claim_outbox(older_than_s=1, limit=4) for _ in range(4)]
         claimed = [poke for pokes in await asyncio.gather(*sweeps) for poke in pokes]
         assert len(claimed) == len(set(claimed)) == 10
         assert await unpoked(mailbox, older_than_s=1) == {}
@@ -86,7 +86,7 @@ class OutboxContract:
         """Confirming an older version leaves the entry of a newer one, its age counted anew."""
         await fill(mailbox, 2)
         clock.now_s += 5
-        await mailbox.poked([Poke(BOB, 1)])
+        await mailbox.confirm_outbox([Poke(BOB, 1)])
         assert await unpoked(mailbox) == {BOB: 2}
         assert await unpoked(mailbox, older_than_s=1) == {}
         clock.now_s += 1
@@ -95,7 +95,7 @@ class OutboxContract:
     async def test_a_poke_without_a_version_confirms_nothing(self, mailbox: Mailbox) -> None:
         """Somebody's bare poke says nothing of what was committed."""
         await fill(mailbox, 1)
-        await mailbox.poked([Poke(BOB)])
+        await mailbox.confirm_outbox([Poke(BOB)])
         assert await unpoked(mailbox) == {BOB: 1}
 
     async def test_a_clock_set_back_silences_nothing(

@@ -85,9 +85,9 @@ class PushContract:
 
     async def test_a_duplicate_owes_no_push(self, mailbox: PushingMailbox) -> None:
         """What commits nothing wakes nobody."""
-        await mailbox.append(message(id="a", id_is_senders=True))
+        await mailbox.append(message(id="a", has_idempotency_key=True))
         await mailbox.pushes.pulled({BOB: 1})
-        await mailbox.append(message(id="a", id_is_senders=True))
+        await mailbox.append(message(id="a", has_idempotency_key=True))
         assert await owed(mailbox) == (0, 0)
 
     async def test_a_pull_cancels(self, mailbox: PushingMailbox, clock: ManualClock) -> None:
