@@ -27,7 +27,7 @@ from typing import Protocol
 import asyncpg
 
 from benchmarks.harness import BenchmarkError, Figure, compare, progress, recipient
-from pokebridge.mailbox import postgres, sqlite
+from pokebridge.mailbox import postgres, sqlite, sqlite_file
 from pokebridge.mailbox.base import PAGE_BYTES, Limits, Mailbox
 from pokebridge.mailbox.postgres import PostgresMailbox
 from pokebridge.mailbox.postgres_pool import CONNECTIONS, SERVER_SETTINGS
@@ -233,7 +233,7 @@ class SqliteDriver:
         self._thread = ThreadPoolExecutor(1)
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         self._db.execute("PRAGMA synchronous = FULL")
-        self._db.execute(f"PRAGMA wal_autocheckpoint = {sqlite.CHECKPOINT_PAGES}")
+        self._db.execute(f"PRAGMA wal_autocheckpoint = {sqlite_file.CHECKPOINT_PAGES}")
         self._loop = asyncio.get_running_loop()
 
     async def append(self, messages: Sequence[NewMessage]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from pokebridge.errors import ConfigError, MailboxError, MailboxFullError
-from pokebridge.mailbox import sqlite, sqlite_workers
+from pokebridge.mailbox import sqlite, sqlite_file, sqlite_workers
 from pokebridge.mailbox.base import Limits, Mailbox
 from pokebridge.mailbox.sqlite import SqliteMailbox
 from pokebridge.mailbox.sqlite_workers import WorkerPool, commit_together
@@ -231,7 +231,7 @@ class TestReading:
         self, path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """An idle client's pull is one search by primary key; one with news is two."""
-        monkeypatch.setattr(sqlite, "READERS", 1)
+        monkeypatch.setattr(sqlite_file, "READERS", 1)
         mailbox = await SqliteMailbox.open(path)
         await fill(mailbox, 3)
         statements: list[str] = []
@@ -260,7 +260,7 @@ class TestVacuuming:
         await mailbox.ack(BOB, "phone", 100)
 
         async def pages() -> int:
-            return await mailbox._writes.do(lambda db: sqlite._pragma(db, "page_count"))
+            return await mailbox._writes.do(lambda db: sqlite_file.pragma(db, "page_count"))
 
         sizes = [await pages()]
         for _ in range(40):
@@ -310,9 +310,9 @@ class TestOpening:
     async def test_an_older_schema_is_brought_up_to_date(self, path: Path) -> None:
         """What the first version wrote is kept, counted against the limits, and its devices too."""
         with closing(sqlite3.connect(path)) as db, db:
-            for statement in sqlite.MIGRATIONS[0]:
+            for statement in sqlite_file.MIGRATIONS[0]:
                 db.execute(statement)
-            db.execute(f"PRAGMA application_id = {sqlite.APPLICATION_ID}")
+            db.execute(f"PRAGMA application_id = {sqlite_file.APPLICATION_ID}")
             db.execute("PRAGMA user_version = 1")
             db.execute("INSERT INTO heads VALUES (?, 3)", (BOB,))
             for version in (2, 3):

@@ -1,0 +1,149 @@
+"""The SQLite mailbox's file: its schema, how it is opened, and how it is brought up to date."""
+
+import sqlite3
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Final
+
+from pokebridge.errors import ConfigError, MailboxError
+from pokebridge.mailbox.sqlite_pushes import TABLES
+from pokebridge.mailbox.sqlite_workers import LOCK_TIMEOUT_S, result_code
+
+READERS: Final = 2
+# The write-ahead log's pages, 32 MiB, that begin a checkpoint. Messages of many recipients touch
+# many pages: by SQLite's default of 1,000 each second batch would, and write more. Cut back at 64.
+CHECKPOINT_PAGES: Final = 8192
+WAL_SIZE_BYTES: Final = 64 * 1024 * 1024
+# Of each connection: the look-up tables of a million recipients fit.
+CACHE_SIZE_BYTES: Final = 32 * 1024 * 1024
+
+APPLICATION_ID: Final = int.from_bytes(b"poke", "big")
+MIGRATIONS: Final = (
+    (
+        """CREATE TABLE heads (
+            recipient TEXT PRIMARY KEY,
+            head INTEGER NOT NULL
+        ) WITHOUT ROWID""",
+        """CREATE TABLE messages (
+            recipient TEXT NOT NULL,
+            version INTEGER NOT NULL,
+            id TEXT NOT NULL,
+            sender TEXT NOT NULL,
+            body BLOB NOT NULL,
+            sent_at_ms INTEGER NOT NULL,
+            expires_ms INTEGER,
+            PRIMARY KEY (recipient, version)
+        ) WITHOUT ROWID""",
+        "CREATE INDEX messages_by_expiry ON messages (expires_ms) WHERE expires_ms IS NOT NULL",
+        """CREATE TABLE receipts (
+            sender TEXT NOT NULL,
+            id TEXT NOT NULL,
+            version INTEGER NOT NULL,
+            at_ms INTEGER NOT NULL,
+            PRIMARY KEY (sender, id)
+        ) WITHOUT ROWID""",
+        "CREATE INDEX receipts_by_age ON receipts (at_ms)",
+        # No index by age: in good times the table is next to empty, in bad ones all of it is old.
+        """CREATE TABLE outbox (
+            recipient TEXT PRIMARY KEY,
+            version INTEGER NOT NULL,
+            since_ms INTEGER NOT NULL
+        ) WITHOUT ROWID""",
+        """CREATE TABLE devices (
+            recipient TEXT NOT NULL,
+            device TEXT NOT NULL,
+            acked INTEGER NOT NULL,
+            PRIMARY KEY (recipient, device)
+        ) WITHOUT ROWID""",
+    ),
+    (
+        # What a recipient's limits are checked against, without counting anew.
+        "ALTER TABLE heads ADD COLUMN kept_messages INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE heads ADD COLUMN kept_bytes INTEGER NOT NULL DEFAULT 0",
+        """UPDATE heads SET (kept_messages, kept_bytes) = (
+            SELECT count(*), coalesce(sum(length(body)), 0) FROM messages
+            WHERE messages.recipient = heads.recipient
+        )""",
+        "ALTER TABLE devices ADD COLUMN seen_ms INTEGER NOT NULL DEFAULT 0",
+        "UPDATE devices SET seen_ms = strftime('%s', 'now') * 1000",
+        "CREATE INDEX devices_by_seen ON devices (seen_ms)",
+    ),
+    TABLES,
+)
+"""The statements of each schema version; the file's ``user_version`` counts those done."""
+
+_UNUSABLE: Final = {
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_CORRUPT,
+    sqlite3.SQLITE_NOTADB,
+    sqlite3.SQLITE_PERM,
+    sqlite3.SQLITE_READONLY,
+}
+
+
+def open_file(path: Path) -> list[sqlite3.Connection]:
+    """Bring the file to our schema; return the writer's connection, then the readers'."""
+    try:
+        path = path.absolute()  # so that ":memory:" too is a file like any other
+        if not path.parent.is_dir():
+            raise ConfigError(f"mailbox: there is no directory {path.parent}")
+        with ExitStack() as unless_all_is_well:
+            connections = [
+                unless_all_is_well.enter_context(closing(_connect(path)))
+                for _ in range(1 + READERS)
+            ]
+            _bring_up_to_date(connections[0], path)
+            connections[0].execute(
+                "PRAGMA busy_timeout = 0"
+            )  # the worker pool waits for locks itself
+            unless_all_is_well.pop_all()
+            return connections
+    except sqlite3.Error as error:
+        if result_code(error) in _UNUSABLE:
+            raise ConfigError(f"mailbox: {path} can't be used: {error}") from error
+        raise MailboxError(f"the mailbox {path} can't be opened now: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"mailbox: {path} can't be used: {error.strerror}") from error
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    db = sqlite3.connect(
+        path, timeout=LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False
+    )
+    db.execute("PRAGMA synchronous = FULL")  # a commit is on the disk, not only in its cache
+    db.execute(f"PRAGMA cache_size = -{CACHE_SIZE_BYTES // 1024}")
+    db.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
+    db.execute(f"PRAGMA journal_size_limit = {WAL_SIZE_BYTES}")
+    return db
+
+
+def _bring_up_to_date(db: sqlite3.Connection, path: Path) -> None:
+    """Check that the file is ours, or new, and do the migrations that it lacks."""
+    # Of a new file only, and before it has anything in it: purges can then shrink it.
+    db.execute("PRAGMA auto_vacuum = INCREMENTAL")
+    try:
+        db.execute("BEGIN IMMEDIATE")
+        done = pragma(db, "user_version")
+        if pragma(db, "application_id") != APPLICATION_ID:
+            if db.execute("SELECT 1 FROM sqlite_master").fetchone():
+                raise ConfigError(f"mailbox: {path} is the database of another program")
+            db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        if done > len(MIGRATIONS):
+            raise ConfigError(
+                f"mailbox: {path} was written by a newer pokebridge: upgrade this one"
+            )
+        for statements in MIGRATIONS[done:]:
+            for statement in statements:
+                db.execute(statement)
+        db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+        db.execute("COMMIT")
+    finally:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+    if db.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
+        raise ConfigError(f"mailbox: {path} is on a file system without shared memory for SQLite")
+
+
+def pragma(db: sqlite3.Connection, name: str) -> int:
+    """The value of a PRAGMA that is a number."""
+    return int(db.execute(f"PRAGMA {name}").fetchone()[0])
