@@ -290,10 +290,10 @@ class Settings(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> Self:
         is_alone = self.coordination == "memory://"
-        if self.mode == "partitioned" and is_alone and self.transport != "memory://":
+        if self.mode != "fanout" and is_alone and self.transport != "memory://":
             raise ValueError(
                 "coordination must be a store that the instances share, like nats://HOST:PORT,"
-                " for mode partitioned: memory:// is this process only"
+                f" for mode {self.mode}: memory:// is this process only"
             )
         if self.roles == {"coordinator"} and is_alone:
             raise ValueError(

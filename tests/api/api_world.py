@@ -81,7 +81,7 @@ class World:
     async def _disconnect(self, recipient: str) -> None:
         self.disconnected.append(recipient)
 
-    async def _view_cluster(self) -> schema.Cluster:
+    def _view_cluster(self) -> schema.Cluster:
         if self.has_a_defect:
             raise ZeroDivisionError("a secret detail")
         instance = schema.Instance(INSTANCE, "ws://a.example/v1/connect", "serving", 2, [0, 1])

@@ -67,7 +67,6 @@ class Nodes:
         cluster = Cluster(
             settings,
             gateway,
-            transport,
             self.store.connect(),
             url=settings.advertise_url or "",
             on_drain=lambda: drains.append(name),
@@ -110,7 +109,7 @@ async def test_a_migration_there_and_back(nodes: Nodes) -> None:
         lambda: holds_its_shards(one) and holds_its_shards(two),
         what="both instances holding their shards",
     )
-    shown = await one.cluster.show()
+    shown = one.cluster.show()
     assert shown.mode == "partitioned"
     assert sorted(shard for each in shown.instances for shard in each.shards) == list(range(SHARDS))
     await one.cluster.migrate("fanout", force=False)
@@ -184,7 +183,7 @@ async def test_a_drain_hands_the_shards_over_first(nodes: Nodes) -> None:
     await one.cluster.hand_over()
     assert not one.owned
     await wait_until(lambda: len(two.owned) == SHARDS, what="two having every shard")
-    states = {each.id: each.state for each in (await two.cluster.show()).instances}
+    states = {each.id: each.state for each in two.cluster.show().instances}
     assert states == {"one": "draining", "two": "active"}
 
 
@@ -218,6 +217,6 @@ async def test_the_load_is_what_all_instances_receive(nodes: Nodes) -> None:
     one, two = await nodes.add("one"), await nodes.add("two")
     await wait_until(lambda: "two" in one.cluster.view.members, what="one seeing two")
     await nodes.bus.publish([Signal(b'{"recipient":"bob"}', 3)] * 1000)
-    traffic = (await two.cluster.show()).traffic
+    traffic = two.cluster.show().traffic
     assert traffic.messages_per_s > 50
     assert traffic.global_ops_per_s == pytest.approx(2 * traffic.messages_per_s)

@@ -24,7 +24,7 @@ class World:
         self.is_down = False
         self.watchers = Watchers(self._look, self._publish, self._poke_here)
 
-    async def _look(self) -> schema.PokesAccepted:
+    def _look(self) -> schema.PokesAccepted:
         self.looks += 1
         return schema.PokesAccepted(self.shown)
 

@@ -98,7 +98,7 @@ class ClusterCalls:
         self,
         verify: Verify,
         *,
-        view_cluster: Callable[[], Awaitable[schema.Cluster]],
+        view_cluster: Callable[[], schema.Cluster],
         migrate: Migrate,
         drain: Callable[[str], Awaitable[None]],
         events: Callable[[], schema.Events],
@@ -116,7 +116,7 @@ class ClusterCalls:
     async def cluster(self, request: Request) -> Response:
         """GET /v1/cluster."""
         await authorize(self._verify, request, "admin")
-        return json_response(await self._view_cluster())
+        return json_response(self._view_cluster())
 
     async def events(self, request: Request) -> Response:
         """GET /v1/cluster/events."""

@@ -64,7 +64,7 @@ class Parts:
     publish_pokes: PublishPokes
     disconnect: Callable[[str], Awaitable[None]]
     home_of: Callable[[str], tuple[int, str, str]]
-    view_cluster: Callable[[], Awaitable[schema.Cluster]]
+    view_cluster: Callable[[], schema.Cluster]
     migrate: Migrate
     drain: Callable[[str], Awaitable[None]]
     events: Callable[[], schema.Events]

@@ -182,11 +182,9 @@ async def _measure(access: Access) -> _Measured:
         global_ops_per_s = float(traffic["global_ops_per_s"])
         copies = global_ops_per_s / messages_per_s if messages_per_s else 1.0
         mode: Mode = "partitioned" if cluster["mode"] == "partitioned" else "fanout"
-        # Without coordination an instance knows itself alone, and how many there are.
-        counted = round(copies) if mode == "fanout" else 1
         load: dict[str, Any] = {
             "messages_per_s": messages_per_s,
-            "instances": max(len(members), counted, 1),
+            "instances": max(len(members), 1),
             "shards": int(cluster["shard_count"]),
             "sessions": sum(int(member["sessions"]) for member in members),
             "red_line_ops_per_s": float(traffic["red_line"]),

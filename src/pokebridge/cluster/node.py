@@ -9,7 +9,6 @@ import resource
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, replace
 from http import HTTPStatus
 from pathlib import Path
@@ -25,14 +24,13 @@ from pokebridge.cluster.membership import Membership, View
 from pokebridge.cluster.pull_times import PullTimes, p99_ms
 from pokebridge.coordination.base import Coordination, Member, Report
 from pokebridge.costs import MIGRATE_RULES
-from pokebridge.errors import CoordinationError, TransportError
+from pokebridge.errors import CoordinationError
 from pokebridge.gateway.gateway import Gateway
 from pokebridge.gateway.meter import Window
 from pokebridge.gateway.shard_routing import Reach
 from pokebridge.placement import Mode
 from pokebridge.settings import Settings
 from pokebridge.sharding import shard_of
-from pokebridge.transport.base import Transport
 
 log = structlog.get_logger(__name__)
 
@@ -45,7 +43,7 @@ _TOLD_BY_ONE = frozenset({"gap", "moved"})
 
 
 class Cluster:
-    """Membership, the gateway and the transport, as the API and the operator see them.
+    """Membership and the gateway, as the API and the operator see them.
 
     ``url`` is where clients reach just this instance (``wss://host``), empty when they can't.
     ``on_drain`` is called when the cluster wants this instance drained.
@@ -55,7 +53,6 @@ class Cluster:
         self,
         settings: Settings,
         gateway: Gateway,
-        transport: Transport,
         coordination: Coordination,
         *,
         url: str,
@@ -63,7 +60,6 @@ class Cluster:
     ) -> None:
         self._settings = settings
         self._gateway = gateway
-        self._transport = transport
         self._on_drain = on_drain
         self._url = url
         self._is_member = "gateway" in settings.roles
@@ -308,11 +304,10 @@ class Cluster:
             await asyncio.sleep(_TICK_S)
             self._doubt_s += _TICK_S * self._gateway.hold.is_in_doubt
             self._window.mark(self._totals())
-            with suppress(TransportError):  # it can't count its subscribers now
-                await self._watch_red_line()
+            await self._watch_red_line()
 
     async def _watch_red_line(self) -> None:
-        load = await self._load(self._members())
+        load = self._load(self._members())
         self.ops_per_s = load.ops_per_s
         await self.red_line.observe(
             ops_per_s=load.ops_per_s,
@@ -329,10 +324,10 @@ class Cluster:
             members[self._settings.instance] = self._describe()
         return members
 
-    async def show(self) -> schema.Cluster:
+    def show(self) -> schema.Cluster:
         """The whole cluster, as far as this instance sees it."""
         shard_map, members = self.view.shard_map, self._members()
-        load = await self._load(members)
+        load = self._load(members)
         return schema.Cluster(
             mode=shard_map.mode,
             epoch=shard_map.epoch,
@@ -364,11 +359,12 @@ class Cluster:
         """What has happened, as far as this instance has seen it."""
         return schema.Events(self._settings.instance, self.events.count, list(self.events))
 
-    async def _load(self, members: Mapping[str, Member]) -> "_Load":
+    def _load(self, members: Mapping[str, Member]) -> "_Load":
         """The load on the cluster.
 
         In fan-out every instance receives every message. Partitioned, a shard's owner does, and who
-        else has sessions of it; what carries no shard still reaches everyone.
+        else has sessions of it; what carries no shard still reaches everyone. Without a shared
+        store there is no other member to see, so the load is that of this instance alone.
         """
         reports = [member.report for member in members.values()]
         rates = [report.messages_per_s for report in reports]
@@ -377,8 +373,6 @@ class Cluster:
             to_all = [report.messages_per_s * report.untagged_share for report in reports]
             published = sum(report.owned_per_s for report in reports) + max(to_all, default=0.0)
             return _Load(published, sum(rates), instances)
-        if not self._is_shared:
-            instances = await self._transport.subscriber_count() or 1
         messages_per_s = max(rates, default=0.0)
         return _Load(messages_per_s, messages_per_s * instances, instances)
 

@@ -99,7 +99,6 @@ class Instance:
         self.cluster = Cluster(
             settings,
             self.gateway,
-            transport,
             coordination,
             url=url,
             on_drain=self.start_drain,

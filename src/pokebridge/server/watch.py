@@ -34,7 +34,7 @@ class Watchers:
 
     def __init__(
         self,
-        look: Callable[[], Awaitable[msgspec.Struct]],
+        look: Callable[[], msgspec.Struct],
         publish: Callable[[Sequence[Poke]], Awaitable[None]],
         poke_here: Callable[[Poke], None],
     ) -> None:
@@ -67,7 +67,7 @@ class Watchers:
         shown = None
         try:
             while self._until_s:
-                seen = await self._see()
+                seen = legible(msgspec.to_builtins(self._look()))
                 if seen != shown:
                     shown = seen
                     await self._poke([Poke(recipient) for recipient in self._until_s])
@@ -76,12 +76,6 @@ class Watchers:
                 self._until_s = {who: end for who, end in self._until_s.items() if end > now_s}
         finally:
             self._task = None
-
-    async def _see(self) -> Any:
-        try:
-            return legible(msgspec.to_builtins(await self._look()))
-        except TransportError as error:  # it can't count its subscribers now
-            return str(error)
 
     async def _poke(self, pokes: Sequence[Poke]) -> None:
         with contextlib.suppress(TransportError, TimeoutError):
