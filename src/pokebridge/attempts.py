@@ -1,7 +1,6 @@
 """Loops that no error ends, and a line in the log when a part they need fails and is back."""
 
 import asyncio
-import random
 from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from time import monotonic
@@ -9,6 +8,7 @@ from typing import Final
 
 import structlog
 
+from pokebridge.backoff import backoff_s
 from pokebridge.errors import UnavailableError
 
 BACKOFF_FIRST_S: Final = 0.1
@@ -68,12 +68,7 @@ class Attempts:
         else:
             self._failures = 0
             return True
-        longest_s = min(BACKOFF_CAP_S, BACKOFF_FIRST_S * 2 ** min(self._failures, 16))
+        pause_s = backoff_s(self._failures, first_s=BACKOFF_FIRST_S, cap_s=BACKOFF_CAP_S)
         self._failures += 1
-        await asyncio.sleep(random.uniform(0, longest_s))  # noqa: S311 - no secret
+        await asyncio.sleep(pause_s)
         return False
-
-
-def jittered(pause_s: float) -> float:
-    """``pause_s`` seconds, up to half more or less, so that processes drift apart."""
-    return pause_s * random.uniform(0.5, 1.5)  # noqa: S311 - no secret

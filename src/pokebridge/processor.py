@@ -15,7 +15,8 @@ from typing import Final, Protocol, Self
 
 import structlog
 
-from pokebridge.attempts import Attempts, Part, jittered
+from pokebridge.attempts import Attempts, Part
+from pokebridge.backoff import spread
 from pokebridge.errors import MailboxFullError
 from pokebridge.mailbox.base import Mailbox
 from pokebridge.model import NewMessage, Poke, Receipt, check_recipient
@@ -181,13 +182,13 @@ class Processor:
         attempt = Attempts()
         while True:
             if await attempt(self._sweep()):
-                await asyncio.sleep(jittered(self._sweep_every_s))
+                await asyncio.sleep(spread(self._sweep_every_s))
 
     async def _keep_purging(self) -> None:
         attempt = Attempts()
         while True:
             if await attempt(self._purge()):
-                await asyncio.sleep(jittered(self._purge_every_s))
+                await asyncio.sleep(spread(self._purge_every_s))
 
     async def _publish(self, pokes: Sequence[Poke]) -> None:
         try:

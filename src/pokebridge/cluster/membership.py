@@ -6,7 +6,6 @@ is harmless: its write names a revision that has moved on, and is refused.
 """
 
 import asyncio
-import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,6 +13,7 @@ import msgspec
 import structlog
 
 from pokebridge.assignment import balance, repair, ring
+from pokebridge.backoff import spread
 from pokebridge.coordination.base import Coordination, Document, Member
 from pokebridge.errors import ConfigError, CoordinationError, PokebridgeError
 from pokebridge.placement import Mode, ShardMap
@@ -201,7 +201,7 @@ class Membership:
         while True:
             try:
                 # A third of a lease leaves room for one renewal that is lost, and one that is late.
-                pause_s = self._lease_s / 3 * random.uniform(0.8, 1.0)  # noqa: S311 - spreads load
+                pause_s = spread(self._lease_s / 3, 0.8, 1.0)
                 await self._coordination.wait_for_change(pause_s)
                 async with asyncio.timeout(self._lease_s):
                     await self._round()
@@ -210,7 +210,7 @@ class Membership:
                 if self._trouble is None:
                     log.warning("coordination lost; the last map stays", reason=trouble)
                 self._trouble = trouble
-                await asyncio.sleep(self._lease_s / 3 * random.uniform(0.5, 1.0))  # noqa: S311 - spreads load
+                await asyncio.sleep(spread(self._lease_s / 3, 0.5, 1.0))
 
     async def _round(self) -> None:
         async with self._one_round:

@@ -5,7 +5,6 @@ counts: perhaps its recipient sleeps, perhaps it is just slow, and then one push
 """
 
 import asyncio
-import random
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ from typing import Final, Literal, Protocol
 import msgspec
 import structlog
 
-from pokebridge.attempts import Attempts, Part, jittered
+from pokebridge.attempts import Attempts, Part
+from pokebridge.backoff import backoff_s, spread
 from pokebridge.errors import UnavailableError
 from pokebridge.mailbox.pushes import OwedPush, PushQueue
 
@@ -64,8 +64,7 @@ class Retries:
 
     def pause_s(self, attempts: int) -> float:
         """The pause after so many ``attempts``."""
-        longest_s: float = min(self.longest_s, self.first_s * 2 ** min(attempts - 1, 32))
-        return longest_s * random.uniform(0.5, 1.0)  # noqa: S311 - no secret
+        return backoff_s(attempts - 1, first_s=self.first_s, cap_s=self.longest_s, least=0.5)
 
 
 class Pusher:
@@ -123,13 +122,13 @@ class Pusher:
         attempt = Attempts()
         while True:
             if await attempt(self._push_due()):
-                await asyncio.sleep(jittered(self._look_every_s))
+                await asyncio.sleep(spread(self._look_every_s))
 
     async def _keep_purging(self) -> None:
         attempt = Attempts()
         while True:
             if await attempt(self._purge()):
-                await asyncio.sleep(jittered(PURGE_EVERY_S))
+                await asyncio.sleep(spread(PURGE_EVERY_S))
 
     async def _push_due(self) -> None:
         """Begin pushes until nothing is due; one at most while the receiver fails."""

@@ -18,6 +18,7 @@ from typing import Protocol
 
 import structlog
 
+from pokebridge.backoff import spread
 from pokebridge.errors import AuthError, KeysUnavailableError, PokebridgeError, RefusedError
 from pokebridge.gateway.admission import Admission, retry_within
 from pokebridge.gateway.bridge import Bridge
@@ -336,12 +337,11 @@ class Gateway:
         if self._config.max_session_s == inf:
             return inf  # the one object for all
         # Sessions that came together must not go together.
-        return now + self._config.max_session_s * random.uniform(0.8, 1.0)  # noqa: S311 - spreads load
+        return now + spread(self._config.max_session_s, 0.8, 1.0)
 
     def _open(self, connection: Connection) -> None:
         # Sessions that came together, as after a restart, are not pinged together.
-        spread = random.uniform(0.5, 1.0)  # noqa: S311 - spreads load
-        connection.open(self._config.timing.ping_interval_s * spread)
+        connection.open(spread(self._config.timing.ping_interval_s, 0.5, 1.0))
         self.on_ready(connection.recipient, connection.session.device)
 
     def _open_waiting(self) -> None:

@@ -8,12 +8,12 @@ transport, by probes: signals that an instance publishes and then waits for.
 
 import asyncio
 import contextlib
-import random
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 import structlog
 
+from pokebridge.backoff import spread
 from pokebridge.errors import SignalError, TransportError
 from pokebridge.gateway.meter import SAMPLE_EVERY
 from pokebridge.placement import Steps, next_steps
@@ -298,7 +298,7 @@ class _Held:
         while True:
             self._doubt.clear()
             while not await self._prove():  # noqa: ASYNC110 - it is the probe that waits
-                await asyncio.sleep(_spread(self._hold.timing.retry_s, 0.5))
+                await asyncio.sleep(spread(self._hold.timing.retry_s))
             missed, self.missed, self.trouble = self.missed, False, None
             if missed:
                 log.warning("subscription restored", selection=str(self.selection))
@@ -346,13 +346,8 @@ class _Held:
         while True:
             heard = self._heard
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_spread(self._hold.probe_interval_s, 0.2)):
+                async with asyncio.timeout(spread(self._hold.probe_interval_s, 0.8, 1.2)):
                     await self._doubt.wait()
                 return
             if self._heard == heard:
                 return
-
-
-def _spread(seconds: float, share: float) -> float:
-    """``seconds``, give or take a ``share`` of it, so that instances do not march in step."""
-    return seconds * random.uniform(1 - share, 1 + share)  # noqa: S311 - spreads load

@@ -5,13 +5,13 @@ nobody knows whether an attempt whose connection broke was committed.
 """
 
 import asyncio
-import random
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 
 import asyncpg
 import structlog
 
+from pokebridge.backoff import backoff_s
 from pokebridge.errors import ConfigError, MailboxError
 
 T = TypeVar("T")
@@ -118,7 +118,7 @@ class PostgresPool:
 
     async def _keep_trying(self, work: Callable[[Connection], Awaitable[T]], timeout_s: float) -> T:
         failure: Exception | None = None
-        longest_s = _BACKOFF_FIRST_S
+        failures = 0
         try:
             async with asyncio.timeout(timeout_s):
                 while True:
@@ -127,8 +127,9 @@ class PostgresPool:
                     except _FAILURES as error:
                         _raise_unless_it_may_pass(error)
                         failure = error
-                    await asyncio.sleep(random.uniform(0, longest_s))  # noqa: S311 - no secret
-                    longest_s = min(_BACKOFF_CAP_S, 2 * longest_s)
+                    pause_s = backoff_s(failures, first_s=_BACKOFF_FIRST_S, cap_s=_BACKOFF_CAP_S)
+                    failures += 1
+                    await asyncio.sleep(pause_s)
         except TimeoutError:
             reason = _reason(failure) if failure else "it did not answer"
             raise MailboxError(

@@ -5,7 +5,6 @@ transaction (group commit), and each batch of any kind wakes the loop once.
 """
 
 import asyncio
-import random
 import sqlite3
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any, Final, NamedTuple, TypeVar
 
+from pokebridge.backoff import spread
 from pokebridge.errors import MailboxError
 
 T = TypeVar("T")
@@ -169,7 +169,7 @@ def _begin(db: sqlite3.Connection) -> None:
                 raise
         else:
             return
-        time.sleep(random.uniform(0.0005, 0.003))  # noqa: S311 - no secret
+        time.sleep(spread(0.002, 0.25, 1.5))
 
 
 def result_code(error: sqlite3.Error) -> int:

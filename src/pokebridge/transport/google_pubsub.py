@@ -9,13 +9,13 @@ found by ``sweep``, which runs after the first ``subscribe``, every hour, and fo
 
 import asyncio
 import itertools
-import random
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import structlog
 
+from pokebridge.backoff import spread
 from pokebridge.errors import ConfigError, TransportError
 from pokebridge.sharding import DEFAULT_SHARD_COUNT
 from pokebridge.transport.base import (
@@ -318,14 +318,14 @@ class GooglePubSubTransport:
         every_s = self._sweep_every_s
         if every_s is None:
             return
-        pause_s = random.uniform(0, SWEEP_SPREAD_S)  # noqa: S311 - spreads load
+        pause_s = spread(SWEEP_SPREAD_S, 0.0, 1.0)
         while True:
             await asyncio.sleep(pause_s)
             try:
                 await self.sweep()
             except TransportError as error:
                 log.warning("sweep failed", reason=str(error))
-            pause_s = random.uniform(0.9, 1.1) * every_s  # noqa: S311 - spreads load
+            pause_s = spread(every_s, 0.9, 1.1)
 
     def _check_open(self) -> None:
         if self._closed:

@@ -12,13 +12,13 @@ janitor miss an orphan until the next sweep, never take a live one for dead.
 """
 
 import asyncio
-import random
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from pokebridge.backoff import spread
 from pokebridge.transport.google_pubsub_api import CALL_TIMEOUT_S, PubSubApi, PubSubError
 
 NAME_PREFIX = "poke-sub-"
@@ -166,7 +166,7 @@ class Sweep:
                 await self.publish({suspect.target for suspect in undecided})
             looks += 1
             # Not in step with other janitors, who have for a moment what they look at.
-            await asyncio.sleep(self._look_every_s * random.uniform(0.75, 1.25))  # noqa: S311
+            await asyncio.sleep(spread(self._look_every_s, 0.75, 1.25))
             now_s = time.monotonic()
             await asyncio.gather(*(self._look(s) for s in undecided if s.due_s <= now_s))
             undecided = [s for s in undecided if not (s.is_alive or s.is_dead)]

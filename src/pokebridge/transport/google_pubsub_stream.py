@@ -15,7 +15,6 @@ A gap is reported only when a probe has come through the restored stream.
 """
 
 import asyncio
-import random
 import secrets
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -23,6 +22,7 @@ from typing import Any, NamedTuple
 
 import structlog
 
+from pokebridge.backoff import backoff_s
 from pokebridge.errors import TransportError
 from pokebridge.transport.base import Feed, Receiver, Selection, Signal
 from pokebridge.transport.google_pubsub_api import (
@@ -232,7 +232,7 @@ class PulledSubscription:
         self._task = asyncio.create_task(self._run(), name=self.name)
 
     async def _run(self) -> None:
-        attempts = 0
+        failures = 0
         while True:
             began_s = self._loop.time()
             try:
@@ -245,10 +245,9 @@ class PulledSubscription:
             except Exception:  # whatever it was, to give up is to go silent
                 log.exception("stream broke", subscription=self.name)
             if self._loop.time() - began_s > STABLE_S:
-                attempts = 0
-            cap_s = min(BACKOFF_CAP_S, BACKOFF_BASE_S * 2**attempts)
-            await asyncio.sleep(random.uniform(0, cap_s))  # noqa: S311 - spreads load
-            attempts = min(attempts + 1, 10)
+                failures = 0
+            await asyncio.sleep(backoff_s(failures, first_s=BACKOFF_BASE_S, cap_s=BACKOFF_CAP_S))
+            failures += 1
 
     def _note(self, error: PubSubError) -> None:
         self.trouble = str(error)

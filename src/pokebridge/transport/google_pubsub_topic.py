@@ -1,13 +1,13 @@
 """A topic of Google Pub/Sub: it publishes, and is restored when it is missing."""
 
 import asyncio
-import random
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol
 
 import structlog
 
+from pokebridge.backoff import backoff_s
 from pokebridge.errors import ConfigError
 from pokebridge.transport.base import Signal
 from pokebridge.transport.google_pubsub_api import PubSubApi, PubSubError, PubsubMessage
@@ -112,16 +112,19 @@ class Topic:
     async def _publish(self, batch: list[Any]) -> None:
         loop = asyncio.get_running_loop()
         end_s = loop.time() + PUBLISH_FOR_S
-        cap_s = PUBLISH_BACKOFF_BASE_S
+        failures = 0
         publish = partial(self._api.call, "Publish", topic=self.name, messages=batch)
         while True:
+            pause_s = backoff_s(
+                failures, first_s=PUBLISH_BACKOFF_BASE_S, cap_s=PUBLISH_BACKOFF_CAP_S
+            )
             try:
                 return await self.needed_by(publish)
             except PubSubError as error:
-                if not error.is_transient or loop.time() + cap_s > end_s:
+                if not error.is_transient or loop.time() + pause_s > end_s:
                     raise
-            await asyncio.sleep(random.uniform(0, cap_s))  # noqa: S311 - spreads load
-            cap_s = min(2 * cap_s, PUBLISH_BACKOFF_CAP_S)
+            failures += 1
+            await asyncio.sleep(pause_s)
 
 
 def _batches(signals: Sequence[Signal]) -> Iterator[list[Any]]:

@@ -19,6 +19,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import structlog
 
+from pokebridge.backoff import backoff_s
 from pokebridge.errors import ConfigError, TransportError
 from pokebridge.transport.base import Receiver, Selection
 
@@ -268,10 +269,10 @@ class ReconnectingLink(Generic[C]):
         return connection.lost.result()
 
     async def _restore(self) -> None:
-        cap_s = BACKOFF_BASE_S
+        failures = 0
         while self._connection is None:
-            await asyncio.sleep(random.uniform(0, cap_s))  # noqa: S311 - spreads load
-            cap_s = min(2 * cap_s, BACKOFF_CAP_S)
+            await asyncio.sleep(backoff_s(failures, first_s=BACKOFF_BASE_S, cap_s=BACKOFF_CAP_S))
+            failures += 1
             try:
                 async with self._lock:
                     self._connection = await self._open_connection()
