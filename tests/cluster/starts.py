@@ -18,7 +18,7 @@ PATIENCE_S = 30.0
 
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(
-    ["tests.cluster.starts", "pokebridge.cli.serve", "pokebridge.server"]
+    ["tests.cluster.starts", "pokebridge.cli.serve", "pokebridge.server.uvicorn_server"]
     + [f"pokebridge.{part}.memory" for part in ("mailbox", "coordination")]
     + ["pokebridge.transport.google_pubsub"]
 )

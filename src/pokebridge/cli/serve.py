@@ -64,7 +64,7 @@ def serve(config: Path | None, **overrides: Any) -> None:
 def run_instance(settings: Settings) -> None:
     """Run an instance with ``settings``, and the parts that its roles need, until SIGTERM."""
     # The web framework takes half a second to import; the other commands do without.
-    from pokebridge import server  # noqa: PLC0415
+    from pokebridge.server.uvicorn_server import serve as serve_instance  # noqa: PLC0415
 
     configure_logging(settings.log_format, settings.log_level)
     tracing = open_tracing(settings.instance) if settings.tracing else None
@@ -99,7 +99,7 @@ def run_instance(settings: Settings) -> None:
             if settings.ingress is not None and "processor" in settings.roles:
                 ingress = await open_ingress(settings.ingress, cluster=settings.cluster)
                 opened.push_async_callback(ingress.close)
-            await server.serve(
+            await serve_instance(
                 settings,
                 transport=transport,
                 mailbox=mailbox,
