@@ -18,7 +18,7 @@ from time import perf_counter
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 
-from pokebridge.cli.api import Api
+from pokebridge.api_client import ApiClient
 from pokebridge.errors import PokebridgeError
 
 HANDSHAKE_TIMEOUT_S = 30.0
@@ -81,7 +81,7 @@ class _Client:
 class Load:
     """Carries out a :class:`Plan` against the instance behind ``api``."""
 
-    def __init__(self, api: Api, plan: Plan) -> None:
+    def __init__(self, api: ApiClient, plan: Plan) -> None:
         self.tally = Tally()
         self._api = api
         self._plan = plan

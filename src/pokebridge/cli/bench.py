@@ -11,7 +11,7 @@ import uvloop
 from click.core import ParameterSource
 
 from pokebridge.bench.load import Load, Plan, Tally
-from pokebridge.cli.api import Access, Api, api_options
+from pokebridge.cli.api import Access, api_options
 from pokebridge.cli.options import allow_clients, json_option
 from pokebridge.cli.storm import storm
 from pokebridge.errors import UnavailableError
@@ -101,7 +101,7 @@ def _refuse_own_options(ctx: click.Context) -> None:
 
 
 async def _bench(access: Access, plan: Plan) -> Tally:
-    async with Api(access) as api:
+    async with access.open() as api:
         load = Load(api, plan)
         progress = asyncio.create_task(_show_progress(load))
         try:

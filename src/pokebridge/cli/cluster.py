@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from pokebridge.cli.api import Access, Api, api_options
+from pokebridge.cli.api import Access, api_options
 from pokebridge.cli.options import json_option
 from pokebridge.errors import UnavailableError
 
@@ -84,7 +84,7 @@ async def _migrate(
     access: Access, mode: str, timeout_s: float, *, force: bool, as_json: bool
 ) -> None:
     async with _Looker(access) as looker:
-        await looker.ask("PUT", "/v1/cluster/mode", {"mode": mode, "force": force})
+        await looker.migrate(mode, force=force)
         done: set[str] = set()
 
         def is_done(view: View) -> bool:
@@ -122,7 +122,7 @@ def drain(instance: str, *, timeout_s: float, as_json: bool, **access: Any) -> N
 
 async def _drain(access: Access, instance: str, timeout_s: float, *, as_json: bool) -> None:
     async with _Looker(access) as looker:
-        await looker.ask("POST", "/v1/cluster/drain", {"instance": instance})
+        await looker.drain(instance)
         told = -1
 
         def is_done(view: View) -> bool:
@@ -142,7 +142,7 @@ class _Looker:
     """Sees the cluster through one of its instances. Close it (``async with``)."""
 
     def __init__(self, access: Access) -> None:
-        self._api = Api(access)
+        self._api = access.open()
         self._token = ""
 
     async def __aenter__(self) -> Self:
@@ -158,8 +158,11 @@ class _Looker:
     ) -> None:
         await self._api.__aexit__(kind, error, traceback)
 
-    async def ask(self, method: str, path: str, body: Any) -> None:
-        await self._api.send(method, path, self._token, body)
+    async def migrate(self, mode: str, *, force: bool) -> None:
+        await self._api.put("/v1/cluster/mode", self._token, {"mode": mode, "force": force})
+
+    async def drain(self, instance: str) -> None:
+        await self._api.post("/v1/cluster/drain", self._token, {"instance": instance})
 
     async def look(self) -> View:
         return await self._api.get("/v1/cluster", self._token)

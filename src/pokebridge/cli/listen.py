@@ -9,7 +9,7 @@ from typing import Any
 import click
 import msgspec
 
-from pokebridge.cli.api import Access, Api, api_options
+from pokebridge.cli.api import Access, api_options
 from pokebridge.cli.options import json_option
 from pokebridge.client import PokeClient, ReceivedMessage
 from pokebridge.client.core import CLOSE_TOKEN, parse_frame
@@ -47,7 +47,7 @@ def listen(recipient: str, after: int, device: str, *, as_json: bool, **access: 
 async def _listen(
     recipient: str, after: int, device: str, access: Access, *, as_json: bool
 ) -> None:
-    async with Api(access) as api:
+    async with access.open() as api:
 
         async def new_token() -> str:
             return await api.token_for(recipient, [])

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pokebridge.bench.plot import PlotFile, save_plot
-from pokebridge.cli.api import Access, Api, token_option
+from pokebridge.cli.api import Access, token_option
 from pokebridge.cli.options import config_option, json_option
 from pokebridge.cli.publish import SUBJECT
 from pokebridge.costs import (
@@ -174,7 +174,7 @@ def plan(
 
 async def _measure(access: Access) -> _Measured:
     """The load of the running cluster."""
-    async with Api(access) as api:
+    async with access.open() as api:
         cluster = await api.get("/v1/cluster", await api.token_for(SUBJECT, ["admin"]))
     try:
         traffic, members = cluster["traffic"], cluster["instances"]

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import click
 
-from pokebridge.cli.api import Access, Api, api_options
+from pokebridge.cli.api import Access, api_options
 from pokebridge.cli.options import json_option
 
 # Of one POST /v1/pokes (protocol.md section 4).
@@ -30,7 +30,7 @@ def poke(recipients: tuple[str, ...], *, as_json: bool, **access: Any) -> None:
 
 async def _poke(recipients: tuple[str, ...], access: Access) -> int:
     accepted = 0
-    async with Api(access) as api:
+    async with access.open() as api:
         token = await api.token_for(SUBJECT, ["poke"])
         for start in range(0, len(recipients), RECIPIENTS_PER_REQUEST):
             body = {"recipients": recipients[start : start + RECIPIENTS_PER_REQUEST]}
@@ -76,7 +76,7 @@ def send(
 
 
 async def _send(message: dict[str, Any], access: Access) -> dict[str, Any]:
-    async with Api(access) as api:
+    async with access.open() as api:
         return await api.post("/v1/messages", await api.token_for(SUBJECT, ["send"]), message)
 
 
