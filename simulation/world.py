@@ -423,8 +423,8 @@ class World:
         if any(each != maps[0] for each in maps):
             return f"instances disagree on the map: epochs {[each.epoch for each in maps]}"
         for each in instances:
-            if not each.real.gateway.hold.settled:
-                return f"the hold of {each.name} is not settled"
+            if not each.real.gateway.subscriptions.settled:
+                return f"the subscriptions of {each.name} are not settled"
         shard_map = maps[0]
         held = Counter(shard_map.owners)
         fair = shard_map.shard_count / len(instances)

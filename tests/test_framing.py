@@ -11,7 +11,7 @@ from websockets.frames import Opcode as TheirOpcode
 from pokebridge.errors import FrameError
 from pokebridge.framing import (
     MAX_MESSAGE_BYTES,
-    Event,
+    FrameEvent,
     FrameParser,
     Opcode,
     decode_close,
@@ -40,7 +40,7 @@ texts = st.text(max_size=400).map(str.encode)
 
 
 @st.composite
-def conversations(draw: st.DrawFn) -> tuple[bytes, list[Event]]:
+def conversations(draw: st.DrawFn) -> tuple[bytes, list[FrameEvent]]:
     """Valid client bytes, with fragments and control frames between, and what they mean."""
     data, events = b"", []
     for _ in range(draw(st.integers(1, 4))):
@@ -53,14 +53,14 @@ def conversations(draw: st.DrawFn) -> tuple[bytes, list[Event]]:
             if number < len(parts) - 1 and draw(st.booleans()):
                 ping = draw(st.binary(max_size=125))
                 data += client_frame(Opcode.PING, ping)
-                events.append(Event(Opcode.PING, ping))
-        events.append(Event(Opcode.TEXT, payload))
+                events.append(FrameEvent(Opcode.PING, ping))
+        events.append(FrameEvent(Opcode.TEXT, payload))
     return data, events
 
 
 @given(conversations(), st.data())
 def test_any_split_of_valid_bytes_means_the_same(
-    conversation: tuple[bytes, list[Event]], data: st.DataObject
+    conversation: tuple[bytes, list[FrameEvent]], data: st.DataObject
 ) -> None:
     """Fragments and control frames come out whole and in order however TCP cuts the bytes."""
     stream, expected = conversation
@@ -134,9 +134,9 @@ def test_an_oversize_message_is_refused_by_its_header() -> None:
 def test_a_message_of_exactly_the_limit_passes() -> None:
     """4 KiB is allowed, whole or in fragments."""
     payload = b"x" * MAX_MESSAGE_BYTES
-    assert FrameParser().feed(client_frame(1, payload)) == [Event(Opcode.TEXT, payload)]
+    assert FrameParser().feed(client_frame(1, payload)) == [FrameEvent(Opcode.TEXT, payload)]
     pieces = client_frame(1, payload[:1000], fin=False) + client_frame(0, payload[1000:])
-    assert FrameParser().feed(pieces) == [Event(Opcode.TEXT, payload)]
+    assert FrameParser().feed(pieces) == [FrameEvent(Opcode.TEXT, payload)]
 
 
 def test_a_parser_is_idle_only_between_messages() -> None:

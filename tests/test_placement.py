@@ -1,4 +1,4 @@
-"""What an instance holds, and the way from one hold to another."""
+"""What an instance holds, and the way from one set of subscriptions to another."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,9 +32,9 @@ def test_fan_out_holds_everything() -> None:
 
 
 def test_partitioned_holds_owned_and_interesting_shards_and_the_untagged() -> None:
-    """The hold is what the map gives, what sessions need, and signals without a shard."""
-    hold = Placement("me", RULES).decide(make_map("partitioned", {1, 2}), {2, 7}, 0)
-    assert hold == {1, 2, 7, Feed.UNTAGGED}
+    """What is wanted is what the map gives, what sessions need, and signals without a shard."""
+    wanted = Placement("me", RULES).decide(make_map("partitioned", {1, 2}), {2, 7}, 0)
+    assert wanted == {1, 2, 7, Feed.UNTAGGED}
 
 
 def test_a_shard_lingers() -> None:
@@ -69,7 +69,7 @@ class MakeBeforeBreak(RuleBasedStateMachine):
         self.step()
 
     def step(self) -> None:
-        """What ``Hold`` does: subscribe to the new, drop what may go."""
+        """What ``SubscriptionManager`` does: subscribe to the new, drop what may go."""
         wanted = self.placement.decide(self.shard_map, self.interest, self.now)
         before = covered(self.held)
         steps = next_steps(wanted, self.held)

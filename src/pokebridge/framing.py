@@ -29,7 +29,7 @@ class Opcode(IntEnum):
     PONG = 10
 
 
-class Event(NamedTuple):
+class FrameEvent(NamedTuple):
     """A whole text message, or a control frame, that the peer sent."""
 
     opcode: Opcode
@@ -92,7 +92,7 @@ class FrameParser:
         """Whether nothing is pending, so that the parser may be dropped and made anew."""
         return not self._buffer and self._fragments is None
 
-    def feed(self, data: bytes) -> list[Event]:
+    def feed(self, data: bytes) -> list[FrameEvent]:
         """The events that ``data`` completes.
 
         Raises:
@@ -155,14 +155,14 @@ class FrameParser:
             raise FrameError(1003, "text messages only")
         return opcode
 
-    def _take(self, final: bool, opcode: Opcode, payload: bytes) -> Event | None:  # noqa: FBT001 - a frame's own fields, in order
+    def _take(self, final: bool, opcode: Opcode, payload: bytes) -> FrameEvent | None:  # noqa: FBT001 - a frame's own fields, in order
         """Add a frame to what is pending; the event that it completes, if it does."""
         if opcode >= Opcode.CLOSE:
-            return Event(opcode, payload)
+            return FrameEvent(opcode, payload)
         if self._fragments is None:
             if final:
                 check_utf8(payload)
-                return Event(Opcode.TEXT, payload)
+                return FrameEvent(Opcode.TEXT, payload)
             self._fragments = bytearray(payload)
             return None
         self._fragments += payload
@@ -171,7 +171,7 @@ class FrameParser:
         message = bytes(self._fragments)
         self._fragments = None
         check_utf8(message)
-        return Event(Opcode.TEXT, message)
+        return FrameEvent(Opcode.TEXT, message)
 
 
 def _unmask(payload: bytes, mask: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""Which shards an instance holds: ``hold = owned + interest`` (ARCHITECTURE.md).
+"""Which shards an instance subscribes to: ``subscribed = owned + interest`` (ARCHITECTURE.md).
 
 Ownership is for efficiency: the shard map gives each shard one owner, and clients are led there.
 Interest is for correctness: whoever has a session has its shard too, owner or not. So a stale map,
@@ -43,7 +43,7 @@ class ShardMap:
 
 @dataclass(frozen=True, slots=True)
 class PlacementRules:
-    """When a hold changes its kind."""
+    """When what an instance subscribes to changes its kind."""
 
     linger_s: float = 30.0
     """A shard without owner's duty and sessions stays so long: its clients often come back."""

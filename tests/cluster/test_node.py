@@ -98,12 +98,12 @@ async def test_a_migration_there_and_back(nodes: Nodes) -> None:
     """Each instance holds its shards once partitioned, and everything again in fan-out."""
     one, two = await nodes.add("one"), await nodes.add("two")
     await wait_until(shares(one, two), what="a balanced map")
-    assert one.gateway.hold.selections == {Feed.ALL}
+    assert one.gateway.subscriptions.selections == {Feed.ALL}
     await two.cluster.migrate("partitioned", force=False)
 
     def holds_its_shards(node: Node) -> bool:
-        hold = node.gateway.hold
-        return hold.settled and hold.selections == node.owned | {Feed.UNTAGGED}
+        subscriptions = node.gateway.subscriptions
+        return subscriptions.settled and subscriptions.selections == node.owned | {Feed.UNTAGGED}
 
     await wait_until(
         lambda: holds_its_shards(one) and holds_its_shards(two),
@@ -114,7 +114,7 @@ async def test_a_migration_there_and_back(nodes: Nodes) -> None:
     assert sorted(shard for each in shown.instances for shard in each.shards) == list(range(SHARDS))
     await one.cluster.migrate("fanout", force=False)
     await wait_until(
-        lambda: all(node.gateway.hold.selections == {Feed.ALL} for node in (one, two)),
+        lambda: all(node.gateway.subscriptions.selections == {Feed.ALL} for node in (one, two)),
         what="fan-out again",
     )
 

@@ -17,7 +17,7 @@ from websockets.frames import Frame
 from websockets.frames import Opcode as TheirOpcode
 
 from pokebridge.gateway.gateway import Gateway, GatewayConfig
-from pokebridge.gateway.subscriptions import HoldTiming
+from pokebridge.gateway.subscriptions import SubscriptionTiming
 from pokebridge.model import Poke
 from pokebridge.publisher import Publisher
 from pokebridge.server.http import HttpProtocol
@@ -130,7 +130,9 @@ async def running(
         GatewayConfig(
             instance="i-1",
             timing=timing,
-            hold_timing=HoldTiming(silence_s=0.2, probe_timeout_s=0.2, retry_s=0.05, parting_s=0.1),
+            subscription_timing=SubscriptionTiming(
+                silence_s=0.2, probe_timeout_s=0.2, retry_s=0.05, retire_delay_s=0.1
+            ),
         ),
         **config,
     )

@@ -1,6 +1,7 @@
 """The bridge's promise: ``ready`` only when live, and nobody left asleep by a gap."""
 
 import asyncio
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from pokebridge.gateway.shard_routing import Reach
 from pokebridge.placement import ShardMap
 from pokebridge.sharding import shard_of
-from pokebridge.transport.base import Feed
+from pokebridge.transport.base import Feed, Selection
 from tests.gateway.harness import BOB, QUICK, Running, running
 from tests.support.waiting import wait_until
 
@@ -17,7 +18,7 @@ async def test_ready_waits_until_the_subscription_is_proven() -> None:
     """No ``ready`` while probes do not come back; it comes once they do."""
     async with running() as server:
         server.transport.deaf = True
-        await wait_until(lambda: not server.gateway.hold.covers(BOB))
+        await wait_until(lambda: not server.gateway.subscriptions.covers(BOB))
         client = await server.connect()
         with pytest.raises(TimeoutError):
             await client.frame(0.4)
@@ -29,7 +30,7 @@ async def test_never_proven_is_1013_in_bounded_time() -> None:
     """A client is sent elsewhere when the subscription does not become live."""
     async with running(QUICK) as server:
         server.transport.deaf = True
-        await wait_until(lambda: not server.gateway.hold.covers(BOB))
+        await wait_until(lambda: not server.gateway.subscriptions.covers(BOB))
         client = await server.connect()
         assert await client.closed() == 1013
 
@@ -39,15 +40,15 @@ async def test_silent_deafness_is_noticed_and_healed() -> None:
     async with running() as server:
         clients = [await server.open(f"urn:user:{number}") for number in range(3)]
         server.transport.deaf = True
-        assert not server.gateway.hold.is_in_doubt
-        await wait_until(lambda: server.gateway.hold.trouble is not None)
-        assert server.gateway.hold.is_in_doubt
+        assert not server.gateway.subscriptions.is_in_doubt
+        await wait_until(lambda: server.gateway.subscriptions.trouble is not None)
+        assert server.gateway.subscriptions.is_in_doubt
         await server.poke("urn:user:0")  # lost
         server.transport.deaf = False
         for client in clients:
             assert (await client.message())["type"] == "poke"
-        assert server.gateway.hold.trouble is None
-        assert not server.gateway.hold.is_in_doubt
+        assert server.gateway.subscriptions.trouble is None
+        assert not server.gateway.subscriptions.is_in_doubt
 
 
 async def test_a_reported_gap_wakes_everyone_with_a_window() -> None:
@@ -58,19 +59,19 @@ async def test_a_reported_gap_wakes_everyone_with_a_window() -> None:
             receiver.on_gap(Feed.ALL, "the test says so")
         for client in clients:
             assert await client.message() == {"type": "poke", "within_ms": 20}
-        assert server.gateway.hold.gaps == 1
+        assert server.gateway.subscriptions.gaps == 1
 
 
 async def test_a_quiet_bridge_probes_and_a_busy_one_does_not() -> None:
     """Probes are sent when nothing is heard, and spared while signals flow."""
     async with running() as server:
-        hold = server.gateway.hold
-        await wait_until(lambda: hold.probes >= 3)
-        before = hold.probes
+        subscriptions = server.gateway.subscriptions
+        await wait_until(lambda: subscriptions.probes >= 3)
+        before = subscriptions.probes
         for _ in range(20):
             await server.poke()
             await asyncio.sleep(0.05)
-        assert hold.probes <= before + 1
+        assert subscriptions.probes <= before + 1
 
 
 async def test_pokes_for_nobody_here_are_noise() -> None:
@@ -87,14 +88,14 @@ async def test_pokes_for_nobody_here_are_noise() -> None:
 async def test_a_client_of_another_owner_is_moved_once_and_then_served() -> None:
     """Partitioned: a session lands elsewhere, is told where its home is, and served if it stays."""
     async with running() as server:
-        count = server.gateway.homing.shard_map.shard_count
+        count = server.gateway.shard_routing.shard_map.shard_count
         there = ShardMap(1, "partitioned", ("other",) * count)
         server.gateway.apply(there, {"other": Reach("ws://other.example/v1/connect", "1")})
         client = await server.connect()
         assert await client.message() == {"type": "move", "url": "ws://other.example/v1/connect"}
         assert await client.closed() == 4307
         moved = await server.open(path="/v1/connect?moved=1")
-        await wait_until(lambda: shard_of(BOB) in server.gateway.hold.selections)
+        await wait_until(lambda: shard_of(BOB) in server.gateway.subscriptions.selections)
         await server.poke(version=3)
         assert await moved.message() == {"type": "poke", "version": 3}
 
@@ -103,7 +104,7 @@ async def test_a_migration_under_traffic_loses_no_poke() -> None:
     """Fan-out to partitioned and back: every poke arrives, and the old subscription goes last."""
     async with running() as server:
         client = await server.open()
-        count = server.gateway.homing.shard_map.shard_count
+        count = server.gateway.shard_routing.shard_map.shard_count
         mine = ShardMap(1, "partitioned", ("i-1",) + ("other",) * (count - 1))
         for version, shard_map in enumerate([mine, replace(mine, mode="fanout")] * 3, start=1):
             server.gateway.apply(shard_map, {})
@@ -111,13 +112,18 @@ async def test_a_migration_under_traffic_loses_no_poke() -> None:
             heard = await client.message()
             while heard.get("version") != version:  # doubled where old and new overlap
                 heard = await client.message()
-            wanted = {Feed.ALL} if shard_map.mode == "fanout" else {0, shard_of(BOB), Feed.UNTAGGED}
-            await wait_until(lambda wanted=wanted: server.gateway.hold.selections == wanted)  # type: ignore[misc]
+            wanted: set[Selection] = {0, shard_of(BOB), Feed.UNTAGGED}
+            await subscribed_to(server, {Feed.ALL} if shard_map.mode == "fanout" else wanted)
+
+
+async def subscribed_to(server: Running, wanted: AbstractSet[Selection]) -> None:
+    """Return once the instance is subscribed to what is wanted, and to nothing else."""
+    await wait_until(lambda: server.gateway.subscriptions.selections == wanted)
 
 
 def bobs_mine(server: Running) -> ShardMap:
     """The map that gives Bob's shard to the instance under test, and the others to nobody."""
-    count = server.gateway.homing.shard_map.shard_count
+    count = server.gateway.shard_routing.shard_map.shard_count
     owners = ["i-1" if shard == shard_of(BOB) else None for shard in range(count)]
     return ShardMap(1, "partitioned", tuple(owners))
 
@@ -126,13 +132,15 @@ async def test_a_gap_in_what_is_about_to_go_wakes_everyone() -> None:
     """A migration does not close the old subscription over a gap that it is about to report."""
     async with running() as server:
         client = await server.open()
-        hold = server.gateway.hold
+        subscriptions = server.gateway.subscriptions
         server.gateway.apply(bobs_mine(server), {})
-        await wait_until(lambda: shard_of(BOB) in hold.selections and hold.trouble is None)
-        assert Feed.ALL in hold.selections
+        await wait_until(
+            lambda: shard_of(BOB) in subscriptions.selections and subscriptions.trouble is None
+        )
+        assert Feed.ALL in subscriptions.selections
         server.transport.receivers[0].on_gap(Feed.ALL, "the test says so")
         assert "within_ms" in await client.message()
-        await wait_until(lambda: hold.settled)
+        await wait_until(lambda: subscriptions.settled)
 
 
 async def test_what_goes_without_an_answer_may_have_missed_something() -> None:
@@ -144,28 +152,30 @@ async def test_what_goes_without_an_answer_may_have_missed_something() -> None:
         await server.poke()  # lost
         server.gateway.apply(bobs_mine(server), {})
         assert "within_ms" in await client.message()
-        await wait_until(lambda: server.gateway.hold.settled)
+        await wait_until(lambda: server.gateway.subscriptions.settled)
 
 
 async def test_what_is_needed_again_stays() -> None:
     """A migration back, before the old subscription has gone, keeps it."""
     async with running() as server:
         await server.open()
-        hold, mine = server.gateway.hold, bobs_mine(server)
+        subscriptions, mine = server.gateway.subscriptions, bobs_mine(server)
         server.gateway.apply(mine, {})
-        await wait_until(lambda: hold.trouble is None and len(hold.selections) > 1)
+        await wait_until(
+            lambda: subscriptions.trouble is None and len(subscriptions.selections) > 1
+        )
         server.gateway.apply(replace(mine, epoch=2, mode="fanout"), {})
-        await wait_until(lambda: hold.settled)
+        await wait_until(lambda: subscriptions.settled)
         assert server.transport.subscribed.count(Feed.ALL) == 1
 
 
 async def test_a_session_is_not_left_when_what_covers_it_goes() -> None:
     """Accepted on the strength of the old subscription, it has its shard subscribed at once."""
     async with running() as server:
-        hold = server.gateway.hold
-        count = server.gateway.homing.shard_map.shard_count
+        subscriptions = server.gateway.subscriptions
+        count = server.gateway.shard_routing.shard_map.shard_count
         elsewhere = ShardMap(1, "partitioned", ("i-1",) + (None,) * (count - 1))
         server.gateway.apply(elsewhere, {})
-        assert hold.covers(BOB)
+        assert subscriptions.covers(BOB)
         await server.open()
-        assert shard_of(BOB) in hold.selections
+        assert shard_of(BOB) in subscriptions.selections

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from pokebridge.gateway.shard_routing import Homing, Reach
+from pokebridge.gateway.shard_routing import Reach, ShardRouting
 from pokebridge.placement import Placement, ShardMap
 from pokebridge.sharding import shard_of
 
@@ -24,9 +24,9 @@ def reached(urls: Mapping[str, str], incarnation: str = "first") -> dict[str, Re
     return {name: Reach(url, incarnation) for name, url in urls.items()}
 
 
-def homing() -> Homing:
+def make_routing() -> ShardRouting:
     """The instance ``here``, on which Bob has a session."""
-    made = Homing("here", ShardMap(0, "fanout", (None,) * SHARDS), Placement("here"))
+    made = ShardRouting("here", ShardMap(0, "fanout", (None,) * SHARDS), Placement("here"))
     made.enter(BOB)
     return made
 
@@ -47,23 +47,23 @@ def test_a_session_follows_its_shard_where_the_owner_can_be_reached(
     owner: str | None, urls: Mapping[str, str], url: str | None
 ) -> None:
     """To the owner's own URL, and nowhere when there is none that leads to it alone."""
-    home = homing()
-    moved = home.see(owned_by(owner), reached(urls))
-    assert home.url_for(BOB) == url
+    routing = make_routing()
+    moved = routing.see(owned_by(owner), reached(urls))
+    assert routing.url_for(BOB) == url
     assert moved == (frozenset() if url is None else {shard_of(BOB, SHARDS)})
 
 
 def test_sessions_are_not_told_twice() -> None:
     """A map that changes nothing for their shard sends nobody away again."""
-    home, members = homing(), reached({"there": "wss://there"})
-    assert home.see(owned_by("there"), members)
-    assert not home.see(owned_by("there", epoch=2), members)
+    routing, members = make_routing(), reached({"there": "wss://there"})
+    assert routing.see(owned_by("there"), members)
+    assert not routing.see(owned_by("there", epoch=2), members)
 
 
 def test_sessions_go_home_to_an_owner_that_is_back_before_anybody_missed_it() -> None:
     """It died and came back within its lease: the map is the same, and its sessions had fled."""
-    home, shard = homing(), shard_of(BOB, SHARDS)
-    assert home.see(owned_by("there"), reached({"there": "wss://there"})) == {shard}
+    routing, shard = make_routing(), shard_of(BOB, SHARDS)
+    assert routing.see(owned_by("there"), reached({"there": "wss://there"})) == {shard}
     again = reached({"there": "wss://there"}, incarnation="second")
-    assert home.see(owned_by("there"), again) == {shard}
-    assert not home.see(owned_by("there"), again)
+    assert routing.see(owned_by("there"), again) == {shard}
+    assert not routing.see(owned_by("there"), again)

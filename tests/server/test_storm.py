@@ -118,7 +118,9 @@ async def test_ready_is_spread_over_those_who_had_to_wait_for_it() -> None:
     async with running() as server:
         server.gateway.pulls_per_s = 50.0
         server.transport.deaf = True
-        await wait_until(lambda: not server.gateway.hold.covers("x"), what="deafness noticed")
+        await wait_until(
+            lambda: not server.gateway.subscriptions.covers("x"), what="deafness noticed"
+        )
         clients = [await server.connect(f"urn:user:{n}") for n in range(20)]
         server.transport.deaf = False
 

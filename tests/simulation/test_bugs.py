@@ -12,8 +12,8 @@ from pokebridge.errors import UnavailableError
 from pokebridge.gateway import subscriptions
 from pokebridge.gateway.gateway import Gateway
 from pokebridge.gateway.session_map import SessionMap
-from pokebridge.gateway.shard_routing import Homing
-from pokebridge.gateway.subscriptions import Hold
+from pokebridge.gateway.shard_routing import ShardRouting
+from pokebridge.gateway.subscriptions import SubscriptionManager
 from pokebridge.model import Feed, NewMessage, Poke, Receipt
 from pokebridge.placement import Placement, ShardMap, Steps
 from pokebridge.processor import Processor
@@ -32,16 +32,16 @@ def break_before_make(patch: pytest.MonkeyPatch) -> None:
     def next_steps(wanted: Any, held: Any) -> Steps:
         return Steps(frozenset(wanted - held.keys()), frozenset(held.keys() - wanted))
 
-    async def part(self: Any) -> None:
-        self._hold.let_go(self)
+    async def retire(self: Any) -> None:
+        self._manager.release(self)
 
     patch.setattr(subscriptions, "next_steps", next_steps)
-    patch.setattr(subscriptions._Held, "_part", part)
+    patch.setattr(subscriptions._ManagedSubscription, "_retire", retire)
 
 
 def ready_before_live(patch: pytest.MonkeyPatch) -> None:
     """``ready`` does not wait for the subscription to be proven."""
-    patch.setattr(Hold, "covers", lambda _self, _recipient: True)
+    patch.setattr(SubscriptionManager, "covers", lambda _self, _recipient: True)
 
 
 def no_gap_poke(patch: pytest.MonkeyPatch) -> None:
@@ -97,7 +97,7 @@ def no_sweep(patch: pytest.MonkeyPatch) -> None:
 
 def owners_only(patch: pytest.MonkeyPatch) -> None:
     """An instance holds what it owns, and not the shards of its own sessions."""
-    patch.setattr(Homing, "interest", property(lambda _self: frozenset()))
+    patch.setattr(ShardRouting, "interest", property(lambda _self: frozenset()))
 
 
 def untagged_unheard(patch: pytest.MonkeyPatch) -> None:
@@ -106,24 +106,24 @@ def untagged_unheard(patch: pytest.MonkeyPatch) -> None:
     def decide(self: Placement, *given: Any) -> frozenset[Any]:
         return real(self, *given) - {Feed.UNTAGGED}
 
-    def covers(self: Hold, recipient: str) -> bool:
+    def covers(self: SubscriptionManager, recipient: str) -> bool:
         shard = shard_of(recipient, self._shard_count)
         return self._is_live(Feed.ALL) or self._is_live(shard)
 
     real = Placement.decide
     patch.setattr(Placement, "decide", decide)
-    patch.setattr(Hold, "covers", covers)
+    patch.setattr(SubscriptionManager, "covers", covers)
 
 
-def gap_forgotten_at_parting(patch: pytest.MonkeyPatch) -> None:
+def gap_forgotten_at_retiring(patch: pytest.MonkeyPatch) -> None:
     """A subscription that is replaced takes a gap along that nobody was told of."""
 
-    async def part(self: Any) -> None:
+    async def retire(self: Any) -> None:
         self.missed = False
-        self._parting = None
-        self._hold.let_go(self)
+        self._retiring = None
+        self._manager.release(self)
 
-    patch.setattr(subscriptions._Held, "_part", part)
+    patch.setattr(subscriptions._ManagedSubscription, "_retire", retire)
 
 
 def confirmed_unpublished(patch: pytest.MonkeyPatch) -> None:
@@ -150,7 +150,7 @@ PLANTS: list[tuple[Plant, str]] = [
     (no_sweep, "no silence"),
     (owners_only, "all recovers"),
     (untagged_unheard, "ready only when live"),
-    (gap_forgotten_at_parting, "no silence"),
+    (gap_forgotten_at_retiring, "no silence"),
     (confirmed_unpublished, "no silence"),
 ]
 """Each bug, and the invariant that it breaks."""

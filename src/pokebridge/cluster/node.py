@@ -265,21 +265,21 @@ class Cluster:
 
     def _report(self) -> Report:
         gateway = self._gateway
-        hold, traffic = gateway.hold, gateway.bridge.traffic
+        subscriptions, traffic = gateway.subscriptions, gateway.bridge.traffic
         elapsed_s, totals = self._window.growth(self._totals())
         signals, untagged, owned, delivered, cpu_s, *pulls = totals
-        interest = sorted(gateway.homing.interest)
+        interest = sorted(gateway.shard_routing.interest)
         return Report(
-            epoch=gateway.homing.shard_map.epoch,
-            settled=hold.settled,
-            subscriptions=len(hold.selections),
+            epoch=gateway.shard_routing.shard_map.epoch,
+            settled=subscriptions.settled,
+            subscriptions=len(subscriptions.selections),
             interest=tuple(interest[:_SHARDS_SHOWN_AT_MOST]),
             messages_per_s=traffic.messages_per_s,
             owned_per_s=owned / elapsed_s,
             pokes_per_s=delivered / elapsed_s,
             noise_ratio=traffic.noise_ratio,
             untagged_share=untagged / signals if signals else 0.0,
-            gaps=hold.gaps,
+            gaps=subscriptions.gaps,
             doubt_s=self._doubt_s,
             pulls_per_s=sum(pulls) / elapsed_s,
             pull_p99_ms=p99_ms(pulls),
@@ -291,8 +291,8 @@ class Cluster:
         counters = self._gateway.bridge.counters
         return (
             counters.signals,
-            self._gateway.hold.untagged,
-            self._gateway.hold.owned,
+            self._gateway.subscriptions.untagged,
+            self._gateway.subscriptions.owned,
             counters.delivered,
             time.process_time(),
             *self.pulls.counts,
@@ -302,7 +302,7 @@ class Cluster:
         while True:
             self._memory_bytes = await asyncio.to_thread(_memory_bytes)
             await asyncio.sleep(_TICK_S)
-            self._doubt_s += _TICK_S * self._gateway.hold.is_in_doubt
+            self._doubt_s += _TICK_S * self._gateway.subscriptions.is_in_doubt
             self._window.mark(self._totals())
             await self._watch_red_line()
 
@@ -351,9 +351,9 @@ class Cluster:
     def _troubles(self) -> Iterator[str]:
         if self.trouble is not None:
             yield f"coordination: {self.trouble}"
-        hold = self._gateway.hold
-        if hold.is_in_doubt:
-            yield f"transport: {hold.trouble or 'what is held may have missed something'}"
+        subscriptions = self._gateway.subscriptions
+        if subscriptions.is_in_doubt:
+            yield f"transport: {subscriptions.trouble or 'what is held may have missed something'}"
 
     def show_events(self) -> schema.Events:
         """What has happened, as far as this instance has seen it."""

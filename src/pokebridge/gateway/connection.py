@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from pokebridge.errors import FrameError
-from pokebridge.framing import Event, FrameParser, Opcode, decode_close, encode_frame
+from pokebridge.framing import FrameEvent, FrameParser, Opcode, decode_close, encode_frame
 from pokebridge.session import Session, State
 from pokebridge.wire import PONG_FRAME, Ping, decode_client_message, move_frame
 
@@ -192,7 +192,7 @@ class Connection(asyncio.Protocol):
 
     # --- what a client says ---------------------------------------------------------------------
 
-    def _on_event(self, event: Event) -> None:
+    def _on_event(self, event: FrameEvent) -> None:
         session = self.session
         if event.opcode is Opcode.CLOSE:
             self._on_close(event.payload)

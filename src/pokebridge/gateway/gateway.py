@@ -31,8 +31,8 @@ from pokebridge.gateway.handshake import (
     refusal_response,
 )
 from pokebridge.gateway.session_map import SessionMap
-from pokebridge.gateway.shard_routing import Homing, Reach
-from pokebridge.gateway.subscriptions import Hold, HoldTiming
+from pokebridge.gateway.shard_routing import Reach, ShardRouting
+from pokebridge.gateway.subscriptions import SubscriptionManager, SubscriptionTiming
 from pokebridge.gateway.wheel import Wheel
 from pokebridge.placement import Mode, Placement, PlacementRules, ShardMap
 from pokebridge.session import Session, State, Timing
@@ -79,7 +79,7 @@ class GatewayConfig:
     max_sessions_per_address: int | None = None
     handshakes_per_s: float | None = None
     timing: Timing = field(default_factory=Timing)
-    hold_timing: HoldTiming = field(default_factory=HoldTiming)
+    subscription_timing: SubscriptionTiming = field(default_factory=SubscriptionTiming)
     shard_count: int = DEFAULT_SHARD_COUNT
     mode: Mode = "fanout"
     """Until the first shard map is seen."""
@@ -105,16 +105,16 @@ class Gateway:
         )
         self.sessions: SessionMap[Connection] = SessionMap(config.max_sessions_per_recipient)
         self.bridge = Bridge(self.sessions)
-        self.hold = Hold(
+        self.subscriptions = SubscriptionManager(
             transport,
             self.bridge.on_signal,
             instance=config.instance,
             shard_count=config.shard_count,
-            timing=config.hold_timing,
+            timing=config.subscription_timing,
             on_live=self._open_waiting,
             on_missed=self._wake,
         )
-        self.homing = Homing(
+        self.shard_routing = ShardRouting(
             config.instance,
             ShardMap(0, config.mode, (None,) * config.shard_count),
             Placement(config.instance, config.placement),
@@ -148,7 +148,7 @@ class Gateway:
         self.wheel.start(self._loop)
         if not serves:
             return
-        await self.hold.start(self.homing.wanted(self.now()))
+        await self.subscriptions.start(self.shard_routing.wanted(self.now()))
         self._spawn(self._keep_time())
 
     async def close(self) -> None:
@@ -160,7 +160,7 @@ class Gateway:
             task.cancel()
         for connection in list(self._connections):
             connection.abort()
-        await self.hold.close()
+        await self.subscriptions.close()
         self.wheel.stop()
 
     def now(self) -> float:
@@ -202,16 +202,16 @@ class Gateway:
 
     def apply(self, shard_map: ShardMap, members: Mapping[str, Reach]) -> None:
         """Hold what ``shard_map`` says, and let sessions follow their shard to the owner's URL."""
-        moved = self.homing.see(shard_map, members)
+        moved = self.shard_routing.see(shard_map, members)
         if not self._serves:
             return
-        self.hold.own(shard_map.owned_by(self.instance))
-        self._rehold()
+        self.subscriptions.own(shard_map.owned_by(self.instance))
+        self._update_subscriptions()
         if moved:
             self._spawn(self._move_sessions(moved))
 
-    def _rehold(self) -> None:
-        self.hold.want(self.homing.wanted(self.now()))
+    def _update_subscriptions(self) -> None:
+        self.subscriptions.want(self.shard_routing.wanted(self.now()))
 
     async def _move_sessions(self, shards: frozenset[int]) -> None:
         """Send the sessions of ``shards`` after them, spread out, never all at once."""
@@ -222,13 +222,15 @@ class Gateway:
         ]
         random.shuffle(leaving)
         for connection in leaving:
-            if self.homing.url_for(connection.recipient) is not None:  # the map may have moved on
+            if (
+                self.shard_routing.url_for(connection.recipient) is not None
+            ):  # the map may have moved on
                 self._send_away(connection, 1012)
                 await asyncio.sleep(1 / self._config.moves_per_s)
 
     def _send_away(self, connection: Connection, code: int) -> None:
         """To its recipient's home when that is elsewhere, else with ``code`` to anywhere."""
-        url = self.homing.url_for(connection.recipient)
+        url = self.shard_routing.url_for(connection.recipient)
         if url is None:
             connection.close(code, "this instance stops")
         else:
@@ -318,17 +320,17 @@ class Gateway:
         hand_over()
         connection.begin(handshake.response)
         log.debug("session accepted", session=session.id, device=session.device)
-        if not handshake.moved and self.homing.url_for(session.recipient) is not None:
+        if not handshake.moved and self.shard_routing.url_for(session.recipient) is not None:
             self._send_away(connection, 1012)
             return
         replaced = self.sessions.add(connection)
-        if self.homing.enter(session.recipient):
+        if self.shard_routing.enter(session.recipient):
             # Now, and not with the next tick: what covers it until then may be about to go.
-            self._rehold()
+            self._update_subscriptions()
         if replaced is not None:
-            self.homing.leave(session.recipient)
+            self.shard_routing.leave(session.recipient)
             replaced.close(4409, "replaced: the recipient has too many sessions")
-        if self.hold.covers(session.recipient):
+        if self.subscriptions.covers(session.recipient):
             self._open(connection)
         else:
             self._waiting[connection] = None
@@ -352,7 +354,7 @@ class Gateway:
     def _open_next(self) -> None:
         self._opener = None
         at_once = max(1, int(self.pulls_per_s * _READY_EVERY_S))
-        covered = (each for each in self._waiting if self.hold.covers(each.recipient))
+        covered = (each for each in self._waiting if self.subscriptions.covers(each.recipient))
         opened = list(islice(covered, at_once))
         for connection in opened:
             del self._waiting[connection]
@@ -367,7 +369,7 @@ class Gateway:
         while True:
             await asyncio.sleep(1.0)
             self.bridge.mark_time()
-            self._rehold()
+            self._update_subscriptions()
 
     def _spawn(self, coroutine: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(coroutine)
@@ -383,7 +385,7 @@ class Gateway:
             self._all_gone.set()
         self._waiting.pop(connection, None)
         if self.sessions.remove(connection):
-            self.homing.leave(connection.recipient)
+            self.shard_routing.leave(connection.recipient)
         self.wheel.cancel(connection)
         self._admission.leave(connection.address)
         log.debug("session ended", session=connection.session.id)

@@ -16,7 +16,7 @@ class Reach(NamedTuple):
     incarnation: str
 
 
-class Homing:
+class ShardRouting:
     """The last shard map, where the members are reached, and the shards of the sessions here."""
 
     def __init__(self, instance: str, shard_map: ShardMap, placement: Placement) -> None:

@@ -1,6 +1,6 @@
 """What this instance has the transport deliver, and the proof that it does.
 
-The hold is a set of subscriptions: everything in fan-out, the owned and interesting shards when
+It is a set of subscriptions: everything in fan-out, the owned and interesting shards when
 partitioned. A session may be told ``ready`` only when its recipient's shard is *proven live*, and
 whoever a gap may have left asleep must be woken. Both are judged here, the same for every
 transport, by probes: signals that an instance publishes and then waits for.
@@ -32,7 +32,7 @@ log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class HoldTiming:
+class SubscriptionTiming:
     """How subscriptions are watched; in seconds."""
 
     silence_s: float = 5.0
@@ -42,11 +42,11 @@ class HoldTiming:
     """Between two probes of a subscription that does not deliver, on average."""
     probes_per_s: float = 4.0
     """At most, however many subscriptions there are: then each is asked more rarely."""
-    parting_s: float = 2.0
+    retire_delay_s: float = 2.0
     """What is needed no more stays so long: signals may still be on their way through it."""
 
 
-class Hold:
+class SubscriptionManager:
     """Keeps the wanted subscriptions, make-before-break."""
 
     def __init__(
@@ -56,7 +56,7 @@ class Hold:
         *,
         instance: str,
         shard_count: int,
-        timing: HoldTiming,
+        timing: SubscriptionTiming,
         on_live: Callable[[], None],
         on_missed: Callable[[Callable[[str], bool]], None],
     ) -> None:
@@ -83,7 +83,7 @@ class Hold:
         """The tags there are, and whether this instance owns their shard."""
         self.own(frozenset())
         self._wanted: frozenset[Selection] = frozenset()
-        self._held: dict[Selection, _Held] = {}
+        self._managed: dict[Selection, _ManagedSubscription] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
     @property
@@ -92,7 +92,7 @@ class Hold:
         if not self._wanted:
             return "nothing is subscribed"
         for selection in self._wanted:
-            trouble = self._held[selection].trouble
+            trouble = self._managed[selection].trouble
             if trouble is not None:
                 return trouble
         return None
@@ -100,22 +100,22 @@ class Hold:
     @property
     def settled(self) -> bool:
         """Whether all that is wanted is proven live, and nothing else is held any more."""
-        return self._held.keys() == self._wanted and self.trouble is None
+        return self._managed.keys() == self._wanted and self.trouble is None
 
     @property
     def is_in_doubt(self) -> bool:
         """Whether what was live is not known to be any more: a poke may have been lost."""
-        return any(held.missed for held in self._held.values())
+        return any(held.missed for held in self._managed.values())
 
     @property
     def selections(self) -> frozenset[Selection]:
         """What is held now, live or not."""
-        return frozenset(self._held)
+        return frozenset(self._managed)
 
     @property
     def probe_interval_s(self) -> float:
         """How long one subscription may be silent before it is probed."""
-        return max(self.timing.silence_s, len(self._held) / self.timing.probes_per_s)
+        return max(self.timing.silence_s, len(self._managed) / self.timing.probes_per_s)
 
     def covers(self, recipient: str) -> bool:
         """Whether a poke for ``recipient`` that is published from now on arrives here."""
@@ -132,7 +132,7 @@ class Hold:
         """
         self._wanted = frozenset(selections)
         for selection in self._wanted:
-            held = self._held[selection] = _Held(self, selection)
+            held = self._managed[selection] = _ManagedSubscription(self, selection)
             await held.subscribe()
             held.start()
 
@@ -148,7 +148,7 @@ class Hold:
     async def close(self) -> None:
         """Give every subscription back."""
         self._wanted = frozenset()
-        held, self._held = list(self._held.values()), {}
+        held, self._managed = list(self._managed.values()), {}
         await asyncio.gather(*(each.close() for each in held), *self._closing)
 
     def is_mistagged(self, body: bytes, tag: str | None) -> bool:
@@ -164,7 +164,7 @@ class Hold:
 
     # --- what the subscriptions report --------------------------------------------------------
 
-    def became_live(self, held: "_Held", *, missed: bool) -> None:
+    def became_live(self, held: "_ManagedSubscription", *, missed: bool) -> None:
         """``held`` is proven; ``missed`` when it had been before, and failed in between."""
         self._step()
         self._on_live()
@@ -177,14 +177,14 @@ class Hold:
         return lambda recipient: shard_of(recipient, self._shard_count) == selection
 
     def _is_live(self, selection: Selection) -> bool:
-        held = self._held.get(selection)
+        held = self._managed.get(selection)
         return held is not None and held.trouble is None
 
-    def let_go(self, held: "_Held") -> bool:
+    def release(self, held: "_ManagedSubscription") -> bool:
         """Drop ``held``, which has parted, unless it is needed again; whether it is dropped."""
         if held.selection not in self._next_steps().drop:
             return False
-        del self._held[held.selection]
+        del self._managed[held.selection]
         if held.missed:
             self._on_missed(self._concerned_by(held.selection))
         task = asyncio.create_task(held.close())
@@ -193,30 +193,30 @@ class Hold:
         return True
 
     def _next_steps(self) -> Steps:
-        return next_steps(self._wanted, {s: self._is_live(s) for s in self._held})
+        return next_steps(self._wanted, {s: self._is_live(s) for s in self._managed})
 
     def _step(self) -> None:
         steps = self._next_steps()
         for selection in steps.subscribe:
-            self._held[selection] = _Held(self, selection)
-            self._held[selection].start()
-        for selection, held in self._held.items():
+            self._managed[selection] = _ManagedSubscription(self, selection)
+            self._managed[selection].start()
+        for selection, held in self._managed.items():
             if selection in steps.drop:
-                held.part()
+                held.retire()
             else:
-                held.stay()
+                held.keep()
 
 
-class _Held:
+class _ManagedSubscription:
     """One subscription under watch. It receives from the transport."""
 
-    def __init__(self, hold: Hold, selection: Selection) -> None:
-        self._hold = hold
+    def __init__(self, manager: SubscriptionManager, selection: Selection) -> None:
+        self._manager = manager
         self.selection = selection
         self.trouble: str | None = "the subscription is not proven live yet"
         self._subscription: Subscription | None = None
         self._watcher: asyncio.Task[None] | None = None
-        self._parting: asyncio.Task[None] | None = None
+        self._retiring: asyncio.Task[None] | None = None
         self._doubt = asyncio.Event()
         self.missed = False
         self._heard = 0
@@ -224,7 +224,7 @@ class _Held:
         self._probe_back = asyncio.Event()
 
     async def subscribe(self) -> None:
-        self._subscription = await self._hold.transport.subscribe(self.selection, self)
+        self._subscription = await self._manager.transport.subscribe(self.selection, self)
 
     def start(self) -> None:
         self._stop_watching()
@@ -236,26 +236,26 @@ class _Held:
             self._watcher = None
 
     async def close(self) -> None:
-        for task in (self._parting, self._watcher):
+        for task in (self._retiring, self._watcher):
             if task is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
         if self._subscription is not None:
             await self._subscription.close()
 
-    def part(self) -> None:
+    def retire(self) -> None:
         """Go, as soon as it is known that nothing was lost to this subscription."""
-        if self._parting is None:
-            self._parting = asyncio.create_task(self._part())
+        if self._retiring is None:
+            self._retiring = asyncio.create_task(self._retire())
 
-    def stay(self) -> None:
+    def keep(self) -> None:
         """Do not go, if it is not too late."""
-        if self._parting is not None:
-            self._parting.cancel()
-            self._parting = None
+        if self._retiring is not None:
+            self._retiring.cancel()
+            self._retiring = None
             self.start()
 
-    async def _part(self) -> None:
+    async def _retire(self) -> None:
         """Let what is on its way arrive, and ask once more whether all of it did.
 
         Who goes without asking may take a gap along that the transport had not reported yet, and
@@ -263,32 +263,32 @@ class _Held:
         """
         was_live = self.trouble is None or self.missed
         if was_live:
-            await asyncio.sleep(self._hold.timing.parting_s)
+            await asyncio.sleep(self._manager.timing.retire_delay_s)
         self._stop_watching()
         if was_live and not self.missed:
             await self._prove()  # if it can't, it has missed something, for all we know
-        self._parting = None
-        if not self._hold.let_go(self):
+        self._retiring = None
+        if not self._manager.release(self):
             self.start()
 
     # --- the transport's calls ------------------------------------------------------------------
 
     def on_signal(self, body: bytes, tag: str | None) -> None:
         self._heard += 1
-        hold = self._hold
-        owned = hold.tags.get(tag)
+        manager = self._manager
+        owned = manager.tags.get(tag)
         if owned is None:
-            hold.untagged += not is_probe(body)
+            manager.untagged += not is_probe(body)
         else:
-            hold.owned += owned
-            if not self._heard % SAMPLE_EVERY and hold.is_mistagged(body, tag):
-                hold.untagged += SAMPLE_EVERY
+            manager.owned += owned
+            if not self._heard % SAMPLE_EVERY and manager.is_mistagged(body, tag):
+                manager.untagged += SAMPLE_EVERY
         if body == self._probe:
             self._probe_back.set()
-        hold.on_signal(body)
+        manager.on_signal(body)
 
     def on_gap(self, selection: Selection, reason: str) -> None:
-        self._hold.gaps += 1
+        self._manager.gaps += 1
         self._lose(f"a gap in the transport ({selection}): {reason}")
         self._doubt.set()
 
@@ -298,25 +298,25 @@ class _Held:
         while True:
             self._doubt.clear()
             while not await self._prove():  # noqa: ASYNC110 - it is the probe that waits
-                await asyncio.sleep(spread(self._hold.timing.retry_s))
+                await asyncio.sleep(spread(self._manager.timing.retry_s))
             missed, self.missed, self.trouble = self.missed, False, None
             if missed:
                 log.warning("subscription restored", selection=str(self.selection))
-            self._hold.became_live(self, missed=missed)
+            self._manager.became_live(self, missed=missed)
             await self._until_doubt()
 
     async def _prove(self) -> bool:
         """Whether a probe comes back in time, through this subscription."""
-        hold = self._hold
-        hold.probes += 1
+        manager = self._manager
+        manager.probes += 1
         shard = self.selection if isinstance(self.selection, int) else None
-        self._probe = encode_probe(f"{hold.instance}:{hold.probes}")
+        self._probe = encode_probe(f"{manager.instance}:{manager.probes}")
         self._probe_back.clear()
         try:
-            async with asyncio.timeout(hold.timing.probe_timeout_s):
+            async with asyncio.timeout(manager.timing.probe_timeout_s):
                 if self._subscription is None:
                     await self.subscribe()
-                await hold.transport.publish([Signal(self._probe, shard)])
+                await manager.transport.publish([Signal(self._probe, shard)])
                 await self._probe_back.wait()
         except TimeoutError:
             self._lose(self._explanation() or "no probe came back")
@@ -346,7 +346,7 @@ class _Held:
         while True:
             heard = self._heard
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(spread(self._hold.probe_interval_s, 0.8, 1.2)):
+                async with asyncio.timeout(spread(self._manager.probe_interval_s, 0.8, 1.2)):
                     await self._doubt.wait()
                 return
             if self._heard == heard:

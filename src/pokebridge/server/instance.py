@@ -228,8 +228,8 @@ class Instance:
         roles = self.settings.roles
         if roles == {"coordinator"} and self.cluster.trouble is not None:
             reasons.append(f"coordination: {self.cluster.trouble}")
-        if "gateway" in roles and self.gateway.hold.trouble is not None:
-            reasons.append(f"transport: {self.gateway.hold.trouble}")
+        if "gateway" in roles and self.gateway.subscriptions.trouble is not None:
+            reasons.append(f"transport: {self.gateway.subscriptions.trouble}")
         if roles == {"processor"}:  # others have callers, who are not to be turned away for it
             if self._processor is not None and self._processor.is_cut_off:
                 reasons.append("transport: pokes can't be published")
@@ -254,7 +254,7 @@ class Instance:
         )
 
     def _read_metrics(self) -> Mapping[Metric, metrics.Value]:
-        counters, hold = self.gateway.bridge.counters, self.gateway.hold
+        counters, subscriptions = self.gateway.bridge.counters, self.gateway.subscriptions
         view, me = self.cluster.view, self.settings.instance
         numbers: dict[Metric, metrics.Value] = {
             Metric.BUILD_INFO: {(__version__, me): 1},
@@ -266,14 +266,14 @@ class Instance:
             Metric.SESSIONS_MOVED: self.gateway.moved,
             Metric.SIGNALS: counters.signals,
             Metric.SIGNALS_MALFORMED: counters.malformed,
-            Metric.SIGNALS_UNTAGGED: hold.untagged,
+            Metric.SIGNALS_UNTAGGED: subscriptions.untagged,
             Metric.POKES: counters.pokes,
             Metric.POKES_NOISE: counters.noise,
             Metric.POKES_DELIVERED: counters.delivered,
             Metric.POKES_MERGED: counters.merged,
-            Metric.GAPS: hold.gaps,
-            Metric.PROBES: hold.probes,
-            Metric.SUBSCRIPTIONS: len(hold.selections),
+            Metric.GAPS: subscriptions.gaps,
+            Metric.PROBES: subscriptions.probes,
+            Metric.SUBSCRIPTIONS: len(subscriptions.selections),
             Metric.SHARDS_OWNED: len(view.shard_map.owned_by(me)),
             Metric.CLUSTER_EPOCH: view.shard_map.epoch,
             Metric.CLUSTER_MEMBERS: len(view.members),
