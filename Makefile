@@ -12,10 +12,10 @@ NODE := tests/node clients/js examples/replicache/web
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-deps simulate check fix chaos bench lock clean
+.PHONY: help setup run test test-long test-deps simulate check fix chaos bench lock clean
 
 help:  ## list these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
 
 setup: $(STAMP)  ## put everything the project needs into .venv
 
@@ -39,8 +39,11 @@ run: setup  ## start a development instance on PORT (8080)
 	@mkdir -p var
 	@exec $(BIN)/pokebridge serve --dev --port $(PORT) --mailbox sqlite:///var/pokebridge.db
 
-test: setup test-deps  ## run the whole test suite, real engines included
+test: setup test-deps  ## run the test suite, real engines included
 	@$(BIN)/pytest -q --numprocesses $(WORKERS) --dist loadfile
+
+test-long: setup test-deps  ## run the tests that take minutes: long acts, large crowds, many seeds
+	@$(BIN)/pytest -q -m long --numprocesses $(WORKERS)
 
 # What the suite needs beside Python, as PROGRAM or PROGRAM:PACKAGE. Where something can't be had the tests say so: they
 # skip, and in CI they fail.

@@ -23,8 +23,15 @@ HTTP_TIMEOUT_S = 20.0
 class Instance(Daemon):
     """A running instance of pokebridge."""
 
-    def __init__(self, name: str, flags: list[str], env: dict[str, str], directory: Path) -> None:
-        port = free_port()
+    def __init__(
+        self,
+        name: str,
+        flags: list[str],
+        env: dict[str, str],
+        directory: Path,
+        port: int | None = None,
+    ) -> None:
+        port = port or free_port()
         super().__init__(
             name,
             [str(POKEBRIDGE), "serve", "--host", "127.0.0.1", "--port", str(port), *flags],

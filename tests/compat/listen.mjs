@@ -1,0 +1,12 @@
+// Runs JavaScript clients and prints a JSON line for each message. Arguments: the client's module,
+// and a JSON list of clients, each with the url, token, device and policy to use.
+import { createRequire } from "node:module";
+
+const [module, clients] = process.argv.slice(2);
+const { WebSocket } = createRequire(new URL("../../clients/js/package.json", import.meta.url))("ws");
+const { connect } = await import(module);
+
+for (const client of JSON.parse(clients)) {
+  const show = ({ body }) => console.log(JSON.stringify({ device: client.device, body }));
+  connect({ ...client, WebSocket, onMessages: (messages) => messages.forEach(show) });
+}
