@@ -1,9 +1,9 @@
-"""Commits messages to the mailbox and sees to it that each is followed by a poke.
+"""Commits messages to the mailbox and publishes a poke for each.
 
-A send returns when the mailbox has committed; its poke is on the way by then, and nobody waits for
-the transport. The mailbox's outbox makes the poke certain: what was committed and not confirmed,
-because the transport was down, this process died or its queue was full, is found by a sweep, here
-or in any other process that shares the mailbox.
+A send returns when the mailbox has committed the message; it does not wait for the transport. The
+mailbox's outbox makes the poke certain. An entry stays in the outbox until its poke was published.
+When that fails, because the transport was down, this process died or its queue was full, a sweep
+finds the entry: here or in any other process that shares the mailbox.
 """
 
 import asyncio
@@ -24,30 +24,30 @@ from pokebridge.model import NewMessage, Poke, Receipt, check_recipient
 # Pokes in one publish, one confirmation and one step of a sweep.
 BATCH: Final = 1_000
 PURGE_BATCH: Final = 1_000
-# Recipients whose poke waits in memory; what does not fit is left to the outbox and its sweep.
+# Recipients whose poke waits in memory. A poke beyond this is left to the outbox and its sweep.
 MAX_PENDING: Final = 10_000
-# The pause between confirmations, so that a busy recipient costs few transactions. Far below the
-# age at which a sweep takes an entry for forgotten.
+# The pause between confirmations, so that a busy recipient costs few transactions. It is far below
+# the age at which a sweep takes an entry.
 CONFIRM_EVERY_S: Final = 0.05
-# Longer than the pause after which what is owed is claimed again.
+# Longer than the pause after which an unconfirmed entry is claimed again.
 CUT_OFF_S: Final = 5.0
 
-_log = structlog.get_logger("pokebridge.processor")
+_log = structlog.get_logger(__name__)
 
 
-class Pokes(Protocol):
-    """Who publishes pokes."""
+class PokePublisher(Protocol):
+    """Publishes pokes, as :class:`pokebridge.publisher.Publisher` does."""
 
-    async def publish(self, pokes: Sequence[Poke]) -> None:
+    async def publish_now(self, pokes: Sequence[Poke]) -> None:
         """Return when the transport has accepted ``pokes``.
 
-        Raises :class:`~pokebridge.errors.TransportError` when it has not; some may have gone out.
+        Raises :class:`~pokebridge.errors.TransportError` when some or all were not accepted.
         """
 
 
 @dataclass(slots=True)
 class ProcessorStats:
-    """Counters since the start. A poke that a sweep published is in ``pokes_published`` too."""
+    """Counters since the start. ``pokes_published`` includes those that a sweep published."""
 
     messages_committed: int = 0
     duplicates: int = 0
@@ -58,19 +58,29 @@ class ProcessorStats:
 
 
 class Processor:
-    """Sends messages; use it as an async context manager, or call ``start`` and ``close``.
+    """Sends messages. Use it as an async context manager, or call ``start`` and ``close``.
 
-    A sweep, every ``sweep_every_s`` seconds, claims outbox entries older than ``sweep_after_s``:
-    well above what a publish takes, or pokes are doubled. So what a dead process left is poked
-    within ``sweep_after_s + 1.5 * sweep_every_s``, by default 1.6 s. A purge runs every
-    ``purge_every_s``. Both pauses are jittered by half, so that processes which share a mailbox
-    drift apart. Unless it ``does_upkeep`` neither runs here: others that share the mailbox do it.
+    One loop publishes the pokes of sent messages, a batch at a time. Pokes that are added during a
+    publish are merged and share the next batch. A second loop confirms what was published.
+
+    A sweep, every ``sweep_every_s`` seconds, publishes outbox entries older than
+    ``sweep_after_s``. This age must be well above what a publish takes, or pokes are doubled. So
+    what a dead process left is poked within ``sweep_after_s + 1.5 * sweep_every_s`` seconds: 1.6
+    by default. A purge runs every ``purge_every_s`` seconds. Both pauses are jittered by half, so
+    that processes which share a mailbox drift apart. Without ``does_upkeep`` this process neither
+    sweeps nor purges, and relies on others that share the mailbox.
+
+    - ``stats``: the counters.
+    - ``_unpublished``: pokes of committed messages, for the publish loop.
+    - ``_unconfirmed``: published pokes, for the confirm loop.
+    - ``_transport``, ``_store``: whether the publisher and the mailbox work.
+    - ``_tasks``: the loops, publish and confirm first; empty while the processor does not run.
     """
 
     def __init__(
         self,
         mailbox: Mailbox,
-        publisher: Pokes,
+        publisher: PokePublisher,
         *,
         does_upkeep: bool = True,
         sweep_every_s: float = 0.4,
@@ -84,27 +94,28 @@ class Processor:
         self._sweep_every_s = sweep_every_s
         self._sweep_after_s = sweep_after_s
         self._purge_every_s = purge_every_s
-        self._unpublished = _Newest()
-        self._unconfirmed = _Newest()
+        self._unpublished = _PokeQueue()
+        self._unconfirmed = _PokeQueue()
         self._transport = Part("transport")
         self._store = Part("mailbox")
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
     def is_cut_off(self) -> bool:
-        """Whether the transport has refused the last pokes, just now.
+        """Whether the transport refused the last publish, within the last CUT_OFF_S seconds.
 
-        For a while only: another processor may have published them, and nothing is owed any more.
+        After that nobody knows: another processor may have published the pokes, so that this one
+        has nothing to try again.
         """
         return self._transport.failed_within(CUT_OFF_S)
 
     async def send(self, message: NewMessage) -> Receipt:
-        """Commit ``message``; its poke follows by itself. A duplicate is not poked again.
+        """Commit ``message``. Its poke is published in the background; a duplicate gets none.
 
         Raises:
-            InputError: the recipient is none.
-            MailboxFullError: the recipient's mailbox has no room for it.
-            MailboxError: the mailbox can't commit it now.
+            InputError: the recipient is invalid.
+            MailboxFullError: the recipient's mailbox has no room for the message.
+            MailboxError: the mailbox can't commit the message now.
         """
         check_recipient(message.recipient)
         try:
@@ -120,7 +131,7 @@ class Processor:
         return receipt
 
     async def start(self) -> None:
-        """Start publishing, and sweep at once what an earlier process left behind."""
+        """Start the loops. The first sweep runs at once."""
         loops = {"publish": self._keep_publishing(), "confirm": self._keep_confirming()}
         if self._does_upkeep:
             loops |= {"sweep": self._keep_sweeping(), "purge": self._keep_purging()}
@@ -129,10 +140,10 @@ class Processor:
         ]
 
     async def close(self, *, deadline_s: float = 5.0) -> None:
-        """Publish and confirm what is pending, for at most ``deadline_s`` seconds, and stop.
+        """Publish and confirm the pending pokes, for at most ``deadline_s`` seconds, and stop.
 
-        What is not done by then stays in the outbox, for the next sweep by anybody. May be called
-        twice.
+        Pokes that are left then stay in the outbox, for the next sweep of any process. May be
+        called twice.
         """
         tasks, self._tasks = self._tasks, []
         if not tasks:
@@ -166,7 +177,7 @@ class Processor:
         await self.close()
 
     async def _keep_publishing(self) -> None:
-        """Publish what was sent. A batch that fails is not tried again here: a sweep finds it."""
+        """Publish the pokes of sent messages. A failed batch is left to the sweep."""
         attempt = Attempts()
         while batch := await self._unpublished.take(BATCH):
             if await attempt(self._publish(batch)):
@@ -193,7 +204,7 @@ class Processor:
     async def _publish(self, pokes: Sequence[Poke]) -> None:
         try:
             with self._transport.watched():
-                await self._publisher.publish(pokes)
+                await self._publisher.publish_now(pokes)
         except Exception:
             self.stats.poke_failures += len(pokes)
             raise
@@ -204,8 +215,12 @@ class Processor:
             await self._mailbox.confirm_outbox(pokes)
 
     async def _sweep(self) -> None:
-        """Publish and confirm the old entries of the outbox, batch by batch, until none is left."""
-        yield_s = 2 * self._sweep_every_s  # no pause between sweeps is longer
+        """Publish and confirm the old entries of the outbox, batch by batch, until none is left.
+
+        A claim makes an entry young again. So a process that can't publish claims later than the
+        others do, and leaves the entries to those that can.
+        """
+        yield_s = 2 * self._sweep_every_s  # longer than any pause between sweeps
         more = True
         while more:
             with self._store.watched():
@@ -220,15 +235,15 @@ class Processor:
             more = len(pokes) == BATCH
 
     async def _purge(self) -> None:
-        """Delete, step by step, what has had its time, until nothing is left."""
+        """Delete expired data, step by step, until none is left."""
         purged = 1
         while purged:
             with self._store.watched():
                 purged = await self._mailbox.purge(limit=PURGE_BATCH)
 
 
-class _Newest:
-    """Pokes that wait for one consumer: at most one a recipient, the newest, and a bounded lot."""
+class _PokeQueue:
+    """A bounded queue of pokes for one consumer. It keeps the newest poke of each recipient."""
 
     def __init__(self) -> None:
         self._versions: dict[str, int] = {}
@@ -236,7 +251,7 @@ class _Newest:
         self._closed = False
 
     def add(self, pokes: Sequence[Poke]) -> None:
-        """Merge ``pokes`` in; those for which there is no room are left out."""
+        """Merge ``pokes`` in. Those that don't fit are dropped: the outbox still has them."""
         for poke in pokes:
             waiting = self._versions.get(poke.recipient)
             if waiting is not None or len(self._versions) < MAX_PENDING:
@@ -244,7 +259,7 @@ class _Newest:
         self._changed.set()
 
     async def take(self, limit: int) -> list[Poke]:
-        """Wait for pokes and take at most ``limit``; empty once it is closed and all are taken."""
+        """Wait for pokes and take at most ``limit``. Empty when closed and all are taken."""
         while not (self._versions or self._closed):
             self._changed.clear()
             await self._changed.wait()
@@ -254,6 +269,6 @@ class _Newest:
         return batch
 
     def close(self) -> None:
-        """Let the consumer end when all are taken."""
+        """Let the consumer end after it has taken all pokes."""
         self._closed = True
         self._changed.set()

@@ -1,9 +1,9 @@
-"""How a backend pokes: straight onto the transport, or over HTTP when it runs beside an instance.
+"""How a backend pokes: on the transport itself, or over an instance's HTTP API.
 
-Both publishers take pokes from any number of callers, merge them for a few milliseconds and send
+Both publishers take pokes from any number of callers, merge them for a few milliseconds, and send
 few, large requests. Merging is safe because a poke is level-triggered: it says "you are behind
-version v", so the newest one says all (ARCHITECTURE.md). A call returns when what it
-brought has been accepted, so a caller that is not told otherwise knows that nothing was lost.
+version v", so the newest poke replaces the older ones. A call returns when its pokes have been
+accepted, and raises when they may not have been.
 """
 
 import asyncio
@@ -29,16 +29,17 @@ from pokebridge.sharding import DEFAULT_SHARD_COUNT, check_shard_count, shard_of
 from pokebridge.transport.base import Signal, Transport
 from pokebridge.wire import encode_disconnect, encode_pokes
 
-# How long the first poke waits for others to travel with it.
+# How long the first poke of a batch waits for others.
 LINGER_S = 0.003
 # At 256 bytes a recipient a signal stays under 160 KB, far below NATS's limit of 1 MB.
 MAX_POKES_PER_SIGNAL = 500
-# Recipients that gather or are being sent. At the limit callers wait, which slows them down to
-# what the transport takes and bounds the memory to about 3 MB.
+# Recipients whose poke is gathered or being sent. At the limit callers wait, which slows them to
+# the transport's pace and bounds the memory to about 3 MB.
 MAX_PENDING_RECIPIENTS = 10_000
-# A slow answer must not hold up the pokes behind it, nor may requests pile up without a limit.
+# Several at once, so that a slow answer does not delay the pokes behind it; limited, so that
+# requests do not pile up.
 MAX_CONCURRENT_SENDS = 8
-# Of one POST /v1/pokes (protocol.md section 4).
+# The limit of one POST /v1/pokes (docs/protocol.md, section 4).
 MAX_RECIPIENTS_PER_REQUEST = 1000
 HTTP_TIMEOUT_S = 10.0
 
@@ -46,7 +47,7 @@ T = TypeVar("T")
 
 
 class _PokeCalls:
-    """The calls that every publisher has, above a merger of its own."""
+    """The calls that both publishers have. Each publisher merges on its own."""
 
     def __init__(
         self, send: Callable[[Sequence[Poke]], Awaitable[None]], linger_s: float, max_pending: int
@@ -61,24 +62,23 @@ class _PokeCalls:
         await self.publish([Poke(recipient, version)])
 
     async def publish(self, pokes: Sequence[Poke]) -> None:
-        """Send ``pokes``, merged with those of other callers; returns when all are accepted.
+        """Send ``pokes``, merged with those of other callers. Returns when all are accepted.
 
-        Waits while :data:`MAX_PENDING_RECIPIENTS` others are under way.
+        Waits while ``max_pending`` other recipients are pending.
 
         Raises:
-            InputError: one of them has no valid recipient or version; none of them is sent.
-            TransportError: they were not accepted, or not all of them: worth a retry.
+            InputError: a poke has no valid recipient or version. None of the pokes is sent.
+            TransportError: some or all of the pokes were not accepted. A retry is safe.
         """
-        for poke in pokes:
-            _check(poke)
+        _check(pokes)
         await self._merger.publish(pokes)
 
     async def close(self) -> None:
-        """Send what has gathered and wait for it. May be called twice."""
+        """Send the gathered pokes and wait until they are accepted. May be called twice."""
         await self._merger.close()
 
     async def __aenter__(self) -> Self:
-        """Nothing to open: the first poke does."""
+        """Return the publisher. The first poke opens what is needed."""
         return self
 
     async def __aexit__(
@@ -95,11 +95,11 @@ class Publisher(_PokeCalls):
     """Publishes pokes on a transport, each tagged with its recipient's shard.
 
     Args:
-        transport: where to; it stays the caller's to close.
+        transport: the transport to publish on. The caller closes it.
         shard_count: the cluster's (protocol.md section 1).
-        linger_s: how long the first poke waits for others to travel with it.
-        max_pokes_per_signal: more pokes of one shard make several signals.
-        max_pending: recipients under way; at this limit callers wait.
+        linger_s: how long the first poke of a batch waits for others.
+        max_pokes_per_signal: pokes of one shard beyond this number go into further signals.
+        max_pending: recipients that may be pending; at this limit callers wait.
     """
 
     def __init__(
@@ -118,11 +118,19 @@ class Publisher(_PokeCalls):
         self.published = 0
         """Pokes that the transport has accepted, after merging."""
 
+    async def publish_now(self, pokes: Sequence[Poke]) -> None:
+        """Publish ``pokes`` at once, without merging. Returns when all are accepted.
+
+        For a caller that merges by itself, as the processor does. Raises as :meth:`publish` does.
+        """
+        _check(pokes)
+        await self._send(pokes)
+
     async def disconnect(self, recipient: str) -> None:
         """Close every session of ``recipient`` with 4401, on every instance.
 
         Raises:
-            InputError: it is no recipient.
+            InputError: ``recipient`` is invalid.
             TransportError: the signal was not accepted.
         """
         shard = shard_of(check_recipient(recipient), self._shard_count)
@@ -143,18 +151,18 @@ class Publisher(_PokeCalls):
 
 
 class HttpPublisher(_PokeCalls):
-    """Pokes through an instance's ``POST /v1/pokes``, for a backend that has no transport.
+    """Pokes through an instance's ``POST /v1/pokes``, for a backend without a transport.
 
     The HTTP call carries no versions, so clients pull on every poke. :meth:`publish` also raises
-    :class:`~pokebridge.errors.AuthError` when the token is not accepted and
+    :class:`~pokebridge.errors.AuthError` when the token is refused and
     :class:`~pokebridge.errors.ForbiddenError` when it lacks the scope ``poke``.
 
     Args:
         url: the instance's HTTP address, ``https://bridge.example.org``.
-        token: a JWT with the scope ``poke``, or a coroutine function that returns a fresh one; it
-            is asked before every request.
-        linger_s: how long the first poke waits for others to travel with it.
-        max_pending: recipients under way; at this limit callers wait.
+        token: a JWT with the scope ``poke``, or a coroutine function that returns a fresh one. The
+            function is called before every request.
+        linger_s: how long the first poke of a batch waits for others.
+        max_pending: recipients that may be pending; at this limit callers wait.
     """
 
     def __init__(
@@ -173,7 +181,7 @@ class HttpPublisher(_PokeCalls):
         self._http = httpx.AsyncClient(timeout=HTTP_TIMEOUT_S)
 
     async def close(self) -> None:
-        """Send what has gathered, wait for it, and close the connections."""
+        """Send the gathered pokes, wait until they are accepted, and close the connections."""
         await super().close()
         await self._http.aclose()
 
@@ -197,7 +205,7 @@ class HttpPublisher(_PokeCalls):
 
 
 class _Batch:
-    """Pokes that travel together; ``done`` is resolved for all who brought them."""
+    """Pokes that are sent together. ``done`` is resolved for all callers who brought them."""
 
     def __init__(self) -> None:
         self.versions: dict[str, int | None] = {}
@@ -207,8 +215,14 @@ class _Batch:
 class _Merger:
     """Gathers pokes for ``linger_s`` seconds and sends them as one batch.
 
-    One timer and at most :data:`MAX_CONCURRENT_SENDS` tasks, however many callers there are. While
-    that many sends are under way the next batch goes on gathering.
+    It has one timer and at most :data:`MAX_CONCURRENT_SENDS` tasks, however many callers there
+    are. While that many sends are under way, the next batch goes on gathering.
+
+    - ``_gathering``: the batch that takes new pokes, if there is one.
+    - ``_timer``: starts that batch. ``None`` while a batch gathers: the batch is overdue, and
+      starts when a send has ended.
+    - ``_sends``: the batches that are being sent.
+    - ``_pending``: recipients in all these batches; ``_room`` is set when it has fallen.
     """
 
     def __init__(
@@ -218,7 +232,6 @@ class _Merger:
         self._linger_s = linger_s
         self._max_pending = max_pending
         self._gathering: _Batch | None = None
-        # None while a batch gathers means that it is overdue: the next send that ends starts it.
         self._timer: asyncio.TimerHandle | None = None
         self._sends: set[asyncio.Task[None]] = set()
         self._pending = 0
@@ -245,7 +258,7 @@ class _Merger:
             await asyncio.wait(self._sends)
 
     def _add(self, poke: Poke) -> _Batch | None:
-        """The batch that ``poke`` is merged into; ``None`` when there is no room for it."""
+        """Merge ``poke`` into a batch and return the batch; ``None`` when there is no room."""
         if self._closed:
             raise TransportError("the publisher is closed")
         batch = self._gathering
@@ -275,9 +288,9 @@ class _Merger:
     async def _send_batch(self, batch: _Batch) -> None:
         try:
             await self._send([Poke(*item) for item in batch.versions.items()])
-        except Exception as error:  # noqa: BLE001 - whatever it was, the callers must hear of it
+        except Exception as error:  # noqa: BLE001 - any error belongs to the callers
             batch.done.set_exception(error)
-            batch.done.exception()  # a caller may have been cancelled: then nobody else asks
+            batch.done.exception()  # marks it as retrieved: every caller may have been cancelled
         else:
             batch.done.set_result(None)
         finally:
@@ -292,15 +305,16 @@ class _Merger:
             self._start_send()
 
 
-def _check(poke: Poke) -> None:
-    """Raise InputError now: in a merged batch a bad poke would take all the others with it."""
-    check_recipient(poke.recipient)
-    if poke.version is not None and not 1 <= poke.version <= MAX_VERSION:
-        raise InputError(f"a version is from 1 to {MAX_VERSION}, not {poke.version}")
+def _check(pokes: Sequence[Poke]) -> None:
+    """Raise InputError before merging, since an invalid poke would fail the whole batch."""
+    for poke in pokes:
+        check_recipient(poke.recipient)
+        if poke.version is not None and not 1 <= poke.version <= MAX_VERSION:
+            raise InputError(f"a version is from 1 to {MAX_VERSION}, not {poke.version}")
 
 
 def _newest(one: int | None, other: int | None) -> int | None:
-    """An unknown version may be newer than any that is known, so it wins."""
+    """The newer version. ``None`` is unknown and wins, since it may be newer than any other."""
     return None if one is None or other is None else max(one, other)
 
 
@@ -310,7 +324,7 @@ def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 
 
 def _error_of(response: httpx.Response) -> Exception:
-    """What an answer that is no success means to a publisher."""
+    """The error for an unsuccessful response."""
     said = f"{response.url} answered {response.status_code}"
     with suppress(ValueError, AttributeError):
         if detail := response.json().get("detail"):  # RFC 9457

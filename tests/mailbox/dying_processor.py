@@ -18,7 +18,7 @@ from pokebridge.testing.mailbox_kit import message
 class Killer:
     """A publisher that is never heard of again."""
 
-    async def publish(self, pokes: Sequence[Poke]) -> None:
+    async def publish_now(self, pokes: Sequence[Poke]) -> None:
         """Be killed: what is to be published is committed by now."""
         os.kill(os.getpid(), signal.SIGKILL)
 

@@ -64,7 +64,7 @@ def poke_before_commit(patch: pytest.MonkeyPatch) -> None:
     """The poke is published before the mailbox has the message."""
 
     async def send(self: Processor, message: NewMessage) -> Receipt:
-        await self._publisher.publish([Poke(message.recipient)])
+        await self._publisher.publish_now([Poke(message.recipient)])
         receipt = await self._mailbox.append(message)
         await self._mailbox.confirm_outbox([Poke(message.recipient, receipt.version)])
         return receipt
