@@ -9,13 +9,11 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import TYPE_CHECKING
 
-from starlette.exceptions import HTTPException
-
 from pokebridge.errors import PokebridgeError
 from simulation.network import Server
 
 if TYPE_CHECKING:
-    from pokebridge.placement import Mode
+    from pokebridge.model import Mode
     from simulation.client import SimClient
     from simulation.instance import SimInstance
     from simulation.world import World
@@ -144,7 +142,7 @@ async def _ask(world: "World", through: "SimInstance", call: Callable[[], Awaita
     async def carry_out() -> None:
         try:
             await call()
-        except (PokebridgeError, HTTPException) as error:
+        except PokebridgeError as error:
             world.trace.note(through.name, f"can't: {error}")
         done.set_result(None)
 

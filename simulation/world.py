@@ -8,8 +8,7 @@ from random import Random
 from typing import Literal, TypeVar
 
 from pokebridge.errors import UnavailableError
-from pokebridge.model import NewMessage, Poke, Receipt
-from pokebridge.placement import Mode
+from pokebridge.model import Mode, NewMessage, Poke, Receipt
 from pokebridge.sharding import shard_of
 from pokebridge.transport.base import Signal
 from pokebridge.wire import encode_pokes

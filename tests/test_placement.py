@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from pokebridge.model import Feed, Selection
-from pokebridge.placement import Mode, Placement, PlacementRules, ShardMap, next_steps
+from pokebridge.model import Feed, Mode, Selection
+from pokebridge.placement import Placement, PlacementRules, ShardMap, next_steps
 
 COUNT = 20
 RULES = PlacementRules(linger_s=30, widen_at=0.5, narrow_at=0.35)

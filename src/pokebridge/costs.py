@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal, NamedTuple, Self
 
+from pokebridge.model import Mode
+
 Engine = Literal["pubsub", "nats"]
-Mode = Literal["fanout", "partitioned"]
 
 SECONDS_A_MONTH = 730 * 3600  # 365 days / 12, as cloud prices count
 RED_LINE_OPS_PER_S = 5000.0  # docs/roadmap.md

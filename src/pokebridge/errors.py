@@ -10,6 +10,8 @@
     ├── AuthError                   no valid token
     │   ├── ForbiddenError          a valid token that does not allow this
     │   └── KeysUnavailableError    the keys that would verify the token can't be had just now
+    ├── NotFoundError               nothing has the name that was given
+    ├── ConflictError               the present state does not allow what was asked
     ├── MailboxFullError            a recipient's quota is used up: the message was not taken
     └── UnavailableError            a part that we depend on does not answer: worth a retry
         ├── TransportError
@@ -97,6 +99,18 @@ class KeysUnavailableError(AuthError):
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
     close_code = 1013
+
+
+class NotFoundError(PokebridgeError):
+    """Nothing has the name that was given."""
+
+    status = HTTPStatus.NOT_FOUND
+
+
+class ConflictError(PokebridgeError):
+    """What was asked can't be done in the present state; the message says what stands against."""
+
+    status = HTTPStatus.CONFLICT
 
 
 class MailboxFullError(PokebridgeError):

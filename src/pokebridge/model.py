@@ -6,7 +6,7 @@ A recipient is an opaque string; only its form is checked here (protocol.md sect
 import re
 from dataclasses import dataclass
 from enum import Enum
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 
@@ -28,6 +28,10 @@ class Poke(msgspec.Struct, frozen=True, gc=False):
 
     recipient: str
     version: Version | None = None
+
+
+Mode = Literal["fanout", "partitioned"]
+"""How signals reach instances: every signal every instance, or each its shards' alone."""
 
 
 class Feed(Enum):

@@ -11,11 +11,9 @@ covered is covered by others that are proven live.
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from pokebridge.model import Feed, Selection
-
-Mode = Literal["fanout", "partitioned"]
+from pokebridge.model import Feed, Mode, Selection
 
 
 @dataclass(frozen=True, slots=True)

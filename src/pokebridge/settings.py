@@ -28,6 +28,7 @@ from pydantic import (
 
 from pokebridge.costs import MIGRATE_RULES
 from pokebridge.errors import ConfigError
+from pokebridge.model import Mode
 from pokebridge.sharding import DEFAULT_SHARD_COUNT, MAX_SHARD_COUNT
 
 ENV_PREFIX = "POKEBRIDGE_"
@@ -183,7 +184,7 @@ class Settings(BaseModel):
     coordination: _PartUrl = "memory://"
     """URL of what instances agree through: postgresql://…, nats://HOST:PORT (KV),
     redis://HOST:PORT/DB, static://?ordinal=0&replicas=3, or memory:// for this process only."""
-    mode: Literal["fanout", "partitioned", "auto"] = "fanout"
+    mode: Literal[Mode, "auto"] = "fanout"
     """Whether every instance hears every poke (fanout) or just its shards' (partitioned). It is
     that of a cluster which has none yet: later it is changed by `pokebridge cluster mode`. With
     auto it begins as fanout, and the coordinator changes it when the red line is crossed."""
@@ -257,7 +258,7 @@ class Settings(BaseModel):
     """debug, info, warning or error."""
 
     @property
-    def initial_mode(self) -> Literal["fanout", "partitioned"]:
+    def initial_mode(self) -> Mode:
         """The mode of a cluster that has none yet."""
         return "fanout" if self.mode == "auto" else self.mode
 

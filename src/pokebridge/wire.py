@@ -13,6 +13,9 @@ from pokebridge.errors import FrameError, SignalError
 from pokebridge.framing import Opcode, encode_frame
 from pokebridge.model import MAX_VERSION, Poke, Version
 
+CONNECT_PATH = "/v1/connect"
+"""Where every instance takes WebSockets."""
+
 # --- signals --------------------------------------------------------------------------------
 
 

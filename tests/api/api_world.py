@@ -12,8 +12,7 @@ from pokebridge.api import schema
 from pokebridge.api.app import Parts
 from pokebridge.errors import TransportError
 from pokebridge.mailbox.memory import MemoryMailbox
-from pokebridge.model import NewMessage, Poke, Receipt
-from pokebridge.placement import Mode
+from pokebridge.model import Mode, NewMessage, Poke, Receipt
 from pokebridge.sharding import shard_of
 from pokebridge.tokens import TokenVerifier, sign_token
 

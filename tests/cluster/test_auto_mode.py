@@ -2,12 +2,10 @@
 
 from dataclasses import dataclass, field
 
-from starlette.exceptions import HTTPException
-
 from pokebridge.cluster.auto_mode import RedLine
 from pokebridge.costs import WatchRules
-from pokebridge.errors import CoordinationError
-from pokebridge.placement import Mode
+from pokebridge.errors import ConflictError, CoordinationError
+from pokebridge.model import Mode
 
 RULES = WatchRules(over_for_s=10, under_for_s=30, leave_at=0.5)
 LINE = 5000.0
@@ -105,7 +103,7 @@ async def test_a_store_that_is_away_is_asked_again_and_a_refusal_is_final() -> N
     red_line = RedLine(LINE, RULES, cluster.migrate)
     await pass_time(red_line, cluster, (1000, 10), range(60))
     assert cluster.attempts > 2
-    cluster.obstacle = HTTPException(409, "half of the signals carry no shard")
+    cluster.obstacle = ConflictError("half of the signals carry no shard")
     await pass_time(red_line, cluster, (1000, 10), range(60, 61))
     cluster.obstacle = None
     await pass_time(red_line, cluster, (1000, 10), range(61, 200))

@@ -6,7 +6,8 @@ from dataclasses import replace
 from pokebridge.cluster.history import KEPT, Events
 from pokebridge.cluster.membership import View
 from pokebridge.coordination.base import Member, Report
-from pokebridge.placement import Mode, ShardMap
+from pokebridge.model import Mode
+from pokebridge.placement import ShardMap
 
 NOW_S = 1_700_000_000.0
 

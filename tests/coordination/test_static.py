@@ -9,7 +9,7 @@ from pokebridge.cluster.membership import Membership, View
 from pokebridge.coordination.base import Coordination
 from pokebridge.coordination.static import Replicas, StaticCoordination
 from pokebridge.errors import ConfigError, CoordinationError
-from pokebridge.placement import Mode
+from pokebridge.model import Mode
 from pokebridge.testing.coordination import every_call, member
 from tests.support import wait_until
 

@@ -10,7 +10,7 @@ from pokebridge.coordination.static import StaticCoordination
 from pokebridge.errors import ConfigError, MissingExtraError
 from pokebridge.mailbox.memory import MemoryMailbox
 from pokebridge.mailbox.sqlite import SqliteMailbox
-from pokebridge.placement import Mode
+from pokebridge.model import Mode
 from pokebridge.server import adapters
 from pokebridge.server.adapters import (
     open_coordination,

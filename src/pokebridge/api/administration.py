@@ -11,8 +11,8 @@ from pokebridge.api.exchange import Verify, authorize, body_reader, json_respons
 from pokebridge.api.openapi import Api
 from pokebridge.api.problems import problem
 from pokebridge.gateway.handshake import Network, is_trusted
-from pokebridge.model import check_recipient
-from pokebridge.placement import Mode
+from pokebridge.model import Mode, check_recipient
+from pokebridge.wire import CONNECT_PATH
 
 
 class Migrate(Protocol):
@@ -60,7 +60,7 @@ class SessionCalls:
         if request.client is not None and is_trusted(request.client.host, self._trusted_proxies):
             scheme = request.headers.get("x-forwarded-proto", scheme)
         scheme = "wss" if scheme == "https" else "ws"
-        return f"{scheme}://{request.url.netloc}/v1/connect"
+        return f"{scheme}://{request.url.netloc}{CONNECT_PATH}"
 
     async def disconnect(self, request: Request) -> Response:
         """DELETE /v1/sessions/{recipient}."""
@@ -71,7 +71,7 @@ class SessionCalls:
     def add_to(self, app: Api) -> None:
         """Have ``app`` answer these calls."""
         # OpenAPI has no words for a WebSocket.
-        app.add_route("/v1/connect", self.connect, include_in_schema=False)
+        app.add_route(CONNECT_PATH, self.connect, include_in_schema=False)
         app.call(
             "GET",
             "/v1/connect-info",

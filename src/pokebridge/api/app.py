@@ -29,6 +29,7 @@ from pokebridge.gateway.handshake import Network
 from pokebridge.mailbox.base import Mailbox
 from pokebridge.mailbox.devices import KnownDevices
 from pokebridge.model import NewMessage, Poke, Receipt, check_recipient
+from pokebridge.wire import CONNECT_PATH
 
 # What a body may have in all: a message of 64 KiB and its frame; a thousand recipients.
 BODY_CAP_BYTES = 96 * 1024
@@ -85,7 +86,9 @@ def create_api(parts: Parts) -> FastAPI:
     """The ASGI app that serves the API of the instance that ``parts`` are of."""
     app = Api(
         title="pokebridge",
-        description="Clients sleep on one WebSocket (`/v1/connect`), hear a poke, and pull here.",
+        description=(
+            f"Clients sleep on one WebSocket (`{CONNECT_PATH}`), hear a poke, and pull here."
+        ),
         middleware=_middleware(parts),
     )
     problems.install(app)

@@ -9,7 +9,13 @@ from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
-from pokebridge.model import DEFAULT_DEVICE, MAX_DEVICE_LENGTH, MAX_RECIPIENT_LENGTH, MAX_VERSION
+from pokebridge.model import (
+    DEFAULT_DEVICE,
+    MAX_DEVICE_LENGTH,
+    MAX_RECIPIENT_LENGTH,
+    MAX_VERSION,
+    Mode,
+)
 
 MAX_POKES = 1000
 MAX_PAGE = 500
@@ -222,7 +228,7 @@ class Traffic(Struct):
 class Cluster(Struct):
     """The cluster as the instance `seen_by` sees it, which has seen so many `events`."""
 
-    mode: Literal["fanout", "partitioned"]
+    mode: Mode
     epoch: int
     shard_count: int
     instances: list[Instance]
@@ -267,7 +273,7 @@ class Watch(Struct):
 class ModeRequest(_Request):
     """The mode to migrate to; `force` it although signals without a shard would stay costly."""
 
-    mode: Literal["fanout", "partitioned"]
+    mode: Mode
     force: bool = False
 
 

@@ -20,6 +20,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketExce
 
 from pokebridge.api_client import ApiClient
 from pokebridge.errors import PokebridgeError
+from pokebridge.wire import CONNECT_PATH
 
 HANDSHAKE_TIMEOUT_S = 30.0
 CLOSE_TIMEOUT_S = 1.0
@@ -91,7 +92,7 @@ class Load:
         self._idle: deque[_Client] = deque()
         self._settled = asyncio.Event()
         self._unsettled = plan.clients
-        self._ws_url = "ws" + api.url.removeprefix("http") + "/v1/connect"
+        self._ws_url = "ws" + api.url.removeprefix("http") + CONNECT_PATH
         # One for all: making one reads every certificate authority of the machine.
         self._tls = ssl.create_default_context() if api.url.startswith("https:") else None
         self._ttl_s = plan.ramp_s + plan.duration_s + TOKEN_SPARE_S

@@ -38,10 +38,11 @@ from pokebridge.client.events import (
 )
 from pokebridge.client.pulling import retry_after_s
 from pokebridge.framing import Opcode
+from pokebridge.wire import CONNECT_PATH
 
 ABNORMAL_CLOSURE = 1006
 # What the balancer in front of all instances is called; a move names one of them.
-BALANCER_URL = "ws://balancer/v1/connect"
+BALANCER_URL = f"ws://balancer{CONNECT_PATH}"
 _POLICY = Policy()
 _HEAD_ENDS = b"\r\n\r\n"
 _RETRY_AFTER = re.compile(rb"\r\nretry-after: *(\d+)\r\n", re.IGNORECASE)
@@ -179,7 +180,7 @@ class StormClient:
         where = self._balancer.pick() if url == BALANCER_URL else self._balancer.at(url)
         query = "?moved=1" if moved else ""
         request = (
-            f"GET /v1/connect{query} HTTP/1.1\r\nHost: {HOST}:{where.port}\r\n"
+            f"GET {CONNECT_PATH}{query} HTTP/1.1\r\nHost: {HOST}:{where.port}\r\n"
             "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
             "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
             f"Authorization: Bearer {self._token}\r\n\r\n"

@@ -23,7 +23,6 @@ from pokebridge.costs import (
     Advice,
     Engine,
     Load,
-    Mode,
     Outcome,
     Prices,
     Range,
@@ -34,6 +33,7 @@ from pokebridge.costs import (
     misplaced_share,
 )
 from pokebridge.errors import UnavailableError
+from pokebridge.model import Mode
 from pokebridge.settings import load_settings
 from pokebridge.sharding import MAX_SHARD_COUNT
 

@@ -47,6 +47,7 @@ from pokebridge.client.pulling import (
 )
 from pokebridge.errors import ConfigError, ForbiddenError
 from pokebridge.model import DEFAULT_DEVICE, check_device
+from pokebridge.wire import CONNECT_PATH
 
 SUBPROTOCOL = Subprotocol("pokebridge.v1")
 TOKEN_TIMEOUT_S = 30.0
@@ -122,7 +123,7 @@ class PokeClient:
         else:
             raise TypeError("a PokeClient takes either on_messages or on_poke")
         self._core = ClientCore(
-            f"ws{url.removeprefix('http')}/v1/connect", cursor=cursor, policy=policy
+            f"ws{url.removeprefix('http')}{CONNECT_PATH}", cursor=cursor, policy=policy
         )
         self._provider = token
         self._device = check_device(device)

@@ -3,11 +3,10 @@
 from typing import Protocol
 
 import structlog
-from starlette.exceptions import HTTPException
 
 from pokebridge.costs import LOG_RULES, RedLineWatch, WatchRules
-from pokebridge.errors import CoordinationError
-from pokebridge.placement import Mode
+from pokebridge.errors import ConflictError, CoordinationError
+from pokebridge.model import Mode
 
 log = structlog.get_logger(__name__)
 
@@ -72,9 +71,9 @@ class RedLine:
     async def _act(self, migrate: Migrate, wanted: Mode, fan_out_ops_per_s: float) -> None:
         try:
             await migrate(wanted, force=False)
-        except HTTPException as refused:
+        except ConflictError as refused:
             self._wanted = None
-            log.warning("not migrated", mode=wanted, reason=refused.detail)
+            log.warning("not migrated", mode=wanted, reason=str(refused))
         except CoordinationError as error:  # to be tried again
             log.warning("not migrated yet", mode=wanted, reason=str(error))
         else:

@@ -16,7 +16,8 @@ from pokebridge.assignment import balance, repair, ring
 from pokebridge.backoff import spread
 from pokebridge.coordination.base import Coordination, Document, Member
 from pokebridge.errors import ConfigError, CoordinationError, PokebridgeError
-from pokebridge.placement import Mode, ShardMap
+from pokebridge.model import Mode
+from pokebridge.placement import ShardMap
 
 log = structlog.get_logger(__name__)
 

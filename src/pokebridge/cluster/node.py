@@ -10,12 +10,10 @@ import secrets
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from http import HTTPStatus
 from pathlib import Path
 from typing import NamedTuple
 
 import structlog
-from starlette.exceptions import HTTPException
 
 from pokebridge.api import schema
 from pokebridge.cluster.auto_mode import RedLine
@@ -24,13 +22,14 @@ from pokebridge.cluster.membership import Membership, View
 from pokebridge.cluster.pull_times import PullTimes, p99_ms
 from pokebridge.coordination.base import Coordination, Member, Report
 from pokebridge.costs import MIGRATE_RULES
-from pokebridge.errors import CoordinationError
+from pokebridge.errors import ConflictError, CoordinationError, NotFoundError
 from pokebridge.gateway.gateway import Gateway
 from pokebridge.gateway.meter import Window
 from pokebridge.gateway.shard_routing import Reach
-from pokebridge.placement import Mode
+from pokebridge.model import Mode
 from pokebridge.settings import Settings
 from pokebridge.sharding import shard_of
+from pokebridge.wire import CONNECT_PATH
 
 log = structlog.get_logger(__name__)
 
@@ -194,27 +193,24 @@ class Cluster:
         """Have every instance change to ``mode``; returns when it is written, not when it is done.
 
         Raises:
-            HTTPException: 409 with the reason why not.
+            ConflictError: the cluster can't change to it now; the message says why.
             CoordinationError: the store can't be had.
         """
         if mode == "partitioned" and not force:
             reports = [member.report for member in self._members().values()]
             share = max((report.untagged_share for report in reports), default=0.0)
             if share > _UNTAGGED_SHARE_ALLOWED:
-                raise HTTPException(
-                    HTTPStatus.CONFLICT,
+                raise ConflictError(
                     f"{share:.0%} of the signals carry no valid shard: every instance would go on"
                     " receiving those. Tag them (protocol.md section 2), or ask with force",
                 )
         if not self._is_shared and self._settings.transport != "memory://":
-            raise HTTPException(
-                HTTPStatus.CONFLICT,
+            raise ConflictError(
                 "the instances share no coordination store (coordination is memory://), so they"
                 " can't change their mode together",
             )
         if self._is_static:
-            raise HTTPException(
-                HTTPStatus.CONFLICT,
+            raise ConflictError(
                 "with static:// coordination the mode is each instance's setting: change it there,"
                 " and restart them one after the other",
             )
@@ -224,7 +220,7 @@ class Cluster:
         """Have ``instance`` give up its shards, then its sessions.
 
         Raises:
-            HTTPException: 404, there is no such instance.
+            NotFoundError: the cluster has no such instance.
             CoordinationError: the store can't be had.
         """
         if instance == self._settings.instance:
@@ -234,7 +230,7 @@ class Cluster:
                 lambda shard_map: replace(shard_map, draining=shard_map.draining | {instance})
             )
         else:
-            raise HTTPException(HTTPStatus.NOT_FOUND, "this cluster has no such instance")
+            raise NotFoundError("this cluster has no such instance")
 
     def home_of(self, recipient: str) -> tuple[int, str, str]:
         """The shard of ``recipient``, and the instance to connect to for it: its id and URL.
@@ -387,7 +383,7 @@ class _Load(NamedTuple):
 
 def connect_url(base: str) -> str:
     """The WebSocket's URL under ``base``; empty when that is."""
-    return base and f"{base.rstrip('/')}/v1/connect"
+    return base and f"{base.rstrip('/')}{CONNECT_PATH}"
 
 
 def _standings(view: View) -> frozenset[tuple[object, ...]]:

@@ -18,7 +18,8 @@ import msgspec
 from pokebridge.coordination.base import Document, Member
 from pokebridge.engines.urls import url_options
 from pokebridge.errors import ConfigError, CoordinationError
-from pokebridge.placement import Mode, ShardMap
+from pokebridge.model import Mode
+from pokebridge.placement import ShardMap
 
 _OPTIONS = frozenset({"ordinal", "replicas", "url"})
 _PLACEHOLDER = "{ordinal}"

@@ -34,7 +34,8 @@ from pokebridge.gateway.session_map import SessionMap
 from pokebridge.gateway.shard_routing import Reach, ShardRouting
 from pokebridge.gateway.subscriptions import SubscriptionManager, SubscriptionTiming
 from pokebridge.gateway.wheel import Wheel
-from pokebridge.placement import Mode, Placement, PlacementRules, ShardMap
+from pokebridge.model import Mode
+from pokebridge.placement import Placement, PlacementRules, ShardMap
 from pokebridge.session import Session, State, Timing
 from pokebridge.sharding import DEFAULT_SHARD_COUNT, shard_of
 from pokebridge.transport.base import Transport

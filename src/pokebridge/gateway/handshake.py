@@ -14,8 +14,8 @@ from websockets.server import ServerProtocol
 
 from pokebridge.errors import AuthError, InputError, RefusedError
 from pokebridge.model import DEFAULT_DEVICE, check_device
+from pokebridge.wire import CONNECT_PATH
 
-CONNECT_PATH = "/v1/connect"
 SUBPROTOCOL = "pokebridge.v1"
 _BEARER_SUBPROTOCOL = "bearer."
 

@@ -14,7 +14,7 @@ from pokebridge.errors import ConfigError, MissingExtraError
 from pokebridge.ingress.base import Source
 from pokebridge.mailbox.base import Limits, Mailbox
 from pokebridge.mailbox.pushes import PushTiming
-from pokebridge.placement import Mode
+from pokebridge.model import Mode
 from pokebridge.sharding import DEFAULT_SHARD_COUNT
 from pokebridge.transport.base import Carrier, Transport
 

@@ -21,6 +21,7 @@ from pokebridge.api import app as api
 from pokebridge.api import metrics
 from pokebridge.api.messages import read_ingress
 from pokebridge.cluster.node import Cluster
+from pokebridge.cluster.watchers import Watchers
 from pokebridge.coordination.base import Coordination
 from pokebridge.errors import PokebridgeError
 from pokebridge.fallback.push import Pulls, Pusher
@@ -35,7 +36,6 @@ from pokebridge.model import DEFAULT_DEVICE
 from pokebridge.processor import Processor
 from pokebridge.publisher import Publisher
 from pokebridge.server.capacity import PullCapacity
-from pokebridge.server.watch import Watchers
 from pokebridge.session import Timing
 from pokebridge.settings import Settings
 from pokebridge.telemetry import Metric

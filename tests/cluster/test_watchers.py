@@ -6,10 +6,10 @@ from collections.abc import AsyncIterator, Sequence
 import pytest
 
 from pokebridge.api import schema
+from pokebridge.cluster import watchers
+from pokebridge.cluster.watchers import MAX_WATCHERS, Watchers, legible
 from pokebridge.errors import TransportError
 from pokebridge.model import Poke
-from pokebridge.server import watch
-from pokebridge.server.watch import MAX_WATCHERS, Watchers, legible
 from tests.support import wait_until
 
 
@@ -40,7 +40,7 @@ class World:
 @pytest.fixture
 async def world(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
     """Looked at more often than in earnest."""
-    monkeypatch.setattr(watch, "LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(watchers, "LOOK_EVERY_S", 0.01)
     world = World()
     yield world
     await world.watchers.close()
@@ -57,7 +57,7 @@ async def test_a_change_is_poked_once(world: World) -> None:
 
 async def test_nobody_watches_nobody_looks(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who does not say so again is forgotten, and the last one ends the looking."""
-    monkeypatch.setattr(watch, "WATCH_S", 0.05)
+    monkeypatch.setattr(watchers, "WATCH_S", 0.05)
     world.watchers.add("bob")
     await wait_until(lambda: world.watchers._task is None, what="the end of looking")
     looks = world.looks
