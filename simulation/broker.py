@@ -220,10 +220,6 @@ class SimTransport:
         self._own.append(link)
         return link
 
-    async def subscriber_count(self) -> int | None:
-        """See the port."""
-        return sum(link.selection is Feed.ALL for link in self._broker.subscriptions)
-
     async def close(self) -> None:
         """See the port."""
         self._closed = True

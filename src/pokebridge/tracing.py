@@ -209,9 +209,6 @@ class _TracedTransport:
     async def subscribe(self, selection: Selection, receiver: Receiver) -> Subscription:
         return await self._inner.subscribe(selection, _TracedReceiver(receiver, self._tracing))
 
-    async def subscriber_count(self) -> int | None:
-        return await self._inner.subscriber_count()
-
     async def close(self) -> None:
         await self._inner.close()
 

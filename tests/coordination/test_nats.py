@@ -169,7 +169,7 @@ async def test_an_old_server_is_refused(
 ) -> None:
     """Without what it needs of the server a store says so, instead of failing at some call."""
     monkeypatch.setattr("pokebridge.coordination.nats._OLDEST_SERVER", (99, 0))
-    with pytest.raises(CoordinationError, match=r"it is NATS 2\.\d+, older than 2.11"):
+    with pytest.raises(CoordinationError, match=r"the server is NATS 2\.\d+, older than 2.11"):
         await connect_to(nats_server.url)
 
 

@@ -23,7 +23,6 @@ async def connect(
     """The coordination of one of three replicas."""
     return await StaticCoordination.connect(
         f"static://?ordinal={ordinal}&replicas=3{options}",
-        cluster="default",
         instance=instance or f"pokebridge-{ordinal}",
         shard_count=SHARD_COUNT,
         mode=mode,
@@ -170,13 +169,13 @@ def test_the_ordinal_is_given_or_ends_the_host_name(url: str, hostname: str, ord
         ("static://", "static://[?]ordinal=N&replicas=M"),
         ("static://host?ordinal=0&replicas=3", "static://[?]ordinal=N&replicas=M"),
         ("static://?ordinal=0", "static://[?]ordinal=N&replicas=M"),
-        ("static://?replicas=3", "'laptop' does not end in one, like pokebridge-0"),
-        ("static://?ordinal=3&replicas=3", "ordinal '3' is not one of '3' replicas"),
+        ("static://?replicas=3", "'laptop' does not end in one, as pokebridge-0 does"),
+        ("static://?ordinal=3&replicas=3", "ordinal '3' is invalid: with '3' replicas"),
         ("static://?ordinal=-1&replicas=3", "ordinal '-1'"),
         ("static://?ordinal=x&replicas=3", "ordinal 'x'"),
-        ("static://?ordinal=0&replicas=0", "of '0' replicas"),
+        ("static://?ordinal=0&replicas=0", "with '0' replicas"),
         ("static://?ordinal=0&replicas=3&colour=red", "no option 'colour'"),
-        ("static://?ordinal=0&replicas=3&url=wss://same.example", "with {ordinal} in it"),
+        ("static://?ordinal=0&replicas=3&url=wss://same.example", "with {ordinal}"),
         ("static://?ordinal=0&replicas=3&url=https://b-{ordinal}.example", "wss:// URL"),
     ],
 )
@@ -184,4 +183,4 @@ def test_a_url_that_makes_no_sense_is_refused(url: str, said: str) -> None:
     """One line says which part of it, and what it may be."""
     with pytest.raises(ConfigError, match=said) as error:
         Replicas.parse(url, "laptop")
-    assert str(error.value).startswith("the coordination's URL")
+    assert str(error.value).startswith("the coordination URL")

@@ -105,7 +105,6 @@ class PermissionContract:
         assert "private" not in str(caught.value)
         await assert_hears(restricted, receiver, 7)
         assert receiver.gaps == []
-        assert await restricted.subscriber_count() in {None, 0}
 
     async def test_a_permission_that_is_taken_away_is_no_silence(
         self,

@@ -165,15 +165,6 @@ async def test_everything_and_a_shard_at_once(world: World) -> None:
     assert len(await world.subscriptions()) == 1
 
 
-async def test_everything_counts_once(world: World) -> None:
-    """An instance that takes everything is one subscriber, however many subscriptions it needs."""
-    one, two = await connect(world), await connect(world)
-    for transport in (one, two):
-        await subscribe_live(transport, Feed.ALL)
-    await two.subscribe(5, RecordingReceiver())
-    assert await one.subscriber_count() == 2
-
-
 async def test_orphans_on_every_topic_are_swept(world: World) -> None:
     """Also by who uses filters, and the other way round: a change of carrier leaves nothing."""
     for name, carrier in (("t", "topic"), ("f", "filter")):

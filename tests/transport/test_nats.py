@@ -14,7 +14,6 @@ from pathlib import Path
 
 import nats
 import pytest
-from nats.aio.msg import Msg
 
 from pokebridge.errors import ConfigError, TransportError
 from pokebridge.testing.transport import (
@@ -22,10 +21,9 @@ from pokebridge.testing.transport import (
     TransportContract,
     subscribe_live,
 )
-from pokebridge.transport import reconnecting_link
 from pokebridge.transport.base import Feed, Signal
 from pokebridge.transport.nats import NatsTransport
-from tests.support import Daemon, free_port, wait_until
+from tests.support import Daemon, free_port
 from tests.support.missing import missing
 from tests.transport.certificates import Certificates
 from tests.transport.engines import (
@@ -163,14 +161,6 @@ class TestByHand(ByHandContract):
         """Subjects that are not UTF-8, headers that are none, no body at all: all just bodies."""
         transport = await connect_url(nats_server.url, subject="garbage")
         _, receiver = await subscribe_live(transport, Feed.ALL)
-        answers: list[str] = []
-        listener = await nats.connect(nats_server.url)
-
-        async def on_answer(message: Msg) -> None:
-            answers.append(message.subject)
-
-        await listener.subscribe("garbage-census.>", cb=on_answer)
-        await listener.flush()
         with raw_client(nats_server.address) as send:
             for header in (
                 b"x",
@@ -183,61 +173,10 @@ class TestByHand(ByHandContract):
             send(b"PUB garbage.\xff\xfe 2\r\nok\r\n")
             send(b"PUB garbage.no-shard _INBOX.x 2\r\nok\r\n")
             send(b"PUB garbage 0\r\n\r\n")
-            send(b"PUB garbage-census 7\r\nwho a.b\r\n")
-            send(b"PUB garbage-census 8\r\ncount -1\r\n")
         await receiver.wait_for(lambda heard: len(heard.payloads) == 7)
         assert sorted(receiver.payloads) == [b"", *[b"ok"] * 6]
         await assert_hears(transport, receiver, 1)
-        assert await transport.subscriber_count() == 1
         assert receiver.gaps == []
-        await listener.close()
-        assert len(answers) == 1
-
-
-class TestCensus:
-    """How instances are counted."""
-
-    async def test_one_asks_and_all_know(
-        self, nats_server: Daemon, connect_url: ConnectUrl
-    ) -> None:
-        """Instances that want to know at once cost one question; who takes a shard counts not."""
-        connect = [connect_url(nats_server.url, subject="counted") for _ in range(7)]
-        instances = await asyncio.gather(*connect)
-        for instance in instances[:5]:
-            await subscribe_live(instance, Feed.ALL)
-        await subscribe_live(instances[5], 42)
-        questions: list[bytes] = []
-        listener = await nats.connect(nats_server.url)
-
-        async def on_message(message: Msg) -> None:
-            if message.data.startswith(b"who"):
-                questions.append(message.data)
-
-        await listener.subscribe("counted-census", cb=on_message)
-        await listener.flush()
-        first = asyncio.create_task(instances[0].subscriber_count())
-        await wait_until(lambda: questions)
-        others = [instance.subscriber_count() for instance in instances[1:6]]
-        assert await asyncio.gather(first, *others) == [5] * 6
-        assert await asyncio.gather(*(i.subscriber_count() for i in instances[:6])) == [5] * 6
-        await listener.close()
-        assert len(questions) == 1
-        assert await instances[6].subscriber_count() == 5
-
-    async def test_the_count_follows(
-        self, nats_server: Daemon, connect_url: ConnectUrl, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """An instance that leaves, or stops taking everything, is no longer counted."""
-        monkeypatch.setattr(reconnecting_link, "COUNT_TTL_S", 0.0)
-        one, two = [await connect_url(nats_server.url, subject="leaving") for _ in range(2)]
-        await subscribe_live(one, Feed.ALL)
-        leaving, _ = await subscribe_live(two, Feed.ALL)
-        await subscribe_live(two, Feed.ALL)
-        assert await one.subscriber_count() == 2
-        await leaving.close()
-        assert await one.subscriber_count() == 2
-        await two.close()
-        assert await one.subscriber_count() == 1
 
 
 class TestStart(StartContract):
@@ -332,8 +271,7 @@ class TestCredentials:
         server = await asyncio.to_thread(
             run_server,
             """authorization {
-                ours = ["push-notifications", "push-notifications.*",
-                        "push-notifications-census", "push-notifications-census.*"]
+                ours = ["push-notifications", "push-notifications.*"]
                 users = [
                     { user: instance, password: pw
                       permissions: { publish: $ours, subscribe: $ours } }
@@ -343,11 +281,9 @@ class TestCredentials:
         )
         instance = await connect_url(f"nats://instance:pw@{server.address}")
         receivers = {which: (await subscribe_live(instance, which))[1] for which in SELECTIONS}
-        assert await instance.subscriber_count() == 1
         backend = await connect_url(f"nats://backend:pw@{server.address}")
         await backend.publish([Signal(b'{"recipient":"a"}', 42), Signal(b'{"recipient":"b"}')])
         await receivers[Feed.ALL].wait_for(lambda heard: len(heard.payloads) == 2)
-        assert await backend.subscriber_count() is None
 
 
 class TestPermissions(PermissionContract):

@@ -19,10 +19,9 @@ from pokebridge.testing.transport import (
     TransportContract,
     subscribe_live,
 )
-from pokebridge.transport import reconnecting_link
 from pokebridge.transport.base import Feed, Signal
 from pokebridge.transport.redis import PUBLISH_CONNECTIONS, RedisTransport
-from tests.support import Daemon, free_port, wait_until
+from tests.support import Daemon, free_port
 from tests.transport.certificates import Certificates
 from tests.transport.engines import (
     ByHandContract,
@@ -141,11 +140,11 @@ class TestByHand(ByHandContract):
         transport = await connect_url(valkey_server.url, channel="garbage")
         _, receiver = await subscribe_live(transport, Feed.ALL)
         bodies = [b"", b"\x00\xff\r\n", b"*3\r\n$7\r\nmessage\r\n", b"+PONG", b"y" * 1_000_000]
-        channels = [b"garbage", b"garbage.", b"garbage.\xff\x00", b"garbage.1.2", b"garbage-all"]
+        channels = [b"garbage", b"garbage.", b"garbage.\xff\x00", b"garbage.1.2"]
         for body in bodies:
             for channel in channels:
                 await asyncio.to_thread(plain.publish, channel, body)
-        await receiver.wait_for(lambda heard: len(heard.payloads) == 25)
+        await receiver.wait_for(lambda heard: len(heard.payloads) == 20)
         assert set(receiver.payloads) == set(bodies)
         await assert_hears(transport, receiver, 1)
         assert receiver.gaps == []
@@ -187,41 +186,6 @@ class TestPublishing:
                 with pytest.raises(TransportError, match=f"{port}.*"):
                     await transport.publish([Signal(b"{}", 1)])
             await transport.close()
-
-
-class TestCount:
-    """How instances are counted."""
-
-    async def test_the_count_follows(
-        self, valkey_server: Daemon, connect_url: ConnectUrl, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """Who takes everything counts once, however often; who leaves or takes a shard does not."""
-        monkeypatch.setattr(reconnecting_link, "COUNT_TTL_S", 0.0)
-        one, two, three = [await connect_url(valkey_server.url, channel="count") for _ in range(3)]
-        await subscribe_live(one, Feed.ALL)
-        leaving, _ = await subscribe_live(two, Feed.ALL)
-        await subscribe_live(two, Feed.ALL)
-        await subscribe_live(three, 42)
-        assert await three.subscriber_count() == 2
-        await leaving.close()
-        assert await one.subscriber_count() == 2
-        await two.close()
-        await wait_until(lambda: _counts(one, 1))
-
-    async def test_the_count_is_asked_for_seldom(
-        self, valkey_server: Daemon, connect_url: ConnectUrl
-    ) -> None:
-        """A count is good for some seconds."""
-        one, two = [await connect_url(valkey_server.url, channel="seldom") for _ in range(2)]
-        await subscribe_live(one, Feed.ALL)
-        assert await one.subscriber_count() == 1
-        await subscribe_live(two, Feed.ALL)
-        assert await one.subscriber_count() == 1
-        assert await two.subscriber_count() == 2
-
-
-async def _counts(transport: RedisTransport, count: int) -> bool:
-    return await transport.subscriber_count() == count
 
 
 class TestStart(StartContract):
@@ -298,13 +262,11 @@ class TestCredentials(PermissionContract):
             )
         instance = await connect_url(f"redis://bridge:SECRET@{server.address}")
         receivers = {which: (await subscribe_live(instance, which))[1] for which in SELECTIONS}
-        assert await instance.subscriber_count() == 1
         subscription, _ = await subscribe_live(instance, 1)
         await subscription.close()
         backend = await connect_url(f"redis://backend:SECRET@{server.address}")
         await backend.publish([Signal(b'{"recipient":"a"}', 42), Signal(b'{"recipient":"b"}')])
         await receivers[Feed.ALL].wait_for(lambda heard: len(heard.payloads) == 2)
-        assert await backend.subscriber_count() is None
 
     @pytest.fixture
     async def restricted(self, server: Daemon, connect_url: ConnectUrl) -> RedisTransport:

@@ -1,1 +1,1 @@
-"""What instances agree through: the port, and its adapters over stores that already exist."""
+"""How instances coordinate: the port, and its adapters over existing stores."""

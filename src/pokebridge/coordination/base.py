@@ -1,8 +1,8 @@
 """The coordination port: members with leases, one document changed by compare-and-swap, a leader.
 
-It is small so that any store with a clock or a compare-and-swap can carry it, and nothing here
-needs to be right for a poke to arrive: when the store is gone the last shard map stays in force,
-and interest keeps every client served (ARCHITECTURE.md).
+The port is small, so that any store with a clock and a compare-and-swap can implement it. No poke
+depends on it: while the store is unavailable the last shard map stays in force, and every instance
+still serves the shards of its own sessions (ARCHITECTURE.md, "What an instance subscribes to").
 """
 
 from dataclasses import dataclass
@@ -11,111 +11,121 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """How a member is doing, as of its last renewal: for display, never for decisions."""
+    """A member's state as of its last renewal. Used for display only, never for decisions."""
 
     epoch: int = 0
-    """The shard map that it has applied."""
+    """The epoch of the shard map that the member has applied."""
     settled: bool = True
-    """Whether it holds what that map wants, proven live, and nothing else."""
+    """Whether the member holds exactly what that map asks for, and all of it is proven live."""
     subscriptions: int = 0
+    """Number of the member's subscriptions on the transport."""
     interest: tuple[int, ...] = ()
     """The shards of its sessions."""
     messages_per_s: float = 0.0
+    """Signals received per second."""
     owned_per_s: float = 0.0
-    """Of them, those for shards that it owns: so each counts for one member alone."""
+    """Signals received per second for shards that the member owns."""
     pokes_per_s: float = 0.0
-    """Poke frames handed to its sockets."""
+    """Poke frames sent to clients per second."""
     noise_ratio: float = 0.0
+    """Share of the received pokes that no session here wanted, 0 to 1."""
     untagged_share: float = 0.0
-    """Of the signals it received, those without a shard beside them: 0 to 1."""
+    """Share of the received signals that were published without a shard, 0 to 1."""
     gaps: int = 0
+    """Number of gaps since the member's start."""
     doubt_s: float = 0.0
-    """Seconds since its start in which pokes for its sessions may have been lost."""
+    """Seconds since the member's start in which pokes for its sessions may have been lost."""
     pulls_per_s: float = 0.0
+    """Pulls answered per second."""
     pull_p99_ms: float = 0.0
-    """99 of 100 pulls were answered in that time."""
+    """99th percentile of the time to answer a pull, in milliseconds."""
     cpu_share: float = 0.0
-    """CPU time used over time passed: 1 is one core."""
+    """CPU time used divided by time passed. 1 means one core."""
     memory_bytes: int = 0
+    """Resident memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """An instance as the others see it. Its lease is the store's business, not this record's.
-
-    ``id`` is of letters, digits, ``-`` and ``_``: stores make keys of it.
-    ``incarnation`` differs at every start, also of the same ``id``. ``joined_at_ms`` is Unix time
-    by the member's own clock: for display, never for decisions.
-    """
+    """An instance as the other instances see it. The store keeps the lease beside this record."""
 
     id: str
+    """Letters, digits, ``-`` and ``_``, since stores use it in keys."""
     url: str
+    """Where clients reach the member; empty when they can't."""
     incarnation: str
+    """Different at each start, also for the same ``id``."""
     weight: float
+    """Its share of the shards, relative to the other members."""
     joined_at_ms: int
+    """Unix time by the member's own clock. For display only."""
     sessions: int = 0
+    """Number of open sessions."""
     state: str = "active"
+    """``active`` or ``draining``."""
     report: Report = Report()
+    """For display only."""
 
     @property
     def standing(self) -> tuple[object, ...]:
-        """What matters to the others' plans: a change of it is a change of the cluster."""
+        """The fields that plans depend on. When they change, the cluster changes."""
         return self.id, self.incarnation, self.url, self.weight, self.state
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """The one shared document and its ``revision``, which changes with every write."""
+    """The shared document. Its ``revision`` changes with every write."""
 
     body: bytes
     revision: int
 
 
 class Coordination(Protocol):
-    """Where the members of one cluster meet.
+    """The store through which the members of one cluster coordinate.
 
-    Promises, held by ``pokebridge.testing.CoordinationContract`` against every adapter:
+    ``pokebridge.testing.CoordinationContract`` checks these guarantees for every adapter:
 
-    - **Members**: who renewed its lease within its length is listed; who has not, is not, no later
-      than one further lease length. Leases are timed by the store's clock, or by the reader's
-      monotonic clock, never by comparing clocks of two machines.
-    - **Document**: ``write`` succeeds for exactly one of several writers that saw the same
-      revision. What was written is what every later ``read`` returns, or something newer.
-    - **Leader**: at any time at most one holder believes, by its own clock, that its lease lasts,
-      as long as clocks run at about the same rate. That is no fence: whoever acts as a leader does
-      so through ``write``, which refuses a revision that has moved on.
-    - **Errors**: every call raises :class:`~pokebridge.errors.CoordinationError` in bounded time
-      when the store can't be had, and works again by itself once it can.
+    - **Members**: a member is listed while its lease lasts. After that it is no longer listed, at
+      the latest one further lease length later. The store's clock, or the reader's monotonic
+      clock, times the leases. The clocks of two machines are never compared.
+    - **Document**: of several writers that saw the same revision, exactly one succeeds. Every later
+      ``read`` returns what was written, or something newer.
+    - **Leader**: as long as clocks run at about the same rate, at most one holder at a time
+      believes, by its own clock, that its lease lasts. This is not a fence. A leader acts through
+      ``write``, which refuses an outdated revision.
+    - **Errors**: while the store is unavailable, every call raises
+      :class:`~pokebridge.errors.CoordinationError` in bounded time. Once the store is available,
+      calls succeed again without further action.
     """
 
     async def renew(self, member: Member, lease_s: float) -> None:
-        """Be a member, with this record, for ``lease_s`` seconds from now."""
+        """Store ``member``'s record, with a lease of ``lease_s`` seconds from now."""
 
     async def leave(self, member_id: str, incarnation: str) -> None:
-        """Be one no more, at once; nothing happens when another incarnation has taken over."""
+        """End the lease at once. Does nothing when another incarnation has taken over."""
 
     async def members(self) -> list[Member]:
-        """Everyone whose lease lasts, by id."""
+        """Return the members whose lease lasts, ordered by id."""
 
     async def read(self) -> Document | None:
-        """The shared document; ``None`` when there has never been one."""
+        """Return the shared document; ``None`` when there is none yet."""
 
     async def write(self, body: bytes, revision: int | None) -> bool:
-        """Replace the document if it is still at ``revision`` (``None``: if there is none yet)."""
+        """Replace the document if its revision is ``revision`` (``None``: if there is none yet)."""
 
     async def lead(self, holder: str, lease_s: float) -> bool:
-        """Become the leader, or stay it, for ``lease_s`` seconds; False when another one is."""
+        """Lead, or go on leading, for ``lease_s`` seconds. False when another holder leads."""
 
     async def resign(self, holder: str) -> None:
-        """Lead no more, if ``holder`` does."""
+        """Stop leading, if ``holder`` leads."""
 
     async def wait_for_change(self, timeout_s: float) -> None:
         """Return when the document or a member's standing may have changed, or after ``timeout_s``.
 
-        May have changed since the last wait here returned, or since the start, so that nothing is
-        missed between two waits. A renewal that changes no standing wakes nobody: N members renew
-        all the time. The end of a lease need not wake anybody either: it is nobody's doing.
+        The wait covers all changes since the previous wait on this object returned, or since it was
+        created, so none is missed between two waits. A renewal that changes no standing does not
+        end a wait, since all members renew all the time. Nor does the end of a lease have to.
         """
 
     async def close(self) -> None:
-        """Close what is open. Leases run out by themselves. May be called twice."""
+        """Close all connections. Leases expire by themselves. Idempotent."""

@@ -12,7 +12,7 @@ from pokebridge.errors import CoordinationError
 
 @dataclass(slots=True)
 class _Store:
-    """What all ends share; leases are deadlines of one clock."""
+    """What all ends share. A lease is the time, by ``clock``, at which it ends."""
 
     members: dict[str, tuple[Member, float]] = field(default_factory=dict)
     document: Document | None = None
@@ -22,10 +22,7 @@ class _Store:
 
 
 class MemoryCoordination:
-    """A store for everyone in this process who holds an end of it (``connect``).
-
-    ``clock`` is monotonic, in seconds.
-    """
+    """One end of a store inside this process. ``clock`` is monotonic, in seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -34,14 +31,14 @@ class MemoryCoordination:
         self._closed = False
 
     def connect(self) -> "MemoryCoordination":
-        """Another end of the same store."""
+        """Return another end of the same store."""
         other = MemoryCoordination(self._clock)
         other._store = self._store
         other._changes_seen = self._store.changes
         return other
 
     async def renew(self, member: Member, lease_s: float) -> None:
-        """Be a member for ``lease_s`` seconds from now."""
+        """Store ``member``'s record, with a lease of ``lease_s`` seconds from now."""
         store, now = self._open_store(), self._clock()
         known = store.members.get(member.id)
         store.members[member.id] = (member, now + lease_s)
@@ -49,7 +46,7 @@ class MemoryCoordination:
             self._announce()
 
     async def leave(self, member_id: str, incarnation: str) -> None:
-        """Be one no more, unless another incarnation has taken over."""
+        """End the lease, unless another incarnation has taken over."""
         store = self._open_store()
         known = store.members.get(member_id)
         if known is not None and known[0].incarnation == incarnation:
@@ -57,17 +54,17 @@ class MemoryCoordination:
             self._announce()
 
     async def members(self) -> list[Member]:
-        """Everyone whose lease lasts, by id."""
+        """Return the members whose lease lasts, ordered by id."""
         store, now = self._open_store(), self._clock()
         store.members = {key: held for key, held in store.members.items() if held[1] > now}
         return [member for _, (member, _) in sorted(store.members.items())]
 
     async def read(self) -> Document | None:
-        """The shared document."""
+        """Return the shared document."""
         return self._open_store().document
 
     async def write(self, body: bytes, revision: int | None) -> bool:
-        """Replace the document if it is still at ``revision``."""
+        """Replace the document if its revision is ``revision``."""
         store = self._open_store()
         current = None if store.document is None else store.document.revision
         if revision != current:
@@ -77,7 +74,7 @@ class MemoryCoordination:
         return True
 
     async def lead(self, holder: str, lease_s: float) -> bool:
-        """Become the leader, or stay it."""
+        """Lead, or go on leading, unless another holder leads."""
         store, now = self._open_store(), self._clock()
         if store.leader is not None and store.leader[0] != holder and store.leader[1] > now:
             return False
@@ -85,7 +82,7 @@ class MemoryCoordination:
         return True
 
     async def resign(self, holder: str) -> None:
-        """Lead no more, if ``holder`` does."""
+        """Stop leading, if ``holder`` leads."""
         store = self._open_store()
         if store.leader is not None and store.leader[0] == holder:
             store.leader = None
@@ -100,7 +97,7 @@ class MemoryCoordination:
         self._changes_seen = store.changes
 
     async def close(self) -> None:
-        """Close this end."""
+        """Close this end. The other ends stay open."""
         self._closed = True
 
     def _open_store(self) -> _Store:

@@ -1,20 +1,19 @@
-"""Coordination through NATS: a JetStream key-value bucket a cluster, timed by the stream's clock.
+"""Coordination through NATS: one JetStream key-value bucket for each cluster.
 
-Bucket ``pokebridge-CLUSTER``, so stream ``KV_pokebridge-CLUSTER``, with the keys
+The bucket ``pokebridge-CLUSTER`` (stream ``KV_pokebridge-CLUSTER``) has these keys:
 
 member.ID    a member's record and the length of its lease
-leader       who leads, and the length of its lease
+leader       the leader and the length of its lease
 document     the shared document; the entry's revision is the document's
 
-A lease is judged by what the server stamped the entry with and what time the server says it is
-now: one clock, to the millisecond, for a reader who has just come as for any other. NATS's own
-expiry (``Nats-TTL``) counts whole seconds, so it only removes what is long dead. Judging by the
-reader's clock, from when it saw a revision change, would take the dead for living after each start.
+The server's clock times the leases: the time at which it stored an entry, and the time that it
+reports now. NATS's own expiry (``Nats-TTL``) counts whole seconds, so it only cleans up. The
+reader's clock would not do: after its start a reader could not tell how old an entry is.
 
-That something has changed is told by an empty message on ``pokebridge.CLUSTER.changed``. A watcher
-of the bucket would hear every renewal of every member instead, N² of them, and no lease end.
+An empty message on ``pokebridge.CLUSTER.changed`` announces each change. A watcher of the bucket
+would receive every renewal of every member, which is N² messages.
 
-A bucket that is missing is made at each connection, so also one that a server lost.
+Each new connection creates the bucket if it is missing, for example because the server lost it.
 """
 
 import asyncio
@@ -56,10 +55,10 @@ from pokebridge.errors import ConfigError
 
 T = TypeVar("T")
 
-_OLDEST_SERVER = (2, 11)  # expiry of single entries, and listing many in one request
+_OLDEST_SERVER = (2, 11)  # the first with expiry of single entries and batched reads
 _PART = "coordination"
 _OPTIONS = URL_OPTIONS | {"replicas"}
-_MOST_MEMBERS = 1024  # the server lists no more in one request
+_MOST_MEMBERS = 1024  # the server's limit for one request
 _LEAVE_ATTEMPTS = 3
 # JetStream's error codes.
 _NO_MESSAGE = 10037
@@ -82,7 +81,10 @@ class _Led:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """``stamped_s``: when it was stored, by the server's clock. ``is_gone``: it marks an end."""
+    """An entry of the bucket.
+
+    ``stamped_s`` is the time at which the server stored it. ``is_gone``: it marks a deletion.
+    """
 
     value: bytes
     revision: int
@@ -95,14 +97,16 @@ _led = msgspec.json.Decoder(_Led)
 
 
 class NatsCoordination:
-    """Members, document and leader in a bucket. Made by :meth:`connect`; holds one connection."""
+    """Coordination in a bucket, over one connection. Create it with :meth:`connect`."""
 
     def __init__(self, url: str, cluster: str, replicas: int) -> None:
         servers = servers_in(_PART, url)
+        # The next server to dial comes first.
         self._servers = random.sample(servers, len(servers))
         self._url = url
         self._cluster = cluster
         self._replicas = replicas
+        # Set at each change, and cleared by the wait that it ends.
         self._changed = asyncio.Event()
         self._announced = Announced()
         self._connection = StoreConnection(
@@ -116,20 +120,20 @@ class NatsCoordination:
 
     @classmethod
     async def connect(cls, url: str, *, cluster: str) -> Self:
-        """Connect to the servers in ``url``, and make the bucket if it is missing.
+        """Connect to the servers, and create the bucket if it is missing.
 
         Args:
-            url: as :mod:`pokebridge.engines.nats` says; the option ``replicas`` (1) is for a
-                bucket that is made now.
-            cluster: whose bucket it is.
+            url: the servers, as described in :mod:`pokebridge.engines.nats`. The option
+                ``replicas`` (default 1) applies when the bucket is created.
+            cluster: the cluster's name.
 
         Raises:
-            ConfigError: the URL makes no sense, or a file can't be read.
-            CoordinationError: no server can be had, or it refuses, or has no JetStream.
+            ConfigError: the URL is invalid, or a file is unreadable.
+            CoordinationError: no server is available, or it refuses, or has no JetStream.
         """
         replicas = url_options(_PART, url, _OPTIONS).get("replicas", "1")
         if not replicas.isdecimal() or not 1 <= int(replicas) <= 5:
-            raise ConfigError("the coordination's URL: replicas is 1 to 5")
+            raise ConfigError("the coordination URL's option replicas must be 1 to 5")
         store = cls(url, cluster, int(replicas))
         try:
             await store._connection.call(_nothing)
@@ -140,39 +144,39 @@ class NatsCoordination:
         return store
 
     async def renew(self, member: Member, lease_s: float) -> None:
-        """Be a member for ``lease_s`` seconds from now."""
+        """Store ``member``'s record, with a lease of ``lease_s`` seconds from now."""
         now = time.monotonic()
         is_news = self._announced.is_news(member, now)
         await self._connection.call(lambda bucket: bucket.renew(_Joined(member, lease_s), is_news))
         self._announced.note(member, now + lease_s)
 
     async def leave(self, member_id: str, incarnation: str) -> None:
-        """Be one no more, unless another incarnation has taken over."""
+        """End the lease, unless another incarnation has taken over."""
         self._announced.forget(member_id)
         await self._connection.call(lambda bucket: bucket.leave(member_id, incarnation))
 
     async def members(self) -> list[Member]:
-        """Everyone whose lease lasts, by id."""
+        """Return the members whose lease lasts, ordered by id."""
         return await self._connection.call(lambda bucket: bucket.members())
 
     async def read(self) -> Document | None:
-        """The shared document."""
+        """Return the shared document."""
         return await self._connection.call(lambda bucket: bucket.read())
 
     async def write(self, body: bytes, revision: int | None) -> bool:
-        """Replace the document if it is still at ``revision``."""
+        """Replace the document if its revision is ``revision``."""
         return await self._connection.call(lambda bucket: bucket.write(body, revision))
 
     async def lead(self, holder: str, lease_s: float) -> bool:
-        """Become the leader, or stay it."""
+        """Lead, or go on leading, unless another holder leads."""
         return await self._connection.call(lambda bucket: bucket.lead(_Led(holder, lease_s)))
 
     async def resign(self, holder: str) -> None:
-        """Lead no more, if ``holder`` does."""
+        """Stop leading, if ``holder`` leads."""
         await self._connection.call(lambda bucket: bucket.resign(holder))
 
     async def wait_for_change(self, timeout_s: float) -> None:
-        """Return at the next change, when the connection breaks, or after ``timeout_s`` seconds."""
+        """Return at the next change, at a lost connection, or after ``timeout_s`` seconds."""
         await self._connection.call(_nothing)
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
@@ -180,11 +184,11 @@ class NatsCoordination:
         self._changed.clear()
 
     async def close(self) -> None:
-        """Close the connection. May be called twice."""
+        """Close the connection. Idempotent."""
         await self._connection.close()
 
     async def _dial(self) -> "_Bucket":
-        """A connection to the next server that answers; what was missed meanwhile is a change."""
+        """Dial the next server that answers. A change may have been missed, so it counts as one."""
         options = await asyncio.to_thread(client_options, _PART, self._url, _OPTIONS)
         for _ in self._servers[1:]:
             with suppress(errors.Error, OSError):
@@ -204,9 +208,10 @@ class NatsCoordination:
 
 
 class _Bucket:
-    """A cluster's bucket over one connection, which is lost at the first trouble."""
+    """A cluster's bucket over one connection, which counts as lost after the first error."""
 
     def __init__(self, cluster: str, changed: asyncio.Event) -> None:
+        # Done when the connection is lost, with the reason.
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._cluster = cluster
         self._stream = f"KV_pokebridge-{cluster}"
@@ -216,14 +221,16 @@ class _Bucket:
         self._client = NatsClient(on_lost=self._on_lost)
 
     async def open(self, server: str, options: dict[str, Any], replicas: int) -> None:
-        """Connect, listen for news, and see to it that the bucket is there."""
+        """Connect, subscribe to changes, and create the bucket if it is missing."""
         name = f"pokebridge {self._cluster}"
         await self._client.dial(
             server, options, name=name, timeout_s=DIAL_TIMEOUT_S, on_error=self._on_error
         )
         version = self._client.connected_server_version
         if (version.major, version.minor) < _OLDEST_SERVER:
-            raise errors.Error(f"it is NATS {version.major}.{version.minor}, older than 2.11")
+            raise errors.Error(
+                f"the server is NATS {version.major}.{version.minor}, older than 2.11"
+            )
         await self._client.subscribe(self._news, cb=self._on_news)
         try:
             await self._now_s()
@@ -231,19 +238,19 @@ class _Bucket:
             await self._create(replicas)
 
     async def close(self) -> None:
-        """Give up the connection. Never raises."""
+        """Close the connection. Never raises."""
         await self._client.hang_up()
 
     # --- members ----------------------------------------------------------------------------------
 
-    async def renew(self, joined: _Joined, is_news: bool) -> None:  # noqa: FBT001 - its one caller's
+    async def renew(self, joined: _Joined, is_news: bool) -> None:  # noqa: FBT001 - one caller
         await self._put(f"member.{joined.member.id}", encode(joined), ttl_s=joined.lease_s)
         if is_news:
             await self._announce()
 
     async def leave(self, member_id: str, incarnation: str) -> None:
         key = f"member.{member_id}"
-        for _ in range(_LEAVE_ATTEMPTS):  # a renewal may come between
+        for _ in range(_LEAVE_ATTEMPTS):  # a renewal may intervene
             entry = await self._get(key)
             if entry is None or entry.is_gone:
                 return
@@ -309,10 +316,10 @@ class _Bucket:
         revision: int | None = None,
         marker: dict[str, str] | None = None,
     ) -> bool:
-        """Store an entry; False when ``revision`` is given and the entry is at another one."""
+        """Store an entry. False when ``revision`` is given and is not the entry's."""
         headers = dict(marker or {})
         if ttl_s is not None:
-            # The lease ends before the entry does: the stamp decides, and this only cleans up.
+            # Later than the end of the lease, which the stamp decides: this only cleans up.
             headers["Nats-TTL"] = str(math.ceil(ttl_s) + 1)
         if revision is not None:
             headers["Nats-Expected-Last-Subject-Sequence"] = str(revision)
@@ -328,7 +335,7 @@ class _Bucket:
         return await self._put(key, b"", ttl_s=0, revision=revision, marker={"KV-Operation": "DEL"})
 
     async def _get(self, key: str) -> _Entry | None:
-        """The entry, from the stream's leader: what was written before is in it."""
+        """Return the entry from the stream's leader, so that no write is missed."""
         request = encode({"last_by_subj": self._prefix + key})
         try:
             answer = await self._ask(f"$JS.API.STREAM.MSG.GET.{self._stream}", request)
@@ -346,7 +353,7 @@ class _Bucket:
         )
 
     async def _list(self, keys: str) -> list[_Entry]:
-        """The entries whose keys match the pattern, in one request."""
+        """Return the entries whose keys match the pattern, in one request."""
         return await self._unless_lost(self._collect(keys))
 
     async def _collect(self, keys: str) -> list[_Entry]:
@@ -360,11 +367,11 @@ class _Bucket:
                 message = await answers.next_msg(timeout=CALL_TIMEOUT_S)
                 headers = message.headers or {}
                 status = headers.get("Status")
-                if status in {"204", "404"}:  # the end, and nothing at all
+                if status in {"204", "404"}:  # the end of the list, or no entry
                     return found
                 if status is not None:
                     reason = headers.get("Description", status)
-                    raise errors.Error(f"the members can't be listed: {reason}")
+                    raise errors.Error(f"listing the members failed: {reason}")
                 if not any(marker in headers for marker in _MARKERS):
                     revision = int(headers["Nats-Sequence"])
                     stamped_s = _seconds(headers["Nats-Time-Stamp"])
@@ -373,15 +380,15 @@ class _Bucket:
             await answers.unsubscribe()
 
     async def _now_s(self) -> float:
-        """The time by the clock that stamps entries; raises NotFoundError without a bucket."""
+        """Return the server's time. Raises NotFoundError when the bucket is missing."""
         answer = await self._ask(f"$JS.API.STREAM.INFO.{self._stream}")
         return _seconds(answer["ts"])
 
     async def _create(self, replicas: int) -> None:
-        """Make the bucket, unless another member just has.
+        """Create the bucket, unless another member just did.
 
-        Its revisions begin with the time in µs, so that none comes again that somebody remembers of
-        a bucket that was lost.
+        Its first revision is the time in µs. So when a bucket was lost and is created again, no
+        revision is used a second time.
         """
         config = StreamConfig(
             name=self._stream,
@@ -404,7 +411,7 @@ class _Bucket:
     async def _ask(
         self, subject: str, payload: bytes = b"", headers: dict[str, str] | None = None
     ) -> Any:
-        """JetStream's answer, or its refusal as APIError."""
+        """Return JetStream's answer, or raise its refusal as APIError."""
         request = self._client.request(subject, payload, timeout=CALL_TIMEOUT_S, headers=headers)
         answer = json.loads((await self._unless_lost(request)).data)
         if "error" in answer:
@@ -414,7 +421,7 @@ class _Bucket:
     # --- the connection ---------------------------------------------------------------------------
 
     async def _unless_lost(self, work: Coroutine[Any, Any, T]) -> T:
-        """What ``work`` returns; raises at once when the connection is lost meanwhile."""
+        """Await ``work``, and raise at once when the connection is lost."""
         task = asyncio.ensure_future(work)
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
         try:
@@ -433,7 +440,7 @@ class _Bucket:
         self._changed.set()
 
     async def _on_error(self, error: Exception) -> None:
-        """Whatever is no answer to a call, a lacking permission say, may concern any call."""
+        """Give up the connection: an error such as a missing permission may concern any call."""
         self._lose(error)
 
     def _on_lost(self) -> None:
@@ -446,7 +453,7 @@ class _Bucket:
 
 
 async def _nothing(_: _Bucket) -> None:
-    """A call that only needs the connection."""
+    """Do nothing, for a call that only needs the connection."""
 
 
 def _decode(decoder: msgspec.json.Decoder[T], entry: _Entry) -> list[T]:
@@ -459,5 +466,5 @@ def _seconds(timestamp: str) -> float:
 
 def _text_of(error: Exception) -> str:
     if isinstance(error, errors.NoRespondersError):
-        return "JetStream does not answer: is it enabled there?"
+        return "JetStream does not answer: enable it on the server"
     return str(error.description) if isinstance(error, APIError) else refusal_of(error)

@@ -1,15 +1,15 @@
 """Coordination through PostgreSQL: three small tables, timed by the database's clock.
 
-pokebridge_members      a row a member, with the end of its lease
-pokebridge_documents    a row a cluster: the shared document and its revision
-pokebridge_leaders      a row a cluster: who leads, and until when
+pokebridge_members      one row for each member, with the end of its lease
+pokebridge_documents    one row for each cluster: the shared document and its revision
+pokebridge_leaders      one row for each cluster: the leader and the end of its lease
 
-Every row names its cluster, so that several clusters can share a database. Each statement is one
-transaction of its own. Leases end by ``clock_timestamp()``, which goes on while a statement waits
-for a row, so that none is longer in the database than its holder believes.
+Every row names its cluster, so that several clusters can share a database. Each statement is its
+own transaction. ``clock_timestamp()`` times the leases: unlike ``now()`` it advances while a
+statement waits for a row, so no lease is longer in the database than its holder believes.
 
-Changes are polled for. ``NOTIFY`` would tell of them sooner, at the price of a connection that only
-listens, which poolers such as PgBouncer do not carry, and it says nothing when a lease runs out.
+Changes are polled for. ``NOTIFY`` would report them sooner, but it needs a connection that only
+listens, which poolers such as PgBouncer do not support.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ from pokebridge.engines import text_of
 from pokebridge.engines.urls import without_secrets
 from pokebridge.errors import ConfigError
 
-# How late a change is noticed: half of what a member with the default lease would let pass anyway.
+# How late a change is noticed.
 POLL_S = 0.5
 _CLOSE_TIMEOUT_S = 1.0
 
@@ -53,7 +53,7 @@ SELECT to_regclass('pokebridge_members') IS NULL OR to_regclass('pokebridge_docu
 """
 _LOCK = "SELECT pg_advisory_xact_lock(hashtextextended('pokebridge coordination', 0))"
 
-# Rows of the dead, which nobody will renew; others may be at the same.
+# Deletes expired rows, skipping those that another instance is deleting.
 _SWEEP = """
 DELETE FROM pokebridge_members WHERE (cluster, id) IN (
     SELECT cluster, id FROM pokebridge_members
@@ -71,8 +71,8 @@ SELECT record FROM pokebridge_members
 WHERE cluster = $1 AND expires_at > clock_timestamp() ORDER BY id COLLATE "C"
 """
 _READ = "SELECT body, revision FROM pokebridge_documents WHERE cluster = $1"
-# The first revision is the time in µs, so that a document which was lost and is written anew never
-# has a revision again that somebody remembers.
+# The first revision is the time in µs. So when a document was lost and is created again, no
+# revision is used a second time.
 _CREATE = """
 INSERT INTO pokebridge_documents
 VALUES ($1, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint, $2)
@@ -90,7 +90,7 @@ ON CONFLICT (cluster) DO UPDATE
 RETURNING true
 """
 _RESIGN = "DELETE FROM pokebridge_leaders WHERE cluster = $1 AND holder = $2"
-_GLANCE = """
+_STATE = """
 SELECT (SELECT revision FROM pokebridge_documents WHERE cluster = $1),
     (SELECT md5(string_agg(standing, ' ' ORDER BY id)) FROM pokebridge_members
      WHERE cluster = $1 AND expires_at > clock_timestamp())
@@ -100,7 +100,7 @@ _members = msgspec.json.Decoder(Member)
 
 
 class PostgresCoordination:
-    """Members, document and leader in tables. Made by :meth:`connect`; holds one connection."""
+    """Coordination in tables, over one connection. Create it with :meth:`connect`."""
 
     def __init__(self, connection: StoreConnection[_Connection], cluster: str) -> None:
         self._connection = connection
@@ -109,16 +109,16 @@ class PostgresCoordination:
 
     @classmethod
     async def connect(cls, url: str, *, cluster: str) -> Self:
-        """Connect to the database in ``url``, and make the tables if they are missing.
+        """Connect to the database, and create missing tables.
 
         Args:
-            url: as libpq takes it: ``postgresql://user:password@host:port/database``, with
-                ``sslmode=verify-full``, ``sslrootcert=FILE`` and the like behind a ``?``.
-            cluster: whose rows these are.
+            url: a libpq URL, ``postgresql://user:password@host:port/database``, with options such
+                as ``sslmode=verify-full`` and ``sslrootcert=FILE`` after a ``?``.
+            cluster: the cluster's name.
 
         Raises:
-            ConfigError: the URL makes no sense.
-            CoordinationError: the database can't be had, or refuses.
+            ConfigError: the URL is invalid.
+            CoordinationError: the database is unavailable, or refuses.
         """
         connection = StoreConnection(
             without_secrets(url),
@@ -130,14 +130,14 @@ class PostgresCoordination:
         )
         store = cls(connection, cluster)
         try:
-            store._seen = await store._row(_GLANCE)
+            store._seen = await store._row(_STATE)
         except BaseException:
             await store.close()
             raise
         return store
 
     async def renew(self, member: Member, lease_s: float) -> None:
-        """Be a member for ``lease_s`` seconds from now."""
+        """Store ``member``'s record, with a lease of ``lease_s`` seconds from now."""
         standing = encode(member.standing).decode()
         record = encode(member).decode()
         await self._row(
@@ -145,52 +145,52 @@ class PostgresCoordination:
         )
 
     async def leave(self, member_id: str, incarnation: str) -> None:
-        """Be one no more, unless another incarnation has taken over."""
+        """End the lease, unless another incarnation has taken over."""
         await self._row(_LEAVE, member_id, incarnation)
 
     async def members(self) -> list[Member]:
-        """Everyone whose lease lasts, by id."""
+        """Return the members whose lease lasts, ordered by id."""
         rows = await self._connection.call(
             lambda connection: connection.fetch(_MEMBERS, self._cluster)
         )
         return decode_all(_members, (row["record"] for row in rows))
 
     async def read(self) -> Document | None:
-        """The shared document."""
+        """Return the shared document."""
         row = await self._row(_READ)
         return None if row is None else Document(row["body"], row["revision"])
 
     async def write(self, body: bytes, revision: int | None) -> bool:
-        """Replace the document if it is still at ``revision``."""
+        """Replace the document if its revision is ``revision``."""
         if revision is None:
             return await self._row(_CREATE, body) is not None
         return await self._row(_REPLACE, body, revision) is not None
 
     async def lead(self, holder: str, lease_s: float) -> bool:
-        """Become the leader, or stay it."""
+        """Lead, or go on leading, unless another holder leads."""
         return await self._row(_LEAD, holder, dt.timedelta(seconds=lease_s)) is not None
 
     async def resign(self, holder: str) -> None:
-        """Lead no more, if ``holder`` does."""
+        """Stop leading, if ``holder`` leads."""
         await self._row(_RESIGN, holder)
 
     async def wait_for_change(self, timeout_s: float) -> None:
-        """Return at the next change, :data:`POLL_S` late, or after ``timeout_s`` seconds."""
+        """Poll every :data:`POLL_S` for a change, for at most ``timeout_s`` seconds."""
         loop = asyncio.get_running_loop()
         until = loop.time() + timeout_s
         while (left_s := until - loop.time()) > 0:
-            seen = await self._row(_GLANCE)
+            seen = await self._row(_STATE)
             if seen != self._seen:
                 self._seen = seen
                 return
             await asyncio.sleep(min(POLL_S, left_s))
 
     async def close(self) -> None:
-        """Close the connection. May be called twice."""
+        """Close the connection. Idempotent."""
         await self._connection.close()
 
     async def _row(self, statement: str, *values: Any) -> asyncpg.Record | None:
-        """The first row of ``statement``, whose first parameter is the cluster."""
+        """Return the first row of ``statement``, whose first parameter is the cluster."""
         return await self._connection.call(
             lambda connection: connection.fetchrow(statement, self._cluster, *values)
         )
@@ -198,21 +198,21 @@ class PostgresCoordination:
 
 async def _dial(url: str, cluster: str) -> _Connection:
     if urlsplit(url).scheme not in {"postgresql", "postgres"}:
-        raise ConfigError("the coordination's URL is postgresql://, then USER@HOST:PORT/DATABASE")
+        raise ConfigError("the coordination URL must be postgresql://USER@HOST:PORT/DATABASE")
     try:
         connection = await asyncpg.connect(
             url,
             timeout=DIAL_TIMEOUT_S,
             server_settings={"application_name": f"pokebridge {cluster}"},
         )
-    except OSError:  # a certificate that does not verify is a ValueError as well
+    except OSError:  # an invalid certificate is both an OSError and a ValueError
         raise
-    except ValueError as error:  # the driver's way to say that it does not understand the URL
-        raise ConfigError(f"the coordination's URL: {text_of(error)}") from None
+    except ValueError as error:  # asyncpg's error for an invalid URL
+        raise ConfigError(f"the coordination URL is invalid: {text_of(error)}") from None
     try:
         if await connection.fetchval(_MISSING):
             async with connection.transaction():
-                await connection.execute(_LOCK)  # CREATE IF NOT EXISTS fails when two do it at once
+                await connection.execute(_LOCK)  # CREATE IF NOT EXISTS fails when two run at once
                 await connection.execute(_TABLES)
         await connection.execute(_SWEEP, cluster)
     except BaseException:

@@ -1,14 +1,14 @@
-"""Coordination through Redis or Valkey: a few keys of one hash slot, timed by the server's clock.
+"""Coordination through Redis or Valkey: a few keys in one hash slot, timed by the server's clock.
 
-pokebridge:{CLUSTER}:members     hash: a member's id and its record
-pokebridge:{CLUSTER}:leases      sorted set: a member's id by the end of its lease, Unix ms
-pokebridge:{CLUSTER}:leader      string: who leads; the key's expiry ends its lease
+pokebridge:{CLUSTER}:members     hash: each member's id and its record
+pokebridge:{CLUSTER}:leases      sorted set: each member's id by the end of its lease, Unix ms
+pokebridge:{CLUSTER}:leader      string: the leader; the key expires with the lease
 pokebridge:{CLUSTER}:document    hash: the shared document and its revision
-pokebridge:{CLUSTER}:changes     stream of one entry, a new one at each change: what waiters wait on
+pokebridge:{CLUSTER}:changes     stream with one entry, replaced at each change; waits read it
 
-The braces are Redis's hash tag: on a Redis Cluster all of it lies on one node, which is found by
-asking any. Each change is one script, so it happens as a whole. A server that lost its data is an
-empty cluster until the members renew; they restore the document.
+The braces are Redis's hash tag: on a Redis Cluster one node has all of these keys, and any node
+says which. Each change is one script, and so atomic. When a server has lost its data, the cluster
+is empty until the members renew. They restore the document.
 """
 
 import asyncio
@@ -42,7 +42,7 @@ _NOW = """
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 """
-# KEYS: members, leases, changes. ARGV: id, record, lease in ms, whether it is news.
+# KEYS: members, leases, changes. ARGV: id, record, lease in ms, '1' if it is a change.
 _RENEW = f"""{_NOW}
 for _, gone in ipairs(redis.call('ZRANGE', KEYS[2], '-inf', now, 'BYSCORE')) do
     redis.call('HDEL', KEYS[1], gone)
@@ -76,8 +76,7 @@ end
 return records
 """
 # KEYS: document, changes. ARGV: body, revision to replace or ''. The first revision is the time in
-# µs, so that a document which was lost and is written anew never has one again that somebody
-# remembers.
+# µs. So when a document was lost and is created again, no revision is used a second time.
 _WRITE = """
 local revision = redis.call('HGET', KEYS[1], 'revision')
 if (revision or '') ~= ARGV[2] then
@@ -113,9 +112,9 @@ _members = msgspec.json.Decoder(Member)
 
 
 class RedisCoordination:
-    """Members, document and leader in one hash slot. Made by :meth:`connect`.
+    """Coordination in one hash slot. Create it with :meth:`connect`.
 
-    One connection is for calls, and another for a wait, which keeps its own busy.
+    Calls use one connection. A wait blocks its connection, so it has another.
     """
 
     def __init__(
@@ -137,18 +136,19 @@ class RedisCoordination:
         """Connect to the server in ``url``.
 
         Args:
-            url: as :mod:`pokebridge.engines.redis` says; on a Redis Cluster, any node.
-            cluster: whose keys these are.
+            url: the server, as described in :mod:`pokebridge.engines.redis`. On a Redis Cluster,
+                any node.
+            cluster: the cluster's name.
 
         Raises:
-            ConfigError: the URL makes no sense.
-            CoordinationError: the server can't be had, or refuses.
+            ConfigError: the URL is invalid.
+            CoordinationError: the server is unavailable, or refuses.
         """
         connections = [
             StoreConnection(
                 without_secrets(url),
                 dial=partial(_dial, url, cluster),
-                is_up=lambda _: True,  # redis-py learns of a broken connection when it is used
+                is_up=lambda _: True,  # redis-py notices a broken connection when it is used
                 hang_up=_hang_up,
                 failures=(RedisError,),
                 text_of=_text_of,
@@ -164,7 +164,7 @@ class RedisCoordination:
         return store
 
     async def renew(self, member: Member, lease_s: float) -> None:
-        """Be a member for ``lease_s`` seconds from now."""
+        """Store ``member``'s record, with a lease of ``lease_s`` seconds from now."""
         now = time.monotonic()
         is_news = int(self._announced.is_news(member, now))
         keys = self._member_keys
@@ -172,17 +172,17 @@ class RedisCoordination:
         self._announced.note(member, now + lease_s)
 
     async def leave(self, member_id: str, incarnation: str) -> None:
-        """Be one no more, unless another incarnation has taken over."""
+        """End the lease, unless another incarnation has taken over."""
         self._announced.forget(member_id)
         await self._run(_LEAVE, self._member_keys, member_id, incarnation)
 
     async def members(self) -> list[Member]:
-        """Everyone whose lease lasts, by id."""
+        """Return the members whose lease lasts, ordered by id."""
         records = await self._run(_MEMBERS, self._member_keys[:2])
         return sorted(decode_all(_members, records), key=lambda member: member.id)
 
     async def read(self) -> Document | None:
-        """The shared document."""
+        """Return the shared document."""
         key = self._keys.document
         values: Any = await self._connection.call(
             lambda redis: redis.hmget(key, "body", "revision")
@@ -191,23 +191,23 @@ class RedisCoordination:
         return None if revision is None else Document(body, int(revision))
 
     async def write(self, body: bytes, revision: int | None) -> bool:
-        """Replace the document if it is still at ``revision``."""
+        """Replace the document if its revision is ``revision``."""
         keys = (self._keys.document, self._keys.changes)
         known = "" if revision is None else str(revision)
         return bool(await self._run(_WRITE, keys, body, known))
 
     async def lead(self, holder: str, lease_s: float) -> bool:
-        """Become the leader, or stay it."""
+        """Lead, or go on leading, unless another holder leads."""
         return bool(await self._run(_LEAD, (self._keys.leader,), holder, _ms(lease_s)))
 
     async def resign(self, holder: str) -> None:
-        """Lead no more, if ``holder`` does."""
+        """Stop leading, if ``holder`` leads."""
         await self._run(_RESIGN, (self._keys.leader,), holder)
 
     async def wait_for_change(self, timeout_s: float) -> None:
         """Return at the next change, or after ``timeout_s`` seconds."""
         key = self._keys.changes
-        block_ms = max(1, _ms(timeout_s))  # 0 would be for ever
+        block_ms = max(1, _ms(timeout_s))  # 0 means no limit
         changes: Any = await self._waiting_connection.call(
             lambda redis: redis.xread({key: self._last_change}, block=block_ms),
             waits_s=timeout_s,
@@ -216,7 +216,7 @@ class RedisCoordination:
             self._last_change = changes[0][1][-1][0].decode()
 
     async def close(self) -> None:
-        """Close the connections. May be called twice."""
+        """Close the connections. Idempotent."""
         await asyncio.gather(self._connection.close(), self._waiting_connection.close())
 
     async def _run(self, script: str, keys: tuple[str, ...], *values: Any) -> Any:
@@ -225,7 +225,7 @@ class RedisCoordination:
         )
 
     async def _note_last_change(self) -> None:
-        """What was before this is no change."""
+        """Ignore the changes before this call."""
         key = self._keys.changes
         entries: Any = await self._connection.call(lambda redis: redis.xrevrange(key, count=1))
         if entries:
@@ -245,10 +245,10 @@ class _Keys:
 async def _dial(url: str, cluster: str) -> Redis:
     try:
         return await _connect(url, cluster)
-    except MovedError as elsewhere:  # another node of a Redis Cluster has the keys
+    except MovedError as elsewhere:  # another node of the Redis Cluster has the keys
         parts = urlsplit(url)
         credentials, at, _ = parts.netloc.rpartition("@")
-        host = elsewhere.host or parts.hostname  # empty: where this one is
+        host = elsewhere.host or parts.hostname  # empty: the host of this node
         moved = parts._replace(netloc=f"{credentials}{at}{host}:{elsewhere.port}")
         return await _connect(urlunsplit(moved), cluster)
 
@@ -284,5 +284,5 @@ def _ms(seconds: float) -> int:
 
 def _text_of(error: Exception) -> str:
     if isinstance(error, MovedError):
-        return f"its keys have moved to {error.host}:{error.port}"
+        return f"the keys have moved to {error.host}:{error.port}"
     return text_of(error)

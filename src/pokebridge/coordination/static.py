@@ -1,8 +1,8 @@
-"""No coordination at all: a fixed number of replicas with ordinals, as a StatefulSet has them.
+"""Coordination without a store: a fixed number of replicas with ordinals, as in a StatefulSet.
 
-Every instance computes the same owners, ``shard % replicas``, and nobody can change them at run
-time: there is nowhere to write. A replica that is away still owns its shards; its clients are
-served wherever they reconnect, by interest, until it is back.
+Every instance computes the same owners, ``shard % replicas``. They can't be changed at run time,
+since there is no store to write to. A replica that is down still owns its shards. Until it is back,
+the instances to which its clients reconnect subscribe to these shards as well.
 """
 
 import asyncio
@@ -28,51 +28,51 @@ _REVISION = 1
 
 @dataclass(frozen=True, slots=True)
 class Replicas:
-    """What the URL says: this instance's ordinal, how many replicas, and where clients reach one.
-
-    ``url_pattern`` has ``{ordinal}`` in it, or is empty: then nobody is led to another replica.
-    """
+    """The content of a ``static://`` URL."""
 
     ordinal: int
+    """This instance's, from 0."""
     count: int
     url_pattern: str
+    """A replica's URL with ``{ordinal}`` in it. Empty: no client is sent to another replica."""
 
     @classmethod
     def parse(cls, url: str, hostname: str) -> Self:
-        """What ``url`` says; without an ``ordinal`` it is the number that ends ``hostname``.
+        """Parse ``url``. Without ``ordinal`` it is the number at the end of ``hostname``.
 
         Raises:
-            ConfigError: it makes no sense.
+            ConfigError: the URL is invalid.
         """
         given = url_options("coordination", url, _OPTIONS)
         if urlsplit(url).netloc or urlsplit(url).path or "replicas" not in given:
-            raise ConfigError("the coordination's URL is static://?ordinal=N&replicas=M")
+            raise ConfigError("the coordination URL must be static://?ordinal=N&replicas=M")
         if "ordinal" not in given and (numbered := re.search(r"-(\d+)$", hostname)):
             given["ordinal"] = numbered[1]
         if "ordinal" not in given:
             raise ConfigError(
-                "the coordination's URL: ordinal is missing, and the host name "
-                f"{hostname!r} does not end in one, like pokebridge-0"
+                "the coordination URL has no ordinal, and the host name "
+                f"{hostname!r} does not end in one, as pokebridge-0 does"
             )
         ordinal, count = given["ordinal"], given["replicas"]
         if not (ordinal.isdecimal() and count.isdecimal() and int(ordinal) < int(count)):
             raise ConfigError(
-                f"the coordination's URL: ordinal {ordinal!r} is not one of {count!r} replicas,"
-                " which are counted from 0"
+                f"the coordination URL's ordinal {ordinal!r} is invalid: with {count!r} replicas"
+                " it must be 0 or more, and less than their number"
             )
         pattern = given.get("url", "")
         if pattern and (_PLACEHOLDER not in pattern or not re.match(r"wss?://\S+$", pattern)):
             raise ConfigError(
-                "the coordination's URL: url must be a ws:// or wss:// URL with {ordinal} in it"
+                "the coordination URL's option url must be a ws:// or wss:// URL with {ordinal}"
             )
         return cls(int(ordinal), int(count), pattern)
 
 
 class StaticCoordination:
-    """A cluster that is known in advance (:class:`~pokebridge.coordination.base.Coordination`).
+    """A fixed cluster (:class:`~pokebridge.coordination.base.Coordination`).
 
-    All replicas are members at all times. The others' ids follow from this one's: ``pokebridge-0``
-    knows ``pokebridge-1``; one whose id does not end in its ordinal calls them ``replica-1``.
+    All replicas are always members. The other members' ids follow from this instance's: for
+    ``pokebridge-0`` they are ``pokebridge-1`` and so on. If its id does not end in its ordinal,
+    they are ``replica-1`` and so on.
     """
 
     def __init__(self, replicas: Replicas, *, instance: str, shard_count: int, mode: Mode) -> None:
@@ -97,72 +97,68 @@ class StaticCoordination:
         self._closed = asyncio.Event()
 
     @classmethod
-    async def connect(
-        cls, url: str, *, cluster: str, instance: str, shard_count: int, mode: Mode
-    ) -> Self:
-        """The cluster that ``url`` describes.
+    async def connect(cls, url: str, *, instance: str, shard_count: int, mode: Mode) -> Self:
+        """Create the cluster that ``url`` describes.
 
         Args:
-            url: ``static://?ordinal=0&replicas=3``. Without ``ordinal`` it is the number that ends
-                the host name. With ``&url=wss://pokebridge-{ordinal}.example.com`` clients are led
-                to their owner.
-            cluster: any: there is nothing to keep apart.
-            instance: this one's id.
-            shard_count: how many shards the replicas share.
-            mode: the cluster's, for good.
+            url: ``static://?ordinal=0&replicas=3``. Without ``ordinal`` it is the number at the end
+                of the host name. With ``&url=wss://pokebridge-{ordinal}.example.com`` clients are
+                sent to the owner of their shard.
+            instance: this instance's id.
+            shard_count: the number of shards.
+            mode: the cluster's mode, which can't be changed.
 
         Raises:
-            ConfigError: the URL makes no sense.
+            ConfigError: the URL is invalid.
         """
-        del cluster
         replicas = Replicas.parse(url, socket.gethostname())
         return cls(replicas, instance=instance, shard_count=shard_count, mode=mode)
 
-    async def renew(self, member: Member, lease_s: float) -> None:  # noqa: ARG002 - there is no lease
-        """Know this instance's own record; the others learn nothing of it."""
+    async def renew(self, member: Member, lease_s: float) -> None:  # noqa: ARG002 - no lease
+        """Keep this instance's own record. The other instances do not see it."""
         self._check_open()
         if member.id == self._instance:
             self._members[member.id] = member
 
     async def leave(self, member_id: str, incarnation: str) -> None:  # noqa: ARG002
-        """Nothing: a replica that is away is a member all the same."""
+        """Do nothing: a replica that is down remains a member."""
         self._check_open()
 
     async def members(self) -> list[Member]:
-        """All replicas, by id."""
+        """Return all replicas, ordered by id."""
         self._check_open()
         return [member for _, member in sorted(self._members.items())]
 
     async def read(self) -> Document | None:
-        """The shard map, as :mod:`pokebridge.cluster.membership` writes one."""
+        """Return the shard map, in the format of :mod:`pokebridge.cluster.membership`."""
         self._check_open()
         return self._document
 
     async def write(self, body: bytes, revision: int | None) -> bool:  # noqa: ARG002
-        """Refuse: nobody else would read it."""
+        """Refuse, since no other instance would read it."""
         self._check_open()
         raise CoordinationError(
             "with static:// the mode and the owners are settings: change them there, and restart"
         )
 
     async def lead(self, holder: str, lease_s: float) -> bool:  # noqa: ARG002
-        """Nobody leads: there is nothing to plan."""
+        """Return False: nobody leads, since there is nothing to plan."""
         self._check_open()
         return False
 
     async def resign(self, holder: str) -> None:  # noqa: ARG002
-        """Nothing."""
+        """Do nothing."""
         self._check_open()
 
     async def wait_for_change(self, timeout_s: float) -> None:
-        """Nothing ever changes: return after ``timeout_s`` seconds, or when this is closed."""
+        """Return after ``timeout_s`` seconds or when closed, since nothing ever changes."""
         self._check_open()
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._closed.wait()
 
     async def close(self) -> None:
-        """Refuse every further call. May be called twice."""
+        """Refuse all further calls. Idempotent."""
         self._closed.set()
 
     def _check_open(self) -> None:

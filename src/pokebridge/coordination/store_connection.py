@@ -1,4 +1,4 @@
-"""What the adapters over a real store share: one connection, kept; and what is news to others."""
+"""What the adapters over a real store share: a connection that is replaced when it breaks."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
@@ -10,8 +10,8 @@ import structlog
 from pokebridge.coordination.base import Member
 from pokebridge.errors import CoordinationError
 
-# A call is over within this, whatever happened: sooner than the shortest lease one would run with
-# in earnest, so that a member learns of an outage while its lease still lasts.
+# The longest time a call takes. Shorter than any lease used in production, so that a member learns
+# of an outage while its lease still lasts.
 CALL_TIMEOUT_S = 4.0
 DIAL_TIMEOUT_S = 3.0
 
@@ -24,31 +24,31 @@ encode = msgspec.json.Encoder().encode
 
 
 def decode_all(decoder: msgspec.json.Decoder[T], records: Iterable[bytes | str]) -> list[T]:
-    """What ``records`` hold, without those that are none: one bad record must not hide the rest."""
+    """Decode ``records`` without the invalid ones: one bad record must not hide the others."""
     decoded: list[T] = []
     for record in records:
         try:
             decoded.append(decoder.decode(record))
         except msgspec.MsgspecError as error:
-            log.warning("a member's record is not understood", reason=str(error))
+            log.warning("coordination_record_invalid", reason=str(error))
     return decoded
 
 
 class StoreConnection(Generic[C]):
-    """One connection to a store: dialled when a call needs it, given up at the first trouble.
+    """One connection to a store: dialled when a call needs it, closed at the first failure.
 
-    A call that failed, was cancelled or took too long leaves its connection in a state that nobody
-    knows, so the next call dials anew. That is the one way back from a killed server, a cut cable
-    and a store that lost what ``dial`` makes: tables, a bucket. Nothing is tried twice: a write
-    that failed may have happened, and only the caller can tell what to do then.
+    A call that failed, was cancelled or took too long leaves its connection in an unknown state, so
+    the next call dials anew. This covers a killed server, a cut cable, and a store that lost the
+    tables or the bucket that ``dial`` creates. No call is repeated: a write that failed may have
+    taken effect, and only the caller knows what to do then.
 
     Args:
-        name: how messages name the store; no secrets in it.
-        dial: makes a connection that is ready for use.
-        is_up: whether the driver still believes in the connection.
-        hang_up: closes it, broken or not; soon, and without raising.
-        failures: what the driver raises.
-        text_of: the words of such an error, without secrets.
+        name: the store's name in messages. Must not contain secrets.
+        dial: returns a connection that is ready for use.
+        is_up: whether the connection works, as far as the driver knows.
+        hang_up: closes a connection, broken or not. Must be quick and must not raise.
+        failures: the driver's exception classes.
+        text_of: the text of such an exception, without secrets.
     """
 
     def __init__(
@@ -68,16 +68,18 @@ class StoreConnection(Generic[C]):
         self._failures: tuple[type[Exception], ...] = (*failures, OSError)
         self._text_of = text_of
         self._connection: C | None = None
+        # Held during a call.
         self._turn = asyncio.Lock()
+        # Connections that are being closed.
         self._endings: set[asyncio.Future[None]] = set()
         self._closed = False
 
     async def call(self, work: Callable[[C], Awaitable[T]], *, waits_s: float = 0.0) -> T:
-        """Do ``work`` on the connection, one call at a time.
+        """Call ``work`` with the connection, one call at a time.
 
         Args:
-            work: what to do; it is cancelled after :data:`CALL_TIMEOUT_S`.
-            waits_s: how much longer it may take, since it has the server wait.
+            work: cancelled after :data:`CALL_TIMEOUT_S`.
+            waits_s: how much longer ``work`` may take because it makes the server wait.
 
         Raises:
             CoordinationError: the store does not answer, or refuses.
@@ -88,7 +90,7 @@ class StoreConnection(Generic[C]):
                 try:
                     return await work(connection)
                 except BaseException:
-                    self._give_up()
+                    self._drop()
                     raise
         except TimeoutError:
             raise CoordinationError(f"{self._name}: no answer") from None
@@ -96,22 +98,22 @@ class StoreConnection(Generic[C]):
             raise CoordinationError(f"{self._name}: {self._text_of(error)}") from error
 
     async def close(self) -> None:
-        """Close the connection; a call under way fails. May be called twice."""
+        """Close the connection. A running call fails. Idempotent."""
         self._closed = True
-        self._give_up()
+        self._drop()
         await asyncio.gather(*self._endings, return_exceptions=True)
 
     async def _connected(self) -> C:
         if self._connection is not None and not self._is_up(self._connection):
-            self._give_up()
+            self._drop()
         if self._connection is None and not self._closed:
             self._connection = await self._dial()
-        if self._closed or self._connection is None:  # perhaps while it was being dialled
-            self._give_up()
+        if self._closed or self._connection is None:  # possibly while dialling
+            self._drop()
             raise CoordinationError(f"{self._name}: closed")
         return self._connection
 
-    def _give_up(self) -> None:
+    def _drop(self) -> None:
         if self._connection is not None:
             ending = asyncio.ensure_future(self._hang_up(self._connection))
             self._endings.add(ending)
@@ -120,20 +122,23 @@ class StoreConnection(Generic[C]):
 
 
 class Announced:
-    """Remembers what the others were told of members here; callers pass ``now`` in seconds."""
+    """Remembers which standing of each member was announced, and for how long it is valid.
+
+    Callers pass the monotonic time ``now``, in seconds.
+    """
 
     def __init__(self) -> None:
         self._told: dict[str, tuple[tuple[object, ...], float]] = {}
 
     def is_news(self, member: Member, now: float) -> bool:
-        """Whether renewing ``member`` changes its standing, or brings it back from the dead."""
+        """Whether renewing ``member`` changes its standing, or begins a new lease."""
         standing, lasts_until = self._told.get(member.id, (None, now))
         return standing != member.standing or now >= lasts_until
 
     def note(self, member: Member, lasts_until: float) -> None:
-        """``member`` was renewed, and told if it was news."""
+        """Remember that ``member`` was renewed, and announced if it was news."""
         self._told[member.id] = (member.standing, lasts_until)
 
     def forget(self, member_id: str) -> None:
-        """``member_id`` is one no more."""
+        """Forget ``member_id``, which has left."""
         self._told.pop(member_id, None)

@@ -1,6 +1,6 @@
-"""How to reach an engine, for every port that rides on it: its URL, TLS, credentials, client."""
+"""What the adapters of one engine share: its URL, TLS, credentials and client."""
 
 
 def text_of(error: Exception | None) -> str:
-    """What ``error`` says, in one line."""
+    """Return the text of ``error`` as one line."""
     return " ".join(str(error or "").split()) or "no answer"

@@ -1,9 +1,9 @@
-"""A connection to NATS: servers, credentials and TLS from a URL, and nats-py's client put right.
+"""A connection to NATS: the URL, and nats-py's client with some defects mended.
 
-The URL is ``nats://`` or ``tls://``, then ``user:password@`` or ``token@`` if need be, and
-``host:port,host:port…``; any of the servers will do. ``tls://`` refuses a server without TLS.
-Options: ``creds_file`` or ``nkey_file`` (NATS credentials), ``ca_file``, ``cert_file`` and
-``key_file`` (PEM). Files are read at each connection, since they may have changed.
+The URL is ``nats://USER:PASSWORD@HOST:PORT,HOST:PORT``, or ``TOKEN@`` instead of a user, or without
+credentials. The servers are interchangeable. ``tls://`` refuses a server without TLS. Options:
+``creds_file`` or ``nkey_file`` (NATS credentials), ``ca_file``, ``cert_file`` and ``key_file``
+(PEM). Files are read at each connection, since they may have changed.
 """
 
 import asyncio
@@ -26,11 +26,13 @@ CLOSE_TIMEOUT_S = 1.0
 
 
 class NatsClient(Client):
-    """nats-py's client for one connection that is replaced when it breaks, never repaired.
+    """nats-py's client for one connection, which is replaced when it breaks, never repaired.
 
-    nats-py could reconnect by itself, but it gives up for good when it is refused once, and it
-    waits for a dead peer to take what is still unsent; so it is not asked to.
-    ``on_lost`` is called when the connection is over, perhaps more than once.
+    nats-py's own reconnecting is off: it gives up for good when it is refused once, and it waits
+    until a dead peer has taken what is still unsent.
+
+    Args:
+        on_lost: called when the connection has ended, possibly more than once.
     """
 
     def __init__(self, *, on_lost: Callable[[], None] = lambda: None) -> None:
@@ -38,7 +40,7 @@ class NatsClient(Client):
         self._tls_only = False
         self._on_lost = on_lost
         self.trouble: Exception | None = None
-        """The last error that came without being an answer to a call."""
+        """The last error that was not the answer to a call."""
 
     async def dial(
         self,
@@ -52,7 +54,7 @@ class NatsClient(Client):
         """Connect to ``server`` with what :func:`client_options` made.
 
         Raises:
-            nats.errors.Error, OSError: why it can't be had; never NoServersError, which hides it.
+            nats.errors.Error, OSError: the cause; never NoServersError, which hides it.
         """
         self._tls_only = server.startswith("tls://")
 
@@ -67,30 +69,30 @@ class NatsClient(Client):
                 name=name,
                 error_cb=note,
                 allow_reconnect=False,
-                max_reconnect_attempts=1,  # with 0 it would dial for ever
+                max_reconnect_attempts=1,  # 0 means unlimited
                 reconnect_time_wait=0,
                 connect_timeout=int(timeout_s),
-                ping_interval=3600,  # whoever uses the connection has a stricter way to judge it
+                ping_interval=3600,  # callers have stricter heartbeats of their own
                 **options,
             )
-        except errors.NoServersError as error:  # after note() was told why
+        except errors.NoServersError as error:  # note() has the cause
             raise self.trouble or error from None
-        if not self.is_connected:  # possible, when a PONG was not the next line
+        if not self.is_connected:  # possible when the next line was not a PONG
             raise errors.ConnectionClosedError
 
     async def hang_up(self) -> None:
-        """Give up the connection, broken or not, within :data:`CLOSE_TIMEOUT_S`. Never raises."""
+        """Close the connection, broken or not, within :data:`CLOSE_TIMEOUT_S`. Never raises."""
         closing = asyncio.ensure_future(self.close())
         try:
             await asyncio.wait({closing}, timeout=CLOSE_TIMEOUT_S)
         finally:
-            closing.cancel()  # a dead peer takes nothing; the kernel drops the socket in time
+            closing.cancel()  # a dead peer reads nothing; the kernel drops the socket later
             await asyncio.gather(closing, return_exceptions=True)
 
     async def _close(self, status: int, do_cbs: bool = True) -> None:  # noqa: FBT001, FBT002
-        """Tell of the end first, and write nothing more: a dead peer would make that hang or fail.
+        """Report the end first, and drop unsent data: writing it to a dead peer would hang or fail.
 
-        Whoever published something waits for an answer, so nothing of value is dropped here.
+        Publishers wait for the server's answer, so they learn that the data was not sent.
         """
         self._on_lost()
         self._pending.clear()
@@ -102,7 +104,7 @@ class NatsClient(Client):
         info: dict[str, Any],
         initial_connection: bool = False,  # noqa: FBT001, FBT002 - the signature is nats-py's
     ) -> None:
-        """Refuse a server without TLS before the credentials are sent, when TLS was asked for."""
+        """With ``tls://``, refuse a server without TLS before credentials are sent."""
         if self._tls_only and initial_connection:
             if not (info.get("tls_required") or info.get("tls_available")):
                 raise errors.SecureConnWantedError
@@ -111,16 +113,16 @@ class NatsClient(Client):
 
 
 def servers_in(part: str, url: str) -> list[str]:
-    """The servers that ``url`` names, as URLs without credentials."""
+    """Return the servers in ``url``, each as a URL without credentials."""
     parts = urlsplit(url)
     hosts = [host for host in parts.netloc.rpartition("@")[2].split(",") if host]
     if parts.scheme not in {"nats", "tls"} or not hosts or parts.path.strip("/"):
-        raise ConfigError(f"the {part}'s URL is nats:// or tls://, then HOST:PORT,HOST:PORT…")
+        raise ConfigError(f"the {part} URL must be nats://HOST:PORT,HOST:PORT… or tls://…")
     return [f"{parts.scheme}://{host}" for host in hosts]
 
 
 def client_options(part: str, url: str, allowed: AbstractSet[str] = URL_OPTIONS) -> dict[str, Any]:
-    """What ``url`` says about credentials and TLS, as nats-py takes it. Reads files."""
+    """Return nats-py's arguments for the credentials and TLS in ``url``. Reads files."""
     options: dict[str, Any] = {}
     given = url_options(part, url, allowed)
     user, colon, password = urlsplit(url).netloc.rpartition("@")[0].partition(":")
@@ -143,9 +145,9 @@ def _read(part: str, option: str, path: str) -> str:
     try:
         return Path(path).read_text(encoding="ascii")
     except (OSError, ValueError) as error:
-        raise ConfigError(f"the {part}'s {option} can't be read: {error}") from None
+        raise ConfigError(f"the {part} URL's {option} is unreadable: {error}") from None
 
 
 def refusal_of(error: Exception | None) -> str:
-    """What ``error`` says, in the server's own words where they are the server's."""
+    """Return the text of ``error`` as one line, as the server wrote it if it did."""
     return text_of(error).removeprefix("nats: ").strip("'")

@@ -1,7 +1,7 @@
-"""Connections to Redis or Valkey: address, credentials and TLS from a URL.
+"""Connections to Redis or Valkey.
 
-The URL is ``redis://`` or ``rediss://`` (TLS), then ``user:password@`` if need be, and
-``host:port/db``. Options: ``ca_file``, ``cert_file`` and ``key_file`` (PEM).
+The URL is ``redis://USER:PASSWORD@HOST:PORT/DB``, or ``rediss://`` for TLS. Credentials, port and
+database are optional. Options: ``ca_file``, ``cert_file`` and ``key_file`` (PEM).
 """
 
 import re
@@ -24,18 +24,29 @@ def connection_pool(
     dial_timeout_s: float,
     answer_timeout_s: float,
 ) -> BlockingConnectionPool:
-    """The connections that ``url`` describes; none is made yet. Reads files.
+    """Create a pool for ``url``, without connecting yet. Reads files.
 
-    Nothing is tried twice, and only dialling and waiting for a free connection are bounded in
-    time: callers bound their calls as a whole, which is stricter and cheaper.
+    The pool retries nothing, and has time limits only for dialling and for waiting for a free
+    connection. Callers limit each call as a whole, which is stricter and cheaper.
+
+    Args:
+        part: the setting that holds the URL, for errors: "transport", "coordination".
+        url: see this module.
+        client_name: the connections' name in ``CLIENT LIST``.
+        connections: the largest number of connections.
+        dial_timeout_s: how long dialling may take.
+        answer_timeout_s: how long a caller waits for a free connection.
+
+    Raises:
+        ConfigError: the URL is invalid, or a file is unreadable.
     """
     given = url_options(part, url, TLS_OPTIONS)
-    if TLS_OPTIONS & given.keys():  # redis-py would tell of a wrong file at the first dial only
+    if TLS_OPTIONS & given.keys():  # redis-py would report a wrong file at the first dial only
         tls_context(part, given)
     parts = urlsplit(url)
     database = parts.path.strip("/")
     if parts.scheme not in {"redis", "rediss"} or not (database.isdecimal() or not database):
-        raise ConfigError(f"the {part}'s URL is redis:// or rediss://, then HOST:PORT/DB")
+        raise ConfigError(f"the {part} URL must be redis://HOST:PORT/DB or rediss://HOST:PORT/DB")
     tls = {
         "ssl_ca_certs": given.get("ca_file"),
         "ssl_certfile": given.get("cert_file"),
@@ -49,10 +60,10 @@ def connection_pool(
             socket_timeout=None,
             socket_connect_timeout=dial_timeout_s,
             retry=Retry(NoBackoff(), 0),
-            protocol=2,  # every server speaks it, and the transport's reader expects it
-            driver_info=None,  # else each connection looks its version up on the disk
+            protocol=2,  # every server supports it, and the transport's reader expects it
+            driver_info=None,  # else each connection reads its version from the disk
             client_name=re.sub(r"[^!-~]", "-", client_name),
             **(tls if parts.scheme == "rediss" else {}),
         )
     except ValueError as error:
-        raise ConfigError(f"the {part}'s URL: {error}") from None
+        raise ConfigError(f"the {part} URL is invalid: {error}") from None

@@ -193,7 +193,6 @@ async def _static_coordination(choice: _Choice) -> Coordination:
 
     return await StaticCoordination.connect(
         choice.url,
-        cluster=choice.cluster,
         instance=choice.instance,
         shard_count=choice.shard_count,
         mode=choice.mode,

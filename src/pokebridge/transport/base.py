@@ -1,7 +1,7 @@
-"""The transport port: what carries signals between processes, and what it promises.
+"""The transport port: what carries signals between processes, and what it guarantees.
 
-An adapter is small on purpose: it moves bytes. Decoding, proving a subscription live, merging and
-batching are the same for every engine and live above it (``bridge``, ``publisher``).
+An adapter only moves bytes. Decoding, proving that a subscription delivers, merging and batching
+are the same for every engine and live in the layers above (``bridge``, ``publisher``).
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 Carrier = Literal["filter", "topic"]
-"""What sets a shard's signals apart on Google Pub/Sub: a filter, or a topic of their own."""
+"""How Google Pub/Sub separates shards: by a filter on one topic, or by a topic for each shard."""
 
 
 class Signal(NamedTuple):
@@ -32,16 +32,19 @@ class Signal(NamedTuple):
 
 
 class Receiver(Protocol):
-    """Who hears a subscription. Both calls come on the event loop's thread and must not block."""
+    """Receives what a subscription delivers.
+
+    Both methods are called on the event loop's thread. They must not block.
+    """
 
     def on_signal(self, body: bytes, tag: str | None) -> None:
-        """A signal arrived; ``tag`` is its shard as the publisher wrote it. Never raises."""
+        """A signal arrived. ``tag`` is its shard as the publisher wrote it. Must not raise."""
 
     def on_gap(self, selection: Selection, reason: str) -> None:
-        """Signals of ``selection`` may have been lost before now; from now on it receives again.
+        """Signals of ``selection`` may have been lost; the subscription delivers again.
 
-        Called after the subscription is restored, not when it breaks: what is published after this
-        call arrives, or another gap is reported.
+        The call comes after the subscription is restored, not when it breaks. Whatever is published
+        after this call arrives, or another gap is reported.
         """
 
 
@@ -49,47 +52,48 @@ class Subscription(Protocol):
     """A running subscription."""
 
     async def close(self) -> None:
-        """Stop receiving and give back what the engine holds for it. May be called twice."""
+        """Stop receiving and free what the engine keeps for this subscription. Idempotent."""
 
 
 @runtime_checkable
 class Explains(Protocol):
-    """A subscription that can tell why it does not deliver, where the publisher would not know."""
+    """Optional capability of a subscription: it knows why it does not deliver."""
 
     @property
     def trouble(self) -> str | None:
-        """What went wrong last, until it delivers again; ``None`` when nothing is known."""
+        """The last failure, until the subscription delivers again. ``None``: no known failure."""
 
 
 class Transport(Protocol):
     """Carries signals from any publisher to every subscription that selects them.
 
-    Promises, held by ``pokebridge.testing.TransportContract`` against every adapter:
+    ``pokebridge.testing.TransportContract`` checks these guarantees for every adapter:
 
-    - **Delivery**: at least once in the absence of a gap, to every subscription whose selection
-      matches, this process's own included. Order is not promised; doubles are allowed.
-    - **Gaps**: whenever signals may have been lost to a live subscription (a connection lost, a
-      slow consumer cut off, a subscription deleted under it), the adapter restores it by itself,
-      for as long as it takes, and then calls ``on_gap``. It never gives up silently.
-    - **Liveness**: ``subscribe`` returns when the engine has accepted the subscription, which may
-      be before it delivers. A caller that must know publishes a probe signal and waits for it.
-    - **Bounded**: no queue grows without a limit; what overflows is a gap.
+    - **Delivery**: between gaps, a signal is delivered at least once to every subscription whose
+      selection matches it, including those of the publishing process. Signals may arrive in any
+      order, and more than once.
+    - **Gaps**: when signals may have been lost to a live subscription, the adapter restores the
+      subscription and then calls ``on_gap``. Examples are a lost connection, a slow consumer that
+      the server disconnected, and a subscription that somebody deleted. The adapter retries until
+      it succeeds. It never gives up silently.
+    - **Liveness**: ``subscribe`` returns when the engine has accepted the subscription. Delivery
+      may begin later. A caller that needs to know publishes a probe and waits for it.
+    - **Bounds**: every queue has a limit. What exceeds it is a gap.
     """
 
     async def publish(self, signals: Sequence[Signal]) -> None:
-        """Hand ``signals`` to the engine; returns when it has accepted them.
+        """Hand ``signals`` to the engine, and return when it has accepted them.
 
-        Raises :class:`~pokebridge.errors.TransportError` when it has not; some may have gone out.
+        Raises:
+            TransportError: the engine did not accept all of them. Some may have been published.
         """
 
     async def subscribe(self, selection: Selection, receiver: Receiver) -> Subscription:
-        """Receive what ``selection`` matches.
+        """Deliver the signals that match ``selection`` to ``receiver``.
 
-        Raises :class:`~pokebridge.errors.TransportError` when the engine refuses or can't be had.
+        Raises:
+            TransportError: the engine is unavailable, or refuses.
         """
 
-    async def subscriber_count(self) -> int | None:
-        """How many instances subscribe to everything now; ``None`` when the engine can't tell."""
-
     async def close(self) -> None:
-        """Close what is still open. May be called twice."""
+        """Close all subscriptions and connections. Idempotent."""

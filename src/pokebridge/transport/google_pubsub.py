@@ -11,6 +11,7 @@ import asyncio
 import itertools
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import structlog
@@ -26,21 +27,19 @@ from pokebridge.transport.base import (
     Signal,
     Subscription,
 )
-from pokebridge.transport.google_pubsub_api import PubSubApi, PubSubError
+from pokebridge.transport.google_pubsub_api import PubSubApi
 from pokebridge.transport.google_pubsub_janitor import (
     DEAD_AFTER_S,
     NAME_PREFIX,
     Sweep,
     SweepReport,
     Target,
-    list_subscriptions,
 )
 from pokebridge.transport.google_pubsub_stream import ACK_DEADLINE_S, PulledSubscription, Source
 from pokebridge.transport.google_pubsub_topic import Topic
 from pokebridge.wire import encode_probe
 
 DEFAULT_TOPIC = "push-notifications"
-COUNT_TTL_S = 30.0
 SWEEP_EVERY_S = 3600.0
 SWEEP_SPREAD_S = 5.0
 AWAIT_REFUSAL_S = 0.5
@@ -89,9 +88,6 @@ class GooglePubSubTransport:
         self._shared = self._topic_named(f"projects/{api.project}/topics/{topic}")
         self._subscriptions: dict[str, PulledSubscription] = {}
         self._spare_numbers = itertools.count(2)
-        self._count: int | None = None
-        self._count_good_until_s = 0.0
-        self._count_lock = asyncio.Lock()
         self._sweeper: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -164,29 +160,6 @@ class GooglePubSubTransport:
             return await self._subscribe_to_every_topic(receiver)
         return await self._subscribe(self._source(selection), receiver)
 
-    async def subscriber_count(self) -> int | None:
-        """How many subscriptions take everything, at most 30 s old; orphans are among them.
-
-        ``None`` when this account may not list the project's subscriptions.
-        """
-        self._check_open()
-        async with self._count_lock:
-            if self._loop_time() >= self._count_good_until_s:
-                listed = list_subscriptions(self._api, self._shared.name, self._cluster)
-                try:
-                    self._count = len(
-                        [
-                            found
-                            async for found in listed
-                            if found.labels.get("feed") == Feed.ALL.value
-                        ]
-                    )
-                except PubSubError as error:
-                    log.warning("subscribers not counted", reason=str(error))
-                    self._count = None
-                self._count_good_until_s = self._loop_time() + COUNT_TTL_S
-            return self._count
-
     async def sweep(
         self, *, dry_run: bool = False, dead_after_s: float = DEAD_AFTER_S
     ) -> SweepReport:
@@ -209,7 +182,6 @@ class GooglePubSubTransport:
             patience_s=ACK_DEADLINE_S + 1 if self._api.is_emulator else 0.0,
         )
         report = await sweep.run()
-        self._count_good_until_s = 0.0
         for orphan in report.orphans:
             log.warning("orphaned subscription", **orphan._asdict())
         return report
@@ -267,7 +239,6 @@ class GooglePubSubTransport:
         except BaseException:
             await subscription.close()
             raise
-        self._count_good_until_s = 0.0
         if self._sweeper is None:
             self._sweeper = asyncio.create_task(self._sweep_regularly())
         return subscription
@@ -293,7 +264,7 @@ class GooglePubSubTransport:
             source,
             receiver,
             labels={"cluster": self._cluster, "instance": self._instance, "feed": feed},
-            on_closed=lambda: self._forget(name),
+            on_closed=partial(self._subscriptions.pop, name),
         )
         return subscription
 
@@ -309,10 +280,6 @@ class GooglePubSubTransport:
         while name in self._subscriptions:
             name = f"{base}~{next(self._spare_numbers)}"
         return name
-
-    def _forget(self, name: str) -> None:
-        self._subscriptions.pop(name, None)
-        self._count_good_until_s = 0.0
 
     async def _sweep_regularly(self) -> None:
         every_s = self._sweep_every_s
@@ -330,10 +297,6 @@ class GooglePubSubTransport:
     def _check_open(self) -> None:
         if self._closed:
             raise TransportError("the Pub/Sub transport is closed")
-
-    @staticmethod
-    def _loop_time() -> float:
-        return asyncio.get_running_loop().time()
 
 
 class _Whole:

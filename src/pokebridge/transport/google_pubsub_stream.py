@@ -102,7 +102,7 @@ class PulledSubscription:
         receiver: Receiver,
         *,
         labels: Mapping[str, str],
-        on_closed: Callable[[], None],
+        on_closed: Callable[[], object],
     ) -> None:
         self._api = api
         self.name = name

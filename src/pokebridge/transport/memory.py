@@ -1,7 +1,7 @@
-"""The in-process transport: one machine, one process, no engine.
+"""The in-process transport: one process, no engine.
 
-A publish calls the receivers before it returns, so there is no queue to bound, nothing to lose and
-no gap to report.
+``publish`` calls the receivers before it returns. So there is no queue that could overflow, nothing
+can be lost, and there are no gaps.
 """
 
 from collections.abc import Sequence
@@ -11,24 +11,24 @@ from pokebridge.transport.base import Feed, Receiver, Selection, Signal
 
 
 class MemoryTransport:
-    """A bus for everyone in this process who holds the same object.
+    """One end of a bus inside this process.
 
-    ``connect()`` gives another end of the same bus, as another instance's would be.
+    ``connect()`` returns another end of the same bus, as another instance would have it.
     """
 
     def __init__(self) -> None:
-        self._bus: dict[_Subscription, None] = {}  # ordered, as a set is not
+        self._bus: dict[_Subscription, None] = {}  # a set would not keep the order
         self._own: list[_Subscription] = []
         self._closed = False
 
     def connect(self) -> "MemoryTransport":
-        """Another end of the same bus, with subscriptions of its own."""
+        """Return another end of the same bus, with its own subscriptions."""
         other = MemoryTransport()
         other._bus = self._bus
         return other
 
     async def publish(self, signals: Sequence[Signal]) -> None:
-        """Deliver ``signals`` to everyone whose selection matches, before this returns."""
+        """Deliver ``signals`` to all matching subscriptions before returning."""
         self._check_open()
         for body, shard in signals:
             for subscription in tuple(self._bus):
@@ -36,19 +36,15 @@ class MemoryTransport:
                     subscription.receiver.on_signal(body, None if shard is None else str(shard))
 
     async def subscribe(self, selection: Selection, receiver: Receiver) -> "_Subscription":
-        """Receive from now on; live at once."""
+        """Deliver matching signals to ``receiver`` from now on."""
         self._check_open()
         subscription = _Subscription(self._bus, selection, receiver)
         self._bus[subscription] = None
         self._own.append(subscription)
         return subscription
 
-    async def subscriber_count(self) -> int | None:
-        """How many subscriptions take everything."""
-        return sum(subscription.selection is Feed.ALL for subscription in self._bus)
-
     async def close(self) -> None:
-        """Close this end's subscriptions; other ends go on."""
+        """Close this end's subscriptions. The other ends stay open."""
         self._closed = True
         for subscription in self._own:
             await subscription.close()

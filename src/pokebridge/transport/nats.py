@@ -1,17 +1,14 @@
-"""The NATS transport: core NATS, a subject a shard, at most once (docs/transports/nats.md).
+"""The NATS transport: core NATS, one subject for each shard (docs/transports/nats.md).
 
 push-notifications            signals without a shard, and whatever people publish by hand
 push-notifications.<shard>    signals of one shard
-push-notifications-census     "who takes everything?", asked now and then, and the count
-push-notifications-census.*   the answers
 """
 
 import asyncio
 import re
-import secrets
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from typing import Self
 
@@ -23,26 +20,20 @@ from pokebridge.errors import TransportError
 from pokebridge.transport.base import Feed, Receiver, Selection, Signal, Subscription
 from pokebridge.transport.reconnecting_link import (
     DIAL_TIMEOUT_S,
-    CachedCount,
     Deliver,
     ReconnectingLink,
     check_topic,
 )
 
-# How long the instances have to answer a census: they answer at once, so this is round trips.
-CENSUS_WINDOW_S = 0.25
-
 _REFUSAL = re.compile(r'permissions violation for (publish|subscription) to "([^"]+)"')
-_TOKEN = re.compile(rb"[0-9a-f]{1,32}")
 
 
 class NatsTransport:
-    """Signals over core NATS. Made by :meth:`connect`; one connection carries everything."""
+    """Signals over core NATS, on one connection. Create it with :meth:`connect`."""
 
     def __init__(self, link: "ReconnectingLink[_NatsConnection]", subject: str) -> None:
         self._link = link
         self._subject = subject
-        self._census = _Census(link, f"{subject}-census", self._takes_everything)
 
     @classmethod
     async def connect(
@@ -56,14 +47,14 @@ class NatsTransport:
         """Connect to the servers in ``url``.
 
         Args:
-            url: as :mod:`pokebridge.engines.nats` says.
-            subject: where signals are published.
-            cluster: with ``instance`` it names the connection in NATS's monitoring.
+            url: the servers, as described in :mod:`pokebridge.engines.nats`.
+            subject: the subject of signals without a shard.
+            cluster: part of the connection's name in NATS's monitoring, like ``instance``.
             instance: see ``cluster``.
 
         Raises:
-            ConfigError: the URL or the subject makes no sense, or a file can't be read.
-            TransportError: no server can be had, or the credentials are refused.
+            ConfigError: the URL or the subject is invalid, or a file is unreadable.
+            TransportError: no server is available, or the credentials are refused.
         """
         check_topic("the NATS subject", subject)
         servers = servers_in("transport", url)
@@ -74,44 +65,35 @@ class NatsTransport:
         return cls(link, subject)
 
     async def publish(self, signals: Sequence[Signal]) -> None:
-        """Publish and wait for the server's answer. Nothing is kept back while it is away.
+        """Publish ``signals`` and wait for the server's answer. Nothing is queued meanwhile.
 
         Raises:
-            TransportError: the server is away or refuses; some signals may have gone out.
+            TransportError: the server is unavailable or refuses. Some signals may be published.
         """
         connection = self._link.connection
         messages = [(self._subject_of(shard), body) for body, shard in signals]
         await self._link.call(connection, connection.publish(messages))
 
     async def subscribe(self, selection: Selection, receiver: Receiver) -> Subscription:
-        """Receive what ``selection`` matches; the server has accepted it when this returns."""
+        """Subscribe to what ``selection`` matches, and return when the server has accepted it."""
         if selection is Feed.ALL:
             subjects = [self._subject, f"{self._subject}.*"]
         elif selection is Feed.UNTAGGED:
             subjects = [self._subject]
         else:
             subjects = [self._subject_of(selection)]
-        subscription = await self._link.subscribe(subjects, receiver, selection)
-        await self._census.join()
-        return subscription
-
-    async def subscriber_count(self) -> int | None:
-        """How many instances take everything, at most some 10 s old; ``None`` while cut off."""
-        return await self._census.count()
+        return await self._link.subscribe(subjects, receiver, selection)
 
     async def close(self) -> None:
-        """Close the connection. May be called twice."""
+        """Close the connection. Idempotent."""
         await self._link.close()
 
     def _subject_of(self, shard: int | None) -> str:
         return self._subject if shard is None else f"{self._subject}.{shard}"
 
-    def _takes_everything(self) -> bool:
-        return self._link.wants(f"{self._subject}.*")
-
 
 class _Client(NatsClient):
-    """A client that hands each message over as it is read; it hears only what it listens to."""
+    """A client that hands over each message as soon as it is read."""
 
     def __init__(self, *, on_lost: Callable[[], None]) -> None:
         super().__init__(on_lost=on_lost)
@@ -124,15 +106,15 @@ class _Client(NatsClient):
         return subscription
 
     async def unlisten(self, subscription: NatsSubscription) -> None:
-        """End what :meth:`listen` began."""
+        """Undo :meth:`listen`."""
         del self._inlets[subscription]
         await subscription.unsubscribe()
 
     async def round_trip(self) -> None:
-        """Return when the server has dealt with all that was sent before.
+        """Return when the server has processed everything that was sent before.
 
-        ``flush()`` is not it: its PING overtakes what waits to be written, and it returns without
-        a PONG when the reading task has died.
+        nats-py's ``flush()`` does not guarantee this: its PING may overtake data that waits to be
+        written, and it returns without a PONG when the reading task has ended.
         """
         await self._flush_pending(force_flush=True)
         pong: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
@@ -147,10 +129,10 @@ class _Client(NatsClient):
         data: bytes,
         headers: bytes,  # noqa: ARG002
     ) -> None:
-        """Hand over the body at once: no queue, no task, nothing decoded that we do not need.
+        """Hand over the body without a queue or a task, and without decoding subject and headers.
 
-        The original ends the reading task, and so makes us deaf, over a subject that is not UTF-8
-        or a header that is none; anybody may publish those.
+        nats-py's own method ends the reading task when a subject is not UTF-8 or a header is
+        invalid. Anybody may publish those, and nothing would be received any more.
         """
         subscription = self._subs.get(sid)
         if subscription is not None and (inlet := self._inlets.get(subscription)):
@@ -165,13 +147,16 @@ class _NatsConnection:
         self._server = server
         self._deliver = deliver
         self._client = _Client(on_lost=self._on_lost)
+        # The subscriptions by topic.
         self._subscriptions: dict[str, NatsSubscription] = {}
+        # The subjects being subscribed to, in lower case.
         self._asking: set[str] = set()
+        # What the server has refused: "publish" or "subscription", and the subject in lower case.
         self._refused: set[tuple[str, str]] = set()
 
     @classmethod
     async def dial(cls, server: str, url: str, name: str, deliver: Deliver) -> Self:
-        """Connect to ``server`` with the credentials of ``url``, whose files may have changed."""
+        """Connect to ``server`` with the credentials of ``url``, whose files are read anew."""
         options = await asyncio.to_thread(client_options, "transport", url)
         connection = cls(server, deliver)
         try:
@@ -193,7 +178,7 @@ class _NatsConnection:
         return self._subscriptions.keys()
 
     async def subscribe(self, topics: Collection[str]) -> None:
-        subjects = {topic.lower() for topic in topics}  # nats-py hands refusals over in lower case
+        subjects = {topic.lower() for topic in topics}  # nats-py reports refusals in lower case
         self._asking |= subjects
         try:
             with self._translated():
@@ -210,7 +195,7 @@ class _NatsConnection:
                 await self._client.unlisten(self._subscriptions.pop(topic))
 
     async def publish(self, messages: Sequence[tuple[str, bytes]]) -> None:
-        """Publish bodies on subjects; returns when the server has accepted them all."""
+        """Publish (subject, body) pairs, and return when the server has accepted all of them."""
         with self._translated():
             for subject, body in messages:
                 await self._client.publish(subject, body)
@@ -223,19 +208,19 @@ class _NatsConnection:
         await self._client.hang_up()
 
     async def _accepted(self, what: str, subjects: Iterable[str]) -> None:
-        """Return after a round trip; the server reports what it refuses before it answers."""
+        """Make a round trip: the server reports what it refuses before it answers."""
         await self._client.round_trip()
         if self._refused and (
             refused := self._refused & {(what, subject.lower()) for subject in subjects}
         ):
             self._refused -= refused
-            raise TransportError(f"{self._server}: no permission for {what} to {min(refused)[1]}")
+            raise TransportError(f"{self._server}: no {what} permission for {min(refused)[1]}")
 
     async def _on_error(self, error: Exception) -> None:
         if refusal := _REFUSAL.search(str(error)):
             what, subject = refusal.groups()
             if what == "subscription" and subject not in self._asking:
-                self._lose(f"the server took the permission for {subject} away")
+                self._lose(f"the server withdrew the permission for {subject}")
             else:
                 self._refused.add((what, subject))
 
@@ -248,92 +233,8 @@ class _NatsConnection:
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
-        """The driver's errors as TransportError, in one line without secrets."""
+        """Turn the driver's errors into TransportError, in one line without secrets."""
         try:
             yield
         except (errors.Error, OSError) as error:
             raise TransportError(f"{self._server}: {refusal_of(error)}") from error
-
-
-class _Census:
-    """Counts the instances that take everything: one asks, they answer, all hear the result.
-
-    So N instances that want to know cost about 3 N small messages every 10 s, not N².
-    """
-
-    def __init__(
-        self,
-        link: ReconnectingLink[_NatsConnection],
-        subject: str,
-        takes_everything: Callable[[], bool],
-    ) -> None:
-        self._link = link
-        self._subject = subject
-        self._takes_everything = takes_everything
-        self._id = secrets.token_hex(8).encode()
-        self._joined = False
-        self._cached = CachedCount()
-        self._result_due_s = float("-inf")
-        self._result: asyncio.Future[int] | None = None
-
-    async def join(self) -> None:
-        """Hear questions and results from now on."""
-        if not self._joined:
-            self._joined = True
-            try:
-                await self._link.subscribe([self._subject], self, None)
-            except TransportError:  # not allowed, say: then we are not counted, and all else works
-                self._joined = False
-
-    async def count(self) -> int | None:
-        """The count, at most some 10 s old; ``None`` while there is no connection."""
-        try:
-            return await self._cached.get(self._count)
-        except TransportError:
-            return None
-
-    def on_signal(self, body: bytes, tag: str | None) -> None:  # noqa: ARG002 - a Receiver's
-        """Take a question or a result; whatever else comes on this subject is dropped."""
-        what, _, value = body.partition(b" ")
-        if what == b"who" and _TOKEN.fullmatch(value):
-            self._result_due_s = asyncio.get_running_loop().time() + 2 * CENSUS_WINDOW_S
-            if self._takes_everything():
-                self._link.spawn(self._say(f"{self._subject}.{value.decode()}", self._id))
-        elif what == b"count" and value.isdigit() and len(value) < 10:
-            self._cached.set(int(value))
-            if self._result is not None and not self._result.done():
-                self._result.set_result(int(value))
-
-    def on_gap(self, selection: Selection, reason: str) -> None:
-        """Nothing was missed that would not be asked again."""
-
-    async def _count(self) -> int:
-        """Another's result when one is due, else our own."""
-        self._result = asyncio.get_running_loop().create_future()
-        with suppress(TimeoutError):
-            async with asyncio.timeout_at(self._result_due_s):
-                return await self._result
-        answers = _Answers()
-        token = secrets.token_hex(8)
-        hearing = await self._link.subscribe([f"{self._subject}.{token}"], answers, None)
-        try:
-            await self._say(self._subject, b"who " + token.encode())
-            await asyncio.sleep(CENSUS_WINDOW_S)
-        finally:
-            await hearing.close()
-        await self._say(self._subject, b"count %d" % len(answers.ids))
-        return len(answers.ids)
-
-    async def _say(self, subject: str, body: bytes) -> None:
-        connection = self._link.connection
-        await self._link.call(connection, connection.publish([(subject, body)]))
-
-
-class _Answers:
-    def __init__(self) -> None:
-        self.ids: set[bytes] = set()
-
-    def on_signal(self, body: bytes, tag: str | None) -> None:  # noqa: ARG002 - a Receiver's
-        self.ids.add(body)
-
-    def on_gap(self, selection: Selection, reason: str) -> None: ...

@@ -1,10 +1,10 @@
-"""One connection to an engine, kept alive, and the subscriptions that ride on it.
+"""One connection to an engine that is replaced when it breaks, and the subscriptions it carries.
 
-NATS and Redis give the same: a connection that pushes what it subscribed to, and loses whatever is
-published while it is broken. So the way back is the same too, and is here: notice, dial again with
-full jitter for as long as it takes, subscribe to everything again, prove it with a round trip, and
-only then report the gap. A broken connection is never repaired, always replaced: one path for a
-killed server, a cut cable, a slow consumer that was thrown out and credentials that ran out.
+NATS and Redis work alike: a connection pushes what it subscribed to, and whatever is published
+while it is broken is lost. So both recover alike, and this module does it: notice the failure, dial
+again with full jitter until it works, subscribe to everything again, prove it with a round trip,
+and then report the gap. A broken connection is replaced, never repaired. So one path covers a
+killed server, a cut cable, a slow consumer that the server disconnected, and expired credentials.
 """
 
 import asyncio
@@ -23,69 +23,66 @@ from pokebridge.backoff import backoff_s
 from pokebridge.errors import ConfigError, TransportError
 from pokebridge.transport.base import Receiver, Selection
 
-# A connection is given up after two beats without an answer, so 4 to 6 s after it was cut. Two,
-# because after one long stall of this process the answer waits unread when the first beat ends.
+# A connection counts as lost after two heartbeats without an answer, so 4 to 6 s after it was cut.
+# One is not enough: after a long stall of this process the answer is there, but not yet read.
 HEARTBEAT_S = 2.0
 SILENT_BEATS = 2
-# Together with the last delay these bound the silence after a server is back: under 5 s.
+# Together with the longest back-off this limits how long recovery takes once a server is back: 5 s.
 DIAL_TIMEOUT_S = 3.0
 BACKOFF_BASE_S = 0.1
 BACKOFF_CAP_S = 1.0
 ANSWER_TIMEOUT_S = 5.0
 CLOSE_TIMEOUT_S = 1.0
 CANCEL_AGAIN_S = 0.05
-# How long a count of subscribers is good for: it moves when instances come and go.
-COUNT_TTL_S = 10.0
 
 _TOPIC = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
 T = TypeVar("T")
 Deliver = Callable[[str, bytes, bytes], None]
-"""Takes a topic that was subscribed to, the name that the message came under, and its body."""
-"""What a connection calls with a topic, as it was subscribed to, and the body that came on it."""
+"""Called for each message: the topic subscribed to, the name it was published under, its body."""
 
 log = structlog.get_logger(__name__)
 
 
 class EngineConnection(Protocol):
-    """A connection from its dial until it breaks.
+    """A connection from the moment it is dialled until it breaks.
 
-    Its calls raise TransportError when the engine refuses. They may hang when the connection is
-    broken: the link bounds them.
+    Calls raise TransportError when the engine refuses. On a broken connection they may hang:
+    :class:`ReconnectingLink` limits how long.
     """
 
     @property
     def lost(self) -> asyncio.Future[str]:
-        """Done when the connection is broken; the result says why. The link may resolve it too."""
+        """Done when the connection is broken, with the reason. The link may resolve it as well."""
 
     @property
     def topics(self) -> AbstractSet[str]:
-        """What the engine was asked to deliver here and was not asked to stop delivering."""
+        """The topics that the engine was asked to deliver on this connection."""
 
     async def subscribe(self, topics: Collection[str]) -> None:
-        """Receive ``topics``; returns when the engine has accepted them all."""
+        """Ask for ``topics``, and return when the engine has accepted all of them."""
 
     async def unsubscribe(self, topics: Collection[str]) -> None:
-        """Receive them no longer."""
+        """Stop receiving ``topics``."""
 
     async def round_trip(self) -> None:
         """Return when the engine has answered something that was sent after this call began."""
 
     async def close(self) -> None:
-        """Give up the connection, broken or not, within :data:`CLOSE_TIMEOUT_S`. Never raises."""
+        """Close the connection, broken or not, within :data:`CLOSE_TIMEOUT_S`. Never raises."""
 
 
 C = TypeVar("C", bound=EngineConnection)
 
 
 class ReconnectingLink(Generic[C]):
-    """Keeps one connection to the engine ``name`` and restores its subscriptions.
+    """Keeps one connection to an engine and restores its subscriptions.
 
     Args:
-        name: how messages name the engine: no secrets in it.
-        dials: one for each server of the engine; any will do. Each makes a connection, or raises
-            TransportError.
-        base: the topic of signals without a shard; a shard's is that, a dot, and the shard.
+        name: the engine's name in messages. Must not contain secrets.
+        dials: one function for each server of the engine, which are interchangeable. Each returns
+            a connection or raises TransportError.
+        base: the topic of signals without a shard. A shard's topic is ``base``, a dot, the shard.
     """
 
     def __init__(
@@ -95,19 +92,24 @@ class ReconnectingLink(Generic[C]):
         self._tag_at = len(base) + 1
         self._dials = itertools.cycle(random.sample(dials, len(dials)))
         self._server_count = len(dials)
+        # The current connection, or None and the reason in _trouble.
         self._connection: C | None = None
         self._trouble = "not connected yet"
-        self._routes: dict[str, tuple[_RoutedSubscription, ...]] = {}
+        # All subscriptions, in the order in which they were made, and those of each topic.
         self._subscriptions: dict[_RoutedSubscription, None] = {}
-        self._lock = asyncio.Lock()  # one change of what the engine delivers at a time
+        self._routes: dict[str, tuple[_RoutedSubscription, ...]] = {}
+        # Held while the set of topics that the engine delivers is changed.
+        self._lock = asyncio.Lock()
+        # Background tasks, cancelled when the connection is lost.
         self._work: set[asyncio.Task[Any]] = set()
+        # The task that watches the connection and replaces it.
         self._keeper: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
-        """Dial for the first time.
+        """Dial for the first time, each server once.
 
         Raises:
-            TransportError: the engine can't be had: a start should say so, not wait.
+            TransportError: no server is available. A start fails; it does not wait.
         """
         for servers_left in reversed(range(self._server_count)):
             try:
@@ -120,23 +122,19 @@ class ReconnectingLink(Generic[C]):
 
     @property
     def connection(self) -> C:
-        """The connection that stands now; raises TransportError when there is none."""
+        """The current connection. Raises TransportError when there is none."""
         if self._connection is None:
             raise TransportError(f"{self._name}: {self._trouble}")
         if self._connection.lost.done():
             raise TransportError(f"{self._name}: {self._connection.lost.result()}")
         return self._connection
 
-    def wants(self, topic: str) -> bool:
-        """Whether somebody here subscribes to ``topic``."""
-        return topic in self._routes
-
     async def subscribe(
-        self, topics: Collection[str], receiver: Receiver, selection: Selection | None
+        self, topics: Collection[str], receiver: Receiver, selection: Selection
     ) -> "_RoutedSubscription":
-        """Deliver ``topics`` to ``receiver``; a topic that several want is asked for once.
+        """Deliver ``topics`` to ``receiver``, and report gaps as gaps of ``selection``.
 
-        Gaps are reported as gaps of ``selection``; with ``None`` they are not.
+        A topic that several subscriptions share is requested from the engine once.
         """
         subscription = _RoutedSubscription(self, topics, receiver, selection)
         joining = self.spawn(self._join(subscription))
@@ -151,15 +149,15 @@ class ReconnectingLink(Generic[C]):
         return subscription
 
     async def unsubscribe(self, subscription: "_RoutedSubscription") -> None:
-        """Stop delivering to ``subscription``. May be called twice."""
+        """Stop delivering to ``subscription``. Idempotent."""
         self._remove(subscription)
-        await self._give_back()
+        await self._unsubscribe_unused()
 
     async def call(self, connection: C, work: Coroutine[Any, Any, T]) -> T:
-        """Do ``work`` on ``connection``; a connection that lets it wait for 5 s is lost.
+        """Await ``work`` on ``connection``, which counts as lost after 5 s without a result.
 
-        The work goes on when the caller is cancelled, since a driver that is interrupted half way
-        takes one call's answer for another's.
+        When the caller is cancelled the work continues: a driver that is interrupted halfway would
+        take the answer to one call for the answer to another.
         """
         task = self.spawn(work)
         either: set[asyncio.Future[Any]] = {task, connection.lost}
@@ -173,14 +171,14 @@ class ReconnectingLink(Generic[C]):
         raise TransportError(f"{self._name}: {connection.lost.result()}")
 
     def spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Start ``work`` in the background; it ends with the link, and its failure is dropped."""
+        """Run ``work`` in the background until the connection is lost. Its failure is ignored."""
         task = asyncio.create_task(work)
         self._work.add(task)
         task.add_done_callback(self._ended)
         return task
 
     async def close(self) -> None:
-        """Close the connection and forget every subscription. May be called twice."""
+        """Close the connection and drop every subscription. Idempotent."""
         if self._keeper is not None:
             self._keeper.cancel()
             await asyncio.gather(self._keeper, return_exceptions=True)
@@ -191,7 +189,7 @@ class ReconnectingLink(Generic[C]):
             await connection.close()
         await self._drop_work()
 
-    # --- what is delivered to whom --------------------------------------------------------------
+    # --- subscriptions --------------------------------------------------------------------------
 
     def _deliver(self, topic: str, name: bytes, body: bytes) -> None:
         tag = name[self._tag_at :].decode("latin-1") or None
@@ -215,7 +213,7 @@ class ReconnectingLink(Generic[C]):
                 del self._routes[topic]
 
     async def _join(self, subscription: "_RoutedSubscription") -> None:
-        """Have the engine deliver what ``subscription`` wants, and what nobody wanted before."""
+        """Add ``subscription``, and ask the engine for those of its topics that are new."""
         async with self._lock:
             connection = self.connection
             missing = set(subscription.topics) - connection.topics
@@ -225,36 +223,36 @@ class ReconnectingLink(Generic[C]):
                     await self.call(connection, connection.subscribe(missing))
             except BaseException:
                 self._remove(subscription)
-                self.spawn(self._give_back())
+                self.spawn(self._unsubscribe_unused())
                 raise
 
-    async def _give_back(self) -> None:
-        """Have the engine stop delivering what nobody here wants any more."""
-        if self._connection is None:  # the next one is not asked for it
+    async def _unsubscribe_unused(self) -> None:
+        """Unsubscribe from the topics that no subscription has any more."""
+        if self._connection is None:  # the next connection does not subscribe to them
             return
         async with self._lock:
             connection = self._connection
-            if connection and (unwanted := connection.topics - self._routes.keys()):
-                with suppress(TransportError):  # lost: then everything is given back anyway
-                    await self.call(connection, connection.unsubscribe(unwanted))
+            if connection and (unused := connection.topics - self._routes.keys()):
+                with suppress(TransportError):  # the connection is lost, and its topics with it
+                    await self.call(connection, connection.unsubscribe(unused))
 
-    # --- keeping it alive -----------------------------------------------------------------------
+    # --- reconnecting ---------------------------------------------------------------------------
 
     async def _keep(self) -> None:
         while self._connection is not None:
             reason = await self._until_lost(self._connection)
-            log.warning("transport connection lost", engine=self._name, reason=reason)
+            log.warning("transport_connection_lost", engine=self._name, reason=reason)
             broken, self._connection, self._trouble = self._connection, None, reason
             await broken.close()
             await self._drop_work()
             await self._restore()
-            log.info("transport connection restored", engine=self._name)
+            log.info("transport_connection_restored", engine=self._name)
             for subscription in tuple(self._subscriptions):
                 subscription.report_gap(reason)
-            self.spawn(self._give_back())  # what was closed while it was being restored
+            self.spawn(self._unsubscribe_unused())  # closed while the connection was restored
 
     async def _until_lost(self, connection: C) -> str:
-        """Return why ``connection`` is lost, and give it up when it does not answer."""
+        """Wait until ``connection`` is lost or does not answer, and return the reason."""
         beat: asyncio.Task[None] | None = None
         silent_beats = 0
         while not connection.lost.done():
@@ -276,31 +274,30 @@ class ReconnectingLink(Generic[C]):
             try:
                 async with self._lock:
                     self._connection = await self._open_connection()
-            except Exception as error:  # noqa: BLE001 - whatever it was, to give up is to go silent
+            except Exception as error:  # noqa: BLE001 - to stop retrying would be silence
                 if str(error) != self._trouble:
                     self._trouble = str(error)
-                    log.warning("transport still away", engine=self._name, reason=self._trouble)
+                    log.warning(
+                        "transport_reconnect_failed", engine=self._name, reason=self._trouble
+                    )
 
     async def _open_connection(self) -> C:
-        """A new connection that delivers everything that is wanted."""
+        """Dial the next server and subscribe to all topics."""
         try:
             async with asyncio.timeout(DIAL_TIMEOUT_S):
                 connection = await next(self._dials)(self._deliver)
         except TimeoutError:
             raise TransportError(f"{self._name}: no answer") from None
         try:
-            if wanted := set(self._routes):
-                await self.call(connection, connection.subscribe(wanted))
+            if topics := set(self._routes):
+                await self.call(connection, connection.subscribe(topics))
         except BaseException:
             await connection.close()
             raise
         return connection
 
     async def _drop_work(self) -> None:
-        """End what was under way on a connection that is gone.
-
-        One cancellation may not be enough: nats-py swallows one that comes while it flushes.
-        """
+        """Cancel what runs on a lost connection, repeatedly: nats-py swallows a cancellation."""
         while self._work:
             for task in self._work:
                 task.cancel()
@@ -309,7 +306,7 @@ class ReconnectingLink(Generic[C]):
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._work.discard(task)
         if not task.cancelled():
-            task.exception()  # whoever waited has it; nobody else is to be told of it
+            task.exception()  # else asyncio would log it as never retrieved
 
 
 @dataclass(eq=False, slots=True)
@@ -317,53 +314,27 @@ class _RoutedSubscription:
     link: "ReconnectingLink[Any]"
     topics: Collection[str]
     receiver: Receiver
-    selection: Selection | None
+    selection: Selection
 
     def report_gap(self, reason: str) -> None:
-        """Tell the receiver, and survive it: the link must go on for the others."""
-        if self.selection is not None:
-            try:
-                self.receiver.on_gap(self.selection, reason)
-            except Exception as error:  # noqa: BLE001 - no error of one's may deafen the others
-                log.warning("receiver failed on a gap", error=repr(error))
+        """Tell the receiver. An error of one receiver must not keep the gap from the others."""
+        try:
+            self.receiver.on_gap(self.selection, reason)
+        except Exception as error:  # noqa: BLE001 - see above
+            log.warning("transport_receiver_failed", error=repr(error))
 
     async def close(self) -> None:
-        """Stop receiving; what nobody else here wants is given back to the engine."""
+        """Stop receiving."""
         await self.link.unsubscribe(self)
 
 
-class CachedCount:
-    """A count that costs the engine something, asked for at most every :data:`COUNT_TTL_S`."""
-
-    def __init__(self) -> None:
-        self._value: int | None = None
-        self._good_until = float("-inf")
-        self._lock = asyncio.Lock()
-
-    def set(self, value: int) -> None:
-        """``value`` is the count now."""
-        self._value = value
-        self._good_until = asyncio.get_running_loop().time() + COUNT_TTL_S
-
-    async def get(self, count: Callable[[], Awaitable[int | None]]) -> int | None:
-        """The count, from ``count`` when the last one is too old; ``None`` is not kept."""
-        async with self._lock:
-            if asyncio.get_running_loop().time() >= self._good_until:
-                value = await count()
-                if value is None:
-                    return None
-                self.set(value)
-            return self._value
-
-
 def check_topic(setting: str, value: str) -> str:
-    """Return ``value``, or raise ConfigError when it can't be the base of our topics' names.
+    """Return ``value`` if topic names may start with it, and raise ConfigError otherwise.
 
-    Letters, digits, ``-`` and ``_``, in parts with dots between: nothing that an engine would take
-    for a pattern.
+    The characters allowed have no special meaning in the patterns of any engine.
     """
     if not _TOPIC.fullmatch(value):
         raise ConfigError(
-            f"{setting} is letters, digits, - and _, with dots between: not {value!r}"
+            f"{setting} {value!r} is invalid: use letters, digits, - and _, separated by dots"
         )
     return value

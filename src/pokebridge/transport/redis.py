@@ -1,10 +1,8 @@
-"""The Redis transport, for Valkey too: pub/sub, at most once (docs/transports/redis.md).
+"""The Redis transport, also for Valkey: pub/sub (docs/transports/redis.md).
 
 push-notifications            signals without a shard, and whatever people publish by hand
-push-notifications.<shard>    signals of one shard; on a Redis Cluster a sharded channel, though
-                              what is published on the plain one is heard as well
-push-notifications-all        nothing is published here: who takes everything subscribes to it,
-                              so that they can be counted
+push-notifications.<shard>    signals of one shard. On a Redis Cluster this is a sharded channel;
+                              the plain channel of that name is received as well.
 """
 
 import asyncio
@@ -33,40 +31,41 @@ from pokebridge.transport.reconnecting_link import (
     ANSWER_TIMEOUT_S,
     CLOSE_TIMEOUT_S,
     DIAL_TIMEOUT_S,
-    CachedCount,
     Deliver,
     ReconnectingLink,
     check_topic,
 )
 
-# More than one, so that a slow round trip does not hold up every other publish.
+# More than one, so that a slow round trip does not delay every other publish.
 PUBLISH_CONNECTIONS = 4
 _MOVED = "a slot has moved"
-_SHARDED = "sharded "  # no channel of ours has a space
+_SHARDED = "sharded "  # channel names contain no space
 _PLAIN_MESSAGES = frozenset({b"message", b"pmessage"})
 
 
 class RedisTransport:
-    """Signals over Redis pub/sub. Made by :meth:`connect`.
+    """Signals over Redis pub/sub. Create it with :meth:`connect`.
 
-    One connection listens, and up to :data:`PUBLISH_CONNECTIONS` publish; on a Redis Cluster, to
-    each of its nodes.
+    One connection receives, and up to :data:`PUBLISH_CONNECTIONS` publish. On a Redis Cluster each
+    node has these connections.
     """
 
     def __init__(self, url: str, channel: str, client_name: str, shard_count: int) -> None:
         self._url = url
+        # The URL without credentials, for messages.
         self._name = without_secrets(url)
+        # The node that the URL names, as HOST:PORT.
         self._home = urlsplit(url).netloc.rpartition("@")[2]
         self._channel = channel
         self._client_name = client_name
         self._shard_count = shard_count
-        self._marker = f"{channel}-all"
+        # The clients that publish, by node.
         self._clients: dict[str, Redis] = {}
+        # The slot map of a Redis Cluster; None on a single server.
         self._slots: _Slots | None = None
         self._link: ReconnectingLink[_Listener | _ClusterListener] = ReconnectingLink(
             self._name, [self._dial], channel
         )
-        self._cached_count = CachedCount()
         self._closed = False
 
     @classmethod
@@ -82,15 +81,15 @@ class RedisTransport:
         """Connect to the server in ``url``, or to the Redis Cluster that it belongs to.
 
         Args:
-            url: as :mod:`pokebridge.engines.redis` says.
-            channel: where signals are published.
-            cluster: with ``instance`` it names the connections in ``CLIENT LIST``.
+            url: the server, as described in :mod:`pokebridge.engines.redis`.
+            channel: the channel of signals without a shard.
+            cluster: part of the connections' name in ``CLIENT LIST``, like ``instance``.
             instance: see ``cluster``.
-            shard_count: how many sharded channels everything is.
+            shard_count: the number of sharded channels of a Redis Cluster.
 
         Raises:
-            ConfigError: the URL or the channel makes no sense.
-            TransportError: the server can't be had, or the credentials are refused.
+            ConfigError: the URL or the channel is invalid.
+            TransportError: the server is unavailable, or the credentials are refused.
         """
         check_topic("the Redis channel", channel)
         client_name = f"pokebridge:{cluster}:{instance}".strip(":")
@@ -99,10 +98,10 @@ class RedisTransport:
         return transport
 
     async def publish(self, signals: Sequence[Signal]) -> None:
-        """Publish in one round trip. Nothing is kept back while the server is away.
+        """Publish ``signals`` in one round trip to each node. Nothing is queued meanwhile.
 
         Raises:
-            TransportError: the server is away or refuses; some signals may have gone out.
+            TransportError: a server is unavailable or refuses. Some signals may be published.
         """
         by_node: dict[str, Any] = {}
         for body, shard in signals:
@@ -110,7 +109,7 @@ class RedisTransport:
             if self._slots is None:
                 node, command = self._home, "PUBLISH"
             elif shard is None:
-                node, command = self._slots.nodes[0], "PUBLISH"  # any; this one is not dead
+                node, command = self._slots.nodes[0], "PUBLISH"  # any node that is alive
             else:
                 node, command = self._slots.node_of(channel), "SPUBLISH"
             if node not in by_node:
@@ -122,9 +121,9 @@ class RedisTransport:
                 raise outcome
 
     async def subscribe(self, selection: Selection, receiver: Receiver) -> Subscription:
-        """Receive what ``selection`` matches; the server has accepted it when this returns."""
+        """Subscribe to what ``selection`` matches, and return when the server has accepted it."""
         if selection is Feed.ALL:
-            topics = [self._channel, f"{self._channel}.*", self._marker]
+            topics = [self._channel, f"{self._channel}.*"]
             shards: Sequence[int] = range(self._shard_count)
         elif selection is Feed.UNTAGGED:
             topics, shards = [self._channel], ()
@@ -134,17 +133,8 @@ class RedisTransport:
             topics += [_sharded(self._channel_of(shard)) for shard in shards]
         return await self._link.subscribe(topics, receiver, selection)
 
-    async def subscriber_count(self) -> int | None:
-        """How many instances take everything, at most 10 s old.
-
-        ``None`` when the server is away, or is a Redis Cluster: its nodes know only their own.
-        """
-        with suppress(TransportError):
-            return await self._cached_count.get(self._count)
-        return None
-
     async def close(self) -> None:
-        """Close all connections. May be called twice."""
+        """Close all connections. Idempotent."""
         self._closed = True
         await self._link.close()
         with suppress(RedisError, OSError):
@@ -154,24 +144,16 @@ class RedisTransport:
     def _channel_of(self, shard: int | None) -> str:
         return self._channel if shard is None else f"{self._channel}.{shard}"
 
-    async def _count(self) -> int | None:
-        if self._slots is not None:
-            return None
-        pipeline = (await self._client(self._home)).pipeline(transaction=False)
-        pipeline.pubsub_numsub(self._marker)
-        ((_, count),) = (await self._execute(pipeline))[0]
-        return int(count)
-
     async def _execute(self, pipeline: Any) -> list[Any]:
-        """Send everything in ``pipeline`` at once; raises TransportError unless all succeeds."""
+        """Send all of ``pipeline`` at once. Raises TransportError unless every command succeeds."""
         if self._closed:
             raise TransportError(f"{self._name}: closed")
         with _translated(self._name):
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
-                # Its own error would quote the command, and with it what somebody published.
+                # redis-py's own error would quote the command, and so the published body.
                 results: list[Any] = await pipeline.execute(raise_on_error=False)
         for result in results:
-            if isinstance(result, AskError):  # or _MOVED: the next try has a new map
+            if isinstance(result, AskError):  # includes MovedError; dialling reads the map anew
                 self._link.connection.lose(_MOVED)
             if isinstance(result, ResponseError):
                 raise TransportError(f"{self._name}: {result}")
@@ -180,7 +162,7 @@ class RedisTransport:
     # --- servers --------------------------------------------------------------------------------
 
     async def _client(self, node: str) -> Redis:
-        """A client of ``node`` (``HOST:PORT``), reached as the server that the URL names."""
+        """A client of ``node`` (``HOST:PORT``), with the credentials and TLS of the URL."""
         if node not in self._clients:
             parts = urlsplit(self._url)
             user, at, _ = parts.netloc.rpartition("@")
@@ -197,7 +179,7 @@ class RedisTransport:
         return self._clients[node]
 
     async def _dial(self, deliver: Deliver) -> "_Listener | _ClusterListener":
-        """Connect to any server that is known, and from there to all there are."""
+        """Connect to a known server, and on a Redis Cluster from there to all nodes."""
         known = [self._home, *self._clients] if self._slots else [self._home]
         seed = random.choice(known)  # noqa: S311 - spreads load
         connection = await self._connect(seed)
@@ -219,7 +201,7 @@ class RedisTransport:
         return _ClusterListener(self._slots, listeners)
 
     async def _connect(self, node: str) -> AbstractConnection:
-        pool: Any = (await self._client(node)).connection_pool  # its annotations stop here
+        pool: Any = (await self._client(node)).connection_pool  # redis-py annotates no further
         connection = pool.make_connection()
         try:
             with _translated(self._name if node == self._home else f"{self._name} ({node})"):
@@ -234,18 +216,18 @@ class RedisTransport:
 
 
 def _sharded(channel: str) -> str:
-    """The topic of the sharded channel ``channel``."""
+    """Return the topic of the sharded channel ``channel``."""
     return f"{_SHARDED}{channel}"
 
 
 class _Listener:
-    """A connection that listens (a ``reconnecting_link.EngineConnection``).
+    """A connection that receives (a ``reconnecting_link.EngineConnection``).
 
-    A topic is a channel, a pattern (it ends in ``*``), or a sharded channel, which Redis keeps
-    apart from the plain one of that name and which therefore has a name of its own here.
+    A topic is a channel, a pattern (it ends in ``*``), or a sharded channel. Redis distinguishes a
+    sharded channel from the plain one of the same name, so its topic has the prefix ``_SHARDED``.
 
-    redis-py's ``PubSub`` is not used: it reconnects behind our back, so that a gap would go
-    unnoticed, and costs half as much again a message.
+    redis-py's ``PubSub`` is not used, since it reconnects by itself, so that a gap would go
+    unnoticed. It also takes half as much CPU again for each message.
     """
 
     def __init__(self, name: str, connection: AbstractConnection, deliver: Deliver) -> None:
@@ -253,9 +235,12 @@ class _Listener:
         self._name = name
         self._connection = connection
         self._deliver = deliver
+        # The topics subscribed to, by the names that the server uses.
         self._plain_names: dict[bytes, str] = {}
         self._sharded_names: dict[bytes, str] = {}
+        # The round trips that wait for an answer, oldest first.
         self._pongs: deque[asyncio.Future[None]] = deque()
+        # Whether a subscription is being changed, and the server's error if it refused.
         self._asking = False
         self._refusal: str | None = None
         self._reader = asyncio.create_task(self._read(), name=f"read {name}")
@@ -291,17 +276,17 @@ class _Listener:
                 await self._connection.disconnect()
 
     def lose(self, reason: str) -> None:
-        """It is of no use any more."""
+        """Mark the connection as lost."""
         if not self.lost.done():
             self.lost.set_result(reason)
 
     def _names(self, topic: str) -> tuple[dict[bytes, str], bytes]:
-        """Where ``topic`` is kept, and by what name: a server says the two kinds' names alike."""
+        """The dictionary that ``topic`` belongs in, and the channel's name as its key."""
         name = topic.removeprefix(_SHARDED)
         return self._plain_names if name == topic else self._sharded_names, name.encode()
 
     async def _ask(self, command: str, topics: Collection[str]) -> None:
-        """``command``, in the form that each kind of topic has."""
+        """Send ``command`` in the form for each kind of topic, and raise if it is refused."""
         self._asking, self._refusal = True, None
         plain = [topic for topic in topics if not topic.startswith(_SHARDED)]
         try:
@@ -309,7 +294,7 @@ class _Listener:
                 await self._send(f"P{command}", *patterns)
             if channels := [topic for topic in plain if not topic.endswith("*")]:
                 await self._send(command, *channels)
-            for topic in set(topics) - set(plain):  # each by itself: their slots differ
+            for topic in set(topics) - set(plain):  # one each, since their slots differ
                 await self._send(f"S{command}", topic.removeprefix(_SHARDED))
             await self.round_trip()
         finally:
@@ -318,7 +303,7 @@ class _Listener:
             raise TransportError(f"{self._name}: {self._refusal}")
 
     async def _send(self, *command: str) -> None:
-        if self.lost.done():  # redis-py would connect again, and nobody would read there
+        if self.lost.done():  # redis-py would reconnect, and nobody would read from it
             raise TransportError(f"{self._name}: {self.lost.result()}")
         try:
             with _translated(self._name):
@@ -353,12 +338,12 @@ class _Listener:
             self._deliver(self._plain_names[name], response[-2], response[-1])
         elif kind == b"smessage" and name in self._sharded_names:
             self._deliver(self._sharded_names[name], name, response[-1])
-        elif kind == b"sunsubscribe" and name in self._sharded_names:  # and nobody asked for it
+        elif kind == b"sunsubscribe" and name in self._sharded_names:  # not requested by us
             self.lose(_MOVED)
 
 
 class _Slots(NamedTuple):
-    """Who serves what in a Redis Cluster: ranges of slots, by their first, and their nodes."""
+    """The slot map of a Redis Cluster: the first slot of each range, and the range's node."""
 
     starts: Sequence[int]
     nodes: Sequence[str]
@@ -370,9 +355,9 @@ class _Slots(NamedTuple):
 
 
 class _ClusterListener:
-    """A connection to every node of a cluster (a ``reconnecting_link.EngineConnection``).
+    """A connection to every node of a Redis Cluster (a ``reconnecting_link.EngineConnection``).
 
-    When one is lost, or a slot moves, the whole is: then all is dialled again from a new map.
+    When one of them is lost, or a slot moves, all are replaced, with a new slot map.
     """
 
     def __init__(self, slots: _Slots, listeners: Mapping[str, _Listener]) -> None:
@@ -399,12 +384,12 @@ class _ClusterListener:
         await asyncio.gather(*(listener.close() for listener in self._listeners.values()))
 
     def lose(self, reason: str) -> None:
-        """It is of no use any more."""
+        """Mark the connection as lost."""
         if not self.lost.done():
             self.lost.set_result(reason)
 
     def _by_node(self, topics: Collection[str]) -> Iterator[tuple[_Listener, list[str]]]:
-        """What to ask of which; plain channels are heard at any node, so at one for all."""
+        """Which topics to request from which node. Any node delivers the plain channels."""
         plain_at = self._slots.nodes[0]
         by_node: dict[str, list[str]] = {}
         for topic in topics:
@@ -416,24 +401,24 @@ class _ClusterListener:
 
 
 async def _all(calls: Iterable[Awaitable[None]]) -> None:
-    """Await ``calls`` to their ends; raises what the first raised that failed."""
+    """Await all ``calls``, then raise the first error among them."""
     for outcome in await asyncio.gather(*calls, return_exceptions=True):
         if outcome is not None:
             raise outcome
 
 
 async def _read_slots(name: str, connection: AbstractConnection) -> _Slots | None:
-    """The map of the cluster that the server at ``connection`` belongs to; ``None`` if it is alone.
+    """Ask the server for its cluster's slot map; ``None`` if it is not part of a cluster.
 
     Raises:
-        TransportError: the server may not be asked, or the cluster serves nothing.
+        TransportError: the server refuses to answer, or its cluster serves no slots.
     """
-    host = str(getattr(connection, "host", ""))  # what a node without a name is reached by
+    host = str(getattr(connection, "host", ""))  # for a node that announces no name
     with _translated(name):
-        await connection.send_command("HELLO")  # whoever may connect may ask this
+        await connection.send_command("HELLO")  # needs no permission
         try:
             said = await connection.read_response()
-        except ResponseError:  # a proxy, say, that does not know it
+        except ResponseError:  # for example a proxy that does not know the command
             return None
         if b"cluster" not in said:
             return None
@@ -446,13 +431,13 @@ async def _read_slots(name: str, connection: AbstractConnection) -> _Slots | Non
 
 
 def _node(host: bytes, port: int) -> str:
-    """``HOST:PORT`` as a URL has it."""
+    """Format ``HOST:PORT`` as in a URL."""
     return f"[{host.decode()}]:{port}" if b":" in host else f"{host.decode()}:{port}"
 
 
 @contextmanager
 def _translated(name: str) -> Iterator[None]:
-    """The driver's errors as TransportError, in one line without secrets."""
+    """Turn the driver's errors into TransportError, in one line without secrets."""
     try:
         yield
     except (RedisError, OSError) as error:
