@@ -3,24 +3,16 @@
 from typing import TYPE_CHECKING
 
 from pokebridge.client.core import ClientCore
+from pokebridge.client.driver import Driver
 from pokebridge.client.events import (
-    AnyAction,
     AnyEvent,
-    Authenticate,
     Closed,
-    Connect,
-    Disconnect,
-    FetchToken,
     Opened,
-    Ping,
-    Pull,
     Pulled,
     PullFailed,
     Refused,
     Start,
-    Stop,
     Text,
-    Tick,
     Token,
     TokenFailed,
     Wake,
@@ -29,7 +21,7 @@ from pokebridge.framing import Opcode
 from pokebridge.gateway.handshake import UpgradeRequest
 from pokebridge.model import Page
 from simulation.http import Answer, Work
-from simulation.loop import Handle, VirtualLoop
+from simulation.loop import VirtualLoop
 from simulation.network import Trouble
 from simulation.sockets import Network, Wire, masked_frame, read_frame
 
@@ -45,10 +37,12 @@ TOKEN_LIFE_S = (45.0, 200.0)
 _ABNORMAL = 1006  # RFC 6455, section 7.4.1: no close frame came
 
 
-class SimClient:
+class SimClient(Driver):
     """One device of a recipient."""
 
     def __init__(self, world: "World", loop: VirtualLoop, recipient: str, device: str) -> None:
+        self.core = ClientCore(HOME_URL)
+        super().__init__(self.core, world.rng.random)
         self.world = world
         self.loop = loop
         self.recipient = recipient
@@ -56,7 +50,6 @@ class SimClient:
         self.rng = world.rng
         self.network = Network(world.rng)
         self.trouble = Trouble(world.outside)
-        self.core = ClientCore(HOME_URL)
         self.instance: SimInstance | None = None
         """Where its socket goes."""
         self.pulls_from: SimInstance | None = None
@@ -70,8 +63,6 @@ class SimClient:
         self._unparsed = b""
         self._is_open = False
         self._close_code = _ABNORMAL
-        self._timer: Handle | None = None
-        self._timer_at: float | None = None
         self._pull_began_at = 0.0
 
     @property
@@ -99,77 +90,58 @@ class SimClient:
 
     def start(self) -> None:
         """Begin."""
-        self.loop.deliver(0.0, self.feed, Start())
+        self.loop.deliver(0.0, self._feed, Start())
 
     def wake(self) -> None:
         """The machine woke up, or has another network."""
-        self.loop.deliver(0.0, self.feed, Wake())
+        self.loop.deliver(0.0, self._feed, Wake())
 
     def leave(self) -> None:
         """Close the page, or the laptop's lid for good."""
         self.left = True
-        self._drop()
+        self._disconnect()
 
     def lose_socket(self) -> None:
         """The connection breaks, and both sides notice."""
         wire = self._wire
         if wire is not None:
             wire.hang_up(rudely=True)
-            self._drop()
-            self.loop.deliver(0.0, self.feed, Closed(_ABNORMAL))
+            self._disconnect()
+            self.loop.deliver(0.0, self._feed, Closed(_ABNORMAL))
 
     # --- between the core and the world -----------------------------------------------------------
 
-    def feed(self, event: AnyEvent) -> None:
-        """Something happened: have the core handle it, and do what it says."""
-        if self.left:
-            return
-        was_ready = self.core.ready
-        actions = self.core.handle(event, now=self.loop.time(), random=self.rng.random())
-        for action in actions:
-            self._carry_out(action)
-        if self.core.ready != was_ready:
-            self.world.oracle.readiness_changed(self)
-        timer = self.core.timer
-        if timer != self._timer_at:
-            if self._timer is not None:
-                self._timer.cancel()
-            self._timer_at = timer
-            self._timer = None if timer is None else self.loop.call_at(timer, self._tick)
+    def _feed(self, event: AnyEvent) -> None:
+        if not self.left:
+            super()._feed(event)
 
-    def _tick(self) -> None:
-        self._timer_at = None
-        self.feed(Tick())
-
-    def _carry_out(self, action: AnyAction) -> None:
-        match action:
-            case FetchToken():
-                self.loop.call_later(self.rng.uniform(0.005, 0.1), self._fetch_token)
-            case Connect(url=url, moved=moved):
-                self._connect(url, moved=moved)
-            case Disconnect():
-                self._drop()
-            case Ping():
-                self._say(b'{"type":"ping"}')
-            case Authenticate():
-                self._say(b'{"type":"auth","token":"%b"}' % self._token.encode())
-            case Pull(after=after):
-                self._pull(after)
-            case Stop(code=code):
-                self.world.trace.note(self.name, f"told to stop: {code}")
-                self._drop()
+    def _on_ready_changed(self) -> None:
+        self.world.oracle.readiness_changed(self)
 
     def _fetch_token(self) -> None:
+        self.loop.call_later(self.rng.uniform(0.005, 0.1), self._receive_token)
+
+    def _receive_token(self) -> None:
         if self.token_trouble:
-            self.feed(TokenFailed())
+            self._feed(TokenFailed())
             return
         self._token = self.world.issue_token(self.recipient, self.rng.uniform(*TOKEN_LIFE_S))
-        self.feed(Token())
+        self._feed(Token())
+
+    def _ping(self) -> None:
+        self._say(b'{"type":"ping"}')
+
+    def _authenticate(self) -> None:
+        self._say(b'{"type":"auth","token":"%b"}' % self._token.encode())
+
+    def _stop(self, code: int) -> None:
+        self.world.trace.note(self.name, f"told to stop: {code}")
+        self._disconnect()
 
     # --- the socket -------------------------------------------------------------------------------
 
     def _connect(self, url: str, *, moved: bool) -> None:
-        self._drop()
+        self._disconnect()
         instance = self.world.route(url, self)
         if instance is not None and instance.vanished:
             return  # nobody answers: the core has a deadline
@@ -193,9 +165,9 @@ class SimClient:
 
     def _refused_by_nobody(self) -> None:
         if self._wire is None:
-            self.feed(Closed(_ABNORMAL))
+            self._feed(Closed(_ABNORMAL))
 
-    def _drop(self) -> None:
+    def _disconnect(self) -> None:
         wire, self._wire = self._wire, None
         self.instance = None
         if wire is not None:
@@ -216,7 +188,7 @@ class SimClient:
             if frame.opcode is Opcode.TEXT:
                 text = frame.payload.decode()
                 self.world.oracle.heard(self, text)
-                self.feed(Text(text))
+                self._feed(Text(text))
             elif frame.opcode is Opcode.PING:
                 wire.send(masked_frame(Opcode.PONG, frame.payload))
             elif frame.opcode is Opcode.CLOSE:
@@ -231,22 +203,22 @@ class SimClient:
         status = int(head.split()[1])
         if status == 101:
             self._unparsed, self._is_open = rest, True
-            self.feed(Opened())
+            self._feed(Opened())
             return self._wire is not None
         asked_s = None
         for line in head.decode().split("\r\n"):
             name, _, value = line.partition(": ")
             if name == "Retry-After":
                 asked_s = float(value)
-        self._drop()
-        self.feed(Refused(status, asked_s))
+        self._disconnect()
+        self._feed(Refused(status, asked_s))
         return False
 
     def on_end(self, wire: Wire) -> None:
         """The instance has closed, or the connection broke."""
         if self._wire is wire:
-            self._drop()
-            self.feed(Closed(self._close_code))
+            self._disconnect()
+            self._feed(Closed(self._close_code))
 
     # --- pulls ------------------------------------------------------------------------------------
 
@@ -283,4 +255,4 @@ class SimClient:
             self.trouble.happen()  # until now it could not see what there was
         self.pulls_from = None
         self.failing = failed
-        self.feed(event)
+        self._feed(event)

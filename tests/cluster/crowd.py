@@ -49,12 +49,12 @@ class Client(StormClient):
         """The instance that it was last ready on."""
         self.ready_s: list[float] = []
 
-    def feed(self, event: AnyEvent) -> None:
+    def _feed(self, event: AnyEvent) -> None:
         """Note where it is ready."""
         if isinstance(event, Text) and '"ready"' in event.text:
             self.instance = json.loads(event.text)["instance"]
             self.ready_s.append(monotonic())
-        super().feed(event)
+        super()._feed(event)
 
 
 @dataclass

@@ -6,7 +6,6 @@ do: no task, queue or buffer that stays, so that one process can be tens of thou
 """
 
 import asyncio
-import random
 import re
 import struct
 from collections.abc import Iterator
@@ -18,22 +17,15 @@ import msgspec
 from pokebridge.bench.storm_fleet import Balancer, Endpoint
 from pokebridge.bench.storm_http import HOST, Answer
 from pokebridge.client.core import ClientCore, Policy
+from pokebridge.client.driver import Driver
 from pokebridge.client.events import (
-    AnyAction,
-    AnyEvent,
     Closed,
-    Connect,
-    Disconnect,
-    FetchToken,
     Opened,
-    Ping,
-    Pull,
     Pulled,
     PullFailed,
     Refused,
     Start,
     Text,
-    Tick,
     Token,
 )
 from pokebridge.client.pulling import retry_after_s
@@ -79,33 +71,28 @@ class Observer:
         """``client`` has pulled, and got ``messages``."""
 
 
-class StormClient:
+class StormClient(Driver):
     """One recipient's client."""
 
     __slots__ = (
         "_balancer",
-        "_core",
         "_loop",
         "_observer",
         "_pulled_after_ready",
         "_readies",
         "_socket",
-        "_timer",
-        "_timer_at",
         "_token",
         "recipient",
         "where",
     )
 
     def __init__(self, balancer: Balancer, observer: Observer, recipient: str, token: str) -> None:
+        super().__init__(ClientCore(BALANCER_URL, policy=_POLICY))
         self._loop = asyncio.get_running_loop()
-        self._core = ClientCore(BALANCER_URL, policy=_POLICY)
         self._balancer = balancer
         self._observer = observer
         self._token = token
         self._socket: _Socket | None = None
-        self._timer: asyncio.TimerHandle | None = None
-        self._timer_at: float | None = None
         self._readies = 0
         self._pulled_after_ready = 0
         self.recipient = recipient
@@ -124,59 +111,27 @@ class StormClient:
 
     def start(self) -> None:
         """Connect, and stay connected."""
-        self.feed(Start())
+        self._feed(Start())
 
     def stop(self) -> None:
         """Hang up without a word."""
-        if self._timer is not None:
-            self._timer.cancel()
-        self._drop_socket()
+        self._set_timer(None)
+        self._disconnect()
 
-    def feed(self, event: AnyEvent) -> None:
-        """Let the core decide, and do it."""
-        was_ready = self._core.ready
-        # It spreads clients and keeps no secret.
-        # The loop's own clock stands still while thousands of connections break: jitter that was
-        # drawn from there on would be over, for most, before it began.
-        actions = self._core.handle(event, now=monotonic(), random=random.random())  # noqa: S311
-        if self._core.ready != was_ready:
-            self._readies += not was_ready
-            self._observer.on_connected(-1 if was_ready else 1)
-        for action in actions:
-            self._carry_out(action)
-        self._set_timer()
+    def _on_ready_changed(self) -> None:
+        self._readies += self._core.ready
+        self._observer.on_connected(1 if self._core.ready else -1)
 
-    def _set_timer(self) -> None:
-        due_at = self._core.timer
-        if due_at == self._timer_at:
-            return
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer_at = due_at
-        self._timer = None if due_at is None else self._loop.call_at(due_at, self._tick)
+    def _fetch_token(self) -> None:
+        self._feed(Token())
 
-    def _tick(self) -> None:
-        self._timer, self._timer_at = None, None
-        self.feed(Tick())
-
-    def _carry_out(self, action: AnyAction) -> None:
-        match action:
-            case FetchToken():
-                self.feed(Token())
-            case Connect(url=url, moved=moved):
-                self._connect(url, moved=moved)
-            case Disconnect():
-                self._drop_socket()
-            case Ping():
-                if self._socket is not None:
-                    self._socket.send(Opcode.TEXT, b'{"type":"ping"}')
-            case Pull(after=after):
-                self._pull(after)
+    def _stop(self, code: int) -> None:  # noqa: ARG002 - whatever the reason
+        self._disconnect()
 
     # --- the socket -------------------------------------------------------------------------------
 
     def _connect(self, url: str, *, moved: bool) -> None:
-        self._drop_socket()
+        self._disconnect()
         where = self._balancer.pick() if url == BALANCER_URL else self._balancer.at(url)
         query = "?moved=1" if moved else ""
         request = (
@@ -190,6 +145,16 @@ class StormClient:
         task = self._loop.create_task(self._dial(socket, where.port))
         socket.dialling = task  # a loop keeps only a weak reference to its tasks
 
+    def _ping(self) -> None:
+        self._send(b'{"type":"ping"}')
+
+    def _authenticate(self) -> None:
+        self._send(b'{"type":"auth","token":"%b"}' % self._token.encode())
+
+    def _send(self, text: bytes) -> None:
+        if self._socket is not None:
+            self._socket.send(Opcode.TEXT, text)
+
     async def _dial(self, socket: "_Socket", port: int) -> None:
         try:
             await self._loop.create_connection(lambda: socket, HOST, port)
@@ -197,7 +162,7 @@ class StormClient:
             socket.dialling = None
             self.on_socket_end(socket, Closed(ABNORMAL_CLOSURE))
 
-    def _drop_socket(self) -> None:
+    def _disconnect(self) -> None:
         socket, self._socket, self.where = self._socket, None, None
         if socket is not None:
             socket.abort()
@@ -207,18 +172,23 @@ class StormClient:
         if socket is self._socket and self.where is not None:
             self._observer.on_handshake(self.where, status, asked_s)
 
+    def on_open(self, socket: "_Socket") -> None:
+        """The instance has accepted the handshake."""
+        if socket is self._socket:
+            self._feed(Opened())
+
     def on_text(self, socket: "_Socket", payload: bytes) -> None:
         """A message has come."""
         if socket is self._socket:
             if b'"poke"' in payload:
                 self._observer.on_poke(self)
-            self.feed(Text(payload.decode()))
+            self._feed(Text(payload.decode()))
 
     def on_socket_end(self, socket: "_Socket", event: Closed | Refused) -> None:
         """The socket is of no use any more."""
         if socket is self._socket:
-            self._drop_socket()
-            self.feed(event)
+            self._disconnect()
+            self._feed(event)
 
     # --- pulls ------------------------------------------------------------------------------------
 
@@ -236,12 +206,12 @@ class StormClient:
 
     def _on_pulled(self, answer: Answer | None, readies: int) -> None:
         if answer is None or answer.status != 200:
-            self.feed(PullFailed(retry_after_s=answer.retry_after_s if answer else None))
+            self._feed(PullFailed(retry_after_s=answer.retry_after_s if answer else None))
             return
         page = msgspec.json.decode(answer.body, type=_Page)
         self._pulled_after_ready = readies
         self._observer.on_pull(self, page.messages)
-        self.feed(Pulled(page.version, page.more))
+        self._feed(Pulled(page.version, page.more))
 
 
 class _Socket(asyncio.Protocol):
@@ -298,7 +268,7 @@ class _Socket(asyncio.Protocol):
         self._client.on_handshake(self, status, self._asked_s)
         self._is_open = status == 101
         if self._is_open:
-            self._client.feed(Opened())
+            self._client.on_open(self)
             return
         asked = _RETRY_AFTER.search(head)
         wait_s = retry_after_s(asked[1].decode()) if asked else None

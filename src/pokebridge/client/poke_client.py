@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import random
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from ssl import SSLContext, create_default_context
@@ -16,21 +15,15 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketExce
 from websockets.typing import Subprotocol
 
 from pokebridge.client.core import ClientCore, Policy
+from pokebridge.client.driver import Driver
 from pokebridge.client.events import (
     AnyAction,
     AnyEvent,
-    Authenticate,
     Closed,
-    Connect,
-    Disconnect,
-    FetchToken,
     Opened,
-    Ping,
-    Pull,
     PullFailed,
     Refused,
     Start,
-    Stop,
     Text,
     Tick,
     Token,
@@ -65,7 +58,7 @@ OnEvent = Callable[[AnyEvent | AnyAction], None]
 _log = logging.getLogger("pokebridge.client")
 
 
-class PokeClient:
+class PokeClient(Driver):
     """Holds a connection to the bridge, hears pokes and pulls, until it is closed.
 
     ::
@@ -122,9 +115,8 @@ class PokeClient:
             self._puller = OwnPuller(on_poke)
         else:
             raise TypeError("a PokeClient takes either on_messages or on_poke")
-        self._core = ClientCore(
-            f"ws{url.removeprefix('http')}{CONNECT_PATH}", cursor=cursor, policy=policy
-        )
+        ws_url = f"ws{url.removeprefix('http')}{CONNECT_PATH}"
+        super().__init__(ClientCore(ws_url, cursor=cursor, policy=policy))
         self._provider = token
         self._device = check_device(device)
         self._on_event = on_event
@@ -134,9 +126,8 @@ class PokeClient:
         self._fetching: asyncio.Task[None] | None = None
         self._connecting: asyncio.Task[None] | None = None
         self._socket: ClientConnection | None = None
-        self._stop_code = 0
+        self._stopped: asyncio.Future[int] | None = None
         self._leaving = False
-        self._handled = asyncio.Event()
         self._ready = asyncio.Event()
 
     @property
@@ -213,35 +204,35 @@ class PokeClient:
     # --- between the core and the world ---
 
     async def _run(self) -> int:
-        async with self._tasks:
-            self._feed(Start())
-            while not self._stop_code:
-                self._handled.clear()
-                try:
-                    async with asyncio.timeout_at(self._core.timer):
-                        await self._handled.wait()
-                except TimeoutError:
-                    self._feed(Tick())
-            # A pull that is running may end: its messages were handed over already.
-            for task in (self._fetching, self._connecting):
-                if task is not None:
-                    task.cancel()
-        return self._stop_code
+        self._stopped = asyncio.get_running_loop().create_future()
+        try:
+            async with self._tasks:
+                self._feed(Start())
+                code = await self._stopped
+                # A pull that is running may end: its messages were handed over already.
+                for task in (self._fetching, self._connecting):
+                    if task is not None:
+                        task.cancel()
+        finally:
+            self._set_timer(None)
+        return code
+
+    def _tick(self) -> None:
+        try:
+            super()._tick()
+        except Exception as error:  # noqa: BLE001 - a fault of our own, for whoever waits to see
+            if self._stopped is not None and not self._stopped.done():
+                self._stopped.set_exception(error)
 
     def _feed(self, event: AnyEvent) -> None:
         if self._leaving:
             return  # said by a handler that did not heed its cancellation
         self._show(event)
-        now = asyncio.get_running_loop().time()
-        # It spreads clients and keeps no secret.
-        for action in self._core.handle(event, now=now, random=random.random()):  # noqa: S311
-            self._show(action)
-            self._carry_out(action)
-        if self._core.ready:
-            self._ready.set()
-        else:
-            self._ready.clear()
-        self._handled.set()
+        super()._feed(event)
+
+    def _carry_out(self, action: AnyAction) -> None:
+        self._show(action)
+        super()._carry_out(action)
 
     def _show(self, step: AnyEvent | AnyAction) -> None:
         if self._on_event is not None and not isinstance(step, Tick):
@@ -250,26 +241,23 @@ class PokeClient:
             except Exception:  # noqa: BLE001 - a user's code may raise anything
                 _log.exception("on_event failed")
 
-    def _carry_out(self, action: AnyAction) -> None:
-        match action:
-            case FetchToken():
-                self._fetching = self._tasks.create_task(self._fetch_token())
-            case Connect():
-                self._connecting = self._tasks.create_task(self._connect(action))
-            case Disconnect():
-                if self._connecting is not None:
-                    self._connecting.cancel()
-            case Ping():
-                self._tasks.create_task(self._send({"type": "ping"}))
-            case Authenticate():
-                self._tasks.create_task(self._send({"type": "auth", "token": self._token}))
-            case Pull(after=after):
-                self._tasks.create_task(self._pull(after))
-            case Stop(code=code):
-                _log.warning("the bridge has stopped this client for good: %d", code)
-                self._stop_code = code
+    def _on_ready_changed(self) -> None:
+        if self._core.ready:
+            self._ready.set()
+        else:
+            self._ready.clear()
 
-    async def _fetch_token(self) -> None:
+    def _stop(self, code: int) -> None:
+        _log.warning("the bridge has stopped this client for good: %d", code)
+        if self._stopped is not None:
+            self._stopped.set_result(code)
+
+    # --- tokens and pulls ---
+
+    def _fetch_token(self) -> None:
+        self._fetching = self._tasks.create_task(self._get_token())
+
+    async def _get_token(self) -> None:
         try:
             async with asyncio.timeout(TOKEN_TIMEOUT_S):
                 self._token = await self._new_token()
@@ -285,7 +273,10 @@ class PokeClient:
             raise ValueError("a token is visible ASCII")  # or it could break the HTTP header
         return token
 
-    async def _pull(self, after: int) -> None:
+    def _pull(self, after: int) -> None:
+        self._tasks.create_task(self._pull_newer(after))
+
+    async def _pull_newer(self, after: int) -> None:
         event = await self._puller.pull(after, self._token)
         if isinstance(event, PullFailed):
             _log.warning("a pull failed and will be tried again: %s", event.reason)
@@ -293,9 +284,23 @@ class PokeClient:
 
     # --- the WebSocket ---
 
-    async def _connect(self, action: Connect) -> None:
+    def _connect(self, url: str, *, moved: bool) -> None:
+        query = {"device": self._device} | ({"moved": "1"} if moved else {})
+        self._connecting = self._tasks.create_task(self._hold_socket(url, query))
+
+    def _disconnect(self) -> None:
+        if self._connecting is not None:
+            self._connecting.cancel()
+
+    def _ping(self) -> None:
+        self._tasks.create_task(self._send({"type": "ping"}))
+
+    def _authenticate(self) -> None:
+        self._tasks.create_task(self._send({"type": "auth", "token": self._token}))
+
+    async def _hold_socket(self, url: str, query: dict[str, str]) -> None:
         try:
-            socket = await self._open(action)
+            socket = await self._open(_with_query(url, query))
         except InvalidStatus as error:
             response = error.response
             asked_s = retry_after_s(response.headers.get("Retry-After"))
@@ -309,11 +314,7 @@ class PokeClient:
             finally:
                 await socket.close()
 
-    async def _open(self, action: Connect) -> ClientConnection:
-        query = {"device": self._device}
-        if action.moved:
-            query["moved"] = "1"
-        url = _with_query(action.url, query)
+    async def _open(self, url: str) -> ClientConnection:
         return await connect(
             url,
             subprotocols=[SUBPROTOCOL],

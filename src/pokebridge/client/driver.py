@@ -1,0 +1,109 @@
+"""What every client around the core has in common: events in, a timer, and actions out."""
+
+import asyncio
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from time import monotonic
+from typing import assert_never
+
+from pokebridge.client.core import ClientCore
+from pokebridge.client.events import (
+    AnyAction,
+    AnyEvent,
+    Authenticate,
+    Connect,
+    Disconnect,
+    FetchToken,
+    Ping,
+    Pull,
+    Stop,
+    Tick,
+)
+
+
+class Driver(ABC):
+    """Drives a :class:`ClientCore` on the running asyncio loop.
+
+    A subclass carries out the actions, each in the method named after it, and passes what happens
+    to :meth:`_feed`. An action must not block: what takes time is a task or a callback, and ends in
+    an event.
+    """
+
+    __slots__ = ("_core", "_random", "_timer", "_timer_at")
+
+    def __init__(self, core: ClientCore, draw: Callable[[], float] = random.random) -> None:
+        self._core = core
+        self._random = draw  # it spreads clients, and keeps no secret
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at: float | None = None
+
+    def _feed(self, event: AnyEvent) -> None:
+        """Let the core handle ``event``, and do what it says."""
+        was_ready = self._core.ready
+        # The clock of uvloop stands still while the loop is busy. A delay that began there would be
+        # over, after many connections broke at once, before it began.
+        actions = self._core.handle(event, now=monotonic(), random=self._random())
+        if self._core.ready != was_ready:
+            self._on_ready_changed()
+        for action in actions:
+            self._carry_out(action)
+        self._set_timer(self._core.timer)
+
+    def _set_timer(self, due_at: float | None) -> None:
+        """Have the core ticked at ``due_at``, and at no other time."""
+        if due_at == self._timer_at:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_at = due_at
+        loop = asyncio.get_running_loop()
+        self._timer = None if due_at is None else loop.call_at(due_at, self._tick)
+
+    def _tick(self) -> None:
+        self._timer = self._timer_at = None
+        self._feed(Tick())
+
+    def _carry_out(self, action: AnyAction) -> None:
+        match action:
+            case FetchToken():
+                self._fetch_token()
+            case Connect(url=url, moved=moved):
+                self._connect(url, moved=moved)
+            case Disconnect():
+                self._disconnect()
+            case Ping():
+                self._ping()
+            case Authenticate():
+                self._authenticate()
+            case Pull(after=after):
+                self._pull(after)
+            case Stop(code=code):
+                self._stop(code)
+            case _:
+                assert_never(action)
+
+    @abstractmethod
+    def _on_ready_changed(self) -> None:
+        """The core has become ready, or no longer is; called before its actions are done."""
+
+    @abstractmethod
+    def _fetch_token(self) -> None: ...
+
+    @abstractmethod
+    def _connect(self, url: str, *, moved: bool) -> None: ...
+
+    @abstractmethod
+    def _disconnect(self) -> None: ...
+
+    @abstractmethod
+    def _ping(self) -> None: ...
+
+    @abstractmethod
+    def _authenticate(self) -> None: ...
+
+    @abstractmethod
+    def _pull(self, after: int) -> None: ...
+
+    @abstractmethod
+    def _stop(self, code: int) -> None: ...
