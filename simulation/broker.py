@@ -197,6 +197,8 @@ class Link:
 class SimTransport:
     """One process's end of the broker."""
 
+    is_shared = True
+
     def __init__(self, broker: Broker, peer: Peer) -> None:
         self._broker = broker
         self._peer = peer

@@ -142,6 +142,9 @@ def _wake(changed: asyncio.Future[None]) -> None:
 class SimCoordination:
     """One process's end of the store."""
 
+    is_shared = True
+    is_static = False
+
     def __init__(self, store: Store, peer: Peer) -> None:
         self._store = store
         self._peer = peer
@@ -245,6 +248,8 @@ def at_once(coroutine: Coroutine[Any, Any, T]) -> T:
 
 class SimMailbox:
     """One process's end of the mailboxes."""
+
+    is_shared = True
 
     def __init__(self, post: Post, peer: Peer) -> None:
         self._post = post

@@ -172,16 +172,6 @@ def test_a_wrong_value_is_named_with_its_source(
         assert refusal(environ={variable: str(value)}).startswith(f"{variable}: ")
 
 
-@pytest.mark.parametrize("mode", ["partitioned", "auto"])
-def test_a_mode_that_needs_agreement_needs_a_store(mode: str) -> None:
-    """With an engine as the transport, instances without a shared store can't change the mode."""
-    given = {"mode": mode, "transport": "nats://h:1"}
-    assert "coordination must be a store" in refusal(given)
-    given["coordination"] = "nats://h:1"
-    assert load_settings(None, {"dev": True, **given}, {}).mode == mode
-    assert load_settings(None, {"dev": True, "mode": mode}, {}).transport == "memory://"
-
-
 def test_an_unknown_name_is_refused_with_a_guess(tmp_path: Path) -> None:
     """A typo must not silently leave a default in place."""
     variable = refusal(environ={"POKEBRIDGE_JWT_SECRETS": "hunter2"})

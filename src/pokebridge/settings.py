@@ -290,17 +290,6 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        is_alone = self.coordination == "memory://"
-        if self.mode != "fanout" and is_alone and self.transport != "memory://":
-            raise ValueError(
-                "coordination must be a store that the instances share, like nats://HOST:PORT,"
-                f" for mode {self.mode}: memory:// is this process only"
-            )
-        if self.roles == {"coordinator"} and is_alone:
-            raise ValueError(
-                "coordination must be a store that the instances share, like nats://HOST:PORT,"
-                " for a coordinator: memory:// is this process only"
-            )
         has_callers = bool(self.roles & {"gateway", "api"})
         if has_callers and self.jwt_secret is None and self.jwks_url is None:
             raise ValueError(

@@ -183,6 +183,7 @@ class Tracing:
 
 class _TracedTransport:
     def __init__(self, inner: Transport, tracing: Tracing) -> None:
+        self.is_shared = inner.is_shared
         self._inner = inner
         self._tracing = tracing
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 import pytest
 
 from pokebridge.cluster.node import Cluster
+from pokebridge.coordination.base import Coordination
 from pokebridge.coordination.memory import MemoryCoordination
+from pokebridge.coordination.static import Replicas, StaticCoordination
 from pokebridge.errors import ConflictError, NotFoundError
 from pokebridge.gateway.gateway import Gateway, GatewayConfig
 from pokebridge.model import Feed
@@ -47,15 +49,21 @@ class Nodes:
     store: MemoryCoordination = field(default_factory=MemoryCoordination)
     bus: MemoryTransport = field(default_factory=MemoryTransport)
 
-    async def add(self, name: str, **given: object) -> Node:
-        """Start one; a shared store is claimed, as it is one here."""
+    async def add(
+        self,
+        name: str,
+        coordination: Coordination | None = None,
+        *,
+        has_peers: bool = False,
+        **given: object,
+    ) -> Node:
+        """Start one, with an end of the shared store unless another ``coordination`` is given."""
         settings = Settings.model_validate(
             {
                 "dev": True,
                 "instance": name,
                 "shard_count": SHARDS,
                 "lease_s": 0.5,
-                "coordination": "nats://shared",
                 "advertise_url": f"ws://{name}.example",
                 **given,
             }
@@ -67,8 +75,9 @@ class Nodes:
         cluster = Cluster(
             settings,
             gateway,
-            self.store.connect(),
+            coordination or self.store.connect(),
             url=settings.advertise_url or "",
+            has_peers=has_peers,
             on_drain=lambda: drains.append(name),
         )
         await gateway.start()
@@ -140,17 +149,22 @@ async def test_leaving_fan_out_is_refused_while_traffic_is_tagged_wrongly(nodes:
 
 
 @pytest.mark.parametrize(
-    ("given", "reason"),
+    ("coordination", "reason"),
     [
-        ({"coordination": "memory://", "transport": "nats://h:1"}, "share no coordination store"),
-        ({"coordination": "static://?ordinal=0&replicas=2"}, "each instance's setting"),
+        (MemoryCoordination(), "share no coordination store"),
+        (
+            StaticCoordination(
+                Replicas(0, 2, ""), instance="one", shard_count=SHARDS, mode="fanout"
+            ),
+            "each instance's setting",
+        ),
     ],
 )
 async def test_a_migration_needs_a_store(
-    nodes: Nodes, given: dict[str, object], reason: str
+    nodes: Nodes, coordination: Coordination, reason: str
 ) -> None:
     """Where the instances can't agree on a mode, that is said, and nothing changes."""
-    one = await nodes.add("one", **given)
+    one = await nodes.add("one", coordination, has_peers=True)
     with pytest.raises(ConflictError, match=reason) as refused:
         await one.cluster.migrate("partitioned", force=False)
     assert refused.value.status == 409

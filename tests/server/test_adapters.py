@@ -14,8 +14,8 @@ from pokebridge.model import Mode
 from pokebridge.server import adapters
 from pokebridge.server.adapters import (
     open_coordination,
-    open_for_janitor,
     open_mailbox,
+    open_sweeper,
     open_transport,
 )
 from pokebridge.transport.base import Signal, Transport
@@ -94,19 +94,35 @@ async def test_the_carrier_reaches_pubsub() -> None:
 async def test_only_some_transports_leave_orphans() -> None:
     """For the others a janitor connects to nothing; an unknown one is refused."""
     for url in ("memory://", "nats://127.0.0.1:1", "rediss://127.0.0.1:1"):
-        assert await open_for_janitor(url, instance="a", cluster="c") is None
+        assert await open_sweeper(url, instance="a", cluster="c") is None
     with pytest.raises(ConfigError, match="transport: must be"):
-        await open_for_janitor("kafka://", instance="a", cluster="c")
+        await open_sweeper("kafka://", instance="a", cluster="c")
+
+
+def test_an_adapter_tells_what_it_can_do_before_it_is_opened() -> None:
+    """memory:// stays within a process; static:// knows its members; a file can be shared."""
+    for name in ("memory", "nats", "redis"):
+        shared = name != "memory"
+        assert adapters.transport_class(f"{name}://").is_shared == shared
+        assert adapters.coordination_class(f"{name}://").is_shared == shared
+        assert not adapters.coordination_class(f"{name}://").is_static
+    assert adapters.transport_class("pubsub://p").is_shared
+    assert adapters.coordination_class("postgres://").is_shared
+    assert adapters.coordination_class("static://").is_static
+    assert not adapters.mailbox_class("memory://").is_shared
+    assert adapters.mailbox_class("sqlite:///f").is_shared
+    with pytest.raises(ConfigError, match="mailbox: must be"):
+        adapters.mailbox_class("nats://")
 
 
 async def test_a_missing_driver_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     """A part whose driver is not installed says what to install; a bug of ours stays a bug."""
     missing = "no_such_driver"
 
-    async def open_it(choice: adapters._Choice) -> Transport:
+    def load() -> tuple[type[Transport], adapters._Open[Transport]]:
         raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
 
-    table = {"far": adapters._Adapter(open_it, "far://HOST", "faraway")}
+    table = {"far": adapters._Adapter(load, "far://HOST", "faraway")}
     monkeypatch.setattr(adapters, "_TRANSPORTS", table)
     with pytest.raises(MissingExtraError, match=r"pip install 'pokebridge\[faraway\]'"):
         await open_transport("far://host", instance="a", cluster="c")

@@ -4,25 +4,17 @@ import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING
 
 import click
 
 from pokebridge.cli.options import config_option, json_option
-from pokebridge.server.adapters import open_for_janitor
+from pokebridge.server.adapters import open_sweeper
 from pokebridge.settings import Settings, load_settings
 from pokebridge.telemetry import configure_logging
 
 if TYPE_CHECKING:  # its module imports the driver, which may be missing
     from pokebridge.transport.google_pubsub_janitor import Orphan, SweepReport
-
-
-@runtime_checkable
-class _Sweeps(Protocol):
-    """A transport whose engine keeps what a killed instance held."""
-
-    async def sweep(self, *, dry_run: bool = False) -> "SweepReport":
-        """Find, and delete, the subscriptions of the cluster that nobody reads."""
 
 
 @click.command(
@@ -65,15 +57,15 @@ def janitor(
 
 async def _sweep(settings: Settings, *, dry_run: bool) -> "SweepReport | None":
     """The report; ``None`` when the transport leaves nothing behind."""
-    transport = await open_for_janitor(
+    sweeper = await open_sweeper(
         settings.transport, instance=settings.instance, cluster=settings.cluster
     )
-    if transport is None:
+    if sweeper is None:
         return None
     try:
-        return await transport.sweep(dry_run=dry_run) if isinstance(transport, _Sweeps) else None
+        return await sweeper.sweep(dry_run=dry_run)
     finally:
-        await transport.close()
+        await sweeper.close()
 
 
 def _as_json(report: "SweepReport | None", *, dry_run: bool) -> dict[str, object]:

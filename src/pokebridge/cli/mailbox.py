@@ -13,8 +13,8 @@ from pokebridge.cli.options import config_option, json_option, mailbox_limits
 from pokebridge.errors import ConfigError
 from pokebridge.mailbox.base import Mailbox, MailboxStats
 from pokebridge.model import check_recipient
-from pokebridge.server.adapters import open_mailbox
-from pokebridge.settings import Settings, load_settings
+from pokebridge.server.adapters import mailbox_class, open_mailbox
+from pokebridge.settings import load_settings
 
 T = TypeVar("T")
 
@@ -101,25 +101,17 @@ def _with_mailbox(
 ) -> T:
     # It needs no secret, and with dev none is demanded.
     settings = load_settings(config, {"dev": True, "mailbox": url})
-    _check_that_there_is_one(settings)
+    if not mailbox_class(settings.mailbox).is_shared:
+        raise ConfigError("mailbox: memory:// lives in its instance alone: name what instances use")
 
     async def run() -> T:
-        box = await open_mailbox(settings.mailbox, mailbox_limits(settings))
+        box = await open_mailbox(settings.mailbox, mailbox_limits(settings), must_exist=True)
         try:
             return await work(box)
         finally:
             await box.close()
 
     return asyncio.run(run())
-
-
-def _check_that_there_is_one(settings: Settings) -> None:
-    """Refuse what would only make a new, empty mailbox."""
-    scheme, _, path = settings.mailbox.partition(":///")
-    if settings.mailbox == "memory://":
-        raise ConfigError("mailbox: memory:// lives in its instance alone: name what instances use")
-    if scheme == "sqlite" and not Path(path).is_file():
-        raise ConfigError(f"mailbox: there is no file {path}")
 
 
 def _lines(counted: MailboxStats) -> dict[str, str]:

@@ -10,6 +10,7 @@ import uvloop
 from pydantic.fields import FieldInfo
 
 from pokebridge.cli.options import config_option, mailbox_limits, push_timing
+from pokebridge.server import assemble
 from pokebridge.server.adapters import (
     open_coordination,
     open_ingress,
@@ -66,6 +67,7 @@ def run_instance(settings: Settings) -> None:
     # The web framework takes half a second to import; the other commands do without.
     from pokebridge.server.uvicorn_server import serve as serve_instance  # noqa: PLC0415
 
+    assemble.check(settings)
     configure_logging(settings.log_format, settings.log_level)
     tracing = open_tracing(settings.instance) if settings.tracing else None
 

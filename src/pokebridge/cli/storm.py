@@ -17,6 +17,7 @@ from pokebridge.bench.storm_report import storm_failures, storm_report, storm_ta
 from pokebridge.bench.storm_run import Storm, StormPlan
 from pokebridge.cli.options import allow_clients
 from pokebridge.errors import ConfigError, PokebridgeError
+from pokebridge.server.adapters import transport_class
 
 
 @click.command(
@@ -82,7 +83,7 @@ def storm(json_file: Path | None, plot_file: Path | None, **given: Any) -> None:
     the storm stays within bounds. For the limits of an instance use three machines.
     """
     plan = _plan(**given)
-    if plan.fleet.transport.startswith("memory:"):
+    if not transport_class(plan.fleet.transport).is_shared:
         raise ConfigError("--transport: memory:// does not reach another process")
     if plot_file is not None:
         check_drawing()

@@ -45,7 +45,8 @@ class Cluster:
     """Membership and the gateway, as the API and the operator see them.
 
     ``url`` is where clients reach just this instance (``wss://host``), empty when they can't.
-    ``on_drain`` is called when the cluster wants this instance drained.
+    ``has_peers`` says whether the transport reaches other instances. ``on_drain`` is called when
+    the cluster wants this instance drained.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Cluster:
         coordination: Coordination,
         *,
         url: str,
+        has_peers: bool,
         on_drain: Callable[[], None],
     ) -> None:
         self._settings = settings
@@ -62,8 +64,8 @@ class Cluster:
         self._on_drain = on_drain
         self._url = url
         self._is_member = "gateway" in settings.roles
-        self._is_static = settings.coordination.startswith("static:")
-        self._is_shared = settings.coordination != "memory://"
+        self._is_static = coordination.is_static
+        self._is_cut_off = has_peers and not coordination.is_shared
         self._incarnation = secrets.token_hex(8)
         self._joined_at_ms = int(time.time() * 1000)
         self.pulls = PullTimes()
@@ -204,7 +206,7 @@ class Cluster:
                     f"{share:.0%} of the signals carry no valid shard: every instance would go on"
                     " receiving those. Tag them (protocol.md section 2), or ask with force",
                 )
-        if not self._is_shared and self._settings.transport != "memory://":
+        if self._is_cut_off:
             raise ConflictError(
                 "the instances share no coordination store (coordination is memory://), so they"
                 " can't change their mode together",

@@ -98,6 +98,11 @@ class Coordination(Protocol):
       calls succeed again without further action.
     """
 
+    is_shared: bool
+    """Whether instances in other processes meet here."""
+    is_static: bool
+    """Whether the members, the owners and the mode are settings, which nobody can change here."""
+
     async def renew(self, member: Member, lease_s: float) -> None:
         """Store ``member``'s record, with a lease of ``lease_s`` seconds from now."""
 

@@ -24,6 +24,9 @@ class _Store:
 class MemoryCoordination:
     """One end of a store inside this process. ``clock`` is monotonic, in seconds."""
 
+    is_shared = False
+    is_static = False
+
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._store = _Store()

@@ -99,6 +99,9 @@ _led = msgspec.json.Decoder(_Led)
 class NatsCoordination:
     """Coordination in a bucket, over one connection. Create it with :meth:`connect`."""
 
+    is_shared = True
+    is_static = False
+
     def __init__(self, url: str, cluster: str, replicas: int) -> None:
         servers = servers_in(_PART, url)
         # The next server to dial comes first.

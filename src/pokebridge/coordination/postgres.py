@@ -102,6 +102,9 @@ _members = msgspec.json.Decoder(Member)
 class PostgresCoordination:
     """Coordination in tables, over one connection. Create it with :meth:`connect`."""
 
+    is_shared = True
+    is_static = False
+
     def __init__(self, connection: StoreConnection[_Connection], cluster: str) -> None:
         self._connection = connection
         self._cluster = cluster

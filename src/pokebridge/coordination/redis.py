@@ -117,6 +117,9 @@ class RedisCoordination:
     Calls use one connection. A wait blocks its connection, so it has another.
     """
 
+    is_shared = True
+    is_static = False
+
     def __init__(
         self,
         connection: StoreConnection[Redis],

@@ -75,6 +75,9 @@ class StaticCoordination:
     they are ``replica-1`` and so on.
     """
 
+    is_shared = True
+    is_static = True
+
     def __init__(self, replicas: Replicas, *, instance: str, shard_count: int, mode: Mode) -> None:
         base = instance.removesuffix(f"-{replicas.ordinal}")
         base = "replica" if base == instance else base

@@ -81,6 +81,9 @@ class Mailbox(Protocol):
     too much to do, or is closed.
     """
 
+    is_shared: bool
+    """Whether another process that opens the same URL finds the same messages."""
+
     async def append(self, message: NewMessage) -> Receipt:
         """Commit ``message`` as its recipient's next version, with an outbox entry for its poke.
 

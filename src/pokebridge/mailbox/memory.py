@@ -68,6 +68,8 @@ class MemoryMailbox:
     ``push_timing`` appends owe pushes.
     """
 
+    is_shared = False
+
     def __init__(
         self,
         clock: Callable[[], float] = time.time,

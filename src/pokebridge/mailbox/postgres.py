@@ -131,6 +131,8 @@ class _Pull(NamedTuple):
 class PostgresMailbox:
     """The mailbox in one schema of a PostgreSQL database; make it with :meth:`open`."""
 
+    is_shared = True
+
     def __init__(
         self,
         pool: PostgresPool,

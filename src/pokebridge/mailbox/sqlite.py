@@ -40,6 +40,8 @@ VACUUM_PAGES: Final = 1024
 class SqliteMailbox:
     """The mailbox in one SQLite file; make it with :meth:`open`, on the loop that will use it."""
 
+    is_shared = True
+
     def __init__(
         self,
         writer: sqlite3.Connection,

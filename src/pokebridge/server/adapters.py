@@ -1,13 +1,17 @@
-"""From URLs to the parts that they choose: the one place that knows every adapter.
+"""The adapters that a URL may name: the one place that knows all of them.
 
-An adapter's module, and with it its driver, is imported when a URL asks for it and not before.
+The scheme of the URL chooses the adapter. Its module, and with it its driver, is imported only
+then.
 """
 
-# ruff: noqa: PLC0415 - an adapter is imported when it is chosen, since its driver may be missing
+# ruff: noqa: PLC0415 - an adapter is imported when it is chosen: its driver may be missing
 
-from collections.abc import Awaitable, Callable, Mapping
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, NoReturn, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Generic, NoReturn, Protocol, TypeVar
 
 from pokebridge.coordination.base import Coordination
 from pokebridge.errors import ConfigError, MissingExtraError
@@ -18,15 +22,26 @@ from pokebridge.model import Mode
 from pokebridge.sharding import DEFAULT_SHARD_COUNT
 from pokebridge.transport.base import Carrier, Transport
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # their modules import drivers, which may be missing
     from pokebridge.tracing import Tracing
+    from pokebridge.transport.google_pubsub_janitor import SweepReport
 
 _Part = TypeVar("_Part")
 
 
+class Sweeper(Protocol):
+    """A transport whose engine keeps the subscriptions of an instance that was killed."""
+
+    async def sweep(self, *, dry_run: bool = False) -> "SweepReport":
+        """Find the subscriptions of the cluster that nobody reads, and delete them."""
+
+    async def close(self) -> None:
+        """Close the connection."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Choice:
-    """What a part may need to know beside its URL."""
+    """What an adapter may need to know beside its URL. The ``open_`` functions say what it is."""
 
     url: str
     instance: str = ""
@@ -36,20 +51,45 @@ class _Choice:
     limits: Limits | None = None
     push_timing: PushTiming | None = None
     carrier: Carrier = "filter"
-    creates: bool = True
+    must_exist: bool = False
+
+
+_Open = Callable[[_Choice], Awaitable[_Part]]
 
 
 @dataclass(frozen=True, slots=True)
 class _Adapter(Generic[_Part]):
-    """How to open a part, what its URL looks like, and the extra that installs its driver.
+    """An adapter: how it is imported, what its URL looks like, and what installs its driver.
 
-    ``leaves_orphans``: its engine keeps what an instance held that was killed.
+    ``load`` imports the adapter and returns its class and what opens it. ``extra`` is the extra
+    that installs the driver. ``open_sweeper`` is set where the engine keeps the subscriptions of
+    an instance that was killed; the sweeper creates nothing in its engine.
     """
 
-    open: Callable[[_Choice], Awaitable[_Part]]
+    load: Callable[[], tuple[type[_Part], _Open[_Part]]]
     form: str
     extra: str | None = None
-    leaves_orphans: bool = False
+    open_sweeper: _Open[Sweeper] | None = None
+
+
+def transport_class(url: str) -> type[Transport]:
+    """The class of the transport that ``url`` names; it tells what that transport can do.
+
+    Raises:
+        ConfigError: no transport has this scheme.
+        MissingExtraError: its driver is not installed.
+    """
+    return _load("transport", _TRANSPORTS, url)[0]
+
+
+def mailbox_class(url: str) -> type[Mailbox]:
+    """As :func:`transport_class`, for a mailbox."""
+    return _load("mailbox", _MAILBOXES, url)[0]
+
+
+def coordination_class(url: str) -> type[Coordination]:
+    """As :func:`transport_class`, for a coordination store."""
+    return _load("coordination", _COORDINATIONS, url)[0]
 
 
 async def open_transport(
@@ -60,13 +100,13 @@ async def open_transport(
     carrier: Carrier = "filter",
     shard_count: int = DEFAULT_SHARD_COUNT,
 ) -> Transport:
-    """The transport that ``url`` chooses, for ``instance`` of ``cluster``.
+    """The transport that ``url`` names, for ``instance`` of ``cluster``.
 
     ``shard_count`` matters where everything is a subscription for each shard: on Google Pub/Sub
     with the ``carrier`` ``topic``, and on a Redis Cluster.
 
     Raises:
-        ConfigError: there is none with this scheme, or the URL is not one of its.
+        ConfigError: no transport has this scheme, or its URLs have another form.
         MissingExtraError: its driver is not installed.
         TransportError: it can't be reached.
     """
@@ -86,38 +126,45 @@ def open_tracing(instance: str) -> "Tracing":
     return tracing.open_tracing(instance)
 
 
-async def open_for_janitor(url: str, *, instance: str, cluster: str) -> Transport | None:
-    """The transport that ``url`` chooses, which then creates nothing in its engine.
+async def open_sweeper(url: str, *, instance: str, cluster: str) -> Sweeper | None:
+    """The transport that ``url`` names, to delete what killed instances left in its engine.
 
-    ``None``, and nothing is imported or connected to, when that engine keeps nothing of an
-    instance that is gone. Raises as :func:`open_transport` does.
+    It creates nothing there. ``None``, and nothing is imported or connected to, when that engine
+    keeps nothing of an instance that is gone. Raises as :func:`open_transport` does.
     """
-    if not _adapter("transport", _TRANSPORTS, url).leaves_orphans:
+    adapter = _adapter("transport", _TRANSPORTS, url)
+    if adapter.open_sweeper is None:
         return None
-    choice = _Choice(url, instance, cluster, creates=False)
-    return await _open("transport", _TRANSPORTS, choice)
+    with _named_extra(url, adapter.extra):
+        return await adapter.open_sweeper(_Choice(url, instance, cluster))
 
 
 async def open_mailbox(
-    url: str, limits: Limits | None = None, push_timing: PushTiming | None = None
+    url: str,
+    limits: Limits | None = None,
+    push_timing: PushTiming | None = None,
+    *,
+    must_exist: bool = False,
 ) -> Mailbox:
-    """The mailbox that ``url`` chooses, with ``limits`` for each recipient, or the usual ones.
+    """The mailbox that ``url`` names, with ``limits`` for each recipient, or the default ones.
 
-    With a ``push_timing`` it owes pushes.
+    With a ``push_timing`` it owes pushes. With ``must_exist`` a missing file is an error, where
+    otherwise it is created.
 
     Raises:
-        ConfigError: there is none with this scheme, or the URL is not one of its.
+        ConfigError: no mailbox has this scheme, or its URLs have another form.
         MissingExtraError: its driver is not installed.
         MailboxError: it can't be reached.
     """
-    return await _open("mailbox", _MAILBOXES, _Choice(url, limits=limits, push_timing=push_timing))
+    choice = _Choice(url, limits=limits, push_timing=push_timing, must_exist=must_exist)
+    return await _open("mailbox", _MAILBOXES, choice)
 
 
 async def open_ingress(url: str, *, cluster: str) -> Source:
-    """The queue that ``url`` chooses, read by all processors of ``cluster`` together.
+    """The queue that ``url`` names, read by all processors of ``cluster`` together.
 
     Raises:
-        ConfigError: there is none with this scheme, or the URL is not one of its.
+        ConfigError: no queue has this scheme, or its URLs have another form.
         MissingExtraError: its driver is not installed.
     """
     return await _open("ingress", _INGRESSES, _Choice(url, cluster=cluster))
@@ -126,13 +173,13 @@ async def open_ingress(url: str, *, cluster: str) -> Source:
 async def open_coordination(
     url: str, *, instance: str, cluster: str, shard_count: int, mode: Mode
 ) -> Coordination:
-    """The coordination store that ``url`` chooses, for ``instance`` of ``cluster``.
+    """The coordination store that ``url`` names, for ``instance`` of ``cluster``.
 
-    A real store needs no more than that; ``static://`` computes the map of ``shard_count`` shards
-    in ``mode`` instead of keeping one.
+    ``shard_count`` and ``mode`` are for ``static://``, which computes the shard map instead of
+    keeping one.
 
     Raises:
-        ConfigError: there is none with this scheme, or the URL is not one of its.
+        ConfigError: no store has this scheme, or its URLs have another form.
         MissingExtraError: its driver is not installed.
         CoordinationError: it can't be reached.
     """
@@ -141,14 +188,27 @@ async def open_coordination(
 
 
 async def _open(part: str, adapters: Mapping[str, _Adapter[_Part]], choice: _Choice) -> _Part:
-    adapter = _adapter(part, adapters, choice.url)
+    _, open_it = _load(part, adapters, choice.url)
+    return await open_it(choice)
+
+
+def _load(
+    part: str, adapters: Mapping[str, _Adapter[_Part]], url: str
+) -> tuple[type[_Part], _Open[_Part]]:
+    adapter = _adapter(part, adapters, url)
+    with _named_extra(url, adapter.extra):
+        return adapter.load()
+
+
+@contextmanager
+def _named_extra(url: str, extra: str | None) -> Iterator[None]:
+    """Turn the ImportError of a missing driver into an error that names the extra to install."""
     try:
-        return await adapter.open(choice)
+        yield
     except ImportError as error:
-        if adapter.extra is None or (error.name or "").startswith("pokebridge"):
+        if extra is None or (error.name or "").startswith("pokebridge"):
             raise
-        scheme = choice.url.partition("://")[0]
-        raise MissingExtraError(f"{scheme}://", adapter.extra) from error
+        raise MissingExtraError(f"{url.partition('://')[0]}://", extra) from error
 
 
 def _adapter(part: str, adapters: Mapping[str, _Adapter[_Part]], url: str) -> _Adapter[_Part]:
@@ -164,118 +224,182 @@ def _refuse(part: str, form: str) -> NoReturn:
     raise ConfigError(f"{part}: must be {form}")
 
 
-async def _memory_transport(choice: _Choice) -> Transport:
+# --- the adapters ---------------------------------------------------------------------------------
+
+
+def _memory_transport() -> tuple[type[Transport], _Open[Transport]]:
     from pokebridge.transport.memory import MemoryTransport
 
-    if choice.url != "memory://":
-        _refuse("transport", "memory:// and nothing behind it")
-    return MemoryTransport()
+    async def open_it(choice: _Choice) -> Transport:
+        if choice.url != "memory://":
+            _refuse("transport", "memory:// and nothing behind it")
+        return MemoryTransport()
+
+    return MemoryTransport, open_it
 
 
-async def _memory_mailbox(choice: _Choice) -> Mailbox:
-    from pokebridge.mailbox.memory import MemoryMailbox
-
-    if choice.url != "memory://":
-        _refuse("mailbox", "memory:// and nothing behind it")
-    return MemoryMailbox(limits=choice.limits, push_timing=choice.push_timing)
-
-
-async def _memory_coordination(choice: _Choice) -> Coordination:
-    from pokebridge.coordination.memory import MemoryCoordination
-
-    if choice.url != "memory://":
-        _refuse("coordination", "memory:// and nothing behind it")
-    return MemoryCoordination()
-
-
-async def _static_coordination(choice: _Choice) -> Coordination:
-    from pokebridge.coordination.static import StaticCoordination
-
-    return await StaticCoordination.connect(
-        choice.url,
-        instance=choice.instance,
-        shard_count=choice.shard_count,
-        mode=choice.mode,
-    )
-
-
-async def _postgres_coordination(choice: _Choice) -> Coordination:
-    from pokebridge.coordination.postgres import PostgresCoordination
-
-    return await PostgresCoordination.connect(choice.url, cluster=choice.cluster)
-
-
-async def _nats_coordination(choice: _Choice) -> Coordination:
-    from pokebridge.coordination.nats import NatsCoordination
-
-    return await NatsCoordination.connect(choice.url, cluster=choice.cluster)
-
-
-async def _redis_coordination(choice: _Choice) -> Coordination:
-    from pokebridge.coordination.redis import RedisCoordination
-
-    return await RedisCoordination.connect(choice.url, cluster=choice.cluster)
-
-
-async def _sqlite_mailbox(choice: _Choice) -> Mailbox:
-    from pokebridge.mailbox.sqlite import SqliteMailbox
-
-    path = choice.url.removeprefix("sqlite:///")
-    if path in {choice.url, "", ":memory:"}:
-        _refuse("mailbox", "sqlite:///FILE, or sqlite:////FILE for an absolute path")
-    return await SqliteMailbox.open(path, limits=choice.limits, push_timing=choice.push_timing)
-
-
-async def _postgres_mailbox(choice: _Choice) -> Mailbox:
-    from pokebridge.mailbox.postgres import PostgresMailbox
-
-    return await PostgresMailbox.open(
-        choice.url, limits=choice.limits, push_timing=choice.push_timing
-    )
-
-
-async def _nats_ingress(choice: _Choice) -> Source:
-    from pokebridge.ingress.nats import NatsSource
-
-    return NatsSource(choice.url, cluster=choice.cluster)
-
-
-async def _google_ingress(choice: _Choice) -> Source:
-    from pokebridge.ingress.google_pubsub import GooglePubSubSource
-
-    return await GooglePubSubSource.connect(choice.url)
-
-
-async def _nats_transport(choice: _Choice) -> Transport:
+def _nats_transport() -> tuple[type[Transport], _Open[Transport]]:
     from pokebridge.transport.nats import NatsTransport
 
-    return await NatsTransport.connect(choice.url, cluster=choice.cluster, instance=choice.instance)
+    async def open_it(choice: _Choice) -> Transport:
+        return await NatsTransport.connect(
+            choice.url, cluster=choice.cluster, instance=choice.instance
+        )
+
+    return NatsTransport, open_it
 
 
-async def _redis_transport(choice: _Choice) -> Transport:
+def _redis_transport() -> tuple[type[Transport], _Open[Transport]]:
     from pokebridge.transport.redis import RedisTransport
 
-    return await RedisTransport.connect(
-        choice.url,
-        cluster=choice.cluster,
-        instance=choice.instance,
-        shard_count=choice.shard_count,
-    )
+    async def open_it(choice: _Choice) -> Transport:
+        return await RedisTransport.connect(
+            choice.url,
+            cluster=choice.cluster,
+            instance=choice.instance,
+            shard_count=choice.shard_count,
+        )
+
+    return RedisTransport, open_it
 
 
-async def _google_transport(choice: _Choice) -> Transport:
-    from pokebridge.transport.google_pubsub import DEFAULT_TOPIC, GooglePubSubTransport
+def _google_transport() -> tuple[type[Transport], _Open[Transport]]:
+    from pokebridge.transport.google_pubsub import GooglePubSubTransport
 
-    project, _, topic = choice.url.removeprefix("pubsub://").partition("/")
+    async def open_it(choice: _Choice) -> Transport:
+        project, topic = _project_and_topic(choice.url)
+        return await GooglePubSubTransport.connect(
+            project,
+            topic,
+            instance=choice.instance,
+            cluster=choice.cluster,
+            carrier=choice.carrier,
+            shard_count=choice.shard_count,
+        )
+
+    return GooglePubSubTransport, open_it
+
+
+async def _google_sweeper(choice: _Choice) -> Sweeper:
+    from pokebridge.transport.google_pubsub import GooglePubSubTransport
+
+    project, topic = _project_and_topic(choice.url)
     return await GooglePubSubTransport.connect(
-        project,
-        topic or DEFAULT_TOPIC,
-        instance=choice.instance,
-        cluster=choice.cluster,
-        carrier=choice.carrier,
-        shard_count=choice.shard_count,
-        create_topic=choice.creates,
+        project, topic, instance=choice.instance, cluster=choice.cluster, create_topic=False
     )
+
+
+def _project_and_topic(url: str) -> tuple[str, str]:
+    from pokebridge.transport.google_pubsub import DEFAULT_TOPIC
+
+    project, _, topic = url.removeprefix("pubsub://").partition("/")
+    return project, topic or DEFAULT_TOPIC
+
+
+def _memory_mailbox() -> tuple[type[Mailbox], _Open[Mailbox]]:
+    from pokebridge.mailbox.memory import MemoryMailbox
+
+    async def open_it(choice: _Choice) -> Mailbox:
+        if choice.url != "memory://":
+            _refuse("mailbox", "memory:// and nothing behind it")
+        return MemoryMailbox(limits=choice.limits, push_timing=choice.push_timing)
+
+    return MemoryMailbox, open_it
+
+
+def _sqlite_mailbox() -> tuple[type[Mailbox], _Open[Mailbox]]:
+    from pokebridge.mailbox.sqlite import SqliteMailbox
+
+    async def open_it(choice: _Choice) -> Mailbox:
+        path = choice.url.removeprefix("sqlite:///")
+        if path in {choice.url, "", ":memory:"}:
+            _refuse("mailbox", "sqlite:///FILE, or sqlite:////FILE for an absolute path")
+        if choice.must_exist and not await asyncio.to_thread(Path(path).is_file):
+            raise ConfigError(f"mailbox: there is no file {path}")
+        return await SqliteMailbox.open(path, limits=choice.limits, push_timing=choice.push_timing)
+
+    return SqliteMailbox, open_it
+
+
+def _postgres_mailbox() -> tuple[type[Mailbox], _Open[Mailbox]]:
+    from pokebridge.mailbox.postgres import PostgresMailbox
+
+    async def open_it(choice: _Choice) -> Mailbox:
+        return await PostgresMailbox.open(
+            choice.url, limits=choice.limits, push_timing=choice.push_timing
+        )
+
+    return PostgresMailbox, open_it
+
+
+def _memory_coordination() -> tuple[type[Coordination], _Open[Coordination]]:
+    from pokebridge.coordination.memory import MemoryCoordination
+
+    async def open_it(choice: _Choice) -> Coordination:
+        if choice.url != "memory://":
+            _refuse("coordination", "memory:// and nothing behind it")
+        return MemoryCoordination()
+
+    return MemoryCoordination, open_it
+
+
+def _static_coordination() -> tuple[type[Coordination], _Open[Coordination]]:
+    from pokebridge.coordination.static import StaticCoordination
+
+    async def open_it(choice: _Choice) -> Coordination:
+        return await StaticCoordination.connect(
+            choice.url,
+            instance=choice.instance,
+            shard_count=choice.shard_count,
+            mode=choice.mode,
+        )
+
+    return StaticCoordination, open_it
+
+
+def _postgres_coordination() -> tuple[type[Coordination], _Open[Coordination]]:
+    from pokebridge.coordination.postgres import PostgresCoordination
+
+    async def open_it(choice: _Choice) -> Coordination:
+        return await PostgresCoordination.connect(choice.url, cluster=choice.cluster)
+
+    return PostgresCoordination, open_it
+
+
+def _nats_coordination() -> tuple[type[Coordination], _Open[Coordination]]:
+    from pokebridge.coordination.nats import NatsCoordination
+
+    async def open_it(choice: _Choice) -> Coordination:
+        return await NatsCoordination.connect(choice.url, cluster=choice.cluster)
+
+    return NatsCoordination, open_it
+
+
+def _redis_coordination() -> tuple[type[Coordination], _Open[Coordination]]:
+    from pokebridge.coordination.redis import RedisCoordination
+
+    async def open_it(choice: _Choice) -> Coordination:
+        return await RedisCoordination.connect(choice.url, cluster=choice.cluster)
+
+    return RedisCoordination, open_it
+
+
+def _nats_ingress() -> tuple[type[Source], _Open[Source]]:
+    from pokebridge.ingress.nats import NatsSource
+
+    async def open_it(choice: _Choice) -> Source:
+        return NatsSource(choice.url, cluster=choice.cluster)
+
+    return NatsSource, open_it
+
+
+def _google_ingress() -> tuple[type[Source], _Open[Source]]:
+    from pokebridge.ingress.google_pubsub import GooglePubSubSource
+
+    async def open_it(choice: _Choice) -> Source:
+        return await GooglePubSubSource.connect(choice.url)
+
+    return GooglePubSubSource, open_it
 
 
 _NATS = _Adapter(_nats_transport, "nats://HOST:PORT", "nats")
@@ -292,7 +416,7 @@ _TRANSPORTS: Mapping[str, _Adapter[Transport]] = {
     "tls": _NATS,  # NATS over TLS, as its own clients spell it
     "redis": _REDIS,
     "rediss": _REDIS,
-    "pubsub": _Adapter(_google_transport, "pubsub://PROJECT/TOPIC", "pubsub", leaves_orphans=True),
+    "pubsub": _Adapter(_google_transport, "pubsub://PROJECT/TOPIC", "pubsub", _google_sweeper),
 }
 _COORDINATIONS: Mapping[str, _Adapter[Coordination]] = {
     "memory": _Adapter(_memory_coordination, "memory://"),

@@ -101,6 +101,7 @@ class Instance:
             self.gateway,
             coordination,
             url=url,
+            has_peers=transport.is_shared,
             on_drain=self.start_drain,
         )
         self._watchers = Watchers(

@@ -81,6 +81,9 @@ class Transport(Protocol):
     - **Bounds**: every queue has a limit. What exceeds it is a gap.
     """
 
+    is_shared: bool
+    """Whether signals reach other processes."""
+
     async def publish(self, signals: Sequence[Signal]) -> None:
         """Hand ``signals`` to the engine, and return when it has accepted them.
 

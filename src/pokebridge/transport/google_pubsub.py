@@ -65,6 +65,8 @@ class GooglePubSubTransport:
             only when ``sweep`` is called.
     """
 
+    is_shared = True
+
     def __init__(
         self,
         api: PubSubApi,

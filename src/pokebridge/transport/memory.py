@@ -16,6 +16,8 @@ class MemoryTransport:
     ``connect()`` returns another end of the same bus, as another instance would have it.
     """
 
+    is_shared = False
+
     def __init__(self) -> None:
         self._bus: dict[_Subscription, None] = {}  # a set would not keep the order
         self._own: list[_Subscription] = []

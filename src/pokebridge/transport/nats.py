@@ -31,6 +31,8 @@ _REFUSAL = re.compile(r'permissions violation for (publish|subscription) to "([^
 class NatsTransport:
     """Signals over core NATS, on one connection. Create it with :meth:`connect`."""
 
+    is_shared = True
+
     def __init__(self, link: "ReconnectingLink[_NatsConnection]", subject: str) -> None:
         self._link = link
         self._subject = subject

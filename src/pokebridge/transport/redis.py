@@ -50,6 +50,8 @@ class RedisTransport:
     node has these connections.
     """
 
+    is_shared = True
+
     def __init__(self, url: str, channel: str, client_name: str, shard_count: int) -> None:
         self._url = url
         # The URL without credentials, for messages.
