@@ -5,6 +5,8 @@
     │   └── MissingExtraError       a part was chosen whose library is not installed
     ├── RefusedError                a WebSocket handshake is refused: limits, Origin, or none at all
     ├── InputError                  somebody sent something that the contract does not allow
+    │   ├── NotJsonError            a body is not JSON at all
+    │   ├── TooLargeError           a body is longer than is taken
     │   ├── SignalError             a signal on the transport is none of protocol.md section 2
     │   └── FrameError              a WebSocket peer broke RFC 6455 or protocol.md section 3
     ├── AuthError                   no valid token
@@ -62,6 +64,19 @@ class InputError(PokebridgeError):
 
     status = HTTPStatus.UNPROCESSABLE_ENTITY
     close_code = 1008
+
+
+class NotJsonError(InputError):
+    """A body is not JSON."""
+
+    status = HTTPStatus.BAD_REQUEST
+
+
+class TooLargeError(InputError):
+    """A body is longer than is taken; the message says how long it may be."""
+
+    status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+    close_code = 1009
 
 
 class SignalError(InputError):

@@ -30,6 +30,7 @@ from pokebridge.costs import MIGRATE_RULES
 from pokebridge.errors import ConfigError
 from pokebridge.model import Mode
 from pokebridge.sharding import DEFAULT_SHARD_COUNT, MAX_SHARD_COUNT
+from pokebridge.submission import MAX_BODY_BYTES
 
 ENV_PREFIX = "POKEBRIDGE_"
 # Variables with our prefix that are no settings: the file's path, and what client commands read.
@@ -162,7 +163,7 @@ class Settings(BaseModel):
     max_messages_per_recipient: Annotated[int, Field(ge=1)] = 10_000
     """Messages kept for one recipient; its senders are refused (507) when there is no room."""
     # At least the largest message fits.
-    max_bytes_per_recipient: Annotated[int, Field(ge=65_536)] = 64 * 1024 * 1024
+    max_bytes_per_recipient: Annotated[int, Field(ge=MAX_BODY_BYTES)] = 64 * 1024 * 1024
     """Bytes of the bodies that are kept for one recipient."""
     # That a device was seen is written down once a day.
     forget_device_days: Annotated[float, Field(ge=2, allow_inf_nan=False)] = 90

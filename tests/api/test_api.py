@@ -14,12 +14,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.types import Message
 
 from pokebridge.api.app import BODY_CAP_BYTES, create_api
-from pokebridge.api.messages import MAX_BODY_DEPTH
 from pokebridge.api.metrics import Value, expose
 from pokebridge.mailbox.base import Limits
 from pokebridge.mailbox.memory import MemoryMailbox
 from pokebridge.model import NewMessage, Poke
 from pokebridge.sharding import shard_of
+from pokebridge.submission import MAX_BODY_DEPTH
 from pokebridge.telemetry import Metric
 from pokebridge.tokens import Claims, TokenVerifier
 from tests.api.api_world import ALICE, BOB, INSTANCE, SECRET, World, bearer, http_client

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from pokebridge.api.messages import read_ingress
 from pokebridge.errors import ConfigError, MailboxError, TransportError
 from pokebridge.ingress import ingress as ingress_module
 from pokebridge.ingress import nats as nats_ingress
@@ -23,6 +22,7 @@ from pokebridge.ingress.nats import NatsSource
 from pokebridge.mailbox.base import Limits
 from pokebridge.mailbox.memory import MemoryMailbox
 from pokebridge.model import NewMessage, Receipt
+from pokebridge.submission import read_queued
 from pokebridge.testing.mailbox_kit import ALICE, BOB, EVE, versions
 from pokebridge.testing.pubsub import PubSubServer
 from tests.ingress.queues import DeadLetter, NatsQueue, PubSubQueue, Queue
@@ -99,7 +99,7 @@ class Sender:
 @asynccontextmanager
 async def reading(source: Source, sender: Sender) -> AsyncIterator[Ingress]:
     """An ingress that is running."""
-    ingress = Ingress(source, read_ingress, sender.send)
+    ingress = Ingress(source, read_queued, sender.send)
     await ingress.start()
     try:
         yield ingress

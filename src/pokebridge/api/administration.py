@@ -12,6 +12,7 @@ from pokebridge.api.openapi import Api
 from pokebridge.api.problems import problem
 from pokebridge.gateway.handshake import Network, is_trusted
 from pokebridge.model import Mode, check_recipient
+from pokebridge.submission import Recipient
 from pokebridge.wire import CONNECT_PATH
 
 
@@ -85,7 +86,7 @@ class SessionCalls:
             self.disconnect,
             "Close every session of a recipient",
             scope="admin",
-            path_types={"recipient": schema.Recipient},
+            path_types={"recipient": Recipient},
             answers={204: "They close with 4401."},
             problems=[404, 422],
         )

@@ -10,6 +10,7 @@ from fastapi import Request, Response
 from starlette.exceptions import HTTPException
 
 from pokebridge.errors import AuthError, ForbiddenError, InputError
+from pokebridge.submission import decode_json
 from pokebridge.tokens import Claims
 
 BODY_DEADLINE_S = 30.0
@@ -44,18 +45,6 @@ def body_reader(kind: type[T]) -> Callable[[Request], Awaitable[T]]:
         return decode_json(decode, text)
 
     return read
-
-
-def decode_json(decode: Callable[[bytes], T], text: bytes) -> T:
-    """``decode(text)``, its complaints as errors of ours: 422, or 400 when it is no JSON."""
-    try:
-        return decode(text)
-    except msgspec.ValidationError as error:
-        raise InputError(str(error)) from None
-    except RecursionError:
-        raise InputError("the body is nested too deeply") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise HTTPException(HTTPStatus.BAD_REQUEST, f"the body is not JSON: {error}") from None
 
 
 def read_query(request: Request, kind: type[T]) -> T:

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from http import HTTPStatus
 
 from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pokebridge.api.problems import problem
+from pokebridge.errors import TooLargeError
 
 
 class BodyLimit:
@@ -49,7 +49,7 @@ class _Counted:
         message = await self._receive()
         self._left_bytes -= len(message.get("body", b""))
         if self._left_bytes < 0:
-            raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, _detail(self._limit_bytes))
+            raise TooLargeError(_detail(self._limit_bytes))
         return message
 
 

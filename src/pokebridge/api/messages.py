@@ -4,25 +4,20 @@ import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from http import HTTPStatus
 
-import msgspec
 from fastapi import Request, Response
 from msgspec import UNSET, Raw
-from starlette.exceptions import HTTPException
 
 from pokebridge.api import schema
 from pokebridge.api.exchange import (
     Verify,
     authorize,
     body_reader,
-    decode_json,
     json_response,
     read_query,
 )
 from pokebridge.api.openapi import Api
-from pokebridge.errors import InputError
 from pokebridge.mailbox.base import Mailbox
 from pokebridge.mailbox.devices import KnownDevices
 from pokebridge.model import (
@@ -31,13 +26,9 @@ from pokebridge.model import (
     NewMessage,
     Receipt,
     check_device,
-    check_recipient,
-    is_recipient,
 )
+from pokebridge.submission import SendRequest, new_message
 
-# A body nested deeper could exhaust the stack of the parser that pulls it, for ever.
-MAX_BODY_DEPTH = 100
-_decode_ingress = msgspec.json.Decoder(schema.IngressMessage).decode
 _HEAD_TAG = re.compile(r'(?:W/)?"(0|[1-9]\d{0,15})"')
 
 
@@ -58,14 +49,14 @@ class MessageCalls:
         self._send = send
         self._on_pulled = on_pulled
         self._devices = devices or KnownDevices(mailbox)
-        self._read_message = body_reader(schema.SendRequest)
+        self._read_message = body_reader(SendRequest)
         self._read_ack = body_reader(schema.AckRequest)
 
     async def send(self, request: Request) -> Response:
         """POST /v1/messages."""
         claims = await authorize(self._verify, request, "send")
         wanted = await self._read_message(request)
-        receipt = await self._send(_new_message(claims.subject, wanted))
+        receipt = await self._send(new_message(wanted, claims.subject, uuid.uuid4().hex))
         status = HTTPStatus.OK if receipt.duplicate else HTTPStatus.ACCEPTED
         return json_response(schema.Sent(receipt.id, receipt.version), status)
 
@@ -105,7 +96,7 @@ class MessageCalls:
             self.send,
             "Send a message",
             scope="send",
-            body=schema.SendRequest,
+            body=SendRequest,
             answers={202: schema.Sent, 200: schema.Sent},
             problems=[507],
         )
@@ -127,69 +118,6 @@ class MessageCalls:
             body=schema.AckRequest,
             answers={204: "Acknowledged."},
         )
-
-
-def read_ingress(body: bytes, default_id: str) -> NewMessage:
-    """The message in what a queue delivered, named ``default_id`` unless it has an ``id``.
-
-    So a redelivery is the same message. Raises :class:`~pokebridge.errors.InputError`, as for a
-    POST of the same body.
-    """
-    try:
-        wanted = decode_json(_decode_ingress, body)
-        message = _new_message(check_recipient(wanted.sender), wanted)
-    except HTTPException as error:
-        raise InputError(error.detail) from None
-    if message.has_idempotency_key:
-        return message
-    return replace(message, id=default_id, has_idempotency_key=True)
-
-
-def _new_message(sender: str, wanted: schema.SendRequest) -> NewMessage:
-    body = bytes(wanted.body)
-    _check_body(body)
-    if wanted.id is not UNSET and not (
-        is_recipient(wanted.id) and len(wanted.id) <= schema.MAX_ID_LENGTH
-    ):
-        raise InputError(f"an id is 1 to {schema.MAX_ID_LENGTH} visible ASCII characters")
-    return NewMessage(
-        recipient=check_recipient(wanted.recipient),
-        sender=sender,
-        id=uuid.uuid4().hex if wanted.id is UNSET else wanted.id,
-        body=body,
-        ttl_s=_ttl_s(wanted),
-        has_idempotency_key=wanted.id is not UNSET,
-        is_ephemeral=wanted.ephemeral,
-    )
-
-
-def _ttl_s(wanted: schema.SendRequest) -> float | None:
-    ttl_s = None if wanted.ttl_s is UNSET else wanted.ttl_s
-    if wanted.ephemeral:
-        return min(ttl_s or schema.EPHEMERAL_TTL_S, schema.EPHEMERAL_TTL_S)
-    return ttl_s
-
-
-def _check_body(body: bytes) -> None:
-    """Raise unless every client can parse ``body``, as one that can't would be stuck before it."""
-    if len(body) > schema.MAX_BODY_BYTES:
-        raise HTTPException(
-            HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-            f"a message's body may have at most {schema.MAX_BODY_BYTES} bytes",
-        )
-    value = decode_json(msgspec.json.decode, body)
-    # Counting brackets is cheap, and enough for almost every body.
-    opened = body.count(b"[") + body.count(b"{")
-    if opened > MAX_BODY_DEPTH and _is_deeper(value, MAX_BODY_DEPTH):
-        raise InputError(f"a message's body may be nested at most {MAX_BODY_DEPTH} deep")
-
-
-def _is_deeper(value: object, depth: int) -> bool:
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, list):
-        return False
-    return depth == 0 or any(_is_deeper(child, depth - 1) for child in value)
 
 
 def _pulled(message: Message) -> schema.PulledMessage:

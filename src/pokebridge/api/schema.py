@@ -12,43 +12,20 @@ from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 from pokebridge.model import (
     DEFAULT_DEVICE,
     MAX_DEVICE_LENGTH,
-    MAX_RECIPIENT_LENGTH,
     MAX_VERSION,
     Mode,
 )
+from pokebridge.publisher import MAX_RECIPIENTS_PER_REQUEST
+from pokebridge.submission import MessageId, Recipient, visible_ascii
 
-MAX_POKES = 1000
 MAX_PAGE = 500
 DEFAULT_PAGE = 50
-MAX_BODY_BYTES = 65_536
-MAX_ID_LENGTH = 128
-# Ten years: for longer than that, leave it out.
-MAX_TTL_S = 315_360_000
-# Time enough for everyone who is connected to hear the poke and pull.
-EPHEMERAL_TTL_S = 30
 MAX_TOKEN_TTL_S = 31_536_000
 
 
-def _visible_ascii(max_length: int, example: str, description: str) -> Meta:
-    # For the description alone: the model's own checks speak more plainly than a pattern.
-    return Meta(
-        description=description,
-        extra_json_schema={
-            "minLength": 1,
-            "maxLength": max_length,
-            "pattern": "^[!-~]+$",
-            "example": example,
-        },
-    )
-
-
-Recipient = Annotated[
-    str, _visible_ascii(MAX_RECIPIENT_LENGTH, "urn:user:bob", "Visible ASCII, never looked into.")
-]
 Device = Annotated[
-    str, _visible_ascii(MAX_DEVICE_LENGTH, "phone", "One of the recipient's devices.")
+    str, visible_ascii(MAX_DEVICE_LENGTH, "phone", "One of the recipient's devices.")
 ]
-MessageId = Annotated[str, _visible_ascii(MAX_ID_LENGTH, "order-4711", "The message's name.")]
 Cursor = Annotated[int, Meta(ge=0, le=MAX_VERSION)]
 
 
@@ -60,52 +37,15 @@ class PokeRequest(_Request):
     """Whom to poke: one `recipient`, or several `recipients`."""
 
     recipient: Recipient | UnsetType = UNSET
-    recipients: Annotated[list[Recipient], Meta(max_length=MAX_POKES)] | UnsetType = UNSET
+    recipients: (
+        Annotated[list[Recipient], Meta(max_length=MAX_RECIPIENTS_PER_REQUEST)] | UnsetType
+    ) = UNSET
 
 
 class PokesAccepted(Struct):
     """How many pokes are on their way."""
 
     accepted: Annotated[int, Meta(ge=0)]
-
-
-class SendRequest(_Request):
-    """A message. The same `id` from the same sender again commits nothing."""
-
-    recipient: Recipient
-    body: Annotated[
-        Raw,
-        Meta(
-            description="Any JSON value, kept as it was written; up to 64 KiB, nested up to 100.",
-            extra_json_schema={"example": {"text": "hello"}},
-        ),
-    ]
-    id: MessageId | UnsetType = UNSET
-    ttl_s: (
-        Annotated[
-            float,
-            Meta(
-                ge=0.001,
-                le=MAX_TTL_S,
-                description="Seconds after which it may be deleted unread; left out: never.",
-                extra_json_schema={"example": 3600},
-            ),
-        ]
-        | UnsetType
-    ) = UNSET
-    ephemeral: Annotated[
-        bool,
-        Meta(
-            description="Only for who is connected now: gone for everybody after"
-            f" {EPHEMERAL_TTL_S} s, acked or not."
-        ),
-    ] = False
-
-
-class IngressMessage(SendRequest, kw_only=True):
-    """A message from a queue: who may publish there says who sent it."""
-
-    sender: Recipient
 
 
 class Sent(Struct):

@@ -19,7 +19,6 @@ from pydantic import SecretStr
 from pokebridge import __version__
 from pokebridge.api import app as api
 from pokebridge.api import metrics
-from pokebridge.api.messages import read_ingress
 from pokebridge.cluster.node import Cluster
 from pokebridge.cluster.watchers import Watchers
 from pokebridge.coordination.base import Coordination
@@ -38,6 +37,7 @@ from pokebridge.publisher import Publisher
 from pokebridge.server.capacity import PullCapacity
 from pokebridge.session import Timing
 from pokebridge.settings import Settings
+from pokebridge.submission import read_queued
 from pokebridge.telemetry import Metric
 from pokebridge.tokens import TokenVerifier, sign_token
 from pokebridge.transport.base import Transport
@@ -86,7 +86,7 @@ class Instance:
         self._pusher = None if queue is None else _pusher(settings, queue)
         self._ingress: Ingress | None = None
         if ingress is not None and self._send is not None:
-            self._ingress = Ingress(ingress, read_ingress, self._send)
+            self._ingress = Ingress(ingress, read_queued, self._send)
         self._verifier = TokenVerifier(
             secret=_reveal(settings.jwt_secret),
             previous_secret=_reveal(settings.jwt_previous_secret),
