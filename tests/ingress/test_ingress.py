@@ -322,14 +322,14 @@ async def test_a_stream_that_is_missing_is_named(nats_server: Daemon) -> None:
 )
 def test_a_wrong_nats_url_is_refused(url: str) -> None:
     """One line says what it looks like."""
-    with pytest.raises(ConfigError, match="the ingress's URL"):
+    with pytest.raises(ConfigError, match="the ingress URL"):
         NatsSource(url, cluster="c")
 
 
 @pytest.mark.parametrize("url", ["pubsub://", "pubsub://p", "pubsub:///s", "pubsub://p/a/b"])
 async def test_a_wrong_pubsub_url_is_refused(url: str) -> None:
     """One line says what it looks like."""
-    with pytest.raises(ConfigError, match="the ingress's URL"):
+    with pytest.raises(ConfigError, match="the ingress URL"):
         await GooglePubSubSource.connect(url)
 
 

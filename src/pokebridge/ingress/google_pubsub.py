@@ -39,7 +39,7 @@ class GooglePubSubSource:
         """
         project, _, subscription = url.removeprefix("pubsub://").partition("/")
         if not project or _NAME.fullmatch(subscription) is None:
-            raise ConfigError("the ingress's URL is pubsub://PROJECT/SUBSCRIPTION")
+            raise ConfigError("the ingress URL must be pubsub://PROJECT/SUBSCRIPTION")
         return cls(await PubSubApi.connect(project), subscription)
 
     async def fetch(self, limit: int) -> Sequence[Delivery]:

@@ -56,7 +56,7 @@ class NatsSource:
         self._servers = servers_in("ingress", self._url)
         self._stream, _, subject = unquote(parts.path).removeprefix("/").partition("/")
         if not self._stream or set(self._stream) & set(" .*>"):
-            raise ConfigError("the ingress's URL is nats:// or tls://, HOST:PORT/STREAM/SUBJECT")
+            raise ConfigError("the ingress URL must be nats:// or tls://, HOST:PORT/STREAM/SUBJECT")
         self._subject = subject or None
         self._name = f"pokebridge-{cluster}"
         self._dead_subject = f"pokebridge.{cluster}.dead-letters"
