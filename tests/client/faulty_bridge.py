@@ -1,14 +1,17 @@
 """A small bridge that speaks protocol.md and misbehaves where a test wants it to."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from ssl import SSLContext
 from typing import Any, NamedTuple
 
 from aiohttp import WSCloseCode, WSMsgType, web
 
 STOPPING = WSCloseCode.GOING_AWAY
+DRIP_S = 0.02
+CHUNK_BYTES = 16_384
 
 
 class Bad(NamedTuple):
@@ -40,6 +43,9 @@ class FaultyBridge:
         self.bad_pulls: list[Bad] = []
         self.bad_acks: list[Bad] = []
         self.silent = False
+        # Pages whose head comes, and then: "silence", "drip" (a byte now and then), or "cut".
+        self.stalls: list[str] = []
+        self.bytes_per_s: float | None = None
         # What has come.
         self.connects: list[dict[str, str]] = []
         self.pulls: list[dict[str, str]] = []
@@ -121,7 +127,7 @@ class FaultyBridge:
         if frame["type"] == "auth":
             await socket.send_json({"type": "auth", "expires_in": 900})
 
-    async def _pull(self, request: web.Request) -> web.Response:
+    async def _pull(self, request: web.Request) -> web.StreamResponse:
         asked_etag = request.headers.get("If-None-Match", "")
         self.pulls.append({"token": _token(request), "etag": asked_etag, **request.query})
         if self.bad_pulls:
@@ -135,7 +141,36 @@ class FaultyBridge:
         version = page[-1]["version"] if page else self.head
         more = len(page) < len(newer)
         body = {"messages": page, "version": version, "more": more}
+        if self.stalls:
+            return await self._stall(request, self.stalls.pop(0))
+        if self.bytes_per_s:
+            return await self._trickle(request, json.dumps(body).encode(), self.bytes_per_s)
         return web.json_response(body, headers={"ETag": etag})
+
+    async def _stall(self, request: web.Request, kind: str) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        transport = request.transport
+        assert transport is not None
+        with suppress(ConnectionError):
+            await response.write(b"{")
+            while kind == "drip":
+                await response.write(b" ")
+                await asyncio.sleep(DRIP_S)
+        if kind == "silence":
+            await asyncio.Event().wait()
+        transport.abort()
+        return response
+
+    async def _trickle(
+        self, request: web.Request, body: bytes, bytes_per_s: float
+    ) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        for start in range(0, len(body), CHUNK_BYTES):
+            await response.write(body[start : start + CHUNK_BYTES])
+            await asyncio.sleep(CHUNK_BYTES / bytes_per_s)
+        return response
 
     async def _ack(self, request: web.Request) -> web.Response:
         if self.bad_acks:

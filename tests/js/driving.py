@@ -164,6 +164,18 @@ class Client:
 
         await wait_until(has_come, TIMEOUT_S, f"{at_least} times {kind}")
 
+    async def errors(self) -> list[str]:
+        """What the ``error`` event has told."""
+        return list(await self._runtime.evaluate("harness.errors"))
+
+    async def wait_errors(self, at_least: int) -> None:
+        """Wait until so many errors were told."""
+
+        async def are_told() -> bool:
+            return len(await self.errors()) >= at_least
+
+        await wait_until(are_told, TIMEOUT_S, f"{at_least} errors")
+
     async def heard(self) -> int:
         """How many reasons to pull the socket has brought: ``ready`` and pokes."""
         texts = [json.loads(step["text"]) for step in await self.steps() if step["type"] == "text"]

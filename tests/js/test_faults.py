@@ -7,8 +7,8 @@ import pytest
 import pytest_asyncio
 
 from tests.client.faulty_bridge import Bad, FaultyBridge
-from tests.js.driving import QUICK, Client, NodeRuntime
-from tests.support import wait_until
+from tests.js.driving import QUICK, Client, NodeRuntime, run_node
+from tests.support import Instance, free_port, wait_until
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -73,7 +73,7 @@ async def test_an_address_that_is_none(node: NodeRuntime, bridge: FaultyBridge) 
 async def test_what_the_handler_throws_at_comes_again(
     node: NodeRuntime, bridge: FaultyBridge
 ) -> None:
-    """A page is acked when it was dealt with, and not before; the error is told."""
+    """A page is acked when it was handled, and not before; the error is told as it was thrown."""
     bridge.commit("rejected once")
     await node.evaluate(
         """void (globalThis.harness.start = ((start) => (settings) => {
@@ -87,7 +87,7 @@ async def test_what_the_handler_throws_at_comes_again(
     client = await start(node, bridge)
     await client.wait_shown("rejected once")
     await wait_until(lambda: bridge.acks == [1])
-    assert await node.evaluate("harness.errors") == ["Error: Error: not now"]
+    assert await node.evaluate("harness.errors") == ["Error: not now"]
 
 
 @pytest.mark.parametrize(
@@ -181,20 +181,103 @@ async def test_a_token_that_cannot_be_had(node: NodeRuntime, bridge: FaultyBridg
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
+        ({"url": None}, "http://"),
         ({"url": "bridge.example"}, "http://"),
-        ({"url": "https://bridge.example", "onMessages": None}, "either onMessages or onPoke"),
-        ({"url": "https://bridge.example", "WebSocket": None}, "pass that of the ws package"),
+        ({"url": "https://"}, "http://"),
+        ({"url": "https://bridge.example/?cluster=1"}, "without ? and #"),
+        ({"token": None}, "`token` must be a JWT"),
+        ({"token": 5}, "`token` must be a JWT"),
+        ({"token": "two words"}, "`token` must be a JWT"),
+        ({"onMessages": None}, "either onMessages or onPoke"),
+        ({"onMessages": "show"}, "`onMessages` must be a function"),
+        ({"onMessages": None, "onPoke": 7}, "`onPoke` must be a function"),
+        ({"device": ""}, "`device` must be"),
+        ({"cursor": "7"}, "`cursor` must be a version"),
+        ({"WebSocket": None}, "pass that of the ws package"),
     ],
 )
-async def test_wrong_options(node: NodeRuntime, options: dict[str, None], complaint: str) -> None:
-    """What can't work is said at once."""
+async def test_wrong_options(node: NodeRuntime, options: dict[str, object], complaint: str) -> None:
+    """An option that is missing or invalid throws at once, and the error names it."""
+    options = {"url": "https://bridge.example", "token": "t"} | options
     written = json.dumps(options).replace("null", "undefined")
     said = await node.evaluate(
         f"""(() => {{
           const WebSocket = class {{}};
-          try {{ connect({{ token: "t", WebSocket, onMessages() {{}}, ...{written} }}); }}
+          try {{ connect({{ WebSocket, onMessages() {{}}, ...{written} }}); }}
           catch (error) {{ return String(error); }}
         }})()"""
     )
     assert said.startswith("TypeError")
     assert complaint in said
+
+
+async def test_a_dead_port_is_told_at_once(client: Client) -> None:
+    """The first handshake that fails tells the URL and the reason, long before the first poll."""
+    url = f"http://127.0.0.1:{free_port()}"
+    await client.begin(url, "", token=TOKEN)
+    await client.wait_errors(1)
+    errors = await client.errors()
+    assert errors[0].startswith(f"Error: {url}/v1/connect-info can't be reached: ")
+    assert "TypeError" not in errors[0]
+    assert await client.count("connect") == 1
+    await client.close()
+
+
+async def test_a_refused_token_is_told_at_once(client: Client, instance: Instance) -> None:
+    """The first handshake that a token is refused for tells the URL and the server's reason."""
+    await client.begin(instance.url, "", token="not.a.token")
+    await client.wait_errors(1)
+    errors = await client.errors()
+    assert errors[0].startswith(f"Error: {instance.url}/v1/connect-info answered 401: the token")
+    await client.close()
+
+
+async def test_a_problem_is_told(node: NodeRuntime, bridge: FaultyBridge) -> None:
+    """The error of a pull holds the URL, the status and the server's detail."""
+    bridge.bad_pulls = [Bad(507, body=b'{"title": "x", "detail": "the disk is full"}')]
+    client = await start(node, bridge)
+    await client.wait_errors(1)
+    expected = f"Error: {bridge.url}/v1/messages answered 507: the disk is full"
+    assert await client.errors() == [expected]
+
+
+# Time in the client runs this much faster than it does here.
+HASTE = 20
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def hasty(client_package: object) -> AsyncIterator[NodeRuntime]:
+    """Node with timers that end early."""
+    async with run_node() as node:
+        await node.evaluate(
+            "void (globalThis.setTimeout = ((set) => (callback, ms, ...rest) =>"
+            f" set(callback, ms / {HASTE}, ...rest))(setTimeout))"
+        )
+        yield node
+
+
+async def test_a_slow_line_gets_through(hasty: NodeRuntime, bridge: FaultyBridge) -> None:
+    """A page that takes longer than the deadline is pulled once: the deadline is between bytes."""
+    bodies = [f"{number:02}" + "x" * 60_000 for number in range(16)]
+    bridge.commit(*bodies)
+    bridge.bytes_per_s = 60_000 * HASTE
+    client = await start(hasty, bridge)
+    await client.wait_shown(*bodies)
+    assert [pull["limit"] for pull in bridge.pulls] == ["50"]
+    assert await client.errors() == []
+
+
+@pytest.mark.parametrize("stall", ["silence", "drip", "cut"])
+async def test_after_an_incomplete_page_a_smaller_one(
+    hasty: NodeRuntime, bridge: FaultyBridge, stall: str
+) -> None:
+    """An answer that stands still, drips or breaks off is given up; the next page is smaller."""
+    bridge.commit(*"abcdefghij")
+    bridge.stalls = [stall, stall]
+    client = await start(hasty, bridge)
+    await client.wait_shown(*"abcdefghij")
+    await client.idle()
+    assert [pull["limit"] for pull in bridge.pulls] == ["50", "12", "3", "6", "12"]
+    errors = await client.errors()
+    assert len(errors) == 2
+    assert all(error.startswith(f"Error: {bridge.url}/v1/messages: the answer") for error in errors)

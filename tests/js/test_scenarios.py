@@ -160,7 +160,7 @@ async def test_a_refused_token(client: Client, instance: Instance) -> None:
     """A handshake does not say in a browser that its token was refused: it is found out."""
     await client.start(instance.url, "urn:user:sly", kind="own", bad_tokens=1)
     assert await client.count("fetch_token") == 2
-    assert await client.count("connect") == 4
+    assert await client.count("connect") == 2
     await client.close()
 
 

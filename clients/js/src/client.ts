@@ -1,4 +1,4 @@
-// The shell around the core: a WebSocket, HTTP, timers, and the other tabs.
+// The shell around the core: a WebSocket, HTTP, timers, and the browser's other tabs.
 
 import { Core, type Policy } from "./core.js";
 import type { Action, Event } from "./events.js";
@@ -7,20 +7,21 @@ import type { OnMessages, OnPoke, Page, Puller, Sharing } from "./pulling.js";
 import { Tabs, type Note } from "./tabs.js";
 
 const TOKEN_TIMEOUT_MS = 30_000;
-// The longest that a timer waits, so that the time a machine was asleep is noticed soon after.
+// No timer is set for longer, so that a machine's sleep is noticed soon after it ends.
 const MAX_NAP_MS = 10_000;
 // A timer this late means that the machine, or the page, was asleep.
 const ASLEEP_MS = 5_000;
-// A tab that comes to lead does not connect with a token that is this near its end.
+// A tab that starts to lead fetches a new token when its own expires sooner than this.
 const OLD_TOKEN_MS = 30_000;
-// A leading tab that takes longer to answer is asleep.
+// A leading tab that does not answer within this time is taken to be asleep.
 const LEADER_ANSWERS_WITHIN_MS = 2_000;
 const ABNORMAL_CLOSURE = 1006; // RFC 6455, section 7.4.1: no close frame came
 const CLOSE_TOKEN = 4401;
-// A browser does not say why a handshake failed; every third time in a row HTTP is asked.
+// A browser does not say why a handshake failed, so HTTP is asked: at the first failure of a client that
+// has never had a socket, and then at every third in a row. More questions would double a storm's load.
 const FAILURES_PER_QUESTION = 3;
 
-/** What is used of a WebSocket: a browser's, Node's, or that of the `ws` package. */
+/** The part of a WebSocket that is used: a browser's, Node's, or the `ws` package's. */
 export interface SocketLike {
   onopen: ((event: any) => void) | null;
   onmessage: ((event: any) => void) | null;
@@ -34,46 +35,46 @@ interface CommonOptions {
   /** The bridge's HTTP address. */
   url: string;
   /**
-   * A JWT, or a function that returns a new one: it is called at the start, before the old one runs
-   * out, and when it was refused.
+   * A JWT, or a function that returns a new one. The function is called at the start, before the token
+   * expires, and when the token was refused.
    */
   token: string | (() => string | Promise<string>);
-  /** The name of this device: a message waits for the ack of each that is known. */
+  /** The name of this device. A message is kept until each known device of its recipient has acked it. */
   device?: string;
-  /** The version up to which everything is dealt with already: keep `client.cursor` to go on from there. */
+  /** The version up to which everything is handled already: store `client.cursor` to go on from there. */
   cursor?: number;
   /**
-   * Whether tabs of this browser share one socket, when they have the same `url`, `device` and
-   * recipient: by default in pages, where the browser has Web Locks.
+   * Whether tabs of this browser that have the same `url`, `device` and recipient share one socket.
+   * Default: true in pages of a browser that has Web Locks.
    */
   share?: boolean;
-  /** For runtimes without a global one, such as Node 20: that of the `ws` package. */
+  /** For runtimes without a global WebSocket, such as Node 20: the class of the `ws` package. */
   WebSocket?: new (url: string, protocols: string[]) => SocketLike;
   fetch?: typeof fetch;
-  /** The delays. */
+  /** Delays to change. */
   policy?: Partial<Policy>;
 }
 
-/** What is pulled when a poke comes: the bridge's mailbox, or what `onPoke` pulls. */
+/** A pull reads the bridge's mailbox for `onMessages`, or calls `onPoke`. */
 export type Options = CommonOptions &
   ({ onMessages: OnMessages; onPoke?: never } | { onPoke: OnPoke; onMessages?: never });
 
-/** `connected`: pokes are heard now. `stopped`: by the bridge, for good. `closed`: by `close()`. */
+/** `connected`: pokes arrive. `stopped`: by the bridge, for good. `closed`: by `close()`. */
 export type State = "connecting" | "connected" | "stopped" | "closed";
 
-/** What a client tells, by name. */
+/** The events of a client, by name. */
 export interface ClientEvents {
   state: State;
-  /** Something failed and will be tried again. */
+  /** Why something failed. The client will try again. */
   error: unknown;
-  /** Everything that happens, and what the client does about it; none of it holds a token. */
+  /** Everything that happens, and what the client does about it. No step holds a token. */
   step: Event | Action;
 }
 
 type Listener<Name extends keyof ClientEvents> = (value: ClientEvents[Name]) => void;
 type Connect = Action & { type: "connect" };
 
-/** Holds a connection to the bridge, hears pokes and pulls, until it is closed. */
+/** Holds a connection to the bridge and pulls when it is poked, until it is closed. */
 export class Client {
   readonly #options: Options;
   readonly #url: string;
@@ -82,7 +83,7 @@ export class Client {
   readonly #core: Core;
   readonly #puller: Puller;
   readonly #listeners: { [Name in keyof ClientEvents]: Set<Listener<Name>> };
-  readonly #unlisten = new AbortController();
+  readonly #listening = new AbortController();
   #state: State = "connecting";
   #stopCode: number | undefined;
   #token = "";
@@ -90,28 +91,26 @@ export class Client {
   #asleepMs = 0;
   #socket: SocketLike | undefined;
   #failedHandshakes = 0;
+  #hadSocket = false;
   #tabs: Tabs | undefined;
-  #cannotShare: boolean;
-  /** In a tab that follows: the socket that it would open if it led. */
+  #sharesNothing: boolean;
+  /** In a tab that follows: the connection that it would make if it led. */
   #wanted: Connect | undefined;
   #leaderIsConnected = false;
-  #patience: ReturnType<typeof setTimeout> | undefined;
+  #leaderTimer: ReturnType<typeof setTimeout> | undefined;
 
   /** @internal */
   constructor(options: Options) {
+    checkOptions(options);
     this.#options = options;
-    if (!/^https?:\/\//.test(options.url)) {
-      throw new TypeError(`the url must start with http:// or https://: ${options.url}`);
-    }
-    if (!options.onMessages === !options.onPoke) {
-      throw new TypeError("connect takes either onMessages or onPoke");
-    }
     if (!this.#webSocket) {
-      throw new TypeError("no WebSocket here: pass that of the ws package as `WebSocket`");
+      throw new TypeError(
+        "this runtime has no WebSocket: pass that of the ws package as the option `WebSocket`",
+      );
     }
     this.#url = options.url.replace(/\/+$/, "");
     this.#device = options.device ?? "default";
-    this.#cannotShare = !(options.share ?? typeof document === "object");
+    this.#sharesNothing = !(options.share ?? typeof document === "object");
     this.#listeners = { state: new Set(), error: new Set(), step: new Set() };
     this.#http = new Http(this.#url, this.#device, options.fetch ?? fetch);
     const sharing: Sharing = {
@@ -125,16 +124,16 @@ export class Client {
       : new OwnPuller(onPoke!, sharing);
     this.#core = new Core(`ws${this.#url.slice(4)}/v1/connect`, cursor, options.policy);
     this.#listenToThePage();
-    // Not now: whoever made this client may listen first.
+    // Not yet: the caller may want to listen to the first events.
     setTimeout(() => this.#feed({ type: "start" }));
   }
 
-  /** The version up to which everything is dealt with. */
+  /** The version up to which everything is handled. */
   get cursor(): number {
     return this.#core.cursor;
   }
 
-  /** How things stand; the `state` event tells when it changes. */
+  /** The client's state; a `state` event tells each change. */
   get state(): State {
     return this.#state;
   }
@@ -144,23 +143,23 @@ export class Client {
     return this.#stopCode;
   }
 
-  /** Call `listener` from now on; the function that is returned ends that. */
+  /** Call `listener` at each such event. Returns a function that ends this. */
   on<Name extends keyof ClientEvents>(name: Name, listener: Listener<Name>): () => void {
     this.#listeners[name].add(listener);
     return () => this.#listeners[name].delete(listener);
   }
 
-  /** Try now what waits out a delay: the network is back, or the machine woke up. */
+  /** Retry at once whatever waits out a delay: the network is back, or the machine woke up. */
   wake(): void {
     this.#feed({ type: "wake" });
   }
 
-  /** Let go of everything, for good. A page whose handler is still running is not acked. */
+  /** Close for good. Messages whose handler is still running are not acked. */
   close(): void {
     this.#end("closed");
   }
 
-  // --- between the core and the world ---
+  // --- the core's events and actions ---
 
   #feed(event: Event): void {
     if (this.#ended) return;
@@ -168,7 +167,7 @@ export class Client {
     const now = (performance.now() + this.#asleepMs) / 1000;
     for (const action of this.#core.handle(event, now, Math.random())) {
       this.#emit("step", action);
-      if (!this.#ended) this.#carryOut(action);
+      if (!this.#ended) this.#perform(action);
     }
     if (this.#ended) return;
     this.#sleepFor((this.#core.timer - now) * 1000);
@@ -177,7 +176,7 @@ export class Client {
     );
   }
 
-  #carryOut(action: Action): void {
+  #perform(action: Action): void {
     switch (action.type) {
       case "fetch_token":
         void this.#fetchToken();
@@ -208,7 +207,9 @@ export class Client {
     try {
       const fresh = await within(TOKEN_TIMEOUT_MS, typeof token === "string" ? token : token());
       // Anything else could break an HTTP header.
-      if (!/^[!-~]+$/.test(fresh)) throw new TypeError("a token is visible ASCII");
+      if (!/^[!-~]+$/.test(fresh)) {
+        throw new TypeError("`token` must return a JWT: a string of visible ASCII characters");
+      }
       this.#token = fresh;
       this.#feed({ type: "token" });
     } catch (error) {
@@ -218,9 +219,9 @@ export class Client {
   }
 
   async #pull(after: number): Promise<void> {
-    const end = await this.#puller.pull(after, this.#token);
-    if (end.type === "pull_failed") this.#emit("error", new Error(end.reason));
-    this.#feed(end);
+    const { event, error } = await this.#puller.pull(after, this.#token);
+    if (event.type === "pull_failed" && !this.#ended) this.#emit("error", error);
+    this.#feed(event);
   }
 
   #sleepFor(delayMs: number): void {
@@ -231,14 +232,14 @@ export class Client {
     this.#timer = setTimeout(() => {
       const passedMs = Date.now() - wall;
       if (passedMs - napMs < ASLEEP_MS) return this.#feed({ type: "tick" });
-      // Some systems' monotonic clocks stand still while the machine sleeps; tokens run out nonetheless.
+      // Some systems' monotonic clocks stand still while the machine sleeps, but tokens expire meanwhile.
       this.#asleepMs += Math.max(0, passedMs - (performance.now() - mono));
       this.wake();
     }, napMs);
   }
 
   #listenToThePage(): void {
-    const { signal } = this.#unlisten;
+    const { signal } = this.#listening;
     const listen = (target: EventTarget | undefined, name: string, listener: () => void) =>
       target?.addEventListener?.(name, listener, { signal });
     const page = typeof document === "object" ? document : undefined;
@@ -257,8 +258,8 @@ export class Client {
     if (this.#ended) return;
     this.#setState(state);
     clearTimeout(this.#timer);
-    clearTimeout(this.#patience);
-    this.#unlisten.abort();
+    clearTimeout(this.#leaderTimer);
+    this.#listening.abort();
     this.#tabs?.leave(this.#stopCode);
     this.#drop();
   }
@@ -277,7 +278,7 @@ export class Client {
       try {
         listener(value);
       } catch (error) {
-        console.error(error); // the listener's own
+        console.error(error); // a fault of the listener, not of this client
       }
     }
   }
@@ -289,7 +290,7 @@ export class Client {
   }
 
   #connect(action: Connect): void {
-    if (!this.#cannotShare && !this.#tabs) this.#share();
+    if (!this.#sharesNothing && !this.#tabs) this.#share();
     if (this.#leads) return this.#open(action);
     this.#wanted = action;
     this.#askTheLeader();
@@ -305,34 +306,46 @@ export class Client {
       if (moved) target.searchParams.set("moved", "1");
       socket = new WebSocket(target.href, ["pokebridge.v1", `bearer.${this.#token}`]);
     } catch (error) {
-      // A URL that was announced, or a policy of the page's; after the action that we are in.
+      // The address of a move is invalid, or the page's policy forbids it. Not now: an action is running.
       setTimeout(() => this.#lose(String(error)));
       return;
     }
     this.#socket = socket;
     const feed = (event: Event) => this.#socket === socket && this.#feed(event);
     socket.onopen = () => {
-      opened = true;
+      opened = this.#hadSocket = true;
       this.#failedHandshakes = 0;
       feed({ type: "opened" });
     };
     socket.onmessage = ({ data }) => typeof data === "string" && feed({ type: "text", text: data });
     socket.onclose = async ({ code, reason }) => {
       if (this.#socket !== socket) return;
-      const ask = !opened && ++this.#failedHandshakes % FAILURES_PER_QUESTION === 0;
-      if (ask && (await this.#tokenIsRefused())) feed({ type: "refused", status: 401 });
+      const ask = !opened && this.#shouldAskWhy();
+      if (ask && (await this.#askWhyRefused(url))) feed({ type: "refused", status: 401 });
       else feed({ type: "closed", code, reason });
     };
     socket.onerror = () => {}; // a close follows
   }
 
-  async #tokenIsRefused(): Promise<boolean> {
+  /** A handshake has failed: whether to find out why. */
+  #shouldAskWhy(): boolean {
+    const failures = ++this.#failedHandshakes;
+    return (failures === 1 && !this.#hadSocket) || failures % FAILURES_PER_QUESTION === 0;
+  }
+
+  /** Tell the application why a handshake at `url` failed. Returns whether its token was refused. */
+  async #askWhyRefused(url: string): Promise<boolean> {
+    let why: unknown = new Error(
+      `${url} takes no WebSocket, though the bridge answers over HTTP:` +
+        " check that proxies on the way, and the page's content security policy, allow WebSockets",
+    );
     try {
       await this.#http.request("/v1/connect-info", this.#token);
     } catch (error) {
-      return error instanceof HttpError && error.status === 401;
+      why = error;
     }
-    return false;
+    if (!this.#ended) this.#emit("error", why);
+    return why instanceof HttpError && why.status === 401;
   }
 
   /** Drop the socket; no event of it follows. */
@@ -362,7 +375,7 @@ export class Client {
     const kind = this.#options.onMessages ? "mailbox" : "own";
     try {
       const { sub } = claims(this.#token);
-      if (!sub) throw new TypeError("the token does not say whose it is");
+      if (!sub) throw new TypeError("the token has no `sub`");
       const name = ["pokebridge", kind, this.#url, this.#device, sub].join(" ");
       this.#tabs = new Tabs(
         name,
@@ -370,19 +383,19 @@ export class Client {
         (note) => this.#onNote(note),
       );
     } catch {
-      // An old browser, an insecure page, or a token that is no JWT: each tab for itself.
-      this.#cannotShare = true;
+      // An old browser, an insecure page, or a token that is not a JWT: each tab has its own socket.
+      this.#sharesNothing = true;
     }
   }
 
   #lead(): void {
     const wanted = this.#wanted;
     this.#wanted = undefined;
-    clearTimeout(this.#patience);
+    clearTimeout(this.#leaderTimer);
     if (wanted) {
       this.#open(wanted);
     } else {
-      // Nobody has renewed this tab's token while it followed.
+      // A tab's token is not renewed while it follows.
       const isOld = claims(this.#token).exp * 1000 < Date.now() + OLD_TOKEN_MS;
       const code = isOld ? CLOSE_TOKEN : ABNORMAL_CLOSURE;
       this.#feed({ type: "closed", code, reason: "the leading tab is gone" });
@@ -393,9 +406,9 @@ export class Client {
 
   #askTheLeader(): void {
     this.#tabs?.tell({ type: "hello" });
-    clearTimeout(this.#patience);
-    this.#patience = setTimeout(() => {
-      // One tab that is looked at is enough; the others follow it.
+    clearTimeout(this.#leaderTimer);
+    this.#leaderTimer = setTimeout(() => {
+      // A hidden tab does not take over: a visible one will, and the others follow that one.
       if (!globalThis.document?.hidden) this.#tabs?.takeOver();
     }, LEADER_ANSWERS_WITHIN_MS);
   }
@@ -424,7 +437,7 @@ export class Client {
   }
 
   #onLeader(connected: boolean): void {
-    clearTimeout(this.#patience);
+    clearTimeout(this.#leaderTimer);
     this.#leaderIsConnected = connected;
     if (this.#wanted) {
       this.#wanted = undefined;
@@ -440,13 +453,38 @@ export class Client {
     this.#hear({ type: "poke", version: page.version });
   }
 
-  /** As if it had come through a socket. */
+  /** Handle `frame` as if it had come through a socket. */
   #hear(frame: object): void {
     this.#feed({ type: "text", text: JSON.stringify(frame) });
   }
 }
 
-/** What a JWT says of itself (RFC 7519, section 4.1): whose it is, and until when. */
+/** @throws TypeError with what is wrong, what was expected. */
+function checkOptions(options: Options): void {
+  const { url, token, device, cursor, onMessages, onPoke } = (options ?? {}) as Record<string, any>;
+  if (typeof url !== "string" || !/^https?:\/\/[^/?#]+[^?#]*$/.test(url)) {
+    throw new TypeError(
+      `\`url\` must be the bridge's address, http://… or https://… without ? and #: ${url}`,
+    );
+  }
+  if (typeof token !== "function" && (typeof token !== "string" || !/^[!-~]+$/.test(token))) {
+    throw new TypeError("`token` must be a JWT, or a function that returns one");
+  }
+  if ((onMessages === undefined) === (onPoke === undefined)) {
+    throw new TypeError("connect takes either onMessages or onPoke");
+  }
+  if (typeof (onMessages ?? onPoke) !== "function") {
+    throw new TypeError(`\`${onPoke === undefined ? "onMessages" : "onPoke"}\` must be a function`);
+  }
+  if (device !== undefined && (typeof device !== "string" || !device)) {
+    throw new TypeError("`device` must be the name of this device");
+  }
+  if (cursor !== undefined && (!Number.isInteger(cursor) || cursor < 0)) {
+    throw new TypeError(`\`cursor\` must be a version, an integer of 0 or more: ${cursor}`);
+  }
+}
+
+/** The claims of a JWT that are used (RFC 7519, section 4.1): its recipient, and when it expires. */
 function claims(token: string): { sub: string; exp: number } {
   const payload = token.split(".")[1] ?? "";
   return JSON.parse(atob(payload.replace(/-/g, "+").replace(/_/g, "/")));
@@ -455,7 +493,7 @@ function claims(token: string): { sub: string; exp: number } {
 function within<T>(timeoutMs: number, value: T | Promise<T>): Promise<T> {
   let timer: ReturnType<typeof setTimeout>;
   const late = new Promise<never>((_, reject) => {
-    timer = setTimeout(() => reject(new Error(`no token within ${timeoutMs} ms`)), timeoutMs);
+    timer = setTimeout(() => reject(new Error(`\`token\` has returned nothing for ${timeoutMs} ms`)), timeoutMs);
   });
   return Promise.race([value, late]).finally(() => clearTimeout(timer));
 }

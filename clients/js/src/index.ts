@@ -15,7 +15,7 @@ export type { Message, OnMessages, OnPoke } from "./pulling.js";
  *
  * It reconnects, renews its token and retries by itself.
  *
- * @throws TypeError the url is none, or the runtime has no WebSocket.
+ * @throws TypeError an option is missing or invalid, or the runtime has no WebSocket.
  */
 export function connect(options: Options): Client {
   return new Client(options);

@@ -1,13 +1,18 @@
-// What a pull is: a page of one's mailbox over HTTP (docs/protocol.md, section 4), or the user's own.
+// A pull: one page of the recipient's mailbox over HTTP (docs/protocol.md, section 4), or a call of the
+// application's own function.
 
 import type { Event } from "./events.js";
 
-const HTTP_TIMEOUT_MS = 10_000;
+// An answer may take as long as it needs, but each KiB of it must come within this time.
+const PROGRESS_WITHIN_MS = 10_000;
+const PROGRESS_BYTES = 1024;
 const PAGE_LIMIT = 50;
-// What a tab keeps of what the leading tab has pulled; a slower one pulls for itself.
+// After an answer that did not come to its end, the next page is this much smaller.
+const SMALLER_PAGE = 4;
+// How many of the leading tab's pages a tab keeps. A tab that falls further behind pulls for itself.
 const MAX_RELAYED_PAGES = 20;
 
-/** A message from the mailbox. `body` is whatever JSON value its sender gave it. */
+/** A message from the mailbox. `body` is the JSON value that the sender gave it. */
 export interface Message {
   version: number;
   id: string;
@@ -17,59 +22,67 @@ export interface Message {
   sent_at: string;
 }
 
-/** Deals with messages, in order; when it returns they are acked, when it throws they come again. */
+/** Handles messages, in order. They are acked when it returns; when it throws they come again. */
 export type OnMessages = (messages: Message[]) => unknown;
 
-/** Pulls what is newer than the cursor it gets; returns the new cursor, or nothing without any. */
+/** Pulls what is newer than `cursor`. Returns the new cursor, or nothing if the data has none. */
 export type OnPoke = (cursor: number) => number | void | Promise<number | void>;
 
-/** Messages above some cursor: all up to `version`. */
+/** The messages above some cursor, up to and including `version`. */
 export interface Page {
   messages: Message[];
   version: number;
   more: boolean;
 }
 
-/** What the tab that makes the pulls tells the others. */
+/** What the tab that pulls tells the other tabs. */
 export type Relayed = { type: "page"; after: number; page: Page } | { type: "poke" };
 
-type PullEnd = Event & { type: "pulled" | "pull_failed" };
+/** How a pull ended, for the core; and the error that made it fail, for the application. */
+export interface PullResult {
+  event: Event & { type: "pulled" | "pull_failed" };
+  error?: unknown;
+}
 
 /** Makes the core's pulls. */
 export interface Puller {
-  /** Deal with what is newer than `after`, or with some of it. Throws nothing. */
-  pull(after: number, token: string): Promise<PullEnd>;
+  /** Handle all that is newer than `after`, or a part of it. Never throws. */
+  pull(after: number, token: string): Promise<PullResult>;
 }
 
-/** How a puller stands to those of other tabs. */
+/** What a puller needs to know about the other tabs. */
 export interface Sharing {
-  /** Whether this tab answers for all: it acks, and its pulls are relayed. */
+  /** Whether this tab pulls for all tabs: then it acks, and relays what it pulls. */
   leads(): boolean;
   relay(note: Relayed): void;
 }
 
-/** An HTTP answer that is no success. */
+/** An HTTP answer that is not a success, with the reason that the server gave (RFC 9457). */
 export class HttpError extends Error {
   constructor(
+    url: string,
     readonly status: number,
     readonly retry_after_s: number | undefined,
-    path: string,
+    detail: string,
   ) {
-    super(`${path} answered ${status}`);
+    super(`${url} answered ${status}${detail && `: ${detail}`}`);
   }
 }
 
-/** Leaves it all to a function of the user's. */
+/** An answer that stood still, or that broke off. */
+class IncompleteError extends Error {}
+
+/** Leaves the pull to a function of the application. */
 export class OwnPuller implements Puller {
   constructor(
     private readonly onPoke: OnPoke,
     private readonly sharing: Sharing,
   ) {}
 
-  async pull(after: number): Promise<PullEnd> {
+  async pull(after: number): Promise<PullResult> {
     this.sharing.relay({ type: "poke" });
     try {
-      return { type: "pulled", cursor: (await this.onPoke(after)) ?? after };
+      return { event: { type: "pulled", cursor: (await this.onPoke(after)) ?? after } };
     } catch (error) {
       return failed(error);
     }
@@ -77,14 +90,15 @@ export class OwnPuller implements Puller {
 }
 
 /**
- * Pulls a page, hands it over and acks it, in this order, so that nothing is lost on the way.
+ * Pulls a page, hands it over and acks it, in this order, so that no message is lost on the way.
  *
- * A page whose handler throws is not acked and comes again; one whose ack fails does not, but its ack
- * does. In a tab that does not lead, what the leading tab has relayed saves the request.
+ * A page whose handler throws is not acked and comes again. When only the ack fails, only the ack is
+ * repeated. A tab that does not lead uses the pages that the leading tab has relayed, if there are any.
  */
 export class MailboxPuller implements Puller {
   #acked: number;
-  // What the server said the head was when nothing was left above the cursor.
+  #limit = PAGE_LIMIT;
+  // The mailbox's head as of the last page that left nothing to pull.
   #head = { after: -1, etag: "" };
   #relayed: { after: number; page: Page }[] = [];
 
@@ -97,53 +111,64 @@ export class MailboxPuller implements Puller {
     this.#acked = cursor;
   }
 
-  /** Keep what the leading tab has pulled. */
+  /** Keep a page that the leading tab has pulled. */
   keep(after: number, page: Page): void {
     this.#relayed = [...this.#relayed, { after, page }].slice(-MAX_RELAYED_PAGES);
   }
 
-  async pull(after: number, token: string): Promise<PullEnd> {
-    let dealtWith: number | undefined;
+  async pull(after: number, token: string): Promise<PullResult> {
+    let handled: number | undefined;
     try {
       const read = this.#kept(after) ?? (await this.#read(after, token));
-      // Another tab may have led meanwhile, and acked what it relayed: then it is nowhere but here.
+      // The leading tab may have acked a page during this request. Then only its relayed copy is left.
       const page = this.#kept(after) ?? read;
       if (page.version < after) {
-        // The mailbox was begun anew: it is behind the cursor.
+        // The mailbox was started anew: its head is below the cursor.
         this.#acked = 0;
         this.#relayed = [];
         this.sharing.relay({ type: "poke" });
-        return { type: "pulled", cursor: 0, more: true };
+        return { event: { type: "pulled", cursor: 0, more: true } };
       }
       const messages = page.messages.filter((message) => message.version > after);
       if (messages.length) await this.onMessages(messages);
-      dealtWith = page.version;
+      handled = page.version;
       if (this.sharing.leads() && page.version > this.#acked) {
         await this.http.request("/v1/messages/ack", token, { version: page.version });
         this.#acked = page.version;
       }
-      return { type: "pulled", cursor: page.version, more: page.more };
+      return { event: { type: "pulled", cursor: page.version, more: page.more } };
     } catch (error) {
-      return failed(error, dealtWith);
+      return failed(error, handled);
     }
   }
 
   #kept(after: number): Page | undefined {
     this.#relayed = this.#relayed.filter(({ page }) => page.version > after);
     const first = this.#relayed.find((relayed) => relayed.after <= after);
-    // Whoever leads by now has to ask for what came after it.
+    // A tab that leads by now has to ask for what came after the relayed page.
     return first && { ...first.page, more: this.#relayed.length > 1 || this.sharing.leads() };
   }
 
   /** The page above `after`; an empty one when the server says that nothing has changed. */
   async #read(after: number, token: string): Promise<Page> {
     const etag = this.#head.after === after ? this.#head.etag : "";
-    const path = `/v1/messages?after=${after}&limit=${PAGE_LIMIT}`;
-    const answer = await this.http.request(path, token, undefined, etag);
+    const path = `/v1/messages?after=${after}&limit=${this.#limit}`;
+    let answer;
+    try {
+      answer = await this.http.request(path, token, undefined, etag);
+    } catch (error) {
+      if (error instanceof IncompleteError) {
+        this.#limit = Math.max(Math.floor(this.#limit / SMALLER_PAGE), 1);
+      }
+      throw error;
+    }
+    this.#limit = Math.min(this.#limit * 2, PAGE_LIMIT);
     let page: Page = { messages: [], version: after, more: false };
     if (answer.status !== 304) {
       page = answer.body;
-      if (!Number.isInteger(page?.version)) throw new TypeError("what came is no page of messages");
+      if (!Number.isInteger(page?.version)) {
+        throw new TypeError("the answer to a pull is not a page of messages");
+      }
       if (!page.more) this.#head = { after: page.version, etag: answer.etag };
     }
     this.sharing.relay({ type: "page", after, page });
@@ -151,7 +176,7 @@ export class MailboxPuller implements Puller {
   }
 }
 
-/** The bridge's HTTP API, as one device. */
+/** The bridge's HTTP API, called by one device. */
 export class Http {
   readonly #fetch: typeof fetch;
 
@@ -163,34 +188,54 @@ export class Http {
     this.#fetch = send;
   }
 
-  /** POST `body`, or GET without any; `status` is then 200 to 299 or 304, else HttpError is thrown. */
+  /**
+   * POST `body`, or GET without one. Any status but 2xx and 304 throws an HttpError.
+   *
+   * What else it throws names the URL as well: a server that can't be reached, an answer that stands still.
+   */
   async request(
     path: string,
     token: string,
     body?: unknown,
     etag?: string,
   ): Promise<{ status: number; etag: string; body: any }> {
-    const send = this.#fetch; // not as a method: a browser's fetch wants no other `this`
+    const send = this.#fetch; // not called as a method: a browser's fetch accepts no other `this`
     const headers: Record<string, string> = { Authorization: `Bearer ${token}` };
     if (etag) headers["If-None-Match"] = etag;
     if (body) headers["Content-Type"] = "application/json";
     const separator = path.includes("?") ? "&" : "?";
-    const response = await send(
-      `${this.url}${path}${separator}device=${encodeURIComponent(this.device)}`,
-      {
-        method: body ? "POST" : "GET",
-        headers,
-        cache: "no-store",
-        signal: AbortSignal.timeout(HTTP_TIMEOUT_MS),
-        ...(body ? { body: JSON.stringify(body) } : {}),
-      },
-    );
+    const url = this.url + path.split("?")[0];
+    const progress = new Progress();
+    let response: Response | undefined;
+    let text: string;
+    try {
+      response = await send(
+        `${this.url}${path}${separator}device=${encodeURIComponent(this.device)}`,
+        {
+          method: body ? "POST" : "GET",
+          headers,
+          cache: "no-store",
+          signal: progress.signal,
+          ...(body ? { body: JSON.stringify(body) } : {}),
+        },
+      );
+      text = await read(response, progress);
+    } catch (error: any) {
+      if (progress.signal.aborted) {
+        throw new IncompleteError(`${url}: the answer has stood still for ${PROGRESS_WITHIN_MS} ms`);
+      }
+      // Node puts what happened into `cause`, with a code when several addresses were tried.
+      const why = error?.cause?.message || error?.cause?.code || error?.message;
+      if (response) throw new IncompleteError(`${url}: the answer broke off: ${why}`);
+      throw new Error(`${url} can't be reached: ${why}`, { cause: error });
+    } finally {
+      progress.end();
+    }
     const { status } = response;
-    const text = await response.text();
     if (!response.ok && status !== 304) {
-      // The header's other form, a date, is not heeded.
+      // The header's other form, a date, is ignored.
       const wait = Number(response.headers.get("Retry-After") ?? NaN);
-      throw new HttpError(status, wait >= 0 ? wait : undefined, path);
+      throw new HttpError(url, status, wait >= 0 ? wait : undefined, problemDetail(text));
     }
     return {
       status,
@@ -200,13 +245,74 @@ export class Http {
   }
 }
 
-/** For the core; `cursor` if the pull got somewhere nonetheless. A user's error may have a `status`, too. */
-function failed(error: any, cursor?: number): PullEnd {
+/** Aborts a request whose answer has stopped coming. */
+class Progress {
+  readonly #controller = new AbortController();
+  #timer: ReturnType<typeof setTimeout> | undefined;
+  #bytes = 0;
+
+  constructor() {
+    this.#restart();
+  }
+
+  get signal(): AbortSignal {
+    return this.#controller.signal;
+  }
+
+  /** So many bytes have come. Fewer than a KiB do not count: an answer that drips would never end. */
+  add(bytes: number): void {
+    this.#bytes += bytes;
+    if (this.#bytes < PROGRESS_BYTES) return;
+    this.#bytes = 0;
+    this.#restart();
+  }
+
+  end(): void {
+    clearTimeout(this.#timer);
+  }
+
+  #restart(): void {
+    clearTimeout(this.#timer);
+    this.#timer = setTimeout(() => this.#controller.abort(), PROGRESS_WITHIN_MS);
+  }
+}
+
+/** The whole body as text. */
+async function read(response: Response, progress: Progress): Promise<string> {
+  const reader = response.body?.getReader?.();
+  if (!reader) return response.text(); // an empty body, or a `fetch` that can't stream
+  const decoder = new TextDecoder();
+  let text = "";
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) return text + decoder.decode();
+    progress.add(value.length);
+    text += decoder.decode(value, { stream: true });
+  }
+}
+
+/** The `detail` of a problem (RFC 9457); empty when `text` is something else. */
+function problemDetail(text: string): string {
+  try {
+    return String(JSON.parse(text).detail ?? "");
+  } catch {
+    return "";
+  }
+}
+
+/**
+ * The end of a pull that failed; `cursor` if it got somewhere nonetheless. An error of the application
+ * may have a `status` and a `retry_after_s`, too.
+ */
+function failed(error: any, cursor?: number): PullResult {
   return {
-    type: "pull_failed",
-    unauthorized: error?.status === 401,
-    retry_after_s: error?.retry_after_s ?? null,
-    cursor: cursor ?? null,
-    reason: String(error),
+    event: {
+      type: "pull_failed",
+      unauthorized: error?.status === 401,
+      retry_after_s: error?.retry_after_s ?? null,
+      cursor: cursor ?? null,
+      reason: String(error),
+    },
+    error,
   };
 }

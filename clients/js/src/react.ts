@@ -3,11 +3,11 @@ import { useEffect, useRef, useState } from "react";
 import { connect, type Options, type State } from "./index.js";
 
 /**
- * Stay connected while the component is mounted; returns how things stand.
+ * Stay connected while the component is mounted; returns the client's state.
  *
- * It connects anew when `url`, `device` or `key` changes: let `key` name the user, so that another one
- * gets a connection of their own. The functions in `options` may change with every rendering. `null`
- * instead of options, for nobody is signed in, closes the connection.
+ * It connects anew when `url`, `device` or `key` changes: let `key` name the user, so that each user
+ * gets their own connection. The functions in `options` may change with every rendering. Pass `null`
+ * instead of options when nobody is signed in: that closes the connection.
  */
 export function usePokebridge(options: Options | null, key = ""): State {
   const [state, setState] = useState<State>("connecting");
@@ -29,15 +29,16 @@ export function usePokebridge(options: Options | null, key = ""): State {
   return state;
 }
 
-/** Options whose functions are those of the latest rendering. */
+/** Options whose functions call those of the latest rendering. What is missing stays missing. */
 function forwarding(latest: { current: Options | null }): Options {
-  const options = latest.current!;
-  const now = () => latest.current ?? options;
-  const token = () => {
-    const current = now().token;
-    return typeof current === "string" ? current : current();
-  };
-  return options.onMessages
-    ? { ...options, token, onMessages: (messages) => now().onMessages?.(messages) }
-    : { ...options, token, onPoke: (cursor) => now().onPoke?.(cursor) };
+  const options: Record<string, any> = latest.current!;
+  const now = (): Record<string, any> => latest.current ?? options;
+  const forwarded = { ...options };
+  if (options.token) {
+    forwarded.token = () => (typeof now().token === "string" ? now().token : now().token());
+  }
+  for (const name of ["onMessages", "onPoke"]) {
+    if (options[name]) forwarded[name] = (argument: unknown) => now()[name]?.(argument);
+  }
+  return forwarded as Options;
 }
