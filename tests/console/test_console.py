@@ -12,6 +12,7 @@ from playwright.async_api import Locator, Page, expect
 
 from tests.console.conftest import NAMES, RED_LINE, SHARDS, Complaints, Trio
 from tests.support import wait_until
+from tests.support.browser import axe_violations
 
 USERS = [f"urn:user:{number}" for number in range(12)]
 # What Chromium says of a refused sign-in; the page shows the reason.
@@ -264,7 +265,7 @@ async def test_by_keyboard_alone(page: Page, trio: Trio) -> None:
     await expect(page.locator(".shard-detail")).to_contain_text("Shard 1: owned by")
     await page.keyboard.press("End")
     await expect(page.locator(f"[data-shard='{SHARDS - 1}']")).to_be_focused()
-    await _tab_to(page, page.locator(".events"))
+    await _tab_to(page, page.locator(".event-log"))
 
 
 async def _tab_to(page: Page, target: Locator) -> None:
@@ -276,6 +277,19 @@ async def _tab_to(page: Page, target: Locator) -> None:
         if await target.evaluate("it => it === document.activeElement"):
             return
     pytest.fail("Tab does not lead there")
+
+
+async def test_accessible(page: Page, trio: Trio) -> None:
+    """Axe finds nothing wrong with the sign-in, with the cluster, or with a question."""
+    await page.goto(f"{trio.one.url}/console")
+    await expect(page.get_by_label("Admin token")).to_be_visible()
+    assert await axe_violations(page) == []
+    await sign_in(page, await trio.admin_token())
+    await expect(events(page, "joined")).not_to_have_count(0)
+    assert await axe_violations(page) == []
+    await page.locator(".migrate").click()
+    await expect(page.get_by_role("dialog")).to_be_visible()
+    assert await axe_violations(page) == []
 
 
 @pytest.mark.parametrize("width", [390, 1280])

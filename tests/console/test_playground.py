@@ -1,13 +1,16 @@
 """The page at ``/``, in a real browser against a real instance."""
 
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import pytest_asyncio
 from playwright.async_api import Browser, Locator, Page, expect
 
 from tests.support import Instance, Serve
+from tests.support.browser import axe_violations
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -23,7 +26,8 @@ def instance(serve: Serve) -> Instance:
 @pytest_asyncio.fixture(loop_scope="session")
 async def page(browser: Browser, instance: Instance) -> AsyncIterator[Page]:
     """The page with both users connected. It may not break its own content policy, nor throw."""
-    page = await browser.new_page()
+    context = await browser.new_context()
+    page = await context.new_page()
     complaints: list[str] = []
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("console", lambda line: complaints.append(line.text) if line.type == "error" else None)
@@ -31,7 +35,7 @@ async def page(browser: Browser, instance: Instance) -> AsyncIterator[Page]:
     for user in (alice(page), bob(page)):
         await expect(user.locator(".state")).to_have_text("connected")
     yield page
-    await page.close()
+    await context.close()
     assert complaints == []
 
 
@@ -135,6 +139,56 @@ async def test_replaced(browser: Browser, serve: Serve) -> None:
     await expect(bob(first).locator(".state")).to_have_text("replaced by a newer session")
     await expect(bob(second).locator(".state")).to_have_text("connected")
     await expect(bob(first).get_by_role("button", name="Connect")).to_be_visible()
+
+
+async def devices(page: Page, step: Callable[[], Awaitable[object]]) -> set[str]:
+    """What the page's sockets that open during ``step`` say of its device."""
+    urls: list[str] = []
+    page.on("websocket", lambda socket: urls.append(socket.url))
+    await step()
+    for user in (alice(page), bob(page)):
+        await expect(user.locator(".state")).to_have_text("connected")
+    return {parse_qs(urlsplit(url).query)["device"][0] for url in urls}
+
+
+async def test_a_reload_is_the_same_device(page: Page, instance: Instance) -> None:
+    """A page that is loaded again goes on where it was; a second tab is another device."""
+    await send(alice(page), "once")
+    await expect(bob(page).locator(".message.theirs .body")).to_have_text("once")
+    await expect(bob(page).locator(".log li", has_text="/v1/messages/ack 204")).to_have_count(1)
+    first = await devices(page, page.reload)
+    second = await page.context.new_page()
+    other = await devices(second, partial(second.goto, instance.url))
+    await second.close()
+    assert await devices(page, page.reload) == first
+    assert len(first | other) == 2
+    await send(alice(page), "twice")
+    await expect(bob(page).locator(".message.theirs .note")).to_contain_text("version 2")
+    await expect(bob(page).locator(".message .body")).to_have_text(["twice"])
+
+
+async def test_frames_leave_room_for_messages(page: Page) -> None:
+    """On a phone, the list of frames takes no room from the messages."""
+    await page.set_viewport_size({"width": 390, "height": 844})
+    await bob(page).get_by_text("Frames and requests").click()
+    await expect(bob(page).locator(".log ol")).to_be_visible()
+    for part in (".well", ".log ol"):
+        box = await bob(page).locator(part).bounding_box()
+        assert box is not None
+        assert box["height"] >= 150
+    card, composer = [await bob(page).locator(part).bounding_box() for part in (".log", "form")]
+    assert card is not None
+    assert composer is not None
+    assert card["y"] >= composer["y"] + composer["height"]
+
+
+async def test_accessible(page: Page) -> None:
+    """Axe finds nothing wrong with the page, empty or with messages and the list of frames."""
+    assert await axe_violations(page) == []
+    await send(alice(page), "hello")
+    await expect(bob(page).locator(".message.theirs")).to_be_visible()
+    await bob(page).get_by_text("Frames and requests").click()
+    assert await axe_violations(page) == []
 
 
 @pytest.mark.parametrize("width", [1280, 390])

@@ -1,11 +1,15 @@
 """A real browser: Debian's Chromium, driven by Playwright."""
 
+import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
-from playwright.async_api import Browser, async_playwright
+from playwright.async_api import Browser, Page, async_playwright
 
-from tests.support.missing import require
+from tests.support.missing import missing, require
+
+AXE = Path(__file__).parents[1] / "node" / "node_modules" / "axe-core" / "axe.min.js"
 
 # No sandbox: the tests may run as root, on pages of their own. The rest keeps it off the network.
 FLAGS = [
@@ -28,3 +32,12 @@ async def chromium() -> AsyncIterator[Browser]:
         browser = await playwright.chromium.launch(executable_path=path, args=FLAGS)
         yield browser
         await browser.close()
+
+
+async def axe_violations(page: Page) -> list[str]:
+    """What axe-core finds wrong with a page: each rule with the elements that break it."""
+    if not AXE.exists():
+        missing("axe-core (npm ci in tests/node)")
+    await page.evaluate(await asyncio.to_thread(AXE.read_text))
+    found = await page.evaluate("axe.run().then(({ violations }) => violations)")
+    return [f"{each['id']}: {[node['html'] for node in each['nodes']]}" for each in found]

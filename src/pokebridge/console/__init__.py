@@ -1,7 +1,7 @@
-"""The pages for browsers, static files without a build step.
+"""The pages for browsers: static files, served as they are.
 
-``/console`` is the operator's: the cluster live. ``/``, with ``--dev`` alone, is a playground on
-which two users can be tried.
+``/console`` shows an operator the cluster, live. ``/`` is a playground with two users, served with
+``--dev`` only. Both connect with the JavaScript client: ``static/vendor`` has a build of it.
 """
 
 import mimetypes
@@ -14,20 +14,20 @@ from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
-# The table of file types is read from disk once: here, not at a request on the event loop.
+# Reads the table of file types from disk now. Later it would block the event loop in a request.
 mimetypes.init()
 
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src {connect}; frame-ancestors 'none'; base-uri 'none'; form-action 'none'; "
-    # What comes from the API is text, and never becomes markup.
+    # Text from the API can't become markup.
     "require-trusted-types-for 'script'"
 )
 _HEADERS = {
     "Content-Security-Policy": _POLICY.format(connect="'self'"),
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
-    # Kept, but asked about each time: a new version shows at once.
+    # A browser may keep a file, but asks each time whether it is current.
     "Cache-Control": "no-cache",
 }
 
@@ -39,7 +39,7 @@ class _Files(StaticFiles):
         return response
 
 
-# The directory is looked at on the first request, off the event loop.
+# Checked at the first request, in a thread. Here the check would block the event loop.
 _files = _Files(directory=Path(__file__).parent / "static", check_dir=False)
 
 
@@ -51,7 +51,7 @@ def install(app: Starlette) -> None:
 
 def install_playground(app: Starlette) -> None:
     """Serve the playground at ``/`` of ``app``, where :func:`install` has been called."""
-    # Its sessions may be moved to another instance; everything else is of this origin.
+    # The bridge may move its sessions to another instance. Everything else comes from this origin.
     policy = _POLICY.format(connect="'self' ws: wss:")
     _add_page(app, "/", "playground/index.html", {"Content-Security-Policy": policy})
 

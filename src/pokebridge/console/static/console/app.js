@@ -1,6 +1,6 @@
 // The console: sign in, then watch the cluster, migrate it, drain its instances.
 
-import { Refusal, reach } from "../shared/session.js";
+import { devToken, reach } from "../shared/api.js";
 import { Charts } from "./charts.js";
 import { confirm, withdraw } from "./confirm.js";
 import { EventLog } from "./events.js";
@@ -11,6 +11,7 @@ import { Live } from "./live.js";
 import { ShardGrid } from "./shards.js";
 
 const TOKEN_KEY = "pokebridge.admin-token";
+const CONSOLE = { sub: "urn:pokebridge:console", scope: "admin" };
 const STALE_MS = 30_000;
 const MODES = { fanout: "fan-out", partitioned: "partitioned" };
 
@@ -68,16 +69,6 @@ async function offerDevToken() {
   find(".dev-token").hidden = !("/v1/dev/token" in description.paths);
 }
 
-async function devToken() {
-  const response = await reach("/v1/dev/token", {
-    method: "POST",
-    headers: { "Content-Type": "application/json" },
-    body: JSON.stringify({ sub: "urn:pokebridge:console", scope: "admin" }),
-  });
-  if (!response.ok) throw await Refusal.of(response);
-  return (await response.json()).token;
-}
-
 async function attemptSignIn(getToken) {
   find(".sign-in .error").textContent = "";
   try {
@@ -92,7 +83,7 @@ find(".sign-in form").addEventListener("submit", (event) => {
   const token = find("#token").value.trim();
   attemptSignIn(async () => token);
 });
-find(".dev-token").addEventListener("click", () => attemptSignIn(devToken));
+find(".dev-token").addEventListener("click", () => attemptSignIn(() => devToken(CONSOLE)));
 find(".sign-out").addEventListener("click", () => signOut());
 
 // --- what there is to see ------------------------------------------------------------------------

@@ -20,7 +20,7 @@ export class EventLog {
     }
     while (this.#list.children.length > MAX_EVENTS) this.#list.lastElementChild.remove();
     // What was there before is read, not announced.
-    this.#list.setAttribute("aria-live", "polite");
+    this.#list.parentElement.setAttribute("aria-live", "polite");
   }
 
   #insert({ at_ms: atMs, kind, text }) {

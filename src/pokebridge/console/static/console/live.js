@@ -1,98 +1,157 @@
-// The cluster, live: this page is a client of the bridge, which pokes it when there is something
-// new to see; then it pulls. There is no polling: it only says from time to time that it watches.
+// The cluster, live. This page is a client of the bridge: the bridge pokes it when there is something new
+// to see, and then it pulls. It does not poll: it only says, from time to time, that somebody watches.
 
-import { Session, sleep } from "../shared/session.js";
+import { Api, whyStopped } from "../shared/api.js";
+import { connect } from "../vendor/pokebridge-client/index.js";
+
+/** A socket to this page's origin, wherever the bridge would move it: the page's policy allows no other. */
+class SocketOfThisOrigin extends WebSocket {
+  constructor(url, protocols) {
+    const here = new URL("/v1/connect", location.origin.replace(/^http/, "ws"));
+    here.search = new URL(url).search;
+    here.searchParams.set("moved", "1");
+    super(here, protocols);
+  }
+}
 
 /**
- * A session of an operator. Besides a session's events it has:
+ * What an operator sees and does. Its events, with their particulars in `detail`:
  * - `view`: what GET /v1/cluster answers
  * - `events`: what GET /v1/cluster/events answers
- * - `trouble`: {message}: neither could be had
- * - `refused`: {message}: the token is good for nothing here any more
+ * - `state`: {state: "connecting" | "ready" | "waiting" | "off", why}
+ * - `trouble`: {message}: a call has failed
+ * - `refused`: {message}: the token is not accepted any more
  */
-export class Live extends Session {
-  #looking = false;
+export class Live extends EventTarget {
+  #token;
+  #api;
+  #client = null;
+  #looking = null;
   #lookAgain = false;
+  #isWatching = false;
   #renewal = null;
-  // The events known, by the instance that told them: each has seen a number of its own.
+  // How many events were read, by the instance that told them: each numbers its own.
   #eventsKnown = new Map();
 
   constructor(token) {
-    // It stays at this page's origin: the policy of the page allows no other.
-    super({ device: "console", getToken: async () => token, follows: false });
+    super();
+    this.#token = token;
+    this.#api = new Api(async () => token);
     document.addEventListener("visibilitychange", this.#onVisible);
-    // A browser does not learn why a handshake was refused, but why a call was.
-    this.addEventListener("state", ({ detail }) => detail.state === "waiting" && this.refresh());
   }
 
-  /** Pull once; raises what went wrong. */
-  async look() {
-    const view = await (await this.request("GET", "/v1/cluster")).json();
-    this.emit("view", view);
-    if (this.#eventsKnown.get(view.seen_by) === view.events) return;
-    const told = await (await this.request("GET", "/v1/cluster/events")).json();
-    this.#eventsKnown.set(told.seen_by, told.count);
-    this.emit("events", told);
+  /** Connect, and stay connected until `close`. */
+  open() {
+    this.#emit("state", { state: "connecting" });
+    const client = connect({
+      url: location.origin,
+      token: this.#token,
+      device: "console",
+      share: false,
+      WebSocket: SocketOfThisOrigin,
+      onPoke: () => this.#look(),
+    });
+    client.on("step", (step) => this.#onStep(step));
+    client.on("error", (error) => this.#report(error));
+    client.on("state", (state) => {
+      if (state === "connected") this.#emit("state", { state: "ready" });
+      if (state === "stopped") this.#emit("state", { state: "off", why: whyStopped(client.stopCode) });
+      if (state === "closed") this.#emit("state", { state: "off", why: "disconnected" });
+    });
+    this.#client = client;
   }
 
   close() {
     document.removeEventListener("visibilitychange", this.#onVisible);
     clearTimeout(this.#renewal);
-    super.close();
+    this.#client?.close();
+  }
+
+  /** Pull once; throws what went wrong. */
+  async look() {
+    const view = await this.#api.call("GET", "/v1/cluster");
+    this.#emit("view", view);
+    if (this.#eventsKnown.get(view.seen_by) === view.events) return;
+    const told = await this.#api.call("GET", "/v1/cluster/events");
+    this.#eventsKnown.set(told.seen_by, told.count);
+    this.#emit("events", told);
   }
 
   async migrate(mode, force) {
-    await this.request("PUT", "/v1/cluster/mode", { mode, force });
-    this.refresh();
+    await this.#api.call("PUT", "/v1/cluster/mode", { mode, force });
+    this.#refresh();
   }
 
   async drain(instance) {
-    await this.request("POST", "/v1/cluster/drain", { instance });
-    this.refresh();
+    await this.#api.call("POST", "/v1/cluster/drain", { instance });
+    this.#refresh();
   }
 
-  onReady() {
-    this.#watch();
+  get #isOpen() {
+    return this.#client !== null && ["connecting", "connected"].includes(this.#client.state);
   }
 
-  async onPoke({ within_ms: withinMs = 0 }) {
-    await sleep(Math.random() * withinMs);
-    this.refresh();
-  }
-
-  /** Pull, one at a time; whatever asks meanwhile is served by one more. */
-  async refresh() {
-    this.#lookAgain = true;
-    if (this.#looking) return;
-    this.#looking = true;
-    while (this.#lookAgain && this.isOpen) {
-      this.#lookAgain = false;
-      await this.#attempt(() => this.look());
+  #onStep(step) {
+    switch (step.type) {
+      case "connect":
+        this.#isWatching = false; // a new connection may be another instance's
+        break;
+      case "disconnect":
+        this.#emit("state", { state: "waiting", why: "no answer" });
+        break;
+      case "closed":
+        this.#emit("state", { state: "waiting", why: step.reason || `closed ${step.code}` });
+        // A browser does not learn why a handshake was refused, but why a call was.
+        this.#refresh();
     }
-    this.#looking = false;
   }
 
-  /** Say that somebody watches, until nobody does: a hidden tab shows nothing. */
+  /** Pull, one at a time. A call during a pull causes exactly one more pull. */
+  #look() {
+    this.#lookAgain = true;
+    this.#looking ??= this.#lookUntilDone().finally(() => {
+      this.#looking = null;
+    });
+    return this.#looking;
+  }
+
+  async #lookUntilDone() {
+    while (this.#lookAgain && this.#isOpen) {
+      this.#lookAgain = false;
+      // First: what changes after a look is poked for only if somebody watches by then.
+      if (!this.#isWatching) await this.#watch();
+      await this.look();
+    }
+  }
+
+  #refresh() {
+    this.#look().catch((error) => this.#report(error));
+  }
+
+  /** Say that somebody watches, again and again while the page is visible. */
   async #watch() {
     clearTimeout(this.#renewal);
-    if (document.hidden || !this.isOpen) return;
-    let forS = 10;
-    await this.#attempt(async () => {
-      forS = (await (await this.request("PUT", "/v1/cluster/watch")).json()).for_s;
-    });
-    this.refresh();
-    clearTimeout(this.#renewal);
-    if (this.isOpen) this.#renewal = setTimeout(() => this.#watch(), (forS / 3) * 1000);
+    if (document.hidden) return;
+    const { for_s: forS } = await this.#api.call("PUT", "/v1/cluster/watch");
+    this.#isWatching = true;
+    if (this.#isOpen) this.#renewal = setTimeout(() => this.#watchAnew(), (forS / 3) * 1000);
   }
 
-  #onVisible = () => this.#watch();
+  #watchAnew() {
+    this.#isWatching = false;
+    this.#refresh();
+  }
 
-  async #attempt(action) {
-    try {
-      await action();
-    } catch (error) {
-      const { message } = error;
-      this.emit(error.status === 401 || error.status === 403 ? "refused" : "trouble", { message });
-    }
+  #onVisible = () => {
+    if (!document.hidden) this.#watchAnew();
+  };
+
+  #report(error) {
+    const { status, message } = error;
+    this.#emit(status === 401 || status === 403 ? "refused" : "trouble", { message });
+  }
+
+  #emit(type, detail) {
+    this.dispatchEvent(new CustomEvent(type, { detail }));
   }
 }

@@ -1,7 +1,8 @@
 // Two users of pokebridge side by side, and what happens between them.
 
-import { Refusal, reach } from "../shared/session.js";
-import { Client } from "./client.js";
+import { Api, devToken, whyStopped } from "../shared/api.js";
+import { connect } from "../vendor/pokebridge-client/index.js";
+import { pickDevice } from "./device.js";
 import { Flow } from "./flow.js";
 import { Trace, TraceList, formatMs } from "./trace.js";
 
@@ -13,12 +14,12 @@ const MAX_SUBJECT_LENGTH = 256;
 
 const flow = new Flow(document.querySelector(".flow"));
 const traceList = new TraceList(document.querySelector(".traces"));
-// The messages that this page sent, by id, until their recipient has shown them.
+// The messages that this page has sent, by id, until their recipient has shown them.
 const underWay = new Map();
 
 const clock = new Intl.DateTimeFormat(undefined, { timeStyle: "medium" });
 
-/** A plain name stands for a URN, as is the custom; anything with a colon is taken as it is. */
+/** A plain name stands for the URN of a user. A name with a colon is taken as it is. */
 const subjectOf = (name) => (name.includes(":") ? name : `urn:user:${name}`);
 const nameOf = (subject) => subject.replace(/^urn:user:/, "");
 
@@ -27,26 +28,16 @@ function randomId() {
   return Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
-/** What is remembered for this tab, or a new value. A tab is a device: it stays one on reload. */
+/** What is remembered for this tab, or a new value. */
 function remembered(key, fresh) {
   const value = sessionStorage.getItem(key) ?? fresh();
   sessionStorage.setItem(key, value);
   return value;
 }
 
-const device = remembered("device", () => `web-${randomId()}`);
+const device = await pickDevice(randomId);
 
-async function devToken(subject) {
-  const response = await reach("/v1/dev/token", {
-    method: "POST",
-    headers: { "Content-Type": "application/json" },
-    body: JSON.stringify({ sub: subject, scope: "send poke", ttl_s: TOKEN_TTL_S }),
-  });
-  if (!response.ok) throw await Refusal.of(response);
-  return (await response.json()).token;
-}
-
-/** Resolves when what was changed is on the screen; in a hidden tab nothing is painted. */
+/** Resolves when all changes so far are on the screen, or at once in a hidden tab, which is not painted. */
 function painted() {
   if (document.hidden) return Promise.resolve();
   return new Promise((resolve) => {
@@ -66,10 +57,28 @@ const textOf = (body) => {
   return typeof body?.text === "string" ? body.text : JSON.stringify(body);
 };
 
+const isPull = (url, { method }) => method === "GET" && new URL(url).pathname === "/v1/messages";
+
+/**
+ * One of the two users: a client of the bridge, and what is shown of it.
+ *
+ * - `#client`, `#api`: the connection, and calls beside it
+ * - `#version`: up to which messages were pulled
+ * - `#cause`: what the next pull answers: {kind: "ready" | "poke", at}, or null
+ * - `#pull`: the latest pull: {cause, startedAt, status, hadMessages}
+ * - `#pokes`: the pokes that named a version, until its messages are shown
+ * - `#barePokes`: the traces of pokes without a message
+ * - `#unsent`: what was written and not sent: {text, id, note}
+ */
 class User {
   #root;
   #key;
+  #subject = "";
   #client = null;
+  #api = null;
+  #version = 0;
+  #cause = null;
+  #pull = null;
   #pokes = [];
   #barePokes = [];
   #unsent = null;
@@ -90,11 +99,10 @@ class User {
       this.#send();
     });
     this.#find(".poke-only").addEventListener("click", () => this.#pokeOnly());
-    this.#find(".ack").addEventListener("click", () => this.#acknowledge());
   }
 
   get name() {
-    return nameOf(this.#client?.subject ?? subjectOf(this.#find(".name").value));
+    return nameOf(this.#subject || subjectOf(this.#find(".name").value));
   }
 
   get subject() {
@@ -105,24 +113,46 @@ class User {
   start() {
     this.#client?.close();
     const subject = subjectOf(this.#find(".name").value.trim());
-    const client = new Client({ subject, device, getToken: () => devToken(subject) });
-    this.#client = client;
+    const claims = { sub: subject, scope: "send poke", ttl_s: TOKEN_TTL_S };
+    this.#subject = subject;
+    this.#api = new Api(() => devToken(claims));
+    this.#api.onAnswer = (method, path, status) => this.#log(`→ ${method} ${path} ${status}`);
     this.#pokes = [];
-    const listen = (type, handler) => {
-      client.addEventListener(type, ({ detail }) => client === this.#client && handler(detail));
-    };
-    listen("state", (detail) => this.#showState(detail));
-    listen("poke", (detail) => this.#onPoke(detail));
-    listen("pull", (detail) => this.#onPull(detail));
-    listen("log", ({ text }) => this.#log(text));
+    // What this device has shown once is not shown again after a reload.
+    this.#version = Number(localStorage.getItem(this.#cursorKey));
     this.#find(".messages").replaceChildren();
-    this.#find(".messages").setAttribute("aria-label", `Messages of ${this.name}`);
+    this.#find(".log-of-messages").setAttribute("aria-label", `Messages of ${this.name}`);
     this.#find(".avatar").textContent = [...this.name][0]?.toUpperCase() ?? "?";
     this.#find(".empty").textContent = `No messages for ${this.name} yet.`;
     this.#find(".empty").hidden = false;
     this.showOther();
     this.other?.showOther();
-    client.open();
+    this.#connect();
+  }
+
+  get #cursorKey() {
+    return `cursor ${device} ${this.#subject}`;
+  }
+
+  #connect() {
+    const api = this.#api;
+    const client = connect({
+      url: location.origin,
+      token: () => api.renew(),
+      device,
+      cursor: this.#version,
+      share: false,
+      fetch: (url, options) => this.#fetch(url, options),
+      onMessages: (messages) => client === this.#client && this.#onPulled(messages),
+    });
+    const listen = (name, listener) =>
+      client.on(name, (value) => client === this.#client && listener(value));
+    this.#client = client;
+    this.#cause = null;
+    listen("step", (step) => this.#onStep(step));
+    listen("error", (error) => this.#log(`failed: ${error.message}`));
+    listen("state", () => this.#showState());
+    this.#showState();
   }
 
   /** The other user's name has changed. */
@@ -156,7 +186,7 @@ class User {
   }
 
   #toggle() {
-    if (this.#root.dataset.state === "off") this.#client.open();
+    if (this.#root.dataset.state === "off") this.#connect();
     else this.#client.close();
   }
 
@@ -179,8 +209,8 @@ class User {
       note.textContent = `version ${trace.version} · shown after ${formatMs(trace.totalMs)}`;
     };
     try {
-      const options = { id, ttl_s: MESSAGE_TTL_S };
-      const receipt = await this.#client.send(this.other.subject, { text }, options);
+      const message = { recipient: this.other.subject, body: { text }, id, ttl_s: MESSAGE_TTL_S };
+      const receipt = await this.#api.call("POST", "/v1/messages", message);
       this.#unsent = null;
       this.#fail("");
       this.#committed(trace, receipt.version);
@@ -198,7 +228,7 @@ class User {
     const trace = this.#begin("poke");
     this.other.#barePokes.push(trace);
     try {
-      await this.#client.poke(this.other.subject);
+      await this.#api.call("POST", "/v1/pokes", { recipient: this.other.subject });
       this.#fail("");
       this.#committed(trace, null);
     } catch (error) {
@@ -229,18 +259,58 @@ class User {
     this.#fail(`Not sent: ${error.message}`);
   }
 
-  async #acknowledge() {
-    try {
-      await this.#client.ack();
-      this.#find(".messages").replaceChildren();
-      this.#find(".empty").hidden = false;
-      this.#fail("");
-    } catch (error) {
-      this.#fail(`Not acknowledged: ${error.message}`);
+  // --- receiving -----------------------------------------------------------------------------
+
+  /** The client's `fetch`: the same, and it notes what is shown of a request. */
+  async #fetch(url, options) {
+    const pull = isPull(url, options) ? this.#pull : null;
+    if (pull) pull.startedAt = performance.now();
+    const response = await fetch(url, options);
+    if (pull) pull.status = response.status;
+    this.#log(`→ ${options.method} ${new URL(url).pathname} ${response.status}`);
+    return response;
+  }
+
+  #onStep(step) {
+    switch (step.type) {
+      case "text":
+        this.#onFrame(step.text, performance.now());
+        break;
+      case "closed":
+        this.#cause = null;
+        this.#log(`closed ${step.code} ${step.reason ?? ""}`);
+        this.#showState(step.reason || `closed ${step.code}`);
+        break;
+      case "disconnect":
+        this.#cause = null;
+        this.#showState("no answer");
+        break;
+      case "pull": {
+        const at = performance.now();
+        this.#pull = { cause: this.#cause ?? { kind: "poll", at }, startedAt: at, hadMessages: false };
+        break;
+      }
+      case "pulled":
+        this.#version = step.cursor;
+        localStorage.setItem(this.#cursorKey, step.cursor);
+        if (!this.#pull.hadMessages) this.#onPulled([]);
+        this.#showFacts();
     }
   }
 
-  // --- receiving -----------------------------------------------------------------------------
+  #onFrame(text, at) {
+    const frame = JSON.parse(text);
+    if (frame.type !== "pong") this.#log(`← ${text}`);
+    if (frame.type === "ready") {
+      this.#cause = { kind: "ready", at };
+      this.#showPlace(frame);
+    }
+    if (frame.type === "poke") {
+      const news = frame.version === undefined || frame.version > this.#version;
+      if (news) this.#cause = { kind: "poke", at };
+      this.#onPoke({ version: frame.version, at, news });
+    }
+  }
 
   #onPoke({ version, at, news }) {
     if (version !== undefined) this.#pokes.push({ version, at });
@@ -252,7 +322,11 @@ class User {
     }
   }
 
-  async #onPull({ status, messages, cause, startedAt, endedAt }) {
+  /** A page of messages has come; an empty one, when there is nothing new. */
+  #onPulled(messages) {
+    const { cause, startedAt, status } = this.#pull;
+    this.#pull.hadMessages = messages.length > 0;
+    const endedAt = performance.now();
     // A poke to somebody who was away is not kept: the pull on `ready` makes up for it.
     for (const trace of this.#barePokes.filter((t) => !t.wokenAt && cause.kind === "ready")) {
       Object.assign(trace, { wokenAt: cause.at, wokenBy: "ready" });
@@ -265,8 +339,10 @@ class User {
     }
     this.#barePokes = this.#barePokes.filter((trace) => trace.pullEndedAt === null);
     const arrived = messages.map((message) => [message, this.#receive(message, cause, pulled)]);
-    this.#showFacts();
-    if (messages.length === 0) return;
+    if (arrived.length > 0) this.#onArrived(arrived);
+  }
+
+  async #onArrived(arrived) {
     await painted();
     const shownAt = performance.now();
     for (const [message, { trace, note }] of arrived) {
@@ -278,7 +354,7 @@ class User {
       flow.show("shown", trace, `Shown after ${formatMs(trace.totalMs)}; here in slow motion.`);
       underWay.delete(message.id);
     }
-    this.#pokes = this.#pokes.filter((poke) => poke.version > this.#client.version);
+    this.#pokes = this.#pokes.filter((poke) => poke.version > this.#version);
   }
 
   /** Put a message that was pulled on the page, and its steps so far into its trace. */
@@ -322,35 +398,37 @@ class User {
     noteElement.textContent = note;
     list.append(message);
     if (list.childElementCount > MAX_MESSAGES) list.firstElementChild.remove();
-    list.scrollTop = list.scrollHeight;
+    const well = this.#find(".log-of-messages");
+    well.scrollTop = well.scrollHeight;
     this.#find(".empty").hidden = true;
     return noteElement;
   }
 
-  #showState({ state, why, delayMs, ready }) {
-    this.#root.dataset.state = state;
-    const words = {
-      connecting: "connecting",
-      ready: "connected",
-      waiting: `retry in ${(delayMs / 1000).toFixed(1)} s: ${why}`,
-      off: why,
-    };
-    this.#find(".state").textContent = words[state];
-    this.#find(".state").title = words[state];
-    this.#find(".toggle").textContent = state === "off" ? "Connect" : "Disconnect";
-    if (ready) this.#showPlace(ready);
+  /** The client's state; `why` it is not connected. */
+  #showState(why = "") {
+    const { state, stopCode } = this.#client;
+    const [shown, words] = {
+      connecting: why ? ["waiting", `reconnecting: ${why}`] : ["connecting", "connecting"],
+      connected: ["ready", "connected"],
+      stopped: ["off", whyStopped(stopCode)],
+      closed: ["off", "disconnected"],
+    }[state];
+    this.#root.dataset.state = shown;
+    this.#find(".state").textContent = words;
+    this.#find(".state").title = words;
+    this.#find(".toggle").textContent = shown === "off" ? "Connect" : "Disconnect";
   }
 
   async #showPlace({ instance }) {
     this.#root.dataset.instance = instance;
-    const info = await this.#client.connectInfo().catch(() => null);
+    const info = await this.#api.call("GET", "/v1/connect-info").catch(() => null);
     if (info) this.#root.dataset.shard = info.shard;
     this.#showFacts();
   }
 
   #showFacts() {
     const { instance, shard } = this.#root.dataset;
-    const facts = [this.subject, `shard ${shard ?? "?"}`, `v${this.#client.version}`, instance];
+    const facts = [this.subject, `shard ${shard ?? "?"}`, `v${this.#version}`, instance];
     this.#find(".facts").textContent = facts.join(" · ");
     this.#find(".facts").title = "recipient · shard · version pulled · instance";
   }
