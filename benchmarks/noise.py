@@ -10,8 +10,9 @@ import time
 from collections.abc import Callable, Sequence
 
 from benchmarks.harness import SECRET, BenchmarkError, Figure, compare, progress, recipient
+from pokebridge.gateway.config import GatewayConfig
 from pokebridge.gateway.connection import Connection
-from pokebridge.gateway.gateway import Gateway, GatewayConfig
+from pokebridge.gateway.gateway import Gateway
 from pokebridge.model import Poke
 from pokebridge.session import Session, Timing
 from pokebridge.tokens import TokenVerifier

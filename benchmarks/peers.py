@@ -22,7 +22,8 @@ from websockets.http11 import Request, Response
 
 from benchmarks.harness import SECRET
 from pokebridge.errors import AuthError
-from pokebridge.gateway.gateway import Gateway, GatewayConfig
+from pokebridge.gateway.config import GatewayConfig
+from pokebridge.gateway.gateway import Gateway
 from pokebridge.model import Poke
 from pokebridge.server.http import HttpProtocol
 from pokebridge.telemetry import configure_logging

@@ -153,7 +153,7 @@ class SimInstance(Peer):
             socket.cut()
             return
         self._sockets.append(socket)
-        self.real.gateway.upgrade(socket, request, lambda: None)
+        self.real.gateway.entrance.upgrade(socket, request, lambda: None)
 
     async def pull(self, recipient: str, device: str, after: int, limit: int) -> Page:
         """``GET /v1/messages``."""

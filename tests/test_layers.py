@@ -58,6 +58,7 @@ def test_handle_poke_and_the_session_map_know_nothing_of_phases() -> None:
         "gateway.connection",
         "gateway.meter",
         "gateway.session_map",
+        "gateway.wheel",
         "model",
         "session",
         "telemetry",

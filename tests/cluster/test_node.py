@@ -11,7 +11,8 @@ from pokebridge.coordination.base import Coordination
 from pokebridge.coordination.memory import MemoryCoordination
 from pokebridge.coordination.static import Replicas, StaticCoordination
 from pokebridge.errors import ConflictError, NotFoundError
-from pokebridge.gateway.gateway import Gateway, GatewayConfig
+from pokebridge.gateway.config import GatewayConfig
+from pokebridge.gateway.gateway import Gateway
 from pokebridge.model import Feed
 from pokebridge.settings import Settings
 from pokebridge.sharding import shard_of

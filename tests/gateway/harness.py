@@ -16,7 +16,8 @@ from uvicorn.server import ServerState
 from websockets.frames import Frame
 from websockets.frames import Opcode as TheirOpcode
 
-from pokebridge.gateway.gateway import Gateway, GatewayConfig
+from pokebridge.gateway.config import GatewayConfig
+from pokebridge.gateway.gateway import Gateway
 from pokebridge.gateway.subscriptions import SubscriptionTiming
 from pokebridge.model import Poke
 from pokebridge.publisher import Publisher

@@ -589,4 +589,4 @@ async def test_an_abrupt_end_is_noticed() -> None:
             await client.close()
         await wait_until(lambda: len(server.gateway.sessions) == 0)
         assert not server.gateway._connections
-        assert server.gateway._admission._sessions == 0
+        assert server.gateway.entrance._admission._sessions == 0

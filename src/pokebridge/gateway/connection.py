@@ -1,54 +1,70 @@
-"""The socket of a session: an asyncio protocol that does no more than its session says.
+"""The socket of a session: an asyncio protocol that does what its session says, and no more.
 
-There may be tens of thousands of these, nearly all silent, so one keeps no task, timer, queue or
-buffer: deadlines are on the instance's wheel, a parser exists only while bytes are pending, and
-a poke goes to the kernel in the call that brings it.
+An instance has tens of thousands of connections, and nearly all are silent. So a connection has no
+task, timer, queue or buffer: its deadline is on the instance's wheel, its parser exists only while
+bytes are pending, and a poke goes to the kernel in the call that brings it.
 """
 
 import asyncio
 import contextlib
 import socket
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import structlog
 
 from pokebridge.errors import FrameError
 from pokebridge.framing import FrameEvent, FrameParser, Opcode, decode_close, encode_frame
+from pokebridge.gateway.wheel import Wheel
 from pokebridge.session import Session, State
 from pokebridge.wire import PONG_FRAME, Ping, decode_client_message, move_frame
 
-if TYPE_CHECKING:
-    from pokebridge.gateway.gateway import Gateway
-
 log = structlog.get_logger(__name__)
 
-# A kernel would keep megabytes of pokes for a peer that reads nothing. With this little of it
-# unsent, the kernel says "full", and the session merges (tcp(7), TCP_NOTSENT_LOWAT).
+# The kernel would buffer megabytes of pokes for a peer that reads nothing. With this limit it
+# reports a full buffer early, and the session merges further pokes (tcp(7), TCP_NOTSENT_LOWAT).
 _UNSENT_BYTES_AT_MOST = 256
 
 
 def _socket_under(transport: asyncio.Transport) -> socket.SocketType | None:
-    """A way to send past ``transport``, if it has a socket; TLS ends before an instance.
+    """A socket object to send with past ``transport``, if that has a socket.
 
-    The descriptor remains the transport's, so this must be detached before the transport closes
-    it: in ``connection_lost``, which is called before.
+    TLS ends before an instance, so what is sent is what the peer reads. The transport owns the
+    descriptor: the object must be detached before the transport closes it, in ``connection_lost``.
     """
     shown = transport.get_extra_info("socket")
     if shown is None:
         return None
-    # The type in C, half as large as its subclass ``socket.socket``.
+    # The base type, which is half as large as its subclass ``socket.socket``.
     own = socket.SocketType(shown.family, shown.type, shown.proto, shown.fileno())
     own.settimeout(0)
     return own
 
 
+class ConnectionHost(Protocol):
+    """What a connection needs from the gateway that it belongs to."""
+
+    instance: str
+    """The instance's id."""
+    wheel: Wheel
+    """Where the connection's deadline is kept."""
+
+    def now(self) -> float:
+        """The time on the event loop's clock, in seconds."""
+
+    def renew(self, connection: "Connection", token: str) -> None:
+        """The client of ``connection`` has sent a new token."""
+
+    def forget(self, connection: "Connection") -> None:
+        """The socket of ``connection`` is closed."""
+
+
 class Connection(asyncio.Protocol):
-    """One accepted WebSocket."""
+    """The WebSocket of one session."""
 
     __slots__ = (
         "_deaf",
         "_direct",
-        "_gateway",
+        "_host",
         "_parser",
         "_socket",
         "_transport",
@@ -58,21 +74,27 @@ class Connection(asyncio.Protocol):
     )
 
     def __init__(
-        self, gateway: "Gateway", transport: asyncio.Transport, session: Session, address: str
+        self, host: ConnectionHost, transport: asyncio.Transport, session: Session, address: str
     ) -> None:
-        self._gateway = gateway
-        self._transport = transport
-        self._socket: socket.SocketType | None = None
-        self._direct: socket.SocketType | None = None
-        self._parser: FrameParser | None = None
-        self._deaf = False
         self.session = session
         self.address = address
+        """The client's address, which the session counts against."""
         self.wheel_slot = 0
+        """A note of the wheel's; see :class:`~pokebridge.gateway.wheel.Timed`."""
+        self._host = host
+        self._transport = transport
+        # The transport's socket, if it has one ...
+        self._socket: socket.SocketType | None = None
+        # ... and the same while pokes may be sent past the transport.
+        self._direct: socket.SocketType | None = None
+        # While a part of a frame or of a message is pending.
+        self._parser: FrameParser | None = None
+        # The peer broke a rule: whatever else it sends is discarded.
+        self._deaf = False
 
     @property
     def recipient(self) -> str:
-        """Whose it is."""
+        """The recipient of the session."""
         return self.session.recipient
 
     def begin(self, response: bytes) -> None:
@@ -84,30 +106,28 @@ class Connection(asyncio.Protocol):
         if sock is not None:
             with contextlib.suppress(OSError, AttributeError):  # not TCP, or not Linux
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES_AT_MOST)
-        transport.pause_reading()  # nothing is heard before ``ready`` is said
+        transport.pause_reading()  # until ``ready`` is sent
         transport.write(response)
         self._follow()
 
     def open(self, first_ping_s: float) -> None:
-        """The recipient's subscription is live: say ``ready``."""
+        """Send ``ready``: the recipient's subscription is live."""
         if self.session.state is State.WAITING:
-            gateway = self._gateway
+            host = self._host
             self._transport.write(
-                self.session.open(
-                    instance=gateway.instance, now=gateway.now(), first_ping_s=first_ping_s
-                )
+                self.session.open(instance=host.instance, now=host.now(), first_ping_s=first_ping_s)
             )
             self._transport.resume_reading()
             self._follow()
 
     def notify(self, version: int | None, frame: bytes) -> bool:
-        """Send a poke, ``frame``, or merge it; whether it was sent."""
+        """Send the poke ``frame``, or merge it. Returns whether it was sent."""
         sent = 0
         if self._direct is not None:
             try:
                 sent = self._direct.send(frame)
             except OSError:
-                sent = 0  # full, or broken: the transport finds that out too, and acts
+                sent = 0  # full or broken: the transport finds out as well, and acts
         elif not self.session.poke(version):
             return False
         if sent < len(frame):
@@ -116,9 +136,9 @@ class Connection(asyncio.Protocol):
 
     def close(self, code: int, reason: str) -> None:
         """Start the closing handshake."""
-        frame = self.session.close(code, reason, self._gateway.now())
+        frame = self.session.close(code, reason, self._host.now())
         if frame:
-            log.info("session closing", session=self.session.id, code=code, reason=reason)
+            log.info("session_closing", session=self.session.id, code=code, reason=reason)
             self._transport.resume_reading()
             self._transport.write(frame)
             self._follow()
@@ -130,12 +150,12 @@ class Connection(asyncio.Protocol):
             self.close(4307, "moved")
 
     def renew(self, expires_at: float) -> None:
-        """A new token was accepted: it runs out at ``expires_at`` on the loop's clock."""
-        self._transport.write(self.session.renew(expires_at=expires_at, now=self._gateway.now()))
+        """A new token was accepted. It expires at ``expires_at`` on the loop's clock."""
+        self._transport.write(self.session.renew(expires_at=expires_at, now=self._host.now()))
         self._follow()
 
     def abort(self) -> None:
-        """Drop the socket without a word."""
+        """Drop the socket without a closing handshake."""
         self.session.state = State.CLOSED
         self._direct = None
         self._transport.abort()
@@ -150,29 +170,29 @@ class Connection(asyncio.Protocol):
             self._transport.write(data)
         self._follow()
 
-    # --- asyncio's calls ------------------------------------------------------------------------
+    # --- called by asyncio ------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        """The client said something."""
+        """Bytes from the client."""
         if self._deaf:
             return
         parser = self._parser or FrameParser()
         try:
             for event in parser.feed(data):
-                self._on_event(event)
+                self._on_frame(event)
         except FrameError as error:
             self._fail(error)
         self._parser = None if parser.idle else parser
 
     def pause_writing(self) -> None:
-        """The peer does not read: merge pokes, and take no more work from it."""
-        self.session.block(self._gateway.now())
+        """The peer does not read: merge pokes, and read nothing more from it."""
+        self.session.block(self._host.now())
         self._transport.pause_reading()
         self._follow()
 
     def resume_writing(self) -> None:
-        """The peer has read everything: pay what is owed."""
-        data = self.session.drain(self._gateway.now())
+        """The peer has read everything: send the merged poke."""
+        data = self.session.drain(self._host.now())
         self._follow()
         if self.session.state is not State.WAITING:
             self._transport.resume_reading()
@@ -188,11 +208,11 @@ class Connection(asyncio.Protocol):
         self._direct = None
         if self._socket is not None:
             self._socket.detach()
-        self._gateway.forget(self)
+        self._host.forget(self)
 
-    # --- what a client says ---------------------------------------------------------------------
+    # --- what the client sends --------------------------------------------------------------------
 
-    def _on_event(self, event: FrameEvent) -> None:
+    def _on_frame(self, event: FrameEvent) -> None:
         session = self.session
         if event.opcode is Opcode.CLOSE:
             self._on_close(event.payload)
@@ -202,8 +222,8 @@ class Connection(asyncio.Protocol):
         if not session.hear():
             raise FrameError(1008, "too many messages")
         if event.opcode is Opcode.PONG:
-            session.pong(self._gateway.now())
-            self._follow()  # the next ping may be due before the deadline of this pong was
+            session.pong(self._host.now())
+            self._follow()  # the next ping may be due before the deadline of this pong
         elif event.opcode is Opcode.PING:
             self._transport.write(encode_frame(Opcode.PONG, event.payload))
         else:
@@ -211,7 +231,7 @@ class Connection(asyncio.Protocol):
             if isinstance(message, Ping):
                 self._transport.write(PONG_FRAME)
             else:
-                self._gateway.renew(self, message.token)
+                self._host.renew(self, message.token)
 
     def _on_close(self, payload: bytes) -> None:
         """Answer the peer's close frame with its own code, unless it is the answer to ours."""
@@ -223,8 +243,8 @@ class Connection(asyncio.Protocol):
     def _fail(self, error: FrameError) -> None:
         """Fail the connection (RFC 6455, section 7.1.7).
 
-        Say why and hang up our side, but read on: closing a socket with unread bytes would reset
-        it, and the reset could overtake the reason.
+        Send the reason and close our side, but read on: a socket that is closed with unread bytes
+        is reset, and the reset could overtake the reason.
         """
         self._deaf = True
         self.close(error.close_code, str(error))
@@ -232,10 +252,10 @@ class Connection(asyncio.Protocol):
             self._transport.write_eof()
 
     def _follow(self) -> None:
-        """The session has changed: wake it in time, and send directly only while it flows.
+        """Schedule the session's new deadline, and send directly only while the session flows.
 
-        Directly is past the session and the transport; docs/benchmarks.md says what that saves. It
-        overtakes nothing: a session does not flow while its transport holds anything back.
+        Directly means past the session and the transport; docs/benchmarks.md says what that saves.
+        It overtakes nothing: a session does not flow while its transport has bytes buffered.
         """
-        self._gateway.wheel.schedule(self, self.session.due_at)
+        self._host.wheel.schedule(self, self.session.due_at)
         self._direct = self._socket if self.session.flows else None

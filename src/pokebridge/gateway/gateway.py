@@ -1,111 +1,46 @@
-"""The WebSocket half of an instance: it admits sessions, keeps them, and ends them.
+"""The WebSocket half of an instance: its sessions, from their admission to their end.
 
-HTTP upgrade → upgrade() → [token] → Connection → SessionMap → ``ready`` once the bridge is live
+HTTP upgrade → ``Entrance`` → ``Connection`` → ``SessionMap`` → ``ready`` once its shard is live
 """
 
 import asyncio
 import contextlib
 import random
-import secrets
-import time
-from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
-from http import HTTPStatus
+from collections.abc import Callable, Coroutine, Mapping
 from itertools import islice
-from math import inf
-from typing import Protocol
 
 import structlog
 
 from pokebridge.backoff import spread
-from pokebridge.errors import AuthError, KeysUnavailableError, PokebridgeError, RefusedError
-from pokebridge.gateway.admission import Admission, retry_within
 from pokebridge.gateway.bridge import Bridge
+from pokebridge.gateway.config import GatewayConfig
 from pokebridge.gateway.connection import Connection
-from pokebridge.gateway.handshake import (
-    Handshake,
-    Network,
-    UpgradeRequest,
-    read_handshake,
-    refusal_response,
-)
+from pokebridge.gateway.entrance import Entrance, Verifier
+from pokebridge.gateway.handshake import Handshake
 from pokebridge.gateway.session_map import SessionMap
 from pokebridge.gateway.shard_routing import Reach, ShardRouting
-from pokebridge.gateway.subscriptions import SubscriptionManager, SubscriptionTiming
+from pokebridge.gateway.subscriptions import SubscriptionManager
 from pokebridge.gateway.wheel import Wheel
-from pokebridge.model import Mode
-from pokebridge.placement import Placement, PlacementRules, ShardMap
-from pokebridge.session import Session, State, Timing
-from pokebridge.sharding import DEFAULT_SHARD_COUNT, shard_of
+from pokebridge.placement import Placement, ShardMap
+from pokebridge.sharding import shard_of
 from pokebridge.transport.base import Transport
 
 log = structlog.get_logger(__name__)
 
-# Between two batches of sessions that hear ``ready`` after they had to wait for it.
+# Sessions that had to wait for ``ready`` get it in batches, one in this time.
 _READY_EVERY_S = 0.1
-
-
-class Identity(Protocol):
-    """What a valid token says: who, and until when (Unix seconds)."""
-
-    @property
-    def subject(self) -> str:
-        """The recipient."""
-
-    @property
-    def expires_at(self) -> float:
-        """Unix seconds."""
-
-
-class Verifier(Protocol):
-    """Tells whose a token is; raises AuthError when it is nobody's."""
-
-    def verify_now(self, token: str) -> Identity:
-        """At once; raises KeysUnavailableError when a key would have to be fetched."""
-
-    async def verify(self, token: str) -> Identity:
-        """The same, and fetches the key."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GatewayConfig:
-    """The gateway's settings; ``None`` is no limit, and any Origin."""
-
-    instance: str
-    allowed_origins: frozenset[str] | None = frozenset()
-    trusted_proxies: Sequence[Network] = ()
-    max_sessions: int | None = None
-    max_sessions_per_recipient: int = 64
-    max_sessions_per_address: int | None = None
-    handshakes_per_s: float | None = None
-    timing: Timing = field(default_factory=Timing)
-    subscription_timing: SubscriptionTiming = field(default_factory=SubscriptionTiming)
-    shard_count: int = DEFAULT_SHARD_COUNT
-    mode: Mode = "fanout"
-    """Until the first shard map is seen."""
-    placement: PlacementRules = field(default_factory=PlacementRules)
-    max_session_s: float = inf
-    """How long a session lasts at most; each a bit less, so that they do not end together."""
-    moves_per_s: float = 200.0
-    """The rate at which live sessions follow their shard."""
-    move_delay_s: float = 2.0
-    """Until then a new owner has proven its subscription."""
 
 
 class Gateway:
     """All sessions of one instance, and the bridge that feeds them."""
 
     def __init__(self, config: GatewayConfig, transport: Transport, verifier: Verifier) -> None:
-        self._config = config
-        self._verifier = verifier
-        self._admission = Admission(
-            handshakes_per_s=config.handshakes_per_s,
-            max_sessions=config.max_sessions,
-            max_sessions_per_address=config.max_sessions_per_address,
-        )
+        self.instance = config.instance
+        """This instance's id."""
         self.sessions: SessionMap[Connection] = SessionMap(config.max_sessions_per_recipient)
+        """The sessions by recipient, those that wait for ``ready`` included."""
         self.bridge = Bridge(self.sessions)
+        """Routes signals to the sessions."""
         self.subscriptions = SubscriptionManager(
             transport,
             self.bridge.on_signal,
@@ -115,37 +50,43 @@ class Gateway:
             on_live=self._open_waiting,
             on_missed=self._wake,
         )
+        """Has the transport deliver the signals for the sessions."""
         self.shard_routing = ShardRouting(
             config.instance,
             ShardMap(0, config.mode, (None,) * config.shard_count),
             Placement(config.instance, config.placement),
         )
+        """Knows where each recipient belongs."""
+        self.entrance = Entrance(config, verifier, self, self._add)
+        """Admits new sessions."""
         self.wheel = Wheel()
-        self.instance = config.instance
-        self.handshakes: Counter[str] = Counter()
-        """Handshakes by outcome: the HTTP status that they were answered with."""
+        """The deadlines of all sockets, plain HTTP ones included."""
         self.pulls_per_s = 1000.0
-        """The rate to which the pulls after a gap are spread."""
+        """The rate over which the pulls after a gap are spread."""
         self.on_ready: Callable[[str, str], None] = lambda _recipient, _device: None
-        """Told of each session that becomes ready; must not block."""
+        """Called with the recipient and the device of each session that becomes ready. It must not
+        block."""
         self.moved = 0
-        """Sessions that were sent after their shard."""
+        """How many sessions were sent after their shard."""
+        self._config = config
+        # Every connection until its socket is closed, so those that are closing as well.
         self._connections: set[Connection] = set()
+        # Set while there are none.
+        self._all_gone = asyncio.Event()
+        # The connections that wait for ``ready``, in order, and the timer of their next batch.
         self._waiting: dict[Connection, None] = {}
         self._opener: asyncio.TimerHandle | None = None
-        self._all_gone = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._serves = False
 
     async def start(self, *, serves: bool = True) -> None:
-        """Subscribe and begin to take sessions, or refuse them all unless it ``serves``.
+        """Subscribe, and begin to take sessions. Unless it ``serves``, refuse them all.
 
         Raises:
-            TransportError: the transport can't be had.
+            TransportError: the transport is unavailable.
         """
         self._loop = asyncio.get_running_loop()
-        self._serves = serves
+        self.entrance.serves = serves
         self.wheel.start(self._loop)
         if not serves:
             return
@@ -153,8 +94,8 @@ class Gateway:
         self._spawn(self._keep_time())
 
     async def close(self) -> None:
-        """Stop; whoever is still connected is cut off."""
-        self.refuse()
+        """Stop, and drop the connections that are still open."""
+        self.entrance.close()
         if self._opener is not None:
             self._opener.cancel()
         for task in self._tasks:
@@ -165,30 +106,30 @@ class Gateway:
         self.wheel.stop()
 
     def now(self) -> float:
-        """Seconds of the loop's clock, the one that all deadlines here are in."""
+        """The time on the loop's clock in seconds. All deadlines here are on that clock."""
         assert self._loop is not None, "the gateway is not started"  # noqa: S101 - a caller's bug
         return self._loop.time()
 
     @property
     def draining(self) -> bool:
         """Whether new sessions are refused because this instance is about to stop."""
-        return self._admission.draining
+        return self.entrance.draining
 
     def refuse(self) -> None:
-        """Take no new sessions any more; those there are stay."""
-        self._admission.draining = True
+        """Refuse new sessions from now on. Open sessions are not affected."""
+        self.entrance.shut()
 
     async def drain(self, window_s: float, code: int = 1012) -> None:
-        """Refuse new sessions and close those there are, spread over ``window_s`` seconds.
+        """Refuse new sessions, and close the open ones spread over ``window_s`` seconds.
 
-        Returns when all are gone, or when those left have had their time to answer.
+        Returns when all connections are closed, or when the last had its time to answer.
         """
         self.refuse()
         connections = list(self._connections)
         if not connections:
             return
         random.shuffle(connections)
-        log.info("draining", sessions=len(connections), window_s=window_s)
+        log.info("drain_started", sessions=len(connections), window_s=window_s)
         start = self.now()
         for position, connection in enumerate(connections):
             ahead_s = start + window_s * position / len(connections) - self.now()
@@ -202,9 +143,9 @@ class Gateway:
     # --- where sessions belong ----------------------------------------------------------------
 
     def apply(self, shard_map: ShardMap, members: Mapping[str, Reach]) -> None:
-        """Hold what ``shard_map`` says, and let sessions follow their shard to the owner's URL."""
+        """Subscribe to what ``shard_map`` says, and send sessions after their shards' owners."""
         moved = self.shard_routing.see(shard_map, members)
-        if not self._serves:
+        if not self.entrance.serves:
             return
         self.subscriptions.own(shard_map.owned_by(self.instance))
         self._update_subscriptions()
@@ -215,7 +156,7 @@ class Gateway:
         self.subscriptions.want(self.shard_routing.wanted(self.now()))
 
     async def _move_sessions(self, shards: frozenset[int]) -> None:
-        """Send the sessions of ``shards`` after them, spread out, never all at once."""
+        """Send the sessions of ``shards`` after their shards, at a limited rate."""
         await asyncio.sleep(self._config.move_delay_s)
         shard_count = self._config.shard_count
         leaving = [
@@ -223,14 +164,13 @@ class Gateway:
         ]
         random.shuffle(leaving)
         for connection in leaving:
-            if (
-                self.shard_routing.url_for(connection.recipient) is not None
-            ):  # the map may have moved on
+            # The map may have changed since.
+            if self.shard_routing.url_for(connection.recipient) is not None:
                 self._send_away(connection, 1012)
                 await asyncio.sleep(1 / self._config.moves_per_s)
 
     def _send_away(self, connection: Connection, code: int) -> None:
-        """To its recipient's home when that is elsewhere, else with ``code`` to anywhere."""
+        """Move the client to its shard's owner, or close with ``code`` when that is nobody else."""
         url = self.shard_routing.url_for(connection.recipient)
         if url is None:
             connection.close(code, "this instance stops")
@@ -238,117 +178,35 @@ class Gateway:
             self.moved += 1
             connection.move(url)
 
-    # --- admitting --------------------------------------------------------------------------------
+    # --- sessions -----------------------------------------------------------------------------
 
-    def upgrade(
-        self, transport: asyncio.Transport, request: UpgradeRequest, hand_over: Callable[[], None]
-    ) -> None:
-        """Answer an upgrade request; ``hand_over`` is called just before the transport is taken.
-
-        Until then, which is at once unless a key must be fetched first, the transport remains the
-        caller's, with reading paused, and so does the deadline.
-        """
-        try:
-            if not self._serves:
-                raise RefusedError(HTTPStatus.NOT_FOUND, "this instance takes no sessions")
-            self._check_handshake()
-            handshake = read_handshake(
-                request,
-                allowed_origins=self._config.allowed_origins,
-                trusted_proxies=self._config.trusted_proxies,
-            )
-            self._admission.check_session(handshake.address)
-            identity = self._verifier.verify_now(handshake.token)
-        except KeysUnavailableError:
-            transport.pause_reading()
-            self._spawn(self._upgrade_later(transport, handshake, hand_over))
-        except PokebridgeError as error:
-            self._refuse(transport, error)
-        else:
-            self._accept(transport, handshake, identity, hand_over)
-
-    def _check_handshake(self) -> None:
-        # The loop's clock stands still during a turn: after a long one, time would seem to have
-        # passed at once, and the next handshakes with it.
-        self._admission.check_handshake(time.monotonic())
-
-    async def _upgrade_later(
-        self, transport: asyncio.Transport, handshake: Handshake, hand_over: Callable[[], None]
-    ) -> None:
-        try:
-            identity = await self._verifier.verify(handshake.token)
-            # All who waited for the key are here at once, and a drain may have begun meanwhile.
-            self._check_handshake()
-            self._admission.check_session(handshake.address)
-        except PokebridgeError as error:
-            self._refuse(transport, error)
-        else:
-            if not transport.is_closing():
-                self._accept(transport, handshake, identity, hand_over)
-
-    def _refuse(self, transport: asyncio.Transport, error: PokebridgeError) -> None:
-        headers = error.headers if isinstance(error, RefusedError) else {}
-        if isinstance(error, KeysUnavailableError):
-            headers = retry_within(2, 10)
-        elif isinstance(error, AuthError):
-            headers = {"WWW-Authenticate": "Bearer"}
-        self.handshakes[str(int(error.status))] += 1
-        transport.write(refusal_response(error.status, str(error), headers))
-        transport.close()
-
-    def _accept(
-        self,
-        transport: asyncio.Transport,
-        handshake: Handshake,
-        identity: Identity,
-        hand_over: Callable[[], None],
-    ) -> None:
-        now = self.now()
-        session = Session(
-            identity.subject,
-            handshake.device,
-            secrets.token_hex(8),
-            expires_at=self._on_our_clock(identity.expires_at),
-            now=now,
-            timing=self._config.timing,
-            ends_at=self._end_of_session(now),
-        )
-        connection = Connection(self, transport, session, handshake.address)
-        self.handshakes["101"] += 1
-        self._admission.enter(handshake.address)
+    def _add(self, connection: Connection, handshake: Handshake) -> None:
+        """Add a connection that was just admitted, or send it to the owner of its shard."""
         self._connections.add(connection)
         self._all_gone.clear()
-        hand_over()
-        connection.begin(handshake.response)
-        log.debug("session accepted", session=session.id, device=session.device)
-        if not handshake.moved and self.shard_routing.url_for(session.recipient) is not None:
+        recipient = connection.recipient
+        if not handshake.moved and self.shard_routing.url_for(recipient) is not None:
             self._send_away(connection, 1012)
             return
         replaced = self.sessions.add(connection)
-        if self.shard_routing.enter(session.recipient):
-            # Now, and not with the next tick: what covers it until then may be about to go.
+        if self.shard_routing.enter(recipient):
+            # Not with the next tick: the subscription that covers this shard may be retiring.
             self._update_subscriptions()
         if replaced is not None:
-            self.shard_routing.leave(session.recipient)
+            self.shard_routing.leave(recipient)
             replaced.close(4409, "replaced: the recipient has too many sessions")
-        if self.subscriptions.covers(session.recipient):
+        if self.subscriptions.covers(recipient):
             self._open(connection)
         else:
             self._waiting[connection] = None
 
-    def _end_of_session(self, now: float) -> float:
-        if self._config.max_session_s == inf:
-            return inf  # the one object for all
-        # Sessions that came together must not go together.
-        return now + spread(self._config.max_session_s, 0.8, 1.0)
-
     def _open(self, connection: Connection) -> None:
-        # Sessions that came together, as after a restart, are not pinged together.
+        # Sessions that began together, as after a restart, must not be pinged together.
         connection.open(spread(self._config.timing.ping_interval_s, 0.5, 1.0))
         self.on_ready(connection.recipient, connection.session.device)
 
     def _open_waiting(self) -> None:
-        """Say ``ready`` to those who waited, no faster than the pulls that it causes are borne."""
+        """Send ``ready`` to waiting sessions, at the rate of the pulls that it causes."""
         if self._opener is None:
             self._open_next()
 
@@ -377,10 +235,14 @@ class Gateway:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    # --- what a connection asks for ---------------------------------------------------------------
+    # --- called by a connection -------------------------------------------------------------------
+
+    def renew(self, connection: Connection, token: str) -> None:
+        """The client of ``connection`` has sent a new token."""
+        self.entrance.renew(connection, token)
 
     def forget(self, connection: Connection) -> None:
-        """The socket of ``connection`` is gone."""
+        """The socket of ``connection`` is closed."""
         self._connections.discard(connection)
         if not self._connections:
             self._all_gone.set()
@@ -388,36 +250,5 @@ class Gateway:
         if self.sessions.remove(connection):
             self.shard_routing.leave(connection.recipient)
         self.wheel.cancel(connection)
-        self._admission.leave(connection.address)
-        log.debug("session ended", session=connection.session.id)
-
-    def renew(self, connection: Connection, token: str) -> None:
-        """The client of ``connection`` brings a new token."""
-        try:
-            identity = self._verifier.verify_now(token)
-        except KeysUnavailableError:
-            self._spawn(self._renew_later(connection, token))
-        except AuthError as error:
-            connection.close(error.close_code, str(error))
-        else:
-            self._renewed(connection, identity)
-
-    async def _renew_later(self, connection: Connection, token: str) -> None:
-        try:
-            identity = await self._verifier.verify(token)
-        except KeysUnavailableError:
-            # An outage of the key server ends nobody's session: the old token goes on.
-            log.warning("no keys to renew a token with", session=connection.session.id)
-        except AuthError as error:
-            connection.close(error.close_code, str(error))
-        else:
-            self._renewed(connection, identity)
-
-    def _renewed(self, connection: Connection, identity: Identity) -> None:
-        if identity.subject != connection.recipient:
-            connection.close(4403, "a new token must be of the same recipient")
-        elif connection.session.state is State.OPEN:
-            connection.renew(self._on_our_clock(identity.expires_at))
-
-    def _on_our_clock(self, unix_s: float) -> float:
-        return self.now() + (unix_s - time.time())
+        self.entrance.left(connection)
+        log.debug("session_ended", session=connection.session.id)

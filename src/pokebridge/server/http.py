@@ -99,7 +99,7 @@ class HttpProtocol(HttpToolsProtocol):
             peer=self.client[0] if self.client else "",
         )
         self._arm()  # a key that must be fetched first does not take for ever
-        self._gateway.upgrade(self.transport, request, self._leave)
+        self._gateway.entrance.upgrade(self.transport, request, self._leave)
 
     def _leave(self) -> None:
         self._gateway.wheel.cancel(self)

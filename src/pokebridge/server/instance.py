@@ -25,7 +25,8 @@ from pokebridge.coordination.base import Coordination
 from pokebridge.errors import PokebridgeError
 from pokebridge.fallback.push import Pulls, Pusher
 from pokebridge.fallback.webhook import Webhook
-from pokebridge.gateway.gateway import Gateway, GatewayConfig
+from pokebridge.gateway.config import GatewayConfig
+from pokebridge.gateway.gateway import Gateway
 from pokebridge.ingress.base import Source
 from pokebridge.ingress.ingress import Ingress
 from pokebridge.mailbox.base import Mailbox
@@ -260,7 +261,7 @@ class Instance:
         numbers: dict[Metric, metrics.Value] = {
             Metric.BUILD_INFO: {(__version__, me): 1},
             Metric.HANDSHAKES: {
-                (status,): count for status, count in self.gateway.handshakes.items()
+                (status,): count for status, count in self.gateway.entrance.handshakes.items()
             },
             Metric.POKES_PUBLISHED: self._publisher.published,
             Metric.SESSIONS: len(self.gateway.sessions),

@@ -1,0 +1,44 @@
+"""The settings of a gateway."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import inf
+
+from pokebridge.gateway.handshake import Network
+from pokebridge.gateway.subscriptions import SubscriptionTiming
+from pokebridge.model import Mode
+from pokebridge.placement import PlacementRules
+from pokebridge.session import Timing
+from pokebridge.sharding import DEFAULT_SHARD_COUNT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayConfig:
+    """The settings of a gateway. A limit of ``None`` is no limit."""
+
+    instance: str
+    """This instance's id."""
+    allowed_origins: frozenset[str] | None = frozenset()
+    """The values of ``Origin`` that are accepted. ``None`` accepts every Origin."""
+    trusted_proxies: Sequence[Network] = ()
+    """The proxies whose ``X-Forwarded-For`` is believed."""
+    max_sessions: int | None = None
+    max_sessions_per_recipient: int = 64
+    """A session beyond this limit replaces the recipient's oldest one."""
+    max_sessions_per_address: int | None = None
+    handshakes_per_s: float | None = None
+    timing: Timing = field(default_factory=Timing)
+    """The deadlines of a session."""
+    subscription_timing: SubscriptionTiming = field(default_factory=SubscriptionTiming)
+    shard_count: int = DEFAULT_SHARD_COUNT
+    mode: Mode = "fanout"
+    """The mode until the first shard map arrives."""
+    placement: PlacementRules = field(default_factory=PlacementRules)
+    max_session_s: float = inf
+    """The longest life of a session. Each session gets a random share of it, 80 to 100 %, so that
+    sessions that began together do not end together."""
+    moves_per_s: float = 200.0
+    """How many sessions a second follow their shard to its new owner."""
+    move_delay_s: float = 2.0
+    """How long sessions wait before they follow, so that the new owner can prove its
+    subscription."""

@@ -1,0 +1,238 @@
+"""The entrance of an instance: it admits sessions, and renews their tokens.
+
+HTTP upgrade → ``upgrade`` → [token] → ``Connection`` → ``on_admitted``, which gives it a place
+"""
+
+import asyncio
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from http import HTTPStatus
+from math import inf
+from typing import Protocol
+
+import structlog
+
+from pokebridge.backoff import spread
+from pokebridge.errors import AuthError, KeysUnavailableError, PokebridgeError, RefusedError
+from pokebridge.gateway.admission import Admission, retry_within
+from pokebridge.gateway.config import GatewayConfig
+from pokebridge.gateway.connection import Connection, ConnectionHost
+from pokebridge.gateway.handshake import (
+    Handshake,
+    UpgradeRequest,
+    read_handshake,
+    refusal_response,
+)
+from pokebridge.session import Session, State
+
+log = structlog.get_logger(__name__)
+
+
+class Identity(Protocol):
+    """What a valid token says: who its bearer is, and until when."""
+
+    @property
+    def subject(self) -> str:
+        """The recipient."""
+
+    @property
+    def expires_at(self) -> float:
+        """Unix time in seconds."""
+
+
+class Verifier(Protocol):
+    """Verifies tokens."""
+
+    def verify_now(self, token: str) -> Identity:
+        """The identity behind ``token``, without waiting.
+
+        Raises:
+            KeysUnavailableError: the key of the token has to be fetched first; see ``verify``.
+            AuthError: the token is not valid.
+        """
+
+    async def verify(self, token: str) -> Identity:
+        """The same, but fetches the key when necessary.
+
+        Raises:
+            KeysUnavailableError: the key can't be fetched now.
+            AuthError: the token is not valid.
+        """
+
+
+class Entrance:
+    """Answers upgrade requests, and renews the tokens of open sessions."""
+
+    serves = False
+    """Whether this instance takes sessions at all. Otherwise each request is answered with 404."""
+
+    def __init__(
+        self,
+        config: GatewayConfig,
+        verifier: Verifier,
+        host: ConnectionHost,
+        on_admitted: Callable[[Connection, Handshake], None],
+    ) -> None:
+        """``on_admitted`` is called with each new connection; its handshake is already answered."""
+        self.handshakes: Counter[str] = Counter()
+        """Handshakes by the HTTP status that they were answered with."""
+        self._config = config
+        self._verifier = verifier
+        self._host = host
+        self._on_admitted = on_admitted
+        self._admission = Admission(
+            handshakes_per_s=config.handshakes_per_s,
+            max_sessions=config.max_sessions,
+            max_sessions_per_address=config.max_sessions_per_address,
+        )
+        # Verifications that wait for a key.
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def draining(self) -> bool:
+        """Whether new sessions are refused because this instance is about to stop."""
+        return self._admission.draining
+
+    def shut(self) -> None:
+        """Refuse new sessions from now on. Open sessions are not affected."""
+        self._admission.draining = True
+
+    def close(self) -> None:
+        """Refuse new sessions, and stop verifying the tokens that wait for a key."""
+        self.shut()
+        for task in self._tasks:
+            task.cancel()
+
+    # --- new sessions -------------------------------------------------------------------------
+
+    def upgrade(
+        self, transport: asyncio.Transport, request: UpgradeRequest, hand_over: Callable[[], None]
+    ) -> None:
+        """Answer an upgrade request.
+
+        ``hand_over`` is called just before the transport becomes the connection's. Until then the
+        transport and the request's deadline are the caller's. That is at once, unless a key must
+        be fetched first; reading is paused meanwhile.
+        """
+        try:
+            if not self.serves:
+                raise RefusedError(HTTPStatus.NOT_FOUND, "this instance takes no sessions")
+            self._check_handshake()
+            handshake = read_handshake(
+                request,
+                allowed_origins=self._config.allowed_origins,
+                trusted_proxies=self._config.trusted_proxies,
+            )
+            self._admission.check_session(handshake.address)
+            identity = self._verifier.verify_now(handshake.token)
+        except KeysUnavailableError:
+            transport.pause_reading()
+            self._spawn(self._upgrade_later(transport, handshake, hand_over))
+        except PokebridgeError as error:
+            self._refuse(transport, error)
+        else:
+            self._accept(transport, handshake, identity, hand_over)
+
+    def left(self, connection: Connection) -> None:
+        """A connection that was admitted has ended: it no longer counts against the limits."""
+        self._admission.leave(connection.address)
+
+    def _check_handshake(self) -> None:
+        # Not the loop's clock, which stands still during a turn of the loop: after a long turn it
+        # would jump, and let too many handshakes pass.
+        self._admission.check_handshake(time.monotonic())
+
+    async def _upgrade_later(
+        self, transport: asyncio.Transport, handshake: Handshake, hand_over: Callable[[], None]
+    ) -> None:
+        try:
+            identity = await self._verifier.verify(handshake.token)
+            # All clients that waited for the key continue at once, and a drain may have begun.
+            self._check_handshake()
+            self._admission.check_session(handshake.address)
+        except PokebridgeError as error:
+            self._refuse(transport, error)
+        else:
+            if not transport.is_closing():
+                self._accept(transport, handshake, identity, hand_over)
+
+    def _refuse(self, transport: asyncio.Transport, error: PokebridgeError) -> None:
+        headers = error.headers if isinstance(error, RefusedError) else {}
+        if isinstance(error, KeysUnavailableError):
+            headers = retry_within(2, 10)
+        elif isinstance(error, AuthError):
+            headers = {"WWW-Authenticate": "Bearer"}
+        self.handshakes[str(int(error.status))] += 1
+        transport.write(refusal_response(error.status, str(error), headers))
+        transport.close()
+
+    def _accept(
+        self,
+        transport: asyncio.Transport,
+        handshake: Handshake,
+        identity: Identity,
+        hand_over: Callable[[], None],
+    ) -> None:
+        now = self._host.now()
+        session = Session(
+            identity.subject,
+            handshake.device,
+            secrets.token_hex(8),
+            expires_at=self._on_the_loops_clock(identity.expires_at),
+            now=now,
+            timing=self._config.timing,
+            ends_at=self._end_of_session(now),
+        )
+        connection = Connection(self._host, transport, session, handshake.address)
+        self.handshakes["101"] += 1
+        self._admission.enter(handshake.address)
+        hand_over()
+        connection.begin(handshake.response)
+        log.debug("session_accepted", session=session.id, device=session.device)
+        self._on_admitted(connection, handshake)
+
+    def _end_of_session(self, now: float) -> float:
+        if self._config.max_session_s == inf:
+            return inf  # one shared object, which costs no memory per session
+        # Sessions that began together must not end together.
+        return now + spread(self._config.max_session_s, 0.8, 1.0)
+
+    # --- renewed tokens -----------------------------------------------------------------------
+
+    def renew(self, connection: Connection, token: str) -> None:
+        """The client of ``connection`` has sent a new token."""
+        try:
+            identity = self._verifier.verify_now(token)
+        except KeysUnavailableError:
+            self._spawn(self._renew_later(connection, token))
+        except AuthError as error:
+            connection.close(error.close_code, str(error))
+        else:
+            self._renewed(connection, identity)
+
+    async def _renew_later(self, connection: Connection, token: str) -> None:
+        try:
+            identity = await self._verifier.verify(token)
+        except KeysUnavailableError:
+            # An outage of the key server ends no session: the old token stays valid.
+            log.warning("token_renewal_without_keys", session=connection.session.id)
+        except AuthError as error:
+            connection.close(error.close_code, str(error))
+        else:
+            self._renewed(connection, identity)
+
+    def _renewed(self, connection: Connection, identity: Identity) -> None:
+        if identity.subject != connection.recipient:
+            connection.close(4403, "a new token must be of the same recipient")
+        elif connection.session.state is State.OPEN:
+            connection.renew(self._on_the_loops_clock(identity.expires_at))
+
+    def _on_the_loops_clock(self, unix_s: float) -> float:
+        return self._host.now() + (unix_s - time.time())
+
+    def _spawn(self, coroutine: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
