@@ -9,6 +9,7 @@ import nats
 from google.api_core.exceptions import DeadlineExceeded
 from google.pubsub_v1.types import PubsubMessage
 from nats.aio.client import Client
+from nats.js.api import AckPolicy, ConsumerConfig
 from nats.js.errors import NotFoundError
 
 from pokebridge.ingress.base import Source
@@ -69,6 +70,16 @@ class NatsQueue:
         """Put messages in."""
         for body in bodies:
             await self._jetstream.publish(self.subject, body)
+
+    async def make_consumer(self, *, ack_wait_s: float) -> None:
+        """Make the processors' consumer, as an operator may, with a shorter wait for acks."""
+        config = ConsumerConfig(
+            durable_name=f"pokebridge-{self.cluster}",
+            filter_subject=self.subject,
+            ack_policy=AckPolicy.EXPLICIT,
+            ack_wait=ack_wait_s,
+        )
+        await self._jetstream.add_consumer(self.stream, config)
 
     async def publish_beside(self, body: bytes) -> None:
         """Put a message into the stream under another subject."""

@@ -310,7 +310,7 @@ async def test_a_subject_of_the_stream_is_read(nats_queue: NatsQueue) -> None:
 async def test_a_stream_that_is_missing_is_named(nats_server: Daemon) -> None:
     """The log says what to make, and it is tried again."""
     source = NatsSource(f"{nats_server.url}/NOWHERE", cluster="c")
-    with pytest.raises(TransportError, match="there is no stream NOWHERE"):
+    with pytest.raises(TransportError, match="the stream NOWHERE does not exist"):
         await source.fetch(1)
     await source.close()
     with pytest.raises(TransportError, match="closed"):

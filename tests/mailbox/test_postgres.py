@@ -11,7 +11,7 @@ import asyncpg
 import pytest
 
 from pokebridge.errors import ConfigError, InputError, MailboxError
-from pokebridge.mailbox import batcher, postgres, postgres_pool
+from pokebridge.mailbox import base, postgres, postgres_pool
 from pokebridge.mailbox.base import Limits, Mailbox
 from pokebridge.mailbox.postgres import PostgresMailbox
 from pokebridge.model import Receipt
@@ -228,12 +228,11 @@ class TestOutages:
         self, mailbox: PostgresMailbox, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """What waits in this process is bounded, whether it shares a round trip or not."""
-        monkeypatch.setattr(batcher, "MAX_WAITING", 3)
-        monkeypatch.setattr(postgres_pool, "MAX_WAITING", 3)
+        monkeypatch.setattr(base, "MAX_WAITING", 3)
         for call in (mailbox.head, mailbox.clear):
             answers = await asyncio.gather(*(call(BOB) for _ in range(5)), return_exceptions=True)
             assert answers[:3] == [0, 0, 0]
-            assert all("too much to do" in str(answer) for answer in answers[3:])
+            assert all("overloaded" in str(answer) for answer in answers[3:])
 
 
 class TestOpening:
@@ -259,7 +258,7 @@ class TestOpening:
     async def test_a_newer_schema(self, mailbox: PostgresMailbox, url: str, by_hand: Any) -> None:
         """What a newer version made is not used by guess."""
         await by_hand.execute("INSERT INTO migrations VALUES (99, now())")
-        with pytest.raises(ConfigError, match="newer pokebridge"):
+        with pytest.raises(ConfigError, match="newer release"):
             await PostgresMailbox.open(url)
 
     @pytest.mark.parametrize(
@@ -268,9 +267,9 @@ class TestOpening:
             (("/postgres?", "/no_such_database?"), "no_such_database"),
             (("postgres@", "nobody:hunter2@"), "nobody"),
             (("?schema=", "?schema=DROP TABLE "), "schema must be"),
-            (("?schema=", "?sslmode=perhaps&schema="), "the URL is none"),
-            (("127.0.0.1:", "127.0.0.1:port"), "the URL is none"),
-            (("postgres@", "postgres:hunter2/@"), "the URL is none"),
+            (("?schema=", "?sslmode=perhaps&schema="), "the URL is invalid"),
+            (("127.0.0.1:", "127.0.0.1:port"), "the URL is invalid"),
+            (("postgres@", "postgres:hunter2/@"), "the URL is invalid"),
         ],
     )
     async def test_a_wrong_url(self, url: str, change: tuple[str, str], said: str) -> None:

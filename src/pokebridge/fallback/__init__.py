@@ -1,1 +1,1 @@
-"""Tells a webhook of recipients that do not pull what they have (docs/push-fallback.md)."""
+"""Notifies a webhook of recipients that have not pulled their messages (docs/push-fallback.md)."""

@@ -1,7 +1,7 @@
-"""Sends the pushes that a mailbox owes, and tells it what was pulled.
+"""Sends a mailbox's pending pushes, and records in it what was pulled.
 
-Nobody keeps a record of who is connected. A message that was not pulled within its grace is what
-counts: perhaps its recipient sleeps, perhaps it is just slow, and then one push was too many.
+No process keeps a record of connected recipients. A push is due when a message was not pulled
+within its grace. A recipient that is only slow gets one push too many.
 """
 
 import asyncio
@@ -24,15 +24,15 @@ AT_ONCE: Final = 32
 LOOK_EVERY_S: Final = 0.5
 PURGE_EVERY_S: Final = 60.0
 PURGE_BATCH: Final = 1_000
-# Pulls are told to the mailbox together; a grace is far longer.
+# Pulls are recorded together. The pause is far shorter than a grace.
 TELL_EVERY_S: Final = 0.1
-# Recipients that pulled and wait to be told: beyond, a push may be one too many.
+# Recipients whose pull is not recorded yet. Beyond this, a push may be sent needlessly.
 MAX_PULLED: Final = 100_000
 TELL_BATCH: Final = 1_000
 _MAX_REASON = 200
 
 Result = Literal["sent", "failed", "dead"]
-"""What came of an attempt; ``dead`` are those after whose failure the push was given up."""
+"""An attempt's result. ``dead`` counts pushes that were given up after a failed attempt."""
 _NOTHING: Mapping[Result, int] = {"sent": 0, "failed": 0, "dead": 0}
 
 _log = structlog.get_logger(__name__)
@@ -40,15 +40,19 @@ _encode = msgspec.json.Encoder().encode
 
 
 class Receiver(Protocol):
-    """Where pushes go."""
+    """The receiver of pushes. An attempt takes at most ``timeout_s`` seconds."""
 
     timeout_s: float
 
     async def post(self, webhook_id: str, body: bytes) -> None:
-        """Return when it has arrived; raises UnavailableError when it has not, or nobody knows."""
+        """Return when the push was accepted.
+
+        Raises :class:`~pokebridge.errors.UnavailableError` when it was refused, or may not have
+        arrived.
+        """
 
     async def close(self) -> None:
-        """Disconnect."""
+        """Close the connections."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +72,22 @@ class Retries:
 
 
 class Pusher:
-    """Claims pushes that are due and posts each to ``receiver``, AT_ONCE at a time.
+    """Claims due pushes and posts each to ``receiver``, at most AT_ONCE at a time.
 
-    A push is claimed for longer than its attempt may take. Who dies in between leaves it to
-    whoever looks next when that has passed; so it arrives once, or with the same id again. While
-    the receiver fails it is asked for one push at a time, so that an outage uses up the attempts
-    of few, and its end meets no storm.
+    A claim lasts longer than an attempt may take. When this process dies in between, the push can
+    be claimed again after that, and is posted with the same id. While the receiver fails, it gets
+    one push at a time. So an outage uses up the attempts of few pushes, and its end brings no
+    burst.
+
+    - ``results``: attempts by their result
+    - ``_queue``: the mailbox's pending pushes
+    - ``_receiver``: where they are posted
+    - ``_retries``: how failed pushes are retried
+    - ``_look_every_s``: the pause between claims
+    - ``_lease_s``: how long a claim lasts
+    - ``_store``, ``_webhook``: whether the mailbox and the receiver work
+    - ``_under_way``: the attempts under way
+    - ``_loops``: the tasks that push and purge
     """
 
     def __init__(
@@ -96,16 +110,16 @@ class Pusher:
         self._loops: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Send what is due, from now on."""
+        """Start to send due pushes."""
         self._loops = [
             asyncio.create_task(self._keep_pushing(), name="pusher-push"),
             asyncio.create_task(self._keep_purging(), name="pusher-purge"),
         ]
 
     async def close(self, *, deadline_s: float = 5.0) -> None:
-        """Claim nothing more and let attempts under way end, for at most ``deadline_s`` seconds.
+        """Stop claiming, and wait for the attempts under way for at most ``deadline_s`` seconds.
 
-        One that is cut off then is made again by whoever looks next. May be called twice.
+        A push whose attempt is cut off is claimed and posted again. May be called twice.
         """
         for loop in self._loops:
             loop.cancel()
@@ -131,7 +145,7 @@ class Pusher:
                 await asyncio.sleep(spread(PURGE_EVERY_S))
 
     async def _push_due(self) -> None:
-        """Begin pushes until nothing is due; one at most while the receiver fails."""
+        """Start attempts until no push is due; while the receiver fails, at most one."""
         while True:
             is_trial = self._webhook.is_down
             room = AT_ONCE - len(self._under_way)
@@ -174,7 +188,7 @@ class Pusher:
         await self._record(lambda: self._queue.bury(push, reason), until_s)
 
     async def _record(self, write: Callable[[], Awaitable[None]], until_s: float) -> None:
-        """Tell the mailbox what has become of a push, while the lease lasts."""
+        """Record a push's result in the mailbox. Retries while the lease lasts."""
 
         async def watched() -> None:
             with self._store.watched():
@@ -192,9 +206,14 @@ class Pusher:
 
 
 class Pulls:
-    """Tells ``queue`` what was pulled here, together and a little later, so that no pull waits.
+    """Records in ``queue`` what was pulled here: together and a little later, so no pull waits.
 
-    What a killed process had not told yet, a tenth of a second's, may be pushed all the same.
+    When the process is killed, the pulls of the last ``tell_every_s`` seconds may be pushed
+    needlessly.
+
+    - ``_versions``: the highest pulled version by recipient, not recorded yet
+    - ``_changed``: set while there are any
+    - ``_telling``: the task that records them
     """
 
     def __init__(self, queue: PushQueue, *, tell_every_s: float = TELL_EVERY_S) -> None:
@@ -206,18 +225,18 @@ class Pulls:
         self._telling: asyncio.Task[None] | None = None
 
     def note(self, recipient: str, version: int) -> None:
-        """``recipient`` has what there is up to ``version``."""
+        """Note that ``recipient`` has pulled up to ``version``."""
         known = self._versions.get(recipient)
         if known is not None or len(self._versions) < MAX_PULLED:
             self._versions[recipient] = max(version, known or 0)
             self._changed.set()
 
     async def start(self) -> None:
-        """Begin to tell."""
+        """Start to record pulls."""
         self._telling = asyncio.create_task(self._keep_telling(), name="pulls-tell")
 
     async def close(self) -> None:
-        """Tell what is left, if the mailbox takes it now."""
+        """Record the remaining pulls, if the mailbox is available."""
         if self._telling is not None:
             self._telling.cancel()
             await asyncio.gather(self._telling, return_exceptions=True)

@@ -1,4 +1,4 @@
-"""A signed POST, as the Standard Webhooks specification has it (version 1.0.0).
+"""A signed POST by the Standard Webhooks specification (version 1.0.0).
 
 https://github.com/standard-webhooks/standard-webhooks/blob/main/spec/standard-webhooks.md
 """
@@ -16,12 +16,12 @@ import httpx
 from pokebridge.errors import UnavailableError
 
 TIMEOUT_S: Final = 10.0
-# What is read of an answer, so that its connection can be used again; a larger one costs that.
+# So much of a response is read, so that its connection can be reused. A larger one closes it.
 ANSWER_BYTES: Final = 16 * 1024
 
 
 class WebhookError(UnavailableError):
-    """The receiver did not answer, or with another status than 2xx."""
+    """The receiver did not answer with a 2xx status."""
 
 
 def signature(key: bytes, webhook_id: str, timestamp: int, body: bytes) -> str:
@@ -32,9 +32,15 @@ def signature(key: bytes, webhook_id: str, timestamp: int, body: bytes) -> str:
 
 
 class Webhook:
-    """One receiver, at ``url``, which the operator has chosen: https, but for development.
+    """One receiver, at the operator's ``url``: https, or http for development.
 
-    No redirect is followed, so nobody else can say where a notification goes.
+    Redirects are not followed, so nobody else can decide where a notification goes.
+
+    - ``timeout_s``: the time for a whole attempt
+    - ``_url``: the receiver
+    - ``_key``: signs the notifications
+    - ``_clock``: Unix time in seconds
+    - ``_http``: the connections
     """
 
     def __init__(
@@ -56,10 +62,10 @@ class Webhook:
         )
 
     async def post(self, webhook_id: str, body: bytes) -> None:
-        """Return when the receiver has answered 2xx, within ``timeout_s`` in all.
+        """Return when the receiver has answered with a 2xx status, within ``timeout_s``.
 
         Raises:
-            WebhookError: it has not; nobody knows whether it took the notification.
+            WebhookError: it has not. It may have accepted the notification nevertheless.
         """
         timestamp = int(self._clock())
         headers = {

@@ -1,1 +1,1 @@
-"""Takes messages from a queue besides HTTP (docs/ingress.md)."""
+"""Takes messages from a queue, besides HTTP (docs/ingress.md)."""

@@ -1,4 +1,4 @@
-"""The port for ingress: a queue whose messages are committed to mailboxes."""
+"""The port for ingress: a queue whose messages are committed to the mailbox."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,9 +7,9 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """A message from the queue; ``id`` is its own, the same at every delivery.
+    """A message from the queue. Its ``id`` is unique, and the same at every delivery.
 
-    ``handle`` is the adapter's: how it tells the engine what has become of the message.
+    ``handle`` belongs to the adapter, which acks the message by it.
     """
 
     id: str
@@ -18,24 +18,27 @@ class Delivery:
 
 
 class Source(Protocol):
-    """A queue that delivers each message until it is acked, to one of those that read it.
+    """A queue that several processes read.
 
-    The engine may be gone and come back: a call that fails says so with
-    :class:`~pokebridge.errors.TransportError`, and a later one connects anew. Nothing is dropped:
-    what was neither acked nor buried is delivered again, perhaps to another process.
+    Guarantees:
+
+    - **At least once**: a message that was neither acked nor buried is delivered again, perhaps to
+      another process. Each delivery goes to one process.
+    - **Reconnects**: when the engine is unavailable, a call raises
+      :class:`~pokebridge.errors.TransportError`, and a later call connects again.
     """
 
     async def fetch(self, limit: int) -> Sequence[Delivery]:
-        """Wait for messages, some seconds at most, and take at most ``limit``; perhaps none."""
+        """Wait for messages for a bounded time and take at most ``limit``, perhaps none."""
 
     async def ack(self, deliveries: Sequence[Delivery]) -> None:
-        """They are committed: deliver them no more."""
+        """Ack committed messages, so that they are not delivered again."""
 
     async def retry(self, deliveries: Sequence[Delivery], *, delay_s: float) -> None:
-        """They could not be committed now: deliver them again in ``delay_s`` seconds."""
+        """Return messages to the queue, to be delivered again in ``delay_s`` seconds."""
 
     async def bury(self, delivery: Delivery, reason: str) -> None:
-        """It can never be committed: keep it with the ``reason`` where dead letters go, and ack."""
+        """Move a message that can't be committed to the dead letters, with ``reason``, and ack."""
 
     async def close(self) -> None:
         """Disconnect. May be called twice."""

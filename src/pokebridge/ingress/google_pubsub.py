@@ -1,7 +1,7 @@
 """Ingress from a Google Pub/Sub subscription (docs/ingress.md).
 
-What can't be committed goes to the topic SUBSCRIPTION-dead-letters, kept by a subscription of the
-same name; both are made when they are missing.
+Messages that can't be committed go to the topic SUBSCRIPTION-dead-letters, and are kept by a
+subscription of the same name. Both are created when they are missing.
 """
 
 import re
@@ -12,17 +12,17 @@ from pokebridge.errors import ConfigError, TransportError
 from pokebridge.ingress.base import Delivery
 from pokebridge.transport.google_pubsub_api import PubSubApi, PubSubError, PubsubMessage
 
-# The server ends an empty pull long before that. One that we give up may have been given messages,
-# which then wait for their ack deadline.
+# The server ends an empty pull long before this. A pull that is given up here may have been given
+# messages, which are delivered again after their ack deadline.
 FETCH_S: Final = 120.0
 DEAD_KEPT_S: Final = 7 * 24 * 3600
 _NAME = re.compile(r"[A-Za-z][\w.~+%-]{2,200}")
-# What an attribute's value may have; a character has four bytes at most.
+# An attribute's value may have 1,024 bytes, and a character has at most four.
 _MAX_REASON = 250
 
 
 class GooglePubSubSource:
-    """Messages of a subscription, which the operator has made. ``connect`` makes one."""
+    """Messages of a subscription that the operator has created. ``connect`` makes a source."""
 
     def __init__(self, api: PubSubApi, subscription: str) -> None:
         self._api = api
@@ -35,7 +35,7 @@ class GooglePubSubSource:
     async def connect(cls, url: str) -> Self:
         """A source for ``pubsub://PROJECT/SUBSCRIPTION``.
 
-        Raises ConfigError when it makes no sense, or there are no credentials.
+        Raises ConfigError when the URL is invalid or credentials are missing.
         """
         project, _, subscription = url.removeprefix("pubsub://").partition("/")
         if not project or _NAME.fullmatch(subscription) is None:
@@ -45,7 +45,7 @@ class GooglePubSubSource:
     async def fetch(self, limit: int) -> Sequence[Delivery]:
         """See the port."""
         if self._closed:
-            raise TransportError("ingress: closed")
+            raise TransportError("ingress: the source is closed")
         try:
             answer = await self._api.call(
                 "Pull", subscription=self._subscription, max_messages=limit, timeout_s=FETCH_S
@@ -98,7 +98,7 @@ class GooglePubSubSource:
             await self._api.close()
 
     async def _make_dead_letters(self) -> None:
-        """The topic, and a subscription that keeps what is published there."""
+        """Create the topic, and a subscription that keeps what is published there."""
         await self._create("CreateTopic", name=self._dead_topic)
         await self._create(
             "CreateSubscription",
@@ -118,7 +118,7 @@ class GooglePubSubSource:
 
 def _delivery(received: Any) -> Delivery:
     message = received.message
-    # The time tells an emulator that was started anew from the one before.
+    # An emulator that was restarted repeats message ids; the time makes them unique.
     published = message.publish_time
     stamp_us = published.seconds * 1_000_000 + published.nanos // 1_000
     return Delivery(f"pubsub:{message.message_id}:{stamp_us}", message.data, received.ack_id)

@@ -1,4 +1,4 @@
-"""Commits what a queue delivers, and acks it only then."""
+"""Commits messages from a queue, and acks each after its commit."""
 
 import asyncio
 from collections import Counter
@@ -12,10 +12,10 @@ from pokebridge.errors import InputError, MailboxFullError, UnavailableError
 from pokebridge.ingress.base import Delivery, Source
 from pokebridge.model import NewMessage, Receipt
 
-# Messages that are taken at once: the next come when the fate of these is known.
+# Messages that are taken at once. The next are taken after these were settled.
 BATCH: Final = 256
 RETRY_DELAY_S: Final = 1.0
-# A message that meets a defect of ours so often is put aside: it might hold up all others.
+# A message that raised an unexpected error so often is buried, so that it can't block the others.
 MAX_DEFECTS: Final = 5
 _MAX_REMEMBERED = 1_000
 
@@ -30,12 +30,20 @@ class _RefusedError(Exception):
 
 
 class Ingress:
-    """Reads ``source`` and sends its messages; use ``start`` and ``close``.
+    """Reads ``source`` and sends its messages. Use ``start`` and ``close``.
 
-    ``read`` makes a message of a body and the delivery's id, or raises InputError; ``send``
-    commits it. A message is acked after its commit, and buried with the reason when it is none or
-    its recipient's mailbox is full: there is no sender to tell. While the mailbox can't be had
-    everything stays in the queue.
+    ``read`` makes a message from a body and the delivery's id, or raises InputError. ``send``
+    commits it. A message is acked after its commit. It is buried with the reason when it is
+    invalid or its recipient's mailbox is full, since there is no sender to tell. While the mailbox
+    is unavailable all messages stay in the queue.
+
+    - ``results``: messages by what happened to them
+    - ``_source``, ``_read``, ``_send``: as above
+    - ``_queue``, ``_mailbox``: whether the queue and the mailbox work
+    - ``_defects``: unexpected errors by delivery id, the latest last
+    - ``_reading``: the task that takes messages
+    - ``_settling``: the task that settles those taken
+    - ``_closing``: whether to take no more
     """
 
     def __init__(
@@ -57,17 +65,17 @@ class Ingress:
 
     @property
     def is_down(self) -> bool:
-        """Whether the queue could not be read lately."""
+        """Whether the last call to the queue failed."""
         return self._queue.is_down
 
     async def start(self) -> None:
-        """Begin to read; a queue that can't be had is tried again and again."""
+        """Start to read. While the queue is unavailable it is retried."""
         self._reading = asyncio.create_task(self._keep_reading(), name="ingress")
 
     async def close(self, *, deadline_s: float = 5.0) -> None:
-        """Take nothing more, and settle what was taken, for at most ``deadline_s`` seconds.
+        """Take no more messages, and settle those taken, for at most ``deadline_s`` seconds.
 
-        What is not settled by then is delivered again. May be called twice.
+        The rest is delivered again. May be called twice.
         """
         self._closing = True
         tasks = [task for task in (self._reading, self._settling) if task is not None]
@@ -93,20 +101,20 @@ class Ingress:
             await asyncio.shield(self._settling)
 
     async def _settle(self, deliveries: Sequence[Delivery]) -> None:
-        """Commit what can be, and tell the queue what has become of each."""
+        """Commit the messages, then ack, bury or retry each."""
         commits = (self._commit(delivery) for delivery in deliveries)
-        fates = await asyncio.gather(*commits, return_exceptions=True)
+        outcomes = await asyncio.gather(*commits, return_exceptions=True)
         done: list[Delivery] = []
         later: list[Delivery] = []
         refused: list[tuple[Delivery, str]] = []
         failure: BaseException | None = None
-        for delivery, fate in zip(deliveries, fates, strict=True):
-            match fate:
+        for delivery, outcome in zip(deliveries, outcomes, strict=True):
+            match outcome:
                 case _RefusedError():
-                    refused.append((delivery, str(fate)))
+                    refused.append((delivery, str(outcome)))
                 case BaseException():
                     later.append(delivery)
-                    failure = fate
+                    failure = outcome
                 case _:
                     done.append(delivery)
         with self._queue.watched():
@@ -130,7 +138,7 @@ class Ingress:
             raise
         except Exception as error:
             if self._is_hopeless(delivery.id):
-                raise _RefusedError(f"an error that nobody expected: {error!r}") from error
+                raise _RefusedError(f"unexpected error: {error!r}") from error
             raise
         self.results["duplicate" if receipt.duplicate else "committed"] += 1
 

@@ -1,10 +1,10 @@
 """Ingress from a NATS JetStream stream, by a durable pull consumer (docs/ingress.md).
 
 consumer pokebridge-CLUSTER               shared by all processors of the cluster
-subject  pokebridge.CLUSTER.dead-letters  where what can't be committed goes, kept by
-stream   pokebridge-CLUSTER-dead-letters
+subject  pokebridge.CLUSTER.dead-letters  receives messages that can't be committed
+stream   pokebridge-CLUSTER-dead-letters  keeps them
 
-The consumer and that stream are made when they are missing.
+The consumer and that stream are created when they are missing.
 """
 
 import random
@@ -27,11 +27,11 @@ from pokebridge.ingress.base import Delivery
 DIAL_TIMEOUT_S: Final = 3.0
 CALL_TIMEOUT_S: Final = 4.0
 FETCH_S: Final = 2.0
-# Well above what a commit takes at worst; after it the messages of a killed process come again.
+# Well above the longest commit. After this time a killed process's messages are delivered again.
 ACK_WAIT_S: Final = 10.0
 MAX_ACK_PENDING: Final = 10_000
 DEAD_KEPT_S: Final = 30 * 24 * 3600.0
-# Headers come on top, and a server takes 1 MiB by default. A body that we would take is smaller.
+# With the headers well below a server's default limit of 1 MiB. A valid message is smaller.
 DEAD_BODY_BYTES: Final = 512 * 1024
 _MAX_REASON = 500
 
@@ -43,11 +43,17 @@ class _Connection(NamedTuple):
 
 
 class NatsSource:
-    """Messages of a stream. It connects when it is asked for something, and anew after a failure.
+    """Messages of a stream. It connects at the first call, and again after a failure.
 
     ``url`` is ``nats://HOST:PORT/STREAM/SUBJECT`` with the options of
-    :mod:`pokebridge.engines.nats`; without a SUBJECT it is the whole stream. Raises ConfigError
-    when it makes no sense.
+    :mod:`pokebridge.engines.nats`. Without a SUBJECT all messages of the stream are read. Raises
+    ConfigError when the URL is invalid.
+
+    - ``_url``, ``_servers``: the URL without its path, and the servers that it names
+    - ``_stream``, ``_subject``: what is read
+    - ``_name``: of the consumer; ``_dead_subject``: of the dead letters
+    - ``_connection``: ``None`` before the first call and after a failure
+    - ``_closed``: whether calls are refused
     """
 
     def __init__(self, url: str, *, cluster: str) -> None:
@@ -60,7 +66,7 @@ class NatsSource:
         self._subject = subject or None
         self._name = f"pokebridge-{cluster}"
         self._dead_subject = f"pokebridge.{cluster}.dead-letters"
-        client_options("ingress", self._url)  # whether they make sense, now
+        client_options("ingress", self._url)  # raises now when an option is invalid
         self._connection: _Connection | None = None
         self._closed = False
 
@@ -69,7 +75,7 @@ class NatsSource:
         async with self._connected() as connection:
             try:
                 messages = await connection.pulls.fetch(limit, timeout=FETCH_S)
-            except TimeoutError:  # nothing new; or nobody there, which a ping tells
+            except TimeoutError:  # no messages, or no server: the ping finds out
                 await connection.client.flush(int(CALL_TIMEOUT_S))
                 return ()
             return [_delivery(message) for message in messages]
@@ -91,7 +97,7 @@ class NatsSource:
         message: Msg = delivery.handle
         headers = {
             **(message.headers or {}),
-            "Nats-Msg-Id": delivery.id,  # twice within the server's window is once
+            "Nats-Msg-Id": delivery.id,  # a repetition within the server's window is dropped
             "Pokebridge-Reason": reason[:_MAX_REASON],
             "Pokebridge-Subject": message.subject,
         }
@@ -117,9 +123,9 @@ class NatsSource:
 
     @asynccontextmanager
     async def _connected(self) -> AsyncIterator[_Connection]:
-        """The connection, made anew if need be; what fails on it is translated and ends it."""
+        """The connection, opened if needed. An error on it closes it and is translated."""
         if self._closed:
-            raise TransportError("ingress: closed")
+            raise TransportError("ingress: the source is closed")
         try:
             if self._connection is None:
                 self._connection = await self._dial()
@@ -146,14 +152,14 @@ class NatsSource:
             pulls = await jetstream.pull_subscribe_bind(self._name, self._stream)
         except (errors.Error, OSError) as error:
             await client.hang_up()
-            raise client.trouble or error from error  # a missing permission is only told beside
+            raise client.trouble or error from error  # a missing permission is reported separately
         except BaseException:
             await client.hang_up()
             raise
         return _Connection(client, jetstream, pulls)
 
     async def _find_consumer(self, jetstream: JetStreamContext) -> None:
-        """See to it that there is one; an operator's own stays as it is."""
+        """Create the consumer if it is missing. An operator's own is left as it is."""
         try:
             await jetstream.consumer_info(self._stream, self._name)
         except NotFoundError:
@@ -168,7 +174,8 @@ class NatsSource:
                 await jetstream.add_consumer(self._stream, config)
             except NotFoundError as error:
                 raise TransportError(
-                    f"ingress: there is no stream {self._stream} at {without_secrets(self._url)}"
+                    f"ingress: the stream {self._stream} does not exist at"
+                    f" {without_secrets(self._url)}: create it"
                 ) from error
 
     async def _give_up(self) -> None:
@@ -179,6 +186,6 @@ class NatsSource:
 
 def _delivery(message: Msg) -> Delivery:
     where = message.metadata
-    # The time tells a stream that was made anew from the one before, whose numbers were the same.
+    # A stream that was created again repeats sequence numbers; the time makes the id unique.
     stamp_us = int(where.timestamp.timestamp() * 1_000_000)
     return Delivery(f"nats:{where.sequence.stream}:{stamp_us}", message.data, message)

@@ -1,30 +1,32 @@
-"""The mailbox port: a recipient's durable log, and what it promises."""
+"""The mailbox port: a durable log for each recipient, and its guarantees."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
 
-from pokebridge.errors import MailboxFullError
+from pokebridge.errors import MailboxError, MailboxFullError
 from pokebridge.model import MAX_VERSION, Message, NewMessage, Page, Poke, Receipt
 
 DAY_MS: Final = 24 * 3600 * 1000
 RECEIPT_KEPT_MS: Final = 7 * DAY_MS
-"""How long a receipt outlives its append at least: a week."""
+"""How long a receipt is kept after its append, at least: a week."""
 SEEN_EVERY_MS: Final = DAY_MS
-"""How often at most it is written down that a device was seen."""
+"""The shortest time between two writes of a device's last contact."""
 PAGE_BYTES: Final = 1024 * 1024
-"""What the bodies of one page have at most, so that 500 large messages are several pages."""
+"""The largest total size of a page's bodies, so that 500 large messages are several pages."""
 FORGET_BATCH: Final = 10
-"""Devices that one purge forgets at most: each may free a whole mailbox of messages."""
+"""Devices that one purge forgets at most. Each may free a whole mailbox of messages."""
+MAX_WAITING: Final = 10_000
+"""Calls that wait for a store at most. Further calls are refused."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a mailbox keeps for each recipient, and how long it waits for a device.
+    """The limits of each recipient's mailbox, and how long a device is remembered.
 
-    ``max_messages`` and ``max_bytes`` (of bodies) count what is stored: an expired message counts
-    until it is purged. A device unseen for ``forget_device_s`` seconds is forgotten, so that the
-    acks which will never come hold nothing back.
+    ``max_messages`` and ``max_bytes`` (of bodies) count stored messages. An expired message counts
+    until it is purged. A device unseen for ``forget_device_s`` seconds is forgotten, so that
+    messages do not wait for its acks for ever.
     """
 
     max_messages: int = 10_000
@@ -32,22 +34,25 @@ class Limits:
     forget_device_s: float = 90 * DAY_MS / 1000
 
     def refuse(self) -> MailboxFullError:
-        """The error for a message that does not fit any more."""
+        """The error for a message that exceeds the limits."""
         return MailboxFullError(
             f"the recipient's mailbox is full ({self.max_messages} messages or {self.max_bytes}"
             " bytes): it takes messages again when some are acked or have expired"
         )
 
     def unseen_since_ms(self, now_ms: int) -> int:
-        """When a device must have been seen last to be forgotten at ``now_ms`` (Unix time, ms)."""
+        """A device last seen at or before this time is forgotten at ``now_ms`` (Unix time, ms)."""
         return now_ms - int(self.forget_device_s * 1000)
 
 
 class MailboxStats(NamedTuple):
-    """What a mailbox holds; times are Unix time in milliseconds, ``None`` when there is nothing.
+    """Counts of a mailbox. Times are Unix time in milliseconds, ``None`` when there is nothing.
 
-    ``recipients`` counts all that ever had a message, ``outbox`` the pokes that are owed now,
-    ``pushes`` the notifications that are owed, ``dead_pushes`` those that were given up.
+    - ``recipients``: those that ever had a message
+    - ``bytes``: the size of all stored bodies
+    - ``outbox``: recipients whose poke is not confirmed
+    - ``pushes``: push notifications that are pending
+    - ``dead_pushes``: push notifications that were given up
     """
 
     recipients: int
@@ -64,21 +69,22 @@ class MailboxStats(NamedTuple):
 class Mailbox(Protocol):
     """A durable log for each recipient.
 
-    Promises, held by ``pokebridge.testing.MailboxContract`` against every adapter:
+    Guarantees, tested by ``pokebridge.testing.MailboxContract`` against every adapter:
 
     - **Dense**: a recipient's versions are 1, 2, 3, … in commit order, also under concurrent
       senders in several processes. A reader never sees version n before n - 1 is committed.
     - **Idempotent**: a message with an idempotency key, its (sender, id), is committed once. An
       append that repeats the key commits nothing and returns the first receipt, marked
       ``duplicate``. This holds for at least a week, also after the message itself is deleted.
-    - **Durable**: when ``append`` returns, the message and the promise of its poke (the outbox)
-      are committed in one transaction and survive the death of the process.
+    - **Durable**: when ``append`` returns, the message and its outbox entry are committed in one
+      transaction and survive the death of the process.
     - **Off the loop**: no call blocks the event loop.
-    - **Atomic**: a call that is cancelled or fails has happened in whole or not at all.
-    - **Bounded**: no call waits for ever, and each recipient's mailbox has its :class:`Limits`.
+    - **Atomic**: a call that is cancelled or fails was done completely or not at all.
+    - **Bounded**: every call ends in bounded time, and each recipient's mailbox has its
+      :class:`Limits`.
 
-    Every call raises :class:`~pokebridge.errors.MailboxError` when the store can't do it now, has
-    too much to do, or is closed.
+    Every call raises :class:`~pokebridge.errors.MailboxError` when the store is unavailable,
+    overloaded or closed.
     """
 
     is_shared: bool
@@ -87,8 +93,8 @@ class Mailbox(Protocol):
     async def append(self, message: NewMessage) -> Receipt:
         """Commit ``message`` as its recipient's next version, with an outbox entry for its poke.
 
-        Raises :class:`~pokebridge.errors.MailboxFullError` when the recipient's limits leave no
-        room for it; then nothing was committed. A duplicate needs no room.
+        Raises :class:`~pokebridge.errors.MailboxFullError` when the message exceeds the
+        recipient's limits. Then nothing was committed. A duplicate is never refused.
         """
 
     async def read(
@@ -102,83 +108,95 @@ class Mailbox(Protocol):
     ) -> Page:
         """The messages of ``recipient`` with a version above ``after``: at most ``limit`` (>= 1).
 
-        Their bodies have ``max_bytes`` together at most, but the first message always fits; what
-        is beyond is not read. Expired messages are left out. Nothing to read costs one indexed
-        look-up; a cursor above the head reads nothing and is given the head. When the head is
-        ``unless_head`` nothing is read either.
+        The bodies of a page have at most ``max_bytes`` together, except that the first message
+        always fits. Messages beyond that are not read from the store. Expired messages are left
+        out. A pull without new messages costs one indexed look-up. For a cursor above the head the
+        page is empty and has the head as its version. The page is empty as well when the head
+        equals ``unless_head``.
         """
 
     async def head(self, recipient: str) -> int:
-        """The newest version ever given to ``recipient``; 0 when there is none."""
+        """The newest version ever given to ``recipient``. 0: it never had a message."""
 
     async def see_device(self, recipient: str, device: str) -> None:
-        """Make ``device`` known: from now on messages wait for its ack too.
+        """Make ``device`` known: from now on messages are kept until it has acked them too.
 
-        Of a device that is known and was seen within SEEN_EVERY_MS nothing is written.
+        For a known device that was seen within SEEN_EVERY_MS nothing is written.
         """
 
     async def ack(self, recipient: str, device: str, version: int) -> None:
-        """``device`` has everything up to ``version`` (cut to the head; never moves back).
+        """Record that ``device`` has everything up to ``version``.
 
+        A version above the head counts as the head; one below an earlier ack changes nothing.
         Makes the device known. Deletes the messages that every known device has acked.
         """
 
     async def claim_outbox(self, *, older_than_s: float, limit: int) -> Sequence[Poke]:
-        """Outbox entries older than ``older_than_s`` seconds: committed, their poke unconfirmed.
+        """Claim outbox entries older than ``older_than_s`` seconds, at most ``limit``.
 
-        At most one entry a recipient, with the newest version; its age is that of the oldest
-        commit that no confirmed poke covers, so a steady sender can't keep it young. An entry from
-        the future (the clock was set back) counts as old: better a poke too many than silence.
+        The outbox has one entry for each recipient with an unconfirmed poke, with the newest
+        version. Its age is that of the oldest commit that no confirmed poke covers, so a steady
+        sender can't keep it young. An entry from the future (the clock was set back) counts as
+        old: a poke too many is better than silence.
 
-        The age of what is returned starts anew, so of several sweepers one gets each entry, and
-        when that one dies the entry comes up again.
+        A claim resets an entry's age. So each entry goes to one of several sweepers. When that
+        sweeper dies, the entry can be claimed again.
         """
 
     async def confirm_outbox(self, pokes: Sequence[Poke]) -> None:
-        """The pokes are published: drop the outbox entries up to their versions.
+        """Record that ``pokes`` were published: drop the outbox entries up to their versions.
 
-        An entry with a newer version stays, and its age starts anew. A poke without a version
+        An entry with a newer version stays, and its age is reset. A poke without a version
         confirms nothing.
         """
 
     async def purge(self, *, limit: int) -> int:
-        """Delete what has had its time; returns how many, ``limit`` at most, 0 when all is done.
+        """Delete at most ``limit`` expired items. Returns how many; 0 when none is left.
 
-        That is expired messages, receipts older than RECEIPT_KEPT_MS, and devices that the limits
-        let forget (FORGET_BATCH at most), together with the messages which only these held back.
+        These are expired messages, receipts older than RECEIPT_KEPT_MS, and devices that were
+        unseen for longer than the limits allow (FORGET_BATCH at most). With a device go the
+        messages that only waited for its acks.
         """
 
     async def clear(self, recipient: str) -> int:
-        """Delete all messages of ``recipient`` and forget its devices; returns how many messages.
+        """Delete the messages, devices and outbox entry of ``recipient``. Returns the messages.
 
-        The head stays, so versions go on and no cursor gets ahead of them.
+        The head stays, so that later versions are above every cursor.
         """
 
     async def stats(self) -> MailboxStats:
-        """Count what there is. This reads the whole store: for people, not for a loop."""
+        """Count everything. This reads the whole store, so it is for people, not for a loop."""
 
     async def check(self) -> None:
-        """Return when the store answers, and can be written."""
+        """Return when the store answers and can be written."""
 
     async def close(self) -> None:
-        """Finish what is under way and close. May be called twice."""
+        """Finish the calls under way and close. May be called twice."""
+
+
+def admit(*, waiting: int, closed: bool) -> None:
+    """Raise MailboxError when a store can't take another call: closed, or MAX_WAITING wait."""
+    if closed:
+        raise MailboxError("the mailbox is closed")
+    if waiting >= MAX_WAITING:
+        raise MailboxError(f"the mailbox is overloaded: {MAX_WAITING} calls are waiting")
 
 
 def expiry_ms(message: NewMessage, now_ms: int) -> int | None:
-    """When ``message``, committed at ``now_ms``, expires (Unix time in ms); ``None``: never."""
+    """When ``message``, committed at ``now_ms``, expires (Unix time in ms). ``None``: never."""
     lifetime_ms = ttl_ms(message)
     return None if lifetime_ms is None else now_ms + lifetime_ms
 
 
 def ttl_ms(message: NewMessage) -> int | None:
-    """The TTL of ``message`` in whole milliseconds that every store can hold."""
+    """The TTL of ``message`` in whole milliseconds, cut to what every store can hold."""
     return None if message.ttl_s is None else int(min(MAX_VERSION, message.ttl_s * 1000))
 
 
 def page_of(found: Iterable[Message], *, head: int, limit: int, max_bytes: int) -> Page:
-    """The first of what was ``found`` above a cursor, as much as a page takes.
+    """A page of the messages ``found`` above a cursor, as many as fit.
 
-    Takes one more than that from ``found`` at most, so that a lazy one reads no further.
+    It takes at most one message more from ``found``, so that a lazy iterable reads no further.
     """
     messages: list[Message] = []
     size_bytes = 0

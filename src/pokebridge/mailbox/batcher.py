@@ -6,12 +6,12 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 from pokebridge.errors import MailboxError
+from pokebridge.mailbox.base import admit
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
-MAX_WAITING = 10_000
-# So few are not worth a second round trip at the same time.
+# Fewer calls than this are not worth a second concurrent round trip.
 SHARE_AT_LEAST = 32
 
 
@@ -53,15 +53,12 @@ class Batcher(Generic[Job, Result]):
         self._closed = False
 
     async def __call__(self, job: Job) -> Result:
-        """The result of ``job``; one whose caller is cancelled is done in whole or not at all.
+        """The result of ``job``. When the caller is cancelled it is done completely or not at all.
 
         Raises:
-            MailboxError: there is too much to do, or was for ``timeout_s``.
+            MailboxError: too many jobs wait, or this one waited for ``timeout_s``.
         """
-        if self._closed:
-            raise MailboxError("the mailbox is closed")
-        if len(self._waiting) >= MAX_WAITING:
-            raise MailboxError(f"the mailbox has too much to do: {MAX_WAITING} calls are waiting")
+        admit(waiting=len(self._waiting), closed=self._closed)
         loop = asyncio.get_running_loop()
         done: asyncio.Future[Result] = loop.create_future()
         self._waiting.append(_Call(job, done, loop.time() + self._timeout_s))
@@ -73,7 +70,7 @@ class Batcher(Generic[Job, Result]):
         return await done
 
     async def close(self) -> None:
-        """Refuse new jobs, and do those that wait."""
+        """Refuse new jobs, and finish the waiting ones."""
         self._closed = True
         while self._working:
             await asyncio.wait(self._working)
@@ -83,10 +80,10 @@ class Batcher(Generic[Job, Result]):
             results: Sequence[Result | Exception]
             try:
                 results = await self._do([call.job for call in batch])
-            except Exception as error:  # noqa: BLE001 - whatever it is belongs to the callers
+            except Exception as error:  # noqa: BLE001 - any error belongs to the callers
                 results = [error] * len(batch)
             for call, result in zip(batch, results, strict=True):
-                if call.done.done():  # its caller has gone
+                if call.done.done():  # the caller was cancelled
                     continue
                 if isinstance(result, Exception):
                     call.done.set_exception(result)
@@ -103,7 +100,7 @@ class Batcher(Generic[Job, Result]):
             call = self._waiting[0]
             if call.expires_s < now_s and not call.done.done():
                 call.done.set_exception(
-                    MailboxError(f"the mailbox had too much to do for {self._timeout_s:g} s")
+                    MailboxError(f"the mailbox was overloaded for {self._timeout_s:g} s")
                 )
             if not call.done.done():
                 cost += self._cost(call.job)

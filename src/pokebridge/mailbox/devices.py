@@ -1,4 +1,4 @@
-"""Tells a mailbox which devices there are, at no cost for those that it knows."""
+"""Makes devices known to a mailbox, without a call for those that were told before."""
 
 import asyncio
 import time
@@ -11,18 +11,18 @@ from pokebridge.errors import MailboxError
 from pokebridge.mailbox.base import SEEN_EVERY_MS, Mailbox
 
 KNOWN: Final = 50_000
-# Devices that were noted and wait; what does not fit is made known by its first pull.
+# Noted devices that wait. A device that does not fit is made known by its first pull.
 MAX_NOTED: Final = 10_000
 AT_ONCE: Final = 256
 
 
 class KnownDevices:
-    """The devices that this process has told ``mailbox`` of within a day: a bounded memory.
+    """Remembers the devices that this process made known within a day, KNOWN at most.
 
-    So a reconnect of one of them is a look-up in a dictionary. After a restart, when nothing is
-    remembered and everybody comes back, ``note`` holds up nobody and asks the mailbox for some at
-    a time, which looks them up together and writes nothing of those that it knows. ``clock`` gives
-    seconds.
+    A reconnect of such a device is a look-up in a dictionary. After a restart nothing is
+    remembered and all devices reconnect. Then ``note`` makes nobody wait: it passes AT_ONCE
+    devices at a time to the mailbox, which looks them up together and writes only the unknown
+    ones. ``clock`` gives seconds.
     """
 
     def __init__(self, mailbox: Mailbox, clock: Callable[[], float] = time.monotonic) -> None:
@@ -33,9 +33,9 @@ class KnownDevices:
         self._telling: asyncio.Task[None] | None = None
 
     async def see(self, recipient: str, device: str) -> None:
-        """Return when ``device`` is known: from then on messages wait for its ack.
+        """Return when ``device`` is known: from then on messages are kept until it acks them.
 
-        Raises :class:`~pokebridge.errors.MailboxError` when the mailbox can't be told now.
+        Raises :class:`~pokebridge.errors.MailboxError` when the mailbox is unavailable.
         """
         key = (recipient, device)
         if not self._is_known(key):
@@ -43,7 +43,7 @@ class KnownDevices:
             self._remember(key)
 
     def note(self, recipient: str, device: str) -> None:
-        """The same soon and without waiting, for whoever must not be held up, nor fail by it."""
+        """Make ``device`` known in the background. Never waits and never fails."""
         key = (recipient, device)
         if not self._is_known(key) and len(self._noted) < MAX_NOTED:
             self._noted[key] = None
@@ -51,7 +51,7 @@ class KnownDevices:
                 self._telling = asyncio.create_task(self._tell(), name="known-devices")
 
     async def close(self) -> None:
-        """Forget what is noted and not told yet."""
+        """Stop, and drop the noted devices that the mailbox was not told yet."""
         if self._telling is not None:
             self._telling.cancel()
             await asyncio.gather(self._telling, return_exceptions=True)
@@ -82,5 +82,5 @@ class KnownDevices:
             self._telling = None
 
     async def _try_to_see(self, key: tuple[str, str]) -> None:
-        with suppress(MailboxError):  # its pull will see it, or its next session
+        with suppress(MailboxError):  # the device's next pull or session tries again
             await self.see(*key)

@@ -1,4 +1,4 @@
-"""The mailbox in this process's memory: for development and tests. It dies with the process."""
+"""The mailbox in this process's memory, for development and tests. It ends with the process."""
 
 import time
 from bisect import bisect_right
@@ -32,7 +32,7 @@ class _Kept(NamedTuple):
 
 @dataclass(slots=True)
 class _Log:
-    """What one recipient has: ``kept`` is in version order, ``acked`` is by device."""
+    """One recipient's messages, ``kept`` in version order, and its devices' acks, ``acked``."""
 
     head: int = 0
     kept: list[_Kept] = field(default_factory=list)
@@ -40,7 +40,7 @@ class _Log:
     acked: dict[str, int] = field(default_factory=dict)
 
     def index_after(self, version: int) -> int:
-        """Where in ``kept`` the versions above ``version`` begin."""
+        """The index in ``kept`` of the first version above ``version``."""
         return bisect_right(self.kept, version, key=attrgetter("message.version"))
 
     def has_room(self, body: bytes, limits: Limits) -> bool:
@@ -49,23 +49,30 @@ class _Log:
         return fits and len(self.kept) < limits.max_messages
 
     def delete(self, start: int, end: int) -> int:
-        """Delete those from index ``start`` to ``end``; how many."""
+        """Delete the messages from index ``start`` up to ``end``. Returns how many."""
         self.kept_bytes -= sum(len(kept.message.body) for kept in self.kept[start:end])
         before = len(self.kept)
         del self.kept[start:end]
         return before - len(self.kept)
 
     def delete_acked(self) -> None:
-        """Delete what every known device has acked."""
+        """Delete the messages that every known device has acked."""
         if self.acked:
             self.delete(0, self.index_after(min(self.acked.values())))
 
 
 class MemoryMailbox:
-    """Keeps every promise of the port but one: nothing survives the process.
+    """Gives every guarantee of the port but durability: nothing survives the process.
 
-    No call suspends, so each is atomic by nature. ``clock`` gives Unix time in seconds. With a
-    ``push_timing`` appends owe pushes.
+    No call suspends, so each is atomic. ``clock`` gives Unix time in seconds. With a
+    ``push_timing`` appends lead to pushes.
+
+    - ``_logs``: messages and acks by recipient
+    - ``_receipts``: version and time by (sender, id), oldest first
+    - ``_outbox``: newest version and age's start by recipient
+    - ``_expiries``: a heap of (expires_ms, recipient, version)
+    - ``_seen_ms``: last contact by (recipient, device), oldest first
+    - ``pushes``: the pending pushes, or ``None``
     """
 
     is_shared = False
@@ -79,13 +86,10 @@ class MemoryMailbox:
         self._clock = clock
         self._limits = limits or Limits()
         self._logs: dict[str, _Log] = {}
-        # By (sender, id): version and time, oldest first.
         self._receipts: dict[tuple[str, str], tuple[int, int]] = {}
-        self._outbox: dict[str, tuple[int, int]] = {}  # by recipient: version, unconfirmed since
-        self._expiries: list[
-            tuple[int, str, int]
-        ] = []  # a heap of (expires_ms, recipient, version)
-        self._seen_ms: dict[tuple[str, str], int] = {}  # by (recipient, device), longest ago first
+        self._outbox: dict[str, tuple[int, int]] = {}
+        self._expiries: list[tuple[int, str, int]] = []
+        self._seen_ms: dict[tuple[str, str], int] = {}
         self.pushes = None if push_timing is None else MemoryPushes(push_timing, self._now_ms)
         self._closed = False
 
@@ -243,7 +247,7 @@ class MemoryMailbox:
         self._closed = True
 
     def _delete(self, recipient: str, version: int) -> bool:
-        """Delete one message; whether it was still there (an ack may have been first)."""
+        """Delete one message. Returns whether it was still there: an ack may have deleted it."""
         log = self._logs[recipient]
         index = log.index_after(version - 1)
         if index == len(log.kept) or log.kept[index].message.version != version:
@@ -256,11 +260,11 @@ class MemoryMailbox:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise MailboxError("the in-process mailbox is closed")
+            raise MailboxError("the mailbox is closed")
 
 
 def _not_after(
     latest_ms: int, items: Iterable[tuple[tuple[str, str], int]], limit: int
 ) -> list[tuple[str, str]]:
-    """The keys of those among the first ``limit`` items whose time is not after ``latest_ms``."""
+    """The keys of those of the first ``limit`` items whose time is at most ``latest_ms``."""
     return [key for key, at_ms in islice(items, limit) if at_ms <= latest_ms]

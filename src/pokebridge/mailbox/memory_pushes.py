@@ -1,4 +1,4 @@
-"""The pushes that a mailbox in memory owes."""
+"""The pending pushes of a mailbox in memory."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,10 @@ from pokebridge.mailbox.pushes import DEAD_KEPT_MS, OwedPush, PushTiming
 
 @dataclass(slots=True)
 class _Row:
-    """``due_ms`` is ``None`` while nothing is owed."""
+    """A recipient's push. ``due_ms`` is ``None`` while none is pending.
+
+    The other fields are those of :class:`OwedPush`; ``quiet_until_ms`` ends the quiet period.
+    """
 
     first: int = 0
     version: int = 0
@@ -19,21 +22,21 @@ class _Row:
     quiet_until_ms: int = 0
 
     def begin(self, first: int, now_ms: int, due_ms: int) -> None:
-        """Owe a push for ``first`` and what comes after it."""
+        """Start a push for the versions from ``first`` on."""
         self.first, self.since_ms, self.due_ms, self.attempts = first, now_ms, due_ms, 0
 
 
 class MemoryPushes:
-    """The queue; ``now_ms`` raises when the mailbox is closed. No call suspends."""
+    """The queue. ``now_ms`` raises when the mailbox is closed. No call suspends."""
 
     def __init__(self, timing: PushTiming, now_ms: Callable[[], int]) -> None:
         self.timing = timing
         self._now_ms = now_ms
         self._rows: dict[str, _Row] = {}
-        self._dead: dict[tuple[str, int], int] = {}  # by recipient and first: when it was given up
+        self._dead: dict[tuple[str, int], int] = {}  # time of giving up, by recipient and first
 
     def owe(self, recipient: str, version: int) -> None:
-        """A message was committed: owe a push for it."""
+        """Make a push pending for a committed message."""
         now_ms = self._now_ms()
         row = self._rows.setdefault(recipient, _Row())
         row.version = version
@@ -41,11 +44,11 @@ class MemoryPushes:
             row.begin(version, now_ms, max(now_ms + self.timing.grace_ms, row.quiet_until_ms))
 
     def forget(self, recipient: str) -> None:
-        """The recipient's mailbox was cleared."""
+        """Drop the push of a recipient whose mailbox was cleared."""
         self._rows.pop(recipient, None)
 
     def counts(self) -> tuple[int, int]:
-        """How many pushes are owed, and how many are dead."""
+        """The number of pending pushes, and of those that were given up."""
         return sum(row.due_ms is not None for row in self._rows.values()), len(self._dead)
 
     async def claim(self, *, limit: int, lease_s: float) -> Sequence[OwedPush]:
@@ -95,7 +98,7 @@ class MemoryPushes:
         if row is not None and row.due_ms is not None and row.first == push.first:
             row.due_ms = now_ms + int(retry_s * 1000)
 
-    async def bury(self, push: OwedPush, reason: str) -> None:  # noqa: ARG002 - the log has it
+    async def bury(self, push: OwedPush, reason: str) -> None:  # noqa: ARG002 - only logged
         """See the port."""
         self._dead[push.recipient, push.first] = self._now_ms()
         await self.sent(push)

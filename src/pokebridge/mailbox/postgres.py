@@ -1,7 +1,7 @@
-"""The mailbox in PostgreSQL: for many machines; every instance of a cluster shares it.
+"""The mailbox in PostgreSQL, shared by all instances of a cluster on many machines.
 
-Messages that are sent while a batch is being committed share the next one (group commit), so one
-round trip and one flush of the disk serve them all, whatever their recipients.
+Messages that are sent during a commit share the next batch (group commit), so one round trip and
+one flush of the disk serve them all, whatever their recipients.
 """
 
 import re
@@ -29,18 +29,18 @@ from pokebridge.mailbox.pushes import PushTiming
 from pokebridge.model import MAX_VERSION, Message, NewMessage, Page, Poke, Receipt
 
 DEFAULT_SCHEMA: Final = "pokebridge"
-# One statement's worth of messages, and how many such statements a process has under way.
+# The largest batch of messages, and how many batches a process has under way.
 BATCH: Final = 512
 BATCH_BYTES: Final = 4 * 1024 * 1024
 APPENDERS: Final = 2
-# What waits for its turn is refused after this; with the call itself all ends within 12 s.
+# A call that has waited so long for its turn is refused. With its round trip it ends within 12 s.
 TURN_TIMEOUT_S: Final = 6.0
-# Pulls with something to read: some share a round trip, whose pages must not grow too large.
+# Pulls with new messages that share a round trip: few, so that the answer does not grow too large.
 READ_BATCH: Final = 16
 READERS: Final = 4
-# Long after the last attempt of a batch, whose calls end within seconds.
+# Long after the last attempt of a batch, which ends within seconds.
 BATCH_KEPT_MS: Final = 10 * 60 * 1000
-# A purge may delete some mailboxes of 64 MiB at once.
+# Longer than other calls: a purge may delete several mailboxes of 64 MiB at once.
 UPKEEP_TIMEOUT_S: Final = 30.0
 STATS_TIMEOUT_S: Final = 300.0
 MIGRATION_TIMEOUT_S: Final = 600.0
@@ -49,8 +49,8 @@ APPEND: Final = "SELECT append($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)"
 APPEND_OWING_PUSHES: Final = (
     "SELECT append_owing_pushes($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)"
 )
-# For each pull its recipient's head and, from the same snapshot, a page and the message after it,
-# which says that there is more.
+# For each pull: the recipient's head, a page from the same snapshot, and the message after the
+# page, which shows that there is more.
 READ: Final = """
 SELECT given.n, heads.head, page.version, page.id, page.sender, page.body, page.sent_at_ms
 FROM unnest($1::text[], $2::bigint[], $3::bigint[])
@@ -71,7 +71,7 @@ JOIN heads USING (recipient) CROSS JOIN LATERAL (
 HEADS: Final = "SELECT recipient, head FROM heads WHERE recipient = ANY ($1::text[])"
 SEE_DEVICES: Final = "SELECT see_devices($1, $2, $3, $4)"
 ACK: Final = "SELECT ack($1, $2, $3, $4, $5)"
-# Of several sweepers one gets each entry, since the others skip what it has locked.
+# Concurrent sweepers never claim the same entry, since each skips the rows that another has locked.
 CLAIM: Final = """
 WITH late AS MATERIALIZED (
     SELECT recipient FROM outbox WHERE since_ms <= now_ms($3) - $1
@@ -110,7 +110,7 @@ SELECT count(*) FILTER (WHERE head > 0), coalesce(sum(kept_messages), 0)::bigint
     (SELECT count(*) FROM dead_pushes)
 FROM heads
 """
-# Of the catalogues: to_regclass() may not know yet what another session has just made.
+# From the catalogues, since to_regclass() may not see yet what another session has just created.
 SCHEMA_EXISTS: Final = "SELECT EXISTS (SELECT FROM pg_namespace WHERE nspname = $1)"
 MIGRATIONS_EXIST: Final = """
 SELECT EXISTS (
@@ -129,7 +129,14 @@ class _Pull(NamedTuple):
 
 
 class PostgresMailbox:
-    """The mailbox in one schema of a PostgreSQL database; make it with :meth:`open`."""
+    """The mailbox in one schema of a PostgreSQL database. Create it with :meth:`open`.
+
+    - ``pushes``: the pending pushes, or ``None``
+    - ``_pool``: the connections
+    - ``_clock``: Unix time in seconds; ``None``: the database's clock counts
+    - ``_limits``: the limits of each recipient
+    - ``_append``, ``_head``, ``_page``, ``_see``: batch concurrent calls of one kind
+    """
 
     is_shared = True
 
@@ -154,7 +161,7 @@ class PostgresMailbox:
             max_cost=BATCH_BYTES,
             cost=lambda message: len(message.body),
         )
-        # Most pulls find nothing new: in a storm of reconnects hundreds share a round trip.
+        # Most pulls find nothing new. After a mass reconnect hundreds share a round trip.
         self._head = Batcher[str, int](
             self._read_heads, timeout_s=TURN_TIMEOUT_S, workers=2, max_count=BATCH, max_cost=0
         )
@@ -179,14 +186,14 @@ class PostgresMailbox:
     ) -> "PostgresMailbox":
         """Connect to ``url`` and bring its schema up to date.
 
-        ``postgresql://USER:PASSWORD@HOST:PORT/DATABASE``, with several hosts for a failover, with
-        ``?schema=NAME`` for another schema than ``pokebridge``, and with libpq's other parameters.
-        ``clock`` gives Unix time in seconds; without one the database's own time counts.
-        With a ``push_timing`` appends owe pushes.
+        The URL is ``postgresql://USER:PASSWORD@HOST:PORT/DATABASE``. It may name several hosts for
+        a failover, another schema than ``pokebridge`` (``?schema=NAME``), and libpq's parameters.
+        ``clock`` gives Unix time in seconds; by default the database's clock counts. With a
+        ``push_timing`` appends lead to pushes.
 
         Raises:
-            ConfigError: the URL can't be used, or PostgreSQL does not allow what is needed.
-            MailboxError: PostgreSQL can't be reached now.
+            ConfigError: the URL is invalid, or PostgreSQL refuses the role.
+            MailboxError: PostgreSQL can't be reached.
         """
         dsn, schema = _split_schema(url)
         pool = PostgresPool(dsn, schema=schema)
@@ -284,7 +291,7 @@ class PostgresMailbox:
         await self._pool.close()
 
     async def _append_all(self, messages: Sequence[NewMessage]) -> list[Receipt | Exception]:
-        """Commit ``messages`` at once. The batch's name is what makes another attempt safe."""
+        """Commit ``messages`` in one batch. The batch has a unique id, so a retry is safe."""
         keys = [
             (message.sender, message.id) if message.has_idempotency_key else number
             for number, message in enumerate(messages)
@@ -365,7 +372,7 @@ class PostgresMailbox:
         timeout_s: float = UPKEEP_TIMEOUT_S,
         reads_all: bool = False,
     ) -> list[Record]:
-        """The rows of ``statement``, which has more to do than one call's share of it."""
+        """The rows of ``statement``, which may take longer than an ordinary call."""
 
         async def work(connection: Connection) -> list[Record]:
             async with connection.transaction():
@@ -381,29 +388,29 @@ class PostgresMailbox:
 
 
 def _check_texts(*texts: str) -> None:
-    """Refuse what PostgreSQL can't hold, before it could spoil a batch."""
+    """Refuse texts that PostgreSQL can't store, since one would fail its whole batch."""
     for text in texts:
         text.encode()
         if "\0" in text:
-            raise InputError("a recipient, sender, id or device has no NUL character")
+            raise InputError("a recipient, sender, id or device must not contain a NUL character")
 
 
 # -- opening --------------------------------------------------------------------------------------
 
 
 def _split_schema(url: str) -> tuple[str, str]:
-    """The URL for the driver, and the schema that ours may name beside its parameters."""
+    """The URL for the driver, without our own parameter ``schema``, and that schema."""
     parts = urlsplit(url)
     query = dict(parse_qsl(parts.query, keep_blank_values=True))
     schema = query.pop("schema", DEFAULT_SCHEMA)
-    query["target_session_attrs"] = "read-write"  # of several hosts the one that is not a standby
+    query["target_session_attrs"] = "read-write"  # of several hosts, the primary
     if re.fullmatch(r"[a-z_][a-z0-9_]{0,62}", schema) is None:
         raise ConfigError("mailbox: schema must be lower-case letters, digits and underscores")
     return urlunsplit(parts._replace(query=urlencode(query))), schema
 
 
 async def _migrate(connection: Connection, schema: str) -> None:
-    """Do the migrations that the schema lacks, in one transaction; one process at a time."""
+    """Apply the missing migrations in one transaction, under an advisory lock."""
 
     async def execute(statement: str, *parameters: object) -> None:
         await connection.execute(statement, *parameters, timeout=MIGRATION_TIMEOUT_S)
@@ -414,7 +421,8 @@ async def _migrate(connection: Connection, schema: str) -> None:
         done = await _migrations_done(connection, schema)
         if done > len(MIGRATIONS):
             raise ConfigError(
-                f"mailbox: the schema {schema} was written by a newer pokebridge: upgrade this one"
+                f"mailbox: the schema {schema} was written by a newer release of pokebridge:"
+                " upgrade this one"
             )
         if done == 0:
             if not await connection.fetchval(SCHEMA_EXISTS, schema):

@@ -1,7 +1,7 @@
-"""Connections to PostgreSQL that survive its restarts and failovers: every call is tried again.
+"""Connections to PostgreSQL that survive its restarts and failovers, since calls are retried.
 
-What is done through :meth:`PostgresPool.run` must be right when it is done more than once, since
-nobody knows whether an attempt whose connection broke was committed.
+Work for :meth:`PostgresPool.run` must be safe to repeat: when the connection breaks, nobody knows
+whether the attempt was committed.
 """
 
 import asyncio
@@ -9,10 +9,10 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 
 import asyncpg
-import structlog
 
 from pokebridge.backoff import backoff_s
 from pokebridge.errors import ConfigError, MailboxError
+from pokebridge.mailbox.base import admit
 
 T = TypeVar("T")
 Record: TypeAlias = asyncpg.Record
@@ -22,9 +22,8 @@ else:
     Connection = asyncpg.Connection  # takes no parameter outside its stubs
 
 CONNECTIONS: Final = 10
-MAX_WAITING: Final = 10_000
-# A call ends within CALL_TIMEOUT_S. An attempt that hears nothing is given up sooner, so that there
-# is time for another on a new connection; the server itself cancels one before that.
+# A call ends within CALL_TIMEOUT_S. An attempt without an answer is given up sooner, so that there
+# is time for another on a new connection. The server cancels the statement even before that.
 CALL_TIMEOUT_S: Final = 6.0
 ATTEMPT_TIMEOUT_S: Final = 3.0
 STATEMENT_TIMEOUT_S: Final = 2.5
@@ -35,14 +34,14 @@ _BACKOFF_CAP_S: Final = 0.5
 SERVER_SETTINGS: Final = {
     "application_name": "pokebridge",
     "statement_timeout": f"{STATEMENT_TIMEOUT_S * 1000:.0f}",
-    # Every statement of ours is a few look-ups by an index, in its order. Said so, it is planned
-    # once, and a plan from a day on which a table was tiny does no harm when it is not.
+    # All our statements are a few look-ups in an index. With these settings they are planned once,
+    # by index, even while the tables are tiny, so the plans stay right when the tables grow.
     "plan_cache_mode": "force_generic_plan",
     "enable_seqscan": "off",
     "enable_bitmapscan": "off",
     "jit": "off",
 }
-# SQLSTATEs after which another attempt may do better; whole classes by their first characters.
+# SQLSTATEs after which another attempt may succeed; classes by their first characters.
 _TRANSIENT: Final = (
     "08",  # the connection
     "57P",  # the server stops, starts or has crashed
@@ -59,22 +58,26 @@ _REFUSED: Final = (
     "3F000",  # no such schema
 )
 
-_log = structlog.get_logger("pokebridge.mailbox")
-
 
 class PostgresPool:
-    """Up to CONNECTIONS connections to ``dsn``, made when they are needed.
+    """Up to CONNECTIONS connections to ``dsn``, opened when they are needed.
 
-    Names are looked up in ``schema``. The driver's own pool would do, but it starts a task whenever
-    a connection comes back, which halves the look-ups per second, and it can't drop all that is
-    idle when the network turns out to have died. ``dsn`` may name several hosts.
+    Names are looked up in ``schema``. ``dsn`` may name several hosts. This replaces the driver's
+    own pool for two reasons. That one starts a task whenever a connection is returned, which
+    halves the look-ups per second. And it can't drop all idle connections when the network dies.
+
+    - ``_dsn``, ``_settings``: how connections are opened
+    - ``_free``: counts the connections that may still be used or opened
+    - ``_idle``: open connections, the most recently used last
+    - ``_under_way``: calls under way; ``_nothing_under_way`` is set while there are none
+    - ``_closed``: whether new calls are refused
     """
 
     def __init__(self, dsn: str, *, schema: str) -> None:
         self._dsn = dsn
         self._settings = SERVER_SETTINGS | {"search_path": schema}
         self._free = asyncio.Semaphore(CONNECTIONS)
-        self._idle: list[Connection] = []  # the one used last at the end
+        self._idle: list[Connection] = []
         self._under_way = 0
         self._nothing_under_way = asyncio.Event()
         self._nothing_under_way.set()
@@ -86,19 +89,16 @@ class PostgresPool:
         *,
         timeout_s: float | None = None,
     ) -> T:
-        """Do ``work`` on a connection, again when that fails for a reason that may pass.
+        """Do ``work`` on a connection, and retry it when it fails for a transient reason.
 
-        A statement has ATTEMPT_TIMEOUT_S unless ``work`` gives it another timeout, all attempts
+        A statement has ATTEMPT_TIMEOUT_S unless ``work`` gives it another timeout. All attempts
         together have ``timeout_s``, by default CALL_TIMEOUT_S.
 
         Raises:
-            ConfigError: what we are given to connect with is wrong, or allows too little.
-            MailboxError: it could not be done in that time, or can't be done at all.
+            ConfigError: the URL or the credentials are wrong, or a privilege is missing.
+            MailboxError: no attempt succeeded in that time, or the work failed for good.
         """
-        if self._closed:
-            raise MailboxError("the mailbox is closed")
-        if self._under_way >= MAX_WAITING:
-            raise MailboxError(f"the mailbox has too much to do: {MAX_WAITING} calls are waiting")
+        admit(waiting=self._under_way, closed=self._closed)
         self._under_way += 1
         self._nothing_under_way.clear()
         try:
@@ -109,7 +109,7 @@ class PostgresPool:
                 self._nothing_under_way.set()
 
     async def close(self) -> None:
-        """Refuse new work, let what is under way finish, which is bounded, and disconnect."""
+        """Refuse new calls, wait for those under way, which are bounded, and disconnect."""
         self._closed = True
         await self._nothing_under_way.wait()
         closing = (connection.close(timeout=CLOSE_TIMEOUT_S) for connection in self._idle)
@@ -125,7 +125,7 @@ class PostgresPool:
                     try:
                         return await self._attempt(work)
                     except _FAILURES as error:
-                        _raise_unless_it_may_pass(error)
+                        _raise_unless_transient(error)
                         failure = error
                     pause_s = backoff_s(failures, first_s=_BACKOFF_FIRST_S, cap_s=_BACKOFF_CAP_S)
                     failures += 1
@@ -133,7 +133,7 @@ class PostgresPool:
         except TimeoutError:
             reason = _reason(failure) if failure else "it did not answer"
             raise MailboxError(
-                f"the mailbox's PostgreSQL could not do it within {timeout_s:g} s: {reason}"
+                f"the mailbox's PostgreSQL did not succeed within {timeout_s:g} s: {reason}"
             ) from failure
 
     async def _attempt(self, work: Callable[[Connection], Awaitable[T]]) -> T:
@@ -143,13 +143,11 @@ class PostgresPool:
                 return await work(connection)
             except BaseException as error:
                 if not isinstance(error, asyncpg.PostgresError):
-                    connection.terminate()  # nobody knows what it is about to say
+                    connection.terminate()  # its state is unknown
                 if isinstance(error, asyncpg.ReadOnlySQLTransactionError):
                     connection.terminate()  # after a failover this is the wrong server
                     self._drop_idle()
-                if isinstance(
-                    error, TimeoutError
-                ):  # the network died silently, for all most likely
+                if isinstance(error, TimeoutError):  # the network may have died for all
                     self._drop_idle()
                 raise
             finally:
@@ -177,7 +175,7 @@ class PostgresPool:
             )
         except ValueError:  # its text is left out, since it may quote a password
             raise ConfigError(
-                "mailbox: the URL is none that PostgreSQL's driver can use:"
+                "mailbox: the URL is invalid: expected"
                 " postgresql://USER:PASSWORD@HOST:PORT/DATABASE, each part percent-encoded"
             ) from None
 
@@ -190,19 +188,19 @@ _FAILURES: Final = (
 )
 
 
-def _raise_unless_it_may_pass(error: Exception) -> None:
+def _raise_unless_transient(error: Exception) -> None:
     if isinstance(error, asyncpg.PostgresError):
         state = error.sqlstate or ""
         if state.startswith(_REFUSED):
             raise ConfigError(f"mailbox: PostgreSQL refuses: {_reason(error)}") from error
         if state.startswith(_TRANSIENT):
             return
-    elif not isinstance(error, ValueError):  # of the driver's own errors, one about a parameter
+    elif not isinstance(error, ValueError):  # the driver's error about an invalid parameter
         return
     raise MailboxError(f"the mailbox's PostgreSQL: {_reason(error)}") from error
 
 
 def _reason(error: BaseException) -> str:
-    """In a line, without the details in which PostgreSQL repeats values."""
+    """The error's first line. The details, in which PostgreSQL repeats values, are left out."""
     text = str(error.args[0] if isinstance(error, asyncpg.PostgresError) else error)
     return text.splitlines()[0] if text else type(error).__name__

@@ -1,4 +1,4 @@
-"""The pushes that a PostgreSQL mailbox owes. A row whose ``due_ms`` is NULL owes nothing."""
+"""The pending pushes of a PostgreSQL mailbox. A row with a NULL ``due_ms`` has none pending."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
@@ -6,7 +6,7 @@ from typing import Final
 from pokebridge.mailbox.postgres_pool import PostgresPool
 from pokebridge.mailbox.pushes import DEAD_KEPT_MS, OwedPush, PushTiming
 
-# Of several claims one gets each push, since the others skip what it has locked.
+# Concurrent claims never return the same push, since each skips the rows that another has locked.
 CLAIM: Final = """
 WITH due AS MATERIALIZED (
     SELECT recipient FROM pushes WHERE due_ms <= now_ms($3)

@@ -1,10 +1,10 @@
 """The tables and functions of the PostgreSQL mailbox, as migrations.
 
-docs/mailbox.md says why they are as they are. The row in ``heads`` is a recipient's lock: whoever
-changes what the recipient has, or counts, takes it first, several in the order of their recipients.
-So versions are dense, senders to different recipients never wait for each other, and nothing
-deadlocks. Functions save round trips; one is replaced under a new name only when its arguments
-change, for instances of two releases run side by side while an upgrade rolls through.
+docs/mailbox.md explains their design. The row in ``heads`` is a recipient's lock. A transaction
+takes it before it changes a recipient's data, and takes several in the order of the recipients. So
+versions are dense, senders to different recipients never wait for each other, and there are no
+deadlocks. Functions save round trips. Instances of two releases run side by side during a rolling
+upgrade, so a function whose arguments change gets a new name, and the old one stays.
 """
 
 from typing import Final

@@ -1,6 +1,6 @@
-"""The port for pushes: which recipients are owed a notification, since none of them pulled.
+"""The port for pushes: notifications for recipients that did not pull their messages.
 
-It is an optional capability of a mailbox, since what is owed is committed with the message.
+It is an optional capability of a mailbox, since a push is committed together with its message.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from pokebridge.mailbox.base import DAY_MS
 from pokebridge.model import NewMessage
 
 DEAD_KEPT_MS: Final = 30 * DAY_MS
-"""How long it stays on record that a push was given up."""
+"""How long the record of an abandoned push is kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,19 +34,19 @@ class PushTiming:
 
     @property
     def next_ms(self) -> int:
-        """From a push to the next one of the same recipient at least."""
+        """The shortest time between two pushes of a recipient, in milliseconds."""
         return max(self.grace_ms, self.quiet_ms)
 
     def concerns(self, message: NewMessage) -> bool:
-        """Whether ``message`` is one to be notified of: not when it is gone before the push is."""
+        """Whether ``message`` leads to a push: not if it may be gone before the push is due."""
         lasts = message.ttl_s is None or message.ttl_s > self.grace_s
         return lasts and not message.is_ephemeral
 
 
 class OwedPush(NamedTuple):
-    """A notification that ``recipient`` is owed, of the versions ``first`` to ``version``.
+    """A pending notification for ``recipient``, about the versions ``first`` to ``version``.
 
-    ``since_ms`` (Unix time) is when it began to be owed; ``attempts`` counts the claims so far.
+    ``since_ms`` is the Unix time from which it is pending. ``attempts`` counts its claims.
     """
 
     recipient: str
@@ -57,53 +57,59 @@ class OwedPush(NamedTuple):
 
     @property
     def id(self) -> str:
-        """The notification's name: the same at every attempt, whoever makes it, and no other's."""
+        """The notification's unique id: the same at every attempt, in every process."""
         name = f"{self.since_ms} {self.first} {self.recipient}"
         return f"push_{hashlib.sha256(name.encode()).hexdigest()[:32]}"
 
 
 class PushQueue(Protocol):
-    """What a mailbox owes to recipients that do not pull.
+    """The pending pushes of a mailbox.
 
-    Promises, held by ``pokebridge.testing.PushContract`` against every adapter:
+    Guarantees, tested by ``pokebridge.testing.PushContract`` against every adapter:
 
-    - **Durable**: a message and the push that it may come to are committed in one transaction.
-    - **One a recipient**: several messages owe one push, due a grace after the first; the next one
-      is not due before the quiet period is over.
-    - **Cancelled by a pull**, of any device; a newer message, committed meanwhile, stays owed, and
-      its grace begins anew.
-    - **One winner**: of several claims one gets each push, and when its process dies, the push
-      comes up again after its lease.
+    - **Durable**: a message and its possible push are committed in one transaction.
+    - **One a recipient**: several messages lead to one push, due a grace after the first message.
+      The next push is not due before the quiet period has ended.
+    - **Cancelled by a pull**, from any device. A newer message, committed meanwhile, stays
+      pending, and its grace starts with that pull.
+    - **One winner**: concurrent claims never return the same push. When the claiming process dies,
+      the push can be claimed again after its lease.
 
-    Every call raises :class:`~pokebridge.errors.MailboxError` when the store can't do it now.
+    Every call raises :class:`~pokebridge.errors.MailboxError` when the store is unavailable.
     """
 
     async def claim(self, *, limit: int, lease_s: float) -> Sequence[OwedPush]:
-        """Pushes that are due, at most ``limit``; nobody else gets them for ``lease_s`` seconds."""
+        """Claim at most ``limit`` due pushes: no other claim gets them for ``lease_s`` seconds."""
 
     async def pulled(self, versions: Mapping[str, int]) -> None:
-        """These recipients have what there is up to these versions, so no push is owed for it."""
+        """Record what recipients have pulled, by version. Cancels pushes up to these versions."""
 
     async def sent(self, push: OwedPush) -> None:
-        """``push`` has arrived: the quiet period begins. A newer message is owed after it."""
+        """Record that ``push`` has arrived, and start the quiet period.
+
+        A newer message leads to another push after it.
+        """
 
     async def failed(self, push: OwedPush, *, retry_s: float) -> None:
-        """``push`` did not arrive, and is due again in ``retry_s`` seconds, unless cancelled."""
+        """Record that ``push`` did not arrive: unless cancelled, it is due in ``retry_s`` seconds.
+
+        It keeps its id.
+        """
 
     async def bury(self, push: OwedPush, reason: str) -> None:
-        """``push`` is given up and put on record, for DEAD_KEPT_MS; else as if it was sent."""
+        """Give ``push`` up: record it with ``reason`` for DEAD_KEPT_MS, then treat it as sent."""
 
     async def purge(self, *, limit: int) -> int:
-        """Delete records that have had their time, ``limit`` at most; how many."""
+        """Delete at most ``limit`` expired records. Returns how many."""
 
 
 @runtime_checkable
 class OwesPushes(Protocol):
-    """A mailbox that can owe pushes; ``pushes`` is ``None`` when it was not asked to."""
+    """A mailbox that supports pushes. ``pushes`` is ``None`` when they are disabled."""
 
     pushes: PushQueue | None
 
 
 def pushes_of(mailbox: object) -> PushQueue | None:
-    """What ``mailbox`` owes, if it can and shall."""
+    """The push queue of ``mailbox``. ``None``: it supports none, or pushes are disabled."""
     return mailbox.pushes if isinstance(mailbox, OwesPushes) else None

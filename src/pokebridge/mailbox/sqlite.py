@@ -1,8 +1,8 @@
-"""The mailbox in one SQLite file: for one machine; several processes may share the file.
+"""The mailbox in one SQLite file, for one machine. Several processes may share the file.
 
-All writes of a process go through one thread. What arrives while a transaction is being committed
-waits and shares the next one (group commit), so the price of the disk's flush is divided by the
-load. Reads have a few threads of their own: in WAL mode they never wait for the writer.
+All writes of a process go through one thread. Calls that arrive during a commit share the next
+transaction (group commit), so a flush of the disk serves many calls under load. Reads have a few
+threads of their own. In WAL mode they never wait for the writer.
 """
 
 import asyncio
@@ -30,15 +30,15 @@ from pokebridge.mailbox.sqlite_pushes import SqlitePushes, owe
 from pokebridge.mailbox.sqlite_workers import WorkerPool, commit_together, do_each
 from pokebridge.model import Message, NewMessage, Page, Poke, Receipt
 
-# What one thread takes at once. A write batch is a transaction; a read batch only saves wake-ups.
+# Jobs that a thread takes at once. A write batch is a transaction; a read batch saves wake-ups.
 WRITE_BATCH: Final = 512
 READ_BATCH: Final = 16
-# When more than a quarter of a file is free a purge gives so much of it back to the disk.
+# Pages that a purge gives back to the disk when more than a quarter of the file is free.
 VACUUM_PAGES: Final = 1024
 
 
 class SqliteMailbox:
-    """The mailbox in one SQLite file; make it with :meth:`open`, on the loop that will use it."""
+    """The mailbox in one SQLite file. Create it with :meth:`open`, on the loop that will use it."""
 
     is_shared = True
 
@@ -69,13 +69,13 @@ class SqliteMailbox:
         limits: Limits | None = None,
         push_timing: PushTiming | None = None,
     ) -> "SqliteMailbox":
-        """Open the mailbox at ``path``, made anew when there is no file.
+        """Open the mailbox at ``path``. The file is created when it is missing.
 
         ``clock`` gives Unix time in seconds and is called from other threads. With a
-        ``push_timing`` appends owe pushes.
+        ``push_timing`` appends lead to pushes.
 
         Raises:
-            ConfigError: the path can't be used, or the file is something else.
+            ConfigError: the path can't be used, or the file is no mailbox.
             MailboxError: another process keeps the file locked.
         """
         writer, *readers = await asyncio.to_thread(open_file, Path(path))
@@ -131,7 +131,7 @@ class SqliteMailbox:
 
     async def claim_outbox(self, *, older_than_s: float, limit: int) -> Sequence[Poke]:
         """See the port."""
-        # Nearly always there is nothing, and a look does not wait for the writer.
+        # Usually there is nothing, and a read does not wait for the writer.
         old = _Old(older_than_s, limit)
         if not await self._reads.do(lambda db: old.find(db, self._now_ms())):
             return []
@@ -154,7 +154,7 @@ class SqliteMailbox:
         return await self._reads.do(_stats)
 
     async def check(self) -> None:
-        """Return when a transaction could be begun and committed, and a reader answered."""
+        """Return when a transaction was committed and a reader answered."""
         await self._writes.do(lambda db: _head(db, ""))
         await self._reads.do(lambda db: _head(db, ""))
 
@@ -219,8 +219,8 @@ def _head(db: sqlite3.Connection, recipient: str) -> int:
 def _fresh(
     db: sqlite3.Connection, recipient: str, after: int, head: int, limit: int, now_ms: int
 ) -> sqlite3.Cursor:
-    """What can be read, one more than ``limit``; each body is read when its row is taken."""
-    # Cut to the head just read: what is committed in between belongs to the next page.
+    """The unexpired messages, one more than ``limit``. A body is read when its row is taken."""
+    # Cut to the head just read: a message committed since then belongs to the next page.
     return db.execute(
         "SELECT version, id, sender, body, sent_at_ms FROM messages"
         " WHERE recipient = ? AND version > ? AND version <= ?"
@@ -240,7 +240,7 @@ def _was_seen(db: sqlite3.Connection, recipient: str, device: str, since_ms: int
 def _see_device(
     db: sqlite3.Connection, recipient: str, device: str, version: int, now_ms: int
 ) -> None:
-    """Make it known and raise its ack to ``version``; that it was seen is rarely written down."""
+    """Make the device known and raise its ack to ``version``. ``seen_ms`` is written rarely."""
     db.execute(
         "INSERT INTO devices VALUES (?1, ?2, ?3, ?4) ON CONFLICT (recipient, device) DO UPDATE"
         " SET acked = max(acked, ?3), seen_ms = iif(seen_ms <= ?5, ?4, seen_ms)",
@@ -255,7 +255,7 @@ def _ack(db: sqlite3.Connection, recipient: str, device: str, version: int, now_
 
 
 def _delete_acked(db: sqlite3.Connection, recipient: str) -> None:
-    """Delete what every known device has acked; nothing when there is none."""
+    """Delete the messages that every known device has acked. Without a device: none."""
     _delete(
         db,
         "recipient = ?1 AND version <= (SELECT min(acked) FROM devices WHERE recipient = ?1)",
@@ -264,7 +264,7 @@ def _delete_acked(db: sqlite3.Connection, recipient: str) -> None:
 
 
 def _delete(db: sqlite3.Connection, where: str, parameters: Iterable[str | int]) -> int:
-    """Delete the messages for which ``where`` holds, and keep the books; how many."""
+    """Delete the messages that match ``where``, and update the counts. Returns how many."""
     deleted = db.execute(
         f"DELETE FROM messages WHERE {where} RETURNING recipient, length(body)",  # noqa: S608 - ours
         tuple(parameters),
@@ -282,7 +282,7 @@ def _delete(db: sqlite3.Connection, where: str, parameters: Iterable[str | int])
 
 
 class _Old(NamedTuple):
-    """The outbox entries that a sweep is after."""
+    """The outbox entries that a sweep looks for."""
 
     older_than_s: float
     limit: int

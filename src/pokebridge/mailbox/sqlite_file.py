@@ -10,11 +10,12 @@ from pokebridge.mailbox.sqlite_pushes import TABLES
 from pokebridge.mailbox.sqlite_workers import LOCK_TIMEOUT_S, result_code
 
 READERS: Final = 2
-# The write-ahead log's pages, 32 MiB, that begin a checkpoint. Messages of many recipients touch
-# many pages: by SQLite's default of 1,000 each second batch would, and write more. Cut back at 64.
+# A checkpoint starts when the write-ahead log has so many pages (32 MiB). Messages of many
+# recipients touch many pages: with SQLite's default of 1,000 every second batch would start one.
+# After a checkpoint the log is cut back to WAL_SIZE_BYTES.
 CHECKPOINT_PAGES: Final = 8192
 WAL_SIZE_BYTES: Final = 64 * 1024 * 1024
-# Of each connection: the look-up tables of a million recipients fit.
+# For each connection. The look-up tables of a million recipients fit.
 CACHE_SIZE_BYTES: Final = 32 * 1024 * 1024
 
 APPLICATION_ID: Final = int.from_bytes(b"poke", "big")
@@ -82,21 +83,20 @@ _UNUSABLE: Final = {
 
 
 def open_file(path: Path) -> list[sqlite3.Connection]:
-    """Bring the file to our schema; return the writer's connection, then the readers'."""
+    """Open the file and migrate its schema. Returns the writer's connection, then the readers'."""
     try:
-        path = path.absolute()  # so that ":memory:" too is a file like any other
+        path = path.absolute()  # so that ":memory:" is a file like any other
         if not path.parent.is_dir():
-            raise ConfigError(f"mailbox: there is no directory {path.parent}")
-        with ExitStack() as unless_all_is_well:
+            raise ConfigError(f"mailbox: the directory {path.parent} does not exist: create it")
+        with ExitStack() as on_error:
             connections = [
-                unless_all_is_well.enter_context(closing(_connect(path)))
-                for _ in range(1 + READERS)
+                on_error.enter_context(closing(_connect(path))) for _ in range(1 + READERS)
             ]
             _bring_up_to_date(connections[0], path)
             connections[0].execute(
                 "PRAGMA busy_timeout = 0"
             )  # the worker pool waits for locks itself
-            unless_all_is_well.pop_all()
+            on_error.pop_all()
             return connections
     except sqlite3.Error as error:
         if result_code(error) in _UNUSABLE:
@@ -110,7 +110,7 @@ def _connect(path: Path) -> sqlite3.Connection:
     db = sqlite3.connect(
         path, timeout=LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False
     )
-    db.execute("PRAGMA synchronous = FULL")  # a commit is on the disk, not only in its cache
+    db.execute("PRAGMA synchronous = FULL")  # a commit is flushed to the disk
     db.execute(f"PRAGMA cache_size = -{CACHE_SIZE_BYTES // 1024}")
     db.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
     db.execute(f"PRAGMA journal_size_limit = {WAL_SIZE_BYTES}")
@@ -118,8 +118,8 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 def _bring_up_to_date(db: sqlite3.Connection, path: Path) -> None:
-    """Check that the file is ours, or new, and do the migrations that it lacks."""
-    # Of a new file only, and before it has anything in it: purges can then shrink it.
+    """Check that the file is ours or new, and apply the missing migrations."""
+    # Has an effect on an empty file only. Purges can then give free pages back.
     db.execute("PRAGMA auto_vacuum = INCREMENTAL")
     try:
         db.execute("BEGIN IMMEDIATE")
@@ -130,7 +130,7 @@ def _bring_up_to_date(db: sqlite3.Connection, path: Path) -> None:
             db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         if done > len(MIGRATIONS):
             raise ConfigError(
-                f"mailbox: {path} was written by a newer pokebridge: upgrade this one"
+                f"mailbox: {path} was written by a newer release of pokebridge: upgrade this one"
             )
         for statements in MIGRATIONS[done:]:
             for statement in statements:

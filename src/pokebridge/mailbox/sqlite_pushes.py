@@ -1,4 +1,4 @@
-"""The pushes that a SQLite mailbox owes. A row whose ``due_ms`` is NULL owes nothing."""
+"""The pending pushes of a SQLite mailbox. A row with a NULL ``due_ms`` has no push pending."""
 
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
@@ -39,7 +39,7 @@ _DUE: Final = "SELECT recipient FROM pushes WHERE due_ms <= ? ORDER BY due_ms LI
 def owe(
     db: sqlite3.Connection, recipient: str, version: int, timing: PushTiming, now_ms: int
 ) -> None:
-    """A message was committed in this transaction: owe a push for it."""
+    """Make a push pending for a message that is committed in this transaction."""
     db.execute(
         "INSERT INTO pushes VALUES (?1, ?2, ?2, ?3, ?3 + ?4, 0, 0)"
         " ON CONFLICT (recipient) DO UPDATE SET version = ?2,"
@@ -63,7 +63,7 @@ class SqlitePushes:
 
     async def claim(self, *, limit: int, lease_s: float) -> Sequence[OwedPush]:
         """See the port."""
-        # Nearly always there is nothing, and a look does not wait for the writer.
+        # Usually nothing is due, and a read does not wait for the writer.
         if not await self._reads.do(lambda db: _are_due(db, self._now_ms())):
             return []
         lease_ms = int(lease_s * 1000)
@@ -132,7 +132,7 @@ def _is_owed(db: sqlite3.Connection, recipient: str) -> bool:
 def _pulled(
     db: sqlite3.Connection, pulls: Sequence[tuple[str, int]], timing: PushTiming, now_ms: int
 ) -> None:
-    """Cancel what was pulled; what is newer begins its grace now."""
+    """Cancel pushes for what was pulled. For newer messages the grace starts now."""
     owed = "recipient = ?1 AND due_ms IS NOT NULL AND first <= ?2"
     for pull in pulls:
         db.execute(
@@ -148,9 +148,9 @@ def _pulled(
 
 
 def _settle(db: sqlite3.Connection, push: OwedPush, timing: PushTiming, now_ms: int) -> None:
-    """Begin the quiet period; what is newer than the push is owed after it, as a push of its own.
+    """Start the quiet period. Newer messages lead to another push after it.
 
-    The row may be gone, or be about newer messages: a pull was quicker than the answer.
+    The row may be gone or be about newer messages, when a pull came before the receiver's answer.
     """
     db.execute(
         "INSERT INTO pushes VALUES (?1, ?2, ?2, ?3, NULL, 0, ?3 + ?4)"

@@ -1,7 +1,7 @@
 """Threads that work on SQLite connections for an event loop.
 
-A :class:`WorkerPool` takes jobs from the loop and does them in batches: each batch of writes is one
-transaction (group commit), and each batch of any kind wakes the loop once.
+A :class:`WorkerPool` takes jobs from the loop and does them in batches. A batch of writes is one
+transaction (group commit). Every batch wakes the loop once.
 """
 
 import asyncio
@@ -15,22 +15,22 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 from pokebridge.backoff import spread
 from pokebridge.errors import MailboxError
+from pokebridge.mailbox.base import admit
 
 T = TypeVar("T")
 
-MAX_WAITING: Final = 10_000
 LOCK_TIMEOUT_S: Final = 5.0
 
 
 class Job(NamedTuple):
-    """What a thread shall do with its connection, and where the loop waits for the outcome."""
+    """Work for a thread to do on its connection, and the future for its outcome."""
 
     work: Callable[[sqlite3.Connection], Any]
     done: asyncio.Future[Any]
 
 
 class Outcome(NamedTuple):
-    """What came of a job: ``result`` when there is no ``error``."""
+    """A job's ``result``, valid when there is no ``error``."""
 
     job: Job
     result: Any
@@ -38,7 +38,15 @@ class Outcome(NamedTuple):
 
 
 class WorkerPool:
-    """A bounded queue of jobs and the threads that do them, each on a connection of its own."""
+    """A bounded queue of jobs, and the threads that do them, each on a connection of its own.
+
+    - ``_loop``: the event loop that is told the outcomes
+    - ``_do_batch``: does a batch of jobs on a connection; a batch has at most ``_batch_size``
+    - ``_jobs``: the queue; ``None`` ends one thread
+    - ``_waiting``: jobs without an outcome yet
+    - ``_threads``: one for each connection
+    - ``_closed``: whether new jobs are refused
+    """
 
     def __init__(
         self,
@@ -50,10 +58,10 @@ class WorkerPool:
         self._loop = asyncio.get_running_loop()
         self._do_batch = do_batch
         self._batch_size = batch_size
-        self._jobs: SimpleQueue[Job | None] = SimpleQueue()  # None ends one thread
+        self._jobs: SimpleQueue[Job | None] = SimpleQueue()
         self._waiting = 0
         self._closed = False
-        # Daemons: a process that ends without close() must not hang. What is committed is safe.
+        # Daemon threads, so that a process which ends without close() does not hang.
         self._threads = [
             Thread(target=self._run, args=(db,), name=name, daemon=True) for db in connections
         ]
@@ -61,22 +69,19 @@ class WorkerPool:
             thread.start()
 
     async def do(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Do ``work`` in a thread. Cancelled, it is still done or left undone in whole."""
-        if self._closed:
-            raise MailboxError("the mailbox is closed")
-        if self._waiting >= MAX_WAITING:
-            raise MailboxError(f"the mailbox has too much to do: {MAX_WAITING} calls are waiting")
+        """Do ``work`` in a thread. A cancelled call is still done completely or not at all."""
+        admit(waiting=self._waiting, closed=self._closed)
         job = Job(work, self._loop.create_future())
         self._waiting += 1
         self._jobs.put(job)
         try:
             result: T = await job.done
         except sqlite3.Error as error:
-            raise MailboxError(f"the mailbox can't do it now: {error}") from error
+            raise MailboxError(f"the mailbox's SQLite file is unavailable: {error}") from error
         return result
 
     async def close(self) -> None:
-        """Refuse new jobs, do those that wait, end the threads. May be called twice."""
+        """Refuse new jobs, finish the waiting ones, and end the threads. May be called twice."""
         if not self._closed:
             self._closed = True
             for _ in self._threads:
@@ -88,12 +93,12 @@ class WorkerPool:
         with closing(db):
             while batch := self._next_batch():
                 outcomes = self._do_batch(db, batch)
-                # One wake-up of the loop for the batch. A loop that is gone waits for nothing.
+                # One wake-up of the loop for the batch. The loop may be closed already.
                 with suppress(RuntimeError):
                     self._loop.call_soon_threadsafe(self._settle, outcomes)
 
     def _next_batch(self) -> list[Job]:
-        """Wait for a job, then take along what else is there; empty when the thread shall end."""
+        """Wait for a job, and take it with the others that wait. Empty: the thread must end."""
         batch: list[Job] = []
         job = self._jobs.get()
         with suppress(Empty):
@@ -103,7 +108,7 @@ class WorkerPool:
                     return batch
                 job = self._jobs.get_nowait()
         if job is None and batch:
-            self._jobs.put(None)  # meant for when this batch is done
+            self._jobs.put(None)  # ends a thread after this batch
         return batch
 
     def _settle(self, outcomes: Sequence[Outcome]) -> None:
@@ -118,19 +123,19 @@ class WorkerPool:
 
 
 def do_each(db: sqlite3.Connection, jobs: Sequence[Job]) -> list[Outcome]:
-    """Do ``jobs`` one by one, each for itself."""
+    """Do ``jobs`` one by one, independently."""
     return [_do(db, job) for job in jobs]
 
 
 def _do(db: sqlite3.Connection, job: Job) -> Outcome:
     try:
         return Outcome(job, job.work(db))
-    except Exception as error:  # noqa: BLE001 - whatever it is belongs to the caller, not the thread
+    except Exception as error:  # noqa: BLE001 - any error belongs to the caller, not the thread
         return Outcome(job, None, error)
 
 
 def commit_together(db: sqlite3.Connection, jobs: Sequence[Job]) -> list[Outcome]:
-    """Do ``jobs`` in one transaction; one that fails is undone alone, unless all of it fails."""
+    """Do ``jobs`` in one transaction. A failed job is undone alone, unless the commit fails."""
     try:
         _begin(db)
         outcomes = [_do_undoably(db, job) for job in jobs]
@@ -146,7 +151,7 @@ def _do_undoably(db: sqlite3.Connection, job: Job) -> Outcome:
     db.execute("SAVEPOINT job")
     outcome = _do(db, job)
     if outcome.error is not None:
-        if not db.in_transaction:  # SQLite gave all of it up by itself, as on a full disk
+        if not db.in_transaction:  # SQLite rolled everything back by itself, as on a full disk
             raise outcome.error
         db.execute("ROLLBACK TO job")
     db.execute("RELEASE job")
@@ -154,11 +159,11 @@ def _do_undoably(db: sqlite3.Connection, job: Job) -> Outcome:
 
 
 def _begin(db: sqlite3.Connection) -> None:
-    """Begin a transaction with the write lock, waiting LOCK_TIMEOUT_S for other processes at most.
+    """Begin a transaction with the write lock. Waits at most LOCK_TIMEOUT_S for other processes.
 
-    SQLite's own busy handler backs off to 100 ms, and a process that commits without pause then
-    starves the others for seconds; short random waits share the lock fairly. So the connection has
-    no busy timeout of its own.
+    The connection has no busy timeout of its own. SQLite's busy handler backs off to 100 ms, so a
+    process that commits without pause would starve the others for seconds. Short random waits
+    share the lock fairly.
     """
     deadline_s = time.monotonic() + LOCK_TIMEOUT_S
     while True:
@@ -173,5 +178,5 @@ def _begin(db: sqlite3.Connection) -> None:
 
 
 def result_code(error: sqlite3.Error) -> int:
-    """The primary result code; errors that Python's module raises by itself have none: 0."""
+    """The primary result code. 0: the error comes from Python's module, not from SQLite."""
     return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
