@@ -10,7 +10,7 @@ import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
-from pokebridge.bench import load
+from pokebridge.bench import load_generator
 from tests.cli.conftest import Result, Run
 from tests.support.serving import JWT_SECRET
 
@@ -94,7 +94,7 @@ async def faulty() -> AsyncIterator[Faulty]:
 @pytest.fixture
 def bench(faulty: Faulty, run: Run, monkeypatch: pytest.MonkeyPatch) -> Bench:
     """The command against the faulty instance, impatient, in a thread of its own."""
-    monkeypatch.setattr(load, "STRAGGLERS_S", 0.1)
+    monkeypatch.setattr(load_generator, "STRAGGLERS_S", 0.1)
     args = ("bench", *FEW, "--json", "--url", faulty.url)
     return lambda: asyncio.to_thread(run, *args, POKEBRIDGE_JWT_SECRET=JWT_SECRET)
 

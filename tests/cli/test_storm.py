@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pokebridge.bench.storm_fleet import StormInstance
-from pokebridge.bench.storm_http import Answer, HttpPool
-from pokebridge.bench.storm_report import storm_failures, storm_table
-from pokebridge.bench.storm_watch import most_in_a_second
+from pokebridge.bench.fleet import StormInstance
+from pokebridge.bench.http_pool import Answer, HttpPool
+from pokebridge.bench.storm import storm_failures, storm_table
+from pokebridge.bench.traffic import most_in_a_second
 from pokebridge.errors import UnavailableError
 from tests.cli.conftest import Run
 from tests.support import Daemon, free_port
@@ -123,7 +123,7 @@ def report_of(**changes: Any) -> dict[str, Any]:
         "back_s": 4.0,
         "connected": 9,
         "messages": {"sent": 5, "resent": 0, "refused": 0, "lost": 0},
-        "witnesses": {"sent": 9, "lost": 0},
+        "probe": {"sent": 9, "lost": 0},
         "handshakes": {"limit_per_s": 5, "most_in_a_second": {}, "by_status": {}},
         "others_poke_ms": {"before": times, "storm": times, "after": dict.fromkeys(times)},
         "silence_s": {"struck": 4.0, "others": 0.1},

@@ -13,9 +13,9 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from pokebridge.bench.storm_clients import Observer, PulledMessage, StormClient
-from pokebridge.bench.storm_fleet import Balancer, Endpoint
-from pokebridge.bench.storm_http import HttpPool
+from pokebridge.bench.clients import Observer, PulledMessage, StormClient
+from pokebridge.bench.fleet import Balancer, Endpoint
+from pokebridge.bench.http_pool import HttpPool
 from pokebridge.client.events import AnyEvent, Text
 from tests.support import wait_until
 

@@ -1,1 +1,1 @@
-"""Load generators and their plots, behind the command `pokebridge bench`."""
+"""Load generators, the storm and their plots: what `pokebridge bench` runs."""

@@ -10,7 +10,7 @@ import click
 import uvloop
 from click.core import ParameterSource
 
-from pokebridge.bench.load import Load, Plan, Tally
+from pokebridge.bench.load_generator import LoadGenerator, Plan, Tally
 from pokebridge.cli.api import Access, api_options
 from pokebridge.cli.options import allow_clients, json_option
 from pokebridge.cli.storm import storm
@@ -102,7 +102,7 @@ def _refuse_own_options(ctx: click.Context) -> None:
 
 async def _bench(access: Access, plan: Plan) -> Tally:
     async with access.open() as api:
-        load = Load(api, plan)
+        load = LoadGenerator(api, plan)
         progress = asyncio.create_task(_show_progress(load))
         try:
             await load.run()
@@ -116,7 +116,7 @@ async def _bench(access: Access, plan: Plan) -> Tally:
     return load.tally
 
 
-async def _show_progress(load: Load) -> None:
+async def _show_progress(load: LoadGenerator) -> None:
     while True:
         await asyncio.sleep(_PROGRESS_S)
         tally = load.tally

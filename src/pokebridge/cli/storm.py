@@ -10,11 +10,9 @@ from typing import Any
 import click
 import uvloop
 
-from pokebridge.bench.plot import PlotFile, check_drawing
-from pokebridge.bench.storm_fleet import FleetPlan
-from pokebridge.bench.storm_plot import save_storm_plot
-from pokebridge.bench.storm_report import storm_failures, storm_report, storm_table
-from pokebridge.bench.storm_run import Storm, StormPlan
+from pokebridge.bench.fleet import FleetPlan
+from pokebridge.bench.plot import PlotFile, check_drawing, save_storm_plot
+from pokebridge.bench.storm import Storm, StormPlan, storm_failures, storm_report, storm_table
 from pokebridge.cli.options import allow_clients
 from pokebridge.errors import ConfigError, PokebridgeError
 from pokebridge.server.adapters import transport_class

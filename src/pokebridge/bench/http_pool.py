@@ -1,7 +1,7 @@
-"""HTTP requests for a herd: hand-made, over a few keep-alive connections, without a task each.
+"""A pool of keep-alive connections for many small HTTP requests, without a task for each.
 
-An HTTP library's client takes about a millisecond of CPU for a request. A storm has thousands of
-them a second, and what generates it must not be what slows down.
+The client of an HTTP library takes about a millisecond of CPU for a request. A storm sends
+thousands of requests a second, and its generator must not be the bottleneck.
 """
 
 import asyncio
@@ -25,11 +25,11 @@ class Answer(NamedTuple):
 
 
 Done = Callable[[Answer | None], None]
-"""Takes the answer; ``None`` when the connection failed, and nobody knows what became of it."""
+"""Takes the answer; ``None`` when the connection failed and the outcome is unknown."""
 
 
 class HttpPool:
-    """Requests to a port of this machine, over ``size`` connections; the others wait in line."""
+    """Requests to a port of this machine over at most ``size`` connections; others wait."""
 
     def __init__(self, port: int, size: int) -> None:
         self.port = port
@@ -40,7 +40,7 @@ class HttpPool:
         self._dialling: set[asyncio.Task[None]] = set()
 
     def send(self, request: bytes, done: Done) -> None:
-        """Send a whole ``request``; ``done`` is called later, in any case."""
+        """Send ``request``, head and body; ``done`` is always called, later."""
         while self._idle:
             connection = self._idle.pop()
             if connection.is_open:
@@ -53,7 +53,7 @@ class HttpPool:
             task.add_done_callback(self._dialling.discard)
 
     def close(self) -> None:
-        """Drop every connection; what is under way is not answered any more."""
+        """Drop every connection; requests under way get no answer."""
         self._waiting.clear()
         for task in self._dialling:
             task.cancel()
@@ -65,7 +65,7 @@ class HttpPool:
         try:
             await loop.create_connection(lambda: _Connection(self), HOST, self.port)
         except OSError:
-            # Nobody is there: those in line must hear of it, or they would wait for ever.
+            # The instance is down. Without an answer the waiting requests would hang for ever.
             if not self._open:
                 waiting, self._waiting = self._waiting, deque()
                 for _, done in waiting:
@@ -74,19 +74,19 @@ class HttpPool:
     # --- a connection's calls ---------------------------------------------------------------------
 
     def opened(self, connection: "_Connection") -> None:
-        """It can take a request."""
+        """A new connection can take a request."""
         self._open.add(connection)
         self.freed(connection)
 
     def freed(self, connection: "_Connection") -> None:
-        """It can take another request."""
+        """A connection can take another request."""
         if self._waiting and connection.is_open:
             connection.send(*self._waiting.popleft())
         else:
             self._idle.append(connection)
 
     def lost(self, connection: "_Connection") -> None:
-        """It is gone."""
+        """A connection is closed."""
         self._open.discard(connection)
         if connection in self._idle:
             self._idle.remove(connection)
@@ -107,7 +107,7 @@ class _Connection(asyncio.Protocol):
 
     @property
     def is_open(self) -> bool:
-        # It may have been closed in this turn of the loop, and be told of it in the next.
+        # connection_lost() comes a turn of the loop after the transport was closed.
         return self._transport is not None and not self._transport.is_closing()
 
     def send(self, request: bytes, done: Done) -> None:

@@ -1,8 +1,8 @@
 """The load generator behind ``pokebridge bench``.
 
-Each client holds one session of a recipient of its own. A recipient is poked only while none of
-its pokes is under way, so every poke sent is one poke frame expected: what has not come at the end
-is lost, and nothing is hidden by merging.
+Each client has one session and a recipient of its own. A recipient is poked only while none of
+its pokes is under way. So every poke sent must arrive as one frame, merging hides nothing, and
+what has not arrived at the end is lost.
 """
 
 import asyncio
@@ -24,18 +24,18 @@ from pokebridge.wire import CONNECT_PATH
 
 HANDSHAKE_TIMEOUT_S = 30.0
 CLOSE_TIMEOUT_S = 1.0
-# How often what is due is sent, and how long the last pokes have to arrive.
+# The interval between batches of pokes, and how long the last pokes have to arrive.
 TICK_S = 0.01
 STRAGGLERS_S = 5.0
 RECIPIENTS_PER_REQUEST = 1000
 MAX_REQUESTS = 64
-# The mailbox of a benchmark's recipient is of no use afterwards.
+# Nobody reads the mailboxes after the benchmark.
 MESSAGE_TTL_S = 60.0
-# Tokens outlive the run by this much.
+# How much longer a token lives than the run.
 TOKEN_SPARE_S = 300.0
 
 _EXPECTED = (OSError, WebSocketException, PokebridgeError)
-# What a frame that is none of protocol.md section 3 leads to.
+# Raised by a frame that docs/protocol.md does not define.
 _NOT_OURS = (ValueError, LookupError, TypeError)
 
 
@@ -43,7 +43,7 @@ _NOT_OURS = (ValueError, LookupError, TypeError)
 class Plan:
     """``clients`` connect within ``ramp_s``; then ``duration_s`` of ``rate_per_s`` pokes.
 
-    With ``messages`` each poke is that of a message sent through the API.
+    With ``messages`` each poke is caused by a message that is sent through the API.
     """
 
     clients: int
@@ -55,18 +55,18 @@ class Plan:
 
 @dataclass(slots=True)
 class Tally:
-    """What has happened so far; times in seconds."""
+    """What was measured so far; times in seconds."""
 
     handshakes_s: list[float] = field(default_factory=list)
     latencies_s: list[float] = field(default_factory=list)
     sent: int = 0
     sending_s: float = 0
     failures: Counter[str] = field(default_factory=Counter)
-    """Handshakes and requests that failed, and sessions that ended, by reason."""
+    """Failed handshakes and requests, and sessions that ended, by reason."""
 
     @property
     def lost(self) -> int:
-        """Pokes that were accepted and have not come (yet)."""
+        """Pokes that were accepted and have not arrived (yet)."""
         return self.sent - len(self.latencies_s)
 
 
@@ -79,8 +79,8 @@ class _Client:
         self.poked_at: float | None = None
 
 
-class Load:
-    """Carries out a :class:`Plan` against the instance behind ``api``."""
+class LoadGenerator:
+    """Carries out a :class:`Plan` against the instance of ``api``; results are in ``tally``."""
 
     def __init__(self, api: ApiClient, plan: Plan) -> None:
         self.tally = Tally()
@@ -93,19 +93,20 @@ class Load:
         self._settled = asyncio.Event()
         self._unsettled = plan.clients
         self._ws_url = "ws" + api.url.removeprefix("http") + CONNECT_PATH
-        # One for all: making one reads every certificate authority of the machine.
+        # Shared: creating one reads all certificate authorities of the machine.
         self._tls = ssl.create_default_context() if api.url.startswith("https:") else None
         self._ttl_s = plan.ramp_s + plan.duration_s + TOKEN_SPARE_S
 
     @property
     def connected(self) -> int:
-        """Sessions that are ready now."""
+        """How many sessions are ready now."""
         return sum(client.connected for client in self._clients)
 
     async def run(self) -> None:
-        """Connect, send, wait for the stragglers, disconnect.
+        """Connect, send, wait for the last pokes, disconnect.
 
-        Raises :class:`~pokebridge.errors.PokebridgeError` when no token can be had to send with.
+        Raises:
+            PokebridgeError: no token is available to send with.
         """
         scope = "send" if self._plan.messages else "poke"
         token = await self._api.token_for(self._subject, [scope], self._ttl_s)
@@ -166,7 +167,7 @@ class Load:
             try:
                 await self._hear(client, socket)
             except asyncio.CancelledError:
-                await socket.close()  # in good order: the context would close with 1011
+                await socket.close()  # with 1000: the context manager would close with 1011
                 raise
 
     async def _hear(self, client: _Client, socket: ClientConnection) -> None:
@@ -200,7 +201,7 @@ class Load:
             await asyncio.wait(requests)
 
     def _take_idle(self, at_most: int) -> Sequence[_Client]:
-        """The clients that have waited longest; one that has lost its session is dropped."""
+        """The clients that were idle longest; those without a session are dropped."""
         taken: list[_Client] = []
         while self._idle and len(taken) < at_most:
             client = self._idle.popleft()
@@ -225,7 +226,7 @@ class Load:
             self._take_back(clients)
 
     def _take_back(self, clients: Sequence[_Client]) -> None:
-        """What was not accepted is not expected; if its poke came all the same, it is counted."""
+        """Expect no pokes after a refused request; those that came all the same count."""
         for client in clients:
             if client.poked_at is not None:
                 client.poked_at = None
@@ -240,7 +241,7 @@ class Load:
 
 
 async def _frame(socket: ClientConnection, wanted: str) -> None:
-    """Wait for a frame of the type ``wanted``; a client ignores others."""
+    """Wait for a frame of the type ``wanted``, and ignore others."""
     while json.loads(await socket.recv())["type"] != wanted:
         pass
 

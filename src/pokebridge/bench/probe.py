@@ -1,10 +1,11 @@
-"""The witnesses of a storm: a few clients of instances that are not killed, in a process apart.
+"""The probe of a storm: a process whose few clients time pokes on the instances that survive.
 
-They time the pokes. In the process that generates the storm a poke would wait for thousands of
-broken connections to be dealt with, and the instances would be blamed for it.
+It is a process of its own because the process that generates the storm is busy with thousands of
+broken connections. A poke would wait there, and the instances would be blamed for it.
 
-It is told what to do in a line of JSON on stdin, says when its clients are ready in a line on
-stdout, sends messages to them until stdin ends, and then says what it has seen.
+The probe reads its :class:`ProbeConfig` from stdin, in a line of JSON. It writes a line to stdout
+when its clients are ready, sends messages to them until stdin ends, and then writes its
+:class:`ProbeResult` in another line.
 """
 
 import asyncio
@@ -16,10 +17,9 @@ from time import monotonic
 import msgspec
 import uvloop
 
-from pokebridge.bench.storm_clients import StormClient
-from pokebridge.bench.storm_fleet import Balancer, Endpoint
-from pokebridge.bench.storm_sender import Sender, make_clients, start_clients
-from pokebridge.bench.storm_watch import Watcher
+from pokebridge.bench.clients import StormClient
+from pokebridge.bench.fleet import Balancer, Endpoint
+from pokebridge.bench.traffic import Sender, Watcher, make_clients, start_clients
 from pokebridge.errors import UnavailableError
 
 READY = b"ready\n"
@@ -28,8 +28,8 @@ _STRAGGLERS_S = 15.0
 _TIMEOUT_S = 120.0
 
 
-class Orders(msgspec.Struct, frozen=True):
-    """What the witnesses do."""
+class ProbeConfig(msgspec.Struct, frozen=True):
+    """What the probe does: ``ports`` are the instances that survive, by name."""
 
     secret: str
     ports: Mapping[str, int]
@@ -39,32 +39,32 @@ class Orders(msgspec.Struct, frozen=True):
 
 
 class PokeTime(msgspec.Struct, frozen=True, array_like=True):
-    """When a message was asked for, by the machine's clock, and how long its poke took then."""
+    """When a message was sent, on the monotonic clock, and how long its poke took; in seconds."""
 
     asked_s: float
     took_s: float
 
 
-class Testimony(msgspec.Struct, frozen=True):
-    """What the witnesses have seen."""
+class ProbeResult(msgspec.Struct, frozen=True):
+    """What the probe measured: ``lost`` messages were accepted and never pulled."""
 
     sent: int
     lost: int
     poke_times: list[PokeTime]
 
 
-class Witness:
-    """The process of the witnesses, as the storm sees it."""
+class Probe:
+    """Starts and ends the process of the probe."""
 
-    def __init__(self, orders: Orders) -> None:
-        self._orders = orders
+    def __init__(self, config: ProbeConfig) -> None:
+        self._config = config
         self._process: asyncio.subprocess.Process | None = None
 
     async def start(self) -> None:
-        """Start it; returns when its clients are ready.
+        """Start the process; returns when its clients are ready.
 
         Raises:
-            UnavailableError: they did not become ready.
+            UnavailableError: its clients could not connect.
         """
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
@@ -73,39 +73,39 @@ class Witness:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,
-            limit=2**26,  # the testimony is one line
+            limit=2**26,  # the result is one line
         )
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None  # noqa: S101 - it was asked for
         assert stdout is not None  # noqa: S101 - it was asked for
-        stdin.write(msgspec.json.encode(self._orders) + b"\n")
+        stdin.write(msgspec.json.encode(self._config) + b"\n")
         if await stdout.readline() != READY:
-            raise UnavailableError("the clients that time the pokes could not connect")
+            raise UnavailableError("the probe could not connect its clients to the instances")
 
-    async def finish(self) -> Testimony:
-        """Have it stop, and say what it has seen.
+    async def finish(self) -> ProbeResult:
+        """Let the probe stop, and return what it measured.
 
         Raises:
-            UnavailableError: it is gone.
+            UnavailableError: the process has ended.
         """
         process = self._process
         if process is None or process.stdin is None or process.stdout is None:
-            raise UnavailableError("the clients that time the pokes were not started")
+            raise UnavailableError("the probe was not started: await start() first")
         process.stdin.close()
         line = await process.stdout.readline()
         if not line:
-            raise UnavailableError("the clients that time the pokes are gone")
-        return msgspec.json.decode(line, type=Testimony)
+            raise UnavailableError("the process of the probe ended before it reported a result")
+        return msgspec.json.decode(line, type=ProbeResult)
 
     async def close(self) -> None:
-        """End it, if it still runs."""
+        """Kill the process if it still runs."""
         if self._process is not None and self._process.returncode is None:
             self._process.kill()
             await self._process.wait()
 
 
 class _Clock(Watcher):
-    """Times the pokes."""
+    """A watcher that also times pokes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class _Clock(Watcher):
         self.poke_times: list[PokeTime] = []
 
     def on_poke(self, client: StormClient) -> None:
-        """It can only be that of the one message that is under way."""
+        """Time the poke: a client has at most one message under way."""
         message = self.under_way.get(client)
         if message is not None and message.id not in self._heard:
             self._heard.add(message.id)
@@ -121,35 +121,35 @@ class _Clock(Watcher):
             self.poke_times.append(PokeTime(message.asked_s, took_s))
 
 
-async def _testify() -> None:
+async def _run_probe() -> None:
     loop = asyncio.get_running_loop()
     stdin = asyncio.StreamReader()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stdin), sys.stdin)
-    orders = msgspec.json.decode(await stdin.readline(), type=Orders)
-    balancer = Balancer([Endpoint(name, port) for name, port in orders.ports.items()])
+    config = msgspec.json.decode(await stdin.readline(), type=ProbeConfig)
+    balancer = Balancer([Endpoint(name, port) for name, port in config.ports.items()])
     clock = _Clock()
-    clients = make_clients(orders.clients, orders.secret, balancer, clock)
-    await start_clients(clients, orders.clients_per_s)
+    clients = make_clients(config.clients, config.secret, balancer, clock)
+    await start_clients(clients, config.clients_per_s)
     async with asyncio.timeout(_TIMEOUT_S):
         while not all(client.caught_up for client in clients):  # noqa: ASYNC110 - as they come
             await asyncio.sleep(_POLL_S)
-    # In partitioned mode some were sent to the one that will be killed: they are no witnesses.
+    # In partitioned mode some were moved to the instance that will be killed: leave them out.
     clients = [client for client in clients if client.where in balancer.up]
     gc.collect()
     gc.freeze()
     sys.stdout.buffer.write(READY)
     sys.stdout.buffer.flush()
-    sender = Sender(orders.messages_per_s, orders.secret, balancer, clock)
+    sender = Sender(config.messages_per_s, config.secret, balancer, clock)
     sending = loop.create_task(sender.run(clients))
     await stdin.read()
     sending.cancel()
     until_s = monotonic() + _STRAGGLERS_S
     while clock.under_way and monotonic() < until_s:  # noqa: ASYNC110 - as they come
         await asyncio.sleep(_POLL_S)
-    testimony = Testimony(sender.sent, clock.owed, clock.poke_times)
-    sys.stdout.buffer.write(msgspec.json.encode(testimony) + b"\n")
+    probe_result = ProbeResult(sender.sent, clock.owed, clock.poke_times)
+    sys.stdout.buffer.write(msgspec.json.encode(probe_result) + b"\n")
     sys.stdout.buffer.flush()
 
 
 if __name__ == "__main__":
-    uvloop.run(_testify())
+    uvloop.run(_run_probe())

@@ -1,8 +1,9 @@
-"""Light clients: the smart client's own rules, over a socket without a library.
+"""Light clients for load tests: the core of every client, over a bare socket.
 
-Each is a :class:`~pokebridge.client.core.ClientCore`, so it behaves as any client of pokebridge:
-full jitter, ``Retry-After`` heeded, pull on ``ready`` and on pokes. Around it is as little as will
-do: no task, queue or buffer that stays, so that one process can be tens of thousands of them.
+Each client has the same :class:`~pokebridge.client.core.ClientCore` as a
+:class:`~pokebridge.client.PokeClient`, so it reconnects with full jitter, heeds ``Retry-After``,
+and pulls on ``ready`` and on pokes. It keeps no task, queue or buffer, so that one process can run
+tens of thousands.
 """
 
 import asyncio
@@ -14,8 +15,8 @@ from time import monotonic
 
 import msgspec
 
-from pokebridge.bench.storm_fleet import Balancer, Endpoint
-from pokebridge.bench.storm_http import HOST, Answer
+from pokebridge.bench.fleet import Balancer, Endpoint
+from pokebridge.bench.http_pool import HOST, Answer
 from pokebridge.client.core import ClientCore, Policy
 from pokebridge.client.driver import Driver
 from pokebridge.client.events import (
@@ -33,7 +34,7 @@ from pokebridge.framing import Opcode
 from pokebridge.wire import CONNECT_PATH
 
 ABNORMAL_CLOSURE = 1006
-# What the balancer in front of all instances is called; a move names one of them.
+# Names the balancer; the URL of a ``move`` frame names an instance.
 BALANCER_URL = f"ws://balancer{CONNECT_PATH}"
 _POLICY = Policy()
 _HEAD_ENDS = b"\r\n\r\n"
@@ -43,7 +44,7 @@ _MASK = bytes(4)
 
 
 class PulledMessage(msgspec.Struct):
-    """What is wanted to be known of a message; ``sent_at`` is when it was committed."""
+    """What load tests need of a message; ``sent_at`` is the time of its commit."""
 
     id: str
     sent_at: datetime
@@ -56,23 +57,23 @@ class _Page(msgspec.Struct):
 
 
 class Observer:
-    """What the clients tell whoever watches the storm; every time is of the monotonic clock."""
+    """What clients report as it happens; times are seconds of the monotonic clock."""
 
     def on_handshake(self, where: Endpoint, status: int, asked_s: float) -> None:
-        """A handshake that was sent at ``asked_s`` has been answered."""
+        """A handshake was answered with ``status``; its request was sent at ``asked_s``."""
 
     def on_connected(self, change: int) -> None:
-        """A client more is ready, or one less: ``change`` is 1 or -1."""
+        """One client more is ready, or one less: ``change`` is 1 or -1."""
 
     def on_poke(self, client: "StormClient") -> None:
-        """``client`` hears a poke."""
+        """``client`` received a poke."""
 
     def on_pull(self, client: "StormClient", messages: list[PulledMessage]) -> None:
-        """``client`` has pulled, and got ``messages``."""
+        """``client`` pulled ``messages``."""
 
 
 class StormClient(Driver):
-    """One recipient's client."""
+    """The only client of ``recipient``; ``observer`` is told what happens to it."""
 
     __slots__ = (
         "_balancer",
@@ -97,24 +98,24 @@ class StormClient(Driver):
         self._pulled_after_ready = 0
         self.recipient = recipient
         self.where: Endpoint | None = None
-        """The instance of its socket, if it has one."""
+        """The instance that its socket goes to."""
 
     @property
     def ready(self) -> bool:
-        """Whether it hears pokes."""
+        """Whether it receives pokes."""
         return self._core.ready
 
     @property
     def caught_up(self) -> bool:
-        """Whether it is ready and has pulled since."""
+        """Whether it is ready, and has pulled since it became ready."""
         return self._core.ready and self._pulled_after_ready == self._readies
 
     def start(self) -> None:
-        """Connect, and stay connected."""
+        """Connect, and reconnect until stopped."""
         self._feed(Start())
 
     def stop(self) -> None:
-        """Hang up without a word."""
+        """Drop the connection and do nothing any more."""
         self._set_timer(None)
         self._disconnect()
 
@@ -178,14 +179,14 @@ class StormClient(Driver):
             self._feed(Opened())
 
     def on_text(self, socket: "_Socket", payload: bytes) -> None:
-        """A message has come."""
+        """A text frame has arrived."""
         if socket is self._socket:
             if b'"poke"' in payload:
                 self._observer.on_poke(self)
             self._feed(Text(payload.decode()))
 
     def on_socket_end(self, socket: "_Socket", event: Closed | Refused) -> None:
-        """The socket is of no use any more."""
+        """The socket is closed, or the handshake was refused."""
         if socket is self._socket:
             self._disconnect()
             self._feed(event)
@@ -234,25 +235,25 @@ class _Socket(asyncio.Protocol):
             self._transport.write(bytes((0x80 | opcode, 0x80 | len(payload))) + _MASK + payload)
 
     def abort(self) -> None:
-        """Hang up, or stop trying."""
+        """Close the connection at once, or stop connecting."""
         if self._transport is not None:
             self._transport.abort()
         elif self.dialling is not None:
             self.dialling.cancel()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # TCP
-        """Ask for the upgrade."""
+        """Send the request for the upgrade."""
         self._transport, self.dialling = transport, None
         self._asked_s = monotonic()
         transport.write(self._request)
         self._request = b""
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
-        """The connection broke, or was closed by the instance."""
+        """The connection broke, or the instance closed it."""
         self._client.on_socket_end(self, Closed(ABNORMAL_CLOSURE))
 
     def data_received(self, data: bytes) -> None:
-        """An answer to the handshake, then frames."""
+        """Parse the answer to the handshake, then frames."""
         self._buffer += data
         if not self._is_open:
             if _HEAD_ENDS not in self._buffer:
@@ -275,7 +276,7 @@ class _Socket(asyncio.Protocol):
         self._client.on_socket_end(self, Refused(status, wait_s))
 
     def _frames(self) -> Iterator[tuple[int, bytes]]:
-        """Cut whole frames off the buffer; servers here do not fragment, nor mask."""
+        """Take the complete frames off the buffer: an instance neither fragments nor masks."""
         while len(self._buffer) >= 2:
             size, start = self._buffer[1], 2
             if size == 126:

@@ -1,4 +1,4 @@
-"""The instances of a storm: processes of this machine, started, killed, and asked for their CPU."""
+"""The instances of a storm: local processes, and a stand-in for the load balancer."""
 
 import asyncio
 import os
@@ -14,20 +14,20 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from pokebridge.bench.storm_http import HOST, HttpPool
+from pokebridge.bench.http_pool import HOST, HttpPool
 from pokebridge.errors import ConfigError, UnavailableError
 from pokebridge.settings import ENV_PREFIX
 
 START_TIMEOUT_S = 60.0
 _POLL_S = 0.1
 _STOP_TIMEOUT_S = 10.0
-# So that a storm of pulls waits in the clients' line, as behind a load balancer, not in a kernel's.
+# Few, so that a storm of pulls queues here, as behind a load balancer, and not in the kernel.
 _HTTP_CONNECTIONS = 32
 
 
 @dataclass(frozen=True, slots=True)
 class FleetPlan:
-    """What to start: the settings of ``pokebridge serve``, the same for all instances."""
+    """How many instances to start, and the settings that all of them get."""
 
     instances: int
     transport: str
@@ -38,7 +38,7 @@ class FleetPlan:
 
 
 class Endpoint:
-    """Where an instance is reached."""
+    """The address of an instance, and a pool of connections to it."""
 
     def __init__(self, name: str, port: int) -> None:
         self.name = name
@@ -47,25 +47,25 @@ class Endpoint:
 
 
 class Balancer:
-    """What stands for a load balancer: it knows who is ``up``, and sends to each in its turn."""
+    """Stands in for a load balancer: picks the instances that are ``up`` in turn."""
 
     def __init__(self, endpoints: Sequence[Endpoint]) -> None:
         self.up = list(endpoints)
         self._turn = 0
 
     def pick(self) -> Endpoint:
-        """Where the next client or request goes."""
+        """The instance for the next client or request."""
         self._turn += 1
         return self.up[self._turn % len(self.up)]
 
     def at(self, url: str) -> Endpoint:
-        """The instance that a ``move`` frame names; one that is down can't be reached there."""
+        """The instance at the URL of a ``move`` frame, whether it is up or not."""
         port = urlsplit(url).port or 0
         return next((each for each in self.up if each.port == port), Endpoint("gone", port))
 
 
 class StormInstance(Endpoint):
-    """One instance, running or killed."""
+    """An instance that can be started and killed."""
 
     def __init__(self, name: str, port: int, command: Sequence[str], log: Path) -> None:
         super().__init__(name, port)
@@ -74,12 +74,12 @@ class StormInstance(Endpoint):
         self._process: asyncio.subprocess.Process | None = None
 
     async def start(self, secret: str) -> None:
-        """Start it; returns when it is ready.
+        """Start the process; returns when the instance is ready.
 
         Raises:
-            UnavailableError: it ended, or did not become ready in time; with the end of its log.
+            UnavailableError: it ended, or was not ready in time; with the last line of its log.
         """
-        # Nothing but the plan decides how it is set.
+        # Only the plan configures it, not this process's environment.
         env = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
         env[f"{ENV_PREFIX}JWT_SECRET"] = secret
         with await asyncio.to_thread(self._log.open, "ab") as log:
@@ -107,16 +107,16 @@ class StormInstance(Endpoint):
             raise UnavailableError(f"{self.name} has ended by itself{await self._last_words()}")
 
     async def kill(self) -> None:
-        """SIGKILL, as a machine that dies would."""
+        """Send SIGKILL, and wait until the process has ended."""
         process, self._process = self._process, None
         if process is not None and process.returncode is None:
             process.kill()
             await process.wait()
 
     def cpu_s(self) -> float | None:
-        """CPU time of the process so far, user and system; ``None`` where that is not told.
+        """CPU seconds of the process so far, user and system; ``None`` when they are unknown.
 
-        It reads a file, so call it in a thread.
+        This reads a file of /proc: call it in a thread.
         """
         process = self._process
         if process is None:
@@ -125,7 +125,7 @@ class StormInstance(Endpoint):
             stat = Path(f"/proc/{process.pid}/stat").read_text(encoding="ascii")
         except OSError:
             return None
-        # After the command's name, which may hold blanks: fields 14 and 15 of proc(5).
+        # Fields 14 and 15 of proc(5), counted from after the command's name, which may hold blanks.
         user, system = stat.rpartition(")")[2].split()[11:13]
         return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
@@ -137,7 +137,7 @@ class StormInstance(Endpoint):
 
 
 class Fleet:
-    """All instances, and the balancer before them."""
+    """All instances, and the balancer in front of them."""
 
     def __init__(self, plan: FleetPlan, directory: Path) -> None:
         self.secret = secrets.token_hex(32)
@@ -152,7 +152,7 @@ class Fleet:
         self.balancer = Balancer([])
 
     async def start(self) -> None:
-        """Start them all."""
+        """Start all instances at once."""
         try:
             async with asyncio.TaskGroup() as group:
                 for instance in self.instances:
@@ -161,22 +161,22 @@ class Fleet:
             raise failed.exceptions[0] from None
 
     async def start_one(self, instance: StormInstance) -> None:
-        """Start ``instance``, or start it again, and let clients connect to it."""
+        """Start ``instance`` and put it behind the balancer."""
         await instance.start(self.secret)
         self.balancer.up.append(instance)
 
     async def kill(self, instance: StormInstance) -> None:
-        """Kill it; from now on nobody is sent there."""
+        """Take ``instance`` from the balancer and kill it."""
         self.balancer.up.remove(instance)
         await instance.kill()
 
     async def check(self) -> None:
-        """Raise UnavailableError when one has ended that was not killed."""
+        """Raise UnavailableError when an instance has ended that was not killed."""
         for instance in self.instances:
             await instance.check()
 
     async def close(self) -> None:
-        """End whatever still runs."""
+        """Kill the instances that still run."""
         for instance in self.instances:
             instance.http.close()
         await asyncio.gather(*(instance.kill() for instance in self.instances))
@@ -194,7 +194,7 @@ def _serve_command(
         "mailbox": mailbox,
         "mode": plan.mode,
         "handshakes_per_s": plan.handshakes_per_s,
-        "max_sessions_per_address": 0,  # here all clients have one
+        "max_sessions_per_address": 0,  # all clients share one address
         "log_level": "warning",
         "log_format": "console",
     }
@@ -206,7 +206,7 @@ def _serve_command(
 
 
 def _free_ports(count: int) -> Sequence[int]:
-    """Ports below those that the kernel gives to clients, of whom there will be many."""
+    """Free ports below the range from which the kernel serves the many clients."""
     ports: list[int] = []
     for port in random.SystemRandom().sample(range(20_000, 32_000), 2_000):
         with socket.socket() as probe, suppress(OSError):
