@@ -6,9 +6,9 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 
-from simulation.runner import outcomes
+from simulation.runner import outcomes, simulate
 from simulation.summary import Summary, report
-from simulation.world import Outcome, simulate
+from simulation.world import Outcome
 
 _TOLD_EVERY_S = 10.0
 _WHOLE_TRACE = 1_000_000

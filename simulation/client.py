@@ -1,6 +1,6 @@
 """A client: the real, pure :class:`ClientCore`, with a simulated socket, HTTP and token issuer."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from pokebridge.client.core import ClientCore
 from pokebridge.client.driver import Driver
@@ -20,14 +20,14 @@ from pokebridge.client.events import (
 from pokebridge.framing import Opcode
 from pokebridge.gateway.handshake import UpgradeRequest
 from pokebridge.model import Page
-from simulation.http import Answer, Work
+from simulation.http import Answer
+from simulation.instance import SimInstance, Work, ask
+from simulation.invariants import Oracle
 from simulation.loop import VirtualLoop
 from simulation.network import Trouble
+from simulation.scene import Scene
 from simulation.sockets import Network, Wire, masked_frame, read_frame
-
-if TYPE_CHECKING:
-    from simulation.instance import SimInstance
-    from simulation.world import World
+from simulation.tokens import issue_token
 
 HOME_URL = "wss://home/v1/connect"
 """Where a load balancer listens."""
@@ -37,19 +37,33 @@ TOKEN_LIFE_S = (45.0, 200.0)
 _ABNORMAL = 1006  # RFC 6455, section 7.4.1: no close frame came
 
 
+Route = Callable[[str, "SimClient"], SimInstance | None]
+"""Finds the instance that a client's connection to a URL gets to."""
+
+
 class SimClient(Driver):
     """One device of a recipient."""
 
-    def __init__(self, world: "World", loop: VirtualLoop, recipient: str, device: str) -> None:
+    def __init__(
+        self,
+        scene: Scene,
+        oracle: Oracle,
+        route: Route,
+        loop: VirtualLoop,
+        recipient: str,
+        device: str,
+    ) -> None:
         self.core = ClientCore(HOME_URL)
-        super().__init__(self.core, world.rng.random)
-        self.world = world
+        super().__init__(self.core, scene.rng.random)
+        self._scene = scene
+        self._oracle = oracle
+        self._route = route
         self.loop = loop
         self.recipient = recipient
         self.device = device
-        self.rng = world.rng
-        self.network = Network(world.rng)
-        self.trouble = Trouble(world.outside)
+        self.rng = scene.rng
+        self.network = Network(scene.rng)
+        self.trouble = Trouble(scene.outside)
         self.instance: SimInstance | None = None
         """Where its socket goes."""
         self.pulls_from: SimInstance | None = None
@@ -76,6 +90,11 @@ class SimClient(Driver):
         return self._wire
 
     @property
+    def ready(self) -> bool:
+        """Whether it has a session and has heard ``ready``."""
+        return self.core.ready
+
+    @property
     def active(self) -> bool:
         """Whether it has not left, nor was told to stop."""
         return not (self.left or self.core.stopped)
@@ -85,7 +104,7 @@ class SimClient(Driver):
         """Whether a pull is under way that something has befallen since it began."""
         if self.pulls_from is None:
             return False
-        concerned = (self.trouble, self.pulls_from.trouble, self.world.post.trouble)
+        concerned = (self.trouble, self.pulls_from.trouble, self._scene.post.trouble)
         return max(trouble.over_at for trouble in concerned) >= self._pull_began_at
 
     def start(self) -> None:
@@ -116,7 +135,7 @@ class SimClient(Driver):
             super()._feed(event)
 
     def _on_ready_changed(self) -> None:
-        self.world.oracle.readiness_changed(self)
+        self._oracle.readiness_changed(self)
 
     def _fetch_token(self) -> None:
         self.loop.call_later(self.rng.uniform(0.005, 0.1), self._receive_token)
@@ -125,7 +144,9 @@ class SimClient(Driver):
         if self.token_trouble:
             self._feed(TokenFailed())
             return
-        self._token = self.world.issue_token(self.recipient, self.rng.uniform(*TOKEN_LIFE_S))
+        self._token = issue_token(
+            self.recipient, self._scene.outside.wall() + self.rng.uniform(*TOKEN_LIFE_S)
+        )
         self._feed(Token())
 
     def _ping(self) -> None:
@@ -135,14 +156,14 @@ class SimClient(Driver):
         self._say(b'{"type":"auth","token":"%b"}' % self._token.encode())
 
     def _stop(self, code: int) -> None:
-        self.world.trace.note(self.name, f"told to stop: {code}")
+        self._scene.trace.note(self.name, f"told to stop: {code}")
         self._disconnect()
 
     # --- the socket -------------------------------------------------------------------------------
 
     def _connect(self, url: str, *, moved: bool) -> None:
         self._disconnect()
-        instance = self.world.route(url, self)
+        instance = self._route(url, self)
         if instance is not None and instance.vanished:
             return  # nobody answers: the core has a deadline
         if instance is None or not instance.listens:
@@ -187,7 +208,7 @@ class SimClient(Driver):
             frame, self._unparsed = found
             if frame.opcode is Opcode.TEXT:
                 text = frame.payload.decode()
-                self.world.oracle.heard(self, text)
+                self._oracle.heard(self, text)
                 self._feed(Text(text))
             elif frame.opcode is Opcode.PING:
                 wire.send(masked_frame(Opcode.PONG, frame.payload))
@@ -223,7 +244,7 @@ class SimClient(Driver):
     # --- pulls ------------------------------------------------------------------------------------
 
     def _pull(self, after: int) -> None:
-        self._pull_began_at = self.world.scheduler.now
+        self._pull_began_at = self._scene.scheduler.now
         recipient, device = self.recipient, self.device
         self._ask(lambda at: at.pull(recipient, device, after, PAGE_LIMIT), self._on_page)
 
@@ -231,7 +252,7 @@ class SimClient(Driver):
         if page is None:
             self._end_pull(PullFailed())
             return
-        self.world.oracle.received(self, page)
+        self._oracle.received(self, page)
         if self.pull_is_troubled:
             self.trouble.happen()  # until now it could not see what there was
         if not page.messages:
@@ -246,8 +267,8 @@ class SimClient(Driver):
         )
 
     def _ask(self, work: Work, done: Answer) -> None:
-        self.pulls_from = self.world.route(HOME_URL, self)
-        self.world.http.ask(self.loop, self.network, self.pulls_from, work, done)
+        self.pulls_from = self._route(HOME_URL, self)
+        ask(self.loop, self.network, self.pulls_from, work, done)
 
     def _end_pull(self, event: Pulled | PullFailed) -> None:
         failed = isinstance(event, PullFailed)

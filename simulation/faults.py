@@ -6,22 +6,17 @@ well: what is promised while none works is only what comes after.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Awaitable, Callable, Mapping
 
 from pokebridge.errors import PokebridgeError
+from pokebridge.model import Mode
+from simulation.client import SimClient
+from simulation.instance import SimInstance
 from simulation.network import Server
-
-if TYPE_CHECKING:
-    from pokebridge.model import Mode
-    from simulation.client import SimClient
-    from simulation.instance import SimInstance
-    from simulation.world import World
-
-Fault = Callable[["World"], Coroutine[None, None, None]]
+from simulation.world import Fault, World
 
 
-def _victim(world: "World", *, well: bool = True) -> "SimInstance | None":
+def _victim(world: World, *, well: bool = True) -> SimInstance | None:
     """An instance that may be harmed, a ``well`` one or any, as another one is well."""
     well_ones = world.well_instances
     if len(well_ones) < 2:
@@ -31,7 +26,7 @@ def _victim(world: "World", *, well: bool = True) -> "SimInstance | None":
     return world.rng.choice([each for each in candidates if each is not spared])
 
 
-def _client(world: "World") -> "SimClient | None":
+def _client(world: World) -> SimClient | None:
     ready = [client for client in world.clients if client.core.ready and not client.trouble.active]
     return world.rng.choice(ready) if ready else None
 
@@ -39,19 +34,19 @@ def _client(world: "World") -> "SimClient | None":
 # --- instances ------------------------------------------------------------------------------------
 
 
-async def kill(world: "World") -> None:
+async def kill(world: World) -> None:
     """SIGKILL; a supervisor starts it again."""
     if victim := _victim(world, well=False):
         victim.kill()
 
 
-async def lose_power(world: "World") -> None:
+async def lose_power(world: World) -> None:
     """A machine is gone, and nobody tells its clients."""
     if victim := _victim(world, well=False):
         victim.kill(machine=True)
 
 
-async def pause(world: "World") -> None:
+async def pause(world: World) -> None:
     """SIGSTOP for a while; a long one costs it its subscriptions, as slow consumers are cut off."""
     victim = _victim(world)
     if victim is None:
@@ -70,24 +65,24 @@ async def pause(world: "World") -> None:
     victim.trouble.end()
 
 
-async def pause_a_writer(world: "World") -> None:
+async def pause_a_writer(world: World) -> None:
     """SIGSTOP for whoever next writes the shard map, just as the write is on its way."""
     world.pauses_next_writer = True
 
 
-async def kill_after_commit(world: "World") -> None:
+async def kill_after_commit(world: World) -> None:
     """SIGKILL for whoever next commits a message, before it can poke."""
     world.kills_next_committer = True
 
 
-async def restart(world: "World") -> None:
+async def restart(world: World) -> None:
     """SIGTERM: it drains, stops, and is started again."""
     if victim := _victim(world):
         world.trace.note(victim.name, "is to stop")
         victim.stop()
 
 
-async def drain(world: "World") -> None:
+async def drain(world: World) -> None:
     """An operator drains an instance through another one, and then restarts it."""
     victim = _victim(world)
     if victim is None:
@@ -99,19 +94,22 @@ async def drain(world: "World") -> None:
     victim.stop()
 
 
-async def migrate(world: "World") -> None:
+def _other_mode(mode: Mode) -> Mode:
+    return "fanout" if mode == "partitioned" else "partitioned"
+
+
+async def migrate(world: World) -> None:
     """An operator has the cluster change its mode."""
     well = world.well_instances
     if not well:
         return
     through = world.rng.choice(well)
-    before = through.real.cluster.view.shard_map.mode
-    mode: Mode = "fanout" if before == "partitioned" else "partitioned"
+    mode = _other_mode(through.real.cluster.view.shard_map.mode)
     world.trace.note(through.name, f"is to migrate the cluster to {mode}")
     await _ask(world, through, lambda: through.real.cluster.migrate(mode, force=True))
 
 
-async def migrate_over_a_gap(world: "World") -> None:
+async def migrate_over_a_gap(world: World) -> None:
     """The mode changes just when subscriptions have failed, and nobody has noticed yet."""
     if world.running:
         victim = world.rng.choice(world.running)
@@ -121,13 +119,13 @@ async def migrate_over_a_gap(world: "World") -> None:
     await migrate(world)
 
 
-async def add_instance(world: "World") -> None:
+async def add_instance(world: World) -> None:
     """The cluster grows by one."""
     if len(world.names) < world.config.instances + 2:
         world.add_instance()
 
 
-async def remove_instance(world: "World") -> None:
+async def remove_instance(world: World) -> None:
     """The cluster shrinks by one, for good."""
     victim = _victim(world)
     if victim is not None and len(world.names) > 2:
@@ -135,7 +133,7 @@ async def remove_instance(world: "World") -> None:
         victim.stop()
 
 
-async def _ask(world: "World", through: "SimInstance", call: Callable[[], Awaitable[None]]) -> None:
+async def _ask(world: World, through: SimInstance, call: Callable[[], Awaitable[None]]) -> None:
     """Have an instance carry out what an operator asks; it may fail."""
     done: asyncio.Future[None] = world.outside.create_future()
 
@@ -153,7 +151,7 @@ async def _ask(world: "World", through: "SimInstance", call: Callable[[], Awaita
 # --- servers --------------------------------------------------------------------------------------
 
 
-async def restart_broker(world: "World") -> None:
+async def restart_broker(world: World) -> None:
     """All connections break, and what was under way is lost."""
     broker = world.broker
     world.trace.note("broker", "goes down")
@@ -165,7 +163,7 @@ async def restart_broker(world: "World") -> None:
     broker.trouble.end()
 
 
-async def break_subscription(world: "World") -> None:
+async def break_subscription(world: World) -> None:
     """One subscription fails alone: a stream ends, a consumer is slow, somebody deletes it."""
     if world.broker.subscriptions:
         link = world.rng.choice(world.broker.subscriptions)
@@ -173,12 +171,12 @@ async def break_subscription(world: "World") -> None:
         link.break_off("a broken stream", world.rng.choice((0.0, 0.0, 1.0, 6.0)))
 
 
-async def cut_from_broker(world: "World") -> None:
+async def cut_from_broker(world: World) -> None:
     """A partition between an instance and the broker."""
     await _cut(world, world.broker)
 
 
-async def cut_from_store(world: "World") -> None:
+async def cut_from_store(world: World) -> None:
     """A partition between an instance and the coordination store; no client may notice."""
     if world.running:
         victim = world.rng.choice(world.running)
@@ -188,12 +186,12 @@ async def cut_from_store(world: "World") -> None:
         world.store.heal(victim)
 
 
-async def cut_from_mailbox(world: "World") -> None:
+async def cut_from_mailbox(world: World) -> None:
     """A partition between an instance and the mailbox."""
     await _cut(world, world.post)
 
 
-async def _cut(world: "World", server: Server) -> None:
+async def _cut(world: World, server: Server) -> None:
     victim = _victim(world)
     if victim is None:
         return
@@ -206,27 +204,27 @@ async def _cut(world: "World", server: Server) -> None:
     victim.trouble.end()
 
 
-async def stop_mailbox(world: "World") -> None:
+async def stop_mailbox(world: World) -> None:
     """The database is away for a while."""
     await _go_down(world, world.post, world.rng.uniform(0.3, 6.0))
 
 
-async def slow_mailbox(world: "World") -> None:
+async def slow_mailbox(world: World) -> None:
     """The database is slow."""
     await _be_slow(world, world.post, world.rng.uniform(0.05, 0.5), world.rng.uniform(1.0, 8.0))
 
 
-async def forgetful_mailbox(world: "World") -> None:
+async def forgetful_mailbox(world: World) -> None:
     """The database commits and then can't say so."""
     await _be_forgetful(world, world.post, world.rng.uniform(1.0, 8.0))
 
 
-async def forgetful_broker(world: "World") -> None:
+async def forgetful_broker(world: World) -> None:
     """The broker takes signals, or half of them, and then says that it did not."""
     await _be_forgetful(world, world.broker, world.rng.uniform(1.0, 8.0))
 
 
-async def stop_store(world: "World") -> None:
+async def stop_store(world: World) -> None:
     """The coordination store is away; no client may notice."""
     store = world.store
     world.trace.note("store", "goes down")
@@ -236,27 +234,27 @@ async def stop_store(world: "World") -> None:
     store.up = True
 
 
-async def slow_store(world: "World") -> None:
+async def slow_store(world: World) -> None:
     """The coordination store is slow, up to seconds; no client may notice."""
     world.store.slow_s = world.rng.choice((0.1, 0.5, 2.0))
     await world.nap(world.rng.uniform(2.0, 15.0))
     world.store.slow_s = 0.0
 
 
-async def forgetful_store(world: "World") -> None:
+async def forgetful_store(world: World) -> None:
     """The coordination store writes and then can't say so; no client may notice."""
     world.store.forgetful = 0.3
     await world.nap(world.rng.uniform(1.0, 10.0))
     world.store.forgetful = 0.0
 
 
-async def wipe_store(world: "World") -> None:
+async def wipe_store(world: World) -> None:
     """The coordination store loses all its data; no client may notice."""
     world.trace.note("store", "loses its data")
     world.store.forget_everything()
 
 
-async def _go_down(world: "World", server: Server, down_s: float) -> None:
+async def _go_down(world: World, server: Server, down_s: float) -> None:
     server.trace.note(server.name, "goes down")
     server.trouble.begin()
     server.up = False
@@ -266,7 +264,7 @@ async def _go_down(world: "World", server: Server, down_s: float) -> None:
     server.trouble.end()
 
 
-async def _be_slow(world: "World", server: Server, slow_s: float, while_s: float) -> None:
+async def _be_slow(world: World, server: Server, slow_s: float, while_s: float) -> None:
     server.trace.note(server.name, "is slow")
     server.trouble.begin()
     server.slow_s = slow_s
@@ -275,7 +273,7 @@ async def _be_slow(world: "World", server: Server, slow_s: float, while_s: float
     server.trouble.end()
 
 
-async def _be_forgetful(world: "World", server: Server, while_s: float) -> None:
+async def _be_forgetful(world: World, server: Server, while_s: float) -> None:
     server.trace.note(server.name, "forgets to answer")
     server.trouble.begin()
     server.forgetful = 0.3
@@ -287,13 +285,13 @@ async def _be_forgetful(world: "World", server: Server, while_s: float) -> None:
 # --- clients --------------------------------------------------------------------------------------
 
 
-async def lose_socket(world: "World") -> None:
+async def lose_socket(world: World) -> None:
     """A connection breaks, and both sides know."""
     if client := _client(world):
         client.lose_socket()
 
 
-async def quiet_network(world: "World") -> None:
+async def quiet_network(world: World) -> None:
     """A client's network goes quiet, and then is back."""
     client = _client(world)
     if client is None:
@@ -305,7 +303,7 @@ async def quiet_network(world: "World") -> None:
     client.trouble.end()
 
 
-async def switch_network(world: "World") -> None:
+async def switch_network(world: World) -> None:
     """A phone goes from one network to another; the instance is not told."""
     if client := _client(world):
         client.network.change()
@@ -313,7 +311,7 @@ async def switch_network(world: "World") -> None:
         client.wake()
 
 
-async def sleep_and_wake(world: "World") -> None:
+async def sleep_and_wake(world: World) -> None:
     """A laptop's lid is closed for a while: its socket is dead when it wakes."""
     client = _client(world)
     if client is None:
@@ -329,7 +327,7 @@ async def sleep_and_wake(world: "World") -> None:
     client.trouble.end()
 
 
-async def slow_reader(world: "World") -> None:
+async def slow_reader(world: World) -> None:
     """A client does not read its socket for a while, and is sent much."""
     client = _client(world)
     if client is None or client.wire is None:
@@ -344,7 +342,7 @@ async def slow_reader(world: "World") -> None:
     client.trouble.end()
 
 
-async def no_tokens(world: "World") -> None:
+async def no_tokens(world: World) -> None:
     """The token issuer does not answer a client for a while."""
     if client := _client(world):
         client.token_trouble = True
@@ -352,7 +350,7 @@ async def no_tokens(world: "World") -> None:
         client.token_trouble = False
 
 
-async def disconnect(world: "World") -> None:
+async def disconnect(world: World) -> None:
     """An administrator closes all sessions of a recipient: its clients get new tokens."""
     client = _client(world)
     if client is None or not world.well_instances:
@@ -362,7 +360,7 @@ async def disconnect(world: "World") -> None:
     await _ask(world, through, lambda: through.disconnect(client.recipient))
 
 
-async def come_and_go(world: "World") -> None:
+async def come_and_go(world: World) -> None:
     """One client leaves for good, another comes."""
     if client := _client(world):
         client.leave()

@@ -1,8 +1,8 @@
 """All of a real instance but its HTTP server, in a process that can be stopped and killed."""
 
 import asyncio
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
@@ -12,13 +12,12 @@ from pokebridge.gateway.handshake import UpgradeRequest
 from pokebridge.model import NewMessage, Page, Receipt
 from pokebridge.server.instance import Instance
 from pokebridge.settings import Settings
+from simulation.http import Answer, Call
+from simulation.invariants import Oracle
 from simulation.loop import VirtualLoop
 from simulation.network import Peer
-from simulation.sockets import Socket, Wire
-
-if TYPE_CHECKING:
-    from simulation.http import Call
-    from simulation.world import World
+from simulation.scene import Scene
+from simulation.sockets import Network, Socket, Wire
 
 _GRACE_S = 5.0
 
@@ -33,12 +32,13 @@ class _Headless(Instance):
 class SimInstance(Peer):
     """One process that runs an instance."""
 
-    def __init__(self, world: "World", loop: VirtualLoop, base: str) -> None:
+    def __init__(self, scene: Scene, oracle: Oracle, loop: VirtualLoop, base: str) -> None:
         super().__init__(loop, loop.name)
         name = loop.name
         self.base = base
         """What the supervisor calls it, whatever its name is in this life."""
-        self.world = world
+        self._scene = scene
+        self._oracle = oracle
         self.url = f"wss://{name}.sim"
         self.listens = False
         """Whether its port is open."""
@@ -48,10 +48,10 @@ class SimInstance(Peer):
         self.died_at: float | None = None
         self.calls: dict[Call, None] = {}
         """The HTTP requests under way."""
-        self.ended: asyncio.Future[None] = world.outside.create_future()
+        self.ended: asyncio.Future[None] = scene.outside.create_future()
         self._sockets: list[Socket] = []
         self._seen: set[tuple[str, str]] = set()
-        config = world.config
+        config = scene.config
         settings = Settings(
             instance=name,
             advertise_url=self.url,
@@ -67,12 +67,12 @@ class SimInstance(Peer):
             handshakes_per_s=0,
             max_sessions_per_address=0,
         )
-        self._mailbox = world.post.connect(self)
+        self._mailbox = scene.post.connect(self)
         self.real = _Headless(
             settings,
-            world.broker.connect(self),
+            scene.broker.connect(self),
             self._mailbox,
-            world.store.connect(self),
+            scene.store.connect(self),
             url=self.url,
         )
 
@@ -89,11 +89,11 @@ class SimInstance(Peer):
         try:
             await self.real.start()
         except PokebridgeError as error:
-            self.world.trace.note(self.name, f"can't start: {error}")
+            self._scene.trace.note(self.name, f"can't start: {error}")
             self._exit()
         else:
             self.listens = True
-            self.world.trace.note(self.name, "listens")
+            self._scene.trace.note(self.name, "listens")
 
     def stop(self) -> None:
         """SIGTERM."""
@@ -136,10 +136,10 @@ class SimInstance(Peer):
 
     def _die(self) -> None:
         self.listens = False
-        self.died_at = self.world.scheduler.now
+        self.died_at = self._scene.scheduler.now
         self.trouble.begin()
         self.loop.kill()
-        self.world.broker.drop(self)
+        self._scene.broker.drop(self)
         self.ended.set_result(None)
 
     # --- what comes over the network --------------------------------------------------------------
@@ -147,7 +147,7 @@ class SimInstance(Peer):
     def accept(self, wire: Wire, request: UpgradeRequest) -> None:
         """A client connects and asks for an upgrade."""
         self._sockets = [socket for socket in self._sockets if not socket.is_gone]
-        written, client = self.world.oracle.written, wire.client
+        written, client = self._oracle.written, wire.client
         socket = Socket(wire, lambda data, unsent: written(self, client, data, unsent))
         if not self.listens:
             socket.cut()
@@ -189,3 +189,37 @@ class SimInstance(Peer):
     def sockets(self) -> Sequence[Socket]:
         """What clients have open to it."""
         return self._sockets
+
+
+Work = Callable[[SimInstance], Awaitable[Any]]
+"""What an instance does for a request; returns the answer."""
+
+
+def ask(
+    loop: VirtualLoop, network: Network, instance: SimInstance | None, work: Work, done: Answer
+) -> None:
+    """Send a request to ``instance`` for a caller on ``loop``; ``done`` takes the answer."""
+    call = Call(loop, network, done)
+    if network.quiet or (instance is not None and instance.vanished):
+        return
+    if instance is None or not instance.listens:
+        call.answer(None)
+        return
+    instance.loop.deliver(network.latency_s(), _serve, instance, work, call)
+
+
+def _serve(instance: SimInstance, work: Work, call: Call) -> None:
+    if not instance.listens:
+        call.answer(None)
+        return
+    instance.calls[call] = None
+    instance.loop.create_task(_answer(instance, work, call))
+
+
+async def _answer(instance: SimInstance, work: Work, call: Call) -> None:
+    try:
+        result = await work(instance)
+    except PokebridgeError:
+        result = None
+    instance.calls.pop(call, None)
+    call.answer(result)

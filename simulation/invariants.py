@@ -4,8 +4,8 @@ The judge knows what no process can: what is committed, which subscriptions deli
 trouble. Its rules are in docs/simulation.md.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Final, NamedTuple, Protocol
 
 import msgspec
 
@@ -13,13 +13,10 @@ from pokebridge.coordination.base import Member
 from pokebridge.model import NewMessage, Page, Receipt
 from pokebridge.placement import ShardMap
 from pokebridge.sharding import shard_of
-from simulation.network import Peer
+from simulation.network import Peer, Trouble
+from simulation.scene import Scene
+from simulation.sockets import ClientEnd
 from simulation.stores import Written
-
-if TYPE_CHECKING:
-    from simulation.client import SimClient
-    from simulation.instance import SimInstance
-    from simulation.world import World
 
 SILENCE_BOUND_S: Final = 5.0
 """How long a message may wait for a client that nothing of its own keeps from it."""
@@ -46,10 +43,46 @@ class _Seen(NamedTuple):
     since_s: float
 
 
+class WatchedClient(Protocol):
+    """What the judge sees of a client."""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+
+    @property
+    def recipient(self) -> str:
+        """Whose client it is."""
+
+    @property
+    def active(self) -> bool:
+        """Whether it has neither left nor been told to stop."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether it has a session and has heard ``ready``."""
+
+    @property
+    def instance(self) -> Peer | None:
+        """Where its socket goes."""
+
+    @property
+    def trouble(self) -> Trouble:
+        """What befalls the client itself."""
+
+    @property
+    def failing(self) -> bool:
+        """Whether its last pull failed."""
+
+    @property
+    def pull_is_troubled(self) -> bool:
+        """Whether something has befallen its running pull."""
+
+
 class Oracle:
     """Watches one world."""
 
-    def __init__(self, world: "World") -> None:
+    def __init__(self, scene: Scene) -> None:
         self.violation: Violation | None = None
         self.committed = 0
         self.silences_s: list[float] = []
@@ -57,49 +90,55 @@ class Oracle:
         self.waits_s: list[float] = []
         """How long each message waited for each client, whatever the reason."""
         self.moves = 0
-        self._world = world
+        self._scene = scene
         self._commits: dict[str, list[float]] = {}
         self._ids: set[tuple[str, str]] = set()
-        self._cursors: dict[SimClient, int | None] = {}
-        self._ready_at: dict[SimClient, float] = {}
-        self._watched: set[SimClient] = set()
+        self._cursors: dict[WatchedClient, int | None] = {}
+        self._ready_at: dict[WatchedClient, float] = {}
+        self._watched: set[WatchedClient] = set()
         self._seen: dict[Peer, _Seen] = {}
         self._map: ShardMap | None = None
         self._maps: dict[int, ShardMap] = {}
         self._losses = 0
-        self._settle_s = 2 * world.config.lease_s
+        self._settle_s = 2 * scene.config.lease_s
         self._remembering_until = 0.0
-        self._views: dict[SimInstance, ShardMap] = {}
+        self._views: dict[Peer, ShardMap] = {}
 
     def fail(self, invariant: str, detail: str) -> None:
         """Note the first violation: it ends the run."""
         if self.violation is None:
-            now = self._world.scheduler.now
+            now = self._scene.scheduler.now
             self.violation = Violation(invariant, detail, now)
-            self._world.trace.note("ORACLE", f"{invariant}: {detail}")
-            self._world.scheduler.stop()
+            self._scene.trace.note("ORACLE", f"{invariant}: {detail}")
+            self._scene.scheduler.stop()
 
     def head(self, recipient: str) -> int:
         """The newest version of ``recipient``."""
         return len(self._commits.get(recipient, ()))
 
-    def is_up_to_date(self, client: "SimClient") -> bool:
+    def is_up_to_date(self, client: WatchedClient) -> bool:
         """Whether ``client`` has seen everything."""
         return (self._cursors.get(client) or 0) >= self.head(client.recipient)
 
-    def is_well_and_up_to_date(self, client: "SimClient") -> bool:
+    def is_well_and_up_to_date(self, client: WatchedClient) -> bool:
         """Whether ``client`` has a session on a living instance too, and nothing is in its way."""
         undisturbed = self.undisturbed_since(client) < float("inf")
         return undisturbed and self.is_up_to_date(client)
 
     # --- messages ---------------------------------------------------------------------------------
 
-    def on_committed(self, peer: Peer, message: NewMessage, receipt: Receipt) -> None:
-        """The mailbox has committed a message."""
+    def on_committed(
+        self,
+        peer: Peer,
+        message: NewMessage,
+        receipt: Receipt,
+        clients: Iterable[WatchedClient],
+    ) -> None:
+        """The mailbox has committed a message for ``clients``."""
         commits = self._commits.setdefault(message.recipient, [])
-        commits.append(self._world.scheduler.now)
+        commits.append(self._scene.scheduler.now)
         self.committed += 1
-        self._world.trace.note(
+        self._scene.trace.note(
             peer.name, f"commits {message.id} as {message.recipient} {receipt.version}"
         )
         if receipt.version != len(commits):
@@ -107,13 +146,13 @@ class Oracle:
         if (message.sender, message.id) in self._ids:
             self.fail("no message doubled", f"{message.id} was committed twice")
         self._ids.add((message.sender, message.id))
-        for client in self._world.clients_of(message.recipient):
+        for client in clients:
             self._watch(client)
 
-    def received(self, client: "SimClient", page: Page) -> None:
+    def received(self, client: WatchedClient, page: Page) -> None:
         """``client`` has pulled a page."""
         versions = [message.version for message in page.messages]
-        self._world.trace.note(client.name, f"pulls {versions} up to {page.version}")
+        self._scene.trace.note(client.name, f"pulls {versions} up to {page.version}")
         cursor = self._cursors.get(client)
         if cursor is None:  # what every device that was known had acked before is not for this one
             cursor = versions[0] - 1 if versions else page.version
@@ -121,7 +160,7 @@ class Oracle:
             self.fail("no message lost or doubled", f"{client.name} at {cursor} got {versions}")
         if not versions and not page.more and page.version < cursor:
             self.fail("cursors only grow", f"{client.name} at {cursor} was told {page.version}")
-        now, healthy_at = self._world.scheduler.now, self.undisturbed_since(client)
+        now, healthy_at = self._scene.scheduler.now, self.undisturbed_since(client)
         for version in versions:
             committed_at = self._commits[client.recipient][version - 1]
             self.waits_s.append(now - committed_at)
@@ -129,14 +168,14 @@ class Oracle:
                 self.silences_s.append(now - max(committed_at, healthy_at))
         self._cursors[client] = max(cursor, page.version if not versions else versions[-1])
 
-    def undisturbed_since(self, client: "SimClient") -> float:
+    def undisturbed_since(self, client: WatchedClient) -> float:
         """Since when nothing of its own keeps ``client`` from hearing; infinity while it does.
 
         Its own are its network, its pulls, the instance that its socket goes to, and what no
         instance can do without: the broker and the mailbox. Whatever befalls other instances, the
         coordination store or the shard map is no excuse.
         """
-        world = self._world
+        scene = self._scene
         if client.instance is None or client not in self._ready_at or client.failing:
             return float("inf")
         if client.pull_is_troubled:
@@ -145,22 +184,22 @@ class Oracle:
             self._ready_at[client],
             client.trouble.over_at,
             client.instance.trouble.over_at,
-            world.broker.trouble.over_at,
-            world.post.trouble.over_at,
+            scene.broker.trouble.over_at,
+            scene.post.trouble.over_at,
         )
 
-    def _watch(self, client: "SimClient") -> None:
+    def _watch(self, client: WatchedClient) -> None:
         if client not in self._watched:
             self._watched.add(client)
-            self._world.outside.deliver(SILENCE_BOUND_S, self._look, client)
+            self._scene.outside.deliver(SILENCE_BOUND_S, self._look, client)
 
-    def _look(self, client: "SimClient") -> None:
+    def _look(self, client: WatchedClient) -> None:
         """See whether what is the oldest for ``client`` has waited too long."""
         cursor = self._cursors.get(client) or 0
         if not client.active or cursor >= self.head(client.recipient):
             self._watched.discard(client)
             return
-        now = self._world.scheduler.now
+        now = self._scene.scheduler.now
         committed_at = self._commits[client.recipient][cursor]
         due_at = max(committed_at, self.undisturbed_since(client)) + SILENCE_BOUND_S
         if due_at == float("inf"):
@@ -172,32 +211,30 @@ class Oracle:
                 f" {cursor + 1}, committed at {committed_at:.3f}",
             )
             return
-        self._world.outside.deliver(due_at - now, self._look, client)
+        self._scene.outside.deliver(due_at - now, self._look, client)
 
     # --- sessions ---------------------------------------------------------------------------------
 
-    def readiness_changed(self, client: "SimClient") -> None:
+    def readiness_changed(self, client: WatchedClient) -> None:
         """The core of ``client`` is ready now, or is no more."""
-        if client.core.ready:
-            self._ready_at[client] = self._world.scheduler.now
+        if client.ready:
+            self._ready_at[client] = self._scene.scheduler.now
             if not self.is_up_to_date(client):
                 self._watch(client)
         else:
             self._ready_at.pop(client, None)
 
-    def heard(self, client: "SimClient", text: str) -> None:
+    def heard(self, client: WatchedClient, text: str) -> None:
         """``client`` has heard a message of its session."""
-        self._world.trace.note(client.name, f"hears {text}")
+        self._scene.trace.note(client.name, f"hears {text}")
 
-    def written(
-        self, instance: "SimInstance", client: "SimClient", data: bytes, unsent: int
-    ) -> None:
+    def written(self, instance: Peer, client: ClientEnd, data: bytes, unsent: int) -> None:
         """``instance`` has written ``data`` to the socket of ``client``; ``unsent`` bytes wait."""
         if unsent > UNSENT_BOUND_BYTES:
             self.fail("a slow reader costs O(1)", f"{unsent} bytes wait for {client.name}")
         if b'"type":"ready"' in data:
-            shard = shard_of(client.recipient, self._world.config.shard_count)
-            if not self._world.broker.has_covered(instance, shard):
+            shard = shard_of(client.recipient, self._scene.config.shard_count)
+            if not self._scene.broker.has_covered(instance, shard):
                 self.fail(
                     "ready only when live",
                     f"{instance.name} said ready to {client.name}; shard {shard} is not delivered",
@@ -209,7 +246,7 @@ class Oracle:
         """``peer`` has read who the members are."""
         standing = frozenset((member.id, member.incarnation) for member in members)
         before = self._seen.get(peer)
-        now = self._world.scheduler.now
+        now = self._scene.scheduler.now
         same = before is not None and before.standing == standing
         self._seen[peer] = _Seen(members, standing, before.since_s if before and same else now)
 
@@ -221,11 +258,11 @@ class Oracle:
         """A shard map was written."""
         shard_map = _decode_map(written.after.body)
         before = self._map
-        lost, self._losses = self._losses != self._world.store.losses, self._world.store.losses
-        self._world.trace.note(
+        lost, self._losses = self._losses != self._scene.store.losses, self._scene.store.losses
+        self._scene.trace.note(
             written.peer.name, f"writes the map of epoch {shard_map.epoch}, {shard_map.mode}"
         )
-        now = self._world.scheduler.now
+        now = self._scene.scheduler.now
         if lost:
             self._maps.clear()
             self._remembering_until = now + 2 * self._settle_s
@@ -250,7 +287,7 @@ class Oracle:
             if after.owners[shard] not in can_own and can_own:
                 self.fail("a shard moves to who can own it", f"{shard} to {after.owners[shard]}")
         needless = [shard for shard in moved if before.owners[shard] in can_own]
-        settled_s = self._world.scheduler.now - seen.since_s
+        settled_s = self._scene.scheduler.now - seen.since_s
         if needless and settled_s < 0.9 * self._settle_s:
             self.fail(
                 "a shard moves only when it must",
@@ -263,17 +300,16 @@ class Oracle:
             if kept < fair:
                 self.fail("a shard moves only when it must", f"{owner} is left with {kept}")
 
-    def look_at_views(self) -> None:
-        """See what map each instance has: to be called now and then."""
-        for instance in self._world.running:
-            shard_map = instance.real.cluster.view.shard_map
+    def look_at_views(self, views: Iterable[tuple[Peer, ShardMap]]) -> None:
+        """See which map each running instance has: to be called now and then."""
+        for instance, shard_map in views:
             before = self._views.get(instance)
             if before is shard_map:
                 continue
             self._views[instance] = shard_map
             if before is not None and shard_map.epoch < before.epoch:
                 self.fail("epochs only grow", f"{instance.name}: {before.epoch}, {shard_map.epoch}")
-            if self._is_remembering() or self._world.config.assignment == "ring":
+            if self._is_remembering() or self._scene.config.assignment == "ring":
                 continue
             known = self._maps.get(shard_map.epoch)
             if known is not None and known != shard_map:
@@ -281,5 +317,5 @@ class Oracle:
 
     def _is_remembering(self) -> bool:
         """Whether the store has lost its data, and not all have told yet what they remember."""
-        has_lost = self._losses != self._world.store.losses
-        return has_lost or self._world.scheduler.now < self._remembering_until
+        has_lost = self._losses != self._scene.store.losses
+        return has_lost or self._scene.scheduler.now < self._remembering_until

@@ -1,10 +1,22 @@
-"""Many seeds, one after the other or on several processes."""
+"""One seed, or many, one after the other or on several processes."""
 
 import gc
 import multiprocessing
 from collections.abc import Iterator
 
-from simulation.world import Outcome, simulate
+from simulation import faults
+from simulation.determinism import under_control
+from simulation.loop import Scheduler
+from simulation.trace import Trace
+from simulation.world import Outcome, World
+
+
+def simulate(seed: int, *, lines_kept: int = 60) -> Outcome:
+    """Run the world of ``seed`` to its end, or to the first invariant that does not hold."""
+    scheduler = Scheduler()
+    trace = Trace(scheduler, lines_kept)
+    with under_control(seed, trace.note):
+        return World(seed, scheduler, trace, faults.ALL).run()
 
 
 def outcomes(seeds: range, jobs: int) -> Iterator[Outcome]:

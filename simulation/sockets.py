@@ -8,13 +8,10 @@ import asyncio
 import struct
 from collections.abc import Callable
 from random import Random
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from pokebridge.framing import Opcode
 from simulation.loop import VirtualLoop
-
-if TYPE_CHECKING:
-    from simulation.client import SimClient
 
 WINDOW_BYTES = 512
 """What the kernels take for a peer that does not read: little, so that it is soon full."""
@@ -22,6 +19,28 @@ END = None
 """In the place of bytes: the other side has closed."""
 _RESET = b""
 _MASK = b"\x25\x0c\x77\xe1"
+
+
+class ClientEnd(Protocol):
+    """The client at one end of a :class:`Wire`."""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+
+    @property
+    def recipient(self) -> str:
+        """Whose client it is."""
+
+    @property
+    def loop(self) -> VirtualLoop:
+        """The loop of its process."""
+
+    def on_data(self, wire: "Wire", data: bytes) -> None:
+        """Bytes have arrived."""
+
+    def on_end(self, wire: "Wire") -> None:
+        """The other end has closed, or the connection broke."""
 
 
 class Frame(NamedTuple):
@@ -81,7 +100,7 @@ class Network:
 class Wire:
     """One TCP connection, and the client's end of it."""
 
-    def __init__(self, network: Network, client: "SimClient", server_loop: VirtualLoop) -> None:
+    def __init__(self, network: Network, client: ClientEnd, server_loop: VirtualLoop) -> None:
         self.network = network
         self.client = client
         self.server_loop = server_loop

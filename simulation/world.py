@@ -2,29 +2,24 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from pokebridge.errors import UnavailableError
-from pokebridge.model import Mode, NewMessage, Poke, Receipt
+from pokebridge.model import NewMessage, Poke, Receipt
 from pokebridge.sharding import shard_of
 from pokebridge.transport.base import Signal
 from pokebridge.wire import encode_pokes
-from simulation import faults
-from simulation.broker import Broker
 from simulation.client import HOME_URL, SimClient
-from simulation.determinism import under_control
 from simulation.http import TIMEOUT_S as HTTP_TIMEOUT_S
-from simulation.http import Http
-from simulation.instance import SimInstance
+from simulation.instance import SimInstance, ask
 from simulation.invariants import Oracle, Violation
 from simulation.loop import LivelockError, Scheduler, VirtualLoop
 from simulation.network import Peer
+from simulation.scene import Config, Scene
 from simulation.sockets import Network
-from simulation.stores import Post, Store
-from simulation.tokens import issue_token
 from simulation.trace import Trace
 
 T = TypeVar("T")
@@ -40,30 +35,8 @@ _LOOK_EVERY_S = 0.5
 _DRAINED_LOOKS = 40
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Config:
-    """What one seed's world is like."""
-
-    instances: int
-    recipients: int
-    shard_count: int
-    mode: Mode
-    assignment: Literal["coordinator", "ring"]
-    lease_s: float
-    sticky: bool
-    """Whether the load balancer sends a recipient always to the same instance."""
-    fresh_names: bool
-    """Whether an instance that is restarted has another name."""
-    chaos_s: float
-    fault_every_s: float
-    message_every_s: float
-    legacy_share: float
-    """Of the messages, those of a backend that pokes by hand and does not tag."""
-    faults: Sequence[str]
-
-
-def draw_config(rng: Random) -> Config:
-    """A world at random."""
+def draw_config(rng: Random, faults: Collection[str]) -> Config:
+    """A world at random, with some of the ``faults``."""
     return Config(
         instances=rng.randint(2, 5),
         recipients=rng.randint(5, 12),
@@ -77,7 +50,7 @@ def draw_config(rng: Random) -> Config:
         fault_every_s=rng.uniform(1.0, 4.0),
         message_every_s=rng.uniform(0.2, 1.0),
         legacy_share=rng.choice((0.0, 0.3)),
-        faults=[fault for fault in faults.ALL if rng.random() < 0.5] or ["kill"],
+        faults=[fault for fault in faults if rng.random() < 0.5] or ["kill"],
     )
 
 
@@ -103,30 +76,21 @@ class Outcome:
     recovery_s: float
 
 
-def simulate(seed: int, *, lines_kept: int = 60) -> Outcome:
-    """Run the world of ``seed`` to its end, or to the first invariant that does not hold."""
-    scheduler = Scheduler()
-    trace = Trace(scheduler, lines_kept)
-    with under_control(seed, trace.note):
-        world = World(seed, scheduler, trace)
-        return world.run()
+Fault = Callable[["World"], Coroutine[None, None, None]]
+"""Something that goes wrong, from its beginning to its end."""
 
 
-class World:
-    """Everything there is."""
+class World(Scene):
+    """Everything there is; ``faults`` are those that may happen."""
 
-    def __init__(self, seed: int, scheduler: Scheduler, trace: Trace) -> None:
+    def __init__(
+        self, seed: int, scheduler: Scheduler, trace: Trace, faults: Mapping[str, Fault]
+    ) -> None:
         self.seed = seed
-        self.scheduler = scheduler
-        self.trace = trace
-        self.rng = Random(seed)  # noqa: S311 - it is to be repeated
-        self.config = draw_config(self.rng)
-        self.outside = scheduler.process("world")
-        self.broker = Broker(self.outside, self.rng, trace)
-        self.store = Store(self.outside, self.rng, trace)
-        self.post = Post(self.outside, self.rng, trace)
+        rng = Random(seed)  # noqa: S311 - it is to be repeated
+        super().__init__(draw_config(rng, faults), rng, scheduler, trace)
+        self._possible_faults = faults
         self.oracle = Oracle(self)
-        self.http = Http()
         self.names: dict[str, SimInstance | None] = {}
         """What the supervisor keeps running, and what runs of it now."""
         self.clients: list[SimClient] = []
@@ -183,7 +147,7 @@ class World:
         while base in self.names:
             life += 1
             name = f"{base}-{life}" if self.config.fresh_names else base
-            instance = SimInstance(self, self._process(name), base)
+            instance = SimInstance(self, self.oracle, self._process(name), base)
             self.names[base] = self._by_name[name] = instance
             self._all.append(instance)
             instance.start()
@@ -195,7 +159,7 @@ class World:
         """One more device of ``recipient``."""
         self._client_loops += 1
         name = f"c{self._client_loops}"
-        client = SimClient(self, self._process(name), recipient, name)
+        client = SimClient(self, self.oracle, self.route, self._process(name), recipient, name)
         self.clients.append(client)
         self.outside.call_later(self.rng.uniform(0, 3.0), client.start)
 
@@ -230,12 +194,9 @@ class World:
             return False
         return instance.trouble.lasts_s < _UNNOTICED_S
 
-    def issue_token(self, recipient: str, life_s: float) -> str:
-        """A token that lasts ``life_s`` seconds by the issuer's clock."""
-        return issue_token(recipient, self.outside.wall() + life_s)
-
     def _on_committed(self, peer: Peer, message: NewMessage, receipt: Receipt) -> None:
-        self.oracle.on_committed(peer, message, receipt)
+        clients = self.clients_of(message.recipient)
+        self.oracle.on_committed(peer, message, receipt, clients)
         spare = [each for each in self.well_instances if each is not peer]
         if self.kills_next_committer and isinstance(peer, SimInstance) and spare:
             self.kills_next_committer = False
@@ -280,7 +241,7 @@ class World:
                 self._unaccepted -= 1
 
         instance = self.route(HOME_URL)
-        self.http.ask(self.outside, self._network, instance, lambda at: at.send(message), tried)
+        ask(self.outside, self._network, instance, lambda at: at.send(message), tried)
 
     async def _send_by_hand(self, message: NewMessage) -> None:
         """As a backend does that has the mailbox, an own publisher and no idea of shards."""
@@ -357,7 +318,8 @@ class World:
     async def _look(self) -> None:
         drained: Counter[SimInstance] = Counter()
         while True:
-            self.oracle.look_at_views()
+            views = [(each, each.real.cluster.view.shard_map) for each in self.running]
+            self.oracle.look_at_views(views)
             for instance in self.running:
                 if instance.listens and instance.real.gateway.draining:
                     drained[instance] += 1
@@ -377,7 +339,7 @@ class World:
             await self.nap(self.rng.expovariate(1 / self.config.fault_every_s))
             fault = self.rng.choice(self.config.faults)
             self.faults[fault] += 1
-            under_way.append(self.outside.create_task(faults.ALL[fault](self)))
+            under_way.append(self.outside.create_task(self._possible_faults[fault](self)))
         await asyncio.gather(*under_way)
 
     async def _until_nothing(

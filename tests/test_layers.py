@@ -4,7 +4,11 @@ import ast
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Collection, Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 DRIVERS = ("asyncpg", "google", "grpc", "nats", "redis")
@@ -27,6 +31,42 @@ def test_each_driver_is_imported_in_one_file_of_a_port() -> None:
                 importers[path.parent.name, driver].append(path.name)
     shared = {key: files for key, files in importers.items() if len(set(files)) > 1}
     assert not shared
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    """There is no import circle, not even one that only a type checker follows."""
+    files = {
+        _module_name(path): path
+        for root in ("src/pokebridge", "simulation")
+        for path in (ROOT / root).rglob("*.py")
+    }
+    imports = {
+        name: set(_modules_of(ast.parse(path.read_text()), files)) - {name}
+        for name, path in files.items()
+    }
+    try:
+        TopologicalSorter(imports).prepare()
+    except CycleError as error:
+        pytest.fail(f"import circle: {' -> '.join(error.args[1])}")
+
+
+def _module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts[parts[0] == "src" :]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _modules_of(tree: ast.Module, known: Collection[str]) -> Iterator[str]:
+    """The modules that ``tree`` imports names from; ``known`` tells modules from other names."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name in known else str(node.module) for name in inner]
+        else:
+            continue
+        yield from (name for name in names if name in known)
 
 
 def _imported_modules(tree: ast.Module) -> list[str]:

@@ -19,7 +19,7 @@ from pokebridge.placement import Placement, ShardMap, Steps
 from pokebridge.processor import Processor
 from pokebridge.session import Session, State
 from pokebridge.sharding import shard_of
-from simulation.world import simulate
+from simulation.runner import simulate
 
 SEEDS = 200
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from simulation import __main__ as command
-from simulation.world import simulate
+from simulation.runner import simulate
 
 
 def test_the_figures_are_those_of_the_seeds_on_any_number_of_processes() -> None:

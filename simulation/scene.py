@@ -1,0 +1,51 @@
+"""What the parts of one simulated world share: its configuration, time, chance, and the servers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Literal
+
+from pokebridge.model import Mode
+from simulation.broker import Broker
+from simulation.loop import Scheduler
+from simulation.stores import Post, Store
+from simulation.trace import Trace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """What one seed's world is like."""
+
+    instances: int
+    recipients: int
+    shard_count: int
+    mode: Mode
+    assignment: Literal["coordinator", "ring"]
+    lease_s: float
+    sticky: bool
+    """Whether the load balancer sends a recipient always to the same instance."""
+    fresh_names: bool
+    """Whether an instance that is restarted has another name."""
+    chaos_s: float
+    fault_every_s: float
+    message_every_s: float
+    legacy_share: float
+    """Of the messages, those of a backend that pokes by hand and does not tag."""
+    faults: Sequence[str]
+
+
+class Scene:
+    """The surroundings of instances and clients."""
+
+    def __init__(self, config: Config, rng: Random, scheduler: Scheduler, trace: Trace) -> None:
+        self.config = config
+        self.rng = rng
+        self.scheduler = scheduler
+        self.trace = trace
+        self.outside = scheduler.process("world")
+        """The loop of everything that is neither an instance nor a client."""
+        self.broker = Broker(self.outside, rng, trace)
+        self.store = Store(self.outside, rng, trace)
+        """The coordination store."""
+        self.post = Post(self.outside, rng, trace)
+        """The mailbox."""
