@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pokebridge.client import OnPoke, PokeClient, Policy, ReceivedMessage, core
+from pokebridge.client import OnPoke, PokeClient, Policy, ReceivedMessage, core, pulling
 from pokebridge.client.events import Closed, Connect, Pull, Pulled, Text, Tick
 from pokebridge.errors import ConfigError, ForbiddenError, InputError
 from tests.client.faulty_bridge import Bad, FaultyBridge
@@ -211,6 +211,32 @@ async def test_a_pull_that_fails_is_retried(
         await handler.has("a")
 
 
+async def test_a_slow_line_gets_through(
+    bridge: FaultyBridge, handler: Handler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page that takes longer than the deadline is pulled once: the deadline is between bytes."""
+    bodies = [f"{number:02}" + "x" * 60_000 for number in range(16)]
+    bridge.commit(*bodies)
+    monkeypatch.setattr(pulling, "PROGRESS_WITHIN_S", 1)
+    bridge.bytes_per_s = 500_000
+    async with PokeClient(bridge.url, "token", handler, policy=QUICK):
+        await handler.has(*bodies)
+    assert [pull["limit"] for pull in bridge.pulls] == ["50"]
+
+
+@pytest.mark.parametrize("stall", ["silence", "drip", "cut"])
+async def test_after_an_incomplete_page_a_smaller_one(
+    bridge: FaultyBridge, handler: Handler, monkeypatch: pytest.MonkeyPatch, stall: str
+) -> None:
+    """An answer that stands still, drips or breaks off is given up; the next page is smaller."""
+    bridge.commit(*"abcdefghij")
+    bridge.stalls = [stall, stall]
+    monkeypatch.setattr(pulling, "PROGRESS_WITHIN_S", 0.5)
+    async with PokeClient(bridge.url, "token", handler, policy=QUICK):
+        await handler.has(*"abcdefghij")
+    assert [pull["limit"] for pull in bridge.pulls] == ["50", "12", "3", "6", "12"]
+
+
 async def test_a_mailbox_that_was_begun_anew_is_read_from_its_start(
     bridge: FaultyBridge, handler: Handler, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -220,7 +246,7 @@ async def test_a_mailbox_that_was_begun_anew_is_read_from_its_start(
         await handler.has("a", "b")
         await wait_until(lambda: bridge.acks == [2])
         await wait_until(lambda: client.cursor == 2)
-    assert "begun anew" in caplog.text
+    assert "started anew" in caplog.text
 
 
 # --- the connection -------------------------------------------------------------------------

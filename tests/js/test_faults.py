@@ -242,7 +242,7 @@ async def test_a_problem_is_told(node: NodeRuntime, bridge: FaultyBridge) -> Non
 
 
 # Time in the client runs this much faster than it does here.
-HASTE = 20
+HASTE = 10
 
 
 @pytest_asyncio.fixture(loop_scope="session")

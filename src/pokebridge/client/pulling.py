@@ -1,5 +1,6 @@
-"""What a pull is: a page of one's mailbox over HTTP (protocol.md section 4), or the user's own."""
+"""A pull: a page of the mailbox over HTTP (docs/protocol.md, section 4), or the user's own call."""
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
@@ -12,10 +13,14 @@ import msgspec
 
 from pokebridge.client.events import Pulled, PullFailed
 
-HTTP_TIMEOUT_S = 10.0
-# Shorter than the 5 s after which servers drop an idle connection, lest a pull go into a dead one.
+# An answer may take as long as it needs, but each KiB of it must come within this time.
+PROGRESS_WITHIN_S = 10.0
+PROGRESS_BYTES = 1024
+# Servers close an idle connection after 5 s. A pull must not be sent into a closed one.
 KEEPALIVE_S = 3.0
 PAGE_LIMIT = 50
+# After an answer that did not come to its end, the next page is this much smaller.
+SMALLER_PAGE = 4
 
 _log = logging.getLogger("pokebridge.client")
 
@@ -31,24 +36,24 @@ class ReceivedMessage(msgspec.Struct, frozen=True):
 
 
 OnMessages = Callable[[Sequence[ReceivedMessage]], Awaitable[None]]
-"""Deals with messages, in order; when it returns they are acked."""
+"""Handles messages, in order. They are acked when it returns; when it raises they come again."""
 
 OnPoke = Callable[[int], Awaitable[int | None]]
-"""Pulls what is newer than the cursor it gets; returns the new cursor, or nothing without any."""
+"""Pulls what is newer than the cursor. Returns the new cursor, or nothing if the data has none."""
 
 
 class Puller(Protocol):
     """Makes the core's pulls."""
 
     async def pull(self, after: int, token: str) -> Pulled | PullFailed:
-        """Deal with what is newer than ``after``, or with some of it. Raises nothing."""
+        """Handle all that is newer than ``after``, or a part of it. Never raises."""
 
     async def close(self) -> None:
-        """Give back what it holds."""
+        """Release what it holds."""
 
 
 class OwnPuller:
-    """Leaves it all to a function of the user's."""
+    """Leaves the pull to a function of the user."""
 
     def __init__(self, on_poke: OnPoke) -> None:
         self._on_poke = on_poke
@@ -73,10 +78,10 @@ class _Page(msgspec.Struct, frozen=True):
 
 
 class MailboxPuller:
-    """Pulls a page, hands it over and acks it, in this order, so that nothing is lost on the way.
+    """Pulls a page, hands it over and acks it, in this order, so that no message is lost.
 
-    A page whose handler raises is not acked and comes again; one whose ack fails does not, but its
-    ack does.
+    A page whose handler raises is not acked and comes again. When only the ack fails, only the ack
+    is repeated.
     """
 
     def __init__(
@@ -85,31 +90,32 @@ class MailboxPuller:
         self._on_messages = on_messages
         self._device = device
         self._acked = cursor
-        # What the server said the head was when nothing was left above the cursor.
+        self._limit = PAGE_LIMIT
+        # The mailbox's head as of the last page that left nothing to pull: cursor and ETag.
         self._etag: tuple[int, str] | None = None
         self._http = httpx.AsyncClient(
             base_url=url,
             # Without TLS there is nothing to verify, and the default would load a hundred roots.
             verify=tls or False,
-            timeout=HTTP_TIMEOUT_S,
+            timeout=None,  # _request has a deadline of its own  # noqa: S113
             limits=httpx.Limits(keepalive_expiry=KEEPALIVE_S),
         )
 
     async def pull(self, after: int, token: str) -> Pulled | PullFailed:
-        """Deal with the messages above ``after``, or with the first page of them."""
+        """Handle the messages above ``after``, or the first page of them."""
         try:
             page = await self._read(after, token)
         except _RequestError as error:
             return error.as_event()
         if page.version < after:
-            _log.warning("the mailbox was begun anew: it is behind the cursor %d", after)
+            _log.warning("the mailbox was started anew: its head is below the cursor %d", after)
             self._acked = 0
             return Pulled(0, more=True)
         try:
             if page.messages:
                 await self._on_messages(page.messages)
         except Exception as error:  # noqa: BLE001 - a user's code may raise anything
-            _log.exception("messages were not dealt with and will come again")
+            _log.exception("on_messages failed; its messages will come again")
             return PullFailed(reason=repr(error))
         try:
             if page.version > self._acked:
@@ -127,14 +133,21 @@ class MailboxPuller:
         headers = {}
         if self._etag and self._etag[0] == after:
             headers["If-None-Match"] = self._etag[1]
-        query = {"after": str(after), "limit": str(PAGE_LIMIT)}
-        response = await self._request("GET", "/v1/messages", query, token, headers)
+        query = {"after": str(after), "limit": str(self._limit)}
+        try:
+            response, body = await self._request("GET", "/v1/messages", query, token, headers)
+        except _IncompleteError:
+            self._limit = max(self._limit // SMALLER_PAGE, 1)
+            raise
+        self._limit = min(self._limit * 2, PAGE_LIMIT)
         if response.status_code == HTTPStatus.NOT_MODIFIED:
             return _Page((), after, more=False)
         try:
-            page = msgspec.json.decode(response.content, type=_Page)
+            page = msgspec.json.decode(body, type=_Page)
         except (ValueError, RecursionError) as error:
-            raise _RequestError(f"what the server sent is no page of messages: {error}") from None
+            raise _RequestError(
+                f"the answer to a pull is not a page of messages: {error}"
+            ) from None
         self._etag = None if page.more else (page.version, response.headers.get("ETag", ""))
         return page
 
@@ -150,24 +163,49 @@ class MailboxPuller:
         token: str,
         headers: dict[str, str] | None = None,
         json: object = None,
-    ) -> httpx.Response:
+    ) -> tuple[httpx.Response, bytes]:
+        """The answer and its body; its status is 2xx or 304."""
+        request = self._http.build_request(
+            method,
+            path,
+            params=query | {"device": self._device},
+            headers={"Authorization": f"Bearer {token}"} | (headers or {}),
+            json=json,
+        )
+        response = None
         try:
-            response = await self._http.request(
-                method,
-                path,
-                params=query | {"device": self._device},
-                headers={"Authorization": f"Bearer {token}"} | (headers or {}),
-                json=json,
-            )
+            async with asyncio.timeout(PROGRESS_WITHIN_S) as deadline:
+                response = await self._http.send(request, stream=True)
+                try:
+                    body = await _read(response, deadline)
+                finally:
+                    await response.aclose()
+        except TimeoutError:
+            reason = f"{request.url} has stood still for {PROGRESS_WITHIN_S} s"
+            raise _IncompleteError(reason) from None
         except httpx.HTTPError as error:
+            if response is not None:
+                raise _IncompleteError(f"{request.url} broke off: {error!r}") from error
             raise _RequestError(f"{self._http.base_url} can't be reached: {error!r}") from error
         if response.is_success or response.status_code == HTTPStatus.NOT_MODIFIED:
-            return response
+            return response, body
         raise _RequestError(f"{path} answered {response.status_code}", response)
 
 
+async def _read(response: httpx.Response, deadline: asyncio.Timeout) -> bytes:
+    """The whole body. Each KiB of it moves ``deadline``: an answer that drips would never end."""
+    body = bytearray()
+    awaited = PROGRESS_BYTES
+    async for chunk in response.aiter_bytes():
+        body += chunk
+        if len(body) >= awaited:
+            awaited = len(body) + PROGRESS_BYTES
+            deadline.reschedule(asyncio.get_running_loop().time() + PROGRESS_WITHIN_S)
+    return bytes(body)
+
+
 class _RequestError(Exception):
-    """A request that did not get what it asked for."""
+    """A request that failed: no answer, or none that is a success."""
 
     def __init__(self, reason: str, response: httpx.Response | None = None) -> None:
         super().__init__(reason)
@@ -185,6 +223,10 @@ class _RequestError(Exception):
         )
 
 
+class _IncompleteError(_RequestError):
+    """An answer that stood still, or that broke off."""
+
+
 def retry_after_s(header: str | None) -> float | None:
-    """The header's seconds; ``None`` without any. Its other form, a date, is not heeded."""
+    """The header's seconds, or ``None``. Its other form, a date, is ignored."""
     return float(header) if header and header.isdecimal() else None
