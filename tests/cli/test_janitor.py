@@ -14,7 +14,7 @@ from google.pubsub_v1 import SubscriberClient
 from google.pubsub_v1.services.subscriber.transports import SubscriberGrpcTransport
 
 from pokebridge.cli.janitor import _lines
-from pokebridge.transport.google_pubsub_janitor import Orphan, SweepReport
+from pokebridge.transport.google_pubsub_sweep import Orphan, SweepReport
 from tests.cli.conftest import Result, Run
 from tests.support import Daemon, Serve, free_port
 
@@ -147,7 +147,7 @@ def test_it_creates_nothing(
     [
         ("carrier-pigeon://loft", 2, "--transport"),
         ("pubsub://a-project/!", 2, "topic"),
-        ("pubsub://a-project/topic", 1, "127.0.0.1:1 can't be reached"),
+        ("pubsub://a-project/topic", 1, "127.0.0.1:1 is unreachable"),
     ],
 )
 def test_what_can_not_be_swept_is_one_line(run: Run, url: str, status: int, text: str) -> None:

@@ -117,7 +117,7 @@ async def test_a_start_without_pubsub_is_one_clear_line(
     Status 2 is for what somebody has to correct in a setting.
     """
     wrong = [
-        Failure("pubsub://no-such-project", 2, ["project no-such-project is not known"]),
+        Failure("pubsub://no-such-project", 2, ["project no-such-project is unknown"]),
         Failure("pubsub://Not_A_Project", 2, ["'Not_A_Project' can't be a project"]),
     ]
     async with asyncio.timeout(TIMEOUT_S):
@@ -133,7 +133,7 @@ async def test_a_start_without_pubsub_is_one_clear_line(
             pubsub.allow(method)
         nowhere = f"127.0.0.1:{free_port()}"
         monkeypatch.setenv("PUBSUB_EMULATOR_HOST", nowhere)
-        unreachable = Failure("pubsub://a-project", 1, [nowhere, "can't be reached"])
+        unreachable = Failure("pubsub://a-project", 1, [nowhere, "is unreachable"])
         await assert_fails(unreachable, tmp_path)
 
 

@@ -8,7 +8,7 @@ import pytest
 from pokebridge.testing.pubsub import PubSubServer
 from pokebridge.transport import google_pubsub
 from tests.transport.certificates import Certificates, make_certificates
-from tests.transport.pubsub_world import World
+from tests.transport.pubsub_world import Clock, World
 
 
 @pytest.fixture(scope="session")
@@ -18,9 +18,15 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 
 
 @pytest.fixture
-async def server(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[PubSubServer]:
+def clock() -> Clock:
+    """The clock of ``server``."""
+    return Clock()
+
+
+@pytest.fixture
+async def server(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[PubSubServer]:
     """A Pub/Sub server of the test's own, which clients of this process find."""
-    async with PubSubServer() as server:
+    async with PubSubServer(clock=clock) as server:
         monkeypatch.setenv("PUBSUB_EMULATOR_HOST", server.address)
         yield server
 

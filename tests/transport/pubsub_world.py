@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from types import TracebackType
+import time
 from typing import Any, Self
 
 import grpc
@@ -13,6 +13,21 @@ from google.pubsub_v1.services.subscriber.transports import SubscriberGrpcAsyncI
 from pokebridge.transport.google_pubsub import GooglePubSubTransport
 
 TOPIC = "push-notifications"
+
+
+class Clock:
+    """A server's clock, which a test sets forward instead of waiting."""
+
+    def __init__(self) -> None:
+        self._ahead_s = 0.0
+
+    def __call__(self) -> float:
+        """Unix time, plus what the test has advanced."""
+        return time.time() + self._ahead_s
+
+    def advance(self, seconds: float) -> None:
+        """Let ``seconds`` pass."""
+        self._ahead_s += seconds
 
 
 class World:
@@ -38,12 +53,7 @@ class World:
         """Ready as it is."""
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         """Close everything."""
         for transport in self.transports:
             await transport.close()

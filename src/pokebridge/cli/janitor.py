@@ -14,7 +14,7 @@ from pokebridge.settings import Settings, load_settings
 from pokebridge.telemetry import configure_logging
 
 if TYPE_CHECKING:  # its module imports the driver, which may be missing
-    from pokebridge.transport.google_pubsub_janitor import Orphan, SweepReport
+    from pokebridge.transport.google_pubsub_sweep import Orphan, SweepReport
 
 
 @click.command(

@@ -1,10 +1,10 @@
 """Signals over Google Pub/Sub (docs/transports/google-pubsub.md).
 
-Every subscription of an instance is a Pub/Sub subscription of its own, ephemeral and labelled, on
-the one shared topic, with a filter when it wants a part only (carrier ``filter``), or on a shard's
-own topic (carrier ``topic``). It is deleted when it is closed; what a killed instance leaves is
-found by ``sweep``, which runs after the first ``subscribe``, every hour, and for the command
-``pokebridge janitor``.
+Every subscription of an instance is its own Pub/Sub subscription, ephemeral and labelled. With the
+carrier ``filter`` it is attached to the one shared topic, and has a filter unless it takes
+everything. With the carrier ``topic`` each shard has a topic. The subscription is deleted when it
+is closed. ``sweep`` deletes what killed instances leave behind. It runs after the first
+``subscribe``, every hour, and in the command ``pokebridge janitor``.
 """
 
 import asyncio
@@ -28,14 +28,18 @@ from pokebridge.transport.base import (
     Subscription,
 )
 from pokebridge.transport.google_pubsub_api import PubSubApi
-from pokebridge.transport.google_pubsub_janitor import (
+from pokebridge.transport.google_pubsub_subscription import (
+    ACK_DEADLINE_S,
+    PulledSubscription,
+    Source,
+)
+from pokebridge.transport.google_pubsub_sweep import (
     DEAD_AFTER_S,
     NAME_PREFIX,
     Sweep,
     SweepReport,
     Target,
 )
-from pokebridge.transport.google_pubsub_stream import ACK_DEADLINE_S, PulledSubscription, Source
 from pokebridge.transport.google_pubsub_topic import Topic
 from pokebridge.wire import encode_probe
 
@@ -52,17 +56,17 @@ log = structlog.get_logger(__name__)
 
 
 class GooglePubSubTransport:
-    """A transport over one topic of one project, or over it and one a shard. ``connect`` makes one.
+    """A transport over a topic, and optionally one for each shard. Create it with ``connect``.
 
     Args:
         api: calls the project.
         topic: the shared topic's short name.
-        instance: names this instance's subscriptions; a label, as ``cluster`` is.
-        carrier: ``topic`` gives each shard a topic of its own, ``<topic>-<shard>``.
-        shard_count: how many of those everything is.
+        instance: part of the names of this instance's subscriptions, and their label.
+        cluster: another label of the subscriptions.
+        carrier: with ``topic`` each shard has its own topic, ``<topic>-<shard>``.
+        shard_count: the number of shards.
         create_topic: whether missing topics are created.
-        sweep_every_s: how often orphans are looked for once this instance subscribes; ``None``:
-            only when ``sweep`` is called.
+        sweep_every_s: how often this instance sweeps, once it subscribes. ``None``: never.
     """
 
     is_shared = True
@@ -86,8 +90,10 @@ class GooglePubSubTransport:
         self._shard_count = shard_count
         self._may_create_topic = create_topic
         self._sweep_every_s = sweep_every_s
+        # The topics used so far, by full name, and the shared one.
         self._topics: dict[str, Topic] = {}
         self._shared = self._topic_named(f"projects/{api.project}/topics/{topic}")
+        # Open subscriptions by full name, and numbers for names that are in use.
         self._subscriptions: dict[str, PulledSubscription] = {}
         self._spare_numbers = itertools.count(2)
         self._sweeper: asyncio.Task[None] | None = None
@@ -107,15 +113,15 @@ class GooglePubSubTransport:
         sweep_every_s: float | None = SWEEP_EVERY_S,
         keepalive_s: float | None = None,
     ) -> "GooglePubSubTransport":
-        """A transport that has reached Pub/Sub and found, or created, its shared topic.
+        """Connect, and find or create the shared topic.
 
-        With PUBSUB_EMULATOR_HOST in the environment it speaks to that, else to Google's service
-        with the application default credentials. ``keepalive_s``: see ``google_pubsub_api``.
+        The server is the one that PUBSUB_EMULATOR_HOST names, or else Google's service, with the
+        application default credentials. ``keepalive_s``: see :meth:`.PubSubApi.connect`.
 
         Raises:
-            ConfigError: a name is not valid, there are no credentials, the project is not known,
-                or the topic is missing and may not be created.
-            TransportError: Pub/Sub can't be reached.
+            ConfigError: a name is invalid, there are no credentials, the project is unknown, or the
+                topic is missing and may not be created.
+            TransportError: Pub/Sub is unreachable.
         """
         longest = topic if carrier == "filter" else f"{topic}-{shard_count - 1}"
         for value, pattern, what in (
@@ -125,7 +131,7 @@ class GooglePubSubTransport:
             (cluster, _NAME, "cluster name"),
         ):
             if not pattern.fullmatch(value):
-                raise ConfigError(f"pubsub://{project}/{topic}: {value!r} can't be a {what}")
+                raise ConfigError(f"pubsub://{project}/{topic}: {value!r} is not a valid {what}")
         api = await PubSubApi.connect(project, keepalive_s=keepalive_s)
         transport = cls(
             api,
@@ -145,7 +151,7 @@ class GooglePubSubTransport:
         return transport
 
     async def publish(self, signals: Sequence[Signal]) -> None:
-        """Publish ``signals``, in requests of up to 1,000 for each topic; tries for 10 s each."""
+        """Publish ``signals``, in requests of up to 1,000, each of which is tried for 10 s."""
         self._check_open()
         by_topic: dict[Topic, list[Signal]] = {}
         for signal in signals:
@@ -156,7 +162,7 @@ class GooglePubSubTransport:
                 raise outcome
 
     async def subscribe(self, selection: Selection, receiver: Receiver) -> Subscription:
-        """Create what ``selection`` takes and read it; it is deleted when closed."""
+        """Create a subscription for ``selection`` and read it. Closing it deletes it."""
         self._check_open()
         if self._carrier == "topic" and selection is Feed.ALL:
             return await self._subscribe_to_every_topic(receiver)
@@ -165,12 +171,12 @@ class GooglePubSubTransport:
     async def sweep(
         self, *, dry_run: bool = False, dead_after_s: float = DEAD_AFTER_S
     ) -> SweepReport:
-        """Find, and delete, the subscriptions of this cluster that nobody reads.
+        """Find and delete the subscriptions of this cluster that have no reader.
 
-        Takes about 10 s, a minute when it finds one, and longer on Google's emulator.
+        This takes about 10 s, a minute if there is one, and longer on Google's emulator.
 
         Raises:
-            TransportError: they can't be listed, probed or looked into.
+            TransportError: listing, probing or pulling was refused.
         """
         self._check_open()
         sweep = Sweep(
@@ -185,7 +191,7 @@ class GooglePubSubTransport:
         )
         report = await sweep.run()
         for orphan in report.orphans:
-            log.warning("orphaned subscription", **orphan._asdict())
+            log.warning("pubsub_subscription_orphaned", **orphan._asdict())
         return report
 
     async def close(self) -> None:
@@ -202,7 +208,7 @@ class GooglePubSubTransport:
     # --- topics ---------------------------------------------------------------------------------
 
     def _topic(self, shard: int | None) -> Topic:
-        """Where signals of ``shard`` are published; ``None``: those without one."""
+        """The topic for signals of ``shard``, or for signals without a shard (``None``)."""
         return self._topic_named(
             self._shared.name
             if shard is None or self._carrier == "filter"
@@ -215,7 +221,7 @@ class GooglePubSubTransport:
         return self._topics[name]
 
     async def _publish_probes(self, targets: Iterable[Target]) -> None:
-        """A probe that each of ``targets`` gets; one without a tag does for all without a shard."""
+        """Publish one probe for each topic and tag among ``targets``."""
         body = encode_probe(f"janitor:{self._instance}")
         probes = {(at, Signal(body, int(feed) if feed.isdigit() else None)) for at, feed in targets}
         await asyncio.gather(*(self._topic_named(at).publish([probe]) for at, probe in probes))
@@ -223,10 +229,10 @@ class GooglePubSubTransport:
     # --- subscriptions --------------------------------------------------------------------------
 
     def _source(self, selection: Selection) -> Source:
-        """Where ``selection`` comes from.
+        """The topic of ``selection``, and what to take from it.
 
-        With topics of their own nothing is filtered: what somebody else publishes on the shared
-        topic, with a tag or without, is heard by all who take what has no shard.
+        With a topic for each shard nothing is filtered. So whatever others publish on the shared
+        topic, tagged or not, reaches all subscriptions for signals without a shard.
         """
         shard = None if isinstance(selection, Feed) else selection
         wanted = selection if self._carrier == "filter" else Feed.ALL
@@ -234,7 +240,7 @@ class GooglePubSubTransport:
 
     async def _subscribe(self, source: Source, receiver: Receiver) -> PulledSubscription:
         subscription = self._pulled(source, receiver)
-        # Half a second once in an instance's life, to tell a missing permission at its start.
+        # Half a second at an instance's first subscription, to report a missing permission then.
         await_refusal_s = AWAIT_REFUSAL_S if self._sweeper is None else 0.0
         try:
             await subscription.open(await_refusal_s=await_refusal_s)
@@ -247,7 +253,7 @@ class GooglePubSubTransport:
 
     async def _subscribe_to_every_topic(self, receiver: Receiver) -> Subscription:
         shards = range(self._shard_count)
-        whole = _Whole(receiver, shards)
+        whole = _EveryTopic(receiver, shards)
         shared = await self._subscribe(self._source(Feed.ALL), whole.of_shared_topic)
         whole.parts.append(shared)
         for shard in shards:
@@ -271,9 +277,9 @@ class GooglePubSubTransport:
         return subscription
 
     def _free_name(self, feed: str) -> str:
-        """``poke-sub-<instance>[.<shard>|.untagged]``; a second one at the same time gets a number.
+        """Return ``poke-sub-<instance>[.<shard>|.untagged]``, with a number if that is in use.
 
-        Instance names have no dot, so that no two instances can mean the same name.
+        Instance names contain no dot, so names of different instances differ.
         """
         base = f"projects/{self._api.project}/subscriptions/{NAME_PREFIX}{self._instance}"
         if feed != Feed.ALL.value:
@@ -293,7 +299,7 @@ class GooglePubSubTransport:
             try:
                 await self.sweep()
             except TransportError as error:
-                log.warning("sweep failed", reason=str(error))
+                log.warning("pubsub_sweep_failed", reason=str(error))
             pause_s = spread(every_s, 0.9, 1.1)
 
     def _check_open(self) -> None:
@@ -301,11 +307,11 @@ class GooglePubSubTransport:
             raise TransportError("the Pub/Sub transport is closed")
 
 
-class _Whole:
-    """Everything, where each shard has a topic: the shared topic's subscription and one a shard.
+class _EveryTopic:
+    """Subscriptions to the shared topic and to every shard's, as one subscription.
 
-    Whoever asks by a probe whether all this delivers gets it through the shared topic alone. So
-    nothing of that is passed on before each of the others has been proven to deliver.
+    A probe that asks whether all of it delivers arrives through the shared topic only. So signals
+    from the shared topic are held back until each shard's subscription is proven to deliver.
     """
 
     def __init__(self, receiver: Receiver, shards: Iterable[int]) -> None:
@@ -315,11 +321,11 @@ class _Whole:
 
     @property
     def of_shared_topic(self) -> Receiver:
-        """Who hears the shared topic."""
+        """The receiver for the shared topic."""
         return _PartReceiver(self._from_shared_topic, self._receiver.on_gap)
 
     def of_shard(self, shard: int) -> Receiver:
-        """Who hears the shard's topic."""
+        """The receiver for the shard's topic."""
 
         def on_gap(selection: Selection, reason: str) -> None:
             if shard in self._unproven:
@@ -331,7 +337,7 @@ class _Whole:
 
     @property
     def trouble(self) -> str | None:
-        """What goes wrong with one of them."""
+        """The trouble of the first subscription that has one."""
         return next((part.trouble for part in self.parts if part.trouble), None)
 
     async def close(self) -> None:

@@ -1,8 +1,8 @@
-"""Pub/Sub's v1 API, as much of it as the adapter needs: raw protobuf over ``grpc.aio``.
+"""The part of Pub/Sub's v1 API that the adapter needs: raw protobuf over ``grpc.aio``.
 
-Google's clients cost more than twice the CPU a message (their wrappers, a thread hop, an extra
-call a response) and would hide what the adapter must see: that a stream ended, and why. Only this
-file knows grpc and google; it translates their errors, once.
+Google's clients take more than twice the CPU for each message: wrappers, a thread switch, and an
+extra call for each response. They also hide that a stream ended, and why. Only this module imports
+grpc and google, and it translates their errors.
 """
 
 import asyncio
@@ -25,17 +25,17 @@ from pokebridge.errors import ConfigError, TransportError
 EMULATOR_VARIABLE = "PUBSUB_EMULATOR_HOST"
 GOOGLE_HOST = "pubsub.googleapis.com:443"
 CALL_TIMEOUT_S = 10.0
-# Pings that notice a dead connection, and how long they wait for the answer. Google's own clients
-# ping every 30 s; the emulator, as every grpc-java server, throws out who does so more often than
+# How often a connection is pinged, and how long an answer may take. Google's own clients ping every
+# 30 s. The emulator, like every grpc-java server, disconnects clients that ping more often than
 # every 5 minutes.
 KEEPALIVE_S, EMULATOR_KEEPALIVE_S = 30.0, 310.0
 PING_TIMEOUT_S = 10.0
-# Google's front ends allow 100 streams a connection, calls included; the 101st is refused, or
-# waits without an error.
+# Google's front ends allow 100 streams for each connection, calls included. The 101st is refused,
+# or waits without an error.
 MAX_STREAMS_A_CHANNEL = 90
 _MAX_DETAILS = 300
 
-# What may be better when tried again; the same that Google's publisher retries.
+# What a retry may cure: the codes that Google's publisher retries.
 _TRANSIENT = {
     StatusCode.ABORTED,
     StatusCode.CANCELLED,
@@ -45,12 +45,12 @@ _TRANSIENT = {
     StatusCode.UNAVAILABLE,
     StatusCode.UNKNOWN,
 }
-# FAILED_PRECONDITION: an administrator detached the subscription from its topic, for good.
+# FAILED_PRECONDITION: an administrator detached the subscription from its topic permanently.
 _MISSING = {StatusCode.NOT_FOUND, StatusCode.FAILED_PRECONDITION}
 
 
 class _Method(NamedTuple):
-    """A method of the API; ``routed_by`` is the request's field that x-goog-request-params has."""
+    """A method. ``routed_by`` is the field of the request for the header x-goog-request-params."""
 
     service: str
     routed_by: str
@@ -94,7 +94,7 @@ _METHODS = {
 
 
 def _protobuf(name: str) -> Any:
-    """The raw protobuf class under Google's wrapper."""
+    """Return the raw protobuf class under Google's wrapper."""
     return getattr(types, name).pb()
 
 
@@ -104,21 +104,21 @@ StreamingCall = grpc.aio.StreamStreamCall[Any, Any]
 
 
 class PubSubError(TransportError):
-    """A call that Pub/Sub refused, or that never reached it."""
+    """A call that Pub/Sub refused, or that did not reach it."""
 
     def __init__(self, message: str, code: StatusCode) -> None:
         super().__init__(message)
         self.is_missing = code in _MISSING
-        """What the call names is not there, or not usable any more."""
+        """The resource does not exist, or is unusable."""
         self.is_taken = code is StatusCode.ALREADY_EXISTS
         self.is_denied = code is StatusCode.PERMISSION_DENIED
         self.is_timeout = code is StatusCode.DEADLINE_EXCEEDED
         self.is_transient = code in _TRANSIENT
-        """The same call may work later."""
+        """The same call may succeed later."""
 
 
 @dataclass(slots=True)
-class _Lane:
+class _StreamChannel:
     """A connection for streams."""
 
     channel: grpc.aio.Channel
@@ -126,11 +126,11 @@ class _Lane:
 
 
 class PubSubApi:
-    """Calls Pub/Sub for one project. ``connect`` makes one.
+    """Calls Pub/Sub for one project. Create it with ``connect``.
 
-    ``is_emulator``: it is Google's emulator, which never notices that a client is gone. It goes on
-    handing messages to a stream that was broken or whose process was killed, and takes them back
-    only when their ack deadline has passed, to hand them out the same way.
+    ``is_emulator``: the server is Google's emulator, which never notices that a client has gone. It
+    keeps delivering messages to a broken stream. When their ack deadline has passed it delivers
+    them again, possibly to the same stream.
     """
 
     def __init__(
@@ -145,9 +145,10 @@ class PubSubApi:
         self.is_emulator = is_emulator
         self._host = host
         self._open_channel = open_channel
-        self._channel = open_channel()  # for calls; publishing never queues behind streams
+        # For calls, which must not wait for streams, and the number of calls it can still take.
+        self._channel = open_channel()
         self._free_calls = asyncio.Semaphore(MAX_STREAMS_A_CHANNEL)
-        self._lanes: list[_Lane] = []
+        self._stream_channels: list[_StreamChannel] = []
         self._calls = {
             name: self._channel.unary_unary(**_stub(name))
             for name in _METHODS
@@ -156,9 +157,10 @@ class PubSubApi:
 
     @classmethod
     async def connect(cls, project: str, *, keepalive_s: float | None = None) -> "PubSubApi":
-        """An API on the emulator that PUBSUB_EMULATOR_HOST names, else on Google's service.
+        """Connect to the emulator that PUBSUB_EMULATOR_HOST names, or else to Google's service.
 
-        Google's takes the application default credentials.
+        Google's service gets the application default credentials. ``keepalive_s`` is the interval
+        of pings; the default depends on the server.
 
         Raises:
             ConfigError: there are no credentials.
@@ -196,7 +198,7 @@ class PubSubApi:
         """Call ``method`` with a request of ``fields``.
 
         Raises:
-            PubSubError: it did not work.
+            PubSubError: the call failed.
         """
         spec = _METHODS[method]
         request = _protobuf(spec.request)(**fields)
@@ -211,44 +213,44 @@ class PubSubApi:
 
     @asynccontextmanager
     async def stream(self, subscription: str) -> AsyncIterator[StreamingCall]:
-        """A StreamingPull on ``subscription``, connected but with nothing written yet.
+        """A StreamingPull on ``subscription``, connected, with nothing written yet.
 
-        Whatever fails on it inside the ``with`` comes out as PubSubError.
+        Failures of the stream inside the ``with`` block are raised as PubSubError.
         """
         metadata = _routing(_METHODS["StreamingPull"], subscription)
-        lane = self._free_lane()
-        lane.streams += 1
+        stream_channel = self._free_stream_channel()
+        stream_channel.streams += 1
         call: StreamingCall | None = None
         try:
             async with asyncio.timeout(CALL_TIMEOUT_S):
-                await lane.channel.channel_ready()
-            open_stream = lane.channel.stream_stream(**_stub("StreamingPull"))
-            call = open_stream(timeout=None, metadata=metadata)  # theirs is 30 minutes
+                await stream_channel.channel.channel_ready()
+            open_stream = stream_channel.channel.stream_stream(**_stub("StreamingPull"))
+            call = open_stream(timeout=None, metadata=metadata)  # Google's default is 30 minutes
             yield call
         except grpc.aio.AioRpcError as error:
             raise self._translate("StreamingPull", error) from None
         except TimeoutError:
             raise PubSubError(
-                f"Pub/Sub at {self._host} can't be reached", StatusCode.UNAVAILABLE
+                f"Pub/Sub at {self._host} is unreachable", StatusCode.UNAVAILABLE
             ) from None
         except (grpc.aio.UsageError, asyncio.InvalidStateError) as error:
             raise PubSubError(f"the stream is closed: {error}", StatusCode.CANCELLED) from None
         finally:
             if call is not None:
                 call.cancel()
-            lane.streams -= 1
+            stream_channel.streams -= 1
 
     async def close(self) -> None:
         """Close every connection."""
-        for channel in (self._channel, *(lane.channel for lane in self._lanes)):
+        for channel in (self._channel, *(used.channel for used in self._stream_channels)):
             await channel.close()
 
-    def _free_lane(self) -> _Lane:
-        for lane in self._lanes:
-            if lane.streams < MAX_STREAMS_A_CHANNEL:
-                return lane
-        self._lanes.append(_Lane(self._open_channel()))
-        return self._lanes[-1]
+    def _free_stream_channel(self) -> _StreamChannel:
+        for stream_channel in self._stream_channels:
+            if stream_channel.streams < MAX_STREAMS_A_CHANNEL:
+                return stream_channel
+        self._stream_channels.append(_StreamChannel(self._open_channel()))
+        return self._stream_channels[-1]
 
     def _translate(self, name: str, error: grpc.aio.AioRpcError) -> PubSubError:
         code = error.code()
@@ -257,9 +259,9 @@ class PubSubApi:
             permission = _METHODS[name].permission
             message = f"Pub/Sub refused {name}: the account needs {permission}: {details}"
         elif code is StatusCode.UNAUTHENTICATED:
-            message = f"Pub/Sub does not accept the credentials: {details}"
+            message = f"Pub/Sub refused the credentials: {details}"
         elif code in {StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED}:
-            message = f"Pub/Sub at {self._host} can't be reached: {details}"
+            message = f"Pub/Sub at {self._host} is unreachable: {details}"
         else:
             message = f"Pub/Sub refused {name}: {code.name}: {details}"
         return PubSubError(message, code)
@@ -275,23 +277,23 @@ def _stub(name: str) -> dict[str, Any]:
 
 
 def _routing(method: _Method, value: str) -> grpc.aio.Metadata:
-    """The header by which Google routes a call to where the resource lives."""
+    """The header by which Google routes a call to the region of the resource."""
     header = to_grpc_metadata([(method.routed_by, value)])  # type: ignore[no-untyped-call]  # theirs
     return grpc.aio.Metadata(header)
 
 
 def channel_options(keepalive_s: float) -> list[tuple[str, int]]:
-    """How a channel notices a dead connection, and that it leaves the waiting to the adapter."""
+    """Options of a channel: notice a dead connection, and leave back-offs to the adapter."""
     timeout_ms = int(min(keepalive_s, PING_TIMEOUT_S) * 1000)
     return [
         ("grpc.use_local_subchannel_pool", 1),  # else all channels share one connection
         ("grpc.max_receive_message_length", -1),
         ("grpc.keepalive_time_ms", int(keepalive_s * 1000)),
-        # gRPC takes the longer of these two, and the second is a minute by default.
+        # gRPC uses the longer of these two, and the second is a minute by default.
         ("grpc.keepalive_timeout_ms", timeout_ms),
         ("grpc.http2.ping_timeout_ms", timeout_ms),
         ("grpc.http2.max_pings_without_data", 0),
-        # The adapter has its own back-off; the channel's would only delay it.
+        # The adapter has its own back-off. The channel's would only add to it.
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.min_reconnect_backoff_ms", 3000),
         ("grpc.max_reconnect_backoff_ms", 1000),

@@ -1,4 +1,4 @@
-"""A topic of Google Pub/Sub: it publishes, and is restored when it is missing."""
+"""A topic of Google Pub/Sub: publishes to it, and creates it when it is missing."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -13,7 +13,7 @@ from pokebridge.transport.base import Signal
 from pokebridge.transport.google_pubsub_api import PubSubApi, PubSubError, PubsubMessage
 
 SHARD_ATTRIBUTE = "shard"
-# Google's limits are 1,000 messages and 10 MB; what protobuf adds to a message is allowed for.
+# Google's limits are 1,000 messages and 10 MB. The overhead covers what protobuf adds.
 MAX_BATCH_MESSAGES = 1000
 MAX_BATCH_BYTES = 9_000_000
 MESSAGE_OVERHEAD_BYTES = 64
@@ -24,59 +24,60 @@ log = structlog.get_logger(__name__)
 
 
 class Attached(Protocol):
-    """A subscription that hangs on a topic."""
+    """A subscription that is attached to a topic."""
 
     def lose(self, reason: str) -> None:
-        """It is of no use any more: have it made anew, and report a gap."""
+        """Create the subscription anew and report a gap."""
 
 
 class Topic:
-    """One topic, by its full resource ``name``; ``may_create`` it when it is missing."""
+    """One topic, by its full resource ``name``. ``may_create``: create it when it is missing."""
 
     def __init__(self, api: PubSubApi, name: str, *, may_create: bool) -> None:
         self.name = name
         self.attached: set[Attached] = set()
-        """Who is to hear of it when the topic was deleted."""
+        """The subscriptions to tell when the topic was deleted."""
         self._api = api
         self._may_create = may_create
         self._lock = asyncio.Lock()
+        # How often the topic was created again.
         self._lives = 0
 
     async def check(self) -> None:
-        """Find it, or create it.
+        """Make sure that the topic exists.
 
         Raises:
-            ConfigError: the project is not known, or the topic is missing and may not be created.
-            PubSubError: Pub/Sub can't be reached, or refuses.
+            ConfigError: the project is unknown, or the topic is missing and may not be created.
+            PubSubError: Pub/Sub is unreachable, or refuses.
         """
         try:
             await self._api.call("GetTopic", topic=self.name)
         except PubSubError as error:
-            if error.is_denied:  # a publisher's account may not look; publishing will tell
-                log.info("topic not checked", reason=str(error))
+            if error.is_denied:  # a publisher's account need not have this permission
+                log.info("pubsub_topic_unchecked", reason=str(error))
             elif not error.is_missing:
                 raise
             elif "project not found" in str(error).lower():
-                raise ConfigError(f"project {self._api.project} is not known: {error}") from None
+                raise ConfigError(f"project {self._api.project} is unknown: {error}") from None
             elif not self._may_create:
-                raise ConfigError(f"{self.name} does not exist") from None
+                raise ConfigError(f"{self.name} does not exist, and may not be created") from None
             else:
                 await self._create_missing()
 
     async def publish(self, signals: Sequence[Signal]) -> None:
-        """Publish in requests of up to 1,000; tries for 10 s each.
+        """Publish in requests of up to 1,000 signals, each of which is tried for 10 s.
 
         Raises:
-            PubSubError: Pub/Sub can't be reached, or refuses.
+            PubSubError: Pub/Sub is unreachable, or refuses.
         """
         for batch in _batches(signals):
             await self._publish(batch)
 
     async def needed_by(self, call: Callable[[], Awaitable[None]]) -> None:
-        """Do ``call``; where it fails because the topic is missing, restore that and do it again.
+        """Await ``call``. If the topic is missing, create it and await ``call`` again.
 
-        Subscriptions stay attached to a deleted topic when another takes its name, and hear
-        nothing: so all of them are made anew.
+        Existing subscriptions stay attached to the deleted topic, and receive nothing from a new
+        one of the same name. So all of them are created anew.
         """
         lives = self._lives
         try:
@@ -85,7 +86,7 @@ class Topic:
             if not (error.is_missing and self._may_create):
                 raise
         async with self._lock:
-            if self._lives == lives:  # nobody else has restored it meanwhile
+            if self._lives == lives:  # nobody has created it meanwhile
                 await self._create()
                 self._lives += 1
                 for subscription in tuple(self.attached):
@@ -107,7 +108,7 @@ class Topic:
             if not error.is_taken:
                 raise
         else:
-            log.info("topic created", topic=self.name)
+            log.info("pubsub_topic_created", topic=self.name)
 
     async def _publish(self, batch: list[Any]) -> None:
         loop = asyncio.get_running_loop()
@@ -128,7 +129,7 @@ class Topic:
 
 
 def _batches(signals: Sequence[Signal]) -> Iterator[list[Any]]:
-    """``signals`` as messages, in batches that one request may carry."""
+    """Convert ``signals`` to messages, in batches within the limits of a request."""
     batch: list[Any] = []
     size_bytes = 0
     for body, shard in signals:

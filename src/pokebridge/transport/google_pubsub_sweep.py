@@ -1,14 +1,14 @@
-"""Finds the subscriptions that dead instances left behind, without any coordination.
+"""Finds and deletes the subscriptions of dead instances, without any coordination.
 
-A subscription is alive when somebody reads it, so that is what is tested, and nothing else is
-believed: no heartbeat, no clock, no list of members. Every reader of ours acknowledges on receipt.
-So the janitor publishes a probe, and looks after a while what each subscription still has to give;
-what it gets by looking it gives back at once. Where a message goes unacknowledged for 45 s,
-although it was offered to every reader again and again, there is no reader.
+A subscription is alive if somebody reads it. The sweep tests exactly that, and relies on no
+heartbeat, clock or list of members. Every reader of ours acknowledges on receipt. So the sweep
+publishes probes, later pulls what each subscription still holds, and gives it back at once. A
+message that stays unacknowledged for 45 s, although every reader was offered it repeatedly, proves
+that there is no reader.
 
-The age of a message is told by the service's own clock: its publish time, against the latest
-publish time seen anywhere plus what has passed since. That is a lower bound, so an error makes the
-janitor miss an orphan until the next sweep, never take a live one for dead.
+The service's clock times this: a message's publish time, against the latest publish time seen
+anywhere plus the time since. This is a lower bound of the message's age. So an error can only make
+the sweep miss an orphan until the next one. It can't make it delete a live subscription.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from pokebridge.transport.google_pubsub_api import CALL_TIMEOUT_S, PubSubApi, Pu
 
 NAME_PREFIX = "poke-sub-"
 DEAD_AFTER_S = 45.0
-"""A paused instance is dead by then for its clients as well: they hang up."""
+"""An instance that is paused for this long has lost its clients as well: they hang up."""
 LOOKS_A_LIFE = 20
 EMPTY_LOOKS = 3
 STRIKES = 2
@@ -35,7 +35,7 @@ MAX_CALLS_AT_ONCE = 50  # half of what a connection may carry
 
 
 class Orphan(NamedTuple):
-    """A subscription that nobody reads. ``problem`` says why it could not be deleted."""
+    """A subscription without a reader. ``problem`` says why it could not be deleted."""
 
     subscription: str
     instance: str
@@ -46,45 +46,15 @@ class Orphan(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SweepReport:
-    """What a sweep found among the cluster's subscriptions, the sweeper's own aside."""
+    """The result of a sweep of the cluster's subscriptions, without the sweeper's own."""
 
     examined: int
     orphans: tuple[Orphan, ...]
     dry_run: bool
 
 
-async def list_subscriptions(api: PubSubApi, topic: str, cluster: str) -> AsyncIterator[Any]:
-    """The subscriptions of ``cluster``'s instances on ``topic`` and its shards' topics.
-
-    One call per 1,000 of the project's.
-
-    Raises:
-        PubSubError: they can't be listed.
-    """
-    ours = re.compile(rf"{re.escape(topic)}(-\d+)?")
-    token = ""
-    while True:
-        page = await api.call(
-            "ListSubscriptions",
-            project=f"projects/{api.project}",
-            page_size=PAGE_SIZE,
-            page_token=token,
-        )
-        for found in page.subscriptions:
-            short_name = found.name.rpartition("/")[2]
-            if (
-                short_name.startswith(NAME_PREFIX)
-                and found.labels.get("cluster") == cluster
-                and ours.fullmatch(found.topic)
-            ):
-                yield found
-        token = page.next_page_token
-        if not token:
-            return
-
-
 class Target(NamedTuple):
-    """Where a probe reaches a subscription: its topic, and the tag (its label ``feed``)."""
+    """Where to publish a probe for a subscription: its topic, and the tag (label ``feed``)."""
 
     topic: str
     feed: str
@@ -92,13 +62,19 @@ class Target(NamedTuple):
 
 @dataclass(slots=True)
 class _Suspect:
+    """A subscription that is examined."""
+
     name: str
     instance: str
     target: Target
     due_s: float = 0.0
+    """When to look again, by the monotonic clock."""
     empty_looks: int = 0
+    """Looks in a row that found nothing old."""
     strikes: int = 0
+    """Looks that found a message older than the limit."""
     unread_s: float = 0.0
+    """Age of the oldest message in the last look."""
 
     @property
     def is_alive(self) -> bool:
@@ -114,12 +90,16 @@ class Sweep:
     """One sweep.
 
     Args:
+        api: calls the project.
+        topic: the shared topic's full name.
+        cluster: the cluster whose subscriptions are examined.
         keep: the full names of the subscriptions that the sweeper itself reads.
-        publish: publishes a probe at each of these targets.
-        dead_after_s: how long a message must go unacknowledged. A sweep takes a sixth of it, and
-            all of it where there is an orphan.
-        patience_s: how long a look waits for something unread. 0 is enough where a dead reader's
-            messages come back and stay; an ack deadline where they are handed to it again.
+        publish: publishes a probe for each of the given targets.
+        dead_after_s: how long a message must stay unacknowledged. A sweep takes a sixth of it, and
+            all of it when there is an orphan.
+        dry_run: report orphans, but do not delete them.
+        patience_s: how long a look waits for an unread message. 0 suffices when a dead reader's
+            messages return and stay. When they are handed to it again, use the ack deadline.
     """
 
     api: PubSubApi
@@ -138,10 +118,10 @@ class Sweep:
         return self.dead_after_s / LOOKS_A_LIFE
 
     async def run(self) -> SweepReport:
-        """Find the orphans, and delete them unless it is a dry run.
+        """Find the orphans, and delete them unless this is a dry run.
 
         Raises:
-            PubSubError: the subscriptions can't be listed, or looked into.
+            PubSubError: listing, probing or pulling was refused.
         """
         suspects = [
             _Suspect(
@@ -149,23 +129,46 @@ class Sweep:
                 found.labels.get("instance", ""),
                 Target(found.topic, found.labels.get("feed", "")),
             )
-            async for found in list_subscriptions(self.api, self.topic, self.cluster)
+            async for found in self._subscriptions()
             if found.name not in self.keep
         ]
         dead = await self._judge(suspects)
-        orphans = await asyncio.gather(*(self._bury(suspect) for suspect in dead))
+        orphans = await asyncio.gather(*(self._delete(suspect) for suspect in dead))
         return SweepReport(len(suspects), tuple(orphans), self.dry_run)
 
+    async def _subscriptions(self) -> AsyncIterator[Any]:
+        """The subscriptions of the cluster's instances on the topic and its shards' topics."""
+        ours = re.compile(rf"{re.escape(self.topic)}(-\d+)?")
+        token = ""
+        while True:
+            page = await self.api.call(
+                "ListSubscriptions",
+                project=f"projects/{self.api.project}",
+                page_size=PAGE_SIZE,
+                page_token=token,
+            )
+            for found in page.subscriptions:
+                short_name = found.name.rpartition("/")[2]
+                if (
+                    short_name.startswith(NAME_PREFIX)
+                    and found.labels.get("cluster") == self.cluster
+                    and ours.fullmatch(found.topic)
+                ):
+                    yield found
+            token = page.next_page_token
+            if not token:
+                return
+
     async def _judge(self, suspects: list[_Suspect]) -> list[_Suspect]:
-        """Those that nobody reads."""
+        """Return the suspects without a reader."""
         undecided = suspects
         end_s = time.monotonic() + 1.5 * self.dead_after_s + 4 * self.patience_s
         looks = 0
         while undecided and time.monotonic() < end_s:
-            if looks < EMPTY_LOOKS:  # the first may still be handed to a dead reader
+            if looks < EMPTY_LOOKS:  # a dead reader may still be handed the first
                 await self.publish({suspect.target for suspect in undecided})
             looks += 1
-            # Not in step with other janitors, who have for a moment what they look at.
+            # At random times, since other sweeps briefly hold the messages that they look at.
             await asyncio.sleep(spread(self._look_every_s, 0.75, 1.25))
             now_s = time.monotonic()
             await asyncio.gather(*(self._look(s) for s in undecided if s.due_s <= now_s))
@@ -173,7 +176,7 @@ class Sweep:
         return [suspect for suspect in suspects if suspect.is_dead]
 
     async def _look(self, suspect: _Suspect) -> None:
-        """See what has gone unread, and give it back."""
+        """Pull what is unread, note its age, and give it back."""
         end_s = time.monotonic() + self.patience_s
         unread_s = 0.0
         try:
@@ -185,29 +188,26 @@ class Sweep:
                 await asyncio.sleep(LOOK_AGAIN_S)
         except PubSubError as error:
             if error.is_missing:
-                suspect.empty_looks = EMPTY_LOOKS  # deleted, by its owner or by another janitor
+                suspect.empty_looks = EMPTY_LOOKS  # deleted by its owner or by another sweep
             elif not error.is_transient:
                 raise
             return
         suspect.unread_s = unread_s
         suspect.strikes += unread_s >= self.dead_after_s
-        if unread_s < self._look_every_s:  # somebody reads it, or nothing was there to read
+        if unread_s < self._look_every_s:  # it has a reader, or there was nothing to read
             suspect.empty_looks += 1
         else:
             suspect.empty_looks = 0
             suspect.due_s = time.monotonic() + self.dead_after_s - unread_s
 
     def _age_s(self, published_s: float) -> float:
-        """At least how long ago that was, by the service's own clock."""
+        """Lower bound of a message's age, by the service's clock."""
         now_s = time.monotonic()
         self._server_lead_s = max(self._server_lead_s, published_s - now_s)
         return now_s + self._server_lead_s - published_s
 
     async def _peek(self, subscription: str, end_s: float) -> list[float]:
-        """When the messages were published that wait in ``subscription``, in Unix time.
-
-        Waits for one until ``end_s``.
-        """
+        """Pull, waiting until ``end_s``, and return the messages' publish times (Unix time)."""
         async with self._calls:
             wait_s = end_s - time.monotonic()
             try:
@@ -231,7 +231,7 @@ class Sweep:
         ]
 
     async def _give_back(self, subscription: str, pulled: Any) -> None:
-        """Have ``pulled`` delivered at once: if it is a living reader's, it must not wait."""
+        """Make ``pulled`` available again at once, since a live reader may be waiting for it."""
         ack_ids = [received.ack_id for received in pulled.received_messages]
         for attempt in range(1, GIVE_BACK_ATTEMPTS + 1):
             try:
@@ -247,7 +247,7 @@ class Sweep:
             else:
                 return
 
-    async def _bury(self, suspect: _Suspect) -> Orphan:
+    async def _delete(self, suspect: _Suspect) -> Orphan:
         problem = None
         if not self.dry_run:
             try:

@@ -1,17 +1,18 @@
-"""One Pub/Sub subscription of an instance: created, streamed, restored for ever, deleted.
+"""One Pub/Sub subscription of an instance: created, streamed, restored, deleted.
 
-What can happen to it, and what is made of it:
+What can happen to it, and how it recovers:
 
 - The stream ends (every half hour, an outage, a dead connection): it is opened again with full
-  jitter. The subscription keeps what is published meanwhile, so that is a gap only when it took
-  nearly as long as messages are kept.
-- The subscription is gone, or hangs on a topic that was deleted: it is made anew: a gap.
-- Nothing is heard for a while: a probe of its own asks whether it still delivers. If not, the
-  stream is opened again, and the subscription looked at.
-- Google's emulator keeps feeding the broken stream: there every broken stream costs the
-  subscription.
+  jitter. The subscription keeps what is published meanwhile, so this is a gap only when it took
+  nearly as long as messages are retained.
+- The subscription is missing, or attached to a topic that was deleted: it is created anew, and a
+  gap is reported.
+- Nothing arrives for a while: a probe tests whether the subscription still delivers. If not, the
+  stream is opened again, and the subscription is checked.
+- Google's emulator keeps delivering to the broken stream. So there a broken stream costs the
+  subscription, which is created anew.
 
-A gap is reported only when a probe has come through the restored stream.
+A gap is reported only when a probe has arrived through the restored stream.
 """
 
 import asyncio
@@ -38,12 +39,12 @@ ACK_DEADLINE_S = 10
 RETENTION_S = 600
 EXPIRY_S = 24 * 60 * 60
 ACK_EVERY_S = 0.1
-MAX_ACKS_A_REQUEST = 2500  # Google's limit is 512 KiB a request; its own clients send as many
+MAX_ACKS_A_REQUEST = 2500  # as many as Google's clients send; the limit is 512 KiB
 MAX_OUTSTANDING_MESSAGES = 10_000
 MAX_OUTSTANDING_BYTES = 16 * 1024 * 1024
-# Google closes a stream whose client says nothing for a minute.
+# Google closes a stream whose client sends nothing for a minute.
 HEARTBEAT_S = 30.0
-# An outage is noticed up to a heartbeat and a keepalive late; so much is allowed for.
+# An outage is noticed late, by up to a heartbeat and a keepalive: hence the margin.
 COVERED_S = RETENTION_S - 120
 QUIET_S = 60.0
 WATCH_S = 5.0
@@ -54,13 +55,12 @@ BACKOFF_BASE_S, BACKOFF_CAP_S = 0.1, 1.0
 STABLE_S = 10.0
 DELETE_TIMEOUT_S = 5.0
 EMULATOR_FORGETS_S = 0.2
-IT_IS_NEW = "it is new"
 
 log = structlog.get_logger(__name__)
 
 
 def filter_for(selection: Selection) -> str:
-    """The Pub/Sub filter for ``selection``; empty when it takes everything."""
+    """Return the Pub/Sub filter for ``selection``, which is empty for everything."""
     if selection is Feed.ALL:
         return ""
     if selection is Feed.UNTAGGED:
@@ -69,29 +69,27 @@ def filter_for(selection: Selection) -> str:
 
 
 class Source(NamedTuple):
-    """What a subscription gives.
-
-    Args:
-        topic: where it comes from.
-        wanted: the part of what is published there.
-        selection: what its receiver asked for, of which this may be a part: what gaps are gaps of.
-        shard: what its probes are tagged with.
-    """
+    """What a subscription delivers."""
 
     topic: Topic
     wanted: Selection
+    """What it takes from the topic."""
     selection: Selection
+    """What its receiver asked for, which gaps report. It may consist of several sources."""
     shard: int | None
+    """The tag of its probes."""
 
 
 class PulledSubscription:
     """A subscription and the stream that pulls from it.
 
     Args:
-        name: its full resource name.
-        source: what it gives.
-        labels: say whose it is; no other subscription of that name is ever replaced.
-        on_closed: called when it is closed and deleted.
+        api: calls the project.
+        name: the full resource name.
+        source: what the subscription delivers.
+        receiver: receives it.
+        labels: identify the owner. A subscription of this name with other labels is not replaced.
+        on_closed: called when the subscription is closed and deleted.
     """
 
     def __init__(
@@ -106,9 +104,11 @@ class PulledSubscription:
     ) -> None:
         self._api = api
         self.name = name
+        # The last failure, until signals arrive again.
         self.trouble: str | None = None
         self._source = source
         self._topic = source.topic
+        # Which tags are passed on, and the tag of signals that have none.
         self._wanted_tag = None if isinstance(source.wanted, Feed) else str(source.wanted)
         self._takes_all = source.wanted is Feed.ALL
         self._own_tag = str(source.shard) if self._takes_all and source.shard is not None else None
@@ -116,26 +116,35 @@ class PulledSubscription:
         self._labels = dict(labels)
         self._on_closed = on_closed
         self._client_id = secrets.token_hex(16)
+        # Received messages to acknowledge.
         self._acks: list[str] = []
         self._has_acks = asyncio.Event()
+        # The body of the probe that is waited for, and whether it has arrived.
         self._proof = b""
         self._proven = asyncio.Event()
+        # Why signals may have been lost, until that is reported.
         self._gap: str | None = None
+        # Whether the subscription was created in the background, which is no gap.
+        self._is_new = False
+        # Whether the subscription must be created anew.
         self._gone = False
+        # Wakes the watch.
         self._doubted = asyncio.Event()
         self._loop = asyncio.get_running_loop()
+        # When a message last arrived, and when the stream last worked.
         self._heard_s = self._good_s = self._loop.time()
         self._denied: asyncio.Future[PubSubError] = self._loop.create_future()
         self._task: asyncio.Task[None] | None = None
+        # Whether there may be something to delete.
         self._may_exist = False
         self._closed = False
 
     async def open(self, *, await_refusal_s: float) -> None:
-        """Create it and start to receive.
+        """Create the subscription and start to receive.
 
         Raises:
-            TransportError: it can't be created, or reading it is refused within
-                ``await_refusal_s``: the service does not say when it accepts a stream.
+            TransportError: creating it is refused, or reading it is refused within
+                ``await_refusal_s``. The service does not report that it accepted a stream.
         """
         await self._create()
         self._gone, self._gap = False, None
@@ -145,12 +154,13 @@ class PulledSubscription:
             raise self._denied.result()
 
     def open_later(self) -> None:
-        """The same without waiting, for as long as it takes; a first gap says when it delivers."""
-        self.lose(IT_IS_NEW)
+        """Open in the background, retrying. The first gap reported means that it delivers."""
+        self._is_new = True
+        self.lose("it is new")
         self._start()
 
     async def close(self) -> None:
-        """Stop receiving and delete it; what can't be deleted is left to the janitor."""
+        """Stop receiving and delete the subscription. If that fails, a sweep will delete it."""
         if self._closed:
             return
         self._closed = True
@@ -164,13 +174,15 @@ class PulledSubscription:
                 )
         except PubSubError as error:
             if not error.is_missing:
-                log.warning("subscription left behind", subscription=self.name, reason=str(error))
+                log.warning(
+                    "pubsub_subscription_undeleted", subscription=self.name, reason=str(error)
+                )
         finally:
             self._topic.attached.discard(self)
             self._on_closed()
 
     def lose(self, reason: str) -> None:
-        """The subscription is of no use any more: have it made anew, and report a gap."""
+        """Create the subscription anew, and report a gap."""
         self._gone = True
         self._gap = reason
         self._doubted.set()
@@ -204,22 +216,25 @@ class PulledSubscription:
         self._topic.attached.add(self)
 
     async def _replace(self) -> None:
-        """Make it anew where an earlier life of this instance, or a lost answer, left one.
+        """Replace a subscription that an earlier process or a lost answer left behind.
 
-        It is never shared: two readers of one subscription would hear half each.
+        It must not be shared: two readers of one subscription would receive half of it each.
         """
         found = await self._api.call("GetSubscription", subscription=self.name)
         if dict(found.labels) != self._labels:
-            raise TransportError(f"{self.name} belongs to somebody else: {dict(found.labels)}")
-        log.warning("replacing a subscription of this instance's name", subscription=self.name)
+            raise TransportError(
+                f"{self.name} has another owner, by its labels {dict(found.labels)}: delete it,"
+                " or give this instance another name"
+            )
+        log.warning("pubsub_subscription_replaced", subscription=self.name)
         await self._api.call("DeleteSubscription", subscription=self.name)
         if self._api.is_emulator:
-            # It looks every 50 ms which streams to end, and goes by the subscription's name.
+            # Every 50 ms it ends the streams of deleted subscriptions, which it finds by name.
             await asyncio.sleep(EMULATOR_FORGETS_S)
         await self._topic.needed_by(self._call_create)
 
     async def _is_attached(self) -> bool:
-        """Whether it still exists and hangs on the topic, not on a deleted one of that name."""
+        """Whether it exists and is attached to the topic, not to a deleted one of that name."""
         try:
             found = await self._api.call("GetSubscription", subscription=self.name)
         except PubSubError as error:
@@ -242,8 +257,8 @@ class PulledSubscription:
                 await self._stream()
             except PubSubError as error:
                 self._note(error)
-            except Exception:  # whatever it was, to give up is to go silent
-                log.exception("stream broke", subscription=self.name)
+            except Exception:  # to stop retrying would be silence
+                log.exception("pubsub_stream_failed", subscription=self.name)
             if self._loop.time() - began_s > STABLE_S:
                 failures = 0
             await asyncio.sleep(backoff_s(failures, first_s=BACKOFF_BASE_S, cap_s=BACKOFF_CAP_S))
@@ -252,19 +267,19 @@ class PulledSubscription:
     def _note(self, error: PubSubError) -> None:
         self.trouble = str(error)
         if error.is_missing:
-            log.warning("subscription gone", subscription=self.name, reason=str(error))
+            log.warning("pubsub_subscription_missing", subscription=self.name, reason=str(error))
             self.lose("the subscription was gone")
         elif self._api.is_emulator:
             self.lose("the stream broke")
         elif error.is_transient:
-            log.info("stream ended", subscription=self.name, reason=str(error))
+            log.info("pubsub_stream_ended", subscription=self.name, reason=str(error))
         else:
-            log.error("stream refused", subscription=self.name, reason=str(error))
+            log.error("pubsub_stream_refused", subscription=self.name, reason=str(error))
         if error.is_denied and not self._denied.done():
             self._denied.set_result(error)
 
     async def _stream(self) -> None:
-        """Receive until the stream ends; raises PubSubError when it broke."""
+        """Receive until the stream ends. Raises PubSubError when it broke."""
         async with self._api.stream(self.name) as call:
             await call.write(
                 StreamingPullRequest(
@@ -296,15 +311,16 @@ class PulledSubscription:
             self._take(response)
 
     def _take(self, response: Any) -> None:
-        """Acknowledge on receipt: a poke is worthless later, and its version in the mailbox."""
+        """Acknowledge on receipt: a late poke is worthless, and its version is in the mailbox."""
         self._mark_good()
+        # When a message last arrived, and when the stream last worked.
         self._heard_s = self._good_s
         self.trouble = None
         for received in response.received_messages:
             self._acks.append(received.ack_id)
             message = received.message
             tag = message.attributes.get(SHARD_ATTRIBUTE)
-            # Google's emulator keeps filters and ignores them.
+            # Google's emulator ignores filters.
             if self._takes_all or tag == self._wanted_tag:
                 body = message.data
                 self._receiver.on_signal(body, tag or self._own_tag)
@@ -313,7 +329,7 @@ class PulledSubscription:
         self._has_acks.set()
 
     async def _write(self, call: StreamingCall) -> None:
-        """Acknowledge in batches, or say at least that we are there."""
+        """Acknowledge in batches, and send a heartbeat when there is nothing to acknowledge."""
         while True:
             with suppress(TimeoutError):
                 async with asyncio.timeout(HEARTBEAT_S):
@@ -329,7 +345,7 @@ class PulledSubscription:
     # --- gaps -----------------------------------------------------------------------------------
 
     def _mark_good(self) -> None:
-        """The stream is up now. If it last was so too long ago, messages are lost."""
+        """Note that the stream works. If it last did too long ago, messages are lost."""
         now_s = self._loop.time()
         if now_s - self._good_s > COVERED_S:
             self._gap = f"cut off for {now_s - self._good_s:.0f} s"
@@ -337,7 +353,7 @@ class PulledSubscription:
         self._good_s = now_s
 
     async def _watch(self) -> None:
-        """Report gaps once the stream is proven; return when it is to be opened again."""
+        """Report gaps once the stream is proven. Return when it must be opened again."""
         while not self._gone:
             if self._loop.time() - self._good_s > COVERED_S:
                 self._mark_good()
@@ -351,18 +367,19 @@ class PulledSubscription:
                 self._heard_s = self._loop.time()
                 if gap is not None and not self._gone:
                     self._gap = None
-                    if gap != IT_IS_NEW:
-                        log.warning("gap", subscription=self.name, reason=gap)
+                    if not self._is_new:
+                        log.warning("pubsub_gap", subscription=self.name, reason=gap)
+                    self._is_new = False
                     self._receiver.on_gap(self._source.selection, gap)
             with suppress(TimeoutError):
                 async with asyncio.timeout(WATCH_S):
                     await self._doubted.wait()
 
     async def _prove(self) -> bool:
-        """Whether a probe comes through.
+        """Whether a probe arrives.
 
-        Who may not publish can't ask: then a new subscription is given the time that Google's were
-        measured to need, several times over.
+        An account that may not publish can't send one. Then this waits several times as long as
+        Google was measured to need for a new subscription, and assumes that it delivers.
         """
         self._proof = encode_probe(secrets.token_hex(8))
         self._proven.clear()
