@@ -24,7 +24,7 @@ from pokebridge.transport.base import Carrier, Transport
 
 if TYPE_CHECKING:  # their modules import drivers, which may be missing
     from pokebridge.tracing import Tracing
-    from pokebridge.transport.google_pubsub_janitor import SweepReport
+    from pokebridge.transport.google_pubsub_sweep import SweepReport
 
 _Part = TypeVar("_Part")
 
