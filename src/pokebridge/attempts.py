@@ -1,14 +1,14 @@
 """Loops that no error ends, and a line in the log when a part they need fails and is back."""
 
 import asyncio
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from time import monotonic
 from typing import Final
 
 import structlog
 
-from pokebridge.backoff import backoff_s
+from pokebridge.backoff import backoff_s, spread
 from pokebridge.errors import UnavailableError
 
 BACKOFF_FIRST_S: Final = 0.1
@@ -72,3 +72,14 @@ class Attempts:
         self._failures += 1
         await asyncio.sleep(pause_s)
         return False
+
+
+async def keep_doing(step: Callable[[], Awaitable[None]], pause_s: float) -> None:
+    """Do ``step`` again and again, with a jittered pause after each success. Runs until cancelled.
+
+    The jitter, up to half of ``pause_s``, lets the loops of several processes drift apart.
+    """
+    attempt = Attempts()
+    while True:
+        if await attempt(step()):
+            await asyncio.sleep(spread(pause_s))

@@ -15,8 +15,7 @@ from typing import Final, Protocol, Self
 
 import structlog
 
-from pokebridge.attempts import Attempts, Part
-from pokebridge.backoff import spread
+from pokebridge.attempts import Attempts, Part, keep_doing
 from pokebridge.errors import MailboxFullError
 from pokebridge.mailbox.base import Mailbox
 from pokebridge.model import NewMessage, Poke, Receipt, check_recipient
@@ -134,7 +133,10 @@ class Processor:
         """Start the loops. The first sweep runs at once."""
         loops = {"publish": self._keep_publishing(), "confirm": self._keep_confirming()}
         if self._does_upkeep:
-            loops |= {"sweep": self._keep_sweeping(), "purge": self._keep_purging()}
+            loops |= {
+                "sweep": keep_doing(self._sweep, self._sweep_every_s),
+                "purge": keep_doing(self._purge, self._purge_every_s),
+            }
         self._tasks = [
             asyncio.create_task(loop, name=f"processor-{name}") for name, loop in loops.items()
         ]
@@ -188,18 +190,6 @@ class Processor:
         while batch := await self._unconfirmed.take(BATCH):
             if await attempt(self._confirm(batch)) and len(batch) < BATCH:
                 await asyncio.sleep(CONFIRM_EVERY_S)
-
-    async def _keep_sweeping(self) -> None:
-        attempt = Attempts()
-        while True:
-            if await attempt(self._sweep()):
-                await asyncio.sleep(spread(self._sweep_every_s))
-
-    async def _keep_purging(self) -> None:
-        attempt = Attempts()
-        while True:
-            if await attempt(self._purge()):
-                await asyncio.sleep(spread(self._purge_every_s))
 
     async def _publish(self, pokes: Sequence[Poke]) -> None:
         try:

@@ -15,8 +15,8 @@ from typing import Final, Literal, Protocol
 import msgspec
 import structlog
 
-from pokebridge.attempts import Attempts, Part
-from pokebridge.backoff import backoff_s, spread
+from pokebridge.attempts import Attempts, Part, keep_doing
+from pokebridge.backoff import backoff_s
 from pokebridge.errors import UnavailableError
 from pokebridge.mailbox.pushes import OwedPush, PushQueue
 
@@ -112,8 +112,8 @@ class Pusher:
     async def start(self) -> None:
         """Start to send due pushes."""
         self._loops = [
-            asyncio.create_task(self._keep_pushing(), name="pusher-push"),
-            asyncio.create_task(self._keep_purging(), name="pusher-purge"),
+            asyncio.create_task(keep_doing(self._push_due, self._look_every_s), name="pusher-push"),
+            asyncio.create_task(keep_doing(self._purge, PURGE_EVERY_S), name="pusher-purge"),
         ]
 
     async def close(self, *, deadline_s: float = 5.0) -> None:
@@ -131,18 +131,6 @@ class Pusher:
             task.cancel()
         await asyncio.gather(*self._under_way, return_exceptions=True)
         await self._receiver.close()
-
-    async def _keep_pushing(self) -> None:
-        attempt = Attempts()
-        while True:
-            if await attempt(self._push_due()):
-                await asyncio.sleep(spread(self._look_every_s))
-
-    async def _keep_purging(self) -> None:
-        attempt = Attempts()
-        while True:
-            if await attempt(self._purge()):
-                await asyncio.sleep(spread(PURGE_EVERY_S))
 
     async def _push_due(self) -> None:
         """Start attempts until no push is due; while the receiver fails, at most one."""
