@@ -1,9 +1,10 @@
 """What this instance has the transport deliver, and the proof that it does.
 
-It is a set of subscriptions: everything in fan-out, the owned and interesting shards when
-partitioned. A session may be told ``ready`` only when its recipient's shard is *proven live*, and
-whoever a gap may have left asleep must be woken. Both are judged here, the same for every
-transport, by probes: signals that an instance publishes and then waits for.
+In fan-out mode an instance has one subscription for everything. In partitioned mode it has one for
+each shard that it owns or has sessions of. A session gets ``ready`` only once its recipient's
+shard is *proven live*. After a gap the sessions that may have missed a poke are woken. Both are
+decided here, the same for every transport, by probes: an instance publishes a signal and waits
+until its own subscription delivers it.
 """
 
 import asyncio
@@ -33,17 +34,19 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class SubscriptionTiming:
-    """How subscriptions are watched; in seconds."""
+    """When subscriptions are probed, and when they are closed."""
 
     silence_s: float = 5.0
-    """After so long without any signal, a probe asks whether a subscription still delivers."""
+    """A subscription that has delivered nothing for this long is probed."""
     probe_timeout_s: float = 2.0
+    """A probe that is not delivered within this time has failed."""
     retry_s: float = 0.5
-    """Between two probes of a subscription that does not deliver, on average."""
+    """The average pause between two probes of a subscription that does not deliver."""
     probes_per_s: float = 4.0
-    """At most, however many subscriptions there are: then each is asked more rarely."""
+    """The limit for all subscriptions together. With many of them each is probed less often."""
     retire_delay_s: float = 2.0
-    """What is needed no more stays so long: signals may still be on their way through it."""
+    """A subscription that is no longer needed stays open for this long, because signals may still
+    be on their way through it."""
 
 
 class SubscriptionManager:
@@ -62,33 +65,38 @@ class SubscriptionManager:
     ) -> None:
         """Signals go to ``on_signal``.
 
-        ``on_live`` is called when a subscription becomes live, and ``on_missed`` when it is again,
-        with a test for the recipients to whom pokes may have been lost meanwhile.
+        ``on_live`` is called whenever a subscription becomes live. ``on_missed`` is called when a
+        subscription may have missed signals, once it is live again or replaced. Its argument is a
+        test for the recipients that are affected.
         """
         self.transport = transport
         self.on_signal = on_signal
         self.instance = instance
         self.timing = timing
         self.gaps = 0
+        """How many gaps the transport has reported."""
         self.probes = 0
+        """How many probes were sent."""
         self.owned = 0
-        """Signals for shards that this instance owns. What others own comes for sessions here."""
+        """How many signals came for shards that this instance owns. Those of other shards came for
+        sessions here."""
         self.untagged = 0
-        """Signals that no subscription of their recipient's shard would bring: they are tagged with
-        none, or with a wrong one, which is looked for in one of ``SAMPLE_EVERY`` alone."""
+        """How many signals a subscription to their recipient's shard would not deliver, because
+        their tag is missing or wrong. Wrong tags are an estimate: one signal in ``SAMPLE_EVERY`` is
+        checked, and stands for all of them."""
+        self.tags: dict[str | None, bool] = {}
+        """Every valid tag, and whether this instance owns its shard."""
         self._shard_count = shard_count
         self._on_live = on_live
         self._on_missed = on_missed
-        self.tags: dict[str | None, bool] = {}
-        """The tags there are, and whether this instance owns their shard."""
-        self.own(frozenset())
         self._wanted: frozenset[Selection] = frozenset()
         self._managed: dict[Selection, _ManagedSubscription] = {}
         self._closing: set[asyncio.Task[None]] = set()
+        self.own(frozenset())
 
     @property
     def trouble(self) -> str | None:
-        """Why something wanted is not known to be delivered; ``None`` when all is."""
+        """Why a wanted subscription is not live. ``None`` when all of them are."""
         if not self._wanted:
             return "nothing is subscribed"
         for selection in self._wanted:
@@ -99,60 +107,60 @@ class SubscriptionManager:
 
     @property
     def settled(self) -> bool:
-        """Whether all that is wanted is proven live, and nothing else is held any more."""
+        """Whether the wanted subscriptions are proven live, and no others are left."""
         return self._managed.keys() == self._wanted and self.trouble is None
 
     @property
     def is_in_doubt(self) -> bool:
-        """Whether what was live is not known to be any more: a poke may have been lost."""
-        return any(held.missed for held in self._managed.values())
+        """Whether a subscription that was live may have missed signals, and is not proven again."""
+        return any(managed.missed for managed in self._managed.values())
 
     @property
     def selections(self) -> frozenset[Selection]:
-        """What is held now, live or not."""
+        """What this instance is subscribed to, live or not."""
         return frozenset(self._managed)
 
     @property
     def probe_interval_s(self) -> float:
-        """How long one subscription may be silent before it is probed."""
+        """How long a subscription may be silent before it is probed, in seconds."""
         return max(self.timing.silence_s, len(self._managed) / self.timing.probes_per_s)
 
     def covers(self, recipient: str) -> bool:
-        """Whether a poke for ``recipient`` that is published from now on arrives here."""
+        """Whether a poke for ``recipient`` arrives here if it is published from now on."""
         if self._is_live(Feed.ALL):
             return True
         shard = shard_of(recipient, self._shard_count)
         return self._is_live(shard) and self._is_live(Feed.UNTAGGED)
 
     async def start(self, selections: Iterable[Selection]) -> None:
-        """Subscribe to what is wanted first.
+        """Open the first subscriptions.
 
         Raises:
-            TransportError: the transport can't be had; a start should say so, not wait.
+            TransportError: the transport is unavailable. A start reports that and does not retry.
         """
         self._wanted = frozenset(selections)
         for selection in self._wanted:
-            held = self._managed[selection] = _ManagedSubscription(self, selection)
-            await held.subscribe()
-            held.start()
+            managed = self._managed[selection] = _ManagedSubscription(self, selection)
+            await managed.subscribe()
+            managed.start()
 
     def own(self, shards: Collection[int]) -> None:
-        """Count the signals for ``shards`` as owned from now on."""
+        """Count the signals of ``shards`` as owned from now on."""
         self.tags = {str(shard): shard in shards for shard in range(self._shard_count)}
 
     def want(self, selections: Iterable[Selection]) -> None:
-        """Move to other subscriptions: the old go once all the new are proven live."""
+        """Change to ``selections``. Old subscriptions are closed once the new ones are live."""
         self._wanted = frozenset(selections)
         self._step()
 
     async def close(self) -> None:
-        """Give every subscription back."""
+        """Close every subscription."""
         self._wanted = frozenset()
-        held, self._managed = list(self._managed.values()), {}
-        await asyncio.gather(*(each.close() for each in held), *self._closing)
+        open_ones, self._managed = list(self._managed.values()), {}
+        await asyncio.gather(*(each.close() for each in open_ones), *self._closing)
 
     def is_mistagged(self, body: bytes, tag: str | None) -> bool:
-        """Whether ``tag`` is not the recipient's shard: its publisher counts other shards."""
+        """Whether ``tag`` is not the recipient's shard: the publisher has another shard count."""
         try:
             content = decode_signal(body)
         except SignalError:
@@ -162,64 +170,71 @@ class SubscriptionManager:
         first = content if isinstance(content, Disconnect) else content[0]
         return tag != str(shard_of(first.recipient, self._shard_count))
 
-    # --- what the subscriptions report --------------------------------------------------------
+    # --- called by a subscription -------------------------------------------------------------
 
-    def became_live(self, held: "_ManagedSubscription", *, missed: bool) -> None:
-        """``held`` is proven; ``missed`` when it had been before, and failed in between."""
+    def became_live(self, managed: "_ManagedSubscription", *, missed: bool) -> None:
+        """A probe came back. ``missed``: the subscription was live before, and failed since."""
         self._step()
         self._on_live()
         if missed:
-            self._on_missed(self._concerned_by(held.selection))
+            self._on_missed(self._affected_by(managed.selection))
 
-    def _concerned_by(self, selection: Selection) -> Callable[[str], bool]:
-        if isinstance(selection, Feed):  # an untagged signal may have been for anyone
+    def _affected_by(self, selection: Selection) -> Callable[[str], bool]:
+        if isinstance(selection, Feed):  # a signal without a tag may be for any recipient
             return lambda _: True
         return lambda recipient: shard_of(recipient, self._shard_count) == selection
 
     def _is_live(self, selection: Selection) -> bool:
-        held = self._managed.get(selection)
-        return held is not None and held.trouble is None
+        managed = self._managed.get(selection)
+        return managed is not None and managed.trouble is None
 
-    def release(self, held: "_ManagedSubscription") -> bool:
-        """Drop ``held``, which has parted, unless it is needed again; whether it is dropped."""
-        if held.selection not in self._next_steps().drop:
+    def release(self, managed: "_ManagedSubscription") -> bool:
+        """Close a retired subscription. Returns False, and keeps it, when it is needed again."""
+        if managed.selection not in self._next_steps().drop:
             return False
-        del self._managed[held.selection]
-        if held.missed:
-            self._on_missed(self._concerned_by(held.selection))
-        task = asyncio.create_task(held.close())
+        del self._managed[managed.selection]
+        if managed.missed:
+            self._on_missed(self._affected_by(managed.selection))
+        task = asyncio.create_task(managed.close())
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
         return True
 
     def _next_steps(self) -> Steps:
-        return next_steps(self._wanted, {s: self._is_live(s) for s in self._managed})
+        return next_steps(self._wanted, {each: self._is_live(each) for each in self._managed})
 
     def _step(self) -> None:
         steps = self._next_steps()
         for selection in steps.subscribe:
             self._managed[selection] = _ManagedSubscription(self, selection)
             self._managed[selection].start()
-        for selection, held in self._managed.items():
+        for selection, managed in self._managed.items():
             if selection in steps.drop:
-                held.retire()
+                managed.retire()
             else:
-                held.keep()
+                managed.keep()
 
 
 class _ManagedSubscription:
-    """One subscription under watch. It receives from the transport."""
+    """One subscription, and the task that keeps proving it. The transport's receiver."""
 
     def __init__(self, manager: SubscriptionManager, selection: Selection) -> None:
-        self._manager = manager
         self.selection = selection
         self.trouble: str | None = "the subscription is not proven live yet"
-        self._subscription: Subscription | None = None
-        self._watcher: asyncio.Task[None] | None = None
-        self._retiring: asyncio.Task[None] | None = None
-        self._doubt = asyncio.Event()
+        """Why it is not live. ``None`` when it is."""
         self.missed = False
+        """Whether it was live, and may have missed signals since."""
+        self._manager = manager
+        self._subscription: Subscription | None = None
+        # Proves the subscription, again and again.
+        self._watcher: asyncio.Task[None] | None = None
+        # Closes it, from ``retire`` on.
+        self._retiring: asyncio.Task[None] | None = None
+        # Set by a gap: prove now.
+        self._doubt = asyncio.Event()
+        # How many signals it has delivered.
         self._heard = 0
+        # The probe under way, and whether it was delivered.
         self._probe = b""
         self._probe_back = asyncio.Event()
 
@@ -244,34 +259,34 @@ class _ManagedSubscription:
             await self._subscription.close()
 
     def retire(self) -> None:
-        """Go, as soon as it is known that nothing was lost to this subscription."""
+        """Close as soon as it is known that this subscription has missed nothing."""
         if self._retiring is None:
             self._retiring = asyncio.create_task(self._retire())
 
     def keep(self) -> None:
-        """Do not go, if it is not too late."""
+        """Cancel ``retire``, unless the subscription is already released."""
         if self._retiring is not None:
             self._retiring.cancel()
             self._retiring = None
             self.start()
 
     async def _retire(self) -> None:
-        """Let what is on its way arrive, and ask once more whether all of it did.
+        """Let the signals that are on their way arrive, then prove once more that all of them did.
 
-        Who goes without asking may take a gap along that the transport had not reported yet, and
-        nobody would ever poke those who missed something.
+        The transport may not have reported a gap yet. Without this last probe nobody would wake
+        the sessions that the gap affects.
         """
         was_live = self.trouble is None or self.missed
         if was_live:
             await asyncio.sleep(self._manager.timing.retire_delay_s)
         self._stop_watching()
         if was_live and not self.missed:
-            await self._prove()  # if it can't, it has missed something, for all we know
+            await self._prove()  # sets ``missed`` when it fails
         self._retiring = None
         if not self._manager.release(self):
             self.start()
 
-    # --- the transport's calls ------------------------------------------------------------------
+    # --- called by the transport ----------------------------------------------------------------
 
     def on_signal(self, body: bytes, tag: str | None) -> None:
         self._heard += 1
@@ -292,7 +307,7 @@ class _ManagedSubscription:
         self._lose(f"a gap in the transport ({selection}): {reason}")
         self._doubt.set()
 
-    # --- the watch --------------------------------------------------------------------------------
+    # --- the watcher ------------------------------------------------------------------------------
 
     async def _watch(self) -> None:
         while True:
@@ -301,12 +316,12 @@ class _ManagedSubscription:
                 await asyncio.sleep(spread(self._manager.timing.retry_s))
             missed, self.missed, self.trouble = self.missed, False, None
             if missed:
-                log.warning("subscription restored", selection=str(self.selection))
+                log.warning("subscription_restored", selection=str(self.selection))
             self._manager.became_live(self, missed=missed)
             await self._until_doubt()
 
     async def _prove(self) -> bool:
-        """Whether a probe comes back in time, through this subscription."""
+        """Publish a probe. Returns whether this subscription delivers it in time."""
         manager = self._manager
         manager.probes += 1
         shard = self.selection if isinstance(self.selection, int) else None
@@ -319,7 +334,7 @@ class _ManagedSubscription:
                 await manager.transport.publish([Signal(self._probe, shard)])
                 await self._probe_back.wait()
         except TimeoutError:
-            self._lose(self._explanation() or "no probe came back")
+            self._lose(self._explanation() or "the subscription did not deliver a probe in time")
             return False
         except TransportError as error:
             self._lose(str(error))
@@ -331,17 +346,17 @@ class _ManagedSubscription:
         return subscription.trouble if isinstance(subscription, Explains) else None
 
     def _lose(self, trouble: str) -> None:
-        """This is not known to deliver any more, and may have missed something."""
+        """Mark the subscription as not live. It may have missed signals if it was live before."""
         if self.trouble is None:
-            log.warning("subscription in doubt", selection=str(self.selection), reason=trouble)
+            log.warning("subscription_in_doubt", selection=str(self.selection), reason=trouble)
             self.missed = True
         self.trouble = trouble
 
     async def _until_doubt(self) -> None:
-        """Return on a gap, or when nothing at all was heard for a while.
+        """Return after a gap, or when no signal has arrived for a while.
 
-        Any signal proves that the subscription delivers, another instance's probe too: so a quiet
-        cluster of N in fan-out spends about one probe an interval, not N.
+        Any signal proves that the subscription delivers, even another instance's probe. So a quiet
+        cluster of N instances in fan-out mode sends about one probe in an interval, not N.
         """
         while True:
             heard = self._heard
