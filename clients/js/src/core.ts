@@ -4,10 +4,10 @@
 // after each event `timer` says when it wants to hear a `tick`. No clock, no socket, no randomness.
 // It is pokebridge.client.core in TypeScript: both do what the scenarios of tests/vectors/client say.
 //
-// Three things go on side by side. The socket is had whenever it can be: lost, it is tried again
-// after a full-jitter delay. The token is fetched before the first connection, before it runs out and
-// when it was refused. Pulls follow from what is heard, never two at once, and are retried until one
-// succeeds; while the socket can't be had they are made slowly, by the timer.
+// Three activities run side by side. The core keeps a socket open: when it is lost, the core connects again
+// after a full-jitter delay. It fetches a token before the first connection, before the token expires and
+// when the token was refused. It pulls when a frame gives a reason to, never twice at once, and retries
+// until a pull succeeds; without a socket it polls slowly, by the timer.
 
 import type { Action, Event } from "./events.js";
 
@@ -16,11 +16,11 @@ const CLOSE_MOVED = 4307;
 const CLOSE_TOKEN = 4401;
 const CLOSE_FORBIDDEN = 4403;
 
-// What a server may ask a client to wait, so that a wrong header or frame can't silence it for long.
+// The longest wait that a server may ask for: a wrong header or frame must not silence a client for long.
 const MAX_ASKED_DELAY_S = 300;
-// A token is renewed this long before it runs out, or a quarter of its life if that is shorter.
+// A token is renewed this long before it expires, or a quarter of its life if that is shorter.
 const TOKEN_LEAD_S = 60;
-// Between two renewals, in case the provider keeps handing out the same old token.
+// The shortest time between two renewals, in case the provider keeps returning the same old token.
 const MIN_TOKEN_REST_S = 5;
 
 /**
@@ -35,15 +35,15 @@ export interface Policy {
   /** After close code 1013. */
   overload_base_s: number;
   overload_cap_s: number;
-  /** A socket that was ready this long makes the next failure the first one again. */
+  /** After a socket was ready this long, failures are counted from the start again. */
   stable_s: number;
   /** For the opening handshake. */
   open_within_s: number;
-  /** And then for `ready`: longer than the 30 s that an instance gives itself to prove the subscription. */
+  /** Then for `ready`. Longer than the 30 s that an instance may take to prove its subscription. */
   ready_within_s: number;
-  /** Silence after which the server is pinged. */
+  /** How long the server may be silent before it is pinged. */
   ping_after_s: number;
-  /** How long it then has to say anything. */
+  /** How long the server then has to send anything. */
   pong_within_s: number;
   /** Without a socket: when slow polling starts; jitter makes it up to twice that. */
   poll_after_s: number;
@@ -65,10 +65,10 @@ const DEFAULTS: Policy = {
   poll_every_s: 30,
 };
 
-/** The message in `text`; an empty one when it is no JSON object. */
+/** The message in `text`; an empty one when it is not a JSON object. */
 function parseFrame(text: string): Record<string, unknown> {
   try {
-    return Object(JSON.parse(text)); // a list has no `type`, like any other that is no message
+    return Object(JSON.parse(text)); // a list has no `type`, so it is ignored like an unknown message
   } catch {
     return {};
   }
@@ -80,7 +80,7 @@ class Pulls {
   failures = 0;
   #running = false;
   #wantedAt = Infinity;
-  /** Infinity: unknown, so no cursor makes it needless. */
+  /** Infinity: unknown, so that no cursor makes the pull needless. */
   #wantedVersion = 0;
   #notBefore = -Infinity;
 
@@ -101,13 +101,13 @@ class Pulls {
     this.#wantedAt = Math.min(this.#wantedAt, at);
   }
 
-  /** A pull starts, and answers all that was heard before. */
+  /** A pull starts. It covers all pokes until now. */
   start(): void {
     this.#running = true;
     this.#wantedAt = Infinity;
   }
 
-  /** Everything up to `cursor` is dealt with; what was heard meanwhile may need no pull. */
+  /** Everything up to `cursor` is handled. A poke that came meanwhile may need no pull any more. */
   succeeded(cursor: number): void {
     this.#running = false;
     this.cursor = cursor;
@@ -115,7 +115,7 @@ class Pulls {
     if (this.#wantedVersion <= cursor) this.#wantedAt = Infinity;
   }
 
-  /** Pull again, but not before `delayS` seconds, whatever is heard meanwhile. */
+  /** Pull again, but not for `delayS` seconds, even if pokes come meanwhile. */
   failed(now: number, delayS: number): void {
     this.#running = false;
     this.failures += 1;
@@ -150,9 +150,9 @@ export class Core {
   /** Where to connect next, for once. */
   #nextUrl: string | undefined;
   #moved = false;
-  /** To where a move said, and not ready there yet. */
+  /** The socket goes to the address of a move, and is not ready there yet. */
   #led = false;
-  /** Nobody was there: whoever takes us now should keep us. */
+  /** Nobody answered at a move's address: the next connection says `moved`, so that it is kept. */
   #stranded = false;
 
   #hasToken = false;
@@ -161,19 +161,19 @@ export class Core {
   #fetchFailures = 0;
   #refusals = 0;
   #refusedAt = -Infinity;
-  // The tokens are numbered: the newest, the socket's, and that of the running pull.
+  // Tokens are numbered. These are the newest, the socket's, and the running pull's.
   #token = 0;
   #socketToken = 0;
   #pullToken = 0;
 
-  // Of the event that is being handled.
+  // The event that is being handled: its time, its random number, and the actions so far.
   #now = 0;
   #random = 0;
   #actions: Action[] = [];
 
   /**
    * @param url the WebSocket address, `wss://…/v1/connect`
-   * @param cursor the version up to which everything is dealt with already
+   * @param cursor the version up to which everything is handled already
    */
   constructor(url: string, cursor = 0, policy: Partial<Policy> = {}) {
     this.#url = url;
@@ -181,7 +181,7 @@ export class Core {
     this.#policy = { ...DEFAULTS, ...policy };
   }
 
-  /** The version up to which everything is dealt with. */
+  /** The version up to which everything is handled. */
   get cursor(): number {
     return this.#pulls.cursor;
   }
@@ -205,9 +205,9 @@ export class Core {
   }
 
   /**
-   * Take in `event` at `now` seconds; `random` is evenly from [0, 1).
+   * Handle `event` at `now` seconds; `random` is uniform in [0, 1).
    *
-   * Returns what is to be done, in this order. After a `stop` that is nothing, for ever.
+   * Returns the actions to carry out, in this order. After a `stop` there are none.
    */
   handle(event: Event, now: number, random: number): Action[] {
     this.#actions = [];
@@ -247,7 +247,7 @@ export class Core {
         break;
       case "wake":
         this.#onWake();
-      // A tick does nothing of its own: what is due by now is done after any event.
+      // A tick has no effect of its own: whatever is due is done after each event.
     }
   }
 
@@ -324,7 +324,7 @@ export class Core {
         break;
       }
       case "move":
-        // The token goes there too, so never in the clear where it was not so before.
+        // The token is sent there, too: an encrypted connection must not move to an unencrypted one.
         if (typeof frame.url === "string" && (isWss(frame.url) || !isWss(this.#url))) {
           this.#moveUrl = frame.url;
         }
@@ -337,15 +337,15 @@ export class Core {
     this.#readySince = this.#now;
     this.#giveUpAt = this.#pollAt = Infinity;
     this.#pingAt = this.#now + this.#policy.ping_after_s;
-    // The server answers again, so an earlier failure is no reason to wait any more.
+    // The server answers again, so there is no reason to wait after an earlier failure.
     this.#pulls.retryNow();
-    // Whatever version the frame knows: it may have been read before the subscription was live.
+    // Even if `ready` has a version: it may have been read before the subscription was live.
     this.#pulls.want(this.#now);
     if (this.#socketToken !== this.#token) this.#authenticate();
   }
 
   #onClosed(code: number): void {
-    // Sent on before it was served is a circle; once served, a shard may move as it must.
+    // A second move before `ready` is a circle. After `ready` it is not: shards do move.
     const movedAgain = this.#moved && !this.ready;
     this.#loseSocket();
     if (code === CLOSE_TOKEN) {
@@ -375,8 +375,8 @@ export class Core {
 
   #reconnectLater(askedS = 0, overload = false): void {
     if (this.#led) {
-      // The owner that we were sent to may have died a moment ago. Its successor is not known yet, so
-      // go back at once and say that we were moved: then we are served.
+      // The owner at the move's address may have died a moment ago, and its successor may not be known
+      // yet. Connect to the first address at once, with `moved`: an instance then serves this client.
       this.#led = false;
       this.#stranded = true;
       this.#connectAt = this.#now;
@@ -425,9 +425,9 @@ export class Core {
     }
   }
 
-  /** Get another one: at once, but after a delay when that one was refused as well. */
+  /** Fetch another token: at once, or after a delay when the last one was refused as well. */
   #onTokenRefused(token: number): void {
-    if (token !== this.#token || !this.#hasToken) return; // it was known already
+    if (token !== this.#token || !this.#hasToken) return; // a newer token is there, or on its way
     if (this.#now - this.#refusedAt >= this.#policy.stable_s) this.#refusals = 0;
     const delayS = this.#refusals ? this.#backoff(this.#refusals - 1) : 0;
     this.#refusals += 1;
@@ -440,7 +440,7 @@ export class Core {
 
   #onPulled(cursor: number, more?: boolean): void {
     if (more && cursor === this.cursor) {
-      // More, and no way to get there: a server's fault that must not make a hot loop.
+      // `more` without progress is a fault of the server. It must not make a hot loop.
       this.#pulls.failed(this.#now, this.#backoff(this.#pulls.failures));
     } else {
       this.#pulls.succeeded(cursor);
@@ -486,7 +486,7 @@ function isWss(url: string): boolean {
   return url.startsWith("wss://");
 }
 
-/** What a server sent as a number; 0 when it is none, or negative, or absurd. */
+/** A number that a server sent; 0 when it is not a number, negative, or absurd. */
 function number(value: unknown): number {
   return typeof value === "number" && value >= 0 && value < 1e9 ? value : 0;
 }

@@ -12,15 +12,15 @@ export type Event =
   | { type: "opened" }
   /** The socket brought a text message. */
   | { type: "text"; text: string }
-  /** The socket closed, or none could be opened: then `code` is 1006. */
+  /** The socket closed, or could not be opened: then `code` is 1006. */
   | { type: "closed"; code: number; reason?: string }
   /** The handshake was answered with an HTTP status other than 101. */
   | { type: "refused"; status: number; retry_after_s?: number | null; reason?: string }
-  /** The pull succeeded: everything up to `cursor` is dealt with; `more` is known to wait. */
+  /** The pull succeeded: everything up to `cursor` is handled; `more`: more messages wait. */
   | { type: "pulled"; cursor: number; more?: boolean }
   /**
-   * The pull failed, or dealing with what it brought did. `unauthorized`: its token was refused.
-   * `cursor`: so far it got nonetheless.
+   * The pull failed, or its handler did. `unauthorized`: its token was refused. `cursor`: how far it got
+   * nonetheless.
    */
   | {
       type: "pull_failed";
@@ -29,12 +29,12 @@ export type Event =
       cursor?: number | null;
       reason?: string;
     }
-  /** The network came back or the machine woke up: whatever waits out a delay is tried now. */
+  /** The network came back or the machine woke up: retry at once whatever waits out a delay. */
   | { type: "wake" }
   /** The time is `timer`, or later. */
   | { type: "tick" };
 
-/** Something is to be done, now. */
+/** Something to do now. */
 export type Action =
   /** Get a new token; answer with `token` or `token_failed`. */
   | { type: "fetch_token" }
@@ -48,5 +48,5 @@ export type Action =
   | { type: "authenticate" }
   /** Pull what is newer than `after`; answer with `pulled` or `pull_failed`. */
   | { type: "pull"; after: number }
-  /** The server wants no more of this client; nothing else will follow. */
+  /** The bridge has stopped this client for good; no other action follows. */
   | { type: "stop"; code: number };

@@ -1,18 +1,18 @@
-// Several tabs of one browser share one socket: a Web Lock says which of them leads, a BroadcastChannel
-// carries what it hears to the others.
+// Several tabs of one browser share one socket. A Web Lock decides which of them leads; a BroadcastChannel
+// carries what the leading tab hears to the others.
 
 import type { Relayed } from "./pulling.js";
 
-// How long the lock is kept after `stop`, so that the others hear it before one of them can lead.
+// How long the lock is kept after `stop`. No other tab may lead before it has heard of the stop.
 const STOP_LINGER_MS = 1_000;
 
 /** What tabs tell one another. */
 export type Note =
   /** A tab that follows asks for a sign of life. */
   | { type: "hello" }
-  /** The leading tab's; `connected`: whether it hears pokes. */
+  /** The leading tab's sign of life; `connected`: whether it hears pokes. */
   | { type: "lead"; connected: boolean }
-  /** The server wants no more of this client. */
+  /** The bridge has stopped this client for good. */
   | { type: "stop"; code: number }
   | Relayed;
 
@@ -24,7 +24,7 @@ export class Tabs {
   #hasLeft = false;
   #release = (): void => {};
 
-  /** Throws where the runtime has no such locks or channels. */
+  /** @throws Error the runtime has no Web Locks or no BroadcastChannel. */
   constructor(
     private readonly name: string,
     /** This tab leads from now on, or no longer. */
@@ -41,13 +41,13 @@ export class Tabs {
     this.#channel.postMessage(note);
   }
 
-  /** Lead at once: who leads does not answer. Some systems stop a page in the background, lock and all. */
+  /** Lead at once: the leading tab does not answer. Some systems stop a hidden page, which keeps its lock. */
   takeOver(): void {
     this.#queued.abort();
     void this.#hold({ steal: true });
   }
 
-  /** Leave at once, or after having told the others to stop. */
+  /** Leave: at once, or after telling the others to stop. */
   leave(stopCode?: number): void {
     this.#hasLeft = true;
     if (stopCode && this.leads) {
@@ -60,7 +60,7 @@ export class Tabs {
     }
   }
 
-  /** Lead when all who came before are gone. */
+  /** Lead when all tabs that queued earlier are gone. */
   #queue(): void {
     this.#queued = new AbortController();
     void this.#hold({ signal: this.#queued.signal });
@@ -82,7 +82,7 @@ export class Tabs {
         this.#lead(false);
         this.#queue();
       } else {
-        this.#lead(true); // a context that may not lock: each for itself
+        this.#lead(true); // locks are forbidden here, so each tab has its own socket
       }
     }
   }

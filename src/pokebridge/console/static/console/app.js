@@ -62,7 +62,7 @@ function showSignIn(why) {
   offerDevToken();
 }
 
-/** Only an instance with --dev has the call, and says so in its description. */
+/** Show the button if the API has the call, which only an instance with --dev has. */
 async function offerDevToken() {
   const response = await reach("/openapi.json").catch(() => null);
   const description = response?.ok ? await response.json() : { paths: {} };
@@ -120,13 +120,13 @@ const otherMode = () => (view.mode === "fanout" ? "partitioned" : "fanout");
 function showBanner(kind, text) {
   const banner = find(`.banner${kind}`);
   banner.hidden = !text;
-  // What stays the same is not announced again.
+  // A screen reader announces each change, so the same text is not set again.
   if (text && banner.textContent !== text) banner.textContent = text;
 }
 
 function adviceOn({ opsPerS, redLine, instances: count }) {
   const load = `${formatRate(opsPerS)} deliveries/s of ${formatCount(redLine)}`;
-  // It counts as left only after it has been so for a while.
+  // The API reports the red line as crossed until the rate has been below it for a while.
   if (opsPerS <= redLine) return `The red line was crossed a moment ago. Now: ${load}.`;
   const advice =
     view.mode === "fanout"
@@ -160,7 +160,7 @@ function connectionNow({ message, why }) {
   return ["connecting", "connecting"];
 }
 
-// Ages, marks and the charts' right edge move with the time alone; nothing is asked for.
+// Ages, marks and the charts' right edge depend on the time alone: no request is made for them.
 setInterval(() => {
   if (live === null || document.hidden) return;
   instances.refresh();

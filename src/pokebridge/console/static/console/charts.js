@@ -56,7 +56,7 @@ export class Charts {
     });
   }
 
-  /** The figures are these from now on. */
+  /** Add the newest figures. */
   add(load) {
     const nowS = Date.now() / 1000;
     this.#times.push(nowS);
@@ -70,7 +70,7 @@ export class Charts {
     this.#draw();
   }
 
-  /** Time has passed, and the figures are as they were. */
+  /** Draw the latest figures up to now. */
   extend() {
     if (this.#times.length > 0) this.#draw();
   }
@@ -117,7 +117,7 @@ class Chart {
     else this.#plot = new uPlot(this.#options(), data, this.#canvas);
   }
 
-  /** Be drawn anew: the colours have changed. */
+  /** Drop the drawing; the next one uses the new colours. */
   forget() {
     this.#plot?.destroy();
     this.#plot = null;

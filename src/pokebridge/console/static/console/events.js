@@ -1,4 +1,4 @@
-// The log of what has happened. The same event told by two instances is one.
+// The log of events. An event that two instances report has one id, and is shown once.
 
 import { formatTime } from "./format.js";
 
@@ -19,7 +19,7 @@ export class EventLog {
       this.#insert(event);
     }
     while (this.#list.children.length > MAX_EVENTS) this.#list.lastElementChild.remove();
-    // What was there before is read, not announced.
+    // Only events that come from now on are announced to screen readers.
     this.#list.parentElement.setAttribute("aria-live", "polite");
   }
 

@@ -44,7 +44,7 @@ export class Instances {
   #onDrain;
   #view = null;
 
-  /** `onDrain(id)` is called when somebody wants that one drained. */
+  /** `onDrain(id)` is called when the operator asks to drain an instance. */
   constructor(table, onDrain) {
     this.#body = table.querySelector("tbody");
     this.#onDrain = onDrain;

@@ -3,7 +3,7 @@
 import { formatDuration, plural } from "./format.js";
 import { classesOf, letterOf, markOf } from "./marks.js";
 
-// For so long a shard that has moved is marked.
+// How long a shard that has moved is marked.
 const MOVED_MS = 15_000;
 const DENSE_FROM = 400;
 

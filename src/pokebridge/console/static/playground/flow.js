@@ -25,7 +25,7 @@ export class Flow {
 
   /** Show `step` of a message between two users, after its steps that are still to be shown. */
   show(step, { from, to }, caption) {
-    // Nobody wants to watch a backlog.
+    // A new message drops the steps of earlier ones: they would play for a long time.
     if (step === "send") this.#queue = [];
     this.#queue.push({ step, from, to, caption });
     if (this.#queue.length > MAX_QUEUED) this.#queue.shift();
