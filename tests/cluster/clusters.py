@@ -9,7 +9,6 @@ import asyncio
 import os
 import re
 import secrets
-import subprocess
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +21,8 @@ import pytest
 from pokebridge.telemetry import Metric
 from tests.support import CutProxy, Daemon, Instance, wait_until
 from tests.support.engines import run_nats, run_pubsub_emulator, run_valkey
-from tests.support.serving import JWT_SECRET, POKEBRIDGE
+from tests.support.forking import Completed, run_forked
+from tests.support.serving import JWT_SECRET
 
 NAMES = ("one", "two", "three")
 TOPIC = "pokes"
@@ -175,9 +175,7 @@ async def until_quiet(cluster: Cluster, pause_s: float) -> None:
     await wait_until(is_quiet, what="no pokes")
 
 
-def run_command(instance: Instance, *words: str) -> subprocess.CompletedProcess[str]:
+def run_command(instance: Instance, *words: str) -> Completed:
     """``pokebridge`` with the address of ``instance`` and the secret to sign its own token with."""
     environ = os.environ | {"POKEBRIDGE_URL": instance.url, "POKEBRIDGE_JWT_SECRET": JWT_SECRET}
-    return subprocess.run(
-        [POKEBRIDGE, *words], env=environ, capture_output=True, text=True, timeout=60, check=False
-    )
+    return run_forked(words, environ)

@@ -1,67 +1,41 @@
-"""Starts of ``pokebridge serve`` by the dozen: forked from a process that has imported it already.
+"""Instances by the dozen that serve nobody: to be killed, or to fail."""
 
-Each is the whole command in a process of its own, but for the imports, which are nearly all that
-a start costs: 50 take the time of three.
-"""
-
-import multiprocessing
 import os
-import sys
+import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-from pokebridge.cli import main
+from tests.support.forking import ForkedCommand, run_forked
 
-PATIENCE_S = 30.0
-
-_forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(
-    ["tests.cluster.starts", "pokebridge.cli.serve", "pokebridge.server.uvicorn_server"]
-    + [f"pokebridge.{part}.memory" for part in ("mailbox", "coordination")]
-    + ["pokebridge.transport.google_pubsub"]
-)
+STOP_TIMEOUT_S = 60.0
 
 
 @contextmanager
 def instances(count: int, settings: Mapping[str, object], log: Path) -> Iterator[None]:
     """Start ``count`` instances, and kill them with SIGKILL when the block ends."""
-    started = [_fork(settings, log, "info") for _ in range(count)]
+    env = _environ(settings)
+    started = [
+        ForkedCommand(_serve("info"), env=env, cwd=log.parent, stdout=log) for _ in range(count)
+    ]
     try:
         yield
     finally:
         for process in started:
-            _kill(process)
+            process.send_signal(signal.SIGKILL)
+        for process in started:
+            process.wait(STOP_TIMEOUT_S)
 
 
-def failing_instance(settings: Mapping[str, object], log: Path) -> tuple[int | None, str]:
+def failing_instance(settings: Mapping[str, object]) -> tuple[int, str]:
     """Start an instance that ends by itself; its exit status, and what it had to say."""
-    process = _fork(settings, log, "error")
-    try:
-        process.join(PATIENCE_S)
-        return process.exitcode, log.read_text()
-    finally:
-        _kill(process)
+    done = run_forked(_serve("error"), _environ(settings))
+    return done.returncode, done.stdout + done.stderr
 
 
-def _fork(settings: Mapping[str, object], log: Path, level: str) -> ForkServerProcess:
-    env = {f"POKEBRIDGE_{name.upper()}": str(value) for name, value in settings.items()}
-    env = {"PUBSUB_EMULATOR_HOST": os.environ.get("PUBSUB_EMULATOR_HOST", "")} | env
-    process = _forks.Process(target=_serve, args=(env, log, level))
-    process.start()
-    return process
+def _serve(level: str) -> list[str]:
+    return ["serve", "--port", "0", "--dev", "--log-level", level]
 
 
-def _serve(env: Mapping[str, str], log: Path, level: str) -> None:
-    os.environ.update(env)
-    with log.open("a") as lines:
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(lines.fileno(), stream.fileno())
-    main(["serve", "--port", "0", "--dev", "--log-level", level])
-
-
-def _kill(process: ForkServerProcess) -> None:
-    process.kill()
-    process.join()
-    process.close()
+def _environ(settings: Mapping[str, object]) -> dict[str, str]:
+    return os.environ | {f"POKEBRIDGE_{name.upper()}": str(v) for name, v in settings.items()}

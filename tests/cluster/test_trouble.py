@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import secrets
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ USERS = """authorization { users = [
 TAKEN_AWAY = ', permissions: { subscribe: ["other"] }'
 ACL = ("on", ">pw", "+@all", "resetchannels")
 CHANNELS = ("&push-notifications", "&push-notifications.*", "&push-notifications-all")
-TIMEOUT_S = 60.0
+TIMEOUT_S = 100.0
 
 
 class Failure(NamedTuple):
@@ -77,16 +76,15 @@ def assert_is_one_line(failure: Failure, status: int | None, out: str) -> None:
     assert "s3cret" not in line
 
 
-async def assert_fails(failure: Failure, directory: Path) -> None:
+async def assert_fails(failure: Failure) -> None:
     """Start an instance, which ends by itself."""
-    log = directory / f"{secrets.token_hex(4)}.log"
     settings = {"transport": failure.transport, "mailbox": "memory://"}
-    status, out = await asyncio.to_thread(starts.failing_instance, settings, log)
+    status, out = await asyncio.to_thread(starts.failing_instance, settings)
     assert_is_one_line(failure, status, out)
 
 
 async def test_a_start_that_can_not_be_is_one_clear_line(
-    nats_with_users: Nats, own_valkey_server: Daemon, tmp_path: Path
+    nats_with_users: Nats, own_valkey_server: Daemon
 ) -> None:
     """A permission that is missing, a wrong password, a broker that is not there.
 
@@ -106,11 +104,11 @@ async def test_a_start_that_can_not_be_is_one_clear_line(
     ]
     async with asyncio.timeout(TIMEOUT_S), asyncio.TaskGroup() as group:
         for failure in failures:
-            group.create_task(assert_fails(failure, tmp_path))
+            group.create_task(assert_fails(failure))
 
 
 async def test_a_start_without_pubsub_is_one_clear_line(
-    pubsub: PubSubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pubsub: PubSubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No such project, a permission that is missing, a service that can't be reached.
 
@@ -122,19 +120,19 @@ async def test_a_start_without_pubsub_is_one_clear_line(
     ]
     async with asyncio.timeout(TIMEOUT_S):
         for failure in wrong:
-            await assert_fails(failure, tmp_path)
+            await assert_fails(failure)
         for status, method, permission in (
             (2, "CreateTopic", "pubsub.topics.create"),
             (1, "CreateSubscription", "pubsub.subscriptions.create"),
             (1, "StreamingPull", "pubsub.subscriptions.consume"),
         ):
             pubsub.deny(method)
-            await assert_fails(Failure("pubsub://a-project", status, [permission]), tmp_path)
+            await assert_fails(Failure("pubsub://a-project", status, [permission]))
             pubsub.allow(method)
         nowhere = f"127.0.0.1:{free_port()}"
         monkeypatch.setenv("PUBSUB_EMULATOR_HOST", nowhere)
         unreachable = Failure("pubsub://a-project", 1, [nowhere, "is unreachable"])
-        await assert_fails(unreachable, tmp_path)
+        await assert_fails(unreachable)
 
 
 @pytest.mark.parametrize("missing", [("nats", "nats"), ("redis", "redis"), ("pubsub", "google")])
@@ -177,9 +175,9 @@ async def assert_red_then_green(
 
     assert (await readiness(instance))[0] == 200
     await asyncio.to_thread(break_it)
-    await wait_until(lambda: says(503, reason), 20, f"{reason!r} in /readyz")
+    await wait_until(lambda: says(503, reason), 40, f"{reason!r} in /readyz")
     await asyncio.to_thread(mend_it)
-    await wait_until(lambda: says(200, ""), 20, "readiness")
+    await wait_until(lambda: says(200, ""), 40, "readiness")
 
 
 async def test_readiness_says_what_is_wrong_later(

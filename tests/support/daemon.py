@@ -1,5 +1,6 @@
 """A server process of a test's own: started, killed, restarted on the same port, and stopped."""
 
+import os
 import secrets
 import signal
 import socket
@@ -7,31 +8,59 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 
 from tests.support.waiting import block_until
 
-START_TIMEOUT_S = 30.0
-STOP_TIMEOUT_S = 15.0
+# Limits for what hangs, not for what is slow: a busy machine takes many times a quiet one's time.
+START_TIMEOUT_S = 120.0
+STOP_TIMEOUT_S = 60.0
 LOG_TAIL_LINES = 60
+PORTS = range(20_000, 32_000)
 
 alive: "set[Daemon]" = set()
 """The daemons that run now; their logs go into the report of a test that fails."""
 
 
-def free_port() -> int:
-    """A loopback port that nobody listens on.
+_given_ports: set[int] = set()
 
-    It lies below the range that the kernel takes client ports from (32768 on Linux): a client that
-    keeps trying a dead server's port can then neither take it nor connect to itself. It is drawn
-    by the system's randomness, since pytest-randomly seeds ``random`` alike in every run.
+
+def free_port() -> int:
+    """A loopback port that nobody listens on, and that this run gives to nobody else.
+
+    Each process of the run has a range of its own, and gives each port away once: a server that is
+    down for a moment finds its port free. The range lies below the one that the kernel takes
+    client ports from (32768 on Linux): a client that keeps trying a dead server's port can then
+    neither take it nor connect to itself. The port is drawn by the system's randomness, so that
+    two runs on one machine seldom meet; pytest-randomly seeds ``random`` alike in each.
     """
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    count = len(PORTS) // workers
     while True:
-        port = 20_000 + secrets.randbelow(12_000)
+        port = PORTS[worker % workers * count + secrets.randbelow(count)]
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
-            return port
+            if port not in _given_ports:
+                _given_ports.add(port)
+                return port
+
+
+class Process(Protocol):
+    """What is used of :class:`subprocess.Popen`."""
+
+    pid: int
+
+    def poll(self) -> int | None:
+        """Its exit status; ``None`` while it runs."""
+
+    def send_signal(self, sig: int, /) -> None:
+        """Send it a signal, if it runs."""
+
+    def wait(self, timeout: float) -> int:
+        """Wait until it ends; returns its exit status."""
 
 
 class Daemon:
@@ -62,7 +91,7 @@ class Daemon:
         self._env = env
         self._stop_signal = stop_signal
         self._log = directory / f"{name}.log"
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Process | None = None
 
     @property
     def address(self) -> str:
@@ -93,15 +122,7 @@ class Daemon:
 
     def start(self) -> None:
         """Start it and return when it answers; raise with its log when it does not."""
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                self._command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd=self._directory,
-                env=self._env,
-            )
+        self._process = self._spawn()
         alive.add(self)
         try:
             block_until(self._answers, START_TIMEOUT_S, f"{self.name} answering on {self.address}")
@@ -143,6 +164,17 @@ class Daemon:
         if self.is_running():
             self.terminate()
         self.start()
+
+    def _spawn(self) -> Process:
+        with self._log.open("ab") as log:
+            return subprocess.Popen(
+                self._command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=self._directory,
+                env=self._env,
+            )
 
     def _reap(self) -> None:
         if self._process is not None:

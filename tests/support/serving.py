@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import ssl
 import sys
 import time
 from collections.abc import Iterator
@@ -12,16 +13,22 @@ import httpx
 import jwt
 import pytest
 
-from tests.support.daemon import Daemon, free_port
+from tests.support.daemon import Daemon, Process, free_port
+from tests.support.forking import ForkedCommand
 
 POKEBRIDGE = Path(sys.executable).with_name("pokebridge")
 # One for all instances of a run: they accept each other's tokens, also after a restart.
 JWT_SECRET = "0123456789abcdef-of-the-tests-and-of-nobody-else"
-HTTP_TIMEOUT_S = 20.0
+HTTP_TIMEOUT_S = 60.0
+# Made once: to make it takes longer than a request, and every client of httpx wants one.
+TLS = ssl.create_default_context()
 
 
 class Instance(Daemon):
-    """A running instance of pokebridge."""
+    """A running instance of pokebridge.
+
+    It is forked unless ``env`` has a ``PYTHONPATH``, which may lead to another pokebridge.
+    """
 
     def __init__(
         self,
@@ -32,15 +39,17 @@ class Instance(Daemon):
         port: int | None = None,
     ) -> None:
         port = port or free_port()
+        self._args = ["serve", "--host", "127.0.0.1", "--port", str(port), *flags]
         super().__init__(
             name,
-            [str(POKEBRIDGE), "serve", "--host", "127.0.0.1", "--port", str(port), *flags],
+            [str(POKEBRIDGE), *self._args],
             port=port,
             url=f"http://127.0.0.1:{port}",
             directory=directory,
             is_ready=self._is_ready_to_serve,
             env=env,
         )
+        self._environ = env
 
     @property
     def ws_url(self) -> str:
@@ -60,19 +69,32 @@ class Instance(Daemon):
         """An HTTP client of the API, with ``sub``'s token if given. Close it (``with``)."""
         headers = self.headers(sub, scope) if sub else None
         return httpx.Client(
-            base_url=self.url, headers=headers, timeout=HTTP_TIMEOUT_S, trust_env=False
+            base_url=self.url,
+            headers=headers,
+            timeout=HTTP_TIMEOUT_S,
+            trust_env=False,
+            verify=TLS,
         )
 
     def async_http(self, sub: str | None = None, scope: str = "") -> httpx.AsyncClient:
         """The same for a test with an event loop. Close it (``async with``)."""
         headers = self.headers(sub, scope) if sub else None
         return httpx.AsyncClient(
-            base_url=self.url, headers=headers, timeout=HTTP_TIMEOUT_S, trust_env=False
+            base_url=self.url,
+            headers=headers,
+            timeout=HTTP_TIMEOUT_S,
+            trust_env=False,
+            verify=TLS,
         )
 
     def _is_ready_to_serve(self) -> bool:
-        response = httpx.get(f"{self.url}/readyz", timeout=HTTP_TIMEOUT_S, trust_env=False)
-        return response.status_code == httpx.codes.OK
+        with self.http() as http:
+            return http.get("/readyz").status_code == httpx.codes.OK
+
+    def _spawn(self) -> Process:
+        if "PYTHONPATH" in self._environ:
+            return super()._spawn()
+        return ForkedCommand(self._args, env=self._environ, cwd=self._directory, stdout=self._log)
 
 
 class Serve(Protocol):
