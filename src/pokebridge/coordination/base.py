@@ -83,7 +83,7 @@ class Document:
 class Coordination(Protocol):
     """The store through which the members of one cluster coordinate.
 
-    ``pokebridge.testing.CoordinationContract`` checks these guarantees for every adapter:
+    ``pokebridge.testing.coordination.CoordinationContract`` checks this for every adapter:
 
     - **Members**: a member is listed while its lease lasts. After that it is no longer listed, at
       the latest one further lease length later. The store's clock, or the reader's monotonic

@@ -69,7 +69,7 @@ class MailboxStats(NamedTuple):
 class Mailbox(Protocol):
     """A durable log for each recipient.
 
-    Guarantees, tested by ``pokebridge.testing.MailboxContract`` against every adapter:
+    Guarantees, tested by ``pokebridge.testing.mailbox.MailboxContract`` against every adapter:
 
     - **Dense**: a recipient's versions are 1, 2, 3, … in commit order, also under concurrent
       senders in several processes. A reader never sees version n before n - 1 is committed.

@@ -65,7 +65,7 @@ class OwedPush(NamedTuple):
 class PushQueue(Protocol):
     """The pending pushes of a mailbox.
 
-    Guarantees, tested by ``pokebridge.testing.PushContract`` against every adapter:
+    Guarantees, tested by ``pokebridge.testing.mailbox_pushes.PushContract`` against every adapter:
 
     - **Durable**: a message and its possible push are committed in one transaction.
     - **One a recipient**: several messages lead to one push, due a grace after the first message.

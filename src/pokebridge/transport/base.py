@@ -67,7 +67,7 @@ class Explains(Protocol):
 class Transport(Protocol):
     """Carries signals from any publisher to every subscription that selects them.
 
-    ``pokebridge.testing.TransportContract`` checks these guarantees for every adapter:
+    ``pokebridge.testing.transport.TransportContract`` checks these guarantees for every adapter:
 
     - **Delivery**: between gaps, a signal is delivered at least once to every subscription whose
       selection matches it, including those of the publishing process. Signals may arrive in any
