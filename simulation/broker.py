@@ -1,8 +1,7 @@
-"""A transport that loses, doubles, reorders and goes away, and keeps its port's promises.
+"""A transport that loses, doubles and reorders signals, and keeps no more than its port promises.
 
-What the port promises is kept to the letter and no more: a subscription is accepted before it
-delivers, order is nobody's, a signal may come twice, and whatever is lost to a live subscription is
-followed by a gap, once it is restored.
+A subscription is accepted before it delivers. Signals come in any order, and some come twice. When
+a live subscription loses signals, it reports a gap once it is restored.
 """
 
 from collections.abc import Sequence
@@ -21,13 +20,13 @@ class Broker(Server):
     def __init__(self, outside: VirtualLoop, rng: Random, trace: Trace) -> None:
         super().__init__(outside, "broker", TransportError, rng, trace)
         self.ordered = True
-        """Whether what is not late comes to each subscription in the order of publishing."""
+        """Whether signals that are not late arrive in the order in which they were published."""
         self.late_share = 0.0
-        """Of the deliveries, those that take up to a second; so order is mixed."""
+        """The share of deliveries that take up to a second, which mixes the order."""
         self.double_share = 0.0
-        """Of the deliveries, those that come twice."""
+        """The share of deliveries that come twice."""
         self.slow_starts_s = 0.0
-        """How long at most a new subscription is accepted before it delivers."""
+        """The longest time from accepting a subscription to its first delivery."""
         self.published = 0
         self.delivered = 0
         self.lost = 0
@@ -65,13 +64,13 @@ class Broker(Server):
             link.peer.loop.deliver(delay_s, link.hear, body, tag, link.connection)
 
     def go_down(self) -> None:
-        """Stop; every connection breaks and what was under way is lost."""
+        """Stop: every connection breaks, and the signals under way are lost."""
         self.up = False
         for link in tuple(self.subscriptions):
             link.break_off("the broker went away")
 
     def come_up(self) -> None:
-        """Start again; whoever was connected comes back by itself."""
+        """Start again: the adapters reconnect by themselves."""
         self.up = True
 
     def cut(self, peer: Peer) -> None:
@@ -90,7 +89,7 @@ class Broker(Server):
         return [link for link in self.subscriptions if link.peer is peer]
 
     def has_covered(self, peer: Peer, shard: int) -> bool:
-        """Whether ``peer`` has a subscription for ``shard`` that delivers, or whose gap will tell.
+        """Whether ``peer`` has a subscription for ``shard`` that delivers, or will report a gap.
 
         That is the promise behind ``ready``; an untagged poke may be for any shard.
         """
@@ -109,9 +108,9 @@ class Link:
         self.live = False
         """Whether it delivers now."""
         self.was_live = False
-        """Whether it ever did: from then on what it loses is followed by a gap."""
+        """Whether it ever delivered: from then on it reports a gap for what it loses."""
         self.connection = 0
-        """Grows when the connection breaks: what an older one had under way is lost."""
+        """Grows when the connection breaks: signals of an older generation are lost."""
         self._broker = broker
         self._receiver = receiver
         self._ended = False
@@ -125,7 +124,7 @@ class Link:
         return shard is None if self.selection is Feed.UNTAGGED else shard == self.selection
 
     def in_order(self, delay_s: float) -> float:
-        """A delay like ``delay_s`` after which nothing is overtaken."""
+        """``delay_s``, or longer when an earlier signal would be overtaken."""
         now = self._broker.outside.scheduler.now
         self._last_at = max(self._last_at, now + delay_s)
         return self._last_at - now

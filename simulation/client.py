@@ -30,7 +30,7 @@ from simulation.sockets import Network, Wire, masked_frame, read_frame
 from simulation.tokens import issue_token
 
 HOME_URL = "wss://home/v1/connect"
-"""Where a load balancer listens."""
+"""The address of the load balancer."""
 PAGE_LIMIT = 5
 """Small, so that a client that was away pulls several pages."""
 TOKEN_LIFE_S = (45.0, 200.0)
@@ -65,9 +65,9 @@ class SimClient(Driver):
         self.network = Network(scene.rng)
         self.trouble = Trouble(scene.outside)
         self.instance: SimInstance | None = None
-        """Where its socket goes."""
+        """The instance that its socket is connected to."""
         self.pulls_from: SimInstance | None = None
-        """Where its running pull goes."""
+        """The instance that answers its running pull."""
         self.failing = False
         """Whether its last pull failed."""
         self.left = False
@@ -96,27 +96,27 @@ class SimClient(Driver):
 
     @property
     def active(self) -> bool:
-        """Whether it has not left, nor was told to stop."""
+        """Whether it has neither left nor been told to stop."""
         return not (self.left or self.core.stopped)
 
     @property
     def pull_is_troubled(self) -> bool:
-        """Whether a pull is under way that something has befallen since it began."""
+        """Whether a pull is under way, and something has gone wrong since it began."""
         if self.pulls_from is None:
             return False
         concerned = (self.trouble, self.pulls_from.trouble, self._scene.post.trouble)
         return max(trouble.over_at for trouble in concerned) >= self._pull_began_at
 
     def start(self) -> None:
-        """Begin."""
+        """Start the client."""
         self.loop.deliver(0.0, self._feed, Start())
 
     def wake(self) -> None:
-        """The machine woke up, or has another network."""
+        """The machine woke up, or changed its network."""
         self.loop.deliver(0.0, self._feed, Wake())
 
     def leave(self) -> None:
-        """Close the page, or the laptop's lid for good."""
+        """Leave for good, as when the page is closed."""
         self.left = True
         self._disconnect()
 
@@ -254,7 +254,7 @@ class SimClient(Driver):
             return
         self._oracle.received(self, page)
         if self.pull_is_troubled:
-            self.trouble.happen()  # until now it could not see what there was
+            self.trouble.happen()  # until now it could not see all messages
         if not page.messages:
             self._end_pull(Pulled(page.version, page.more))
             return
@@ -273,7 +273,7 @@ class SimClient(Driver):
     def _end_pull(self, event: Pulled | PullFailed) -> None:
         failed = isinstance(event, PullFailed)
         if failed or self.failing or self.pull_is_troubled:
-            self.trouble.happen()  # until now it could not see what there was
+            self.trouble.happen()  # until now it could not see all messages
         self.pulls_from = None
         self.failing = failed
         self._feed(event)

@@ -1,7 +1,7 @@
-"""What else differs from run to run, brought under the seed.
+"""Everything in Python that differs from run to run, replaced so that it depends on the seed.
 
-The code under simulation is the real one and asks Python for random numbers, for the time, and for
-the order of sets. For as long as a simulation runs, here is where the answers come from.
+The simulated code is the real code. It asks Python for random numbers, for the time, and for the
+order of sets. During a simulation the answers come from here.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ from simulation.loop import VirtualLoop
 from simulation.tokens import SimVerifier
 
 OnLog = Callable[[str, str], None]
-"""Takes a log line: which process said it, and what."""
+"""Takes a log line: the name of its process, and its text."""
 
 
 _FEED_HASHES = {feed.value: -2 - place for place, feed in enumerate(Feed)}

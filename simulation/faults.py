@@ -1,8 +1,8 @@
-"""What goes wrong: each fault as a coroutine of the world's own loop, from its begin to its end.
+"""The faults: each is a coroutine of the world's own loop, from the fault's beginning to its end.
 
-A run draws which kinds it has at all, so that some runs have much of one kind and others a mix
-("swarm testing": Groce et al., 2012). No instance is killed, stopped or cut off while no other is
-well: what is promised while none works is only what comes after.
+A run first draws which kinds of faults it may have. So some runs have many of one kind, and others
+a mix ("swarm testing": Groce et al., 2012). No fault takes away the last instance that works,
+because no client can be served then.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from simulation.world import Fault, World
 
 
 def _victim(world: World, *, well: bool = True) -> SimInstance | None:
-    """An instance that may be harmed, a ``well`` one or any, as another one is well."""
+    """An instance to harm, a ``well`` one or any; another one that is well is spared."""
     well_ones = world.well_instances
     if len(well_ones) < 2:
         return None
@@ -66,12 +66,12 @@ async def pause(world: World) -> None:
 
 
 async def pause_a_writer(world: World) -> None:
-    """SIGSTOP for whoever next writes the shard map, just as the write is on its way."""
+    """SIGSTOP for the instance that next writes the shard map, while the write is on its way."""
     world.pauses_next_writer = True
 
 
 async def kill_after_commit(world: World) -> None:
-    """SIGKILL for whoever next commits a message, before it can poke."""
+    """SIGKILL for the instance that next commits a message, before it can poke."""
     world.kills_next_committer = True
 
 
@@ -99,7 +99,7 @@ def _other_mode(mode: Mode) -> Mode:
 
 
 async def migrate(world: World) -> None:
-    """An operator has the cluster change its mode."""
+    """An operator migrates the cluster to the other mode."""
     well = world.well_instances
     if not well:
         return
@@ -215,12 +215,12 @@ async def slow_mailbox(world: World) -> None:
 
 
 async def forgetful_mailbox(world: World) -> None:
-    """The database commits and then can't say so."""
+    """The database commits, and its answer is lost."""
     await _be_forgetful(world, world.post, world.rng.uniform(1.0, 8.0))
 
 
 async def forgetful_broker(world: World) -> None:
-    """The broker takes signals, or half of them, and then says that it did not."""
+    """The broker takes all signals or half of them, and answers with an error."""
     await _be_forgetful(world, world.broker, world.rng.uniform(1.0, 8.0))
 
 
@@ -242,7 +242,7 @@ async def slow_store(world: World) -> None:
 
 
 async def forgetful_store(world: World) -> None:
-    """The coordination store writes and then can't say so; no client may notice."""
+    """The coordination store writes, and its answer is lost; no client may notice."""
     world.store.forgetful = 0.3
     await world.nap(world.rng.uniform(1.0, 10.0))
     world.store.forgetful = 0.0

@@ -1,4 +1,4 @@
-"""All of a real instance but its HTTP server, in a process that can be stopped and killed."""
+"""A real instance without its HTTP server, in a process that can be stopped and killed."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
@@ -23,7 +23,7 @@ _GRACE_S = 5.0
 
 
 class _Headless(Instance):
-    """The real instance, without an HTTP application: what that would call is called here."""
+    """The real instance without an HTTP application: SimInstance makes its calls."""
 
     def _create_app(self, registry: CollectorRegistry) -> FastAPI:  # noqa: ARG002 - the original's signature
         return FastAPI.__new__(FastAPI)
@@ -36,7 +36,7 @@ class SimInstance(Peer):
         super().__init__(loop, loop.name)
         name = loop.name
         self.base = base
-        """What the supervisor calls it, whatever its name is in this life."""
+        """Its name for the supervisor, which stays when a restart changes ``name``."""
         self._scene = scene
         self._oracle = oracle
         self.url = f"wss://{name}.sim"
@@ -44,7 +44,7 @@ class SimInstance(Peer):
         """Whether its port is open."""
         self.stopping = False
         self.vanished = False
-        """Whether the whole machine is gone, so that not even a refusal comes from it."""
+        """Whether the whole machine is gone, so that it does not even refuse connections."""
         self.died_at: float | None = None
         self.calls: dict[Call, None] = {}
         """The HTTP requests under way."""
@@ -177,17 +177,17 @@ class SimInstance(Peer):
         """``DELETE /v1/sessions/{recipient}``."""
         await self.real._publisher.disconnect(recipient)  # noqa: SLF001 - the same
 
-    # --- for those who look on --------------------------------------------------------------------
+    # --- its state --------------------------------------------------------------------
 
     @property
     def is_well(self) -> bool:
-        """Whether it serves, and nothing is in its way."""
+        """Whether it serves and has no trouble."""
         serves = self.listens and not self.stopping and not self.real.gateway.draining
         return serves and not self.trouble.active
 
     @property
     def sockets(self) -> Sequence[Socket]:
-        """What clients have open to it."""
+        """The open sockets of its clients."""
         return self._sockets
 
 

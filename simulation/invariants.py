@@ -1,7 +1,7 @@
-"""What must hold at every moment, and the judge who looks on.
+"""The invariants, and the oracle that checks them at every moment.
 
-The judge knows what no process can: what is committed, which subscriptions deliver, who is in
-trouble. Its rules are in docs/simulation.md.
+The oracle knows what no process can know: what is committed, which subscriptions deliver, and who
+is in trouble. docs/simulation.md lists the invariants.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,9 +19,9 @@ from simulation.sockets import ClientEnd
 from simulation.stores import Written
 
 SILENCE_BOUND_S: Final = 5.0
-"""How long a message may wait for a client that nothing of its own keeps from it."""
+"""How long a message may wait for a client that is undisturbed."""
 UNSENT_BOUND_BYTES: Final = 512
-"""What a session may have waiting for a peer that does not read: a few small frames."""
+"""How many bytes may wait for a client that does not read: a few small frames."""
 _LOOK_AGAIN_S: Final = 1.0
 
 _decode_map = msgspec.json.Decoder(ShardMap).decode
@@ -44,7 +44,7 @@ class _Seen(NamedTuple):
 
 
 class WatchedClient(Protocol):
-    """What the judge sees of a client."""
+    """What the oracle needs to know of a client."""
 
     @property
     def name(self) -> str:
@@ -64,11 +64,11 @@ class WatchedClient(Protocol):
 
     @property
     def instance(self) -> Peer | None:
-        """Where its socket goes."""
+        """The instance that its socket is connected to."""
 
     @property
     def trouble(self) -> Trouble:
-        """What befalls the client itself."""
+        """The trouble of the client itself."""
 
     @property
     def failing(self) -> bool:
@@ -76,7 +76,7 @@ class WatchedClient(Protocol):
 
     @property
     def pull_is_troubled(self) -> bool:
-        """Whether something has befallen its running pull."""
+        """Whether something has gone wrong since its running pull began."""
 
 
 class Oracle:
@@ -86,7 +86,7 @@ class Oracle:
         self.violation: Violation | None = None
         self.committed = 0
         self.silences_s: list[float] = []
-        """How long each message waited for a client that nothing of its own kept from it."""
+        """How long each message waited for each client that was undisturbed."""
         self.waits_s: list[float] = []
         """How long each message waited for each client, whatever the reason."""
         self.moves = 0
@@ -121,7 +121,7 @@ class Oracle:
         return (self._cursors.get(client) or 0) >= self.head(client.recipient)
 
     def is_well_and_up_to_date(self, client: WatchedClient) -> bool:
-        """Whether ``client`` has a session on a living instance too, and nothing is in its way."""
+        """Whether ``client`` is undisturbed too."""
         undisturbed = self.undisturbed_since(client) < float("inf")
         return undisturbed and self.is_up_to_date(client)
 
@@ -154,7 +154,7 @@ class Oracle:
         versions = [message.version for message in page.messages]
         self._scene.trace.note(client.name, f"pulls {versions} up to {page.version}")
         cursor = self._cursors.get(client)
-        if cursor is None:  # what every device that was known had acked before is not for this one
+        if cursor is None:  # a new device does not get what all known devices had acked
             cursor = versions[0] - 1 if versions else page.version
         if versions != list(range(cursor + 1, cursor + 1 + len(versions))):
             self.fail("no message lost or doubled", f"{client.name} at {cursor} got {versions}")
@@ -169,11 +169,11 @@ class Oracle:
         self._cursors[client] = max(cursor, page.version if not versions else versions[-1])
 
     def undisturbed_since(self, client: WatchedClient) -> float:
-        """Since when nothing of its own keeps ``client`` from hearing; infinity while it does.
+        """Since when ``client`` is undisturbed; infinity while it is disturbed.
 
-        Its own are its network, its pulls, the instance that its socket goes to, and what no
-        instance can do without: the broker and the mailbox. Whatever befalls other instances, the
-        coordination store or the shard map is no excuse.
+        Trouble of its network, its pulls, the instance of its socket, the broker or the mailbox
+        disturbs a client. Trouble of other instances, of the coordination store or of the shard
+        map does not: a client may not notice that.
         """
         scene = self._scene
         if client.instance is None or client not in self._ready_at or client.failing:
@@ -194,7 +194,7 @@ class Oracle:
             self._scene.outside.deliver(SILENCE_BOUND_S, self._look, client)
 
     def _look(self, client: WatchedClient) -> None:
-        """See whether what is the oldest for ``client`` has waited too long."""
+        """Check whether the oldest message for ``client`` has waited too long."""
         cursor = self._cursors.get(client) or 0
         if not client.active or cursor >= self.head(client.recipient):
             self._watched.discard(client)
@@ -273,7 +273,7 @@ class Oracle:
         self._map = self._maps[shard_map.epoch] = shard_map
 
     def _check_moves(self, seen: object, before: ShardMap, after: ShardMap) -> None:
-        """See whether ``after`` is what may follow for a writer that has ``seen`` the members."""
+        """Check that a writer that has ``seen`` the members may write ``after``."""
         assert isinstance(seen, _Seen), "who writes has read the members"
         moved = [
             shard
@@ -301,7 +301,7 @@ class Oracle:
                 self.fail("a shard moves only when it must", f"{owner} is left with {kept}")
 
     def look_at_views(self, views: Iterable[tuple[Peer, ShardMap]]) -> None:
-        """See which map each running instance has: to be called now and then."""
+        """Check the map of each running instance; called several times a second."""
         for instance, shard_map in views:
             before = self._views.get(instance)
             if before is shard_map:
@@ -316,6 +316,6 @@ class Oracle:
                 self.fail("one map an epoch", f"{instance.name} has another {shard_map.epoch}")
 
     def _is_remembering(self) -> bool:
-        """Whether the store has lost its data, and not all have told yet what they remember."""
+        """Whether the store has lost its data, and instances may still restore the map."""
         has_lost = self._losses != self._scene.store.losses
         return has_lost or self._scene.scheduler.now < self._remembering_until

@@ -30,7 +30,7 @@ _UNWINDINGS = 20
 
 
 class LivelockError(Exception):
-    """Virtual time stands still: some code calls itself back for ever."""
+    """Virtual time no longer advances: some code schedules itself for ever."""
 
 
 class Handle:
@@ -87,13 +87,13 @@ class Handle:
 
 
 class Scheduler:
-    """The one true time, and what happens when; ``now`` is in seconds from the start."""
+    """The true time, and all callbacks and timers; ``now`` is seconds since the start."""
 
     def __init__(self) -> None:
         self.now = 0.0
         self.callbacks = 0
         self.on_error: Callable[[str], None] = _log.error
-        """Told what callbacks and tasks of living processes raised and nobody caught."""
+        """Called with what callbacks and tasks of living processes raised and nobody caught."""
         self._due: deque[Handle] = deque()
         self._timers: list[tuple[float, int, Handle]] = []
         self._number = 0

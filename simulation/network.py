@@ -1,7 +1,7 @@
-"""Processes, the servers they call, and when either is not to be blamed.
+"""Processes, the servers that they call, and when either is in trouble.
 
 A :class:`Server` (broker, coordination store, mailbox) answers calls over a network that may be
-slow, cut, or lose an answer; what it does then is within the promises of its port, never better.
+slow or cut, or lose an answer. It then does what its port promises, and nothing better.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from simulation.trace import Trace
 
 T = TypeVar("T")
 
-# What a call that nobody answers costs its caller: every driver has such a deadline.
+# How long a caller waits for an answer that does not come, as the deadline of a driver.
 _HANG_S = (1.0, 5.0)
 _REFUSAL_S = 0.02
 _UNANSWERED_SHARE = 0.4
@@ -77,8 +77,8 @@ class Server:
     Args:
         outside: the loop of the world that no process is in.
         name: for people.
-        error: what callers are told when it can't be had.
-        rng: its luck.
+        error: raised to callers when the server is unavailable.
+        rng: decides about delays and losses.
     """
 
     def __init__(
@@ -96,9 +96,9 @@ class Server:
         self.trouble = Trouble(outside)
         self.up = True
         self.slow_s = 0.0
-        """The mean of what every answer takes longer."""
+        """The mean of an additional delay of every answer."""
         self.forgetful = 0.0
-        """The share of calls that are carried out and answered with an error nonetheless."""
+        """The share of calls that are carried out, but answered with an error."""
         self._error = error
         self._cut: dict[Peer, None] = {}
 
@@ -124,17 +124,17 @@ class Server:
         return delay_s
 
     async def call(self, peer: Peer, operation: Callable[[], T]) -> T:
-        """Have ``operation`` carried out here, at one instant, and its result brought back.
+        """Carry out ``operation`` here, at one instant, and return its result to the caller.
 
-        A caller that gives up, or dies, does not stop what is on its way.
+        A caller that gives up, or dies, does not cancel it.
         """
         answer: asyncio.Future[T] = peer.loop.create_future()
         self.outside.deliver(self.latency_s(), self._carry_out, peer, operation, answer)
         return await answer
 
     def refusal(self) -> UnavailableError:
-        """What a caller is told when the server can't be had."""
-        return self._error(f"the simulated {self.name} can't be had")
+        """The error for a caller when the server is unavailable."""
+        return self._error(f"the simulated {self.name} is unavailable")
 
     def _carry_out(self, peer: Peer, operation: Callable[[], T], answer: asyncio.Future[T]) -> None:
         if not self.is_reached_by(peer):

@@ -1,7 +1,7 @@
 """TCP between a client and an instance: ordered, slow, sometimes silent, and soon full.
 
-The instance's end is an ``asyncio.Transport``, so the real :class:`Connection` runs on it. What a
-peer does not read fills a small window, and then the instance is told to pause.
+The instance's end is an ``asyncio.Transport``, so the real :class:`Connection` runs on it. Bytes
+that a client does not read fill a small window; then the instance is told to pause writing.
 """
 
 import asyncio
@@ -14,9 +14,9 @@ from pokebridge.framing import Opcode
 from simulation.loop import VirtualLoop
 
 WINDOW_BYTES = 512
-"""What the kernels take for a peer that does not read: little, so that it is soon full."""
+"""Bytes that the kernels buffer for a client that does not read: few, so that it is soon full."""
 END = None
-"""In the place of bytes: the other side has closed."""
+"""Arrives in place of bytes when the other side has closed."""
 _RESET = b""
 _MASK = b"\x25\x0c\x77\xe1"
 
@@ -73,7 +73,7 @@ def masked_frame(opcode: Opcode, payload: bytes) -> bytes:
 
 
 class Network:
-    """How a client reaches the world. It may go quiet: then all waits until it is back."""
+    """The network of a client. While it is quiet, everything waits until it is back."""
 
     def __init__(self, rng: Random) -> None:
         self.rng = rng
@@ -81,17 +81,17 @@ class Network:
         self.wires: list[Wire] = []
 
     def latency_s(self) -> float:
-        """One way."""
+        """How long one message takes."""
         return self.rng.uniform(0.001, 0.02)
 
     def come_back(self) -> None:
-        """Let what has waited go on."""
+        """Deliver what has waited."""
         self.quiet = False
         for wire in tuple(self.wires):
             wire.release()
 
     def change(self) -> None:
-        """Another network: the old connections are never heard of again."""
+        """Change to another network: the old connections are lost, and no end is told."""
         for wire in tuple(self.wires):
             wire.lose()
         self.come_back()
@@ -106,7 +106,7 @@ class Wire:
         self.server_loop = server_loop
         self.socket: Socket | None = None
         self.reads = True
-        """Whether the client takes what comes."""
+        """Whether the client reads."""
         self.unread_bytes = 0
         """What the instance has handed to the kernel and the client has not read."""
         self._lost = False
@@ -120,7 +120,7 @@ class Wire:
     # --- both ways ----------------------------------------------------------------------------
 
     def carry(self, loop: VirtualLoop, call: Callable[..., object], *args: Any) -> None:
-        """Have ``call`` made at the other end, after all that went that way before."""
+        """Make ``call`` at the other end, after everything that was sent that way before."""
         if self._lost:
             return
         if self.network.quiet:
@@ -155,7 +155,7 @@ class Wire:
             self.carry(self.server_loop, self.socket.arrive, data)
 
     def hang_up(self, *, rudely: bool = False) -> None:
-        """Close; what comes later is for nobody."""
+        """Close; drop what arrives later."""
         if not self._hung_up and self.socket is not None:
             self.carry(self.server_loop, self.socket.arrive, _RESET if rudely else END)
         self._hung_up = True
@@ -170,7 +170,7 @@ class Wire:
             self._arrived.append(data)
 
     def read_on(self) -> None:
-        """Read what has piled up, and whatever comes."""
+        """Read what has arrived, and what will arrive."""
         self.reads = True
         arrived, self._arrived = self._arrived, []
         for data in arrived:
@@ -192,9 +192,9 @@ class Wire:
 
 
 class Socket(asyncio.Transport):
-    """The instance's end, as asyncio shows it.
+    """The instance's end, as an asyncio transport.
 
-    ``on_write`` sees what is written and how much of it has to wait.
+    ``on_write`` is called with the bytes written and the number of bytes that wait.
     """
 
     def __init__(self, wire: Wire, on_write: Callable[[bytes, int], None]) -> None:

@@ -1,4 +1,4 @@
-"""Tokens that are no secret, so that no time goes into signatures."""
+"""Tokens without signatures, which would take time."""
 
 import time
 from typing import NamedTuple
@@ -14,7 +14,7 @@ class Claims(NamedTuple):
 
 
 class SimVerifier:
-    """Takes tokens that are no secret: ``recipient~expiry``, by the clock of its process."""
+    """Verifies tokens of the form ``recipient~expiry``, by the clock of its process."""
 
     def verify_now(self, token: str) -> Claims:
         """Whose ``token`` is, and until when."""
@@ -29,10 +29,10 @@ class SimVerifier:
         return self.verify_now(token)
 
     async def check(self) -> None:
-        """There is no key to be had."""
+        """Do nothing: there is no key."""
 
     async def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing."""
 
 
 def issue_token(recipient: str, expires_at: float) -> str:

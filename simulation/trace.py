@@ -1,4 +1,4 @@
-"""What happened, line by line: the end of it for people, a hash of all of it for comparison."""
+"""The log of a run: its last lines for people, and a hash of all lines for comparison."""
 
 from collections import deque
 from hashlib import blake2b
@@ -9,7 +9,7 @@ _LAST_KEPT = 60
 
 
 class Trace:
-    """The story of one run. Two runs of one seed must tell the same."""
+    """The log of one run. Two runs of one seed have the same hash."""
 
     def __init__(self, scheduler: Scheduler, kept: int = _LAST_KEPT) -> None:
         self.lines = 0

@@ -25,9 +25,9 @@ from simulation.trace import Trace
 T = TypeVar("T")
 
 RECOVERY_BOUND_S = 110.0
-"""After the last fault everyone has everything within this; derived in docs/simulation.md."""
+"""How long the cluster has to recover after the last fault; derived in docs/simulation.md."""
 STEADY_BOUND_S = 1.0
-"""And from then on a message reaches every client within this."""
+"""How long a message may take to every client once the cluster has recovered."""
 _START_BOUND_S = 30.0
 _AT_MOST_S = 600.0
 _UNNOTICED_S = 2.0
@@ -81,7 +81,7 @@ Fault = Callable[["World"], Coroutine[None, None, None]]
 
 
 class World(Scene):
-    """Everything there is; ``faults`` are those that may happen."""
+    """All processes of one simulated cluster, and its story; ``faults`` are the possible ones."""
 
     def __init__(
         self, seed: int, scheduler: Scheduler, trace: Trace, faults: Mapping[str, Fault]
@@ -92,7 +92,7 @@ class World(Scene):
         self._possible_faults = faults
         self.oracle = Oracle(self)
         self.names: dict[str, SimInstance | None] = {}
-        """What the supervisor keeps running, and what runs of it now."""
+        """The instances that the supervisor keeps running, by name; None while one is down."""
         self.clients: list[SimClient] = []
         self.faults: Counter[str] = Counter()
         self.kills_next_committer = False
@@ -119,16 +119,16 @@ class World(Scene):
         self.broker.double_share = self.rng.choice((0.0, 0.05))
         self.store.late_expiry = self.rng.random() < 0.5
 
-    # --- who there is -----------------------------------------------------------------------------
+    # --- instances and clients --------------------------------------------------------------------
 
     @property
     def running(self) -> list[SimInstance]:
-        """Every process that is not dead."""
+        """The instances whose process is alive."""
         return [each for each in self._all if each.died_at is None]
 
     @property
     def well_instances(self) -> list[SimInstance]:
-        """Those that work, as far as anyone can tell."""
+        """The instances that serve and have no trouble."""
         return [each for each in self.running if each.is_well]
 
     def clients_of(self, recipient: str) -> list[SimClient]:
@@ -186,7 +186,7 @@ class World(Scene):
         return self.rng.choice(rotation)
 
     def _is_in_rotation(self, instance: SimInstance) -> bool:
-        """Whether the load balancer, which looks now and then, thinks that it is well."""
+        """Whether the load balancer sends to it: the balancer notices a failure late."""
         if instance.died_at is not None:
             was_in = self.scheduler.now - instance.died_at < _UNNOTICED_S
             return was_in and not instance.stopping
@@ -244,7 +244,7 @@ class World(Scene):
         ask(self.outside, self._network, instance, lambda at: at.send(message), tried)
 
     async def _send_by_hand(self, message: NewMessage) -> None:
-        """As a backend does that has the mailbox, an own publisher and no idea of shards."""
+        """Send as a backend with a publisher of its own, which does not know of shards."""
         mailbox = self.post.connect(self._backend)
         transport = self.broker.connect(self._backend)
         receipt = await self._keep_trying(lambda: mailbox.append(message))
@@ -263,7 +263,7 @@ class World(Scene):
     # --- the story --------------------------------------------------------------------------------
 
     def run(self) -> Outcome:
-        """Let it all happen."""
+        """Run the story to its end, or to the first violation."""
         story = self.outside.create_task(self._tell())
         story.add_done_callback(lambda _: self.scheduler.stop())
         try:
@@ -303,7 +303,7 @@ class World(Scene):
         await self._until_nothing(self._what_is_wrong, RECOVERY_BOUND_S, "all recovers")
         self._recovery_s = self.scheduler.now - healed_at
         self.trace.note("world", "all has recovered")
-        # The last calls that got no answer have ended after this.
+        # After this, all calls without an answer have timed out.
         await asyncio.sleep(max(0.0, healed_at + HTTP_TIMEOUT_S - self.scheduler.now))
         self.broker.late_share = 0.0
         sent_at = self.scheduler.now
@@ -345,7 +345,7 @@ class World(Scene):
     async def _until_nothing(
         self, wrong: Callable[[], str], within_s: float, invariant: str
     ) -> None:
-        """Wait until ``wrong`` has nothing to say."""
+        """Wait until ``wrong`` returns an empty text."""
         deadline = self.scheduler.now + within_s
         while what := wrong():
             if self.scheduler.now >= deadline:
@@ -361,7 +361,7 @@ class World(Scene):
         return f"{self._unaccepted} messages" if self._unaccepted else ""
 
     def _who_is_behind(self, since_s: float) -> str:
-        """Those who lack something, though nothing has disturbed them; a late move does."""
+        """Clients that miss messages although nothing has disturbed them since ``since_s``."""
         return " ".join(
             f"{each.name} on {each.instance and each.instance.name}"
             for each in self.clients
@@ -370,7 +370,7 @@ class World(Scene):
         )
 
     def _what_is_wrong(self) -> str:
-        """What is not yet as it should be in a cluster that nothing befalls; empty when all is."""
+        """What is not yet right in a cluster without faults; empty when everything is."""
         if missing := self._what_is_unaccepted() or self._who_is_missing():
             return f"missing: {missing}"
         for client in self.clients:

@@ -1,14 +1,14 @@
-"""The smart client's rules as a pure state machine (protocol.md section 3).
+"""The rules of a client as a pure state machine; docs/protocol.md defines them.
 
 :class:`ClientCore` takes events, each with the time and a random number, and returns the actions
 to carry out; after each event ``timer`` says when it wants to hear a :class:`Tick`. No clock, no
 socket, no randomness: a simulator can run it on virtual time, and the JSON of ``tests/vectors`` is
 exactly these events and actions, so a client in another language can be held against the same.
 
-Three things go on side by side. The **socket** is had whenever it can be: lost, it is tried again
-after a full-jitter delay. The **token** is fetched before the first connection, before it runs out
-and when it was refused. **Pulls** follow from what is heard, never two at once, and are retried
-until one succeeds; while the socket can't be had they are made slowly, by the timer.
+Three things go on side by side. The **socket** is kept open: after it is lost, a new one is opened
+after a delay with full jitter. The **token** is fetched before the first connection, before it
+expires, and when it was refused. **Pulls** follow from pokes, one at a time, and are retried until
+one succeeds. Without a socket the client pulls slowly, by the timer.
 """
 
 from enum import Enum

@@ -1,4 +1,4 @@
-"""The asyncio client: carries out what the core says, with a WebSocket, HTTP and a clock."""
+"""The client for asyncio: a driver of the core with a WebSocket and HTTP."""
 
 import asyncio
 import logging
@@ -45,48 +45,49 @@ from pokebridge.wire import CONNECT_PATH
 SUBPROTOCOL = Subprotocol("pokebridge.v1")
 TOKEN_TIMEOUT_S = 30.0
 CLOSE_TIMEOUT_S = 1.0
-# Far above what any message of protocol.md section 3 needs.
+# Far above the size of any frame that docs/protocol.md defines.
 MAX_MESSAGE_BYTES = 16 * 1024
 ABNORMAL_CLOSURE = 1006  # RFC 6455, section 7.4.1: no close frame came
 
 TokenProvider = str | Callable[[], Awaitable[str]]
-"""A token that lasts, or a coroutine function that gets a new one when one is needed."""
+"""A token that does not expire, or a coroutine function that returns a new one."""
 
 OnEvent = Callable[[AnyEvent | AnyAction], None]
-"""Is shown what happens and what the client does about it."""
+"""Called with every event and every action of the core."""
 
 _log = logging.getLogger("pokebridge.client")
 
 
 class PokeClient(Driver):
-    """Holds a connection to the bridge, hears pokes and pulls, until it is closed.
+    """Keeps a connection to the bridge, and pulls whenever a poke arrives, until it is closed.
 
     ::
 
         async with PokeClient("https://bridge.example.org", get_token, on_messages) as client:
             ...
 
-    It reconnects, renews its token and retries by itself (the rules are
-    :class:`~pokebridge.client.core.ClientCore`'s). Keep ``cursor`` somewhere to go on from there
-    after a restart.
+    It reconnects, renews its token and retries by itself, by the rules of
+    :class:`~pokebridge.client.core.ClientCore`. Store ``cursor`` to continue from it after a
+    restart.
 
     Args:
         url: the bridge's HTTP address.
-        token: a JWT, or a coroutine function that returns a new one: it is called at the start,
-            before the old one runs out, and when it was refused.
-        on_messages: gets the mailbox's messages in order, never two calls at once. When it
-            returns they are acked; when it raises, the error is logged and they come again.
-        on_poke: instead of ``on_messages``, for data that is not in the bridge's mailbox: called
-            whenever there may be something new; when it raises it is called again.
-        device: the name of this device: a message waits for the ack of each that is known.
-        cursor: the version up to which everything is dealt with already.
-        on_event: is shown every event and action of the core as it passes; none holds a token.
+        token: a JWT, or a coroutine function that returns a new one. The function is called at the
+            start, before the token expires, and when the server refused the token.
+        on_messages: is called with the mailbox's messages in order, one call at a time. When it
+            returns, the messages are acked. When it raises, the error is logged and the messages
+            are delivered again.
+        on_poke: replaces ``on_messages`` when the data is not in the bridge's mailbox. It is called
+            whenever there may be something new. When it raises, it is called again.
+        device: the name of this device. A message is kept until each known device has acked it.
+        cursor: the version up to which all messages are handled already.
+        on_event: is called with every event and action of the core. None of them holds a token.
         policy: the delays.
-        tls: for ``https``; the system's certificate authorities are trusted by default.
+        tls: for ``https``. By default, the system's certificate authorities are trusted.
 
     Raises:
-        ConfigError: the url is none.
-        InputError: the device's name is not allowed.
+        ConfigError: the url does not start with http:// or https://.
+        InputError: the device's name is invalid.
     """
 
     def __init__(
@@ -132,20 +133,20 @@ class PokeClient(Driver):
 
     @property
     def cursor(self) -> int:
-        """The version up to which everything is dealt with."""
+        """The version up to which all messages are handled."""
         return self._core.cursor
 
     @property
     def connected(self) -> bool:
-        """Whether pokes are heard now: the socket is open and the bridge has said ``ready``."""
+        """Whether pokes arrive now: the socket is open and the bridge has sent ``ready``."""
         return self._core.ready
 
     async def wait_ready(self, timeout_s: float | None = None) -> None:
-        """Return as soon as :attr:`connected`.
+        """Wait until :attr:`connected` is true.
 
         Raises:
-            TimeoutError: that took longer than ``timeout_s`` seconds.
-            ForbiddenError: the bridge told this client to stop for good.
+            TimeoutError: it took longer than ``timeout_s`` seconds.
+            ForbiddenError: the bridge has stopped this client for good.
         """
         main = self._entered()
         ready = asyncio.create_task(self._ready.wait())
@@ -163,17 +164,17 @@ class PokeClient(Driver):
     async def wait_stopped(self) -> int:
         """Wait until the bridge stops this client for good; returns the close code.
 
-        That is 4403 (not allowed) or 4409 (replaced: the recipient has too many sessions).
+        The code is 4403 (not allowed) or 4409 (replaced: the recipient has too many sessions).
         """
         return await asyncio.shield(self._entered())
 
     def wake(self) -> None:
-        """Try now what waits out a delay: the network is back, or the machine woke up."""
+        """Retry at once instead of after a delay: the network is back, or the machine woke up."""
         self._entered()
         self._feed(Wake())
 
     async def __aenter__(self) -> Self:
-        """Start; does not wait for the connection."""
+        """Start the client; this does not wait for the connection."""
         if self._main is not None:
             raise RuntimeError("a PokeClient runs once: make a new one")
         self._main = asyncio.create_task(self._run())
@@ -185,7 +186,7 @@ class PokeClient(Driver):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Close everything; a handler that is running is cancelled, and its page not acked."""
+        """Close everything. A running handler is cancelled, and its page is not acked."""
         main = self._entered()
         self._leaving = True
         main.cancel()
@@ -194,7 +195,7 @@ class PokeClient(Driver):
         finally:
             await self._puller.close()
         if error is None and not main.cancelled():
-            main.result()  # raises what broke the client, if anything did
+            main.result()  # raises the error that broke the client, if there is one
 
     def _entered(self) -> asyncio.Task[int]:
         if self._main is None:
@@ -209,7 +210,7 @@ class PokeClient(Driver):
             async with self._tasks:
                 self._feed(Start())
                 code = await self._stopped
-                # A pull that is running may end: its messages were handed over already.
+                # A running pull may end: its messages are with the handler already.
                 for task in (self._fetching, self._connecting):
                     if task is not None:
                         task.cancel()
@@ -220,13 +221,13 @@ class PokeClient(Driver):
     def _tick(self) -> None:
         try:
             super()._tick()
-        except Exception as error:  # noqa: BLE001 - a fault of our own, for whoever waits to see
+        except Exception as error:  # noqa: BLE001 - a defect of the client: it ends the client and is raised
             if self._stopped is not None and not self._stopped.done():
                 self._stopped.set_exception(error)
 
     def _feed(self, event: AnyEvent) -> None:
         if self._leaving:
-            return  # said by a handler that did not heed its cancellation
+            return  # from a handler that swallowed its cancellation
         self._show(event)
         super()._feed(event)
 
@@ -262,7 +263,7 @@ class PokeClient(Driver):
             async with asyncio.timeout(TOKEN_TIMEOUT_S):
                 self._token = await self._new_token()
         except Exception as error:  # noqa: BLE001 - a user's code may raise anything
-            _log.warning("no token could be had, and it will be tried again: %r", error)
+            _log.warning("token provider failed and will be called again: %r", error)
             self._feed(TokenFailed(repr(error)))
         else:
             self._feed(Token())
@@ -270,7 +271,9 @@ class PokeClient(Driver):
     async def _new_token(self) -> str:
         token = self._provider if isinstance(self._provider, str) else await self._provider()
         if not token or not (token.isascii() and token.isprintable()) or " " in token:
-            raise ValueError("a token is visible ASCII")  # or it could break the HTTP header
+            raise ValueError(
+                "a token must be visible ASCII without spaces"
+            )  # or it could break the HTTP header
         return token
 
     def _pull(self, after: int) -> None:
@@ -304,7 +307,7 @@ class PokeClient(Driver):
         except InvalidStatus as error:
             response = error.response
             asked_s = retry_after_s(response.headers.get("Retry-After"))
-            _log.warning("the connection was refused with %d", response.status_code)
+            _log.warning("the server refused the connection with status %d", response.status_code)
             self._feed(Refused(response.status_code, asked_s, str(error)))
         except (OSError, WebSocketException, ValueError) as error:
             self._feed(Closed(ABNORMAL_CLOSURE, repr(error)))
@@ -321,8 +324,8 @@ class PokeClient(Driver):
             additional_headers={"Authorization": f"Bearer {self._token}"},
             compression=None,
             ssl=(self._tls or True) if url.startswith("wss:") else None,
-            open_timeout=None,  # the core has the deadline for it,
-            ping_interval=None,  # and pings
+            open_timeout=None,  # the core has its own deadline,
+            ping_interval=None,  # and its own pings
             close_timeout=CLOSE_TIMEOUT_S,
             max_size=MAX_MESSAGE_BYTES,
         )
