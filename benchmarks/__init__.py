@@ -1,1 +1,1 @@
-"""What pokebridge costs, as ratios taken in one run; docs/benchmarks.md explains."""
+"""What pokebridge costs, as ratios within one run; docs/benchmarks.md explains them."""

@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: take every measure and print one table."""
+"""``python -m benchmarks``: run all measures and print one table."""
 
 import argparse
 import json
@@ -33,9 +33,11 @@ def main() -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
-        "--only", action="append", choices=MEASURES, help="just this measure; may be repeated"
+        "--only", action="append", choices=MEASURES, help="run only this measure; may be repeated"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the figures to this file"
+    )
     given = parser.parse_args()
     configure_logging("json", "warning")
     try:
@@ -57,7 +59,7 @@ async def _take(names: Sequence[str]) -> list[Figure]:
 
 
 def table(figures: Sequence[Figure]) -> str:
-    """The figures in columns, each with its target and whether that is met."""
+    """The figures as a table, each with its target and whether it is met."""
     rows = [("measure", "what", "figure", "target", "", "made of")]
     rows += [
         (

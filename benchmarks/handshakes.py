@@ -1,6 +1,6 @@
-"""CPU of an authenticated handshake: a real instance, and the websockets library doing as much.
+"""CPU of an authenticated handshake, of a real instance and of the websockets library.
 
-Both verify a token of its own for each client, with the same verifier, and say ``ready``.
+Both verify another token for each client, with the same verifier, and send ``ready``.
 """
 
 from benchmarks.harness import (
@@ -17,7 +17,7 @@ AT_MOST_WEBSOCKETS = 1.0
 
 
 async def measure(*, clients: int = 2000, rounds: int = 5) -> list[Figure]:
-    """Connect ``clients`` in every round, to one server after the other; each leaves again."""
+    """In every round connect ``clients`` to one server after the other, and disconnect them."""
     cpu_ms: dict[str, list[float]] = {"pokebridge": [], "websockets": []}
     bearers = tokens(clients)
     async with instance() as ours, websockets_server() as theirs:

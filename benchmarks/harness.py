@@ -1,4 +1,4 @@
-"""What the measures share: processes that speak in lines, the herd of clients, and figures."""
+"""What the measures share: processes that exchange lines, clients, and figures."""
 
 import asyncio
 import contextlib
@@ -26,12 +26,12 @@ _POKES_NOT_COUNTED = 1 << 40
 
 
 class BenchmarkError(Exception):
-    """A measure can't be taken; the message is one line for people."""
+    """A measure failed; the message is one line for people."""
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One line of the table: ``at_most`` is the target, ``detail`` what ``value`` is made of."""
+    """One line of the table: ``at_most`` is the target, ``detail`` explains ``value``."""
 
     measure: str
     name: str
@@ -54,7 +54,7 @@ def compare(
     unit: str,
     at_most: float | None = None,
 ) -> Figure:
-    """Our cost to a yardstick's: the median of the ratios, each of two neighbours in time."""
+    """Our cost relative to a reference: the median ratio of measurements taken in pairs."""
     ratio = median(mine / yours for mine, yours in zip(ours, theirs, strict=True))
     digits = 0 if median(ours) >= 100 else 2
     made_of = f"{median(ours):,.{digits}f} to {median(theirs):,.{digits}f} {unit}"
@@ -68,12 +68,12 @@ class Server(NamedTuple):
     process: psutil.Process
 
     def cpu_s(self) -> float:
-        """CPU time that it has used, user and system, in steps of 10 ms."""
+        """CPU seconds used so far, user and system, in steps of 10 ms."""
         times = self.process.cpu_times()
         return float(times.user + times.system)
 
     def rss_bytes(self) -> int:
-        """Its resident memory."""
+        """Its resident memory (RSS)."""
         return int(self.process.memory_info().rss)
 
 
@@ -84,12 +84,12 @@ def waited_s(pid: int) -> float:
 
 
 def progress(text: str) -> None:
-    """Say on stderr what is going on."""
+    """Write a line about the progress to stderr."""
     print(f"bench: {text}", file=sys.stderr, flush=True)
 
 
 def tokens(count: int, scopes: Sequence[str] = ()) -> list[str]:
-    """Tokens of ``count`` recipients, as ``recipient`` names them."""
+    """A token for each of ``count`` recipients."""
     return [sign_token(SECRET, recipient(number), scopes) for number in range(count)]
 
 
@@ -99,7 +99,7 @@ def recipient(number: int) -> str:
 
 
 async def until(condition: Callable[[], bool], what: str) -> None:
-    """Wait for ``condition``; raise :class:`BenchmarkError` when it does not come."""
+    """Wait for ``condition``; raise :class:`BenchmarkError` after ``PATIENCE_S`` seconds."""
     deadline = time.monotonic() + PATIENCE_S
     while not condition():
         if time.monotonic() > deadline:
@@ -111,7 +111,7 @@ async def until(condition: Callable[[], bool], what: str) -> None:
 
 
 class Child:
-    """A process that is told lines and answers with lines."""
+    """A process that reads lines and answers with lines."""
 
     def __init__(self, name: str, process: asyncio.subprocess.Process) -> None:
         self._name = name
@@ -128,7 +128,7 @@ class Child:
         self._process.stdin.write(text.encode())
 
     async def line(self) -> str:
-        """The next line of its stdout; raises :class:`BenchmarkError` when there comes none."""
+        """The next line of its stdout; raises :class:`BenchmarkError` when none comes in time."""
         assert self._process.stdout is not None, "it is a pipe"
         try:
             async with asyncio.timeout(PATIENCE_S):
@@ -144,7 +144,7 @@ class Child:
 async def child(
     name: str, *command: str | Path, env: Mapping[str, str] | None = None
 ) -> AsyncIterator[Child]:
-    """Run ``command`` until the block ends; what it says on stderr is passed on."""
+    """Run ``command`` until the block ends; its stderr is ours."""
     process = await asyncio.create_subprocess_exec(
         *command,
         stdin=asyncio.subprocess.PIPE,
@@ -157,19 +157,21 @@ async def child(
     finally:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
-        await process.communicate()  # waits for its end, and closes the pipes
+        await process.communicate()  # waits until it has ended, and closes the pipes
 
 
 @functools.cache
 def load_program() -> Path:
-    """Compile ``load.c``, once a run, and return the program's path."""
+    """Compile ``load.c`` once in a run, and return the path of the program."""
     BUILD.mkdir(exist_ok=True)
-    fresh = BUILD / f"load.{os.getpid()}"  # another run may be using the one that is there
+    fresh = BUILD / f"load.{os.getpid()}"  # another run may be using the existing program
     source = Path(__file__).with_name("load.c")
     try:
         subprocess.run(["cc", "-O2", "-o", fresh, source], check=True)
     except FileNotFoundError:
-        raise BenchmarkError("a C compiler is needed, as the command cc") from None
+        raise BenchmarkError(
+            "the benchmarks need a C compiler as the command cc: install gcc or clang"
+        ) from None
     except subprocess.CalledProcessError:
         raise BenchmarkError("load.c does not compile") from None
     return fresh.rename(BUILD / "load")
@@ -177,9 +179,9 @@ def load_program() -> Path:
 
 @contextlib.asynccontextmanager
 async def instance(**more: str) -> AsyncIterator[Server]:
-    """A real ``pokebridge serve`` on a free port, without limits for strangers.
+    """A real ``pokebridge serve`` on a free port, without limits on handshakes.
 
-    ``more``: further settings.
+    ``more`` are further settings.
     """
     settings = {
         "host": "127.0.0.1",
@@ -221,14 +223,14 @@ def _ports(process: psutil.Process) -> Iterator[int]:
 
 @contextlib.asynccontextmanager
 async def peer(kind: str) -> AsyncIterator[tuple[Server, Child]]:
-    """A server of ``peers.py``, and the process to tell how many sweeps of pokes it shall send."""
+    """A server of ``peers.py``, and the process that takes the number of sweeps to send."""
     async with child(kind, sys.executable, "-m", "benchmarks.peers", kind) as it:
         yield Server(int(await it.line()), psutil.Process(it.pid)), it
 
 
 @contextlib.asynccontextmanager
 async def websockets_server() -> AsyncIterator[Server]:
-    """The yardstick: the ``websockets`` library's server, with the same check of the token."""
+    """The reference: the server of the ``websockets`` library, with the same token check."""
     async with peer("websockets") as (server, _):
         yield server
 
@@ -237,14 +239,14 @@ async def websockets_server() -> AsyncIterator[Server]:
 
 
 class Herd:
-    """Clients in C that have all heard ``ready``."""
+    """Clients, written in C, that have all received ``ready``."""
 
     def __init__(self, process: Child) -> None:
         self._process = process
         self._heard = 0
 
     async def hear(self, count: int) -> None:
-        """Wait until all together have heard exactly ``count`` more pokes."""
+        """Wait until the clients together have received exactly ``count`` more pokes."""
         self._heard += count
         try:
             heard = int(await self._process.line())
@@ -258,9 +260,9 @@ class Herd:
 async def herd(
     port: int, bearers: Sequence[str], *, pokes_at_once: int = _POKES_NOT_COUNTED
 ) -> AsyncIterator[Herd]:
-    """Connect a client for each token; they hang up when the block ends.
+    """Connect a client for each token; they disconnect when the block ends.
 
-    ``pokes_at_once``: how many ``hear`` is asked to wait for, each time.
+    ``pokes_at_once`` is the count of each call of ``hear``.
     """
     arguments = ("read", str(port), str(len(bearers)), str(pokes_at_once))
     async with child("load read", load_program(), *arguments) as it:
@@ -271,7 +273,7 @@ async def herd(
 
 
 async def connect_and_leave(server: Server, bearers: Sequence[str]) -> float:
-    """Connect a client for each token and hang up; the CPU seconds that the handshakes took."""
+    """Connect and disconnect a client for each token; returns the CPU seconds it took."""
     open_files, before_s = server.process.num_fds(), server.cpu_s()
     async with herd(server.port, bearers):
         used_s = server.cpu_s() - before_s

@@ -1,7 +1,7 @@
 """From ``POST /v1/pokes`` to the client's frame, through a real instance.
 
-Pokes are sent at a steady rate, whether or not earlier ones have been answered, so a slow answer
-can't hide the ones behind it. Most of the figure is the publisher's wait for pokes to merge with.
+Pokes are sent at a steady rate, whether or not earlier ones have been answered. So a slow answer
+does not hide the ones behind it. Most of the latency is the publisher's wait to merge pokes.
 """
 
 import asyncio
@@ -80,14 +80,14 @@ async def _health_ms(http: aiohttp.ClientSession) -> float:
 
 
 async def _connect(http: aiohttp.ClientSession, token: str) -> aiohttp.ClientWebSocketResponse:
-    """A session that has heard ``ready``."""
+    """A session that has received ``ready``."""
     socket = await http.ws_connect("/v1/connect", headers={"Authorization": f"Bearer {token}"})
     await socket.receive()
     return socket
 
 
 class _Listener:
-    """A client that notes when its pokes come."""
+    """A client that records when its pokes arrive."""
 
     def __init__(self, recipient: str, socket: aiohttp.ClientWebSocketResponse) -> None:
         self.recipient = recipient
@@ -104,7 +104,7 @@ class _Listener:
                 raise BenchmarkError(f"POST /v1/pokes: {response.status} {await response.text()}")
 
     async def listen(self, pokes: int) -> None:
-        """Hear so many pokes; each is of the oldest POST that has not been heard of."""
+        """Receive ``pokes`` pokes; each answers the oldest POST without one."""
         for _ in range(pokes):
             await self._socket.receive()
             heard_s = time.perf_counter()

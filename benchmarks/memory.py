@@ -1,6 +1,6 @@
-"""Memory of an idle session: what the RSS of a real instance grows by when clients connect.
+"""Memory of an idle session: the growth of a real instance's RSS when clients connect.
 
-The sockets' own memory is the kernel's, about the same for every server, and no part of an RSS.
+The kernel's memory of the sockets is about the same for every server, and not in the RSS.
 """
 
 from contextlib import AbstractAsyncContextManager

@@ -1,4 +1,4 @@
-"""Servers that send pokes when told: ``python -m benchmarks.peers pokebridge|websockets``.
+"""Servers that send pokes on command: ``python -m benchmarks.peers pokebridge|websockets``.
 
 Prints its port; then for each line SWEEPS on stdin it sends so many pokes to every client, one
 client after the other, and prints the CPU seconds (user and system) that took. Both run on uvloop,
@@ -30,7 +30,7 @@ from pokebridge.telemetry import configure_logging
 from pokebridge.tokens import TokenVerifier
 from pokebridge.transport.memory import MemoryTransport
 
-FIRST_VERSION = 1_000_000  # so that all frames are of one size
+FIRST_VERSION = 1_000_000  # so that all frames have the same size
 
 Send = Callable[[range], Awaitable[None]]
 """Sends pokes with these versions, each to every client."""
@@ -56,7 +56,7 @@ async def pokebridge_server() -> AsyncIterator[tuple[int, Send]]:
         for version in versions:
             for recipient in recipients:
                 handle_poke(Poke(recipient, version))
-            await asyncio.sleep(0)  # as signals do not come all in one turn of the loop
+            await asyncio.sleep(0)  # as signals do not all arrive in one turn of the loop
 
     yield server.sockets[0].getsockname()[1], send
     server.close()
@@ -64,7 +64,7 @@ async def pokebridge_server() -> AsyncIterator[tuple[int, Send]]:
 
 
 async def _no_app(scope: Any, receive: Any, send: Any) -> None:
-    """Nothing but upgrades is asked for."""
+    """Do nothing: there are only upgrades."""
 
 
 @contextlib.asynccontextmanager

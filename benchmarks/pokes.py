@@ -1,8 +1,8 @@
 """CPU of a delivered poke: ``handle_poke``, a C loop of ``send()``, and the websockets library.
 
-Each is a process with its own clients over loopback TCP; in every round each sends as much, so that
-a machine that is slower for a while is slower for all three. A round counts only if its clients
-have heard every single poke: none lost, none merged.
+Each is a process with its own clients over loopback TCP. In every round each sends the same number
+of pokes, so a machine that is slow for a while is slow for all three. A round counts only if its
+clients have received every poke: none lost, none merged.
 """
 
 import contextlib
@@ -74,7 +74,7 @@ async def measure(*, clients: int = 1000, parts: int = 5, rounds: int = 10) -> l
 
 @contextlib.asynccontextmanager
 async def _sender(kind: str, clients: int) -> AsyncIterator[tuple[int, Child]]:
-    """A server's port, and the process to tell how many sweeps of pokes it shall send."""
+    """The port of a server, and the process that takes the number of sweeps to send."""
     if kind == "floor":
         async with child("load send", load_program(), "send", str(clients)) as it:
             yield int(await it.line()), it

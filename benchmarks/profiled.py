@@ -1,8 +1,8 @@
-"""The noise ratio that an instance tells, against what a sampling profiler sees from outside.
+"""The noise ratio that an instance reports, compared with a sampling profiler.
 
 An instance in fan-out on NATS receives pokes for others and nothing else. Its ``noise_ratio`` comes
-from one signal in 64, timed with the thread's CPU clock. The yardstick knows nothing of that:
-py-spy stops the process some hundred times a second and looks where its main thread is.
+from one signal in 64, timed with the thread's CPU clock. The reference is independent of that:
+py-spy stops the process some hundred times a second and samples where its main thread is.
 """
 
 import asyncio
@@ -62,7 +62,7 @@ async def measure(
 
 @asynccontextmanager
 async def _strangers(nats: str, per_s: int) -> AsyncIterator[None]:
-    """Pokes for recipients that have no session anywhere, all the time."""
+    """Publish pokes for recipients that have no session anywhere, until cancelled."""
     publishing = asyncio.create_task(_publish(nats, per_s))
     try:
         yield
@@ -90,8 +90,8 @@ async def _publish(nats: str, per_s: int) -> None:
 async def _profile(server: Server, duration_s: int, stacks: Path) -> float:
     """The share of the CPU time that goes into ``Bridge.on_signal``, by py-spy.
 
-    py-spy can't tell a thread that waits in uvloop from one that works, so its samples are shares
-    of the time that passed; the kernel knows what share of that the process had a CPU.
+    py-spy can't tell whether a thread waits in uvloop or works, so its samples are shares of the
+    elapsed time. The kernel knows during which share of that time the process had a CPU.
     """
     py_spy = Path(sys.executable).with_name("py-spy")
     options = ["--duration", str(duration_s), "--rate", str(SAMPLES_PER_S), "--idle", "--threads"]
@@ -111,7 +111,7 @@ async def _profile(server: Server, duration_s: int, stacks: Path) -> float:
     counts = [(stack, int(count)) for stack, _, count in lines if "MainThread" in stack]
     in_bridge = sum(count for stack, count in counts if _IN_BRIDGE.search(stack))
     if not in_bridge:
-        raise BenchmarkError("py-spy saw nothing of the bridge")
+        raise BenchmarkError("py-spy took no sample in Bridge.on_signal")
     return in_bridge / sum(count for _, count in counts) / used
 
 
@@ -120,5 +120,5 @@ async def _noise_ratio(port: int) -> float:
         text = (await http.get("/metrics")).text
     found = re.search(r"^pokebridge_noise_ratio (\S+)$", text, re.MULTILINE)
     if found is None:
-        raise BenchmarkError("the instance tells no noise ratio")
+        raise BenchmarkError("/metrics of the instance has no pokebridge_noise_ratio")
     return float(found[1])

@@ -2,8 +2,8 @@
 
 Prints ``ready`` when it is subscribed (on Pub/Sub URL is the project); then for each line COUNT on
 stdin it receives so many signals, and prints the CPU seconds (user and system) that took, and the
-seconds from the first to the last. ``ours`` is the transport and the bridge, for which every poke
-is a stranger's; ``bare`` is the engine's own client for asyncio, whose messages nobody looks at.
+seconds from the first to the last. ``ours`` is the transport and the bridge, which has no session
+for any poke. ``bare`` is the engine's own client for asyncio, whose messages are dropped.
 Both run on uvloop.
 """
 
@@ -36,7 +36,7 @@ ACK_EVERY_S = 0.1  # as the transport does
 
 
 class Count:
-    """Counts signals down from what was asked for."""
+    """Counts signals until the expected number has arrived."""
 
     def __init__(self) -> None:
         self.first_s = 0.0
@@ -44,7 +44,7 @@ class Count:
         self._done = asyncio.Event()
 
     def add(self, signals: int = 1) -> None:
-        """So many have come."""
+        """Count ``signals`` signals."""
         if not self.first_s:
             self.first_s = time.perf_counter()
         self._left -= signals
@@ -52,7 +52,7 @@ class Count:
             self._done.set()
 
     async def down(self, signals: int) -> None:
-        """Return when so many more have come."""
+        """Wait until ``signals`` more have arrived."""
         self.first_s = 0.0
         self._left += signals
         if self._left > 0:
@@ -70,7 +70,7 @@ async def connect(engine: str, url: str, topic: str, instance: str) -> Transport
 
 
 class NobodyHere:
-    """A receiver whose bridge parses each signal, looks for sessions, and has none."""
+    """A receiver whose bridge parses each signal, and finds no session for it."""
 
     def __init__(self, count: Count) -> None:
         self._bridge = Bridge(SessionMap(max_sessions_per_recipient=1))
@@ -82,7 +82,7 @@ class NobodyHere:
         self._count.add()
 
     def on_gap(self, selection: Selection, reason: str) -> None:
-        """What is lost would be waited for in vain."""
+        """Fail: lost signals would never arrive."""
         sys.exit(f"a gap in {selection}: {reason}")
 
 

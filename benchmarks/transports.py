@@ -1,13 +1,12 @@
 """CPU of a signal received, and of a poke delivered, on each engine.
 
-A signal received: the transport takes it, the bridge parses it, looks its recipient up and finds
-nobody. The yardstick is the engine's own client for asyncio, whose messages nobody looks at. Both
-are processes of their own that take the same signals in turns, published one a call or a hundred a
-call.
+A signal received: the transport takes it, and the bridge parses it and finds no session for it. The
+reference is the engine's own client for asyncio, whose messages are dropped. Both are processes of
+their own that receive the same signals in turns, published one a call or a hundred a call.
 
 A poke delivered: a real ``pokebridge serve`` that takes signals from the engine and writes frames
-to clients over loopback TCP, which count them. The yardstick is again the bare client, which has a
-message for each poke and does nothing with it.
+to clients over loopback TCP, which count them. The reference is again the bare client, which
+receives a message for each poke and drops it.
 """
 
 import asyncio
@@ -89,7 +88,7 @@ async def measure(
 
 
 class _Pair(NamedTuple):
-    """Who publishes to a receiver, and the receiver."""
+    """A receiver, and the transport that publishes to it."""
 
     publisher: Transport
     receiver: Child
