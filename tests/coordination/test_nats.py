@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import re
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import nats
@@ -16,7 +17,7 @@ from pokebridge.errors import CoordinationError
 from pokebridge.testing.coordination import Connect, CoordinationContract, member
 from tests.coordination.stores import ConnectTo, LoseData, StoreSuite, answers, connections
 from tests.support import Daemon, free_port, wait_until
-from tests.support.engines import BIN
+from tests.support.engines import run_configured_nats
 
 _clusters = itertools.count()
 
@@ -199,20 +200,8 @@ NEWS = ', "pokebridge.default.changed"'
 @pytest.fixture
 def run_server(tmp_path: Path) -> Iterator[Callable[[str], Daemon]]:
     """Starts a NATS server with a configuration, and kills it afterwards."""
-    servers: list[Daemon] = []
-
-    def run(config: str) -> Daemon:
-        port = free_port()
-        (tmp_path / "nats.conf").write_text(config)
-        command = [str(BIN / "nats-server"), "-c", "nats.conf", "-a", "127.0.0.1", "-p", str(port)]
-        url = f"nats://bridge:secret@127.0.0.1:{port}"
-        servers.append(Daemon("nats-server", command, port=port, url=url, directory=tmp_path))
-        servers[-1].start()
-        return servers[-1]
-
-    yield run
-    for server in servers:
-        server.kill()
+    with ExitStack() as running:
+        yield lambda config: running.enter_context(run_configured_nats(tmp_path, config))
 
 
 async def test_the_documented_permissions_are_enough(
@@ -225,7 +214,7 @@ async def test_the_documented_permissions_are_enough(
     config = ALLOWED % (tmp_path, CREATE, NEWS)
     server = await asyncio.to_thread(run_server, config)
     for _ in range(2):
-        store = await connect_to(server.url)
+        store = await connect_to(f"nats://bridge:secret@{server.address}")
         await store.renew(member("a"), 60)
         assert await store.members() == [member("a")]
         assert await store.lead("a", 60)
@@ -259,7 +248,7 @@ async def test_what_a_server_lacks_is_said_in_a_line(
     server = await asyncio.to_thread(run_server, config)
 
     async def use() -> None:
-        store = await connect_to(server.url)
+        store = await connect_to(f"nats://bridge:secret@{server.address}")
         await store.members()
 
     for module in ("nats", "store_connection"):  # the answer is not waited for

