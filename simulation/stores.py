@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any, TypeVar
@@ -276,9 +276,9 @@ class SimMailbox:
             )
         )
 
-    async def head(self, recipient: str) -> int:
+    async def heads(self, recipients: Sequence[str]) -> Mapping[str, int]:
         """See the port."""
-        return await self._call(lambda kept: kept.head(recipient))
+        return await self._call(lambda kept: kept.heads(recipients))
 
     async def see_device(self, recipient: str, device: str) -> None:
         """See the port."""

@@ -41,8 +41,9 @@ class State(Enum):
     """Nothing more may be written; the socket is to be dropped."""
 
 
+UNKNOWN_VERSION = 0
+"""Stands for "some newer version": the poke had none."""
 _NOTHING = -1
-_UNKNOWN_VERSION = 0
 
 
 class Session:
@@ -61,6 +62,7 @@ class Session:
         "id",
         "recipient",
         "state",
+        "told",
     )
 
     def __init__(
@@ -84,6 +86,8 @@ class Session:
         self._ends_at = ends_at
         self._due_at = now + timing.ready_timeout_s
         self._pending = _NOTHING
+        self.told = UNKNOWN_VERSION
+        """The newest version that the client was poked for; unknown after a poke without one."""
         self._awaiting_pong = False
         self._blocked = False
         self._heard = 0
@@ -121,8 +125,8 @@ class Session:
         if self.state is not State.OPEN:
             return False
         # An unversioned poke may be newer than any version that we know, so it absorbs.
-        if version is None or self._pending == _UNKNOWN_VERSION:
-            self._pending = _UNKNOWN_VERSION
+        if version is None or self._pending == UNKNOWN_VERSION:
+            self._pending = UNKNOWN_VERSION
         else:
             self._pending = max(self._pending, version)
         return False
@@ -143,7 +147,7 @@ class Session:
         pending, self._pending = self._pending, _NOTHING
         if pending == _NOTHING:
             return b""
-        return poke_frame(None if pending == _UNKNOWN_VERSION else pending)
+        return poke_frame(None if pending == UNKNOWN_VERSION else pending)
 
     def hear(self) -> bool:
         """Count a frame from the client; False when it sends more than any client of ours does."""

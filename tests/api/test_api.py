@@ -21,6 +21,7 @@ from pokebridge.model import NewMessage, Poke
 from pokebridge.sharding import shard_of
 from pokebridge.submission import MAX_BODY_DEPTH
 from pokebridge.telemetry import Metric
+from pokebridge.testing.mailbox_kit import head
 from pokebridge.tokens import Claims, TokenVerifier
 from tests.api.api_world import ALICE, BOB, INSTANCE, SECRET, World, bearer, http_client
 
@@ -282,7 +283,7 @@ class TestSend:
         """A message with a TTL is committed with it; whole and broken seconds are both fine."""
         assert (await send(http, 1, ttl_s=60)).status_code == 202
         assert (await send(http, 1, ttl_s=0.5)).status_code == 202
-        assert await world.mailbox.head(BOB) == 2
+        assert await head(world.mailbox, BOB) == 2
 
     async def test_ephemeral(self, http: httpx.AsyncClient, world: World) -> None:
         """An ephemeral message is there for half a minute at most, whatever its TTL says."""

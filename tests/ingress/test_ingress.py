@@ -23,7 +23,7 @@ from pokebridge.mailbox.base import Limits
 from pokebridge.mailbox.memory import MemoryMailbox
 from pokebridge.model import NewMessage, Receipt
 from pokebridge.submission import read_queued
-from pokebridge.testing.mailbox_kit import ALICE, BOB, EVE, versions
+from pokebridge.testing.mailbox_kit import ALICE, BOB, EVE, head, versions
 from pokebridge.testing.pubsub import PubSubServer
 from tests.ingress.queues import DeadLetter, NatsQueue, PubSubQueue, Queue
 from tests.support import Daemon, free_port, wait_until
@@ -251,7 +251,7 @@ async def test_closing_settles_what_was_taken(nats_queue: NatsQueue) -> None:
     async with reading(await nats_queue.source(), sender):
         await nats_queue.publish(*(order(body=n) for n in range(50)))
         await wait_until(lambda: sender.calls > 0)
-    count = await sender.mailbox.head(BOB)
+    count = await head(sender.mailbox, BOB)
 
     async def is_settled() -> bool:  # the server counts acks a moment after it was sent them
         return await nats_queue.unacked() == 50 - count
@@ -304,7 +304,7 @@ async def test_a_subject_of_the_stream_is_read(nats_queue: NatsQueue) -> None:
         await nats_queue.publish_beside(order(EVE))
         await nats_queue.publish(order())
         await wait_until(lambda: ingress.results["committed"] == 1)
-    assert await sender.mailbox.head(EVE) == 0
+    assert await head(sender.mailbox, EVE) == 0
 
 
 async def test_a_stream_that_is_missing_is_named(nats_server: Daemon) -> None:

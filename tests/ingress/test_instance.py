@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 
 from pokebridge.mailbox.sqlite import SqliteMailbox
-from pokebridge.testing.mailbox_kit import ALICE, BOB
+from pokebridge.testing.mailbox_kit import ALICE, BOB, head
 from tests.ingress.queues import NatsQueue
 from tests.support import Daemon, Serve, wait_until
 
@@ -42,7 +42,7 @@ async def test_every_message_is_committed_once_whoever_is_killed(
     publishing = asyncio.create_task(queue.publish(*bodies))
 
     async def has(count: int) -> bool:
-        return await mailbox.head(BOB) >= count
+        return await head(mailbox, BOB) >= count
 
     await wait_until(partial(has, COUNT // 10))
     await asyncio.to_thread(dying.kill)
@@ -63,7 +63,7 @@ async def test_every_message_is_committed_once_whoever_is_killed(
         return await queue.unacked() == 0 and (await mailbox.stats()).outbox == 0
 
     await wait_until(nothing_is_left, timeout_s=30)
-    assert await mailbox.head(BOB) == COUNT
+    assert await head(mailbox, BOB) == COUNT
     assert [letter.body for letter in await queue.dead_letters()] == [b"Dear Bob"]
     async with dying.async_http() as http:
         metrics = (await http.get("/metrics")).text

@@ -20,6 +20,7 @@ from typing import Protocol
 import pytest
 
 from pokebridge.mailbox.postgres import PostgresMailbox
+from pokebridge.testing.mailbox_kit import head
 from tests.mailbox import crowd
 from tests.support import Daemon, Serve, wait_until
 
@@ -149,7 +150,7 @@ async def _all_read(mailbox: PostgresMailbox, read: dict[str, Path]) -> None:
     """Wait until each device has read up to the head, which moves no more."""
 
     async def caught_up() -> bool:
-        heads = {recipient: await mailbox.head(recipient) for recipient in crowd.RECIPIENTS}
+        heads = {recipient: await head(mailbox, recipient) for recipient in crowd.RECIPIENTS}
         logs = [logged(path) for path in read.values()]
         return all(
             log[recipient] and log[recipient][-1][0] == head

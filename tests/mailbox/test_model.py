@@ -38,9 +38,9 @@ def read(recipient: str, after: int, limit: int, max_bytes: int, known: int | No
     )
 
 
-def head(recipient: str) -> Operation:
+def heads(recipient: str) -> Operation:
     """Ask for the head."""
-    return lambda mailbox: mailbox.head(recipient)
+    return lambda mailbox: mailbox.heads([recipient])
 
 
 def ack(recipient: str, device: str, version: int) -> Operation:
@@ -100,7 +100,7 @@ operations: st.SearchStrategy[Operation | float] = st.one_of(
     ),
     st.builds(ack, recipients, devices, numbers),
     st.builds(see_device, recipients, devices),
-    st.builds(head, recipients),
+    st.builds(heads, recipients),
     st.builds(clear, recipients),
     st.just(stats),
     st.builds(confirm_outbox, st.lists(pokes, max_size=3)),

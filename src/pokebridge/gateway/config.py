@@ -6,6 +6,7 @@ from math import inf
 
 from pokebridge.gateway.handshake import Network
 from pokebridge.gateway.subscriptions import SubscriptionTiming
+from pokebridge.gateway.verification import DEFAULT_EVERY_S
 from pokebridge.model import Mode
 from pokebridge.placement import PlacementRules
 from pokebridge.session import Timing
@@ -33,6 +34,8 @@ class GatewayConfig:
     shard_count: int = DEFAULT_SHARD_COUNT
     mode: Mode = "fanout"
     """The mode until the first shard map arrives."""
+    verify_every_s: float = DEFAULT_EVERY_S
+    """How often each session is compared with its recipient's mailbox."""
     placement: PlacementRules = field(default_factory=PlacementRules)
     max_session_s: float = inf
     """The longest life of a session. Each session gets a random share of it, 80 to 100 %, so that

@@ -15,7 +15,7 @@ import structlog
 from pokebridge.errors import FrameError
 from pokebridge.framing import FrameEvent, FrameParser, Opcode, decode_close, encode_frame
 from pokebridge.gateway.wheel import Wheel
-from pokebridge.session import Session, State
+from pokebridge.session import UNKNOWN_VERSION, Session, State
 from pokebridge.wire import PONG_FRAME, Ping, decode_client_message, move_frame
 
 log = structlog.get_logger(__name__)
@@ -97,6 +97,21 @@ class Connection(asyncio.Protocol):
         """The recipient of the session."""
         return self.session.recipient
 
+    @property
+    def is_open(self) -> bool:
+        """Whether ``ready`` is said and the end has not begun."""
+        return self.session.state is State.OPEN
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the socket is gone, or about to be."""
+        return self.session.state in {State.CLOSING, State.CLOSED}
+
+    @property
+    def told(self) -> int:
+        """The newest version that the client was poked for."""
+        return self.session.told
+
     def begin(self, response: bytes) -> None:
         """Take the transport over from the HTTP protocol and accept the handshake."""
         transport = self._transport
@@ -122,13 +137,18 @@ class Connection(asyncio.Protocol):
 
     def notify(self, version: int | None, frame: bytes) -> bool:
         """Send the poke ``frame``, or merge it. Returns whether it was sent."""
+        session = self.session
+        if version is None:
+            session.told = UNKNOWN_VERSION
+        elif version > session.told:
+            session.told = version
         sent = 0
         if self._direct is not None:
             try:
                 sent = self._direct.send(frame)
             except OSError:
                 sent = 0  # full or broken: the transport finds out as well, and acts
-        elif not self.session.poke(version):
+        elif not session.poke(version):
             return False
         if sent < len(frame):
             self._transport.write(frame[sent:])

@@ -20,6 +20,7 @@ from pokebridge.gateway.handshake import Handshake
 from pokebridge.gateway.session_map import SessionMap
 from pokebridge.gateway.shard_routing import Reach, ShardRouting
 from pokebridge.gateway.subscriptions import SubscriptionManager
+from pokebridge.gateway.verification import Heads, Verification
 from pokebridge.gateway.wheel import Wheel
 from pokebridge.placement import Placement, ShardMap
 from pokebridge.sharding import shard_of
@@ -34,7 +35,14 @@ _READY_EVERY_S = 0.1
 class Gateway:
     """All sessions of one instance, and the bridge that feeds them."""
 
-    def __init__(self, config: GatewayConfig, transport: Transport, verifier: Verifier) -> None:
+    def __init__(
+        self,
+        config: GatewayConfig,
+        transport: Transport,
+        verifier: Verifier,
+        heads: Heads | None = None,
+    ) -> None:
+        """``heads`` looks up the newest versions in the mailbox; ``None``: there is no mailbox."""
         self.instance = config.instance
         """This instance's id."""
         self.sessions: SessionMap[Connection] = SessionMap(config.max_sessions_per_recipient)
@@ -59,6 +67,8 @@ class Gateway:
         """Knows where each recipient belongs."""
         self.entrance = Entrance(config, verifier, self, self._add)
         """Admits new sessions."""
+        self.verification = None if heads is None else Verification(heads, config.verify_every_s)
+        """Pokes the sessions that are behind the mailbox."""
         self.wheel = Wheel()
         """The deadlines of all sockets, plain HTTP ones included."""
         self.pulls_per_s = 1000.0
@@ -92,6 +102,8 @@ class Gateway:
             return
         await self.subscriptions.start(self.shard_routing.wanted(self.now()))
         self._spawn(self._keep_time())
+        if self.verification is not None:
+            self._spawn(self._keep_verifying(self.verification))
 
     async def close(self) -> None:
         """Stop, and drop the connections that are still open."""
@@ -203,6 +215,8 @@ class Gateway:
     def _open(self, connection: Connection) -> None:
         # Sessions that began together, as after a restart, must not be pinged together.
         connection.open(spread(self._config.timing.ping_interval_s, 0.5, 1.0))
+        if self.verification is not None:
+            self.verification.add(connection)
         self.on_ready(connection.recipient, connection.session.device)
 
     def _open_waiting(self) -> None:
@@ -229,6 +243,11 @@ class Gateway:
             await asyncio.sleep(1.0)
             self.bridge.mark_time()
             self._update_subscriptions()
+
+    async def _keep_verifying(self, verification: Verification) -> None:
+        while True:
+            await asyncio.sleep(1.0)
+            await verification.step(self.now(), in_doubt=self.subscriptions.is_in_doubt)
 
     def _spawn(self, coroutine: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(coroutine)

@@ -1,6 +1,6 @@
 """The mailbox port: a durable log for each recipient, and its guarantees."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
 
@@ -14,6 +14,8 @@ SEEN_EVERY_MS: Final = DAY_MS
 """The shortest time between two writes of a device's last contact."""
 PAGE_BYTES: Final = 1024 * 1024
 """The largest total size of a page's bodies, so that 500 large messages are several pages."""
+HEADS_BATCH: Final = 1000
+"""Recipients whose heads one call may ask for."""
 FORGET_BATCH: Final = 10
 """Devices that one purge forgets at most. Each may free a whole mailbox of messages."""
 MAX_WAITING: Final = 10_000
@@ -115,8 +117,11 @@ class Mailbox(Protocol):
         equals ``unless_head``.
         """
 
-    async def head(self, recipient: str) -> int:
-        """The newest version ever given to ``recipient``. 0: it never had a message."""
+    async def heads(self, recipients: Sequence[str]) -> Mapping[str, int]:
+        """The newest version ever given to each of ``recipients``; 0 for one that has none.
+
+        One round trip for up to HEADS_BATCH recipients, one look-up by key for each.
+        """
 
     async def see_device(self, recipient: str, device: str) -> None:
         """Make ``device`` known: from now on messages are kept until it has acked them too.

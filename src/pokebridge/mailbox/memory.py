@@ -2,7 +2,7 @@
 
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import islice
@@ -139,11 +139,11 @@ class MemoryMailbox:
         )
         return page_of(fresh, head=log.head, limit=limit, max_bytes=max_bytes)
 
-    async def head(self, recipient: str) -> int:
+    async def heads(self, recipients: Sequence[str]) -> Mapping[str, int]:
         """See the port."""
         self._check_open()
-        log = self._logs.get(recipient)
-        return log.head if log else 0
+        logs = self._logs
+        return {each: logs[each].head if each in logs else 0 for each in recipients}
 
     async def see_device(self, recipient: str, device: str) -> None:
         """See the port."""

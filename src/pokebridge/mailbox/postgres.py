@@ -6,7 +6,7 @@ one flush of the disk serve them all, whatever their recipients.
 
 import re
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NamedTuple
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
@@ -225,9 +225,10 @@ class PostgresMailbox:
             return page_of((), head=head, limit=limit, max_bytes=max_bytes)
         return await self._page(_Pull(recipient, max(0, after), limit, max_bytes, head))
 
-    async def head(self, recipient: str) -> int:
+    async def heads(self, recipients: Sequence[str]) -> Mapping[str, int]:
         """See the port."""
-        return await self._head(recipient)
+        rows = await self._pool.run(lambda connection: connection.fetch(HEADS, list(recipients)))
+        return dict.fromkeys(recipients, 0) | dict(map(tuple, rows))
 
     async def see_device(self, recipient: str, device: str) -> None:
         """See the port."""
@@ -332,9 +333,8 @@ class PostgresMailbox:
         return answers
 
     async def _read_heads(self, recipients: Sequence[str]) -> list[int | Exception]:
-        rows = await self._pool.run(lambda connection: connection.fetch(HEADS, list(recipients)))
-        heads = dict(map(tuple, rows))
-        return [heads.get(recipient, 0) for recipient in recipients]
+        heads = await self.heads(recipients)
+        return [heads[recipient] for recipient in recipients]
 
     async def _read_pages(self, pulls: Sequence[_Pull]) -> list[Page | Exception]:
         parameters = (

@@ -9,7 +9,7 @@ import asyncio
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -115,9 +115,9 @@ class SqliteMailbox:
 
         return await self._reads.do(read)
 
-    async def head(self, recipient: str) -> int:
+    async def heads(self, recipients: Sequence[str]) -> Mapping[str, int]:
         """See the port."""
-        return await self._reads.do(lambda db: _head(db, recipient))
+        return await self._reads.do(lambda db: {each: _head(db, each) for each in recipients})
 
     async def see_device(self, recipient: str, device: str) -> None:
         """See the port."""

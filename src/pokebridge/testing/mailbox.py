@@ -25,6 +25,7 @@ from pokebridge.testing.mailbox_kit import (
     EVE,
     ManualClock,
     fill,
+    head,
     message,
     unpoked,
     versions,
@@ -46,7 +47,7 @@ class MailboxContract(OutboxContract, LimitsContract):
         """Nothing was ever sent: head 0, an empty page, cursor 0."""
         page = await mailbox.read(BOB, after=0, limit=50)
         assert (page.messages, page.version, page.head, page.more) == ((), 0, 0, False)
-        assert await mailbox.head(BOB) == 0
+        assert await head(mailbox, BOB) == 0
 
     async def test_what_was_appended_is_read_back(
         self, mailbox: Mailbox, clock: ManualClock
@@ -97,7 +98,7 @@ class MailboxContract(OutboxContract, LimitsContract):
         ]
         for count, recipient in enumerate(recipients, 1):
             await fill(mailbox, count, recipient)
-        assert [await mailbox.head(recipient) for recipient in recipients] == [
+        assert [await head(mailbox, recipient) for recipient in recipients] == [
             1,
             2,
             3,
@@ -205,7 +206,7 @@ class MailboxContract(OutboxContract, LimitsContract):
             5,
             True,
         )
-        assert await mailbox.head(EVE) == 0
+        assert await head(mailbox, EVE) == 0
 
     async def test_an_id_is_its_senders_own(self, mailbox: Mailbox) -> None:
         """An equal id of another sender, or one that no sender gave, is another message."""
@@ -309,7 +310,7 @@ class MailboxContract(OutboxContract, LimitsContract):
         await mailbox.ack(BOB, "phone", 3)
         page = await mailbox.read(BOB, after=0, limit=50)
         assert (page.messages, page.version, page.head, page.more) == ((), 3, 3, False)
-        assert await mailbox.head(BOB) == 3
+        assert await head(mailbox, BOB) == 3
         assert (await mailbox.append(message())).version == 4
 
     async def test_messages_wait_for_every_known_device(self, mailbox: Mailbox) -> None:
@@ -380,7 +381,7 @@ class MailboxContract(OutboxContract, LimitsContract):
         for call in (
             mailbox.append(message()),
             mailbox.read(BOB, after=0, limit=1),
-            mailbox.head(BOB),
+            mailbox.heads([BOB]),
             mailbox.see_device(BOB, "phone"),
             mailbox.ack(BOB, "phone", 1),
             mailbox.claim_outbox(older_than_s=0, limit=1),

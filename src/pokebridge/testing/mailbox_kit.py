@@ -33,6 +33,11 @@ def message(
     return NewMessage(recipient, sender, id, body, ttl_s, has_idempotency_key, is_ephemeral)
 
 
+async def head(mailbox: Mailbox, recipient: str) -> int:
+    """The newest version ever given to ``recipient``; 0 when there is none."""
+    return (await mailbox.heads([recipient]))[recipient]
+
+
 async def versions(mailbox: Mailbox, recipient: str = BOB, *, after: int = 0) -> list[int]:
     """The versions of all that can be read, page by page."""
     found: list[int] = []
