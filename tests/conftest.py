@@ -46,12 +46,35 @@ settings.register_profile("suite", deadline=None)
 settings.load_profile("suite")
 
 
+# The files that take longest, the longest first. An entry too few or too many costs time alone.
+LONGEST = (
+    "cluster/test_fanout.py",
+    "console/test_playground.py",
+    "simulation/test_seeds.py",
+    "cluster/test_red_line.py",
+    "deploy/test_proxies.py",
+    "console/test_console.py",
+    "cluster/test_partitioned.py",
+    "examples/test_replicache.py",
+    "compat/test_rolling_upgrade.py",
+    "client/test_real_instance.py",
+    "benchmarks/test_measures.py",
+    "cluster/test_chaos.py",
+    "js/test_scenarios.py",
+    "server/test_roles.py",
+    "transport/test_google_pubsub.py",
+    "transport/test_google_pubsub_sweep.py",
+    "cli/test_janitor.py",
+    "cli/test_storm.py",
+    "cluster/test_trouble.py",
+)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The long plays first, lest one process be left with them when the others are done."""
-    items.sort(
-        key=lambda item: "cluster" not in item.path.parts and "janitor" not in item.path.name
-    )
+    """Begin with the longest files, lest one process be left with them when the others are done."""
+    rank = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get("/".join(item.path.parts[-2:]), len(LONGEST)))
 
 
 log_sizes = pytest.StashKey[dict[daemon.Daemon, int]]()

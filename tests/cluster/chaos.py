@@ -10,7 +10,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -319,12 +319,21 @@ async def migrate(stage: Stage) -> None:
             await stage.settled(mode)
 
 
-ACTS = (kill_one, stop_one, kill_leader, cut_store, restart_broker, drain_one, migrate)
+Play = Callable[[Stage], Awaitable[None]]
+ACTS: Sequence[Play] = (
+    kill_one,
+    stop_one,
+    kill_leader,
+    cut_store,
+    restart_broker,
+    drain_one,
+    migrate,
+)
 
 
-async def play(stage: Stage) -> Sequence[Outcome]:
-    """All acts, one after the other; at the end nothing that was answered is missing."""
-    for act in ACTS:
+async def play(stage: Stage, acts: Sequence[Play] = ACTS) -> Sequence[Outcome]:
+    """The acts, one after the other; at the end nothing that was answered is missing."""
+    for act in acts:
         await act(stage)
     await stage.crowd.stop_sending()
     await wait_until(lambda: not stage.crowd.outstanding, 40, "everything being pulled")

@@ -26,7 +26,7 @@ HIGH_PER_S, MIDDLE_PER_S, LOW_PER_S = 120.0, 50.0, 4.0
 RED_LINE = 200.0
 SHARDS, MISPLACED = 100, 20
 # The measures are averages over 10 s, and the rules below ask for 2 s and 3 s more.
-FOLLOWS_WITHIN_S = 30.0
+FOLLOWS_WITHIN_S = 60.0
 WINDOW_S = 10.0
 
 
@@ -99,7 +99,7 @@ async def test_the_load_is_measured_and_acted_on(
     Then an instance dies, and the load is that of two.
     """
     async with (
-        asyncio.timeout(110),
+        asyncio.timeout(280),
         _load(own_nats_server.url) as load,
         instances["one"].async_http("urn:admin", "admin") as http,
     ):
@@ -146,22 +146,34 @@ async def test_all_who_tell_of_the_load_agree(nats_server: Daemon, serve: Serve)
     }
     one = instances["one"]
     async with (
-        asyncio.timeout(60),
+        asyncio.timeout(150),
         _load(nats_server.url) as load,
         one.async_http("urn:admin", "admin") as http,
     ):
         await wait_until(lambda: _says(instances, "red line crossed"), FOLLOWS_WITHIN_S)
         await wait_until(lambda: _is_measured(http, load, 2), FOLLOWS_WITHIN_S)
-        traffic = await _traffic(http)
-        ops_per_s = pytest.approx(traffic["global_ops_per_s"], rel=0.05)
-        assert traffic["over_red_line"]
-        assert await metrics(one, Metric.OVER_RED_LINE, Metric.GLOBAL_OPS) == [1, ops_per_s]
-        plan = await _plan(one)
-        assert plan["fanout"]["global_ops_per_s"] == ops_per_s
-        assert (plan["fanout"]["over_red_line"], plan["verdict"]) == (True, "critical")
-        status = (await asyncio.to_thread(run_command, one, "cluster", "status")).stdout
-        (shown_per_s,) = re.findall(rf"([\d,]+) of {MIDDLE_PER_S:.0f} ops/s", status)
-        assert int(shown_per_s.replace(",", "")) == ops_per_s
+        # They are asked one after the other; while the machine is busy the load moves in between.
+        await wait_until(lambda: _all_agree(one, http), FOLLOWS_WITHIN_S, "all telling the same")
+
+
+async def _all_agree(instance: Instance, http: httpx.AsyncClient) -> bool:
+    traffic = await _traffic(http)
+    is_over, counted_per_s = await metrics(instance, Metric.OVER_RED_LINE, Metric.GLOBAL_OPS)
+    plan = await _plan(instance)
+    status = (await asyncio.to_thread(run_command, instance, "cluster", "status")).stdout
+    (shown_per_s,) = re.findall(rf"([\d,]+) of {MIDDLE_PER_S:.0f} ops/s", status)
+    assert traffic["over_red_line"]
+    assert is_over == 1
+    assert (plan["fanout"]["over_red_line"], plan["verdict"]) == (True, "critical")
+    told_per_s = (
+        counted_per_s,
+        plan["fanout"]["global_ops_per_s"],
+        float(shown_per_s.replace(",", "")),
+    )
+    return all(
+        each_per_s == pytest.approx(traffic["global_ops_per_s"], rel=0.05)
+        for each_per_s in told_per_s
+    )
 
 
 async def _plan(instance: Instance) -> Any:

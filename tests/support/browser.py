@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from playwright.async_api import Browser, Page, async_playwright
+from playwright.async_api import Browser, Page, async_playwright, expect
 
 from tests.support.missing import missing, require
 
@@ -22,6 +22,9 @@ FLAGS = [
     "--disable-sync",
     "--no-first-run",
 ]
+
+# How long a page may take to show what is expected: a limit for what hangs, as all of them are.
+expect.set_options(timeout=30_000)
 
 
 @pytest.fixture
