@@ -5,7 +5,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI
-from prometheus_client import CollectorRegistry
 
 from pokebridge.errors import PokebridgeError
 from pokebridge.gateway.handshake import UpgradeRequest
@@ -25,7 +24,7 @@ _GRACE_S = 5.0
 class _Headless(Instance):
     """The real instance without an HTTP application: SimInstance makes its calls."""
 
-    def _create_app(self, registry: CollectorRegistry) -> FastAPI:  # noqa: ARG002 - the original's signature
+    def _create_app(self) -> FastAPI:
         return FastAPI.__new__(FastAPI)
 
 

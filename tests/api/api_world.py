@@ -1,6 +1,6 @@
 """The HTTP API of an instance, in this process: real tokens and mailbox, no socket."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
@@ -8,9 +8,17 @@ import httpx
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
-from pokebridge.api import schema
-from pokebridge.api.app import Parts
+from pokebridge.api.app import Operations, Parts
+from pokebridge.api.messages import MailboxSide
+from pokebridge.cluster.history import HistoryEntry
+from pokebridge.cluster.load import ClusterLoad, ClusterStatus, InstanceStatus
+from pokebridge.cluster.node import Home
+from pokebridge.cluster.watchers import Watchers
+from pokebridge.coordination.base import Member
+from pokebridge.durations import RequestDurations
 from pokebridge.errors import TransportError
+from pokebridge.mailbox.base import Mailbox
+from pokebridge.mailbox.devices import KnownDevices
 from pokebridge.mailbox.memory import MemoryMailbox
 from pokebridge.model import Mode, NewMessage, Poke, Receipt
 from pokebridge.sharding import shard_of
@@ -21,7 +29,7 @@ INSTANCE = "instance-a"
 BASE_URL = "http://a.example:8080"
 ALICE = "urn:user:alice"
 BOB = "urn:user:bob"
-EVENT = schema.Event("joined:instance-a:1", 1_700_000_000_000, "joined", INSTANCE, "it joined")
+ENTRY = HistoryEntry("joined:instance-a:1", 1_700_000_000_000, "joined", INSTANCE, "it joined")
 
 
 @dataclass
@@ -36,27 +44,32 @@ class World:
     pulled: list[tuple[str, int]] = field(default_factory=list)
     modes: list[tuple[Mode, bool]] = field(default_factory=list)
     not_ready: list[str] = field(default_factory=list)
+    home: Home | None = None
     transport_is_down: bool = False
     has_a_defect: bool = False
 
     def parts(self) -> Parts:
         """The parts of an instance without ``--dev``."""
         return Parts(
-            verify=TokenVerifier(secret=SECRET).verify,
-            mailbox=self.mailbox,
+            verifier=TokenVerifier(secret=SECRET),
+            signaller=self,
+            mailbox=self.mailbox_side(self.mailbox),
+            cluster=self,
+            watchers=_Watchers(self),
+            operations=Operations(
+                not_ready=self._not_ready,
+                registry=CollectorRegistry(),
+                requests=RequestDurations(),
+            ),
+        )
+
+    def mailbox_side(self, mailbox: Mailbox) -> MailboxSide:
+        """What the calls about messages work on."""
+        return MailboxSide(
+            mailbox=mailbox,
             send=self._send,
-            publish_pokes=self._publish_pokes,
-            disconnect=self._disconnect,
-            home_of=lambda recipient: (shard_of(recipient, 100), INSTANCE, ""),
-            view_cluster=self._view_cluster,
-            migrate=self._migrate,
-            drain=self._drain,
-            events=lambda: schema.Events(INSTANCE, 1, [EVENT]),
-            watch=self._watch,
-            not_ready=self._not_ready,
-            registry=CollectorRegistry(),
-            on_pull=lambda _: None,
             on_pulled=lambda recipient, version: self.pulled.append((recipient, version)),
+            devices=KnownDevices(mailbox),
         )
 
     def dev_parts(self) -> Parts:
@@ -72,33 +85,65 @@ class World:
     async def _send(self, message: NewMessage) -> Receipt:
         return await self.mailbox.append(message)
 
-    async def _publish_pokes(self, pokes: Sequence[Poke]) -> None:
+    async def publish(self, pokes: Sequence[Poke]) -> None:
+        """Note the pokes."""
         if self.transport_is_down:
             raise TransportError("the transport does not answer")
         self.pokes.extend(pokes)
 
-    async def _disconnect(self, recipient: str) -> None:
+    async def disconnect(self, recipient: str) -> None:
+        """Note the recipient."""
         self.disconnected.append(recipient)
 
-    def _view_cluster(self) -> schema.Cluster:
+    def home_of(self, recipient: str) -> Home:
+        """This instance, unless the test names another."""
+        return self.home or Home(shard_of(recipient, 100), INSTANCE, "")
+
+    def status(self) -> ClusterStatus:
+        """A cluster of one."""
         if self.has_a_defect:
             raise ZeroDivisionError("a secret detail")
-        instance = schema.Instance(INSTANCE, "ws://a.example/v1/connect", "serving", 2, [0, 1])
-        traffic = schema.Traffic(1.5, 1.5, 5000, 0.25, over_red_line=False)
-        return schema.Cluster("fanout", 1, 100, [instance], traffic)
+        member = Member(INSTANCE, "ws://a.example/v1/connect", "1", 1.0, 0, sessions=2)
+        return ClusterStatus(
+            mode="fanout",
+            epoch=1,
+            shard_count=100,
+            instances=[InstanceStatus(member, "serving", [0, 1])],
+            load=ClusterLoad(1.5, 1.5, 1),
+            noise_ratio=0.25,
+            red_line_ops_per_s=5000,
+            is_over_red_line=False,
+            seen_by=INSTANCE,
+            history_count=1,
+            trouble="",
+        )
 
-    async def _migrate(self, mode: Mode, *, force: bool) -> None:
+    @property
+    def history(self) -> Iterable[HistoryEntry]:
+        """One entry."""
+        return [ENTRY]
+
+    async def migrate(self, mode: Mode, *, force: bool) -> None:
+        """Note the mode."""
         self.modes.append((mode, force))
 
-    def _watch(self, recipient: str) -> float:
-        self.watching.append(recipient)
-        return 30.0
-
-    async def _drain(self, instance: str) -> None:
+    async def drain(self, instance: str) -> None:
+        """Note the instance."""
         self.drained.append(instance)
 
     async def _not_ready(self) -> Sequence[str]:
         return self.not_ready
+
+
+class _Watchers(Watchers):
+    def __init__(self, world: World) -> None:
+        super().__init__(world.status, world.publish, world.pokes.append)
+        self._world = world
+
+    def add(self, recipient: str) -> float:
+        """Note the recipient."""
+        self._world.watching.append(recipient)
+        return 30.0
 
 
 def bearer(subject: str, scopes: str = "") -> dict[str, str]:

@@ -15,6 +15,7 @@ from starlette.types import Message
 
 from pokebridge.api.app import BODY_CAP_BYTES, create_api
 from pokebridge.api.metrics import Value, expose
+from pokebridge.cluster.node import Home
 from pokebridge.mailbox.base import Limits
 from pokebridge.mailbox.memory import MemoryMailbox
 from pokebridge.model import NewMessage, Poke
@@ -120,7 +121,7 @@ class TestWhoMayCall:
     async def test_keys_unavailable(self, world: World) -> None:
         """When the issuer's keys can't be had the caller is asked to come again, not logged out."""
         verifier = TokenVerifier(jwks_url="http://127.0.0.1:9/keys")
-        parts = replace(world.parts(), verify=verifier.verify)
+        parts = replace(world.parts(), verifier=verifier)
         # An ES256 header and made-up rest: the key must be fetched before it can be refused.
         token = "eyJhbGciOiJFUzI1NiJ9.e30.AAAA"
         async with http_client(create_api(parts)) as http:
@@ -449,7 +450,7 @@ class TestPull:
             async def see_device(self, recipient: str, device: str) -> None:
                 seen.append(device)
 
-        parts = replace(world.parts(), mailbox=Counting())
+        parts = replace(world.parts(), mailbox=world.mailbox_side(Counting()))
         async with http_client(create_api(parts)) as http:
             for device in ("a", "b", "a", "c", "a", "b"):
                 await pull(http, device=device)
@@ -495,8 +496,8 @@ class TestSessionsAndCluster:
             "shard": shard_of(BOB, 100),
             "instance": INSTANCE,
         }
-        parts = replace(world.parts(), home_of=lambda _: (42, "b", "wss://b.example/v1/connect"))
-        async with http_client(create_api(parts)) as http_of_another:
+        world.home = Home(42, "b", "wss://b.example/v1/connect")
+        async with http_client(create_api(world.parts())) as http_of_another:
             response = await http_of_another.get("/v1/connect-info", headers=bearer(BOB))
         assert response.json() == {
             "url": "wss://b.example/v1/connect",
@@ -569,7 +570,7 @@ class TestSessionsAndCluster:
 
     async def test_without_a_mailbox_there_are_no_messages(self, world: World) -> None:
         """An instance that only bridges pokes, and knows no messages."""
-        parts = replace(world.parts(), mailbox=None, send=None)
+        parts = replace(world.parts(), mailbox=None)
         async with http_client(create_api(parts)) as http:
             for method, path in (
                 ("GET", "/v1/messages"),
@@ -615,7 +616,7 @@ class TestOperations:
             Metric.POKES: 2,
             Metric.HANDSHAKES: {("101",): 4, ("401",): 1},
         }
-        expose(parts.registry, lambda: numbers)
+        expose(parts.operations.registry, lambda: numbers)
         async with http_client(create_api(parts)) as http:
             numbers[Metric.POKES] = 3
             await send(http, 1)

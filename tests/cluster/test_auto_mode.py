@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from pokebridge.cluster.auto_mode import RedLine
+from pokebridge.cluster.auto_mode import RedLineMonitor
+from pokebridge.cluster.load import ClusterLoad
 from pokebridge.costs import WatchRules
 from pokebridge.errors import ConflictError, CoordinationError
 from pokebridge.model import Mode
@@ -31,7 +32,7 @@ class Cluster:
 
 
 async def pass_time(
-    red_line: RedLine,
+    red_line: RedLineMonitor,
     cluster: Cluster,
     load: tuple[float, int],
     seconds: range,
@@ -42,19 +43,15 @@ async def pass_time(
     messages_per_s, instances = load
     for now in seconds:
         fan_out = messages_per_s * instances
-        await red_line.observe(
-            ops_per_s=fan_out if cluster.mode == "fanout" else messages_per_s,
-            fan_out_ops_per_s=fan_out,
-            mode=cluster.mode,
-            is_leader=is_leader,
-            now=now,
-        )
+        ops_per_s = fan_out if cluster.mode == "fanout" else messages_per_s
+        measured = ClusterLoad(messages_per_s, ops_per_s, instances)
+        await red_line.observe(measured, cluster.mode, is_leader=is_leader, now=now)
 
 
 async def test_auto_migrates_once_and_back_once() -> None:
     """A load that rises over the line and falls again moves the cluster there and back."""
     cluster = Cluster()
-    red_line = RedLine(LINE, RULES, cluster.migrate)
+    red_line = RedLineMonitor(LINE, RULES, cluster.migrate)
     await pass_time(red_line, cluster, (100, 10), range(60))
     assert cluster.migrations == []
     await pass_time(red_line, cluster, (1000, 10), range(60, 200))
@@ -67,7 +64,7 @@ async def test_auto_migrates_once_and_back_once() -> None:
 async def test_without_auto_the_line_is_only_told() -> None:
     """An operator decides; the figure says that it is over, and after a while that it is not."""
     cluster = Cluster()
-    red_line = RedLine(LINE, RULES, None)
+    red_line = RedLineMonitor(LINE, RULES, None)
     await pass_time(red_line, cluster, (1000, 10), range(60))
     assert red_line.is_over
     await pass_time(red_line, cluster, (10, 10), range(60, 120))
@@ -77,7 +74,7 @@ async def test_without_auto_the_line_is_only_told() -> None:
 async def test_an_operator_who_goes_back_is_not_overruled() -> None:
     """What auto has done once it does not repeat before the line is crossed anew."""
     cluster = Cluster()
-    red_line = RedLine(LINE, RULES, cluster.migrate)
+    red_line = RedLineMonitor(LINE, RULES, cluster.migrate)
     await pass_time(red_line, cluster, (1000, 10), range(60))
     cluster.mode = "fanout"
     await pass_time(red_line, cluster, (1000, 10), range(60, 200))
@@ -87,12 +84,12 @@ async def test_an_operator_who_goes_back_is_not_overruled() -> None:
 async def test_only_the_leader_acts_and_a_new_one_knows_the_past() -> None:
     """A follower that watched takes over what was due, and what its forerunner has done."""
     cluster = Cluster()
-    red_line = RedLine(LINE, RULES, cluster.migrate)
+    red_line = RedLineMonitor(LINE, RULES, cluster.migrate)
     await pass_time(red_line, cluster, (1000, 10), range(60), is_leader=False)
     assert cluster.migrations == []
     await pass_time(red_line, cluster, (1000, 10), range(60, 62))
     assert cluster.migrations == ["partitioned"]
-    newcomer = RedLine(LINE, RULES, cluster.migrate)
+    newcomer = RedLineMonitor(LINE, RULES, cluster.migrate)
     await pass_time(newcomer, cluster, (10, 10), range(62, 120))
     assert cluster.migrations == ["partitioned", "fanout"]
 
@@ -100,7 +97,7 @@ async def test_only_the_leader_acts_and_a_new_one_knows_the_past() -> None:
 async def test_a_store_that_is_away_is_asked_again_and_a_refusal_is_final() -> None:
     """What could not be written is tried until it can; what is refused waits for an operator."""
     cluster = Cluster(obstacle=CoordinationError("away"))
-    red_line = RedLine(LINE, RULES, cluster.migrate)
+    red_line = RedLineMonitor(LINE, RULES, cluster.migrate)
     await pass_time(red_line, cluster, (1000, 10), range(60))
     assert cluster.attempts > 2
     cluster.obstacle = ConflictError("half of the signals carry no shard")

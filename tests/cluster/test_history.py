@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-from pokebridge.cluster.history import KEPT, Events
+from pokebridge.cluster.history import KEPT, History
 from pokebridge.cluster.membership import View
 from pokebridge.coordination.base import Member, Report
 from pokebridge.model import Mode
@@ -35,16 +35,16 @@ def view(
 
 def told(*views: View) -> list[tuple[str, str]]:
     """Kinds and texts of what the last of ``views`` brought."""
-    events = Events(lambda: NOW_S)
+    history = History(lambda: NOW_S)
     for each in views[:-1]:
-        events.see(each)
-    return [(event.kind, event.text) for event in events.see(views[-1])]
+        history.add(each)
+    return [(event.kind, event.text) for event in history.add(views[-1])]
 
 
 def test_the_first_view_tells_who_is_there() -> None:
     """Those that were there before joined when they say they did; nothing has moved."""
-    events = Events(lambda: NOW_S)
-    first = events.see(view([member("a"), member("b")], "ab"))
+    history = History(lambda: NOW_S)
+    first = history.add(view([member("a"), member("b")], "ab"))
     assert [(each.id, each.at_ms) for each in first] == [("joined:a:1", 5), ("joined:b:1", 5)]
 
 
@@ -111,28 +111,28 @@ def test_two_instances_give_an_event_the_same_id() -> None:
     """Whenever each of them saw it."""
     before = view([member("a"), member("b")], "ab")
     after = view([member("a")], "aa", epoch=2)
-    early, late = Events(lambda: NOW_S), Events(lambda: NOW_S + 3)
-    for events in (early, late):
-        events.see(before)
-        events.see(after)
+    early, late = History(lambda: NOW_S), History(lambda: NOW_S + 3)
+    for history in (early, late):
+        history.add(before)
+        history.add(after)
     assert [each.id for each in early] == [each.id for each in late]
     assert [each.id for each in early][-2:] == ["died:b:1", "moved:2:died:b:1"]
 
 
 def test_an_owner_that_comes_and_goes_is_told_every_time() -> None:
     """With a ring the epoch stays the same, and so may the owners; the ids differ all the same."""
-    events = Events(lambda: NOW_S)
+    history = History(lambda: NOW_S)
     for life in "123":
-        events.see(view([member("a")], "aa"))
-        events.see(view([member("a"), member("b", life=life)], "ab"))
-    ids = [each.id for each in events]
+        history.add(view([member("a")], "aa"))
+        history.add(view([member("a"), member("b", life=life)], "ab"))
+    ids = [each.id for each in history]
     assert len(set(ids)) == len(ids)
 
 
 def test_only_the_newest_are_kept() -> None:
     """The count goes on."""
-    events = Events(lambda: NOW_S)
+    history = History(lambda: NOW_S)
     for life in range(KEPT + 10):
-        events.see(view([member("a", life=str(life))], "a"))
-    assert events.count == KEPT + 10
-    assert len(list(events)) == KEPT
+        history.add(view([member("a", life=str(life))], "a"))
+    assert history.count == KEPT + 10
+    assert len(list(history)) == KEPT

@@ -10,6 +10,7 @@ from pokebridge.cluster.node import Cluster
 from pokebridge.coordination.base import Coordination
 from pokebridge.coordination.memory import MemoryCoordination
 from pokebridge.coordination.static import Replicas, StaticCoordination
+from pokebridge.durations import RequestDurations
 from pokebridge.errors import ConflictError, NotFoundError
 from pokebridge.gateway.config import GatewayConfig
 from pokebridge.gateway.gateway import Gateway
@@ -77,6 +78,7 @@ class Nodes:
             settings,
             gateway,
             coordination or self.store.connect(),
+            RequestDurations(),
             url=settings.advertise_url or "",
             has_peers=has_peers,
             on_drain=lambda: drains.append(name),
@@ -119,7 +121,7 @@ async def test_a_migration_there_and_back(nodes: Nodes) -> None:
         lambda: holds_its_shards(one) and holds_its_shards(two),
         what="both instances holding their shards",
     )
-    shown = one.cluster.show()
+    shown = one.cluster.status()
     assert shown.mode == "partitioned"
     assert sorted(shard for each in shown.instances for shard in each.shards) == list(range(SHARDS))
     await one.cluster.migrate("fanout", force=False)
@@ -198,7 +200,7 @@ async def test_a_drain_hands_the_shards_over_first(nodes: Nodes) -> None:
     await one.cluster.hand_over()
     assert not one.owned
     await wait_until(lambda: len(two.owned) == SHARDS, what="two having every shard")
-    states = {each.id: each.state for each in two.cluster.show().instances}
+    states = {each.member.id: each.state for each in two.cluster.status().instances}
     assert states == {"one": "draining", "two": "active"}
 
 
@@ -232,6 +234,6 @@ async def test_the_load_is_what_all_instances_receive(nodes: Nodes) -> None:
     one, two = await nodes.add("one"), await nodes.add("two")
     await wait_until(lambda: "two" in one.cluster.view.members, what="one seeing two")
     await nodes.bus.publish([Signal(b'{"recipient":"bob"}', 3)] * 1000)
-    traffic = two.cluster.show().traffic
-    assert traffic.messages_per_s > 50
-    assert traffic.global_ops_per_s == pytest.approx(2 * traffic.messages_per_s)
+    load = two.cluster.status().load
+    assert load.messages_per_s > 50
+    assert load.ops_per_s == pytest.approx(2 * load.messages_per_s)

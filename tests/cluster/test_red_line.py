@@ -107,7 +107,7 @@ async def test_the_load_is_measured_and_acted_on(
             lambda: _is_measured(http, load, 3), FOLLOWS_WITHIN_S, "the true load in fan-out"
         )
         load.per_s = HIGH_PER_S
-        await wait_until(lambda: _says(instances, "red line crossed"), FOLLOWS_WITHIN_S)
+        await wait_until(lambda: _says(instances, "red_line_crossed"), FOLLOWS_WITHIN_S)
         await wait_until(lambda: _is_in(http, "partitioned"), FOLLOWS_WITHIN_S, "partitioned")
         async with _clients_elsewhere(instances, http, MISPLACED):
             copies = 1 + MISPLACED / SHARDS
@@ -120,7 +120,7 @@ async def test_the_load_is_measured_and_acted_on(
             assert predicted_per_s == pytest.approx(copies * load.real_per_s, rel=0.1)
         load.per_s = LOW_PER_S
         await wait_until(lambda: _is_in(http, "fanout"), FOLLOWS_WITHIN_S, "fan-out again")
-        assert _count(instances, "migrating by itself") == 2
+        assert _count(instances, "migration_started") == 2
         await asyncio.to_thread(instances["three"].kill)
         load.per_s = MIDDLE_PER_S
         await wait_until(lambda: _is_measured(http, load, 2), FOLLOWS_WITHIN_S, "the load of two")
@@ -150,7 +150,7 @@ async def test_all_who_tell_of_the_load_agree(nats_server: Daemon, serve: Serve)
         _load(nats_server.url) as load,
         one.async_http("urn:admin", "admin") as http,
     ):
-        await wait_until(lambda: _says(instances, "red line crossed"), FOLLOWS_WITHIN_S)
+        await wait_until(lambda: _says(instances, "red_line_crossed"), FOLLOWS_WITHIN_S)
         await wait_until(lambda: _is_measured(http, load, 2), FOLLOWS_WITHIN_S)
         # They are asked one after the other; while the machine is busy the load moves in between.
         await wait_until(lambda: _all_agree(one, http), FOLLOWS_WITHIN_S, "all telling the same")

@@ -9,7 +9,7 @@ import pytest
 
 from pokebridge import console
 from pokebridge.api.app import create_api
-from tests.api.api_world import EVENT, INSTANCE, World, bearer, http_client
+from tests.api.api_world import ENTRY, INSTANCE, World, bearer, http_client
 
 STATIC = Path(console.__file__).parent / "static"
 
@@ -80,7 +80,7 @@ async def test_events() -> None:
         assert refused.status_code == 403
         told = (await http.get("/v1/cluster/events", headers=bearer("root", "admin"))).json()
         assert (told["seen_by"], told["count"]) == (INSTANCE, 1)
-        assert told["events"][0]["text"] == EVENT.text
+        assert told["events"][0]["text"] == ENTRY.text
 
 
 async def test_watching() -> None:

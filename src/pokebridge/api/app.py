@@ -1,9 +1,8 @@
 """The HTTP API of one instance (protocol.md section 4).
 
-Every handler reads like its row of the contract: authorize, read, do, answer. What it does is in
-:class:`Parts`, which the server puts together, so that the whole API runs in a test without a
-socket. Bodies and queries are decoded by msgspec into the types that also describe them
-(``schema``); FastAPI routes, and serves the description.
+Every handler follows its row of the contract: authorize, read, act, answer. What it acts on is in
+:class:`Parts`, so the whole API runs in a test without a socket. msgspec decodes bodies and queries
+into the types that also describe them (``schema``). FastAPI routes and serves the description.
 """
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -18,72 +17,69 @@ from starlette.types import ASGIApp
 
 from pokebridge import console
 from pokebridge.api import docs, problems, schema
-from pokebridge.api.administration import ClusterCalls, Migrate, SessionCalls
-from pokebridge.api.exchange import Verify, body_reader, json_response
+from pokebridge.api.administration import ClusterCalls, ClusterControl, SessionCalls
+from pokebridge.api.exchange import body_reader, json_response
 from pokebridge.api.limits import BodyLimit
-from pokebridge.api.messages import MessageCalls
+from pokebridge.api.messages import MailboxSide, MessageCalls
 from pokebridge.api.metrics import RequestMetrics, exposition
 from pokebridge.api.openapi import Api
-from pokebridge.api.pokes import PokeCalls
+from pokebridge.api.pokes import PokeCalls, Signaller
+from pokebridge.cluster.watchers import Watchers
+from pokebridge.durations import RequestDurations
 from pokebridge.gateway.handshake import Network
-from pokebridge.mailbox.base import Mailbox
-from pokebridge.mailbox.devices import KnownDevices
-from pokebridge.model import NewMessage, Poke, Receipt, check_recipient
+from pokebridge.model import check_recipient
+from pokebridge.tokens import TokenVerifier
 from pokebridge.wire import CONNECT_PATH
 
-# What a body may have in all: a message of 64 KiB and its frame; a thousand recipients.
+# A whole request body: a message of 64 KiB and its envelope, or a thousand recipients.
 BODY_CAP_BYTES = 96 * 1024
 POKES_CAP_BYTES = 384 * 1024
 
-Send = Callable[[NewMessage], Awaitable[Receipt]]
-PublishPokes = Callable[[Sequence[Poke]], Awaitable[None]]
-Sign = Callable[[str, Iterable[str], float], str]
+SignToken = Callable[[str, Iterable[str], float], str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Operations:
+    """What health checks and monitoring read."""
+
+    not_ready: Callable[[], Awaitable[Sequence[str]]]
+    """Why the instance can't serve now; empty when it can."""
+    registry: CollectorRegistry
+    requests: RequestDurations
+    """Where the durations of the requests are counted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parts:
     """What the API needs of its instance.
 
-    Every call may raise a :class:`~pokebridge.errors.PokebridgeError`, which is answered with its
-    status. Without ``has_calls`` there is nothing but operations; without a ``mailbox`` (and
-    ``send``) nothing about messages.
-
-    ``home_of`` tells of a recipient its shard, the instance that serves it best, and the URL to
-    connect to for that: empty for the host that was asked. ``not_ready`` says why the instance
-    can't serve now, an empty sequence that it can. ``drain`` has an instance begin to send its
-    sessions elsewhere. ``watch`` has a recipient poked when there is something new to see, for the
-    seconds that it returns. ``on_pull`` is given the duration of each pull in seconds,
-    ``on_pulled`` the recipient and the version up to which it has now what there is.
-    ``middleware`` is ASGI's, around everything else.
-    ``allowed_origins`` may call from a browser, ``"*"`` stands for any. ``sign_dev_token`` makes
-    a token for anybody who asks: given with ``--dev`` alone.
+    Any call of a part may raise a :class:`~pokebridge.errors.PokebridgeError`, which is answered
+    with its status.
     """
 
-    verify: Verify
-    mailbox: Mailbox | None
-    send: Send | None
-    publish_pokes: PublishPokes
-    disconnect: Callable[[str], Awaitable[None]]
-    home_of: Callable[[str], tuple[int, str, str]]
-    view_cluster: Callable[[], schema.Cluster]
-    migrate: Migrate
-    drain: Callable[[str], Awaitable[None]]
-    events: Callable[[], schema.Events]
-    watch: Callable[[str], float]
-    not_ready: Callable[[], Awaitable[Sequence[str]]]
-    registry: CollectorRegistry
-    on_pull: Callable[[float], None]
-    on_pulled: Callable[[str, int], None]
-    devices: KnownDevices | None = None
+    verifier: TokenVerifier
+    signaller: Signaller
+    """Publishes pokes and disconnects."""
+    mailbox: MailboxSide | None
+    """``None``: there are no calls about messages."""
+    cluster: ClusterControl
+    watchers: Watchers
+    """The recipients that are poked when the cluster changes."""
+    operations: Operations
     has_calls: bool = True
+    """False: only the calls about operations are served."""
     middleware: Sequence[Callable[[ASGIApp], ASGIApp]] = ()
+    """ASGI middleware around everything else, outermost first."""
     allowed_origins: Sequence[str] = ()
+    """Origins that may call from a browser; ``"*"`` allows any."""
     trusted_proxies: Sequence[Network] = ()
-    sign_dev_token: Sign | None = None
+    """Proxies whose ``X-Forwarded-Proto`` is believed."""
+    sign_dev_token: SignToken | None = None
+    """Makes a token for anybody who asks. Given with ``--dev`` only."""
 
 
 def create_api(parts: Parts) -> FastAPI:
-    """The ASGI app that serves the API of the instance that ``parts`` are of."""
+    """The ASGI app that serves the API."""
     app = Api(
         title="pokebridge",
         description=(
@@ -96,7 +92,7 @@ def create_api(parts: Parts) -> FastAPI:
     if parts.has_calls:
         _add_calls(app, parts)
         console.install(app)
-    _add_operations(app, parts)
+    _add_operations(app, parts.operations)
     if parts.sign_dev_token is not None:
         _add_dev_token(app, parts.sign_dev_token)
         console.install_playground(app)
@@ -104,32 +100,22 @@ def create_api(parts: Parts) -> FastAPI:
 
 
 def _add_calls(app: Api, parts: Parts) -> None:
-    PokeCalls(parts.verify, parts.publish_pokes).add_to(app)
-    if parts.mailbox is not None and parts.send is not None:
-        MessageCalls(
-            parts.verify, parts.mailbox, parts.send, parts.on_pulled, parts.devices
-        ).add_to(app)
-    SessionCalls(
-        parts.verify,
-        home_of=parts.home_of,
-        disconnect=parts.disconnect,
-        trusted_proxies=parts.trusted_proxies,
-    ).add_to(app)
-    ClusterCalls(
-        parts.verify,
-        view_cluster=parts.view_cluster,
-        migrate=parts.migrate,
-        drain=parts.drain,
-        events=parts.events,
-        watch=parts.watch,
-    ).add_to(app)
+    PokeCalls(parts.verifier, parts.signaller).add_to(app)
+    if parts.mailbox is not None:
+        MessageCalls(parts.verifier, parts.mailbox).add_to(app)
+    SessionCalls(parts.verifier, parts.cluster, parts.signaller, parts.trusted_proxies).add_to(app)
+    ClusterCalls(parts.verifier, parts.cluster, parts.watchers).add_to(app)
 
 
 def _middleware(parts: Parts) -> Sequence[Middleware]:
-    """From the outside in."""
+    """The middleware, outermost first."""
     return [
         *(Middleware(each) for each in parts.middleware),
-        Middleware(RequestMetrics, registry=parts.registry, on_pull=parts.on_pull),
+        Middleware(
+            RequestMetrics,
+            registry=parts.operations.registry,
+            durations=parts.operations.requests,
+        ),
         Middleware(
             CORSMiddleware,
             allow_origins=parts.allowed_origins,
@@ -145,18 +131,18 @@ def _middleware(parts: Parts) -> Sequence[Middleware]:
     ]
 
 
-def _add_operations(app: Api, parts: Parts) -> None:
+def _add_operations(app: Api, operations: Operations) -> None:
     async def healthz(_: Request) -> Response:
         return json_response(schema.Health())
 
     async def readyz(_: Request) -> Response:
-        reasons = await parts.not_ready()
+        reasons = await operations.not_ready()
         if reasons:
             return problems.problem(HTTPStatus.SERVICE_UNAVAILABLE, "; ".join(reasons))
         return json_response(schema.Health())
 
     async def metrics(_: Request) -> Response:
-        return exposition(parts.registry)
+        return exposition(operations.registry)
 
     ok = {200: schema.Health}
     app.call("GET", "/healthz", healthz, "Is it alive", scope=None, answers=ok)
@@ -165,7 +151,7 @@ def _add_operations(app: Api, parts: Parts) -> None:
     app.call("GET", "/metrics", metrics, "Prometheus metrics", scope=None, answers=text)
 
 
-def _add_dev_token(app: Api, sign: Sign) -> None:
+def _add_dev_token(app: Api, sign: SignToken) -> None:
     read_wanted = body_reader(schema.TokenRequest)
 
     async def dev_token(request: Request) -> Response:

@@ -1,4 +1,4 @@
-"""What every call of the HTTP API does: ask who it is, read what it says, write the answer."""
+"""What every call of the HTTP API does: authorize the caller, read the request, answer."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -11,27 +11,31 @@ from starlette.exceptions import HTTPException
 
 from pokebridge.errors import AuthError, ForbiddenError, InputError
 from pokebridge.submission import decode_json
-from pokebridge.tokens import Claims
+from pokebridge.tokens import Claims, TokenVerifier
 
 BODY_DEADLINE_S = 30.0
 
-Verify = Callable[[str], Awaitable[Claims]]
 T = TypeVar("T")
 
 
-async def authorize(verify: Verify, request: Request, scope: str = "") -> Claims:
-    """Who calls, by the bearer token alone (RFC 6750, section 2.1); ``scope`` must be granted."""
+async def authorize(verifier: TokenVerifier, request: Request, scope: str = "") -> Claims:
+    """The caller, from the bearer token (RFC 6750, section 2.1), which must grant ``scope``.
+
+    Raises:
+        AuthError: there is no valid token.
+        ForbiddenError: the token lacks the scope.
+    """
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer":
         raise AuthError("this call needs a token: Authorization: Bearer …")
-    claims = await verify(token.strip())
+    claims = await verifier.verify(token.strip())
     if scope and scope not in claims.scopes:
         raise ForbiddenError(f"the token lacks the scope {scope!r}")
     return claims
 
 
 def body_reader(kind: type[T]) -> Callable[[Request], Awaitable[T]]:
-    """What reads a request's JSON body as ``kind``."""
+    """A function that reads a request's JSON body as ``kind``."""
     decode = msgspec.json.Decoder(kind).decode
 
     async def read(request: Request) -> T:
@@ -48,7 +52,7 @@ def body_reader(kind: type[T]) -> Callable[[Request], Awaitable[T]]:
 
 
 def read_query(request: Request, kind: type[T]) -> T:
-    """The query as ``kind``; raises :class:`~pokebridge.errors.InputError` when it is none."""
+    """The query as ``kind``. Raises :class:`~pokebridge.errors.InputError` when it is invalid."""
     given = request.query_params
     if len(given) != len(given.multi_items()):
         raise InputError("query: a parameter is given twice")
@@ -61,7 +65,7 @@ def read_query(request: Request, kind: type[T]) -> T:
 def json_response(
     answer: msgspec.Struct, status: int = HTTPStatus.OK, *, headers: dict[str, str] | None = None
 ) -> Response:
-    """``answer`` as a finished response."""
+    """The response with ``answer`` as its JSON body."""
     return Response(
         msgspec.json.encode(answer), status, headers=headers, media_type="application/json"
     )

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from http import HTTPStatus
 
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Message as AsgiMessage
 
 from pokebridge.api.problems import problem
 from pokebridge.errors import TooLargeError
@@ -45,7 +46,7 @@ class _Counted:
         self._limit_bytes = limit_bytes
         self._left_bytes = limit_bytes
 
-    async def __call__(self) -> Message:
+    async def __call__(self) -> AsgiMessage:
         message = await self._receive()
         self._left_bytes -= len(message.get("body", b""))
         if self._left_bytes < 0:

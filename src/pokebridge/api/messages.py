@@ -4,6 +4,7 @@ import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from http import HTTPStatus
 
 from fastapi import Request, Response
@@ -11,7 +12,6 @@ from msgspec import UNSET, Raw
 
 from pokebridge.api import schema
 from pokebridge.api.exchange import (
-    Verify,
     authorize,
     body_reader,
     json_response,
@@ -28,33 +28,38 @@ from pokebridge.model import (
     check_device,
 )
 from pokebridge.submission import SendRequest, new_message
+from pokebridge.tokens import TokenVerifier
 
 _HEAD_TAG = re.compile(r'(?:W/)?"(0|[1-9]\d{0,15})"')
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MailboxSide:
+    """What the calls about messages work on."""
+
+    mailbox: Mailbox
+    send: Callable[[NewMessage], Awaitable[Receipt]]
+    """Commits a message; its poke follows."""
+    on_pulled: Callable[[str, int], None]
+    """Called with a recipient and the version up to which it has everything now."""
+    devices: KnownDevices
 
 
 class MessageCalls:
     """Send, pull, acknowledge."""
 
-    def __init__(
-        self,
-        verify: Verify,
-        mailbox: Mailbox,
-        send: Callable[[NewMessage], Awaitable[Receipt]],
-        on_pulled: Callable[[str, int], None],
-        devices: KnownDevices | None = None,
-    ) -> None:
-        """``on_pulled`` is told that a recipient has what there is up to a version."""
-        self._verify = verify
-        self._mailbox = mailbox
-        self._send = send
-        self._on_pulled = on_pulled
-        self._devices = devices or KnownDevices(mailbox)
+    def __init__(self, verifier: TokenVerifier, side: MailboxSide) -> None:
+        self._verifier = verifier
+        self._mailbox = side.mailbox
+        self._send = side.send
+        self._on_pulled = side.on_pulled
+        self._devices = side.devices
         self._read_message = body_reader(SendRequest)
         self._read_ack = body_reader(schema.AckRequest)
 
     async def send(self, request: Request) -> Response:
         """POST /v1/messages."""
-        claims = await authorize(self._verify, request, "send")
+        claims = await authorize(self._verifier, request, "send")
         wanted = await self._read_message(request)
         receipt = await self._send(new_message(wanted, claims.subject, uuid.uuid4().hex))
         status = HTTPStatus.OK if receipt.duplicate else HTTPStatus.ACCEPTED
@@ -62,7 +67,7 @@ class MessageCalls:
 
     async def pull(self, request: Request) -> Response:
         """GET /v1/messages: one read of the mailbox, whatever the answer."""
-        reader = (await authorize(self._verify, request)).subject
+        reader = (await authorize(self._verifier, request)).subject
         query = read_query(request, schema.PullQuery)
         if query.device is not UNSET:
             await self._devices.see(reader, check_device(query.device))
@@ -79,7 +84,7 @@ class MessageCalls:
 
     async def ack(self, request: Request) -> Response:
         """POST /v1/messages/ack."""
-        reader = (await authorize(self._verify, request)).subject
+        reader = (await authorize(self._verifier, request)).subject
         query = read_query(request, schema.AckQuery)
         acked = await self._read_ack(request)
         given = (acked.device, query.device)
@@ -89,7 +94,7 @@ class MessageCalls:
         return Response(status_code=HTTPStatus.NO_CONTENT)
 
     def add_to(self, app: Api) -> None:
-        """Have ``app`` answer these calls."""
+        """Add these calls to ``app``."""
         app.call(
             "POST",
             "/v1/messages",
@@ -132,7 +137,7 @@ def _pulled(message: Message) -> schema.PulledMessage:
 
 
 def _known_head(if_none_match: str) -> int | None:
-    """The one head that the header names, so that a reader who has it has nothing read for it."""
+    """The only head that the header names. A mailbox reads no messages for a caller that has it."""
     tag = _HEAD_TAG.fullmatch(if_none_match.strip())
     return int(tag[1]) if tag else None
 

@@ -1,14 +1,11 @@
 """Prometheus metrics: plain numbers, read when they are scraped.
 
-Nothing on a hot path touches a Prometheus object: a poke adds to an integer, an HTTP request to a
-list of integers, and the collectors here turn them into families at a scrape.
+No hot path touches a Prometheus object. A poke increments an integer, an HTTP request an integer in
+a list, and the collectors here turn them into metric families at a scrape.
 """
 
-from bisect import bisect_left
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from http import HTTPStatus
-from itertools import accumulate
 from time import perf_counter
 
 from fastapi import Response
@@ -23,8 +20,10 @@ from prometheus_client.core import (
 )
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import Collector
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Message as AsgiMessage
 
+from pokebridge.durations import RequestDurations
 from pokebridge.telemetry import Metric
 
 BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -35,7 +34,6 @@ _LABELS = {
     Metric.INGRESS_MESSAGES: ("result",),
     Metric.HTTP_SECONDS: ("method", "route", "status"),
 }
-_PULL = ("GET", "/v1/messages")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS"})
 
 
@@ -71,50 +69,30 @@ def _family(metric: Metric, value: Value) -> Family:
     return family
 
 
-class _Durations:
-    """How long things took: a histogram of plain numbers."""
-
-    __slots__ = ("counts", "sum_s")
-
-    def __init__(self) -> None:
-        self.counts = [0] * (len(BUCKETS_S) + 1)
-        self.sum_s = 0.0
-
-    def add(self, duration_s: float) -> None:
-        self.counts[bisect_left(BUCKETS_S, duration_s)] += 1
-        self.sum_s += duration_s
-
-    def buckets(self) -> list[tuple[str, float]]:
-        bounds = [*map(str, BUCKETS_S), "+Inf"]
-        return list(zip(bounds, accumulate(self.counts), strict=True))
-
-
 class RequestMetrics(Collector):
-    """ASGI middleware that counts and times HTTP requests.
+    """ASGI middleware that times HTTP requests.
 
     The route is the template, never the path (``none`` outside the API), and an unknown method is
-    ``other``: a caller can't make up labels. A request that fails with an exception counts as the
-    500 that it becomes.
+    ``other``, so that callers can't make up labels. A request that fails with an exception counts
+    as the 500 that it becomes.
     """
 
     def __init__(
-        self, app: ASGIApp, *, registry: CollectorRegistry, on_pull: Callable[[float], None]
+        self, app: ASGIApp, *, registry: CollectorRegistry, durations: RequestDurations
     ) -> None:
-        """``on_pull`` is given the duration of each pull, in seconds."""
         self._app = app
-        self._on_pull = on_pull
-        self._durations: defaultdict[tuple[str, str, str], _Durations] = defaultdict(_Durations)
+        self._durations = durations
         registry.register(self)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve the request and note how long it took."""
+        """Serve the request and count how long it took."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         started_at = perf_counter()
         status = int(HTTPStatus.INTERNAL_SERVER_ERROR)
 
-        async def send_noting_status(message: Message) -> None:
+        async def send_noting_status(message: AsgiMessage) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -126,14 +104,14 @@ class RequestMetrics(Collector):
             route = getattr(scope.get("route"), "path", "none")
             method = scope["method"] if scope["method"] in _METHODS else "other"
             duration_s = perf_counter() - started_at
-            self._durations[method, route, str(status)].add(duration_s)
-            if (method, route) == _PULL:
-                self._on_pull(duration_s)
+            self._durations.by_labels[method, route, str(status)].add(duration_s)
 
     def collect(self) -> Iterable[Family]:
         """The histogram as it stands."""
         metric = Metric.HTTP_SECONDS
         family = HistogramMetricFamily(metric, metric.meaning, labels=_LABELS[metric])
-        for labels, durations in self._durations.items():
-            family.add_metric(labels, durations.buckets(), durations.sum_s)
+        for labels, durations in self._durations.by_labels.items():
+            counts = [*durations.up_to(BUCKETS_S), sum(durations.counts)]
+            bounds = [*map(str, BUCKETS_S), "+Inf"]
+            family.add_metric(labels, list(zip(bounds, counts, strict=True)), durations.sum_s)
         yield family

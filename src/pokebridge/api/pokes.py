@@ -1,38 +1,48 @@
 """The call that pokes."""
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from http import HTTPStatus
+from typing import Protocol
 
 from fastapi import Request, Response
 from msgspec import UNSET
 
 from pokebridge.api import schema
-from pokebridge.api.exchange import Verify, authorize, body_reader, json_response
+from pokebridge.api.exchange import authorize, body_reader, json_response
 from pokebridge.api.openapi import Api
 from pokebridge.errors import InputError
 from pokebridge.model import Poke, check_recipient
+from pokebridge.tokens import TokenVerifier
+
+
+class Signaller(Protocol):
+    """Sends signals to all instances; :class:`~pokebridge.publisher.Publisher` is one."""
+
+    async def publish(self, pokes: Sequence[Poke]) -> None:
+        """Return when the transport has accepted ``pokes``, or raise TransportError."""
+
+    async def disconnect(self, recipient: str) -> None:
+        """Close every session of ``recipient``, on all instances."""
 
 
 class PokeCalls:
-    """Poke recipients, whoever keeps their messages."""
+    """Poke recipients, wherever their messages are kept."""
 
-    def __init__(
-        self, verify: Verify, publish_pokes: Callable[[Sequence[Poke]], Awaitable[None]]
-    ) -> None:
-        self._verify = verify
-        self._publish_pokes = publish_pokes
+    def __init__(self, verifier: TokenVerifier, signaller: Signaller) -> None:
+        self._verifier = verifier
+        self._signaller = signaller
         self._read_pokes = body_reader(schema.PokeRequest)
 
     async def poke(self, request: Request) -> Response:
         """POST /v1/pokes."""
-        await authorize(self._verify, request, "poke")
+        await authorize(self._verifier, request, "poke")
         wanted = await self._read_pokes(request)
         pokes = [Poke(check_recipient(recipient)) for recipient in _recipients(wanted)]
-        await self._publish_pokes(pokes)
+        await self._signaller.publish(pokes)
         return json_response(schema.PokesAccepted(len(pokes)), HTTPStatus.ACCEPTED)
 
     def add_to(self, app: Api) -> None:
-        """Have ``app`` answer this call."""
+        """Add this call to ``app``."""
         app.call(
             "POST",
             "/v1/pokes",

@@ -1,30 +1,27 @@
-"""This instance's place in its cluster: it joins, follows the shard map, and tells of itself.
+"""This instance's place in its cluster: it joins, follows the shard map, and reports on itself.
 
-Membership brings the map and the members; the gateway is given both and does the rest. Nothing
-here is needed for a poke to arrive: without the store the last map stays in force.
+Membership brings the shard map and the members, and the gateway applies both. No poke depends on
+this: while the store is unavailable the last shard map stays in force.
 """
 
 import asyncio
-import resource
 import secrets
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import structlog
 
-from pokebridge.api import schema
-from pokebridge.cluster.auto_mode import RedLine
-from pokebridge.cluster.history import Events
+from pokebridge.cluster.auto_mode import RedLineMonitor
+from pokebridge.cluster.history import History
+from pokebridge.cluster.load import ClusterStatus, InstanceMeter, InstanceStatus, cluster_load
 from pokebridge.cluster.membership import Membership, View
-from pokebridge.cluster.pull_times import PullTimes, p99_ms
-from pokebridge.coordination.base import Coordination, Member, Report
+from pokebridge.coordination.base import Coordination, Member
 from pokebridge.costs import MIGRATE_RULES
+from pokebridge.durations import RequestDurations
 from pokebridge.errors import ConflictError, CoordinationError, NotFoundError
 from pokebridge.gateway.gateway import Gateway
-from pokebridge.gateway.meter import Window
 from pokebridge.gateway.shard_routing import Reach
 from pokebridge.model import Mode
 from pokebridge.settings import Settings
@@ -33,20 +30,29 @@ from pokebridge.wire import CONNECT_PATH
 
 log = structlog.get_logger(__name__)
 
-# A share that is smaller comes of strays, and of signals by hand: they are heard all the same.
+# A smaller share comes from stray signals and from those sent by hand. They are delivered too.
 _UNTAGGED_SHARE_ALLOWED = 0.01
-_SHARDS_SHOWN_AT_MOST = 1000
 _TICK_S = 1.0
-# Events that the log has already, of whom it concerns and of who decided it.
-_TOLD_BY_ONE = frozenset({"gap", "moved"})
+# Entries that the log has already, from the instance concerned or from the leader.
+_LOGGED_ELSEWHERE = frozenset({"gap", "moved"})
+
+
+class Home(NamedTuple):
+    """Where a recipient's clients are served best."""
+
+    shard: int
+    instance: str
+    url: str
+    """The WebSocket URL; empty when it is not known."""
 
 
 class Cluster:
-    """Membership and the gateway, as the API and the operator see them.
+    """The cluster as this instance takes part in it, for the API and for operators.
 
-    ``url`` is where clients reach just this instance (``wss://host``), empty when they can't.
-    ``has_peers`` says whether the transport reaches other instances. ``on_drain`` is called when
-    the cluster wants this instance drained.
+    Attributes:
+        history: what has happened to the cluster.
+        red_line: compares the load with the red line, and migrates in mode ``auto``.
+        ops_per_s: deliveries of signals per second in the whole cluster, as of a second ago.
     """
 
     def __init__(
@@ -54,11 +60,23 @@ class Cluster:
         settings: Settings,
         gateway: Gateway,
         coordination: Coordination,
+        requests: RequestDurations,
         *,
         url: str,
         has_peers: bool,
         on_drain: Callable[[], None],
     ) -> None:
+        """Prepare to join.
+
+        Args:
+            settings: this instance's.
+            gateway: applies the shard map.
+            coordination: the store that the members share.
+            requests: the durations of the requests that this instance answers.
+            url: where clients reach this instance and no other (``wss://host``), or empty.
+            has_peers: whether the transport reaches other instances.
+            on_drain: called when the cluster wants this instance drained.
+        """
         self._settings = settings
         self._gateway = gateway
         self._on_drain = on_drain
@@ -68,16 +86,10 @@ class Cluster:
         self._is_cut_off = has_peers and not coordination.is_shared
         self._incarnation = secrets.token_hex(8)
         self._joined_at_ms = int(time.time() * 1000)
-        self.pulls = PullTimes()
-        """How long the pulls take that this instance answers."""
-        self.events = Events()
-        """What has happened to the cluster."""
-        self._window = Window(self._totals())
-        self._memory_bytes = 0
-        self._doubt_s = 0.0
+        self._meter = InstanceMeter(gateway, requests)
+        self.history = History()
         self.ops_per_s = 0.0
-        """Deliveries of signals in the whole cluster, as of a second ago."""
-        self.red_line = RedLine(
+        self.red_line = RedLineMonitor(
             settings.red_line_ops_per_s,
             replace(
                 MIGRATE_RULES, over_for_s=settings.auto_over_s, under_for_s=settings.auto_under_s
@@ -85,7 +97,7 @@ class Cluster:
             self.migrate if settings.mode == "auto" else None,
         )
         self._applied: View | None = None
-        self._seen = asyncio.Event()
+        self._has_new_view = asyncio.Event()
         self._ticker: asyncio.Task[None] | None = None
         self._membership = Membership(
             coordination,
@@ -111,21 +123,21 @@ class Cluster:
 
     @property
     def trouble(self) -> str | None:
-        """Why the store can't be had; ``None`` when it can."""
+        """Why the store is unavailable; ``None`` when it is available."""
         return self._membership.trouble
 
     async def start(self) -> None:
         """Join.
 
         Raises:
-            CoordinationError: the store can't be had.
+            CoordinationError: the store is unavailable.
             ConfigError: the cluster has another number of shards.
         """
         await self._membership.start()
         me = self._settings.instance
-        if me in self.view.shard_map.draining:  # of an earlier life
+        if me in self.view.shard_map.draining:  # left by an earlier process of this name
             await self._membership.change(lambda m: replace(m, draining=m.draining - {me}))
-        self._ticker = asyncio.create_task(self._tick())
+        self._ticker = asyncio.create_task(self._keep_ticking())
 
     async def close(self) -> None:
         """Leave."""
@@ -134,25 +146,28 @@ class Cluster:
             await asyncio.gather(self._ticker, return_exceptions=True)
         await self._membership.close()
 
-    # --- what the map asks of this instance -----------------------------------------------------
+    # --- what the shard map asks of this instance -----------------------------------------------
 
     def _on_view(self, view: View) -> None:
-        self._seen.set()
+        self._has_new_view.set()
         before, self._applied = self._applied, view
-        reached = {
-            each.id: Reach(connect_url(each.url), each.incarnation)
-            for each in view.members.values()
-            if each.url
-        }
-        if before is None or (before.shard_map, _standings(before)) != (
-            view.shard_map,
-            _standings(view),
-        ):
-            self._gateway.apply(view.shard_map, reached)
+        if before is None or _without_reports(before) != _without_reports(view):
+            reachable = {
+                member.id: Reach(connect_url(member.url), member.incarnation)
+                for member in view.members.values()
+                if member.url
+            }
+            self._gateway.apply(view.shard_map, reachable)
             self._check_name(view)
-        for event in self.events.see(view):
-            if event.kind not in _TOLD_BY_ONE:
-                log.info(event.text, kind=event.kind, epoch=view.shard_map.epoch)
+        for entry in self.history.add(view):
+            if entry.kind not in _LOGGED_ELSEWHERE:
+                log.info(
+                    "cluster_changed",
+                    kind=entry.kind,
+                    member=entry.instance,
+                    detail=entry.text,
+                    epoch=view.shard_map.epoch,
+                )
         me = self._settings.instance
         if me in view.shard_map.draining and before is not None:
             self._on_drain()
@@ -160,12 +175,12 @@ class Cluster:
     def _check_name(self, view: View) -> None:
         mine = view.members.get(self._settings.instance)
         if self._is_member and mine is not None and mine.incarnation != self._incarnation:
-            log.warning("another instance has the same name", member=mine.id)
+            log.warning("instance_name_taken", member=mine.id)
 
     async def hand_over(self) -> None:
-        """Give the shards up, so that the sessions can follow them; takes at most a lease.
+        """Give up this instance's shards so that its sessions can follow them, within one lease.
 
-        In fan-out nobody waits: every instance hears everything as it is.
+        In fan-out it returns at once, because every instance receives every message anyway.
         """
         if not self._is_member or self._is_static:
             return
@@ -173,13 +188,14 @@ class Cluster:
         try:
             async with asyncio.timeout(self._settings.lease_s):
                 await self._membership.refresh()
-                while self._others() and self.view.shard_map.owned_by(me):
-                    self._seen.clear()
-                    await self._seen.wait()
+                while self._successors() and self.view.shard_map.owned_by(me):
+                    self._has_new_view.clear()
+                    await self._has_new_view.wait()
         except (CoordinationError, TimeoutError) as error:
-            log.warning("shards not handed over", reason=str(error) or "no leader did it in time")
+            log.warning("shards_not_handed_over", reason=str(error) or "no leader did it in time")
 
-    def _others(self) -> Collection[Member]:
+    def _successors(self) -> Collection[Member]:
+        """The members that can take over shards."""
         if self.view.shard_map.mode == "fanout":
             return ()
         me, draining = self._settings.instance, self.view.shard_map.draining
@@ -189,14 +205,14 @@ class Cluster:
             if member.id != me and member.state == "active" and member.id not in draining
         ]
 
-    # --- what an operator asks for --------------------------------------------------------------
+    # --- what operators and clients ask for -----------------------------------------------------
 
     async def migrate(self, mode: Mode, *, force: bool) -> None:
-        """Have every instance change to ``mode``; returns when it is written, not when it is done.
+        """Write ``mode`` into the shard map; the instances change to it afterwards.
 
         Raises:
             ConflictError: the cluster can't change to it now; the message says why.
-            CoordinationError: the store can't be had.
+            CoordinationError: the store is unavailable.
         """
         if mode == "partitioned" and not force:
             reports = [member.report for member in self._members().values()]
@@ -223,7 +239,7 @@ class Cluster:
 
         Raises:
             NotFoundError: the cluster has no such instance.
-            CoordinationError: the store can't be had.
+            CoordinationError: the store is unavailable.
         """
         if instance == self._settings.instance:
             self._on_drain()
@@ -234,19 +250,46 @@ class Cluster:
         else:
             raise NotFoundError("this cluster has no such instance")
 
-    def home_of(self, recipient: str) -> tuple[int, str, str]:
-        """The shard of ``recipient``, and the instance to connect to for it: its id and URL.
-
-        That is the shard's owner, or this instance when there is none to be reached; the URL may
-        be empty.
-        """
+    def home_of(self, recipient: str) -> Home:
+        """Where to connect for ``recipient``: its shard's owner, else this instance."""
         shard = shard_of(recipient, self._settings.shard_count)
         owner = self.view.owner_of(shard)
         if self.view.shard_map.mode == "partitioned" and owner is not None and owner.url:
-            return shard, owner.id, connect_url(owner.url)
-        return shard, self._settings.instance, connect_url(self._settings.advertise_url or "")
+            return Home(shard, owner.id, connect_url(owner.url))
+        return Home(shard, self._settings.instance, connect_url(self._settings.advertise_url or ""))
 
-    # --- what this instance tells ---------------------------------------------------------------
+    def status(self) -> ClusterStatus:
+        """The whole cluster, as far as this instance sees it."""
+        shard_map, members = self.view.shard_map, self._members()
+        return ClusterStatus(
+            mode=shard_map.mode,
+            epoch=shard_map.epoch,
+            shard_count=shard_map.shard_count,
+            instances=[
+                InstanceStatus(
+                    member,
+                    state="draining" if member.id in shard_map.draining else member.state,
+                    shards=sorted(shard_map.owned_by(member.id)),
+                )
+                for _, member in sorted(members.items())
+            ],
+            load=cluster_load(members.values(), shard_map.mode),
+            noise_ratio=self._gateway.bridge.traffic.noise_ratio,
+            red_line_ops_per_s=self._settings.red_line_ops_per_s,
+            is_over_red_line=self.red_line.is_over,
+            seen_by=self._settings.instance,
+            history_count=self.history.count,
+            trouble="; ".join(self._troubles()),
+        )
+
+    def _troubles(self) -> Iterator[str]:
+        if self.trouble is not None:
+            yield f"coordination: {self.trouble}"
+        subscriptions = self._gateway.subscriptions
+        if subscriptions.is_in_doubt:
+            yield f"transport: {subscriptions.trouble or 'what is held may have missed something'}"
+
+    # --- what this instance reports -------------------------------------------------------------
 
     def _describe(self) -> Member:
         settings = self._settings
@@ -258,158 +301,36 @@ class Cluster:
             joined_at_ms=self._joined_at_ms,
             sessions=len(self._gateway.sessions),
             state="draining" if self._gateway.draining else "active",
-            report=self._report(),
-        )
-
-    def _report(self) -> Report:
-        gateway = self._gateway
-        subscriptions, traffic = gateway.subscriptions, gateway.bridge.traffic
-        elapsed_s, totals = self._window.growth(self._totals())
-        signals, untagged, owned, delivered, cpu_s, *pulls = totals
-        interest = sorted(gateway.shard_routing.interest)
-        return Report(
-            epoch=gateway.shard_routing.shard_map.epoch,
-            settled=subscriptions.settled,
-            subscriptions=len(subscriptions.selections),
-            interest=tuple(interest[:_SHARDS_SHOWN_AT_MOST]),
-            messages_per_s=traffic.messages_per_s,
-            owned_per_s=owned / elapsed_s,
-            pokes_per_s=delivered / elapsed_s,
-            noise_ratio=traffic.noise_ratio,
-            untagged_share=untagged / signals if signals else 0.0,
-            gaps=subscriptions.gaps,
-            doubt_s=self._doubt_s,
-            pulls_per_s=sum(pulls) / elapsed_s,
-            pull_p99_ms=p99_ms(pulls),
-            cpu_share=cpu_s / elapsed_s,
-            memory_bytes=self._memory_bytes,
-        )
-
-    def _totals(self) -> Sequence[float]:
-        counters = self._gateway.bridge.counters
-        return (
-            counters.signals,
-            self._gateway.subscriptions.untagged,
-            self._gateway.subscriptions.owned,
-            counters.delivered,
-            time.process_time(),
-            *self.pulls.counts,
-        )
-
-    async def _tick(self) -> None:
-        while True:
-            self._memory_bytes = await asyncio.to_thread(_memory_bytes)
-            await asyncio.sleep(_TICK_S)
-            self._doubt_s += _TICK_S * self._gateway.subscriptions.is_in_doubt
-            self._window.mark(self._totals())
-            await self._watch_red_line()
-
-    async def _watch_red_line(self) -> None:
-        load = self._load(self._members())
-        self.ops_per_s = load.ops_per_s
-        await self.red_line.observe(
-            ops_per_s=load.ops_per_s,
-            fan_out_ops_per_s=load.messages_per_s * load.instances,
-            mode=self.view.shard_map.mode,
-            is_leader=self.is_leader,
-            now=asyncio.get_running_loop().time(),
+            report=self._meter.report(),
         )
 
     def _members(self) -> Mapping[str, Member]:
-        """Everyone, and of this instance what is true now."""
+        """All members as last seen, and this instance as it is now."""
         members = dict(self.view.members)
         if self._is_member:
             members[self._settings.instance] = self._describe()
         return members
 
-    def show(self) -> schema.Cluster:
-        """The whole cluster, as far as this instance sees it."""
-        shard_map, members = self.view.shard_map, self._members()
-        load = self._load(members)
-        return schema.Cluster(
-            mode=shard_map.mode,
-            epoch=shard_map.epoch,
-            shard_count=shard_map.shard_count,
-            instances=[
-                _shown(member, shard_map.owned_by(member.id), shard_map.draining)
-                for _, member in sorted(members.items())
-            ],
-            traffic=schema.Traffic(
-                messages_per_s=load.messages_per_s,
-                global_ops_per_s=load.ops_per_s,
-                red_line=self._settings.red_line_ops_per_s,
-                noise_ratio=self._gateway.bridge.traffic.noise_ratio,
-                over_red_line=self.red_line.is_over,
-            ),
-            seen_by=self._settings.instance,
-            events=self.events.count,
-            trouble="; ".join(self._troubles()),
-        )
+    async def _keep_ticking(self) -> None:
+        await self._meter.tick(0.0)
+        while True:
+            await asyncio.sleep(_TICK_S)
+            await self._meter.tick(_TICK_S)
+            await self._watch_red_line()
 
-    def _troubles(self) -> Iterator[str]:
-        if self.trouble is not None:
-            yield f"coordination: {self.trouble}"
-        subscriptions = self._gateway.subscriptions
-        if subscriptions.is_in_doubt:
-            yield f"transport: {subscriptions.trouble or 'what is held may have missed something'}"
-
-    def show_events(self) -> schema.Events:
-        """What has happened, as far as this instance has seen it."""
-        return schema.Events(self._settings.instance, self.events.count, list(self.events))
-
-    def _load(self, members: Mapping[str, Member]) -> "_Load":
-        """The load on the cluster.
-
-        In fan-out every instance receives every message. Partitioned, a shard's owner does, and who
-        else has sessions of it; what carries no shard still reaches everyone. Without a shared
-        store there is no other member to see, so the load is that of this instance alone.
-        """
-        reports = [member.report for member in members.values()]
-        rates = [report.messages_per_s for report in reports]
-        instances = len(members)
-        if self.view.shard_map.mode == "partitioned":
-            to_all = [report.messages_per_s * report.untagged_share for report in reports]
-            published = sum(report.owned_per_s for report in reports) + max(to_all, default=0.0)
-            return _Load(published, sum(rates), instances)
-        messages_per_s = max(rates, default=0.0)
-        return _Load(messages_per_s, messages_per_s * instances, instances)
-
-
-class _Load(NamedTuple):
-    messages_per_s: float
-    """Signals published."""
-    ops_per_s: float
-    """Signals delivered, to all instances together."""
-    instances: int
+    async def _watch_red_line(self) -> None:
+        mode = self.view.shard_map.mode
+        load = cluster_load(self._members().values(), mode)
+        self.ops_per_s = load.ops_per_s
+        now = asyncio.get_running_loop().time()
+        await self.red_line.observe(load, mode, is_leader=self.is_leader, now=now)
 
 
 def connect_url(base: str) -> str:
-    """The WebSocket's URL under ``base``; empty when that is."""
+    """The URL for WebSockets under ``base``; empty when ``base`` is empty."""
     return base and f"{base.rstrip('/')}{CONNECT_PATH}"
 
 
-def _standings(view: View) -> frozenset[tuple[object, ...]]:
-    return frozenset(member.standing for member in view.members.values())
-
-
-def _shown(member: Member, owned: Collection[int], draining: Collection[str]) -> schema.Instance:
-    report = asdict(member.report)
-    return schema.Instance(
-        id=member.id,
-        url=member.url,
-        state="draining" if member.id in draining else member.state,
-        sessions=member.sessions,
-        shards=sorted(owned),
-        weight=member.weight,
-        joined_at_ms=member.joined_at_ms,
-        **report,
-    )
-
-
-def _memory_bytes() -> int:
-    """What this process has in memory now; where the kernel does not say, its peak."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return pages * resource.getpagesize()
+def _without_reports(view: View) -> tuple[object, ...]:
+    """What of ``view`` the gateway depends on."""
+    return view.shard_map, frozenset(member.standing for member in view.members.values())

@@ -34,7 +34,7 @@ class Watchers:
 
     def __init__(
         self,
-        look: Callable[[], msgspec.Struct],
+        look: Callable[[], object],
         publish: Callable[[Sequence[Poke]], Awaitable[None]],
         poke_here: Callable[[Poke], None],
     ) -> None:

@@ -1,37 +1,36 @@
-"""How many pulls a second this instance can bear: measured, since a guess is wrong twice.
+"""How many pulls per second this instance can answer: measured, because any guess is wrong.
 
-Too high a figure, and the pulls after a gap come in a wave that drowns the mailbox; too low, and
-clients wait for nothing. So it is found as TCP finds a path's rate (RFC 5681): while pulls are
-quick it grows as far as it is made use of, and when they become slow it falls at once.
+With a figure that is too high, the pulls after a gap arrive in a wave that overloads the mailbox.
+With one that is too low, clients wait for nothing. So the figure is found the way TCP finds the
+rate of a path (RFC 5681): it grows while pulls are quick and use it up, and falls at once when
+pulls become slow.
 """
 
+from pokebridge.durations import Durations
+
 SLOW_S = 0.25
-"""From this mean duration of a pull on, they come too fast."""
+"""A mean duration of a pull above this means that pulls come too fast."""
 START_PER_S, LEAST_PER_S, MOST_PER_S = 1_000.0, 50.0, 50_000.0
 _GROW, _SHRINK = 1.25, 0.6
 _USED = 0.8
 
 
 class PullCapacity:
-    """The pulls a second to spread to. ``add`` each pull, ``settle`` once a second."""
+    """The rate to spread pulls to, in ``per_s``. Call ``settle`` once a second."""
 
     def __init__(self) -> None:
         self.per_s = START_PER_S
-        self._pulls = 0
-        self._busy_s = 0.0
+        self._count = 0
+        self._sum_s = 0.0
 
-    def add(self, duration_s: float) -> None:
-        """A pull took ``duration_s``."""
-        self._pulls += 1
-        self._busy_s += duration_s
-
-    def settle(self) -> None:
-        """A second has passed: judge by what was pulled in it."""
-        pulls, busy_s = self._pulls, self._busy_s
-        self._pulls, self._busy_s = 0, 0.0
-        if not pulls:
+    def settle(self, pulls: Durations) -> None:
+        """Judge by the pulls of the last second; ``pulls`` are all since the start."""
+        count = sum(pulls.counts)
+        new, busy_s = count - self._count, pulls.sum_s - self._sum_s
+        self._count, self._sum_s = count, pulls.sum_s
+        if not new:
             return
-        if busy_s / pulls > SLOW_S:
+        if busy_s / new > SLOW_S:
             self.per_s = max(LEAST_PER_S, self.per_s * _SHRINK)
-        elif pulls >= self.per_s * _USED:
+        elif new >= self.per_s * _USED:
             self.per_s = min(MOST_PER_S, self.per_s * _GROW)

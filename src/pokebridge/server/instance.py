@@ -19,9 +19,11 @@ from pydantic import SecretStr
 from pokebridge import __version__
 from pokebridge.api import app as api
 from pokebridge.api import metrics
+from pokebridge.api.messages import MailboxSide
 from pokebridge.cluster.node import Cluster
 from pokebridge.cluster.watchers import Watchers
 from pokebridge.coordination.base import Coordination
+from pokebridge.durations import RequestDurations
 from pokebridge.errors import PokebridgeError
 from pokebridge.fallback.push import Pulls, Pusher
 from pokebridge.fallback.webhook import Webhook
@@ -32,7 +34,7 @@ from pokebridge.ingress.ingress import Ingress
 from pokebridge.mailbox.base import Mailbox
 from pokebridge.mailbox.devices import KnownDevices
 from pokebridge.mailbox.pushes import PushQueue, pushes_of
-from pokebridge.model import DEFAULT_DEVICE
+from pokebridge.model import DEFAULT_DEVICE, NewMessage, Poke, Receipt
 from pokebridge.processor import Processor
 from pokebridge.publisher import Publisher
 from pokebridge.server.capacity import PullCapacity
@@ -74,7 +76,7 @@ class Instance:
         self._coordination = coordination
         self._publisher = Publisher(transport, shard_count=settings.shard_count)
         self._processor: Processor | None = None
-        self._send: api.Send | None = None
+        self._send: Callable[[NewMessage], Awaitable[Receipt]] | None = None
         self._devices = None if mailbox is None else KnownDevices(mailbox)
         if mailbox is not None:
             does_upkeep = "processor" in settings.roles
@@ -97,51 +99,52 @@ class Instance:
         )
         self.gateway = Gateway(_gateway_config(settings), transport, self._verifier)
         self.gateway.on_ready = self._note_device
+        self._requests = RequestDurations()
         self.cluster = Cluster(
             settings,
             self.gateway,
             coordination,
+            self._requests,
             url=url,
             has_peers=transport.is_shared,
             on_drain=self.start_drain,
         )
         self._watchers = Watchers(
-            self.cluster.show, self._publisher.publish, self.gateway.bridge.handle_poke
+            self.cluster.status, self._publisher.publish, self.gateway.bridge.handle_poke
         )
         self._tracing = tracing
         self._capacity = PullCapacity()
         self._pacer: asyncio.Task[None] | None = None
         self._draining: asyncio.Task[None] | None = None
+        self.app = self._create_app()
+
+    def _create_app(self) -> FastAPI:
         registry = CollectorRegistry()
         metrics.expose(registry, self._read_metrics)
-        self.app = self._create_app(registry)
-
-    def _create_app(self, registry: CollectorRegistry) -> FastAPI:
-        settings = self.settings
-        publish_pokes: api.PublishPokes = self._publisher.publish
+        settings, mailbox = self.settings, None
+        if self._mailbox is not None and self._send is not None and self._devices is not None:
+            mailbox = MailboxSide(
+                mailbox=self._mailbox,
+                send=self._send,
+                on_pulled=self._note_pulled,
+                devices=self._devices,
+            )
+        signaller: Publisher | _TracedPublisher = self._publisher
         if self._tracing is not None:
             sessions = self.gateway.sessions
             self._tracing.is_here = lambda recipient: bool(sessions.find(recipient))
-            publish_pokes = self._tracing.poking(publish_pokes)
+            signaller = _TracedPublisher(self._publisher, self._tracing)
         return api.create_api(
             api.Parts(
-                verify=self._verifier.verify,
+                verifier=self._verifier,
+                signaller=signaller,
+                mailbox=mailbox,
+                cluster=self.cluster,
+                watchers=self._watchers,
+                operations=api.Operations(
+                    not_ready=self._not_ready, registry=registry, requests=self._requests
+                ),
                 has_calls="api" in settings.roles,
-                mailbox=self._mailbox,
-                devices=self._devices,
-                send=self._send,
-                publish_pokes=publish_pokes,
-                disconnect=self._publisher.disconnect,
-                home_of=self.cluster.home_of,
-                view_cluster=self.cluster.show,
-                migrate=self.cluster.migrate,
-                drain=self.cluster.drain,
-                events=self.cluster.show_events,
-                watch=self._watchers.add,
-                not_ready=self._not_ready,
-                registry=registry,
-                on_pull=self._note_pull,
-                on_pulled=self._note_pulled,
                 middleware=[] if self._tracing is None else [self._tracing.middleware],
                 allowed_origins=settings.allowed_origins,
                 trusted_proxies=settings.trusted_proxies,
@@ -166,10 +169,6 @@ class Instance:
                 await part.start()
         self._pacer = asyncio.create_task(self._keep_pace())
 
-    def _note_pull(self, duration_s: float) -> None:
-        self._capacity.add(duration_s)
-        self.cluster.pulls.add(duration_s)
-
     def _note_device(self, recipient: str, device: str) -> None:
         """A session is ready: messages wait for its device too, if it has a name of its own."""
         if self._devices is not None and device != DEFAULT_DEVICE:
@@ -183,7 +182,7 @@ class Instance:
         """Let the pulls after a gap spread to what this instance has shown to bear."""
         while True:
             await asyncio.sleep(1.0)
-            self._capacity.settle()
+            self._capacity.settle(self._requests.pulls())
             self.gateway.pulls_per_s = self._capacity.per_s
 
     def start_drain(self) -> None:
@@ -301,6 +300,17 @@ class Instance:
                 (result,): count for result, count in self._ingress.results.items()
             }
         return numbers
+
+
+class _TracedPublisher:
+    """The publisher, whose pokes begin traces."""
+
+    def __init__(self, publisher: Publisher, tracing: "Tracing") -> None:
+        self._publish = tracing.poking(publisher.publish)
+        self.disconnect = publisher.disconnect
+
+    async def publish(self, pokes: Sequence[Poke]) -> None:
+        await self._publish(pokes)
 
 
 def _pusher(settings: Settings, queue: PushQueue) -> Pusher | None:

@@ -2,12 +2,12 @@
 
 import pytest
 
-from pokebridge.cluster.pull_times import BOUNDS_MS, PullTimes, p99_ms
+from pokebridge.durations import BOUNDS_S, Durations, p99_ms
 
 
 def p99_of(durations_ms: list[float]) -> float:
     """What pulls that took so long come to."""
-    times = PullTimes()
+    times = Durations()
     for duration_ms in durations_ms:
         times.add(duration_ms / 1000)
     return p99_ms(times.counts)
@@ -23,7 +23,7 @@ def test_two_slow_ones_of_a_hundred_do() -> None:
     assert 500 < p99_of([4.0] * 98 + [900.0] * 2) <= 1000
 
 
-@pytest.mark.parametrize(("given", "expected"), [([], 0.0), ([1e6], BOUNDS_MS[-1])])
+@pytest.mark.parametrize(("given", "expected"), [([], 0.0), ([1e6], BOUNDS_S[-1] * 1000)])
 def test_the_ends(given: list[float], expected: float) -> None:
     """Nothing was pulled; all took longer than the last bound can tell."""
     assert p99_of(given) == expected
