@@ -1,7 +1,8 @@
 """The contract of every coordination store, as a pytest suite to subclass.
 
-Give a fixture ``connect`` that yields an async function, each call of which stands for another
-process on the same, empty store; what it returns is closed by the fixture.
+Define a fixture ``connect`` that yields an async function. Each call of it stands for another
+process and returns a new adapter to the same store, which is empty at first. The fixture closes the
+adapters.
 """
 
 import asyncio
@@ -46,7 +47,7 @@ class CoordinationContract:
     # --- members ----------------------------------------------------------------------------------
 
     async def test_members_see_each_other_as_they_are(self, connect: Connect) -> None:
-        """A member's whole record is what the others list, by id, and a renewal updates it."""
+        """Others list the whole record of a member, and a renewal updates it."""
         one, two = await connect(), await connect()
         assert await one.members() == []
         report = Report(epoch=7, settled=False, interest=(1, 99), noise_ratio=0.25, gaps=3)
@@ -126,7 +127,7 @@ class CoordinationContract:
     # --- the document -----------------------------------------------------------------------------
 
     async def test_the_document_changes_by_compare_and_swap(self, connect: Connect) -> None:
-        """A write needs the revision that is in force; what was written is what is read."""
+        """A write needs the current revision, and a read returns what was written."""
         one, two = await connect(), await connect()
         assert await one.read() is None
         assert not await one.write(b"x", 17)
@@ -142,7 +143,7 @@ class CoordinationContract:
         assert second.revision != first.revision
 
     async def test_of_many_first_writers_one_wins(self, connect: Connect) -> None:
-        """Of those who all found no document, one creates it."""
+        """Of several processes that found no document, one creates it."""
         ends = [await connect() for _ in range(4)]
         results = await asyncio.gather(
             *(end.write(b"%d" % number, None) for number, end in enumerate(ends))
@@ -204,7 +205,7 @@ class CoordinationContract:
         assert not await one.lead("a", LEASE_S)
 
     async def test_a_leader_that_slept_is_refused_by_the_revision(self, connect: Connect) -> None:
-        """What a leader planned before it slept is not written after another has led."""
+        """A leader that slept does not overwrite the document of its successor."""
         one, two = await connect(), await connect()
         assert await one.lead("a", LEASE_S)
         assert await one.write(b"a's", None)
@@ -246,7 +247,7 @@ class CoordinationContract:
             await waiter
 
     async def test_a_change_between_two_waits_is_noticed(self, connect: Connect) -> None:
-        """What another process did while nobody waited ends the next wait at once."""
+        """A change that was made while nobody waited ends the next wait at once."""
         one, two = await connect(), await connect()
         await one.wait_for_change(0.01)
         await two.write(b"x", None)
@@ -257,7 +258,7 @@ class CoordinationContract:
         assert document.body == b"x"
 
     async def test_renewals_as_such_wake_nobody(self, connect: Connect) -> None:
-        """Renewed leases, of members and leader, and numbers for display leave waiters asleep."""
+        """Renewals of members and leader, and numbers for display, end no wait."""
         one, two = await connect(), await connect()
         await two.renew(member("b"), 60)
         await one.wait_for_change(0.1)
@@ -286,7 +287,7 @@ class CoordinationContract:
     # --- calls ------------------------------------------------------------------------------------
 
     async def test_calls_of_one_process_may_overlap(self, connect: Connect) -> None:
-        """Many calls at once through one end all succeed, a wait meanwhile."""
+        """Many calls at once through one adapter all succeed, also during a wait."""
         one = await connect()
         waiter = asyncio.create_task(one.wait_for_change(60))
         await asyncio.gather(

@@ -5,9 +5,9 @@
         async def connect(self, clock, limits, my_server):
             ...  # yield an async function that returns a new mailbox on the same store
 
-Each call of ``connect`` stands for another process; what it returns takes its time from ``clock``,
-keeps to ``limits`` and is closed by the fixture. A mailbox that lives in one process subclasses
-:class:`MailboxContract` and gives the fixture ``mailbox``. A store starts empty for each test.
+Each call of ``connect`` stands for another process. The mailbox that it returns takes its time from
+``clock`` and keeps to ``limits``; the fixture closes it. For a mailbox that lives in one process
+subclass :class:`MailboxContract`, and define the fixture ``mailbox``. A test needs an empty store.
 """
 
 import asyncio
@@ -39,12 +39,12 @@ Connect = Callable[[], Awaitable[Mailbox]]
 
 
 class MailboxContract(OutboxContract, LimitsContract):
-    """What every mailbox promises (``pokebridge.mailbox.base``), but to survive its process."""
+    """What every mailbox promises (``pokebridge.mailbox.base``), except to survive its process."""
 
     # -- append and read ---------------------------------------------------------------------------
 
     async def test_an_unknown_recipient_has_an_empty_mailbox(self, mailbox: Mailbox) -> None:
-        """Nothing was ever sent: head 0, an empty page, cursor 0."""
+        """A recipient without messages has head 0, an empty page and cursor 0."""
         page = await mailbox.read(BOB, after=0, limit=50)
         assert (page.messages, page.version, page.head, page.more) == ((), 0, 0, False)
         assert await head(mailbox, BOB) == 0
@@ -60,7 +60,7 @@ class MailboxContract(OutboxContract, LimitsContract):
         assert (page.version, page.head, page.more) == (1, 1, False)
 
     async def test_versions_are_dense_per_recipient(self, mailbox: Mailbox) -> None:
-        """Each recipient counts 1, 2, 3, … for itself, whoever else gets messages in between."""
+        """The versions of each recipient are 1, 2, 3, …, whatever others receive in between."""
         for expected in (1, 2, 3):
             assert (await mailbox.append(message(BOB))).version == expected
             assert (await mailbox.append(message(EVE))).version == expected
@@ -77,7 +77,7 @@ class MailboxContract(OutboxContract, LimitsContract):
         ids=["null", "unicode", "spaces", "64 KiB"],
     )
     async def test_a_body_is_kept_as_it_came(self, mailbox: Mailbox, body: bytes) -> None:
-        """A body is kept byte for byte: no JSON is read and written anew."""
+        """A body is kept byte for byte: JSON is not parsed and written again."""
         await mailbox.append(message(body=body))
         page = await mailbox.read(BOB, after=0, limit=1)
         assert [kept.body for kept in page.messages] == [body]
@@ -115,7 +115,7 @@ class MailboxContract(OutboxContract, LimitsContract):
             assert set(await unpoked(mailbox)) == set(recipients[count:])
 
     async def test_pages_join_without_gap_or_overlap(self, mailbox: Mailbox) -> None:
-        """A page has at most ``limit`` messages, says when there are more, and where to go on."""
+        """A page has at most ``limit`` messages, and says whether more follow."""
         await asyncio.gather(*(mailbox.append(message()) for _ in range(1203)))
         seen, after, sizes = [], 0, []
         more = True
@@ -128,7 +128,7 @@ class MailboxContract(OutboxContract, LimitsContract):
         assert (seen, sizes, after) == (list(range(1, 1204)), [500, 500, 203], 1203)
 
     async def test_more_is_said_only_when_there_is_more(self, mailbox: Mailbox) -> None:
-        """A page that the limit fills but does not cut has no more."""
+        """A page that ends exactly at the limit says that no more follow."""
         await fill(mailbox, 3)
         assert (await mailbox.read(BOB, after=0, limit=2)).more
         assert not (await mailbox.read(BOB, after=0, limit=3)).more
@@ -171,7 +171,7 @@ class MailboxContract(OutboxContract, LimitsContract):
         await sending
 
     async def test_a_cancelled_append_is_whole_or_nothing(self, mailbox: Mailbox) -> None:
-        """Callers that go away leave no hole, no half, and a mailbox that goes on."""
+        """Cancelled calls leave no gap in the versions, no partial write, and a working mailbox."""
         calls = [asyncio.create_task(mailbox.append(message(id=f"{n}"))) for n in range(100)]
         await asyncio.sleep(0)
         for call in calls[::2]:
@@ -198,7 +198,7 @@ class MailboxContract(OutboxContract, LimitsContract):
     async def test_a_repeated_id_is_the_same_message_for_any_recipient(
         self, mailbox: Mailbox
     ) -> None:
-        """A sender's id names one message: repeated to somebody else, it is still the first."""
+        """The id of a sender names one message, even when it is repeated to another recipient."""
         await fill(mailbox, 4, BOB)
         await mailbox.append(message(BOB, id="a", has_idempotency_key=True))
         assert await mailbox.append(message(EVE, id="a", has_idempotency_key=True)) == (
@@ -209,7 +209,7 @@ class MailboxContract(OutboxContract, LimitsContract):
         assert await head(mailbox, EVE) == 0
 
     async def test_an_id_is_its_senders_own(self, mailbox: Mailbox) -> None:
-        """An equal id of another sender, or one that no sender gave, is another message."""
+        """The same id of another sender, or without an idempotency key, is another message."""
         await mailbox.append(message(id="a", sender=ALICE, has_idempotency_key=True))
         await mailbox.append(message(id="a", sender=EVE, has_idempotency_key=True))
         await mailbox.append(message(id="a", sender=ALICE))
@@ -217,7 +217,7 @@ class MailboxContract(OutboxContract, LimitsContract):
         assert await versions(mailbox) == [1, 2, 3, 4]
 
     async def test_racing_repeats_commit_once(self, mailbox: Mailbox) -> None:
-        """Twenty retries at once: one is the first, all get the same answer."""
+        """Of twenty concurrent retries one is committed, and all get its receipt."""
         retry = message(id="a", has_idempotency_key=True)
         receipts = await asyncio.gather(*(mailbox.append(retry) for _ in range(20)))
         assert sorted(receipts) == [("a", 1, False)] + [("a", 1, True)] * 19
@@ -239,7 +239,7 @@ class MailboxContract(OutboxContract, LimitsContract):
         assert await mailbox.append(expired) == ("expired", 2, True)
 
     async def test_an_old_receipt_is_forgotten(self, mailbox: Mailbox, clock: ManualClock) -> None:
-        """Receipts don't pile up: one of eight days is purged, a younger one is not."""
+        """A receipt is purged after eight days, and not earlier."""
         await mailbox.append(message(id="old", has_idempotency_key=True))
         clock.now_s += 4 * DAY_S
         await mailbox.append(message(id="young", has_idempotency_key=True))
@@ -294,7 +294,7 @@ class MailboxContract(OutboxContract, LimitsContract):
         assert await versions(mailbox) == [1, 2, 3]
 
     async def test_any_ttl_can_be_given(self, mailbox: Mailbox, clock: ManualClock) -> None:
-        """A TTL beyond all time never passes; one of nothing has passed already."""
+        """A message with an endless TTL never expires; one with a TTL of 0 has expired already."""
         for ttl_s in (1e300, float("inf"), 0, -5):
             await mailbox.append(message(ttl_s=ttl_s))
         clock.now_s += 100 * 365 * DAY_S
@@ -303,7 +303,7 @@ class MailboxContract(OutboxContract, LimitsContract):
     # -- devices -----------------------------------------------------------------------------------
 
     async def test_an_ack_of_the_only_device_deletes(self, mailbox: Mailbox) -> None:
-        """What the one known device has acked is deleted; the head and the next version stay."""
+        """Messages acked by the only device are deleted; the head and the next version stay."""
         await fill(mailbox, 3)
         await mailbox.ack(BOB, "phone", 2)
         assert await versions(mailbox) == [3]
@@ -337,7 +337,7 @@ class MailboxContract(OutboxContract, LimitsContract):
         assert await versions(mailbox, EVE) == [1]
 
     async def test_an_ack_is_cut_to_the_head(self, mailbox: Mailbox) -> None:
-        """An ack of the future covers what is there, not what comes later."""
+        """An ack above the head covers the messages that exist, and no later ones."""
         await mailbox.ack(BOB, "phone", 5)
         await fill(mailbox, 2)
         await mailbox.ack(BOB, "phone", 1)
@@ -348,7 +348,7 @@ class MailboxContract(OutboxContract, LimitsContract):
         assert await versions(mailbox) == [3]
 
     async def test_an_ack_never_moves_back(self, mailbox: Mailbox) -> None:
-        """A late or repeated ack, also by a connect, takes nothing back."""
+        """A late or repeated ack, also one at connect, undoes nothing."""
         await fill(mailbox, 3)
         await mailbox.see_device(BOB, "tablet")
         await mailbox.ack(BOB, "phone", 3)
@@ -396,7 +396,7 @@ class MailboxContract(OutboxContract, LimitsContract):
 
 
 class DurableMailboxContract(MailboxContract):
-    """What a mailbox promises beyond its process: other processes share it, and it survives."""
+    """What a mailbox promises when other processes share it and it survives them."""
 
     @pytest.fixture
     async def mailbox(self, connect: Connect) -> Mailbox:
@@ -442,7 +442,7 @@ class DurableMailboxContract(MailboxContract):
     async def test_sweepers_in_several_processes_share_the_outbox(
         self, connect: Connect, clock: ManualClock
     ) -> None:
-        """What one process has claimed no other one gets; together they get all."""
+        """Two processes never claim the same entry, and together they claim all."""
         mailboxes = [await connect() for _ in range(3)]
         await asyncio.gather(*(mailboxes[0].append(message(f"r{n}")) for n in range(60)))
         clock.now_s += 2
@@ -455,7 +455,7 @@ class DurableMailboxContract(MailboxContract):
         )
         claimed = [poke.recipient for pokes in claims for poke in pokes]
         assert len(claimed) == len(set(claimed))
-        for mailbox in mailboxes:  # a claim may have passed over what another one had locked
+        for mailbox in mailboxes:  # a claim may skip entries that another one has locked
             claimed += [poke.recipient for poke in await _claim_all(mailbox)]
         assert sorted(claimed) == sorted(f"r{n}" for n in range(60))
 

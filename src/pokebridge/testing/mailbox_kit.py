@@ -1,4 +1,4 @@
-"""What tests around a mailbox are made of: a clock, messages, and short ways to look inside."""
+"""Helpers for tests of a mailbox: a clock, messages, and short ways to inspect it."""
 
 from pokebridge.mailbox.base import Mailbox
 from pokebridge.model import NewMessage
@@ -29,7 +29,7 @@ def message(
     has_idempotency_key: bool = False,
     is_ephemeral: bool = False,
 ) -> NewMessage:
-    """A message of which a test names only what matters to it."""
+    """A message with defaults for everything that a test does not name."""
     return NewMessage(recipient, sender, id, body, ttl_s, has_idempotency_key, is_ephemeral)
 
 
@@ -39,7 +39,7 @@ async def head(mailbox: Mailbox, recipient: str) -> int:
 
 
 async def versions(mailbox: Mailbox, recipient: str = BOB, *, after: int = 0) -> list[int]:
-    """The versions of all that can be read, page by page."""
+    """The versions of all readable messages, read page by page."""
     found: list[int] = []
     more = True
     while more:
@@ -50,7 +50,7 @@ async def versions(mailbox: Mailbox, recipient: str = BOB, *, after: int = 0) ->
 
 
 async def kept(mailbox: Mailbox) -> tuple[int, int]:
-    """How many messages there are, expired ones included, and the bytes of their bodies."""
+    """The number of messages, with expired ones, and the bytes of their bodies."""
     stats = await mailbox.stats()
     return stats.messages, stats.bytes
 

@@ -1,4 +1,4 @@
-"""The part of every mailbox's contract that bounds it: quotas, pages, devices, upkeep."""
+"""The limits in the contract of every mailbox: quotas, pages, devices, purges."""
 
 import asyncio
 
@@ -16,7 +16,7 @@ BIG = b'"' + b"x" * 65_534 + b'"'
 
 @pytest.mark.asyncio
 class LimitsContract:
-    """What bounds every mailbox; part of ``MailboxContract``."""
+    """The limits of every mailbox; a part of ``MailboxContract``."""
 
     @pytest.fixture
     def limits(self) -> Limits:
@@ -26,9 +26,9 @@ class LimitsContract:
     # -- quotas ------------------------------------------------------------------------------------
 
     async def test_a_message_too_many_is_refused(self, mailbox: Mailbox) -> None:
-        """A full mailbox takes nothing, tears no hole, and takes again what an ack made room for.
+        """A full mailbox refuses messages without a gap in its versions, until an ack makes room.
 
-        Others are not concerned.
+        Other mailboxes are not affected.
         """
         calls = [mailbox.append(message()) for _ in range(LIMITS.max_messages + 10)]
         answers = await asyncio.gather(*calls, return_exceptions=True)
@@ -45,7 +45,7 @@ class LimitsContract:
         assert await versions(mailbox) == list(range(3, LIMITS.max_messages + 3))
 
     async def test_bytes_are_counted_too(self, mailbox: Mailbox) -> None:
-        """Large bodies fill a mailbox before their number does; a small one may still fit."""
+        """Large bodies fill a mailbox by size; a small message may still fit."""
         fit = LIMITS.max_bytes // len(BIG)
         for _ in range(fit - 1):
             await mailbox.append(message(body=BIG))
@@ -58,9 +58,9 @@ class LimitsContract:
         assert await kept(mailbox) == (fit + 1, LIMITS.max_bytes)
 
     async def test_a_full_mailbox_owes_and_remembers_nothing(self, mailbox: Mailbox) -> None:
-        """What was refused has no receipt: sent again later it is taken; a duplicate needs no room.
+        """A refused message has no receipt and can be sent again; a duplicate needs no room.
 
-        A poke is owed for what was committed alone.
+        Only committed messages are in the outbox.
         """
         first = message(id="first", has_idempotency_key=True)
         await mailbox.append(first)
@@ -86,7 +86,7 @@ class LimitsContract:
     # -- pages -------------------------------------------------------------------------------------
 
     async def test_a_page_has_a_size(self, mailbox: Mailbox) -> None:
-        """Bodies beyond the cap are left to the next page; one that is larger alone is given."""
+        """A page ends before the size limit, but always has at least one message."""
         for size_bytes in (4, 4, 4, 20, 4):
             await mailbox.append(message(body=b"1" * size_bytes))
         after, pages, more = 0, [], True
@@ -97,7 +97,7 @@ class LimitsContract:
         assert pages == [[1, 2], [3], [4], [5]]
 
     async def test_a_page_is_a_mebibyte_by_default(self, mailbox: Mailbox) -> None:
-        """Whoever names no size gets no thirty times 64 KiB at once."""
+        """The default size limit holds: a page does not have thirty bodies of 64 KiB."""
         for _ in range(20):
             await mailbox.append(message(body=BIG))
         page = await mailbox.read(BOB, after=0, limit=500)
@@ -106,7 +106,7 @@ class LimitsContract:
         assert (len(page.messages), page.more) == (20 - PAGE_BYTES // len(BIG), False)
 
     async def test_a_known_head_reads_nothing(self, mailbox: Mailbox) -> None:
-        """A reader that has the head already is told so, wherever its cursor is."""
+        """``unless_head`` returns an empty page when the head is unchanged, whatever the cursor."""
         await fill(mailbox, 3)
         page = await mailbox.read(BOB, after=0, limit=50, unless_head=3)
         assert (page.messages, page.head, page.more) == ((), 3, False)
@@ -118,7 +118,7 @@ class LimitsContract:
     async def test_a_device_long_unseen_is_forgotten(
         self, mailbox: Mailbox, clock: ManualClock
     ) -> None:
-        """After ninety days its missing acks hold nothing back; seen again, it is a new one."""
+        """A device unseen for ninety days is forgotten; when it returns, it is a new one."""
         await mailbox.see_device(BOB, "old")
         clock.now_s += 2 * DAY_S
         await fill(mailbox, 3)
@@ -143,7 +143,7 @@ class LimitsContract:
     async def test_a_device_that_is_seen_is_kept(
         self, mailbox: Mailbox, clock: ManualClock, by: str
     ) -> None:
-        """An ack or a sight a day after the last one makes it young again."""
+        """An ack, or being seen, at least a day later restarts those ninety days."""
         await fill(mailbox, 1)
         await mailbox.see_device(BOB, "tablet")
         for _ in range(3):
@@ -159,7 +159,7 @@ class LimitsContract:
     async def test_devices_are_forgotten_in_steps(
         self, mailbox: Mailbox, clock: ManualClock
     ) -> None:
-        """One purge forgets some; the next ones the others."""
+        """Each purge forgets a limited number of devices, until all are forgotten."""
         for number in range(FORGET_BATCH + 5):
             await mailbox.see_device(f"urn:user:{number}", "phone")
         clock.now_s += 91 * DAY_S
@@ -168,7 +168,7 @@ class LimitsContract:
     # -- by hand -----------------------------------------------------------------------------------
 
     async def test_a_mailbox_can_be_cleared(self, mailbox: Mailbox) -> None:
-        """Messages and devices go, the count goes on, and no poke is owed; others keep theirs."""
+        """Clearing a mailbox deletes messages, devices and outbox entry, and keeps the head."""
         await fill(mailbox, 3)
         await fill(mailbox, 1, EVE)
         await mailbox.see_device(BOB, "tablet")
@@ -181,7 +181,7 @@ class LimitsContract:
         assert await kept(mailbox) == (1, 2)
 
     async def test_stats_count_what_there_is(self, mailbox: Mailbox, clock: ManualClock) -> None:
-        """Recipients, messages, bytes, devices and owed pokes, and how old the oldest are."""
+        """Statistics count recipients, messages, bytes, devices and outbox entries, with ages."""
         assert await mailbox.stats() == MailboxStats(0, 0, 0, 0, 0, None, None)
         start_ms = int(clock.now_s * 1000)
         await fill(mailbox, 2, BOB)

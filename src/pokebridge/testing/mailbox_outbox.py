@@ -1,4 +1,4 @@
-"""The part of every mailbox's contract that makes pokes certain: the outbox."""
+"""The outbox in the contract of every mailbox, which makes pokes certain."""
 
 import asyncio
 
@@ -11,7 +11,7 @@ from pokebridge.testing.mailbox_kit import BOB, EVE, ManualClock, fill, message,
 
 @pytest.mark.asyncio
 class OutboxContract:
-    """What a mailbox promises of the pokes that it owes; part of ``MailboxContract``."""
+    """What a mailbox promises about its outbox; a part of ``MailboxContract``."""
 
     @pytest.fixture
     def clock(self) -> ManualClock:
@@ -30,7 +30,7 @@ class OutboxContract:
         await mailbox.confirm_outbox([])
 
     async def test_a_duplicate_owes_no_poke(self, mailbox: Mailbox) -> None:
-        """What commits nothing puts nothing in the outbox."""
+        """A duplicate puts nothing in the outbox."""
         await mailbox.append(message(id="a", has_idempotency_key=True))
         await mailbox.confirm_outbox([Poke(BOB, 1)])
         await mailbox.append(message(id="a", has_idempotency_key=True))
@@ -39,7 +39,7 @@ class OutboxContract:
     async def test_only_old_entries_are_asked_for(
         self, mailbox: Mailbox, clock: ManualClock
     ) -> None:
-        """Entries younger than ``older_than_s`` are left to whoever is publishing them."""
+        """Entries younger than ``older_than_s`` are left to the process that publishes them."""
         await fill(mailbox, 1, BOB)
         clock.now_s += 2
         await fill(mailbox, 1, EVE)
@@ -49,7 +49,7 @@ class OutboxContract:
         assert await unpoked(mailbox, older_than_s=1) == {BOB: 1, EVE: 1}
 
     async def test_the_outbox_is_given_in_bounded_steps(self, mailbox: Mailbox) -> None:
-        """Step by step, confirming each, every entry comes up once."""
+        """Claiming in steps, and confirming each, returns every entry once."""
         for n in range(25):
             await mailbox.append(message(f"urn:user:{n}"))
         seen: list[Poke] = []
@@ -60,7 +60,7 @@ class OutboxContract:
         assert sorted(poke.recipient for poke in seen) == sorted(f"urn:user:{n}" for n in range(25))
 
     async def test_one_sweeper_gets_each_entry(self, mailbox: Mailbox, clock: ManualClock) -> None:
-        """What is claimed is young again: nobody else gets it, until it is forgotten once more."""
+        """A claimed entry is young again: no one else gets it until it is old once more."""
         for n in range(10):
             await mailbox.append(message(f"urn:user:{n}"))
         clock.now_s += 2
@@ -83,7 +83,7 @@ class OutboxContract:
     async def test_a_late_confirmation_leaves_the_newer_message(
         self, mailbox: Mailbox, clock: ManualClock
     ) -> None:
-        """Confirming an older version leaves the entry of a newer one, its age counted anew."""
+        """Confirming an older version keeps the entry of a newer one, and restarts its age."""
         await fill(mailbox, 2)
         clock.now_s += 5
         await mailbox.confirm_outbox([Poke(BOB, 1)])
@@ -93,7 +93,7 @@ class OutboxContract:
         assert await unpoked(mailbox, older_than_s=1) == {BOB: 2}
 
     async def test_a_poke_without_a_version_confirms_nothing(self, mailbox: Mailbox) -> None:
-        """Somebody's bare poke says nothing of what was committed."""
+        """Confirming a poke without a version confirms nothing."""
         await fill(mailbox, 1)
         await mailbox.confirm_outbox([Poke(BOB)])
         assert await unpoked(mailbox) == {BOB: 1}
@@ -107,7 +107,7 @@ class OutboxContract:
         assert await unpoked(mailbox, older_than_s=1) == {BOB: 1}
 
     async def test_deleting_a_message_keeps_its_poke_owed(self, mailbox: Mailbox) -> None:
-        """One device's ack is no poke: others may sleep still."""
+        """An ack confirms no entry: other devices may still need the poke."""
         await fill(mailbox, 1)
         await mailbox.ack(BOB, "phone", 1)
         assert await unpoked(mailbox) == {BOB: 1}

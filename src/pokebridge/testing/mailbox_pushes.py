@@ -26,7 +26,7 @@ class PushingMailbox(Mailbox, Protocol):
 
 
 async def due(mailbox: PushingMailbox, limit: int = 100) -> list[OwedPush]:
-    """What is due now, claimed."""
+    """Claim the pushes that are due now."""
     return list(await mailbox.pushes.claim(limit=limit, lease_s=LEASE_S))
 
 
@@ -38,7 +38,7 @@ async def owed(mailbox: PushingMailbox) -> tuple[int, int]:
 
 @pytest.mark.asyncio
 class PushContract:
-    """What a mailbox promises of the pushes that it owes (``pokebridge.mailbox.pushes``)."""
+    """What a mailbox promises about its pushes (``pokebridge.mailbox.pushes``)."""
 
     @pytest.fixture
     def clock(self) -> ManualClock:
@@ -60,7 +60,7 @@ class PushContract:
     async def test_batches_owe_one_push_a_recipient(
         self, mailbox: PushingMailbox, clock: ManualClock
     ) -> None:
-        """Appends that are committed together, several of them to one recipient, owe no less."""
+        """Appends that are committed together owe the same pushes as single ones."""
         await asyncio.gather(*(mailbox.append(message(f"r{n % 7}", id=f"{n}")) for n in range(35)))
         clock.now_s += 10
         claimed = await due(mailbox)
@@ -75,7 +75,7 @@ class PushContract:
     async def test_what_passes_owes_no_push(
         self, mailbox: PushingMailbox, clock: ManualClock, passing: object
     ) -> None:
-        """Nobody is woken for what is meant for those connected, or will have expired by then."""
+        """Ephemeral messages, and those that expire before the push is due, owe no push."""
         await mailbox.append(passing)  # type: ignore[arg-type] # pytest's parameters are objects
         clock.now_s += 60
         assert await due(mailbox) == []
@@ -84,14 +84,14 @@ class PushContract:
         assert [push.version for push in await due(mailbox)] == [2]
 
     async def test_a_duplicate_owes_no_push(self, mailbox: PushingMailbox) -> None:
-        """What commits nothing wakes nobody."""
+        """A duplicate owes no push."""
         await mailbox.append(message(id="a", has_idempotency_key=True))
         await mailbox.pushes.pulled({BOB: 1})
         await mailbox.append(message(id="a", has_idempotency_key=True))
         assert await owed(mailbox) == (0, 0)
 
     async def test_a_pull_cancels(self, mailbox: PushingMailbox, clock: ManualClock) -> None:
-        """A pull that reached the newest version, or a cursor beyond it, leaves nothing owed."""
+        """A pull up to the newest version or beyond cancels the push."""
         await fill(mailbox, 3, BOB)
         await fill(mailbox, 1, EVE)
         await mailbox.pushes.pulled({BOB: 3, EVE: 99, "urn:user:nobody": 7})
@@ -103,7 +103,7 @@ class PushContract:
     async def test_an_old_cursor_cancels_nothing(
         self, mailbox: PushingMailbox, clock: ManualClock
     ) -> None:
-        """A pull of what is older than all that is owed does not hold the push up."""
+        """A pull of older messages does not delay the push."""
         await fill(mailbox, 2)
         await mailbox.pushes.pulled({BOB: 2})
         await fill(mailbox, 1)
@@ -115,7 +115,7 @@ class PushContract:
     async def test_a_pull_leaves_the_newer_message(
         self, mailbox: PushingMailbox, clock: ManualClock
     ) -> None:
-        """What was committed after the page was read is owed, its grace counted anew."""
+        """Messages committed after the pull owe a push, with a new grace period."""
         await fill(mailbox, 3)
         clock.now_s += 9
         await mailbox.pushes.pulled({BOB: 2})
@@ -127,7 +127,7 @@ class PushContract:
     async def test_one_of_several_gets_each_push(
         self, mailbox: PushingMailbox, clock: ManualClock
     ) -> None:
-        """A claim is a lease: nobody else gets the push meanwhile, and anybody does afterwards."""
+        """A claim is a lease: no other process gets the push until it expires."""
         for n in range(10):
             await mailbox.append(message(f"urn:user:{n}"))
         clock.now_s += 10
@@ -265,7 +265,7 @@ class PushContract:
     async def test_a_cleared_mailbox_owes_nothing(
         self, mailbox: PushingMailbox, clock: ManualClock
     ) -> None:
-        """Nobody is woken for what an operator has deleted."""
+        """Clearing a mailbox cancels its push."""
         await fill(mailbox, 1)
         await mailbox.clear(BOB)
         clock.now_s += 10

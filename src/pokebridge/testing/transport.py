@@ -5,7 +5,8 @@
         async def connect(self, my_server):
             ...  # yield an async function that returns a new transport to the same engine
 
-Each call of ``connect`` stands for another process; what it returns is closed by the fixture.
+Each call of ``connect`` stands for another process and returns a new adapter. The fixture closes
+the adapters.
 """
 
 import asyncio
@@ -26,7 +27,7 @@ _probe_ids = itertools.count(1)
 
 
 class RecordingReceiver:
-    """A receiver that keeps what it hears and lets a test wait for it."""
+    """A receiver that records signals and gaps, and lets a test wait for them."""
 
     def __init__(self) -> None:
         self.bodies: list[bytes] = []
@@ -35,19 +36,19 @@ class RecordingReceiver:
         self._changed = asyncio.Event()
 
     def on_signal(self, body: bytes, tag: str | None) -> None:
-        """Keep both."""
+        """Record a signal."""
         self.bodies.append(body)
         self.tags.append(tag)
         self._changed.set()
 
     def on_gap(self, selection: Selection, reason: str) -> None:
-        """Keep the gap."""
+        """Record a gap."""
         self.gaps.append((selection, reason))
         self._changed.set()
 
     @property
     def payloads(self) -> list[bytes]:
-        """The bodies that are no probes."""
+        """The bodies of all signals except probes."""
         return [body for body in self.bodies if b'"probe"' not in body]
 
     async def wait_for(
@@ -66,7 +67,7 @@ async def prove_live(
     shard: int | None = None,
     timeout_s: float = TIMEOUT_S,
 ) -> None:
-    """Publish probes until one comes back to ``receiver``: its subscription delivers."""
+    """Publish probes until one arrives at ``receiver``, whose subscription then delivers."""
     async with asyncio.timeout(timeout_s):
         while True:
             probe = encode_probe(f"contract-{next(_probe_ids)}")

@@ -34,7 +34,7 @@ _MUTABLE = {
     "push_config",
     "retry_policy",
 }
-# What waits for a stream's client to read is bounded, also when the client sets no limit.
+# The most messages that wait for a client, when the client sets no limit.
 _MAX_UNSENT = 1000
 _MAX_RESPONSE_MESSAGES = 500
 _MAX_RESPONSE_BYTES = 1_000_000
@@ -128,7 +128,7 @@ class Stream:
 
 
 class _Queue:
-    """A subscription: what waits in it, and who has been handed what until when."""
+    """A subscription: its waiting messages, and the leases of those that were delivered."""
 
     def __init__(self, config: Any, passes: Filter | None, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -180,7 +180,7 @@ class _Queue:
         ]
 
     def acknowledge(self, ack_ids: Iterable[str]) -> None:
-        """Forget the messages; an unknown or expired id is no error."""
+        """Acknowledge messages; an unknown or expired id is no error."""
         self.touch()
         for ack_id in ack_ids:
             self._release(ack_id)
@@ -272,9 +272,9 @@ class _Topic:
 class Broker:
     """The state of the service, under ``clock`` (Unix time in seconds).
 
-    Only ``projects`` exist; ``None``: whichever is asked for.
-    ``liveness_delay_s``: for so long a new subscription exists and receives nothing, as was
-    measured of Google's.
+    Only ``projects`` exist; with ``None``, every project does.
+    ``liveness_delay_s`` is how long a new subscription receives nothing, as was measured of
+    Google's service.
     """
 
     def __init__(self, clock: Callable[[], float], projects: Container[str] | None = None) -> None:
@@ -409,7 +409,7 @@ class Broker:
     # --- messages -------------------------------------------------------------------------------
 
     def pull(self, request: Any) -> list[Any]:
-        """Pull, without its waiting: the messages that can be had now."""
+        """Pull, without waiting: the messages that are available now."""
         queue = self._queue(request.subscription)
         if request.max_messages <= 0:
             raise invalid("No max_messages specified")
