@@ -21,11 +21,11 @@ from pokebridge.costs import (
     SECONDS_A_MONTH,
     WIDEN_AT,
     Engine,
-    Load,
     Range,
     RedLineWatch,
     Strategy,
     WatchRules,
+    Workload,
     advise,
     evaluate,
     format_usd,
@@ -36,7 +36,7 @@ from pokebridge.placement import PlacementRules
 ENGINES: list[Engine] = ["pubsub", "nats"]
 batches = st.tuples(st.floats(1, 1000), st.floats(1, 1000)).map(lambda pair: Range(*sorted(pair)))
 loads = st.builds(
-    Load,
+    Workload,
     messages_per_s=st.floats(0, 1e6),
     instances=st.integers(1, 2000),
     shards=st.integers(1, 10_000),
@@ -61,7 +61,7 @@ def at_least(one: float, other: float) -> bool:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_seeds_safe_example(engine: Engine) -> None:
     """100 messages/s and 10 instances are 1,000 operations/s: fan-out is fine."""
-    load = Load(messages_per_s=100, instances=10)
+    load = Workload(messages_per_s=100, instances=10)
     outcome = evaluate(load, FANOUT[engine])
     assert outcome.deliveries_per_s == 1000
     assert not outcome.over_red_line
@@ -73,7 +73,7 @@ def test_the_seeds_safe_example(engine: Engine) -> None:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_seeds_critical_example(engine: Engine) -> None:
     """1,000 messages/s and 50 instances are 50,000 operations/s, of which 98% are discarded."""
-    load = Load(messages_per_s=1000, instances=50)
+    load = Workload(messages_per_s=1000, instances=50)
     outcome = evaluate(load, FANOUT[engine])
     assert outcome.deliveries_per_s == 50_000
     assert outcome.discarded_share == pytest.approx(0.98)
@@ -92,7 +92,7 @@ def test_the_seeds_critical_example(engine: Engine) -> None:
 
 
 @given(loads, strategies)
-def test_every_figure_is_possible(load: Load, strategy: Strategy) -> None:
+def test_every_figure_is_possible(load: Workload, strategy: Strategy) -> None:
     """Shares are shares, ranges are ordered, nothing is negative."""
     outcome = evaluate(load, strategy)
     assert 0 <= outcome.discarded_share <= 1
@@ -105,7 +105,7 @@ def test_every_figure_is_possible(load: Load, strategy: Strategy) -> None:
 
 @given(loads, st.integers(1, 500), st.sampled_from([Strategy.PUBSUB_FANOUT, Strategy.NATS_FANOUT]))
 def test_more_instances_are_never_cheaper_in_fanout(
-    load: Load, more: int, strategy: Strategy
+    load: Workload, more: int, strategy: Strategy
 ) -> None:
     """An instance more costs deliveries, CPU, subscriptions and money, or at best nothing."""
     few = evaluate(load, strategy)
@@ -120,7 +120,7 @@ def test_more_instances_are_never_cheaper_in_fanout(
 
 
 @given(loads, strategies, st.floats(1, 100))
-def test_more_messages_are_never_cheaper(load: Load, strategy: Strategy, factor: float) -> None:
+def test_more_messages_are_never_cheaper(load: Workload, strategy: Strategy, factor: float) -> None:
     """Deliveries, CPU and money grow with the rate, whatever the strategy."""
     slow = evaluate(load, strategy)
     fast = evaluate(replace(load, messages_per_s=load.messages_per_s * factor), strategy)
@@ -132,7 +132,7 @@ def test_more_messages_are_never_cheaper(load: Load, strategy: Strategy, factor:
 
 
 @given(loads, strategies)
-def test_partitioned_never_delivers_more_than_fanout(load: Load, strategy: Strategy) -> None:
+def test_partitioned_never_delivers_more_than_fanout(load: Workload, strategy: Strategy) -> None:
     """However badly sessions are placed, and however few shards there are."""
     outcome = evaluate(load, strategy)
     fanout = evaluate(load, FANOUT[strategy.engine])
@@ -143,7 +143,7 @@ def test_partitioned_never_delivers_more_than_fanout(load: Load, strategy: Strat
 
 @given(loads, strategies, st.floats(0, 1))
 def test_misplaced_sessions_never_save_anything(
-    load: Load, strategy: Strategy, share: float
+    load: Workload, strategy: Strategy, share: float
 ) -> None:
     """The more sessions are away from their shard's owner, the more instances must hear it."""
     better, worse = sorted([share, load.misplaced_share])
@@ -154,7 +154,7 @@ def test_misplaced_sessions_never_save_anything(
 
 
 @given(loads)
-def test_one_topic_a_shard_is_billed_once(load: Load) -> None:
+def test_one_topic_a_shard_is_billed_once(load: Workload) -> None:
     """With every session in its place a message is charged as published and as delivered once."""
     placed = replace(load, misplaced_share=0.0)
     assume(placed.instances > 1)
@@ -165,7 +165,7 @@ def test_one_topic_a_shard_is_billed_once(load: Load) -> None:
 
 
 @given(loads)
-def test_filters_are_never_cheaper_than_fanout(load: Load) -> None:
+def test_filters_are_never_cheaper_than_fanout(load: Workload) -> None:
     """What a filter drops is charged, so single shards cost at least as much as everything."""
     filtered = evaluate(load, Strategy.PUBSUB_FILTER)
     fanout = evaluate(load, Strategy.PUBSUB_FANOUT)
@@ -175,7 +175,7 @@ def test_filters_are_never_cheaper_than_fanout(load: Load) -> None:
 
 
 @given(loads, strategies)
-def test_batching_never_costs(load: Load, strategy: Strategy) -> None:
+def test_batching_never_costs(load: Workload, strategy: Strategy) -> None:
     """The same pokes in fewer messages cost no more of anything."""
     single = replace(load, pokes_per_message=1)
     batched = replace(
@@ -188,7 +188,7 @@ def test_batching_never_costs(load: Load, strategy: Strategy) -> None:
 
 
 @given(loads, engines)
-def test_the_advice_agrees_with_the_figures(load: Load, engine: Engine) -> None:
+def test_the_advice_agrees_with_the_figures(load: Workload, engine: Engine) -> None:
     """Critical is over the line, near is just below, fine is well below; the text is one line."""
     fanout = evaluate(load, FANOUT[engine])
     advice = advise(load, engine)
@@ -205,15 +205,15 @@ def test_the_advice_agrees_with_the_figures(load: Load, engine: Engine) -> None:
 def test_a_cluster_of_one_wastes_nothing() -> None:
     """There is nobody else whose pokes it could hear, and partitioning changes nothing."""
     for strategy in Strategy:
-        outcome = evaluate(Load(messages_per_s=10_000, instances=1), strategy)
+        outcome = evaluate(Workload(messages_per_s=10_000, instances=1), strategy)
         assert outcome.discarded_share == 0
         assert outcome.cpu_cores_wasted == Range(0, 0)
-    assert "put more pokes into a message" in advise(Load(10_000, 1)).text
+    assert "put more pokes into a message" in advise(Workload(10_000, 1)).text
 
 
 def test_sessions_at_random_undo_partitioning() -> None:
     """An instance that has sessions of most shards takes everything, and the advice says why."""
-    load = Load(1000, 50, sessions=500_000, misplaced_share=1.0)
+    load = Workload(1000, 50, sessions=500_000, misplaced_share=1.0)
     outcome = evaluate(load, Strategy.PUBSUB_TOPIC)
     assert outcome.deliveries_per_s == 50_000
     assert "another instance than their shard's owner" in advise(load).text
@@ -221,7 +221,7 @@ def test_sessions_at_random_undo_partitioning() -> None:
 
 def test_few_misplaced_sessions_cost_a_little() -> None:
     """Each session away from home makes one instance hear one shard more."""
-    load = Load(1000, 50, sessions=10_000, misplaced_share=0.01)
+    load = Workload(1000, 50, sessions=10_000, misplaced_share=0.01)
     copies = 1 + 49 * (1 - math.exp(-10_000 * 0.01 / 100 / 49))
     outcome = evaluate(load, Strategy.PUBSUB_FILTER)
     assert outcome.deliveries_per_s == pytest.approx(1000 * copies)
@@ -230,7 +230,7 @@ def test_few_misplaced_sessions_cost_a_little() -> None:
 
 
 @given(loads)
-def test_the_misplaced_share_is_found_in_what_it_does(load: Load) -> None:
+def test_the_misplaced_share_is_found_in_what_it_does(load: Workload) -> None:
     """From how many instances a message reaches, as it is measured in a partitioned cluster."""
     assume(load.instances <= load.shards)
     mean = load.sessions * load.misplaced_share / load.shards / max(load.instances - 1, 1)
@@ -248,7 +248,7 @@ def test_the_misplaced_share_is_found_in_what_it_does(load: Load) -> None:
 )
 def test_prefixes_share_one_filter(instances: int, shards: int, prefixes: int) -> None:
     """An instance has one subscription; where prefixes are few, several instances share one."""
-    load = Load(1000, instances, shards)
+    load = Workload(1000, instances, shards)
     outcome = evaluate(load, Strategy.PUBSUB_PREFIX)
     assert outcome.subscriptions == instances
     assert outcome.deliveries_per_s == pytest.approx(1000 * max(1, instances / prefixes))
@@ -260,13 +260,13 @@ def test_prefixes_share_one_filter(instances: int, shards: int, prefixes: int) -
 def test_instances_widen_when_placement_says_so() -> None:
     """The model follows the rule by which an instance takes everything."""
     assert PlacementRules().widen_at == WIDEN_AT
-    few = Load(1000, 10, sessions=4000, misplaced_share=0.2)
+    few = Workload(1000, 10, sessions=4000, misplaced_share=0.2)
     copies = 1 + 9 * (1 - math.exp(-4000 * 0.2 / 100 / 9))
     assert copies < WIDEN_AT * 10
     assert evaluate(few, Strategy.PUBSUB_FILTER).deliveries_per_s == pytest.approx(1000 * copies)
     many = replace(few, sessions=8000)
     assert evaluate(many, Strategy.PUBSUB_FILTER).deliveries_per_s == 10_000
-    assert evaluate(Load(1000, 2), Strategy.PUBSUB_FILTER).deliveries_per_s == 1000
+    assert evaluate(Workload(1000, 2), Strategy.PUBSUB_FILTER).deliveries_per_s == 1000
 
 
 def test_the_longest_filter_fits() -> None:
@@ -277,28 +277,28 @@ def test_the_longest_filter_fits() -> None:
 
 def test_googles_limits_are_named() -> None:
     """A strategy that Google would refuse says which limit it breaks."""
-    found = evaluate(Load(1, 3000, 9000), Strategy.PUBSUB_FILTER).obstacles
+    found = evaluate(Workload(1, 3000, 9000), Strategy.PUBSUB_FILTER).obstacles
     assert "12,000 subscriptions, and Google allows 10,000" in found
     assert "72,000 administrative operations a minute, and Google allows 6,000" in found
-    assert evaluate(Load(1, 3, 10_000), Strategy.PUBSUB_TOPIC).obstacles[1:] == (
+    assert evaluate(Workload(1, 3, 10_000), Strategy.PUBSUB_TOPIC).obstacles[1:] == (
         "10,001 topics, and Google allows 10,000",
     )
     idle = "10 shards leave some of 50 instances idle"
-    assert idle in evaluate(Load(1, 50, 10), Strategy.PUBSUB_FILTER).obstacles
-    assert f"But mind: {idle}." in advise(Load(1000, 50, 10)).text
-    assert not evaluate(Load(1, 3000), Strategy.NATS_SUBJECT).obstacles
+    assert idle in evaluate(Workload(1, 50, 10), Strategy.PUBSUB_FILTER).obstacles
+    assert f"But mind: {idle}." in advise(Workload(1000, 50, 10)).text
+    assert not evaluate(Workload(1, 3000), Strategy.NATS_SUBJECT).obstacles
 
 
 def test_just_below_the_line_is_near() -> None:
     """At 80% of the line the advice is to get ready."""
-    assert advise(Load(799, 5)).verdict == "fine"
-    assert advise(Load(800, 5)).verdict == "near"
-    assert advise(Load(1000, 5)).verdict == "near"
-    assert advise(Load(1001, 5)).verdict == "critical"
+    assert advise(Workload(799, 5)).verdict == "fine"
+    assert advise(Workload(800, 5)).verdict == "near"
+    assert advise(Workload(1000, 5)).verdict == "near"
+    assert advise(Workload(1001, 5)).verdict == "critical"
 
 
 @given(loads, engines)
-def test_a_partitioned_cluster_is_told_whether_to_stay(load: Load, engine: Engine) -> None:
+def test_a_partitioned_cluster_is_told_whether_to_stay(load: Workload, engine: Engine) -> None:
     """It stays until fan-out would be well under the line, as the watch that migrates does."""
     ops_per_s = evaluate(load, FANOUT[engine]).deliveries_per_s
     advice = advise(load, engine, "partitioned")
@@ -310,7 +310,7 @@ def test_a_partitioned_cluster_is_told_whether_to_stay(load: Load, engine: Engin
 def test_prices_can_be_others() -> None:
     """Twice the price is twice the bill, in the figures and in the advice."""
     dear = replace(PRICES, usd_per_tib=2 * PRICES.usd_per_tib)
-    load = Load(1000, 50)
+    load = Workload(1000, 50)
     usual = evaluate(load, Strategy.PUBSUB_FANOUT).usd_a_month
     doubled = evaluate(load, Strategy.PUBSUB_FANOUT, dear).usd_a_month
     assert doubled.low == pytest.approx(2 * usual.low)
@@ -320,7 +320,7 @@ def test_prices_can_be_others() -> None:
 
 def test_known_batching_narrows_the_range() -> None:
     """With a known number of messages a request only what Google does not say is left open."""
-    load = Load(1000, 50, messages_per_request=Range.exactly(200))
+    load = Workload(1000, 50, messages_per_request=Range.exactly(200))
     fanout = evaluate(load, Strategy.PUBSUB_FANOUT)
     assert fanout.usd_a_month.low == fanout.usd_a_month.high
     assert fanout.cpu_cores_wasted.low == fanout.cpu_cores_wasted.high
@@ -339,9 +339,9 @@ def test_the_free_volume_is_free() -> None:
     """10 GiB a month cost nothing; what is beyond costs $40 a TiB."""
     one_per_s = 2 * (50 + PRICES.message_overhead_bytes) * SECONDS_A_MONTH
     assert one_per_s < PRICES.free_bytes_a_month
-    assert evaluate(Load(1, 1), Strategy.PUBSUB_FANOUT).usd_a_month.low == 0
+    assert evaluate(Workload(1, 1), Strategy.PUBSUB_FANOUT).usd_a_month.low == 0
     rate_per_s = (PRICES.free_bytes_a_month + 2**40) / one_per_s
-    outcome = evaluate(Load(rate_per_s, 1), Strategy.PUBSUB_FANOUT)
+    outcome = evaluate(Workload(rate_per_s, 1), Strategy.PUBSUB_FANOUT)
     assert outcome.usd_a_month.low == pytest.approx(40)
 
 

@@ -1,8 +1,8 @@
 """The red line: what each way of routing signals costs, and when to change it (docs/roadmap.md).
 
-Seven figures for each :class:`Strategy` from one :class:`Load`. docs/redline.md reproduces them by
-hand, and says where each price and each measured cost in here is from. What is not known for
-certain is a :class:`Range`, carried through to the result.
+Seven figures for each :class:`Strategy` from one :class:`Workload`. docs/redline.md reproduces them
+by hand, and names the source of each price and each measured cost. An uncertain figure is a
+:class:`Range`, which is carried through to the result.
 
 :class:`RedLineWatch` says, from measured figures, when the line was crossed and when it was left.
 """
@@ -155,8 +155,8 @@ PARTITIONED: dict[Engine, Strategy] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
-    """What a cluster bears. Rates are not negative, counts at least 1, shares 0 to 1.
+class Workload:
+    """The load of a cluster. Rates are not negative, counts at least 1, shares 0 to 1.
 
     A *message* is one signal on the transport and carries ``pokes_per_message`` pokes, so the
     cluster bears ``messages_per_s * pokes_per_message`` pokes a second. Each poke is for a
@@ -204,7 +204,7 @@ class Outcome:
 
 
 def evaluate(
-    load: Load, strategy: Strategy, prices: Prices = PRICES, costs: CpuCosts = CPU_COSTS
+    load: Workload, strategy: Strategy, prices: Prices = PRICES, costs: CpuCosts = CPU_COSTS
 ) -> Outcome:
     """What ``strategy`` makes of ``load``."""
     copies, subscriptions, topics = _spread(load, strategy)
@@ -248,7 +248,7 @@ class _Spread(NamedTuple):
     topics: int = 1
 
 
-def _spread(load: Load, strategy: Strategy) -> _Spread:
+def _spread(load: Workload, strategy: Strategy) -> _Spread:
     instances = load.instances
     if strategy.is_fanout:
         return _Spread(instances, instances)
@@ -268,7 +268,7 @@ def _spread(load: Load, strategy: Strategy) -> _Spread:
     return _Spread(copies, math.ceil(units * copies) + instances)
 
 
-def _copies(load: Load, units: int) -> float:
+def _copies(load: Workload, units: int) -> float:
     """How many instances need a unit: a shard, or a group of shards.
 
     A shard has one owner, a group as many as there are among its shards. Sessions that are not
@@ -283,7 +283,7 @@ def _copies(load: Load, units: int) -> float:
     return owners - others * math.expm1(-mean)
 
 
-def misplaced_share(load: Load, copies: float) -> float:
+def misplaced_share(load: Workload, copies: float) -> float:
     """The share with which a shard a unit makes ``copies`` of each message, as was measured.
 
     This is ``_copies`` solved for it; ``copies`` beyond what any share explains is all of them.
@@ -296,7 +296,7 @@ def misplaced_share(load: Load, copies: float) -> float:
     return min(mean * others * load.shards / load.sessions, 1.0)
 
 
-def _prefixes(load: Load) -> int:
+def _prefixes(load: Workload) -> int:
     """How many groups the leading digits of the shard make: as many as fit into one filter."""
     counts = [min(load.shards, 10**digits) for digits in (1, 2, 3, 4)]
     fitting = [
@@ -305,7 +305,7 @@ def _prefixes(load: Load) -> int:
     return max(fitting, default=counts[0])
 
 
-def _received_us(load: Load, strategy: Strategy, costs: CpuCosts) -> Range:
+def _received_us(load: Workload, strategy: Strategy, costs: CpuCosts) -> Range:
     """CPU time of a message that is received and dropped."""
     decode_us = load.pokes_per_message * costs.poke.at(load.pokes_per_message)
     if strategy.engine == "nats":
@@ -316,7 +316,7 @@ def _received_us(load: Load, strategy: Strategy, costs: CpuCosts) -> Range:
     return Range(receive_us.low + decode_us, receive_us.high + decode_us)
 
 
-def _google_usd_a_month(load: Load, transfers: float, filtered: float, prices: Prices) -> Range:
+def _google_usd_a_month(load: Workload, transfers: float, filtered: float, prices: Prices) -> Range:
     """Google's bill for messages that are each transferred and filtered so often.
 
     Whether the minimum of a request applies to a message that a filter dropped, and so was in no
@@ -338,7 +338,7 @@ def _google_usd_a_month(load: Load, transfers: float, filtered: float, prices: P
 
 
 def _obstacles(
-    load: Load, strategy: Strategy, subscriptions: int, topics: int, admin_ops_per_min: int
+    load: Workload, strategy: Strategy, subscriptions: int, topics: int, admin_ops_per_min: int
 ) -> tuple[str, ...]:
     found = []
     if subscriptions > MAX_SUBSCRIPTIONS:
@@ -431,7 +431,7 @@ class Advice:
 
 
 def advise(
-    load: Load,
+    load: Workload,
     engine: Engine = "pubsub",
     mode: Mode = "fanout",
     prices: Prices = PRICES,
@@ -480,7 +480,7 @@ def advise(
     )
 
 
-def _reason(load: Load) -> str:
+def _reason(load: Workload) -> str:
     if load.instances == 1:
         return ", for one instance takes everything"
     return ", for too many sessions are on another instance than their shard's owner"

@@ -12,7 +12,7 @@ import pytest
 
 from pokebridge.bench.plot import _counts, crossing
 from pokebridge.cli.plan import _load, _Measured
-from pokebridge.costs import Load, Strategy
+from pokebridge.costs import Strategy, Workload
 from tests.cli.conftest import Run
 from tests.support.serving import JWT_SECRET, Instance
 
@@ -223,7 +223,7 @@ def test_what_is_measured_comes_after_flags_and_before_settings(
     figures = {"messages_per_s": 30.0, "instances": 3, "red_line_ops_per_s": 2.0}
     measured = _Measured("fanout", 0.5, 3.0, figures)
     load = _load({"instances": 7, "sessions": None}, measured, None)
-    assert load == Load(30.0, 7, red_line_ops_per_s=2.0)
+    assert load == Workload(30.0, 7, red_line_ops_per_s=2.0)
 
 
 # --- the picture --------------------------------------------------------------------------------
@@ -275,12 +275,12 @@ def test_extremes_can_be_drawn(run: Run, tmp_path: Path, args: tuple[str, str]) 
 
 def test_where_the_line_is_crossed() -> None:
     """By the first number of instances that is over it; at the line is not over."""
-    assert crossing(Load(1000, 50)) == 6
-    assert crossing(Load(999, 50)) == 6
-    assert crossing(Load(1001, 50)) == 5
-    assert crossing(Load(6000, 1)) == 1
-    assert crossing(Load(0, 1)) is None
-    assert {1, 6, 50, 100} <= set(_counts(Load(1000, 50)))
+    assert crossing(Workload(1000, 50)) == 6
+    assert crossing(Workload(999, 50)) == 6
+    assert crossing(Workload(1001, 50)) == 5
+    assert crossing(Workload(6000, 1)) == 1
+    assert crossing(Workload(0, 1)) is None
+    assert {1, 6, 50, 100} <= set(_counts(Workload(1000, 50)))
 
 
 def test_the_extra_is_named_when_it_is_missing(clean_environment: None, tmp_path: Path) -> None:

@@ -21,11 +21,11 @@ from pokebridge.costs import (
     MIGRATE_RULES,
     PRICES,
     SECONDS_A_MONTH,
-    Load,
     Outcome,
     Range,
     Strategy,
     WatchRules,
+    Workload,
     advise,
     evaluate,
     format_share,
@@ -35,8 +35,8 @@ from pokebridge.costs import (
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "redline.md").read_text()
 EXAMPLES = {
-    "1,000 messages/s, 50 instances": Load(1000, 50),
-    "100 messages/s, 10 instances": Load(100, 10),
+    "1,000 messages/s, 50 instances": Workload(1000, 50),
+    "100 messages/s, 10 instances": Workload(100, 10),
 }
 
 
@@ -103,7 +103,7 @@ def test_the_prices_are_the_models() -> None:
     nats = format_usd(PRICES.nats_usd_a_month).replace("-", " to ")
     assert data["NATS servers"] == f"{nats} a month"
     assert data["a month"] == f"{SECONDS_A_MONTH:,} s"
-    load = Load(1, 1)
+    load = Workload(1, 1)
     assert data["a poke"] == f"{load.poke_size_bytes:.0f} bytes"
     batch = load.messages_per_request
     assert data["messages in one request"] == f"{batch.low} to {batch.high}"
@@ -135,7 +135,7 @@ def test_the_watchs_rules_are_the_models() -> None:
 
 def test_misplaced_sessions_as_by_hand() -> None:
     """The copies and the deliveries of the worked example."""
-    load = Load(1000, 50, sessions=10_000, misplaced_share=0.01)
+    load = Workload(1000, 50, sessions=10_000, misplaced_share=0.01)
     outcome = evaluate(load, Strategy.PUBSUB_TOPIC)
     assert f"= {outcome.deliveries_per_s / 1000:.5f}  " in PAGE
     assert f"= {outcome.deliveries_per_s:,.1f}  " in PAGE
@@ -144,7 +144,7 @@ def test_misplaced_sessions_as_by_hand() -> None:
 def test_the_picture_is_the_models(tmp_path: Path) -> None:
     """Drawn again it is the same; `pokebridge plan --plot` of the page's example makes it."""
     strategies = [strategy for strategy in Strategy if strategy.engine == "pubsub"]
-    save_plot(tmp_path / "plan.svg", Load(1000, 50), strategies, TITLES)
+    save_plot(tmp_path / "plan.svg", Workload(1000, 50), strategies, TITLES)
     assert drawn(tmp_path / "plan.svg") == drawn(DOCS / "img/plan.svg")
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pokebridge.bench.traffic import LOAD_GENERATOR, SAMPLE_S
-from pokebridge.costs import PRICES, Load, Outcome, Prices, Strategy, evaluate
+from pokebridge.costs import PRICES, Outcome, Prices, Strategy, Workload, evaluate
 from pokebridge.errors import ConfigError
 
 if TYPE_CHECKING:  # an extra, and slow to import
@@ -96,7 +96,7 @@ def drawing(path: Path, size_inches: tuple[float, float]) -> Iterator["Figure"]:
 
 def save_plot(
     path: Path,
-    load: Load,
+    load: Workload,
     strategies: Sequence[Strategy],
     titles: Mapping[Strategy, str],
     prices: Prices = PRICES,
@@ -120,14 +120,14 @@ def save_plot(
         figure.suptitle(f"{load.messages_per_s:,.6g} messages/s, {load.shards:,} shards")
 
 
-def crossing(load: Load) -> int | None:
+def crossing(load: Workload) -> int | None:
     """The number of instances from which fan-out is over the red line; ``None``: never."""
     if not load.messages_per_s:
         return None
     return int(load.red_line_ops_per_s // load.messages_per_s) + 1
 
 
-def _counts(load: Load) -> list[int]:
+def _counts(load: Workload) -> list[int]:
     """Numbers of instances from 1 to beyond both ``load.instances`` and the crossing."""
     crossed = crossing(load) or 1
     last = max(2 * load.instances, min(2 * crossed, 20 * load.instances), 10)
@@ -148,7 +148,7 @@ def _draw_outcomes(
     right.plot(counts, low, linewidth=0.8, **style)
 
 
-def _finish_deliveries(axes: "Axes", load: Load) -> None:
+def _finish_deliveries(axes: "Axes", load: Workload) -> None:
     line = load.red_line_ops_per_s
     axes.axhline(line, color=_RED, linewidth=1.2)
     axes.annotate(
@@ -177,11 +177,11 @@ def _finish_deliveries(axes: "Axes", load: Load) -> None:
     axes.legend(loc="upper left", framealpha=0.9, edgecolor="none")
 
 
-def _finish_costs(axes: "Axes", load: Load) -> None:
+def _finish_costs(axes: "Axes", load: Workload) -> None:
     _finish_axes(axes, load, "Dollars a month, from low to high", "$")
 
 
-def _finish_axes(axes: "Axes", load: Load, title: str, unit: str) -> None:
+def _finish_axes(axes: "Axes", load: Workload, title: str, unit: str) -> None:
     axes.set(title=title, xlabel="instances", xscale="log")
     # A logarithmic axis has no 0, and some values are 0.
     lowest, highest = axes.dataLim.intervaly

@@ -22,11 +22,11 @@ from pokebridge.costs import (
     PRICES,
     Advice,
     Engine,
-    Load,
     Outcome,
     Prices,
     Range,
     Strategy,
+    Workload,
     advise,
     evaluate,
     format_share,
@@ -37,7 +37,7 @@ from pokebridge.model import Mode
 from pokebridge.settings import load_settings
 from pokebridge.sharding import MAX_SHARD_COUNT
 
-_DEFAULTS = {field.name: field.default for field in fields(Load)}
+_DEFAULTS = {field.name: field.default for field in fields(Workload)}
 _WIDE_ENOUGH = 200
 
 _ENGINE_TITLES: dict[Engine, str] = {"pubsub": "Google Pub/Sub", "nats": "NATS"}
@@ -190,7 +190,7 @@ async def _measure(access: Access) -> _Measured:
             "red_line_ops_per_s": float(traffic["red_line"]),
         }
         if mode == "partitioned":
-            load["misplaced_share"] = misplaced_share(Load(**load), copies)
+            load["misplaced_share"] = misplaced_share(Workload(**load), copies)
         return _Measured(mode, float(traffic["noise_ratio"]), copies, load)
     except (KeyError, TypeError, ValueError):
         raise UnavailableError(
@@ -198,7 +198,7 @@ async def _measure(access: Access) -> _Measured:
         ) from None
 
 
-def _load(given: dict[str, Any], measured: _Measured | None, config: Path | None) -> Load:
+def _load(given: dict[str, Any], measured: _Measured | None, config: Path | None) -> Workload:
     """Flags, then what was measured, then the settings, then the model's defaults."""
     settings = load_settings(config, {"dev": True})
     load: dict[str, Any] = {
@@ -218,14 +218,14 @@ def _load(given: dict[str, Any], measured: _Measured | None, config: Path | None
             raise click.UsageError(f"{flag} is needed, or --from URL to take it from a cluster")
     if "messages_per_request" in load:
         load["messages_per_request"] = Range.exactly(load["messages_per_request"])
-    return Load(**load)
+    return Workload(**load)
 
 
 # --- output -------------------------------------------------------------------------------------
 
 
 def _as_json(
-    load: Load,
+    load: Workload,
     outcomes: dict[Strategy, Outcome],
     advice: Advice,
     engine: Engine,
@@ -255,7 +255,7 @@ def _figures(outcome: Outcome) -> dict[str, Any]:
     return {"global_ops_per_s": figures.pop("deliveries_per_s")} | figures
 
 
-def _headlines(load: Load, measured: _Measured | None, prices: Prices) -> Sequence[str]:
+def _headlines(load: Workload, measured: _Measured | None, prices: Prices) -> Sequence[str]:
     pokes = f"{load.pokes_per_message:g} poke{'' if load.pokes_per_message == 1 else 's'} each"
     asked = (
         f"{load.messages_per_s:,.6g} messages/s ({pokes}), {load.instances:,} instances,"
