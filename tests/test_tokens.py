@@ -353,7 +353,7 @@ async def test_the_key_decides_the_algorithm(jwks: TokenVerifier, issuer: Issuer
     for token in (signed(RSA_KEY, "PS256", "r"), signed(RSA_KEY, "RS512", "r")):
         with pytest.raises(AuthError, match="algorithm"):
             await jwks.verify(token)
-    with pytest.raises(AuthError, match="none of the issuer's"):
+    with pytest.raises(AuthError, match="not one of the issuer's"):
         await jwks.verify(signed(EC_KEY, "ES256", "r"))
     assert issuer.requests == 1
 
@@ -388,7 +388,7 @@ async def test_garbage_key_ids_do_not_hammer_the_issuer(
     """Unknown ids cause one fetch an interval, and are refused in between."""
     for round_ in range(1, 4):
         for n in range(20):
-            with pytest.raises(AuthError, match="none of the issuer's"):
+            with pytest.raises(AuthError, match="not one of the issuer's"):
                 await jwks.verify(signed(EC_KEY, "ES256", f"made-up-{n}"))
         assert issuer.requests == round_
         clock.now += tokens.KEYS_RETRY_S
@@ -401,7 +401,7 @@ async def test_a_rotated_key_is_found(jwks: TokenVerifier, issuer: Issuer, clock
     issuer.answer = {"keys": [ECAlgorithm.to_jwk(new.public_key(), as_dict=True) | {"kid": "new"}]}
     clock.now += tokens.KEYS_RETRY_S
     assert (await jwks.verify(signed(new, "ES256", "new"))).subject == BOB
-    with pytest.raises(AuthError, match="none of the issuer's"):
+    with pytest.raises(AuthError, match="not one of the issuer's"):
         await jwks.verify(signed(EC_KEY, "ES256", "e"))
 
 
@@ -490,7 +490,7 @@ async def test_a_short_rsa_key_is_left_out(jwks: TokenVerifier, issuer: Issuer) 
     )
     with (
         pytest.warns(jwt.InsecureKeyLengthWarning),
-        pytest.raises(AuthError, match="none of the issuer's"),
+        pytest.raises(AuthError, match="not one of the issuer's"),
     ):
         await jwks.verify(signed(short, "RS256", "short"))
 

@@ -22,7 +22,7 @@ _HASHES = 2.0 ** (8 * _HASH_BYTES)
 
 
 def ring(shard_count: int, weights: Weights) -> tuple[str | None, ...]:
-    """The owner of each shard by weighted rendezvous hashing; ``None`` when there is no member.
+    """The owner of each shard by weighted rendezvous hashing. ``None`` when there is no member.
 
     Each member's hashes for all shards are one output of SHAKE-128 of its id, so that a thousand
     members and ten thousand shards take about a second. The highest ``-weight / ln(hash)`` of a
@@ -64,7 +64,7 @@ def _highest(members: Sequence[str], shard_count: int) -> list[tuple[int, str]]:
 def quotas(shard_count: int, weights: Weights, held: Mapping[str, int]) -> dict[str, int]:
     """How many shards each member should own: its fair share, rounded down or up.
 
-    The rounding favours those who hold more now, so that rounding alone never moves a shard.
+    The rounding favours members that have more shards now, so that it never moves a shard.
     """
     total = sum(weights.values())
     shares = {member: shard_count * weight / total for member, weight in weights.items()}
@@ -83,7 +83,7 @@ def quotas(shard_count: int, weights: Weights, held: Mapping[str, int]) -> dict[
 
 
 def repair(owners: Owners, weights: Weights) -> tuple[str | None, ...]:
-    """Give the shards of owners who are no members to those with the most room; move no others."""
+    """Give the shards of former members to the members with the most room. Move no others."""
     if not weights:
         return (None,) * len(owners)
     held = Counter(owner for owner in owners if owner in weights)

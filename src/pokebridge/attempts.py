@@ -1,4 +1,4 @@
-"""Loops that no error ends, and a line in the log when a part they need fails and is back."""
+"""Loops that survive every error, and log entries when a part fails and when it is back."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
@@ -14,11 +14,11 @@ from pokebridge.errors import UnavailableError
 BACKOFF_FIRST_S: Final = 0.1
 BACKOFF_CAP_S: Final = 2.0
 
-_log = structlog.get_logger(__name__)
+log = structlog.get_logger(__name__)
 
 
 class Part:
-    """Something that we depend on: a line in the log when it fails and when it is back."""
+    """A part that we depend on. Logs when it fails, and when it is back."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -31,40 +31,40 @@ class Part:
         return self._down_since_s is not None
 
     def failed_within(self, span_s: float) -> bool:
-        """Whether the last call to it failed, so many seconds ago at most."""
+        """Whether the last call to it failed, and did so within the last ``span_s`` seconds."""
         return self.is_down and monotonic() - self._failed_s < span_s
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Note how a call to the part ends."""
+        """Watch one call to the part."""
         try:
             yield
         except UnavailableError as error:
             self._failed_s = monotonic()
             if self._down_since_s is None:
                 self._down_since_s = monotonic()
-                _log.warning("part_unavailable", part=self._name, error=str(error))
+                log.warning("part_unavailable", part=self._name, error=str(error))
             raise
         if self._down_since_s is not None:
             down_s = round(monotonic() - self._down_since_s, 3)
-            _log.info("part_is_back", part=self._name, down_s=down_s)
+            log.info("part_is_back", part=self._name, down_s=down_s)
             self._down_since_s = None
 
 
 class Attempts:
-    """The attempts of one loop: none ends it, and failed ones are followed by a growing pause."""
+    """The attempts of one loop. No error ends it. A growing pause follows each failure."""
 
     def __init__(self) -> None:
         self._failures = 0
 
     async def __call__(self, step: Awaitable[None]) -> bool:
-        """Whether ``step`` succeeded; when not, this returns after a back-off with full jitter."""
+        """Await ``step``. Returns whether it succeeded. Pauses first if it failed."""
         try:
             await step
         except UnavailableError:
-            pass  # its part has logged it
-        except Exception:  # noqa: BLE001 - a defect must show; ending the loop would be silence
-            _log.exception("step_failed")
+            pass  # the part has logged it
+        except Exception:  # a defect, too, is logged and survived: without the loop, silence
+            log.exception("step_failed")
         else:
             self._failures = 0
             return True

@@ -3,7 +3,7 @@
     PokebridgeError
     ├── ConfigError                 a setting is wrong: the start stops with one line that names it
     │   └── MissingExtraError       a part was chosen whose library is not installed
-    ├── RefusedError                a WebSocket handshake is refused: limits, Origin, or none at all
+    ├── RefusedError                a WebSocket handshake is refused: limit, Origin or form
     ├── InputError                  somebody sent something that the contract does not allow
     │   ├── NotJsonError            a body is not JSON at all
     │   ├── TooLargeError           a body is longer than is taken
@@ -11,11 +11,11 @@
     │   └── FrameError              a WebSocket peer broke RFC 6455 or protocol.md section 3
     ├── AuthError                   no valid token
     │   ├── ForbiddenError          a valid token that does not allow this
-    │   └── KeysUnavailableError    the keys that would verify the token can't be had just now
+    │   └── KeysUnavailableError    the keys that would verify the token are unavailable now
     ├── NotFoundError               nothing has the name that was given
     ├── ConflictError               the present state does not allow what was asked
     ├── MailboxFullError            a recipient's quota is used up: the message was not taken
-    └── UnavailableError            a part that we depend on does not answer: worth a retry
+    └── UnavailableError            a part that we depend on does not answer: try again
         ├── TransportError
         ├── MailboxError
         └── CoordinationError
@@ -36,11 +36,11 @@ class PokebridgeError(Exception):
 
 
 class ConfigError(PokebridgeError):
-    """A setting is wrong; the message names the setting and what it may be."""
+    """A setting is wrong. The message names the setting and the values that it may have."""
 
 
 class MissingExtraError(ConfigError):
-    """A part was chosen, ``what``, whose library is not installed; ``extra`` brings it."""
+    """The library of ``what`` is not installed. The extra ``extra`` installs it."""
 
     def __init__(self, what: str, extra: str) -> None:
         super().__init__(
@@ -49,7 +49,7 @@ class MissingExtraError(ConfigError):
 
 
 class RefusedError(PokebridgeError):
-    """A WebSocket handshake is refused with ``status`` and ``headers``, whoever asks."""
+    """A WebSocket handshake is refused with ``status`` and ``headers``."""
 
     def __init__(
         self, status: HTTPStatus, detail: str, headers: dict[str, str] | None = None
@@ -60,7 +60,7 @@ class RefusedError(PokebridgeError):
 
 
 class InputError(PokebridgeError):
-    """The input breaks the contract; nothing was changed by it."""
+    """The input breaks the contract. It has changed nothing."""
 
     status = HTTPStatus.UNPROCESSABLE_ENTITY
     close_code = 1008
@@ -110,7 +110,7 @@ class ForbiddenError(AuthError):
 
 
 class KeysUnavailableError(AuthError):
-    """The key set that would verify this token can't be fetched now: worth a retry."""
+    """The key set that would verify this token can't be fetched now. A retry may succeed."""
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
     close_code = 1013
@@ -131,9 +131,8 @@ class ConflictError(PokebridgeError):
 class MailboxFullError(PokebridgeError):
     """The recipient's mailbox has no room for the message, which was not committed.
 
-    507 (RFC 4918, section 11.5), not 429: the sender was not too quick, and no pause of its own
-    makes room, so it is not to be taught to try again by itself, as HTTP libraries do on 429 and
-    503.
+    The status is 507 (RFC 4918, section 11.5). With 429 or 503 HTTP libraries would retry by
+    themselves, but no pause of the sender makes room.
     """
 
     status = HTTPStatus.INSUFFICIENT_STORAGE
@@ -141,7 +140,7 @@ class MailboxFullError(PokebridgeError):
 
 
 class UnavailableError(PokebridgeError):
-    """A part that we depend on does not answer."""
+    """A part that we depend on does not answer. A retry may succeed."""
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
     close_code = 1013
@@ -154,10 +153,10 @@ class TransportError(UnavailableError):
 class MailboxError(UnavailableError):
     """The mailbox can't be read or written now.
 
-    When it stopped to answer amid a write, nobody knows whether that is committed: a message with
-    an id of its sender's can be sent again, and is committed once.
+    If it failed during a write, the write may be committed or not. A message with an idempotency
+    key can be sent again, and is committed once.
     """
 
 
 class CoordinationError(UnavailableError):
-    """The coordination store can't be had now: the last shard map stays in force."""
+    """The coordination store is unavailable now. The last shard map stays in force."""

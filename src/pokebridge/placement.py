@@ -1,10 +1,11 @@
 """Which shards an instance subscribes to: ``subscribed = owned + interest`` (ARCHITECTURE.md).
 
-Ownership is for efficiency: the shard map gives each shard one owner, and clients are led there.
-Interest is for correctness: whoever has a session has its shard too, owner or not. So a stale map,
-two believed owners or a dead Coordinator cost extra deliveries, and never silence.
+Ownership is for efficiency: the shard map gives each shard one owner, and clients are sent there.
+Interest is for correctness: an instance with a session is subscribed to the session's shard, even
+if another instance owns it. So an outdated map, two instances that believe they own one shard, or a
+dead Coordinator cost extra deliveries, but never silence.
 
-Every change is make-before-break: ``next_steps`` lets an old subscription go only when whatever it
+Every change is make-before-break: ``next_steps`` drops an old subscription only when all that it
 covered is covered by others that are proven live.
 """
 
@@ -18,10 +19,10 @@ from pokebridge.model import Feed, Mode, Selection
 
 @dataclass(frozen=True, slots=True)
 class ShardMap:
-    """Who owns what, stamped with an epoch that only grows.
+    """Which instance owns each shard. The epoch grows with every change.
 
-    ``owners[shard]`` is an instance's id, ``None`` while nobody has it. ``draining`` are the
-    instances that are to give everything up.
+    ``owners[shard]`` is an instance's id, ``None`` while the shard has no owner. ``draining`` are
+    the instances that must give up all their shards.
     """
 
     epoch: int
@@ -41,18 +42,18 @@ class ShardMap:
 
 @dataclass(frozen=True, slots=True)
 class PlacementRules:
-    """When what an instance subscribes to changes its kind."""
+    """When an instance changes what it subscribes to."""
 
     linger_s: float = 30.0
-    """A shard without owner's duty and sessions stays so long: its clients often come back."""
+    """How long a shard that is no longer needed stays subscribed. Clients often come back."""
     widen_at: float = 0.8
-    """From this share of the shards on, one unfiltered subscription serves instead ..."""
+    """With this share of the shards or more, one subscription for everything replaces them."""
     narrow_at: float = 0.65
-    """... and down to this one, single shards again."""
+    """Below this share, subscriptions for single shards replace it again."""
 
 
 class Placement:
-    """Decides what one instance wants subscribed. Callers pass ``now`` in seconds."""
+    """Decides what one instance subscribes to. Callers pass ``now`` in seconds."""
 
     def __init__(self, instance: str, rules: PlacementRules | None = None) -> None:
         self._instance = instance
@@ -63,7 +64,7 @@ class Placement:
     def decide(
         self, shard_map: ShardMap, interest: AbstractSet[int], now: float
     ) -> frozenset[Selection]:
-        """What to have subscribed, given the map and the shards of the sessions here."""
+        """What to subscribe to, given the map and the shards of the sessions here."""
         if shard_map.mode == "fanout":
             self._needed_at.clear()
             return frozenset({Feed.ALL})
@@ -82,17 +83,20 @@ class Placement:
 
 
 class Steps(NamedTuple):
-    """What to do now: subscribe (and prove), and drop. Whatever else is held is kept."""
+    """What to open and prove, and what to close. All other subscriptions are kept."""
 
     subscribe: frozenset[Selection]
     drop: frozenset[Selection]
 
 
 def next_steps(wanted: AbstractSet[Selection], held: Mapping[Selection, bool]) -> Steps:
-    """The way from what is ``held`` (selection → proven live) towards what is ``wanted``.
+    """The next steps from what is ``held`` (selection → proven live) to what is ``wanted``.
 
-    A subscription goes when nobody wants it and whatever replaces it is proven live: between
-    kinds, that is all that is wanted; among shards, nothing, for nobody here needs that shard.
+    A subscription that is not wanted is dropped once its replacement is live:
+
+    - From everything to single shards, or back: all that is wanted must be live first.
+    - From some shards to others: nothing replaces a shard, because nobody here needs it any more.
+      It is dropped at once.
     """
     changes_kind = (Feed.ALL in held) != (Feed.ALL in wanted) or Feed.ALL in wanted
     settled = all(held.get(selection, False) for selection in wanted)

@@ -1,11 +1,12 @@
-"""One WebSocket of a recipient, without the socket: what it must hear, and when it must end.
+"""The state of one WebSocket, without the socket: what to send, and when to end.
 
-A poke is level-triggered, so all that a session owes its client fits one slot: nothing, or "pull",
-with the newest version when every merged poke had one. That slot is why a slow reader costs O(1).
+A poke is level-triggered, so one slot holds all that a session still has to tell its client:
+nothing, or "pull", with the newest version if every merged poke had one. With that slot a slow
+reader costs O(1).
 
-The shell (``gateway.connection``) owns the socket. It tells the session what happened and when, in
-seconds of one monotonic clock, writes the bytes that it gets back, and calls ``tick`` when
-``due_at`` has passed. The rules are protocol.md section 3's.
+``gateway.connection`` owns the socket. It tells the session what happened and when, in seconds on a
+monotonic clock. It writes the bytes that the session returns, and calls ``tick`` when ``due_at``
+has passed. The rules are those of docs/protocol.md, section 3.
 """
 
 from enum import Enum, auto
@@ -17,28 +18,28 @@ from pokebridge.wire import PING_CONTROL_FRAME, auth_frame, poke_frame, ready_fr
 
 
 class Timing(NamedTuple):
-    """How long a session waits for what, in seconds; the same for all of an instance."""
+    """The deadlines of a session, in seconds. All sessions of an instance have the same."""
 
     ping_interval_s: float = 25.0
     pong_timeout_s: float = 20.0
     ready_timeout_s: float = 30.0
-    """Until the subscription must be proven live; then the client is better off elsewhere."""
+    """How long a session waits for ``ready``. After it the client is better off elsewhere."""
     close_timeout_s: float = 5.0
-    """Until the peer must have answered our close frame."""
+    """How long the peer may take to answer our close frame."""
     max_messages_per_ping: int = 1000
-    """Frames a client may send in one ping interval; one that says more is not one of ours."""
+    """The most frames that a client may send in one ping interval. Ours send far fewer."""
 
 
 class State(Enum):
-    """A session's life; it only ever moves down this list."""
+    """The states of a session, which it passes in this order."""
 
     WAITING = auto()
-    """The handshake is done, ``ready`` is not sent: the subscription is not proven live."""
+    """The handshake is done, but the subscription is not live yet, so ``ready`` is not sent."""
     OPEN = auto()
     CLOSING = auto()
     """Our close frame is sent, the peer's answer is awaited."""
     CLOSED = auto()
-    """Nothing more may be written; the socket is to be dropped."""
+    """Nothing more may be written. The socket is to be dropped."""
 
 
 UNKNOWN_VERSION = 0
@@ -76,7 +77,7 @@ class Session:
         timing: Timing,
         ends_at: float = inf,
     ) -> None:
-        """``ends_at``: when the client is to reconnect, before the platform cuts it off."""
+        """At ``ends_at`` the client is told to reconnect, before the platform cuts it off."""
         self.recipient = recipient
         self.device = device
         self.id = session_id
@@ -94,20 +95,20 @@ class Session:
 
     @property
     def due_at(self) -> float:
-        """When ``tick`` must be called next, unless something else happens first."""
+        """When ``tick`` must be called, unless something else happens first."""
         if self.state is State.CLOSING:
             return self._due_at
         return min(self._due_at, self._expires_at, self._ends_at)
 
     @property
     def flows(self) -> bool:
-        """Whether a poke is written at once: it is open, and the peer takes what is written."""
+        """Whether a poke is written at once: the session is open, and the peer reads."""
         return self.state is State.OPEN and not self._blocked
 
     def open(self, *, instance: str, now: float, first_ping_s: float) -> bytes:
-        """The subscription is live: the ``ready`` frame to write.
+        """The subscription is live. Returns the ``ready`` frame.
 
-        ``first_ping_s`` spreads the pings of sessions that came together.
+        ``first_ping_s`` spreads the pings of sessions that began together.
         """
         self.state = State.OPEN
         self._due_at = now + first_ping_s
@@ -116,15 +117,15 @@ class Session:
         )
 
     def poke(self, version: int | None) -> bool:
-        """Whether to write a poke now; otherwise it is merged into what the session owes.
+        """Returns whether to write a poke now. Otherwise it is merged, if that is necessary.
 
-        Before ``ready`` a poke needs neither: the pull that ``ready`` causes sees its commit.
+        Before ``ready`` it is not: the pull that ``ready`` causes sees the poke's commit.
         """
         if self.flows:
             return True
         if self.state is not State.OPEN:
             return False
-        # An unversioned poke may be newer than any version that we know, so it absorbs.
+        # A poke without a version may be newer than any version that we know.
         if version is None or self._pending == UNKNOWN_VERSION:
             self._pending = UNKNOWN_VERSION
         else:
@@ -132,13 +133,13 @@ class Session:
         return False
 
     def block(self, now: float) -> None:
-        """The peer does not take what was written: merge from now on, and give it a deadline."""
+        """The peer does not read what was written: merge pokes from now on, with a deadline."""
         self._blocked = True
         if self.state is State.OPEN and not self._awaiting_pong:
             self._due_at = now + self._timing.pong_timeout_s
 
     def drain(self, now: float) -> bytes:
-        """The peer has taken everything: the merged poke to write, if one is owed."""
+        """The peer has read everything. Returns the merged poke, if there is one."""
         self._blocked = False
         if self.state is not State.OPEN:
             return b""
@@ -150,7 +151,7 @@ class Session:
         return poke_frame(None if pending == UNKNOWN_VERSION else pending)
 
     def hear(self) -> bool:
-        """Count a frame from the client; False when it sends more than any client of ours does."""
+        """Count a frame from the client. Returns False when it has sent too many."""
         self._heard += 1
         return self._heard <= self._timing.max_messages_per_ping
 
@@ -161,12 +162,12 @@ class Session:
             self._due_at = now + self._timing.ping_interval_s
 
     def renew(self, *, expires_at: float, now: float) -> bytes:
-        """A new token was accepted: the frame that says so."""
+        """A new token was accepted. Returns the frame that says so."""
         self._expires_at = expires_at
         return auth_frame(max(0, int(expires_at - now)))
 
     def close(self, code: int, reason: str, now: float) -> bytes:
-        """Start the closing handshake: the close frame to write, at most once."""
+        """Start the closing handshake. Returns the close frame, and nothing the second time."""
         if self.state in {State.CLOSING, State.CLOSED}:
             return b""
         self.state = State.CLOSING
@@ -174,7 +175,7 @@ class Session:
         return encode_close(code, reason)
 
     def tick(self, now: float) -> bytes:
-        """Do what is due: the bytes to write. Then ``state`` may be CLOSED, ``due_at`` new."""
+        """Do what is due. Returns the bytes to write. May change ``state`` and ``due_at``."""
         if now < self.due_at or self.state is State.CLOSED:
             return b""
         if self.state is State.CLOSING or self._blocked:

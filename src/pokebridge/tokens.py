@@ -1,10 +1,10 @@
 """Who a caller is: JSON Web Tokens, signed and verified with PyJWT (protocol.md section 5).
 
-A key has one algorithm, its own. The ``alg`` that a token claims only selects among the keys, so
-neither ``none`` nor a public key used as an HMAC secret finds one (RFC 8725, section 3.1). No
-message or log line here holds a token, a claim's value or a secret.
+Each key has one algorithm. The ``alg`` of a token only selects among the keys. So ``none`` selects
+no key, and neither does a public key that is used as an HMAC secret (RFC 8725, section 3.1). No
+message or log entry contains a token, a claim's value or a secret.
 
-PyJWT's own client for key sets is not used: it blocks, and in an outage it forgets its keys.
+PyJWT's own client for key sets is not used: it blocks, and it forgets its keys in an outage.
 """
 
 import asyncio
@@ -28,19 +28,19 @@ MAX_TOKEN_BYTES = 8192
 MIN_SECRET_BYTES = 32  # RFC 7518, section 3.2: as long as the hash's output
 PUBLIC_ALGORITHMS = ("RS256", "ES256", "EdDSA")
 
-# Between this host's clock and the issuer's, for `nbf`. `exp` gets none: a token ends when it says.
+# Tolerated between this host's clock and the issuer's, for `nbf`. None is tolerated for `exp`.
 CLOCK_SKEW_S = 5.0
-# A key set is read again after this age, while the old keys stay in use.
+# A key set of this age is fetched again. The old keys stay in use meanwhile.
 KEYS_FRESH_S = 300.0
-# Between two requests to the key endpoint, so that made-up key ids can't hammer it.
+# The least time between two fetches, so that made-up key ids do not flood the endpoint.
 KEYS_RETRY_S = 10.0
 KEYS_TIMEOUT_S = 5.0
 
-# What a public key may say of itself (RFC 7517, RFC 7518): a private part is not even read.
+# The members of a public key (RFC 7517, RFC 7518). Private members are not read.
 _PUBLIC_TYPES = ("RSA", "EC", "OKP")
 _PUBLIC_MEMBERS = ("kty", "kid", "alg", "crv", "x", "y", "n", "e")
 
-_log = structlog.get_logger(__name__)
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ class TokenVerifier:
         self._issuer = issuer
         self._audience = audience
         if jwks_url is not None and audience is None:
-            _log.warning(
+            log.warning(
                 "jwt_audience_not_set",
                 meaning="tokens that the issuer made for other services are accepted too",
             )
@@ -111,7 +111,7 @@ class TokenVerifier:
     async def verify(self, token: str) -> Claims:
         """Like :meth:`verify_now`, but fetches a key that is not known yet.
 
-        :class:`~pokebridge.errors.KeysUnavailableError` then means that it can't be had just now.
+        :class:`~pokebridge.errors.KeysUnavailableError` then means that the fetch has failed.
         """
         try:
             return self.verify_now(token)
@@ -121,18 +121,18 @@ class TokenVerifier:
         return self.verify_now(token)
 
     async def check(self) -> None:
-        """Get the key set, unless it was had before: it is kept through any outage.
+        """Fetch the key set, unless that has succeeded before: keys are kept through an outage.
 
-        Raises :class:`~pokebridge.errors.KeysUnavailableError` when it can't be had just now, and
-        so no token of the issuer's could be verified.
+        Raises :class:`~pokebridge.errors.KeysUnavailableError` when the fetch fails, because no
+        token of the issuer can be verified then.
         """
-        if self._key_set is not None and not self._key_set.was_had:
+        if self._key_set is not None and not self._key_set.has_keys:
             await self._key_set.fetched()
-            if not self._key_set.was_had:
-                raise KeysUnavailableError("the issuer's keys were never had")
+            if not self._key_set.has_keys:
+                raise KeysUnavailableError("the issuer's keys could not be fetched yet")
 
     async def close(self) -> None:
-        """Give up a fetch that is under way and close the HTTP client. May be called twice."""
+        """Cancel a fetch that is under way and close the HTTP client. Idempotent."""
         if self._key_set is not None:
             await self._key_set.close()
 
@@ -155,7 +155,7 @@ class TokenVerifier:
                 "require": ["sub", "exp"],
                 "verify_aud": self._audience is not None,
                 "verify_exp": False,  # it has no leeway
-                "verify_iat": False,  # when it was made is the issuer's affair
+                "verify_iat": False,  # only the issuer knows when it was made
             },
         )
 
@@ -168,8 +168,8 @@ def _claims(payload: dict[str, Any]) -> Claims:
     if not used.exp > time.time():  # so that NaN has expired
         raise AuthError("the token has expired")
     if not is_recipient(used.sub):
-        raise AuthError("the token's subject is no recipient: 1 to 256 visible ASCII characters")
-    # A time beyond what a JSON number holds exactly is as good as never.
+        raise AuthError("the token's subject is not a recipient: 1 to 256 visible ASCII characters")
+    # JSON numbers are exact up to here.
     return Claims(used.sub, frozenset(used.scope.split()), min(used.exp, MAX_VERSION))
 
 
@@ -191,8 +191,8 @@ class _KeySet:
         self._last_failed = False
 
     @property
-    def was_had(self) -> bool:
-        """Whether there are keys, new or old."""
+    def has_keys(self) -> bool:
+        """Whether a fetch has ever succeeded."""
         return bool(self._keys)
 
     def find(self, algorithm: object, key_id: str | None) -> jwt.PyJWK:
@@ -213,14 +213,14 @@ class _KeySet:
                 self._start()
             return found[0]
         if self._fetch is not None or self._last_failed or self._may_fetch():
-            raise KeysUnavailableError("the issuer's keys can't be had just now")
-        raise AuthError("the token's key is none of the issuer's")
+            raise KeysUnavailableError("the issuer's keys are unavailable, try again")
+        raise AuthError("the token's key is not one of the issuer's")
 
     async def fetched(self) -> None:
         """Wait for a fetch, the one under way or a new one; return at once when it is too soon."""
         fetch = self._start()
         if fetch is not None:
-            # A caller that gives up must not take the fetch from the others.
+            # A caller that gives up must not cancel the fetch for the others.
             await asyncio.shield(fetch)
 
     async def close(self) -> None:
@@ -243,8 +243,8 @@ class _KeySet:
             keys = _public_keys(response.raise_for_status().json())
         except (httpx.HTTPError, ValueError, RecursionError, jwt.PyJWTError) as error:
             self._last_failed = True
-            # Neither the error's text nor the URL: both may hold a query that is secret.
-            _log.warning("jwks_fetch_failed", error=type(error).__name__)
+            # Neither the error's text nor the URL, because both may contain a secret query.
+            log.warning("jwks_fetch_failed", error=type(error).__name__)
         else:
             self._keys = keys
             self._last_failed = False

@@ -1,4 +1,4 @@
-"""Who may open a session now: limits on what a stranger can ask for, cheap to refuse."""
+"""The limits on handshakes and sessions. Refusals are cheap, because strangers cause them."""
 
 import math
 import random
@@ -8,19 +8,19 @@ from http import HTTPStatus
 from pokebridge.errors import RefusedError
 
 MOST_RETRY_AFTER_S = 60
-"""Nobody is sent away for longer, however many stand in line: some of them never come back."""
+"""The longest Retry-After, however long the queue is: some of the clients never come back."""
 
 
 class HandshakePace:
-    """Lets at most ``rate_per_s`` handshakes pass in any second, and tells the others when to come.
+    """Lets at most ``rate_per_s`` handshakes pass in any second, and refuses the others.
 
-    A second has up to ten slices, each with its share of the rate: a token bucket that holds a
-    second's worth would let twice the rate pass in one second, and half of it in one turn of the
-    loop, in which no poke is delivered.
+    A second has up to ten slices, each with its share of the rate. A token bucket with a capacity
+    of one second would let twice the rate pass in one second, and half of it in one turn of the
+    loop. No poke is delivered during a turn.
 
-    Who is refused is thought of as standing in line, and is sent away for as long as those ahead
-    will take. So the line comes back at the rate at which it can be served, where a constant would
-    bring all of it at once, to be refused again. ``now`` is seconds of a monotonic clock.
+    A refused client gets a Retry-After that covers the queue ahead of it. So refused clients come
+    back at the rate at which they can be admitted. With a constant Retry-After they would all come
+    back at once, and be refused again. ``now`` is seconds on a monotonic clock.
     """
 
     def __init__(self, rate_per_s: float) -> None:
@@ -28,11 +28,11 @@ class HandshakePace:
         self._rate_per_s = rate_per_s
         self._slice_s = 1 / slices
         self._passed: deque[float] = deque(maxlen=max(1, int(rate_per_s // slices)))
-        self._in_line = 0.0
+        self._queued = 0.0
         self._counted_at = -math.inf
 
     def take(self, now: float) -> bool:
-        """Whether a handshake may pass; it is counted then."""
+        """Whether a handshake may pass. If so it is counted."""
         passed = self._passed
         if len(passed) == passed.maxlen and now - passed[0] < self._slice_s:
             return False
@@ -40,16 +40,16 @@ class HandshakePace:
         return True
 
     def queue(self, now: float) -> int:
-        """Put one that was refused at the end of the line: the whole seconds until its turn."""
+        """Put a refused client at the end of the queue. Returns its Retry-After in seconds."""
         served = (now - self._counted_at) * self._rate_per_s
         most = self._rate_per_s * MOST_RETRY_AFTER_S
-        self._in_line = min(max(0.0, self._in_line - served) + 1, most)
+        self._queued = min(max(0.0, self._queued - served) + 1, most)
         self._counted_at = now
-        return math.ceil(self._in_line / self._rate_per_s)
+        return math.ceil(self._queued / self._rate_per_s)
 
 
 class Admission:
-    """Counts handshakes and sessions against their limits; ``None`` is no limit."""
+    """Counts handshakes and sessions against their limits. ``None`` is no limit."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class Admission:
         """Count a handshake that begins.
 
         Raises:
-            RefusedError: 503; this instance drains, or takes no more handshakes this second.
+            RefusedError: 503 when this instance is draining, or the rate of handshakes is reached.
         """
         if self.draining:
             raise RefusedError(
@@ -83,10 +83,10 @@ class Admission:
             )
 
     def check_session(self, address: str) -> None:
-        """See whether another session from ``address`` fits.
+        """Check that another session from ``address`` is within the limits.
 
         Raises:
-            RefusedError: 503 when the instance is full, 429 when the address has its share.
+            RefusedError: 503 when the instance is full, 429 when the address has its limit.
         """
         if self._max_sessions is not None and self._sessions >= self._max_sessions:
             raise RefusedError(
@@ -103,7 +103,7 @@ class Admission:
             )
 
     def enter(self, address: str) -> None:
-        """Count a session that begins; ``leave`` must follow."""
+        """Count a session that begins. A call of ``leave`` must follow."""
         self._sessions += 1
         if self._max_per_address is not None:
             self._by_address[address] = self._by_address.get(address, 0) + 1
@@ -120,5 +120,5 @@ class Admission:
 
 
 def retry_within(least_s: int, most_s: int) -> dict[str, str]:
-    """The header that sends those who are refused together away for different times."""
+    """A random Retry-After, so that clients refused at the same time do not come back together."""
     return {"Retry-After": str(random.randint(least_s, most_s))}  # noqa: S311 - spreads load

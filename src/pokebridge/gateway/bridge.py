@@ -22,7 +22,7 @@ _WAKE_BATCH = 500  # sessions poked between two turns of the loop
 
 @dataclass(slots=True)
 class BridgeCounters:
-    """What the bridge has seen since its start; read when metrics are scraped."""
+    """What the bridge has counted since its start. Read when metrics are scraped."""
 
     signals: int = 0
     malformed: int = 0
@@ -43,7 +43,7 @@ class Bridge:
         self.counters = BridgeCounters()
 
     def on_signal(self, body: bytes) -> None:
-        """Take a signal; a body that is none of ours is counted and dropped."""
+        """Take a signal. A body that is not a signal is counted and dropped."""
         counters = self.counters
         counters.signals += 1
         if counters.signals % SAMPLE_EVERY:
@@ -56,10 +56,10 @@ class Bridge:
             self._meter.add_noise(cpu_s * others)
 
     def _take_timed(self, body: bytes) -> float:
-        """Take a signal; the CPU time of it in seconds, without that of reading the clock.
+        """Take a signal. Returns its CPU time in seconds, without that of reading the clock.
 
-        The clock that was not read lately takes several times as long, and would be found in the
-        figure: beside a profiler it was a third too high (benchmarks/profiled.py).
+        The first reading of the clock after a while takes several times as long as the next. It
+        would make the result a third too high (benchmarks/profiled.py).
         """
         thread_time = time.thread_time
         thread_time()
@@ -97,9 +97,10 @@ class Bridge:
                 counters.merged += 1
 
     async def wake(self, concerns: Callable[[str], bool], pulls_per_s: float) -> None:
-        """Poke every session whose recipient is concerned, as one may have missed a poke.
+        """Poke the sessions of the recipients for which ``concerns`` is true.
 
-        The window in which to pull grows with their number, so that ``pulls_per_s`` is kept.
+        The poke asks each client to wait a random time first, so long that all of them together
+        pull at most ``pulls_per_s`` times a second.
         """
         connections = [each for each in self._sessions if concerns(each.recipient)]
         frame = poke_frame(None, within_ms=int(len(connections) / pulls_per_s * 1000))
@@ -112,9 +113,9 @@ class Bridge:
 
     @property
     def traffic(self) -> Traffic:
-        """What reaches this instance now, and what of it is noise."""
+        """The recent rate of signals, and the CPU share of those for others."""
         return self._meter.read(self.counters.signals)
 
     def mark_time(self) -> None:
-        """Let the traffic's window move on; called about once a second."""
+        """Move the window of ``traffic`` on. Call it about once a second."""
         self._meter.mark(self.counters.signals)

@@ -1,8 +1,8 @@
-"""How much reaches this instance, and how much of its CPU goes into others' pokes (seed, 3).
+"""The rate of signals at this instance, and the share of its CPU time that others' pokes take.
 
-CPU time is read from the thread's CPU clock, around one signal in ``SAMPLE_EVERY``: a reading
-costs about as much as decoding a signal, so reading for each would cost as much as it measures, and
-what is read has to be freed of what reading it costs.
+The CPU time of one signal in ``SAMPLE_EVERY`` is measured, with the thread's CPU clock. Reading
+that clock costs about as much as decoding a signal. So not every signal is measured, and the cost
+of the reading is subtracted.
 """
 
 import time
@@ -17,10 +17,10 @@ Clock = Callable[[], float]
 
 
 class Window:
-    """By how much some running totals have grown over the window that has just passed.
+    """How much some running totals have grown over the last ``WINDOW_S`` seconds.
 
-    ``mark`` is to be called about once a second; ``growth`` compares now with a window ago, or with
-    the start when that is later.
+    Call ``mark`` about once a second. ``growth`` compares the totals with those of a window ago, or
+    with those of the start when that is later.
     """
 
     def __init__(self, totals: Sequence[float], clock: Clock = time.monotonic) -> None:
@@ -28,14 +28,14 @@ class Window:
         self._marks: deque[tuple[float, Sequence[float]]] = deque([(clock(), totals)])
 
     def mark(self, totals: Sequence[float]) -> None:
-        """Remember where ``totals`` stand, and forget what is older than the window."""
+        """Remember ``totals``, and forget what is older than the window."""
         now_s = self._clock()
         self._marks.append((now_s, totals))
         while len(self._marks) > 1 and self._marks[1][0] <= now_s - WINDOW_S:
             self._marks.popleft()
 
     def growth(self, totals: Sequence[float]) -> tuple[float, list[float]]:
-        """The seconds since then, never quite 0, and the growth of each total."""
+        """The length of the window in seconds, above 0, and the growth of each total."""
         then_s, then = self._marks[0]
         elapsed_s = max(self._clock() - then_s, 1e-9)
         return elapsed_s, [now - before for now, before in zip(totals, then, strict=True)]
@@ -43,7 +43,7 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """A reading over the window that has just passed.
+    """A reading over the last ``WINDOW_S`` seconds.
 
     ``noise_ratio`` is the CPU time of decoding and dropping signals for others, over all CPU time
     that the process used: 0 to 1.
@@ -54,7 +54,7 @@ class Traffic:
 
 
 class Meter:
-    """Keeps a window of the count of signals, CPU time on others' pokes, and all CPU time."""
+    """Measures the rate of signals, and the share of CPU time that others' pokes take."""
 
     def __init__(
         self, clock: Clock = time.monotonic, process_cpu: Clock = time.process_time
@@ -64,11 +64,11 @@ class Meter:
         self._window = Window(self._totals(0), clock)
 
     def add_noise(self, cpu_s: float) -> None:
-        """A sampled signal was for others and cost ``cpu_s``: it stands for all it was one of."""
+        """A sampled signal for others took ``cpu_s``. It stands for ``SAMPLE_EVERY`` signals."""
         self._noise_cpu_s += cpu_s * SAMPLE_EVERY
 
     def mark(self, signals: int) -> None:
-        """Remember where the counts stand; to be called about once a second."""
+        """Remember the counts. Call it about once a second."""
         self._window.mark(self._totals(signals))
 
     def read(self, signals: int) -> Traffic:

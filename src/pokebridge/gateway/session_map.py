@@ -13,7 +13,7 @@ class Addressed(Protocol):
 
     @property
     def recipient(self) -> str:
-        """Whose it is."""
+        """The recipient that it belongs to."""
 
 
 T = TypeVar("T", bound=Addressed)

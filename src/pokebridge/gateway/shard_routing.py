@@ -1,4 +1,4 @@
-"""Where a recipient is at home, and what this instance must therefore hold."""
+"""Which instance serves a recipient, and what this instance must subscribe to."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -10,14 +10,14 @@ from pokebridge.sharding import shard_of
 
 
 class Reach(NamedTuple):
-    """Where a member is reached, and which of its lives that is."""
+    """The URL of a member, and its incarnation: a restarted member has a new one."""
 
     url: str
     incarnation: str
 
 
 class ShardRouting:
-    """The last shard map, where the members are reached, and the shards of the sessions here."""
+    """The last shard map, the URLs of the members, and the shards of the sessions here."""
 
     def __init__(self, instance: str, shard_map: ShardMap, placement: Placement) -> None:
         self._instance = instance
@@ -37,30 +37,30 @@ class ShardRouting:
         return frozenset(self._interest)
 
     def see(self, shard_map: ShardMap, members: Mapping[str, Reach]) -> frozenset[int]:
-        """Take over a map and where its members are reached.
+        """Take over a shard map and the URLs of its members.
 
-        Returns the shards that have their home elsewhere now and had not before: their sessions
-        here should follow. An owner that is back from the dead before anybody missed it is a new
-        home: its sessions have fled from it.
+        Returns the shards that are now served elsewhere, and were not before: their sessions here
+        should follow. That includes the shards of an owner that restarted within its lease,
+        because its sessions have fled to other instances.
         """
-        homes = {shard: self._home_of(shard) for shard in self._interest}
+        owners = {shard: self._owner_of(shard) for shard in self._interest}
         self._map, self._members = shard_map, members
         return frozenset(
             shard
-            for shard, before in homes.items()
-            if self._url_of(shard) is not None and self._home_of(shard) != before
+            for shard, before in owners.items()
+            if self._url_of(shard) is not None and self._owner_of(shard) != before
         )
 
     def url_for(self, recipient: str) -> str | None:
-        """Where ``recipient`` is at home, when that is another instance that can be reached."""
+        """The URL of the owner of ``recipient``'s shard, ``None`` if that is here or unknown."""
         return self._url_of(shard_of(recipient, self._map.shard_count))
 
     def wanted(self, now: float) -> frozenset[Selection]:
-        """What to have subscribed; ``now`` in seconds of a monotonic clock."""
+        """What to subscribe to. ``now`` is seconds on a monotonic clock."""
         return self._placement.decide(self._map, self.interest, now)
 
     def enter(self, recipient: str) -> bool:
-        """A session of ``recipient`` begins here; whether it is the first of its shard."""
+        """A session of ``recipient`` begins here. Returns whether it is the first of its shard."""
         shard = shard_of(recipient, self._map.shard_count)
         self._interest[shard] += 1
         return self._interest[shard] == 1
@@ -72,7 +72,7 @@ class ShardRouting:
         if not self._interest[shard]:
             del self._interest[shard]
 
-    def _home_of(self, shard: int) -> tuple[str, str | None] | None:
+    def _owner_of(self, shard: int) -> tuple[str, str | None] | None:
         owner = self._map.owners[shard] if self._map.mode == "partitioned" else None
         if owner is None:
             return None
@@ -84,5 +84,5 @@ class ShardRouting:
             return None
         owner, here = self._map.owners[shard], self._members.get(self._instance)
         member = None if owner is None or owner == self._instance else self._members.get(owner)
-        # Instances that share one URL can't be told apart by it: a move would lead anywhere.
+        # Behind a shared URL a client can't choose its instance, so a move would be pointless.
         return None if member is None or (here and here.url == member.url) else member.url

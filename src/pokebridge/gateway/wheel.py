@@ -1,7 +1,8 @@
 """One timing wheel for all sockets of an instance, instead of a timer each.
 
-A timer handle costs more memory than the rest of an idle session and ten thousand of them keep the
-loop's heap busy. Here a deadline is a place in a set; the loop wakes once a tick.
+A timer handle needs more memory than the rest of an idle session, and ten thousand of them keep
+the loop's heap busy. Here a deadline is a place in a set, and the loop has one timer, for the next
+tick.
 """
 
 import asyncio
@@ -14,12 +15,12 @@ _STALL_TICKS = 8
 
 
 class Timed(Protocol):
-    """What can be put on the wheel; ``wheel_slot`` is the wheel's own note, 0 when not on it."""
+    """What can be put on the wheel. ``wheel_slot`` is for the wheel alone, and starts as 0."""
 
     wheel_slot: int
 
     def wake(self, now: float) -> None:
-        """The deadline has passed, by less than a tick; it is off the wheel now."""
+        """The deadline has passed, by less than a tick. The item is off the wheel."""
 
 
 class Wheel:
@@ -42,7 +43,7 @@ class Wheel:
             self._timer.cancel()
 
     def schedule(self, item: Timed, at: float) -> None:
-        """Wake ``item`` once ``at`` has passed; an earlier deadline of it is forgotten."""
+        """Wake ``item`` once ``at`` has passed. This replaces its earlier deadline."""
         slot = max(math.ceil(at / self._tick_s), self._last_slot + 1)
         if slot == item.wheel_slot:
             return
