@@ -240,6 +240,29 @@ class TestCredentials(PermissionContract):
         await backend.publish([Signal(b'{"recipient":"a"}', 42), Signal(b'{"recipient":"b"}')])
         await receivers[Feed.ALL].wait_for(lambda heard: len(heard.payloads) == 2)
 
+    async def test_a_changed_password_is_read_from_its_file(
+        self, server: Daemon, connect_url: ConnectUrl, tmp_path: Path
+    ) -> None:
+        """After a rotation the connections that the server ends come back by themselves."""
+        path = tmp_path / "password"
+        await asyncio.to_thread(path.write_text, "p@ss:/w\n")
+        transport = await connect_url(f"redis://me@{server.address}?password_file={path}")
+        _, receiver = await subscribe_live(transport, 7)
+        with valkey.Valkey(port=server.port, password="d3fault") as client:
+            admin: Any = client
+            admin.execute_command("ACL", "SETUSER", "me", "resetpass", ">n3w")
+            await asyncio.to_thread(path.write_text, "n3w")
+            admin.execute_command("CLIENT", "KILL", "USER", "me")
+        await receiver.wait_for(lambda heard: bool(heard.gaps))
+        await assert_hears(transport, receiver, 7)
+
+    async def test_an_unreadable_password_file_fails_the_start(
+        self, server: Daemon, connect_url: ConnectUrl
+    ) -> None:
+        """One line names the option and the file."""
+        with pytest.raises(ConfigError, match=r"password_file.*/nowhere"):
+            await connect_url(f"redis://me@{server.address}?password_file=/nowhere")
+
     @pytest.fixture
     async def restricted(self, server: Daemon, connect_url: ConnectUrl) -> RedisTransport:
         """That user's transport."""

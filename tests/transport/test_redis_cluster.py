@@ -23,6 +23,7 @@ from pokebridge.testing.transport import (
 from pokebridge.transport.base import Feed, Signal
 from pokebridge.transport.redis import RedisTransport
 from tests.support import Daemon, block_until, free_port, wait_until
+from tests.support.engines import run_valkey
 from tests.transport.engines import closing_all
 from tests.transport.outages import SELECTIONS, assert_hears, is_away
 
@@ -177,6 +178,21 @@ async def test_what_the_docs_grant_is_enough(
         await subscribe_live(transport, which)
     with pytest.raises(TransportError, match=r"permission.*cluster\|slots"):
         await connect_node(nodes[0], user="blind:SECRET@")
+
+
+async def test_a_node_that_announces_no_endpoint_is_the_one_that_was_asked(
+    connect_node: ConnectNode, tmp_path: Path
+) -> None:
+    """A cluster that is to announce host names, and has none, says ``?``."""
+    flags = ["--cluster-enabled", "yes", "--cluster-port", str(free_port())]
+    with run_valkey(tmp_path, *flags, "--cluster-preferred-endpoint-type", "hostname") as node:
+        command(node, "CLUSTER", "ADDSLOTSRANGE", 0, SLOTS - 1)
+        await wait_until(lambda: cluster_info(node)["cluster_state"] == "ok")
+        assert b"?" in command(node, "CLUSTER", "SLOTS")[0][2]
+        transport = await connect_node(node)
+        for which in SELECTIONS:
+            await subscribe_live(transport, which)
+        await transport.close()
 
 
 async def test_a_node_that_dies_is_a_gap(nodes: list[Daemon], connect_node: ConnectNode) -> None:

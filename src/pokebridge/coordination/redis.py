@@ -33,7 +33,7 @@ from pokebridge.coordination.store_connection import (
     encode,
 )
 from pokebridge.engines import text_of
-from pokebridge.engines.redis import connection_pool
+from pokebridge.engines.redis import connection_pool, node_address
 from pokebridge.engines.urls import without_secrets
 
 _CLOSE_TIMEOUT_S = 1.0
@@ -251,8 +251,8 @@ async def _dial(url: str, cluster: str) -> Redis:
     except MovedError as elsewhere:  # another node of the Redis Cluster has the keys
         parts = urlsplit(url)
         credentials, at, _ = parts.netloc.rpartition("@")
-        host = elsewhere.host or parts.hostname  # empty: the host of this node
-        moved = parts._replace(netloc=f"{credentials}{at}{host}:{elsewhere.port}")
+        node = node_address(elsewhere.host, elsewhere.port, parts.hostname or "")
+        moved = parts._replace(netloc=f"{credentials}{at}{node}")
         return await _connect(urlunsplit(moved), cluster)
 
 

@@ -1,18 +1,58 @@
 """Connections to Redis or Valkey.
 
 The URL is ``redis://USER:PASSWORD@HOST:PORT/DB``, or ``rediss://`` for TLS. Credentials, port and
-database are optional. Options: ``ca_file``, ``cert_file`` and ``key_file`` (PEM).
+database are optional. Options: ``ca_file``, ``cert_file`` and ``key_file`` (PEM), and
+``password_file``, which is read at each connection, so that a password may be changed.
 """
 
+import asyncio
 import re
-from urllib.parse import urlsplit, urlunsplit
+from pathlib import Path
+from typing import cast
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from redis.asyncio import BlockingConnectionPool
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.credentials import CredentialProvider
 
 from pokebridge.engines.urls import TLS_OPTIONS, tls_context, url_options
 from pokebridge.errors import ConfigError
+
+
+class _PasswordFile(CredentialProvider):
+    """Reads the password from a file whenever a connection is dialled."""
+
+    def __init__(self, part: str, user: str, path: str) -> None:
+        self._part = part
+        self._user = user
+        self._path = Path(path)
+        self._read()  # so that a wrong path is reported at the start
+
+    def get_credentials(self) -> tuple[str] | tuple[str, str]:
+        """The user, unless it is the default one, and the password."""
+        return (self._user, self._read()) if self._user else (self._read(),)
+
+    async def get_credentials_async(self) -> tuple[str, str]:
+        """The same without blocking the event loop."""
+        return cast("tuple[str, str]", await asyncio.to_thread(self.get_credentials))
+
+    def _read(self) -> str:
+        try:
+            return self._path.read_text(encoding="utf-8").strip()
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"the {self._part} URL's password_file is unreadable: {error}"
+            ) from None
+
+
+def node_address(announced: str, port: int, asked: str) -> str:
+    """Return ``HOST:PORT`` of a node of a Redis Cluster, as a URL has it.
+
+    A node that announces no endpoint, or ``?``, has the host of the node that was ``asked``.
+    """
+    host = asked if announced in {"", "?"} else announced
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def connection_pool(
@@ -40,13 +80,17 @@ def connection_pool(
     Raises:
         ConfigError: the URL is invalid, or a file is unreadable.
     """
-    given = url_options(part, url, TLS_OPTIONS)
+    given = url_options(part, url, TLS_OPTIONS | {"password_file"})
     if TLS_OPTIONS & given.keys():  # redis-py would report a wrong file at the first dial only
         tls_context(part, given)
     parts = urlsplit(url)
     database = parts.path.strip("/")
     if parts.scheme not in {"redis", "rediss"} or not (database.isdecimal() or not database):
         raise ConfigError(f"the {part} URL must be redis://HOST:PORT/DB or rediss://HOST:PORT/DB")
+    credentials = None
+    if path := given.get("password_file"):
+        credentials = _PasswordFile(part, unquote(parts.username or ""), path)
+        parts = parts._replace(netloc=parts.netloc.rpartition("@")[2])
     tls = {
         "ssl_ca_certs": given.get("ca_file"),
         "ssl_certfile": given.get("cert_file"),
@@ -63,6 +107,7 @@ def connection_pool(
             protocol=2,  # every server supports it, and the transport's reader expects it
             driver_info=None,  # else each connection reads its version from the disk
             client_name=re.sub(r"[^!-~]", "-", client_name),
+            credential_provider=credentials,
             **(tls if parts.scheme == "rediss" else {}),
         )
     except ValueError as error:

@@ -22,7 +22,7 @@ from redis.crc import key_slot
 from redis.exceptions import AskError, RedisError, ResponseError
 
 from pokebridge.engines import text_of
-from pokebridge.engines.redis import connection_pool
+from pokebridge.engines.redis import connection_pool, node_address
 from pokebridge.engines.urls import without_secrets
 from pokebridge.errors import TransportError
 from pokebridge.sharding import DEFAULT_SHARD_COUNT
@@ -415,7 +415,7 @@ async def _read_slots(name: str, connection: AbstractConnection) -> _Slots | Non
     Raises:
         TransportError: the server refuses to answer, or its cluster serves no slots.
     """
-    host = str(getattr(connection, "host", ""))  # for a node that announces no name
+    asked = str(getattr(connection, "host", ""))
     with _translated(name):
         await connection.send_command("HELLO")  # needs no permission
         try:
@@ -428,13 +428,11 @@ async def _read_slots(name: str, connection: AbstractConnection) -> _Slots | Non
         ranges = sorted(await connection.read_response())
     if not ranges:
         raise TransportError(f"{name}: this cluster serves no slots")
-    nodes = [_node(primary[0] or host.encode(), primary[1]) for _, _, primary, *_ in ranges]
+    nodes = [
+        node_address((primary[0] or b"").decode(), primary[1], asked)
+        for _, _, primary, *_ in ranges
+    ]
     return _Slots([first for first, *_ in ranges], nodes)
-
-
-def _node(host: bytes, port: int) -> str:
-    """Format ``HOST:PORT`` as in a URL."""
-    return f"[{host.decode()}]:{port}" if b":" in host else f"{host.decode()}:{port}"
 
 
 @contextmanager
