@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import re
+import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -179,6 +180,18 @@ async def test_any_of_several_servers_will_do(own_nats_server: Daemon) -> None:
     for _ in range(4):  # they are tried in any order
         store = await NatsCoordination.connect(url, cluster="default")
         await store.close()
+
+
+async def test_a_mute_server_gives_way_to_another(
+    own_nats_server: Daemon, connect_to: ConnectTo
+) -> None:
+    """A server that accepts connections and never answers costs no call its time."""
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        url = f"nats://127.0.0.1:{mute.getsockname()[1]},{own_nats_server.address}"
+        for _ in range(3):  # they are tried in any order
+            store = await connect_to(url)
+            await store.renew(member("a"), 60)
+            await store.close()
 
 
 ALLOWED = """

@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import socket
 import ssl
 import uuid
 from collections.abc import AsyncIterator
@@ -118,6 +119,18 @@ async def test_the_documented_permissions_are_enough(
         await store.close()
     finally:
         await run(postgres_database, f"DROP OWNED BY {role}; DROP ROLE {role}")
+
+
+async def test_a_mute_first_host_gives_way_to_the_second(
+    connect_to: ConnectTo, postgres_database: str
+) -> None:
+    """A host that accepts connections and never answers, like a stopped process, is no outage."""
+    address = urlsplit(postgres_database).netloc.rpartition("@")[2]
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        hosts = f"127.0.0.1:{mute.getsockname()[1]},{address}"
+        store = await connect_to(postgres_database.replace(address, hosts))
+        await store.renew(member("a"), 60)
+        assert await store.members() == [member("a")]
 
 
 async def test_rows_of_the_dead_are_swept_when_somebody_starts(

@@ -161,6 +161,16 @@ class TestStart(StartContract):
         transport = await connect_url(f"nats://{dead[0]},{dead[1]},{nats_server.address},{dead[2]}")
         await subscribe_live(transport, 1)
 
+    async def test_a_mute_server_gives_way_to_another(
+        self, nats_server: Daemon, connect_url: ConnectUrl
+    ) -> None:
+        """One that accepts connections and never answers does not fail the start."""
+        with socket.create_server(("127.0.0.1", 0)) as mute:
+            address = f"127.0.0.1:{mute.getsockname()[1]}"
+            for _ in range(3):  # they are tried in any order
+                transport = await connect_url(f"nats://{address},{nats_server.address}")
+                await subscribe_live(transport, 1)
+
     @pytest.mark.parametrize(
         ("url", "said"),
         [

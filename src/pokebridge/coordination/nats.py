@@ -26,6 +26,7 @@ from collections.abc import Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import Any, Self, TypeVar
 
 import msgspec
@@ -43,6 +44,7 @@ from pokebridge.coordination.store_connection import (
     decode_all,
     encode,
 )
+from pokebridge.engines.addresses import first_of
 from pokebridge.engines.nats import (
     URL_OPTIONS,
     NatsClient,
@@ -103,9 +105,7 @@ class NatsCoordination:
     is_static = False
 
     def __init__(self, url: str, cluster: str, replicas: int) -> None:
-        servers = servers_in(_PART, url)
-        # The next server to dial comes first.
-        self._servers = random.sample(servers, len(servers))
+        self._servers = servers_in(_PART, url)
         self._url = url
         self._cluster = cluster
         self._replicas = replicas
@@ -191,22 +191,20 @@ class NatsCoordination:
         await self._connection.close()
 
     async def _dial(self) -> "_Bucket":
-        """Dial the next server that answers. A change may have been missed, so it counts as one."""
+        """Dial any server. A change may have been missed meanwhile, so dialling counts as one."""
         options = await asyncio.to_thread(client_options, _PART, self._url, _OPTIONS)
-        for _ in self._servers[1:]:
-            with suppress(errors.Error, OSError):
-                return await self._dial_next(options)
-        return await self._dial_next(options)
+        dials = [partial(self._open_bucket, server, options) for server in self._servers]
+        bucket = await first_of(random.sample(dials, len(dials)), _Bucket.close)
+        self._changed.set()
+        return bucket
 
-    async def _dial_next(self, options: dict[str, Any]) -> "_Bucket":
-        self._servers.append(server := self._servers.pop(0))
+    async def _open_bucket(self, server: str, options: dict[str, Any]) -> "_Bucket":
         bucket = _Bucket(self._cluster, self._changed)
         try:
             await bucket.open(server, options, self._replicas)
         except BaseException:
             await bucket.close()
             raise
-        self._changed.set()
         return bucket
 
 

@@ -16,7 +16,7 @@ import asyncio
 import datetime as dt
 from functools import partial
 from typing import Any, Self, TypeAlias
-from urllib.parse import urlsplit
+from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
 import msgspec
@@ -29,6 +29,7 @@ from pokebridge.coordination.store_connection import (
     encode,
 )
 from pokebridge.engines import text_of
+from pokebridge.engines.addresses import first_of
 from pokebridge.engines.urls import without_secrets
 from pokebridge.errors import ConfigError
 
@@ -116,7 +117,8 @@ class PostgresCoordination:
 
         Args:
             url: a libpq URL, ``postgresql://user:password@host:port/database``, with options such
-                as ``sslmode=verify-full`` and ``sslrootcert=FILE`` after a ``?``.
+                as ``sslmode=verify-full`` and ``sslrootcert=FILE`` after a ``?``. Several hosts,
+                ``host:port,host:port``, are in order of preference.
             cluster: the cluster's name.
 
         Raises:
@@ -200,8 +202,16 @@ class PostgresCoordination:
 
 
 async def _dial(url: str, cluster: str) -> _Connection:
-    if urlsplit(url).scheme not in {"postgresql", "postgres"}:
+    parts = urlsplit(url)
+    if parts.scheme not in {"postgresql", "postgres"}:
         raise ConfigError("the coordination URL must be postgresql://USER@HOST:PORT/DATABASE")
+    user, at, hosts = parts.netloc.rpartition("@")
+    # asyncpg gives one mute host all of the time, so it is told of one host at a time.
+    urls = [urlunsplit(parts._replace(netloc=f"{user}{at}{host}")) for host in hosts.split(",")]
+    return await first_of([partial(_connect, each, cluster) for each in urls], _hang_up)
+
+
+async def _connect(url: str, cluster: str) -> _Connection:
     try:
         connection = await asyncpg.connect(
             url,

@@ -8,18 +8,19 @@ killed server, a cut cable, a slow consumer that the server disconnected, and ex
 """
 
 import asyncio
-import itertools
 import random
 import re
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 import structlog
 
 from pokebridge.backoff import backoff_s
+from pokebridge.engines.addresses import first_of
 from pokebridge.errors import ConfigError, TransportError
 from pokebridge.transport.base import Receiver, Selection
 
@@ -86,12 +87,11 @@ class ReconnectingLink(Generic[C]):
     """
 
     def __init__(
-        self, name: str, dials: Sequence[Callable[[Deliver], Awaitable[C]]], base: str
+        self, name: str, dials: Sequence[Callable[[Deliver], Coroutine[Any, Any, C]]], base: str
     ) -> None:
         self._name = name
         self._tag_at = len(base) + 1
-        self._dials = itertools.cycle(random.sample(dials, len(dials)))
-        self._server_count = len(dials)
+        self._dials = [partial(dial, self._deliver) for dial in dials]
         # The current connection, or None and the reason in _trouble.
         self._connection: C | None = None
         self._trouble = "not connected yet"
@@ -106,18 +106,12 @@ class ReconnectingLink(Generic[C]):
         self._keeper: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
-        """Dial for the first time, each server once.
+        """Dial for the first time.
 
         Raises:
             TransportError: no server is available. A start fails; it does not wait.
         """
-        for servers_left in reversed(range(self._server_count)):
-            try:
-                self._connection = await self._open_connection()
-                break
-            except TransportError:
-                if not servers_left:
-                    raise
+        self._connection = await self._open_connection()
         self._keeper = asyncio.create_task(self._keep(), name=f"keep {self._name}")
 
     @property
@@ -282,10 +276,11 @@ class ReconnectingLink(Generic[C]):
                     )
 
     async def _open_connection(self) -> C:
-        """Dial the next server and subscribe to all topics."""
+        """Dial any server and subscribe to all topics."""
         try:
             async with asyncio.timeout(DIAL_TIMEOUT_S):
-                connection = await next(self._dials)(self._deliver)
+                dials = random.sample(self._dials, len(self._dials))
+                connection = await first_of(dials, lambda late: late.close())
         except TimeoutError:
             raise TransportError(f"{self._name}: no answer") from None
         try:
