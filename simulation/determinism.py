@@ -18,7 +18,7 @@ from unittest.mock import patch
 
 import structlog
 
-from pokebridge.cluster import node as cluster
+from pokebridge.cluster import load as cluster_load
 from pokebridge.gateway.connection import Connection
 from pokebridge.model import Feed
 from pokebridge.server import instance as server_instance
@@ -54,7 +54,7 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
     # would follow them.
     yield Connection, "__hash__", lambda each: hash(int(each.session.id, 16))
     yield Feed, "__hash__", lambda each: _FEED_HASHES[each.value]
-    yield cluster, "_memory_bytes", lambda: 0
+    yield cluster_load, "_memory_bytes", lambda: 0
     yield server_instance, "TokenVerifier", lambda **_: SimVerifier()
 
 

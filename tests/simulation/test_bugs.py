@@ -1,6 +1,5 @@
 """The simulation can fail: bugs planted in the real code are caught within its fixed seeds."""
 
-import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -90,9 +89,9 @@ def no_sweep(patch: pytest.MonkeyPatch) -> None:
     """Nobody looks for messages whose poke went missing."""
 
     async def nothing(_self: Processor) -> None:
-        await asyncio.Event().wait()
+        pass
 
-    patch.setattr(Processor, "_keep_sweeping", nothing)
+    patch.setattr(Processor, "_sweep", nothing)
 
 
 def owners_only(patch: pytest.MonkeyPatch) -> None:
