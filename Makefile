@@ -9,12 +9,12 @@ SPREAD := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
-CODE := src tests $(wildcard benchmarks simulation examples deploy)
+CODE := src tests $(wildcard benchmarks simulation examples deploy tools)
 NODE := tests/node clients/js examples/replicache/web
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-long test-deps simulate check fix chaos bench lock clean
+.PHONY: help setup run test test-long test-deps simulate check fix docs chaos bench lock clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
@@ -79,6 +79,9 @@ check: setup  ## formatting, lint, types, layers, docstrings, style rules
 fix: setup  ## format, and mend what lint can mend
 	@$(BIN)/ruff format $(CODE)
 	@$(BIN)/ruff check --fix $(CODE)
+
+docs: setup  ## write the pages that are generated from the sources
+	@$(BIN)/python -m tools.api_docs
 
 chaos: setup test-deps  ## five instances and 2,000 clients through every misfortune, for some minutes
 	@$(BIN)/python -m tests.cluster.chaos

@@ -27,6 +27,28 @@ what to change, and never carry a secret.
 
 from http import HTTPStatus
 
+__all__ = [
+    "AuthError",
+    "ConfigError",
+    "ConflictError",
+    "CoordinationError",
+    "ForbiddenError",
+    "FrameError",
+    "InputError",
+    "KeysUnavailableError",
+    "MailboxError",
+    "MailboxFullError",
+    "MissingExtraError",
+    "NotFoundError",
+    "NotJsonError",
+    "PokebridgeError",
+    "RefusedError",
+    "SignalError",
+    "TooLargeError",
+    "TransportError",
+    "UnavailableError",
+]
+
 
 class PokebridgeError(Exception):
     """The root of the tree: whatever pokebridge raises on purpose."""

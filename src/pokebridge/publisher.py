@@ -29,6 +29,8 @@ from pokebridge.sharding import DEFAULT_SHARD_COUNT, check_shard_count, shard_of
 from pokebridge.transport.base import Signal, Transport
 from pokebridge.wire import encode_disconnect, encode_pokes
 
+__all__ = ["HttpPublisher", "Publisher"]
+
 # How long the first poke of a batch waits for others.
 LINGER_S = 0.003
 # At 256 bytes a recipient a signal stays under 160 KB, far below NATS's limit of 1 MB.

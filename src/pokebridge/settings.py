@@ -32,6 +32,8 @@ from pokebridge.model import Mode
 from pokebridge.sharding import DEFAULT_SHARD_COUNT, MAX_SHARD_COUNT
 from pokebridge.submission import MAX_BODY_BYTES
 
+__all__ = ["Settings", "load_settings"]
+
 ENV_PREFIX = "POKEBRIDGE_"
 # Variables with our prefix that are no settings: the file's path, and what client commands read.
 _OTHER_VARIABLES = frozenset({"config", "url", "token"})

@@ -18,6 +18,8 @@ from pokebridge.errors import CoordinationError
 Connect = Callable[[], Awaitable[Coordination]]
 
 # Long enough for a busy machine to renew in time, short enough to wait for.
+__all__ = ["CoordinationContract"]
+
 LEASE_S = 0.6
 TIMEOUT_S = 15.0
 

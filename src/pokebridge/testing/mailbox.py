@@ -33,6 +33,8 @@ from pokebridge.testing.mailbox_kit import (
 from pokebridge.testing.mailbox_limits import LimitsContract
 from pokebridge.testing.mailbox_outbox import OutboxContract
 
+__all__ = ["DurableMailboxContract", "MailboxContract"]
+
 DAY_S = 24 * 3600.0
 
 Connect = Callable[[], Awaitable[Mailbox]]

@@ -15,6 +15,8 @@ from pokebridge.mailbox.base import Mailbox
 from pokebridge.mailbox.pushes import DEAD_KEPT_MS, OwedPush, PushQueue, PushTiming
 from pokebridge.testing.mailbox_kit import BOB, EVE, ManualClock, fill, message
 
+__all__ = ["PushContract"]
+
 TIMING = PushTiming(grace_s=10, quiet_s=300)
 LEASE_S = 20.0
 

@@ -19,6 +19,13 @@ from pokebridge.errors import TransportError
 from pokebridge.transport.base import Feed, Selection, Signal, Subscription, Transport
 from pokebridge.wire import encode_probe
 
+__all__ = [
+    "RecordingReceiver",
+    "TransportContract",
+    "prove_live",
+    "subscribe_live",
+]
+
 TIMEOUT_S = 20.0
 
 Connect = Callable[[], Awaitable[Transport]]
