@@ -1,4 +1,4 @@
-"""The page at ``/docs``: Swagger UI from the installed package, with nothing from elsewhere."""
+"""The page at ``/docs``: Swagger UI, served from the installed package only."""
 
 import mimetypes
 
@@ -7,7 +7,7 @@ from starlette.responses import HTMLResponse
 from starlette.staticfiles import StaticFiles
 from swagger_ui_bundle import swagger_ui_path  # type: ignore[import-untyped]  # it has none
 
-# The table of file types is read from disk once: here, not at a request on the event loop.
+# Read the table of file types from disk now, not on the event loop at the first request.
 mimetypes.init()
 
 _PAGE = """<!doctype html>
@@ -53,5 +53,5 @@ def install(app: FastAPI) -> None:
 
     app.add_route("/docs", page, include_in_schema=False)
     app.add_route("/docs/start.js", script, include_in_schema=False)
-    # The directory is looked at on the first request, off the event loop.
+    # Without check_dir: the check would read the disk on the event loop.
     app.mount("/docs/assets", StaticFiles(directory=swagger_ui_path, check_dir=False))

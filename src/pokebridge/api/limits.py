@@ -1,4 +1,4 @@
-"""How much of a request body is taken in: no more than its route can need."""
+"""The limit on the size of a request body, by path."""
 
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -14,9 +14,9 @@ from pokebridge.errors import TooLargeError
 class BodyLimit:
     """ASGI middleware that answers 413 to a body above the cap of its path.
 
-    A declared length (``Content-Length``) is refused before anything is read. A body without one
-    is counted as it streams: the read that crosses the cap raises, so no more than the cap and
-    one chunk of the server's is ever held.
+    A declared length (``Content-Length``) above the cap is refused before anything is read. A body
+    without one is counted as it streams, and the read that crosses the cap raises. So at most the
+    cap and one chunk are held in memory.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The calls about messages."""
+"""The calls about messages: send, pull, acknowledge."""
 
 import re
 import time
@@ -46,7 +46,7 @@ class MailboxSide:
 
 
 class MessageCalls:
-    """Send, pull, acknowledge."""
+    """The handlers of ``/v1/messages``."""
 
     def __init__(self, verifier: TokenVerifier, side: MailboxSide) -> None:
         self._verifier = verifier

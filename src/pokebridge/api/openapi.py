@@ -1,9 +1,9 @@
 """The FastAPI app of the HTTP API, and its OpenAPI description made from the structs of ``schema``.
 
-Handlers take the plain request and return the finished response: that spares FastAPI's own
-validation, and keeps a message's body as it was written. So what FastAPI would read off a
-signature is said here, from the very structs that decode. OpenAPI 3.0, as the Swagger UI that we
-can ship reads nothing newer.
+Handlers take the plain request and return the finished response. That avoids FastAPI's own
+validation and keeps a message's body as it was written. What FastAPI would read off a signature is
+given here, by the structs that decode. The version is OpenAPI 3.0, because the bundled Swagger UI
+reads nothing newer.
 """
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -42,7 +42,7 @@ _REF = "#/components/schemas/{name}"
 
 
 class Api(FastAPI):
-    """FastAPI for handlers that do their own reading and writing."""
+    """FastAPI for handlers that decode and encode by themselves."""
 
     def __init__(self, *, title: str, description: str, middleware: Sequence[Middleware]) -> None:
         super().__init__(
@@ -74,10 +74,10 @@ class Api(FastAPI):
     ) -> None:
         """Have ``handler`` answer ``method`` at ``path``, and describe it.
 
-        ``answers`` maps a status to the struct that answers, or to words when there is no JSON.
-        ``scope`` is what the token must have, ``""`` a token without any, ``None`` no token.
-        ``has_etag``: answers carry an ``ETag``, and ``If-None-Match`` is heeded. What answers
-        GET answers HEAD too (RFC 9110, section 9.1).
+        ``answers`` maps a status to the struct of its body, or to a description when it has no
+        JSON body. ``scope`` is the scope that the token must grant; ``""`` accepts any token,
+        ``None`` needs no token. ``has_etag``: answers carry an ``ETag``, and ``If-None-Match`` is
+        honoured. A handler for GET answers HEAD too (RFC 9110, section 9.1).
         """
         bodies = [body, *answers.values()]
         self._structs.update(struct for struct in bodies if isinstance(struct, type))
@@ -109,7 +109,7 @@ class Api(FastAPI):
             self.add_api_route(path, handler, methods=["HEAD"], include_in_schema=False)
 
     def openapi(self) -> dict[str, Any]:
-        """The description, made once."""
+        """The OpenAPI description, built once."""
         if self.openapi_schema is None:
             self.openapi_schema = get_openapi(
                 title=self.title,
@@ -123,7 +123,7 @@ class Api(FastAPI):
     def _components(self) -> dict[str, Any]:
         structs = sorted(self._structs, key=lambda struct: struct.__name__)
         _, schemas = msgspec.json.schema_components(structs, ref_template=_REF)
-        # One of the two: msgspec has no way to say it.
+        # Exactly one of the two fields, which msgspec can't express.
         schemas[PokeRequest.__name__] |= {"minProperties": 1, "maxProperties": 1}
         bearer = {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}
         return {"schemas": schemas, "securitySchemes": {"bearer": bearer}}

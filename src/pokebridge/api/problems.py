@@ -1,4 +1,4 @@
-"""Errors as the HTTP API answers them: RFC 9457 ``application/problem+json``, in plain words."""
+"""Errors as the HTTP API answers them: RFC 9457 ``application/problem+json``."""
 
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -29,7 +29,7 @@ class Problem(msgspec.Struct):
 
 
 def problem(status: int, detail: str, *, headers: Mapping[str, str] | None = None) -> Response:
-    """The response that says ``detail`` with ``status``; a 503 also says when to try again."""
+    """The response for an error; a 503 also has a ``Retry-After``."""
     answer = Response(
         msgspec.json.encode(Problem(HTTPStatus(status).phrase, status, detail)),
         status_code=status,
@@ -42,9 +42,9 @@ def problem(status: int, detail: str, *, headers: Mapping[str, str] | None = Non
 
 
 def install(app: FastAPI) -> None:
-    """Have ``app`` answer every error as a problem.
+    """Make ``app`` answer every error as a problem.
 
-    Starlette raises an unforeseen exception again after its answer, so the server logs it.
+    Starlette raises an unexpected exception again after the answer, so the server logs it.
     """
     for kind in (PokebridgeError, HTTPException, ClientDisconnect, Exception):
         app.add_exception_handler(kind, _answer)
@@ -66,7 +66,7 @@ async def _answer(request: Request, error: Exception) -> Response:
 
 
 def _challenge(request: Request, status: HTTPStatus) -> dict[str, str]:
-    """How to authenticate, or what the token lacks (RFC 6750, section 3)."""
+    """The challenge that tells the caller how to authenticate (RFC 6750, section 3)."""
     if status == HTTPStatus.FORBIDDEN:
         return {"WWW-Authenticate": 'Bearer error="insufficient_scope"'}
     if status == HTTPStatus.UNAUTHORIZED and "authorization" in request.headers:
@@ -77,7 +77,7 @@ def _challenge(request: Request, status: HTTPStatus) -> dict[str, str]:
 
 
 def _method_not_allowed(request: Request) -> Response:
-    """A 405 that names all methods of the path; the router knows those of one route only."""
+    """A 405 that names all methods of the path, of which the router names one route's only."""
     allowed: set[str] = set()
     for route in request.app.routes:
         if route.matches(request.scope)[0] is not Match.NONE:

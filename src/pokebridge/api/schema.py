@@ -43,7 +43,7 @@ class PokeRequest(_Request):
 
 
 class PokesAccepted(Struct):
-    """How many pokes are on their way."""
+    """How many pokes were accepted."""
 
     accepted: Annotated[int, Meta(ge=0)]
 
@@ -58,18 +58,21 @@ class Sent(Struct):
 class PullQuery(Struct):
     """What to pull."""
 
-    after: Annotated[Cursor, Meta(description="The version that the caller has.")] = 0
-    limit: Annotated[int, Meta(ge=1, le=MAX_PAGE, description="At most so many messages.")] = (
+    after: Annotated[Cursor, Meta(description="Return messages above this version.")] = 0
+    limit: Annotated[int, Meta(ge=1, le=MAX_PAGE, description="Maximum number of messages.")] = (
         DEFAULT_PAGE
     )
     device: (
-        Annotated[Device, Meta(description="Makes it known: messages wait for its ack too.")]
+        Annotated[
+            Device,
+            Meta(description="Registers the device: messages are then kept until it acks them."),
+        ]
         | UnsetType
     ) = UNSET
 
 
 class PulledMessage(Struct):
-    """A message of the caller's."""
+    """A message in the caller's mailbox."""
 
     id: MessageId
     version: Annotated[int, Meta(ge=1, le=MAX_VERSION)]
@@ -85,7 +88,7 @@ class PulledMessage(Struct):
 
 
 class Pulled(Struct):
-    """Messages in order. `version` is the next `after`; `more`: ask again at once."""
+    """Messages in order. `version` is the next `after`. With `more`, pull again at once."""
 
     messages: list[PulledMessage]
     version: Cursor
@@ -93,7 +96,7 @@ class Pulled(Struct):
 
 
 class AckQuery(Struct):
-    """Whose ack it is."""
+    """The device that acks."""
 
     device: Device | UnsetType = UNSET
 
@@ -112,7 +115,7 @@ class AckRequest(_Request):
 
 
 class ConnectInfo(Struct):
-    """Where the caller's shard is owned now."""
+    """Where the caller should connect: the owner of its shard."""
 
     url: Annotated[str, Meta(extra_json_schema={"example": "wss://a.example/v1/connect"})]
     shard: Annotated[int, Meta(ge=0)]
@@ -125,8 +128,8 @@ Share = Annotated[float, Meta(ge=0, le=1)]
 class Instance(Struct):
     """One member of the cluster, as of a few seconds ago.
 
-    It has open `sessions` and owns `shards`; `interest` are its sessions' shards. It is on the way
-    to the shard map `epoch` until it is `settled`.
+    It has `sessions` open and owns `shards`; `interest` are the shards of its sessions. It has
+    applied the shard map `epoch`, and is `settled` once it holds exactly what that map asks for.
     """
 
     id: str
@@ -141,22 +144,31 @@ class Instance(Struct):
     subscriptions: int = 0
     interest: Sequence[int] = ()
     messages_per_s: float = 0.0
-    owned_per_s: Annotated[float, Meta(description="Of them, for the instance's shards.")] = 0.0
+    owned_per_s: Annotated[float, Meta(description="Those for shards that the instance owns.")] = (
+        0.0
+    )
     pokes_per_s: Annotated[float, Meta(description="Poke frames written to sockets.")] = 0.0
     noise_ratio: Annotated[Share, Meta(description="CPU time spent on others' pokes.")] = 0.0
-    untagged_share: Annotated[Share, Meta(description="Of the signals: without a shard.")] = 0.0
+    untagged_share: Annotated[Share, Meta(description="Share of the signals without a shard.")] = (
+        0.0
+    )
     gaps: int = 0
     doubt_s: Annotated[
-        float, Meta(description="Time in which pokes may have been lost; then all are poked.")
+        float,
+        Meta(
+            description="Seconds in which pokes may have been lost; every session is poked after."
+        ),
     ] = 0.0
     pulls_per_s: float = 0.0
-    pull_p99_ms: Annotated[float, Meta(description="99 of 100 pulls were answered in it.")] = 0.0
+    pull_p99_ms: Annotated[
+        float, Meta(description="99th percentile of the time to answer a pull.")
+    ] = 0.0
     cpu_share: Annotated[float, Meta(description="1 is one core.")] = 0.0
     memory_bytes: int = 0
 
 
 class Traffic(Struct):
-    """The load, against the red line: `global_ops_per_s` counts a message once an instance."""
+    """The load and the red line. `global_ops_per_s` counts a message once an instance."""
 
     messages_per_s: Annotated[float, Meta(description="Published.")]
     global_ops_per_s: float
@@ -166,7 +178,7 @@ class Traffic(Struct):
 
 
 class Cluster(Struct):
-    """The cluster as the instance `seen_by` sees it, which has seen so many `events`."""
+    """The cluster as the instance `seen_by` sees it; `events` counts what has happened."""
 
     mode: Mode
     epoch: int
@@ -181,7 +193,7 @@ class Cluster(Struct):
 
 
 class Event(Struct):
-    """Something that happened, in plain words; the same `id` from every instance that saw it."""
+    """Something that happened to the cluster. Every instance that saw it gives it the same `id`."""
 
     id: str
     at_ms: Annotated[int, Meta(description="Unix time.")]
@@ -192,7 +204,9 @@ class Event(Struct):
             " `migrated`."
         ),
     ]
-    instance: Annotated[str, Meta(description="Whom it is about; empty for the whole cluster.")]
+    instance: Annotated[
+        str, Meta(description="The instance that it is about; empty for the whole cluster.")
+    ]
     text: str
 
 
@@ -205,26 +219,26 @@ class Events(Struct):
 
 
 class Watch(Struct):
-    """For so long the caller is poked when there is something new to see."""
+    """For how many seconds the caller is poked when there is something new to see."""
 
     for_s: float
 
 
 class ModeRequest(_Request):
-    """The mode to migrate to; `force` it although signals without a shard would stay costly."""
+    """The mode to migrate to. With `force`, also when many signals carry no shard."""
 
     mode: Mode
     force: bool = False
 
 
 class DrainRequest(_Request):
-    """The instance that is to send its sessions elsewhere."""
+    """The instance that gives up its shards and sessions."""
 
     instance: str
 
 
 class TokenRequest(_Request):
-    """Whose token it is to be."""
+    """What the token grants, and to whom."""
 
     sub: Recipient
     scope: Annotated[str, Meta(description="Space-separated.")] = "send poke admin"

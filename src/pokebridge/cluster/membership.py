@@ -1,8 +1,8 @@
 """Membership, and the leader's work: one shard map for all, changed by compare-and-swap.
 
-Every instance is a member: it renews its lease, reads the map and applies it. One member at a time
-also leads: it plans the next map from the members there are. A leader that slept through its lease
-is harmless: its write names a revision that has moved on, and is refused.
+Every instance is a member: it renews its lease, reads the shard map and applies it. One member at a
+time also leads: it plans the next map from the current members. A leader that slept through its
+lease does no harm, because its write names an outdated revision and is refused.
 """
 
 import asyncio
@@ -27,16 +27,16 @@ _WRITE_ATTEMPTS = 10
 
 
 def empty_map(shard_count: int, mode: Mode) -> ShardMap:
-    """The map of a cluster that has none yet."""
+    """The shard map of a cluster that has not written one yet."""
     return ShardMap(epoch=0, mode=mode, owners=(None,) * shard_count)
 
 
 class Planner:
-    """Plans the next map from the current one and the members; callers pass ``now`` in seconds.
+    """Plans the next shard map from the current one and the members; ``now`` is in seconds.
 
-    What must move, because its owner is gone or drains, moves at once. What would only be fairer
-    waits until nobody has joined or left for ``settle_s``, so that a rolling restart does not
-    shuffle the cluster at every step.
+    A shard whose owner is gone or drains moves at once. A move that only evens the load waits until
+    no member has joined or left for ``settle_s``, so that a rolling restart does not shuffle the
+    cluster at every step.
     """
 
     def __init__(self, settle_s: float = 10.0) -> None:
@@ -45,13 +45,13 @@ class Planner:
         self._changed_at = float("-inf")
 
     def see(self, members: Sequence[Member], now: float) -> None:
-        """These are the members now; told by a follower too, lest it lead on old knowledge."""
+        """Note the current members. A follower notes them too, in case it becomes the leader."""
         seen = frozenset((member.id, member.incarnation) for member in members)
         if seen != self._seen:
             self._seen, self._changed_at = seen, now
 
     def plan(self, current: ShardMap, members: Sequence[Member], now: float) -> ShardMap | None:
-        """The map that should follow ``current``; ``None`` when it may stay."""
+        """The map that should replace ``current``; ``None`` when ``current`` can stay."""
         self.see(members, now)
         settled = now - self._changed_at >= self._settle_s
         draining = current.draining & {member.id for member in members}
@@ -82,24 +82,26 @@ class View:
     members: Mapping[str, Member]
 
     def owner_of(self, shard: int) -> Member | None:
-        """The member that owns ``shard``, if it is alive."""
+        """The member that owns ``shard``; ``None`` when it has no owner, or one that is gone."""
         owner = self.shard_map.owners[shard]
         return None if owner is None else self.members.get(owner)
 
 
 class Membership:
-    """One member's part: it renews, reads, applies, and leads when it is its turn.
+    """One member's part: it renews its lease, reads the cluster, and leads when it is elected.
 
     Args:
         coordination: the store that all members share.
-        describe: this member's record, asked for at every renewal; ``None`` for a Coordinator
-            that runs alone: it leads, and owns nothing.
-        shard_count: the cluster's.
-        mode: of a cluster that has no map yet.
+        describe: returns this member's record, at every renewal. ``None`` for a coordinator that
+            runs alone: it leads and owns no shards.
+        holder: the name under which it leads, different for each process.
+        shard_count: the number of shards, the same for every member.
+        mode: the initial mode. Ignored once the cluster has a shard map.
         on_view: called with every new view, on the event loop's thread.
-        lease_s: how soon a silent member counts as gone.
-        leads: whether this one may lead.
-        by_ring: own by the ring of live members instead of by a leader's plan.
+        lease_s: seconds after which a silent member counts as gone.
+        leads: whether this member may lead.
+        by_ring: whether the ring of live members decides who owns a shard, instead of a leader.
+        planner: plans the shard map; one with ``settle_s`` of two leases by default.
     """
 
     def __init__(
@@ -143,21 +145,21 @@ class Membership:
 
     @property
     def trouble(self) -> str | None:
-        """Why the store can't be had; ``None`` when it can."""
+        """Why the store is unavailable; ``None`` when it is available."""
         return self._trouble
 
     async def start(self) -> None:
         """Join, see the cluster once, then keep up with it.
 
         Raises:
-            CoordinationError: the store can't be had; a start should say so, not wait.
+            CoordinationError: the store is unavailable. A start fails then instead of waiting.
             ConfigError: the cluster has another number of shards.
         """
         await self._round()
         self._task = asyncio.create_task(self._keep_up())
 
     async def close(self) -> None:
-        """Leave at once, so that nobody waits for the lease to run out."""
+        """Leave at once, so that the other members need not wait for the lease to run out."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -169,21 +171,21 @@ class Membership:
                 member = self._describe()
                 await self._coordination.leave(member.id, member.incarnation)
         except CoordinationError as error:
-            log.warning("could not leave the cluster", reason=str(error))
+            log.warning("cluster_leave_failed", reason=str(error))
 
     async def refresh(self) -> None:
-        """Tell the others at once what this member is now, and see them.
+        """Renew now, so that the other members see this one as it is, and read the cluster.
 
         Raises:
-            CoordinationError: the store can't be had.
+            CoordinationError: the store is unavailable.
         """
         await self._round()
 
     async def change(self, edit: Callable[[ShardMap], ShardMap]) -> ShardMap:
-        """Write ``edit`` of the current map, whoever leads; returns the map then in force.
+        """Write ``edit`` of the current map, leader or not; returns the map in force afterwards.
 
         Raises:
-            CoordinationError: the store can't be had, or others kept writing.
+            CoordinationError: the store is unavailable, or other members kept writing first.
         """
         for _ in range(_WRITE_ATTEMPTS):
             shard_map, stored = await self._read()
@@ -194,14 +196,14 @@ class Membership:
             if await self._write(edited, stored):
                 self._see(edited, self._view.members.values())
                 return edited
-        raise CoordinationError("the shard map is being changed by others all the time")
+        raise CoordinationError("other instances keep changing the shard map: try again")
 
     # --- keeping up -------------------------------------------------------------------------------
 
     async def _keep_up(self) -> None:
         while True:
             try:
-                # A third of a lease leaves room for one renewal that is lost, and one that is late.
+                # At a third of a lease, one renewal may be lost and the next one late.
                 pause_s = spread(self._lease_s / 3, 0.8, 1.0)
                 await self._coordination.wait_for_change(pause_s)
                 async with asyncio.timeout(self._lease_s):
@@ -209,7 +211,7 @@ class Membership:
             except (PokebridgeError, TimeoutError) as error:
                 trouble = str(error) or "the store does not answer"
                 if self._trouble is None:
-                    log.warning("coordination lost; the last map stays", reason=trouble)
+                    log.warning("coordination_lost", reason=trouble)
                 self._trouble = trouble
                 await asyncio.sleep(spread(self._lease_s / 3, 0.5, 1.0))
 
@@ -230,15 +232,15 @@ class Membership:
         elif self._remembers(shard_map) and shard_map.epoch > 0:
             shard_map = await self._restore(shard_map, stored)
         if self._trouble is not None:
-            log.info("cluster seen", epoch=shard_map.epoch, members=len(members))
+            log.info("cluster_seen", epoch=shard_map.epoch, members=len(members))
             self._trouble = None
         self._see(shard_map, members)
 
     def _note_contact(self, *, lost_data: bool) -> None:
-        """Remember since when the list of members has been complete, but for a lease.
+        """Note since when the list of members has been seen without a break.
 
-        It is not after an outage of the store, or a pause of this process, longer than that, nor
-        when the store has lost its data: then who is not listed may only be late.
+        A break is an outage of the store or a pause of this process longer than a lease, or a loss
+        of the store's data. For a lease after it, a member that is not listed may only be late.
         """
         now_s = asyncio.get_running_loop().time()
         if lost_data or now_s - self._last_seen_s > self._lease_s:
@@ -248,7 +250,7 @@ class Membership:
     async def _lead(
         self, shard_map: ShardMap, stored: Document | None, members: Sequence[Member]
     ) -> ShardMap:
-        """The map in force after what the leader has to do now."""
+        """Do the leader's work of one round; returns the map in force afterwards."""
         planned = None
         if self._last_seen_s - self._in_touch_since_s >= self._lease_s:
             planned = self._planner.plan(shard_map, members, self._last_seen_s)
@@ -256,30 +258,30 @@ class Membership:
             return await self._restore(shard_map, stored)
         if planned is None or not await self._write(planned, stored):
             return shard_map
-        log.info("shard map changed", epoch=planned.epoch, members=len(members))
+        log.info("shard_map_changed", epoch=planned.epoch, members=len(members))
         return planned
 
     def _remembers(self, shard_map: ShardMap) -> bool:
-        """Whether ``shard_map`` is what we remember, since the store has nothing as new."""
+        """Whether ``shard_map`` is the one remembered here, because the store has none as new."""
         return shard_map is self._view.shard_map
 
     async def _restore(self, shard_map: ShardMap, stored: Document | None) -> ShardMap:
-        """Write what we remember into a store that is new, or has lost its data.
+        """Write the remembered map into a store that is new, or has lost its data.
 
-        Whoever remembers does it, leading or not: a leader that has just started would begin a map
-        of its own, which those who know a higher epoch never follow.
+        Every member that remembers a map does so, not only the leader. A leader that has just
+        started would begin a map of its own, and members that know a higher epoch ignore that.
         """
         restored = replace(shard_map, epoch=shard_map.epoch + 1)
         if not await self._write(restored, stored):
             return shard_map
-        log.info("shard map restored", epoch=restored.epoch)
+        log.info("shard_map_restored", epoch=restored.epoch)
         return restored
 
     async def _read(self) -> tuple[ShardMap, Document | None]:
         """The map in force, and the document to replace.
 
-        A document that is behind what we have seen is one of a store that lost its data: the map
-        that we remember goes on, and the next write restores it.
+        A document older than the map known here means that the store has lost data. Then the known
+        map stays in force, and the next write restores it.
         """
         stored = await self._coordination.read()
         known = self._view.shard_map
@@ -288,7 +290,7 @@ class Membership:
         try:
             shard_map = _decode(stored.body)
         except msgspec.MsgspecError as error:
-            raise CoordinationError(f"the shard map in the store is none: {error}") from None
+            raise CoordinationError(f"the shard map in the store is invalid: {error}") from None
         if shard_map.shard_count != known.shard_count:
             raise ConfigError(
                 f"shard_count: the cluster has {shard_map.shard_count}, "
@@ -301,7 +303,7 @@ class Membership:
         return await self._coordination.write(_encode(shard_map), revision)
 
     def _see(self, shard_map: ShardMap, members: Collection[Member]) -> None:
-        """Take a view over, unless its map is older than the one in force."""
+        """Adopt a view, unless its map is older than the one in force."""
         if shard_map.epoch < self._view.shard_map.epoch:
             return
         if self._by_ring:

@@ -1,8 +1,8 @@
-"""Pokes for whoever watches the cluster, as the console does.
+"""Pokes for clients that watch the cluster, as the console does.
 
-A watcher is a recipient like any other: it sleeps on a session, is poked when there is something
-new to see, and pulls it (``GET /v1/cluster``). It says that it watches, and again before that runs
-out, so nothing is left of one that has gone; while nobody watches, nobody looks.
+A watcher is a recipient like any other: it holds a session, is poked when there is something new to
+see, and pulls it (``GET /v1/cluster``). A watch runs out unless it is renewed, so a watcher that
+has gone leaves nothing behind. Without watchers nothing is compared.
 """
 
 import asyncio
@@ -23,13 +23,14 @@ _PUBLISH_TIMEOUT_S = 1.0
 
 
 class Watchers:
-    """Those who watch, each for ``WATCH_S`` from when it last said so.
+    """The recipients that watch, each for ``WATCH_S`` since it last asked to.
 
     Args:
-        look: what there is to see, as a struct; compared as :func:`legible` leaves it.
-        publish: how pokes reach a watcher's sessions, wherever those are.
-        poke_here: how they reach the sessions here, for when the transport fails: just then an
-            operator looks.
+        look: returns what there is to see, as a dataclass. Two looks are compared as
+            :func:`legible` leaves them.
+        publish: pokes the watchers' sessions on every instance.
+        poke_here: pokes a watcher's sessions on this instance. Used when the transport fails, since
+            that is when operators watch.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Watchers:
     def add(self, recipient: str) -> float:
         """Poke ``recipient`` when there is something new, for the seconds returned.
 
-        One too many replaces whoever said so longest ago.
+        When there are too many watchers, the one that asked longest ago is dropped.
         """
         self._until_s.pop(recipient, None)
         self._until_s[recipient] = time.monotonic() + WATCH_S
@@ -58,7 +59,7 @@ class Watchers:
         return WATCH_S
 
     async def close(self) -> None:
-        """Poke nobody any more."""
+        """Stop poking."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -87,9 +88,10 @@ class Watchers:
 
 
 def legible(value: Any) -> Any:
-    """``value`` with its numbers rounded to what an eye sees, so that a tremble is no news.
+    """``value`` with its numbers rounded, so that changes too small to see do not count.
 
-    Floats keep two digits, and at most two places; large integers, such as sizes, three digits.
+    Floats keep two significant digits and at most two decimal places. Large integers, such as
+    sizes, keep three digits.
     """
     match value:
         case dict():

@@ -28,7 +28,7 @@ class Report:
     pokes_per_s: float = 0.0
     """Poke frames sent to clients per second."""
     noise_ratio: float = 0.0
-    """Share of the received pokes that no session here wanted, 0 to 1."""
+    """Share of the CPU time that went into pokes for sessions of other instances, 0 to 1."""
     untagged_share: float = 0.0
     """Share of the received signals that were published without a shard, 0 to 1."""
     gaps: int = 0
