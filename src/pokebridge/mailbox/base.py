@@ -74,7 +74,9 @@ class Mailbox(Protocol):
     Guarantees, tested by ``pokebridge.testing.mailbox.MailboxContract`` against every adapter:
 
     - **Dense**: a recipient's versions are 1, 2, 3, … in commit order, also under concurrent
-      senders in several processes. A reader never sees version n before n - 1 is committed.
+      senders in several processes. A reader never sees version n before n - 1 is committed. When
+      the store has gone back in time, an adapter that notices it continues far above every version
+      that was given out (docs/backup.md).
     - **Idempotent**: a message with an idempotency key, its (sender, id), is committed once. An
       append that repeats the key commits nothing and returns the first receipt, marked
       ``duplicate``. This holds for at least a week, also after the message itself is deleted.

@@ -24,7 +24,7 @@ from pokebridge.mailbox.base import (
 from pokebridge.mailbox.batcher import Batcher
 from pokebridge.mailbox.postgres_pool import Connection, PostgresPool, Record
 from pokebridge.mailbox.postgres_pushes import PostgresPushes
-from pokebridge.mailbox.postgres_schema import MIGRATION_LOCK, MIGRATIONS
+from pokebridge.mailbox.postgres_schema import ADDITIONS, MIGRATION_LOCK, MIGRATIONS
 from pokebridge.mailbox.pushes import PushTiming
 from pokebridge.model import MAX_VERSION, Message, NewMessage, Page, Poke, Receipt
 
@@ -112,12 +112,15 @@ FROM heads
 """
 # From the catalogues, since to_regclass() may not see yet what another session has just created.
 SCHEMA_EXISTS: Final = "SELECT EXISTS (SELECT FROM pg_namespace WHERE nspname = $1)"
-MIGRATIONS_EXIST: Final = """
+TABLE_EXISTS: Final = """
 SELECT EXISTS (
     SELECT FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace
-    WHERE nspname = $1 AND relname = 'migrations'
+    WHERE nspname = $1 AND relname = $2
 )
 """
+
+
+_CHANGES: Final = {"migrations": MIGRATIONS, "additions": ADDITIONS}
 
 
 class _Pull(NamedTuple):
@@ -198,7 +201,7 @@ class PostgresMailbox:
         dsn, schema = _split_schema(url)
         pool = PostgresPool(dsn, schema=schema)
         try:
-            if await pool.run(lambda it: _migrations_done(it, schema)) != len(MIGRATIONS):
+            if not await pool.run(lambda it: _is_up_to_date(it, schema)):
                 await pool.run(lambda it: _migrate(it, schema), timeout_s=MIGRATION_TIMEOUT_S)
         except BaseException:
             await pool.close()
@@ -418,26 +421,35 @@ async def _migrate(connection: Connection, schema: str) -> None:
     async with connection.transaction():
         await execute(f"SET LOCAL statement_timeout = '{MIGRATION_TIMEOUT_S:.0f}s'")
         await execute("SELECT pg_advisory_xact_lock($1)", MIGRATION_LOCK)
-        done = await _migrations_done(connection, schema)
+        done = await _count_done(connection, schema, "migrations")
         if done > len(MIGRATIONS):
             raise ConfigError(
                 f"mailbox: the schema {schema} was written by a newer release of pokebridge:"
                 " upgrade this one"
             )
-        if done == 0:
-            if not await connection.fetchval(SCHEMA_EXISTS, schema):
-                await execute(f"CREATE SCHEMA {schema}")
-            await execute(
-                "CREATE TABLE migrations"
-                " (version integer PRIMARY KEY, done_at timestamptz NOT NULL)"
-            )
-        for version, statements in enumerate(MIGRATIONS[done:], done + 1):
-            await execute(statements)
-            await execute("INSERT INTO migrations VALUES ($1, now())", version)
+        if done == 0 and not await connection.fetchval(SCHEMA_EXISTS, schema):
+            await execute(f"CREATE SCHEMA {schema}")
+        for table, all_statements in _CHANGES.items():
+            done = await _count_done(connection, schema, table)
+            if done == 0:
+                await execute(
+                    f"CREATE TABLE {table}"
+                    " (version integer PRIMARY KEY, done_at timestamptz NOT NULL)"
+                )
+            for version, statements in enumerate(all_statements[done:], done + 1):
+                await execute(statements)
+                await execute(f"INSERT INTO {table} VALUES ($1, now())", version)  # noqa: S608 - ours
 
 
-async def _migrations_done(connection: Connection, schema: str) -> int:
-    if not await connection.fetchval(MIGRATIONS_EXIST, schema):
+async def _is_up_to_date(connection: Connection, schema: str) -> bool:
+    if await _count_done(connection, schema, "migrations") != len(MIGRATIONS):
+        return False
+    return await _count_done(connection, schema, "additions") >= len(ADDITIONS)
+
+
+async def _count_done(connection: Connection, schema: str, table: str) -> int:
+    if not await connection.fetchval(TABLE_EXISTS, schema, table):
         return 0
-    done: int = await connection.fetchval("SELECT coalesce(max(version), 0) FROM migrations")
+    newest = f"SELECT coalesce(max(version), 0) FROM {table}"  # noqa: S608 - ours
+    done: int = await connection.fetchval(newest)
     return done

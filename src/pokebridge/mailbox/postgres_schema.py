@@ -372,3 +372,78 @@ END $$;
 
 MIGRATIONS: Final = (_TABLES + _NOW + _APPEND + _DEVICES + _UPKEEP, _PUSHES)
 """The statements of each schema version; the table ``migrations`` counts those done."""
+
+_GENERATIONS = """
+-- The versions of a generation are above its base. history says which database gave them.
+CREATE TABLE generation (
+    one boolean PRIMARY KEY DEFAULT true CHECK (one),
+    base bigint NOT NULL,
+    history text NOT NULL
+);
+
+-- What changes when this database goes back in time: the system and the timeline after a failover
+-- or a point-in-time recovery, the file of heads after a restore. Any role may ask for these, but
+-- a managed server may refuse one; that one is left out then.
+CREATE FUNCTION current_history() RETURNS text LANGUAGE plpgsql AS $$
+DECLARE
+    answer text := coalesce(pg_relation_filenode(to_regclass('heads')), 0);
+BEGIN
+    BEGIN
+        answer := answer || ' ' || (SELECT system_identifier FROM pg_control_system());
+    EXCEPTION WHEN OTHERS THEN NULL;
+    END;
+    BEGIN
+        answer := answer || ' ' || left(pg_walfile_name(pg_current_wal_lsn()), 8);
+    EXCEPTION WHEN OTHERS THEN NULL;
+    END;
+    RETURN answer;
+END $$;
+
+-- The base of the current generation. A new one begins by the clock: 2^21 versions a second are
+-- more than a recipient ever gets, so its base is above all versions that were given out, even
+-- those that are lost. It stays below 2^53, what JavaScript can count to, until the year 2106.
+CREATE FUNCTION generation_base() RETURNS bigint LANGUAGE plpgsql AS $$
+DECLARE
+    answer bigint;
+BEGIN
+    SELECT base INTO answer FROM generation WHERE one AND history = current_history();
+    IF answer IS NULL THEN
+        INSERT INTO generation
+            VALUES (true, extract(epoch FROM clock_timestamp())::bigint << 21, current_history())
+        ON CONFLICT (one) DO UPDATE SET history = excluded.history,
+            base = greatest(excluded.base, generation.base + (1::bigint << 32))
+            WHERE generation.history <> excluded.history;
+        SELECT base INTO answer FROM generation WHERE one;
+    END IF;
+    RETURN answer;
+END $$;
+
+INSERT INTO generation VALUES (true, 0, current_history());
+
+ALTER FUNCTION append(
+    uuid, text[], text[], text[], boolean[], bytea[], bigint[], bigint, bigint, bigint
+) RENAME TO append_above_heads;
+
+-- Raise the recipients' heads to the generation's base, then append. Instances of earlier releases
+-- call it as well, so its name and arguments stay.
+CREATE FUNCTION append(
+    a_batch uuid, a_recipients text[], a_senders text[], a_ids text[], a_ids_are_senders boolean[],
+    a_bodies bytea[], a_ttls_ms bigint[], a_max_messages bigint, a_max_bytes bigint, a_now_ms bigint
+) RETURNS bigint[] LANGUAGE plpgsql AS $$
+DECLARE
+    base bigint := generation_base();
+BEGIN
+    IF base > 0 THEN
+        INSERT INTO heads (recipient, head)
+            SELECT DISTINCT recipient COLLATE "C" AS name, base
+            FROM unnest(a_recipients) AS given (recipient) ORDER BY name
+        ON CONFLICT (recipient) DO UPDATE SET head = excluded.head
+            WHERE heads.head < excluded.head;
+    END IF;
+    RETURN append_above_heads(a_batch, a_recipients, a_senders, a_ids, a_ids_are_senders, a_bodies,
+        a_ttls_ms, a_max_messages, a_max_bytes, a_now_ms);
+END $$;
+"""
+
+ADDITIONS: Final = (_GENERATIONS,)
+"""Further statements, after which earlier releases still work; the table ``additions`` counts."""
