@@ -31,7 +31,7 @@ CONFIRM_EVERY_S: Final = 0.05
 # Longer than the pause after which an unconfirmed entry is claimed again.
 CUT_OFF_S: Final = 5.0
 
-_log = structlog.get_logger(__name__)
+log = structlog.get_logger(__name__)
 
 
 class PokePublisher(Protocol):
@@ -160,7 +160,7 @@ class Processor:
                 self._unconfirmed.close()
                 await confirming
         except TimeoutError:
-            _log.warning("pokes_left_in_the_outbox", deadline_s=deadline_s)
+            log.warning("pokes_left_in_the_outbox", deadline_s=deadline_s)
         finally:
             for task in tasks:
                 task.cancel()

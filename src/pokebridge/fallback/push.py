@@ -35,7 +35,7 @@ Result = Literal["sent", "failed", "dead"]
 """An attempt's result. ``dead`` counts pushes that were given up after a failed attempt."""
 _NOTHING: Mapping[Result, int] = {"sent": 0, "failed": 0, "dead": 0}
 
-_log = structlog.get_logger(__name__)
+log = structlog.get_logger(__name__)
 _encode = msgspec.json.Encoder().encode
 
 
@@ -172,7 +172,7 @@ class Pusher:
     async def _give_up(self, push: OwedPush, reason: str, until_s: float) -> None:
         self.results["dead"] += 1
         reason = " ".join(reason.split())[:_MAX_REASON]
-        _log.error("push_given_up", recipient=push.recipient, attempts=push.attempts, reason=reason)
+        log.error("push_given_up", recipient=push.recipient, attempts=push.attempts, reason=reason)
         await self._record(lambda: self._queue.bury(push, reason), until_s)
 
     async def _record(self, write: Callable[[], Awaitable[None]], until_s: float) -> None:

@@ -22,7 +22,7 @@ _MAX_REMEMBERED = 1_000
 Result = Literal["committed", "duplicate", "refused", "retried"]
 _NOTHING: Mapping[Result, int] = {"committed": 0, "duplicate": 0, "refused": 0, "retried": 0}
 
-_log = structlog.get_logger(__name__)
+log = structlog.get_logger(__name__)
 
 
 class _RefusedError(Exception):
@@ -121,7 +121,7 @@ class Ingress:
             await self._source.ack(done)
             for delivery, reason in refused:
                 await self._source.bury(delivery, reason)
-                _log.warning("ingress_message_refused", id=delivery.id, reason=reason)
+                log.warning("ingress_message_refused", id=delivery.id, reason=reason)
                 self.results["refused"] += 1
             await self._source.retry(later, delay_s=RETRY_DELAY_S)
         self.results["retried"] += len(later)
