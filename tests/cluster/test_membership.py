@@ -92,7 +92,8 @@ def test_a_leader_of_old_does_not_lead_on_old_knowledge() -> None:
 class Cluster:
     """Members over one in-process store, with short leases."""
 
-    def __init__(self) -> None:
+    def __init__(self, lease_s: float = 0.3) -> None:
+        self.lease_s = lease_s
         self.store = MemoryCoordination()
         self.views: dict[str, View] = {}
         self.members: dict[str, Membership] = {}
@@ -109,7 +110,7 @@ class Cluster:
             shard_count=COUNT,
             mode="partitioned",
             on_view=lambda view: self.views.__setitem__(name, view),
-            lease_s=0.3,
+            lease_s=self.lease_s,
             by_ring=by_ring,
             planner=Planner(settle_s=0.2),
         )
@@ -190,7 +191,7 @@ async def test_who_is_late_after_an_outage_keeps_its_shards(
     loses: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All leases have run out when the store is back: the first to renew is not all there is."""
-    cluster = Cluster()
+    cluster = Cluster(lease_s=3)  # so long is the other waited for, and this test may be held up
     one, two = await cluster.join("a"), await cluster.join("b")
     await wait_until(lambda: cluster.agree({"a", "b"}))
     owners = one.view.shard_map.owners
@@ -199,7 +200,7 @@ async def test_who_is_late_after_an_outage_keeps_its_shards(
     async def fail(*_: object) -> None:
         if is_away:
             raise CoordinationError("away")
-        await renew(record, 0.3)
+        await renew(record, cluster.lease_s)
 
     record, renew = member("b"), two._coordination.renew
     monkeypatch.setattr(two._coordination, "renew", fail)

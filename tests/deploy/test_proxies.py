@@ -36,7 +36,7 @@ NAMES = ("b1", "b2", "b3")
 # A session is pinged again when its pong was due, so the longer of the two is the ping's interval.
 PING_INTERVAL_S = PONG_TIMEOUT_S = 1.5
 SESSIONS_PER_ADDRESS = 10
-TIMEOUT_S = 30.0
+TIMEOUT_S = 100.0
 
 
 @dataclass(frozen=True)
@@ -307,8 +307,11 @@ async def test_a_message_wakes_sessions_on_every_instance(run: Run, site: Site) 
         front.http(BOB, "send") as http,
         front.client(BOB, seen) as client,
     ):
-        sessions = [await stack.enter_async_context(front.connect(BOB)) for _ in range(9)]
-        assert {await ready(session) for session in sessions} == set(NAMES)
+        sessions: list[ClientConnection] = []
+        landed: set[str] = set()
+        while landed != set(NAMES):  # nginx draws lots
+            sessions.append(await stack.enter_async_context(front.connect(BOB)))
+            landed.add(await ready(sessions[-1]))
         await client.wait_ready(TIMEOUT_S)
         await send(http, BOB, "hello")
         for session in sessions:

@@ -9,16 +9,20 @@ from typing import TypeVar, overload
 T = TypeVar("T")
 
 POLL_S = 0.02
+# A limit for what hangs, not for what is slow: a busy machine takes many times a quiet one's time.
+WAIT_S = 30.0
 
 
 @overload
 async def wait_until(
-    condition: Callable[[], Awaitable[T]], timeout_s: float = 10.0, what: str = ""
+    condition: Callable[[], Awaitable[T]], timeout_s: float = WAIT_S, what: str = ""
 ) -> T: ...
 @overload
-async def wait_until(condition: Callable[[], T], timeout_s: float = 10.0, what: str = "") -> T: ...
 async def wait_until(
-    condition: Callable[[], T | Awaitable[T]], timeout_s: float = 10.0, what: str = ""
+    condition: Callable[[], T], timeout_s: float = WAIT_S, what: str = ""
+) -> T: ...
+async def wait_until(
+    condition: Callable[[], T | Awaitable[T]], timeout_s: float = WAIT_S, what: str = ""
 ) -> T:
     """Return ``condition()``'s first true value; the condition may be a coroutine function.
 
@@ -35,7 +39,7 @@ async def wait_until(
         await asyncio.sleep(POLL_S)
 
 
-def block_until(condition: Callable[[], T], timeout_s: float = 10.0, what: str = "") -> T:
+def block_until(condition: Callable[[], T], timeout_s: float = WAIT_S, what: str = "") -> T:
     """The same for a test without an event loop."""
     deadline = time.monotonic() + timeout_s
     while not (result := condition()):
