@@ -3,9 +3,9 @@
 
 PORT ?= 8080
 # Most tests wait for a server more than they compute, so there may be more of them than cores.
-WORKERS ?= 5
+WORKERS ?= 4
 # A file's tests share what they start. tests/conftest.py says which files begin.
-SPREAD := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+SPREAD := --dist loadfile --no-loadscope-reorder
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
@@ -42,10 +42,10 @@ run: setup  ## start a development instance on PORT (8080)
 	@exec $(BIN)/pokebridge serve --dev --port $(PORT) --mailbox sqlite:///var/pokebridge.db
 
 test: setup test-deps  ## run the test suite, real engines included
-	@$(BIN)/pytest -q $(SPREAD)
+	@$(BIN)/pytest -q --numprocesses $(WORKERS) $(SPREAD)
 
 test-long: setup test-deps  ## run the tests that take minutes: long acts, large crowds, many seeds
-	@$(BIN)/pytest -q -m long $(SPREAD)
+	@$(BIN)/pytest -q -m long --numprocesses 2 $(SPREAD)
 
 # What the suite needs beside Python, as PROGRAM or PROGRAM:PACKAGE. Where something can't be had the tests say so: they
 # skip, and in CI they fail.
