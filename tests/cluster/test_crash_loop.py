@@ -19,7 +19,7 @@ from tests.transport.pubsub_world import World
 
 STARTS, AT_ONCE = 50, 10
 DEAD_AFTER_S = 2.0
-TIMEOUT_S = 60.0
+TIMEOUT_S = 200.0
 
 
 @pytest.fixture
@@ -50,10 +50,10 @@ async def test_fifty_crashes_leave_one_orphan_at_the_most(
             traffic.client(living, alice, "phone") as client,
             traffic.flowing(living, [alice]),
         ):
-            await client.wait_ready(10)
+            await client.wait_ready(60)
             for count in range(AT_ONCE, STARTS + 1, AT_ONCE):
                 with starts.instances(AT_ONCE, own, tmp_path / "crashing.log"):
-                    await wait_until(partial(_have_subscribed, world, count), 30.0)
+                    await wait_until(partial(_have_subscribed, world, count), 60.0)
             janitors = [await world.connect() for _ in range(2)]
             reports = await asyncio.gather(*(j.sweep(dead_after_s=DEAD_AFTER_S) for j in janitors))
             assert all(report.examined == 1 + STARTS for report in reports)

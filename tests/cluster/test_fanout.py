@@ -26,9 +26,10 @@ from tests.support.missing import missing
 
 __all__ = ["clusters"]
 
-TIMEOUT_S = 60.0
-# How long a message may wait for a client once all is well again.
-SILENCE_LIMIT_S = 5.0
+TIMEOUT_S = 200.0
+# How long a message may wait for a client once all is well again: 5 s, and four times that on a
+# machine that runs other tests too (`make chaos` holds the limits themselves).
+SILENCE_LIMIT_S = 4 * 5.0
 CUT_S = 10.0
 # What /readyz says while the engine is away.
 REASONS = {
@@ -171,12 +172,12 @@ async def test_an_engine_that_is_restarted_leaves_nobody_silent(
             await traffic.more(10)
             async with cluster.instances[1].async_http("urn:backend", "send") as other:
                 await traffic.send(other, carol)
-            await wait_until(partial(is_readiness, cluster, 503, REASONS[cluster.name]), 20)
+            await wait_until(partial(is_readiness, cluster, 503, REASONS[cluster.name]), 60)
             await asyncio.to_thread(cluster.engine.start)
             back_s = monotonic()
             await traffic.more(20)
             await traffic.all_pulled()
-            await wait_until(partial(is_readiness, cluster, 200, ""), 20)
+            await wait_until(partial(is_readiness, cluster, 200, ""), 60)
         return measured(traffic, back_s)
 
     report(capsys, "engine killed and restarted", await on_each(clusters, act, TIMEOUT_S))
@@ -312,7 +313,7 @@ async def test_the_others_take_over_from_an_instance_that_is_killed(
                 traffic.client(second, alice, "three", left_behind[alice].cursor),
                 traffic.client(second, bob, "three", left_behind[bob].cursor) as moved,
             ):
-                await moved.wait_ready(10)
+                await moved.wait_ready(60)
                 moved_s = monotonic()
                 await traffic.send(other, bob)
                 await traffic.all_pulled()

@@ -91,7 +91,7 @@ class Traffic:
         """What not all of ``devices`` have pulled yet."""
         return {(device, sent) for device in devices for sent in self.sent_s} - set(self.pulled_s)
 
-    async def all_pulled(self, devices: Sequence[str] = NAMES, timeout_s: float = 15.0) -> None:
+    async def all_pulled(self, devices: Sequence[str] = NAMES, timeout_s: float = 60.0) -> None:
         """Return when every device has pulled all that was sent."""
         await wait_until(lambda: not self.missing(devices), timeout_s, "everything being pulled")
 
@@ -127,5 +127,5 @@ async def clients(
                 client = traffic.client(instance, recipient, name)
                 entered[recipient, name] = await stack.enter_async_context(client)
         for client in entered.values():
-            await client.wait_ready(10)
+            await client.wait_ready(60)
         yield entered

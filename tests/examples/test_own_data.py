@@ -11,7 +11,7 @@ import httpx
 from tests.examples.apps import EXAMPLES, run_app
 from tests.support import Serve, wait_until
 
-TIMEOUT_S = 40.0
+TIMEOUT_S = 120.0
 
 
 async def test_an_apps_own_table(serve: Serve, tmp_path: Path) -> None:

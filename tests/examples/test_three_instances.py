@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.support import free_port
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "three-instances"
-TIMEOUT_S = 60.0
+TIMEOUT_S = 120.0
 
 
 async def test_it_tells_the_story_of_its_readme() -> None:

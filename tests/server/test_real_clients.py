@@ -13,7 +13,7 @@ from tests.support.missing import missing, require
 from tests.support.serving import Instance, Serve
 
 BOB = "urn:user:bob"
-TIMEOUT_S = 15
+TIMEOUT_S = 60
 NODE = Path(__file__).parents[1] / "node"
 
 

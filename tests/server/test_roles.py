@@ -38,7 +38,7 @@ async def awake(gateway: Instance) -> AsyncIterator[list[int]]:
         return cursor
 
     async with PokeClient(gateway.url, gateway.token(BOB), on_poke=pull) as client:
-        await client.wait_ready(10)
+        await client.wait_ready(60)
         yield poked
 
 
