@@ -33,7 +33,7 @@ $(STAMP): requirements.lock pyproject.toml
 	fi
 	@awk '/^[^ #]/ {wanted = /^uv==/} wanted' requirements.lock > $(VENV)/uv.lock
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --require-hashes -r $(VENV)/uv.lock
-	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip sync --quiet --require-hashes requirements.lock
+	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip sync --quiet --compile-bytecode --require-hashes requirements.lock
 	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
@@ -42,10 +42,10 @@ run: setup  ## start a development instance on PORT (8080)
 	@exec $(BIN)/pokebridge serve --dev --port $(PORT) --mailbox sqlite:///var/pokebridge.db
 
 test: setup test-deps  ## run the test suite, real engines included
-	@$(BIN)/pytest -q --numprocesses $(WORKERS) $(SPREAD)
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -q --numprocesses $(WORKERS) $(SPREAD)
 
 test-long: setup test-deps  ## run the tests that take minutes: long acts, large crowds, many seeds
-	@$(BIN)/pytest -q -m long --numprocesses 2 $(SPREAD)
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -q -m long --numprocesses 2 $(SPREAD)
 
 # What the suite needs beside Python, as PROGRAM or PROGRAM:PACKAGE. Where something can't be had the tests say so: they
 # skip, and in CI they fail.
