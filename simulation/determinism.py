@@ -21,7 +21,7 @@ import structlog
 from pokebridge.cluster import load as cluster_load
 from pokebridge.gateway.connection import Connection
 from pokebridge.model import Feed
-from pokebridge.server import instance as server_instance
+from pokebridge.server import assemble
 from simulation.loop import VirtualLoop
 from simulation.tokens import SimVerifier
 
@@ -55,7 +55,7 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
     yield Connection, "__hash__", lambda each: hash(int(each.session.id, 16))
     yield Feed, "__hash__", lambda each: _FEED_HASHES[each.value]
     yield cluster_load, "_memory_bytes", lambda: 0
-    yield server_instance, "TokenVerifier", lambda **_: SimVerifier()
+    yield assemble, "TokenVerifier", lambda **_: SimVerifier()
 
 
 @functools.cache

@@ -4,12 +4,11 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from fastapi import FastAPI
-
 from pokebridge.errors import PokebridgeError
 from pokebridge.gateway.handshake import UpgradeRequest
 from pokebridge.model import NewMessage, Page, Receipt
-from pokebridge.server.instance import Instance
+from pokebridge.server.assemble import assemble
+from pokebridge.server.from_settings import Adapters
 from pokebridge.settings import Settings
 from simulation.http import Answer, Call
 from simulation.invariants import Oracle
@@ -19,13 +18,6 @@ from simulation.scene import Scene
 from simulation.sockets import Network, Socket, Wire
 
 _GRACE_S = 5.0
-
-
-class _Headless(Instance):
-    """The real instance without an HTTP application: SimInstance makes its calls."""
-
-    def _create_app(self) -> FastAPI:
-        return FastAPI.__new__(FastAPI)
 
 
 class SimInstance(Peer):
@@ -67,11 +59,13 @@ class SimInstance(Peer):
             max_sessions_per_address=0,
         )
         self._mailbox = scene.post.connect(self)
-        self.real = _Headless(
+        self.real = assemble(
             settings,
-            scene.broker.connect(self),
-            self._mailbox,
-            scene.store.connect(self),
+            Adapters(
+                transport=scene.broker.connect(self),
+                coordination=scene.store.connect(self),
+                mailbox=self._mailbox,
+            ),
             url=self.url,
         )
 
@@ -168,13 +162,13 @@ class SimInstance(Peer):
 
     async def send(self, message: NewMessage) -> Receipt:
         """``POST /v1/messages``."""
-        processor = self.real._processor  # noqa: SLF001 - the API has it from there too
+        processor = self.real.parts.processor
         assert processor is not None
         return await processor.send(message)
 
     async def disconnect(self, recipient: str) -> None:
         """``DELETE /v1/sessions/{recipient}``."""
-        await self.real._publisher.disconnect(recipient)  # noqa: SLF001 - the same
+        await self.real.parts.publisher.disconnect(recipient)
 
     # --- its state --------------------------------------------------------------------
 

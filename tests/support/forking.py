@@ -24,7 +24,7 @@ _forks.set_forkserver_preload(
     [
         "tests.support.forking",
         *(f"pokebridge.cli.{name}" for name in ("cluster", "plan", "serve")),
-        "pokebridge.server.uvicorn_server",
+        "pokebridge.server.assemble",
         "pokebridge.transport.google_pubsub",
         *(f"pokebridge.transport.{name}" for name in ("memory", "nats", "redis")),
         *(f"pokebridge.mailbox.{name}" for name in ("memory", "postgres", "sqlite")),

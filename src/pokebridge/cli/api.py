@@ -1,6 +1,6 @@
 """How a command reaches the HTTP API: its options, and the client that they make."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,8 +9,8 @@ import click
 
 from pokebridge.api_client import ApiClient, Sign
 from pokebridge.cli.options import config_option
+from pokebridge.server.from_settings import token_signer
 from pokebridge.settings import load_settings
-from pokebridge.tokens import sign_token
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -46,21 +46,7 @@ def configured_signer(config: Path | None) -> Sign | None:
     # A command needs no secret of its own, and with dev none is demanded. The one that dev makes
     # up is of no use here.
     settings = load_settings(config, {"dev": True})
-    secret = settings.jwt_secret
-    if secret is None or "jwt_secret" not in settings.model_fields_set:
-        return None
-
-    def sign(subject: str, scopes: Iterable[str], ttl_s: float) -> str:
-        return sign_token(
-            secret.get_secret_value(),
-            subject,
-            scopes,
-            ttl_s,
-            issuer=settings.jwt_issuer,
-            audience=settings.jwt_audience,
-        )
-
-    return sign
+    return token_signer(settings) if "jwt_secret" in settings.model_fields_set else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,12 @@ from typing import TypeVar
 
 import click
 
-from pokebridge.cli.options import config_option, json_option, mailbox_limits
+from pokebridge.cli.options import config_option, json_option
 from pokebridge.errors import ConfigError
 from pokebridge.mailbox.base import Mailbox, MailboxStats
 from pokebridge.model import check_recipient
-from pokebridge.server.adapters import mailbox_class, open_mailbox
+from pokebridge.server.adapters import mailbox_class
+from pokebridge.server.from_settings import open_mailbox
 from pokebridge.settings import load_settings
 
 T = TypeVar("T")
@@ -105,7 +106,7 @@ def _with_mailbox(
         raise ConfigError("mailbox: memory:// lives in its instance alone: name what instances use")
 
     async def run() -> T:
-        box = await open_mailbox(settings.mailbox, mailbox_limits(settings), must_exist=True)
+        box = await open_mailbox(settings, must_exist=True)
         try:
             return await work(box)
         finally:

@@ -1,7 +1,6 @@
 """``pokebridge serve``: run an instance."""
 
 from collections.abc import Callable
-from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -9,15 +8,7 @@ import click
 import uvloop
 from pydantic.fields import FieldInfo
 
-from pokebridge.cli.options import config_option, mailbox_limits, push_timing
-from pokebridge.server import assemble
-from pokebridge.server.adapters import (
-    open_coordination,
-    open_ingress,
-    open_mailbox,
-    open_tracing,
-    open_transport,
-)
+from pokebridge.cli.options import config_option
 from pokebridge.settings import Settings, load_settings
 from pokebridge.telemetry import configure_logging
 
@@ -63,51 +54,9 @@ def serve(config: Path | None, **overrides: Any) -> None:
 
 
 def run_instance(settings: Settings) -> None:
-    """Run an instance with ``settings``, and the parts that its roles need, until SIGTERM."""
-    # The web framework takes half a second to import; the other commands do without.
-    from pokebridge.server.uvicorn_server import serve as serve_instance  # noqa: PLC0415
+    """Run an instance with ``settings`` until SIGTERM."""
+    # The web framework takes half a second to import; `serve --help` does without.
+    from pokebridge.server.assemble import serve as serve_instance  # noqa: PLC0415
 
-    assemble.check(settings)
     configure_logging(settings.log_format, settings.log_level)
-    tracing = open_tracing(settings.instance) if settings.tracing else None
-
-    async def run() -> None:
-        who = {"instance": settings.instance, "cluster": settings.cluster}
-        plans_only = settings.roles == {"coordinator"}
-        async with AsyncExitStack() as opened:
-            transport = await open_transport(
-                "memory://" if plans_only else settings.transport,
-                **who,
-                carrier=settings.carrier,
-                shard_count=settings.shard_count,
-            )
-            opened.push_async_callback(transport.close)
-            if tracing is not None:
-                transport = tracing.over(transport)
-            coordination = await open_coordination(
-                settings.coordination,
-                **who,
-                shard_count=settings.shard_count,
-                mode=settings.initial_mode,
-            )
-            opened.push_async_callback(coordination.close)
-            mailbox = None
-            if not settings.no_mailbox and settings.roles & {"api", "processor"}:
-                mailbox = await open_mailbox(
-                    settings.mailbox, mailbox_limits(settings), push_timing(settings)
-                )
-                opened.push_async_callback(mailbox.close)
-            ingress = None
-            if settings.ingress is not None and "processor" in settings.roles:
-                ingress = await open_ingress(settings.ingress, cluster=settings.cluster)
-                opened.push_async_callback(ingress.close)
-            await serve_instance(
-                settings,
-                transport=transport,
-                mailbox=mailbox,
-                coordination=coordination,
-                ingress=ingress,
-                tracing=tracing,
-            )
-
-    uvloop.run(run())
+    uvloop.run(serve_instance(settings))

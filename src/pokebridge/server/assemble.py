@@ -1,21 +1,185 @@
-"""From settings to a running instance."""
+"""From settings to a running instance.
 
-from pokebridge.errors import ConfigError
-from pokebridge.server.adapters import coordination_class, transport_class
+This module and ``from_settings.py`` are the one place that reads the settings. A setting is
+declared, documented and checked in ``settings.py``, and handed here to the part that it is for.
+"""
+
+import resource
+from collections.abc import Awaitable, Callable, Sequence
+from math import inf
+from typing import TYPE_CHECKING
+
+from pydantic import SecretStr
+
+from pokebridge.cluster.node import Cluster
+from pokebridge.durations import RequestDurations
+from pokebridge.fallback.push import Pulls, Pusher
+from pokebridge.fallback.webhook import Webhook
+from pokebridge.gateway.config import GatewayConfig
+from pokebridge.gateway.gateway import Gateway
+from pokebridge.ingress.base import Source
+from pokebridge.ingress.ingress import Ingress
+from pokebridge.mailbox.devices import KnownDevices
+from pokebridge.mailbox.pushes import PushQueue, pushes_of
+from pokebridge.model import NewMessage, Poke, Receipt
+from pokebridge.processor import Processor
+from pokebridge.publisher import Publisher
+from pokebridge.server import uvicorn_server
+from pokebridge.server.from_settings import Adapters, check, open_adapters, token_signer
+from pokebridge.server.instance import Instance, Parts
+from pokebridge.session import Timing
 from pokebridge.settings import Settings
+from pokebridge.submission import read_queued
+from pokebridge.tokens import TokenVerifier
+
+if TYPE_CHECKING:
+    from pokebridge.api.pokes import Signaller
+    from pokebridge.tracing import Tracing  # its libraries are an extra
+
+_Send = Callable[[NewMessage], Awaitable[Receipt]]
+
+# Descriptors that are not sessions: the listener, the mailbox, the transport, HTTP connections.
+_RESERVED_DESCRIPTORS = 1000
 
 
-def check(settings: Settings) -> None:
-    """Check that the chosen parts can do together what the settings ask of them.
+async def serve(settings: Settings) -> None:
+    """Run an instance until SIGTERM or SIGINT, then drain it, finish what is under way and return.
+
+    Example::
+
+        await serve(Settings(dev=True))
 
     Raises:
-        ConfigError: they can't.
-        MissingExtraError: the driver of one is not installed.
+        ConfigError: the settings contradict each other, or the address can't be listened on.
+        MissingExtraError: the driver of an adapter is not installed.
+        TransportError: the transport is unavailable.
+        CoordinationError: the coordination store is unavailable.
+        MailboxError: the mailbox is unavailable.
     """
-    if coordination_class(settings.coordination).is_shared:
-        return
-    need = "coordination must be a store that the instances share, like nats://HOST:PORT, for"
-    if settings.roles == {"coordinator"}:
-        raise ConfigError(f"{need} a coordinator: memory:// is this process only")
-    if settings.mode != "fanout" and transport_class(settings.transport).is_shared:
-        raise ConfigError(f"{need} mode {settings.mode}: memory:// is this process only")
+    check(settings)
+    async with open_adapters(settings) as opened:
+        listener = uvicorn_server.listen(settings.host, settings.port)
+        url = uvicorn_server.own_url(settings.advertise_url, listener, dev=settings.dev)
+        instance = assemble(settings, opened, url=url)
+        await uvicorn_server.run(instance, listener, grace_s=settings.grace_s)
+
+
+def assemble(settings: Settings, opened: Adapters, *, url: str = "") -> Instance:
+    """Put an instance together. It closes ``opened`` when it is closed.
+
+    ``url`` is where clients reach this instance and no other; empty when they can't.
+    """
+    mailbox, tracing = opened.mailbox, opened.tracing
+    publisher = Publisher(opened.transport, shard_count=settings.shard_count)
+    processor = None
+    if mailbox is not None:
+        does_upkeep = "processor" in settings.roles
+        processor = Processor(mailbox, publisher, does_upkeep=does_upkeep)
+    verifier = _verifier(settings)
+    gateway = Gateway(_gateway_config(settings), opened.transport, verifier)
+    send: _Send | None = None if processor is None else processor.send
+    signaller: Signaller = publisher
+    if tracing is not None:
+        tracing.is_here = lambda recipient: bool(gateway.sessions.find(recipient))
+        send = send and tracing.sending(send)
+        signaller = _TracedPublisher(publisher, tracing)
+    queue = pushes_of(mailbox)
+    requests = RequestDurations()
+    cluster = Cluster(
+        settings,
+        gateway,
+        opened.coordination,
+        requests,
+        url=url,
+        has_peers=opened.transport.is_shared,
+        on_drain=lambda: instance.start_drain(),  # noqa: PLW0108 - it is made below
+    )
+    instance = Instance(
+        Parts(
+            name=settings.instance,
+            roles=settings.roles,
+            transport=opened.transport,
+            coordination=opened.coordination,
+            mailbox=mailbox,
+            gateway=gateway,
+            cluster=cluster,
+            verifier=verifier,
+            publisher=publisher,
+            processor=processor,
+            send=send,
+            signaller=signaller,
+            requests=requests,
+            devices=None if mailbox is None else KnownDevices(mailbox),
+            pulls=None if queue is None else Pulls(queue),
+            pusher=None if queue is None else _pusher(settings, queue),
+            ingress=_ingress(opened.ingress, send),
+            tracing=tracing,
+            sign_dev_token=token_signer(settings) if settings.dev else None,
+            allowed_origins=settings.allowed_origins,
+            trusted_proxies=settings.trusted_proxies,
+            red_line_ops_per_s=settings.red_line_ops_per_s,
+            drain_s=settings.drain_s,
+        )
+    )
+    return instance
+
+
+def _ingress(source: Source | None, send: _Send | None) -> Ingress | None:
+    return None if source is None or send is None else Ingress(source, read_queued, send)
+
+
+class _TracedPublisher:
+    """The publisher, whose pokes begin traces."""
+
+    def __init__(self, publisher: Publisher, tracing: "Tracing") -> None:
+        self._publish = tracing.poking(publisher.publish)
+        self.disconnect = publisher.disconnect
+
+    async def publish(self, pokes: Sequence[Poke]) -> None:
+        await self._publish(pokes)
+
+
+def _verifier(settings: Settings) -> TokenVerifier:
+    return TokenVerifier(
+        secret=_reveal(settings.jwt_secret),
+        previous_secret=_reveal(settings.jwt_previous_secret),
+        jwks_url=settings.jwks_url,
+        issuer=settings.jwt_issuer,
+        audience=settings.jwt_audience,
+    )
+
+
+def _pusher(settings: Settings, queue: PushQueue) -> Pusher | None:
+    if settings.push_webhook_url is None or "processor" not in settings.roles:
+        return None
+    return Pusher(queue, Webhook(settings.push_webhook_url, settings.push_webhook_key))
+
+
+def _gateway_config(settings: Settings) -> GatewayConfig:
+    any_origin = "*" in settings.allowed_origins
+    return GatewayConfig(
+        instance=settings.instance,
+        allowed_origins=None if any_origin else frozenset(settings.allowed_origins),
+        trusted_proxies=settings.trusted_proxies,
+        max_sessions=settings.max_sessions or _sessions_that_fit(),
+        max_sessions_per_recipient=settings.max_sessions_per_recipient,
+        max_sessions_per_address=settings.max_sessions_per_address,
+        handshakes_per_s=settings.handshakes_per_s,
+        shard_count=settings.shard_count,
+        mode=settings.initial_mode,
+        max_session_s=settings.max_session_s or inf,
+        timing=Timing(
+            ping_interval_s=settings.ping_interval_s, pong_timeout_s=settings.pong_timeout_s
+        ),
+    )
+
+
+def _sessions_that_fit() -> int:
+    """Raise this process's descriptor limit to the hard one, and count the sessions that fit."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return max(1, hard - _RESERVED_DESCRIPTORS)
+
+
+def _reveal(secret: SecretStr | None) -> str | None:
+    return None if secret is None else secret.get_secret_value()

@@ -1,4 +1,4 @@
-"""One running instance: its parts, how they are put together, and in which order they stop.
+"""The life of one running instance: how its parts work together, and in which order they stop.
 
 Processor ──append──▶ mailbox          Publisher ──signals──▶ transport ──▶ gateway.bridge
     ▲                    ▲                  ▲                                   │
@@ -6,149 +6,145 @@ Processor ──append──▶ mailbox          Publisher ──signals──�
 """
 
 import asyncio
-import resource
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from math import inf
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import structlog
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
-from pydantic import SecretStr
 
 from pokebridge import __version__
 from pokebridge.api import app as api
 from pokebridge.api import metrics
 from pokebridge.api.messages import MailboxSide
+from pokebridge.api.pokes import Signaller
+from pokebridge.api_client import Sign
 from pokebridge.cluster.node import Cluster
 from pokebridge.cluster.watchers import Watchers
 from pokebridge.coordination.base import Coordination
 from pokebridge.durations import RequestDurations
 from pokebridge.errors import PokebridgeError
 from pokebridge.fallback.push import Pulls, Pusher
-from pokebridge.fallback.webhook import Webhook
-from pokebridge.gateway.config import GatewayConfig
 from pokebridge.gateway.gateway import Gateway
-from pokebridge.ingress.base import Source
+from pokebridge.gateway.handshake import Network
 from pokebridge.ingress.ingress import Ingress
 from pokebridge.mailbox.base import Mailbox
 from pokebridge.mailbox.devices import KnownDevices
-from pokebridge.mailbox.pushes import PushQueue, pushes_of
-from pokebridge.model import DEFAULT_DEVICE, NewMessage, Poke, Receipt
+from pokebridge.model import DEFAULT_DEVICE, NewMessage, Receipt
 from pokebridge.processor import Processor
 from pokebridge.publisher import Publisher
 from pokebridge.server.capacity import PullCapacity
-from pokebridge.session import Timing
-from pokebridge.settings import Settings
-from pokebridge.submission import read_queued
 from pokebridge.telemetry import Metric
-from pokebridge.tokens import TokenVerifier, sign_token
+from pokebridge.tokens import TokenVerifier
 from pokebridge.transport.base import Transport
 
 if TYPE_CHECKING:  # its libraries are an extra
     from pokebridge.tracing import Tracing
 
-log = structlog.get_logger(__name__)
-
-# Descriptors that are no sessions: the listener, the mailbox, the transport, HTTP connections.
-_RESERVED_DESCRIPTORS = 1000
 _CHECK_TIMEOUT_S = 2.0
 
 
-class Instance:
-    """All parts of one instance, from settings and the adapters chosen for it."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parts:
+    """What an instance is made of. ``server/assemble.py`` makes it from the settings.
 
-    def __init__(
-        self,
-        settings: Settings,
-        transport: Transport,
-        mailbox: Mailbox | None,
-        coordination: Coordination,
-        *,
-        url: str = "",
-        ingress: Source | None = None,
-        tracing: "Tracing | None" = None,
-    ) -> None:
-        """``url`` is where clients reach this instance and no other, empty when they can't."""
-        self.settings = settings
-        self._transport = transport
-        self._mailbox = mailbox
-        self._coordination = coordination
-        self._publisher = Publisher(transport, shard_count=settings.shard_count)
-        self._processor: Processor | None = None
-        self._send: Callable[[NewMessage], Awaitable[Receipt]] | None = None
-        self._devices = None if mailbox is None else KnownDevices(mailbox)
-        if mailbox is not None:
-            does_upkeep = "processor" in settings.roles
-            self._processor = Processor(mailbox, self._publisher, does_upkeep=does_upkeep)
-            self._send = self._processor.send
-            if tracing is not None:
-                self._send = tracing.sending(self._send)
-        queue = pushes_of(mailbox)
-        self._pulls = None if queue is None else Pulls(queue)
-        self._pusher = None if queue is None else _pusher(settings, queue)
-        self._ingress: Ingress | None = None
-        if ingress is not None and self._send is not None:
-            self._ingress = Ingress(ingress, read_queued, self._send)
-        self._verifier = TokenVerifier(
-            secret=_reveal(settings.jwt_secret),
-            previous_secret=_reveal(settings.jwt_previous_secret),
-            jwks_url=settings.jwks_url,
-            issuer=settings.jwt_issuer,
-            audience=settings.jwt_audience,
-        )
-        self.gateway = Gateway(_gateway_config(settings), transport, self._verifier)
-        self.gateway.on_ready = self._note_device
-        self._requests = RequestDurations()
-        self.cluster = Cluster(
-            settings,
-            self.gateway,
-            coordination,
-            self._requests,
-            url=url,
-            has_peers=transport.is_shared,
-            on_drain=self.start_drain,
-        )
+    Attributes:
+        name: the instance's name.
+        roles: what the instance does.
+        transport: carries signals between instances.
+        coordination: where the instances of the cluster meet.
+        mailbox: keeps the messages; ``None`` on an instance that keeps none.
+        gateway: the sessions.
+        cluster: the instance's place in its cluster.
+        verifier: verifies the tokens of callers.
+        publisher: publishes pokes.
+        processor: commits messages and pokes their recipients; ``None`` without a mailbox.
+        send: sends a message through the processor; ``None`` without a mailbox.
+        signaller: publishes pokes for the API.
+        requests: how long requests take.
+        devices: the devices that messages wait for; ``None`` without a mailbox.
+        pulls: cancels pushes when a recipient pulls; ``None`` where no push is ever owed.
+        pusher: sends the pushes that are owed; ``None`` where another instance does it, or nobody.
+        ingress: sends what arrives in a queue; ``None`` without one.
+        tracing: records traces; it is around the transport already.
+        sign_dev_token: signs a token for anybody who asks; given with ``--dev`` alone.
+        allowed_origins: whose pages may call the API from a browser; ``"*"`` stands for any.
+        trusted_proxies: whose ``X-Forwarded-For`` is believed.
+        red_line_ops_per_s: deliveries a second above which fan-out is no longer advisable.
+        drain_s: seconds over which a drain spreads the closing of sessions.
+    """
+
+    name: str
+    roles: AbstractSet[str]
+    transport: Transport
+    coordination: Coordination
+    mailbox: Mailbox | None
+    gateway: Gateway
+    cluster: Cluster
+    verifier: TokenVerifier
+    publisher: Publisher
+    processor: Processor | None
+    send: Callable[[NewMessage], Awaitable[Receipt]] | None
+    signaller: Signaller
+    requests: RequestDurations
+    devices: KnownDevices | None
+    pulls: Pulls | None
+    pusher: Pusher | None
+    ingress: Ingress | None
+    tracing: "Tracing | None"
+    sign_dev_token: Sign | None
+    allowed_origins: Sequence[str]
+    trusted_proxies: Sequence[Network]
+    red_line_ops_per_s: float
+    drain_s: float
+
+
+class Instance:
+    """The life of one instance: its parts start, work together, drain and stop.
+
+    ``parts`` are what it is made of. ``gateway`` and ``cluster`` are two of them.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self.gateway = parts.gateway
+        self.cluster = parts.cluster
+        parts.gateway.on_ready = self._note_device
         self._watchers = Watchers(
-            self.cluster.status, self._publisher.publish, self.gateway.bridge.handle_poke
+            parts.cluster.status, parts.publisher.publish, parts.gateway.bridge.handle_poke
         )
-        self._tracing = tracing
         self._capacity = PullCapacity()
         self._pacer: asyncio.Task[None] | None = None
         self._draining: asyncio.Task[None] | None = None
-        self.app = self._create_app()
 
-    def _create_app(self) -> FastAPI:
+    def create_app(self) -> FastAPI:
+        """Create the ASGI app that serves this instance's API."""
+        parts, mailbox = self.parts, None
         registry = CollectorRegistry()
         metrics.expose(registry, self._read_metrics)
-        settings, mailbox = self.settings, None
-        if self._mailbox is not None and self._send is not None and self._devices is not None:
+        if parts.mailbox is not None and parts.send is not None and parts.devices is not None:
             mailbox = MailboxSide(
-                mailbox=self._mailbox,
-                send=self._send,
+                mailbox=parts.mailbox,
+                send=parts.send,
                 on_pulled=self._note_pulled,
-                devices=self._devices,
+                devices=parts.devices,
             )
-        signaller: Publisher | _TracedPublisher = self._publisher
-        if self._tracing is not None:
-            sessions = self.gateway.sessions
-            self._tracing.is_here = lambda recipient: bool(sessions.find(recipient))
-            signaller = _TracedPublisher(self._publisher, self._tracing)
         return api.create_api(
             api.Parts(
-                verifier=self._verifier,
-                signaller=signaller,
+                verifier=parts.verifier,
+                signaller=parts.signaller,
                 mailbox=mailbox,
-                cluster=self.cluster,
+                cluster=parts.cluster,
                 watchers=self._watchers,
                 operations=api.Operations(
-                    not_ready=self._not_ready, registry=registry, requests=self._requests
+                    not_ready=self._not_ready, registry=registry, requests=parts.requests
                 ),
-                has_calls="api" in settings.roles,
-                middleware=[] if self._tracing is None else [self._tracing.middleware],
-                allowed_origins=settings.allowed_origins,
-                trusted_proxies=settings.trusted_proxies,
-                sign_dev_token=self._sign_dev_token if settings.dev else None,
+                has_calls="api" in parts.roles,
+                middleware=[] if parts.tracing is None else [parts.tracing.middleware],
+                allowed_origins=parts.allowed_origins,
+                trusted_proxies=parts.trusted_proxies,
+                sign_dev_token=parts.sign_dev_token,
             )
         )
 
@@ -162,28 +158,29 @@ class Instance:
             CoordinationError: the coordination store can't be had.
             ConfigError: the cluster has another number of shards.
         """
-        await self.gateway.start(serves="gateway" in self.settings.roles)
-        await self.cluster.start()
-        for part in (self._processor, self._pulls, self._pusher, self._ingress):
+        parts = self.parts
+        await parts.gateway.start(serves="gateway" in parts.roles)
+        await parts.cluster.start()
+        for part in (parts.processor, parts.pulls, parts.pusher, parts.ingress):
             if part is not None:
                 await part.start()
         self._pacer = asyncio.create_task(self._keep_pace())
 
     def _note_device(self, recipient: str, device: str) -> None:
         """A session is ready: messages wait for its device too, if it has a name of its own."""
-        if self._devices is not None and device != DEFAULT_DEVICE:
-            self._devices.note(recipient, device)
+        if self.parts.devices is not None and device != DEFAULT_DEVICE:
+            self.parts.devices.note(recipient, device)
 
     def _note_pulled(self, recipient: str, version: int) -> None:
-        if self._pulls is not None:
-            self._pulls.note(recipient, version)
+        if self.parts.pulls is not None:
+            self.parts.pulls.note(recipient, version)
 
     async def _keep_pace(self) -> None:
         """Let the pulls after a gap spread to what this instance has shown to bear."""
         while True:
             await asyncio.sleep(1.0)
-            self._capacity.settle(self._requests.pulls())
-            self.gateway.pulls_per_s = self._capacity.per_s
+            self._capacity.settle(self.parts.requests.pulls())
+            self.parts.gateway.pulls_per_s = self._capacity.per_s
 
     def start_drain(self) -> None:
         """Begin to refuse new sessions and to send those there are elsewhere; returns at once."""
@@ -191,9 +188,9 @@ class Instance:
             self._draining = asyncio.create_task(self._drain())
 
     async def _drain(self) -> None:
-        self.gateway.refuse()
-        await self.cluster.hand_over()
-        await self.gateway.drain(self.settings.drain_s)
+        self.parts.gateway.refuse()
+        await self.parts.cluster.hand_over()
+        await self.parts.gateway.drain(self.parts.drain_s)
 
     async def drain(self) -> None:
         """Drain, or wait for the drain that has begun."""
@@ -206,65 +203,59 @@ class Instance:
         if self._pacer is not None:
             self._pacer.cancel()
         await self._watchers.close()
-        for part in (self._ingress, self._pusher, self._pulls, self._processor, self._devices):
+        parts = self.parts
+        for part in (
+            parts.ingress,
+            parts.pusher,
+            parts.pulls,
+            parts.processor,
+            parts.devices,
+            parts.publisher,
+            parts.cluster,
+            parts.gateway,
+            parts.verifier,
+            parts.coordination,
+            parts.transport,
+            parts.mailbox,
+            parts.tracing,
+        ):
             if part is not None:
                 await part.close()
-        await self._publisher.close()
-        await self.cluster.close()
-        await self.gateway.close()
-        await self._verifier.close()
-        await self._coordination.close()
-        await self._transport.close()
-        if self._mailbox is not None:
-            await self._mailbox.close()
-        if self._tracing is not None:
-            await self._tracing.close()
 
     # --- what the API asks for ----------------------------------------------------------------
 
     async def _not_ready(self) -> Sequence[str]:
-        reasons = []
-        if self.gateway.draining:
+        parts, reasons = self.parts, []
+        if parts.gateway.draining:
             reasons.append("draining")
-        roles = self.settings.roles
-        if roles == {"coordinator"} and self.cluster.trouble is not None:
-            reasons.append(f"coordination: {self.cluster.trouble}")
-        if "gateway" in roles and self.gateway.subscriptions.trouble is not None:
-            reasons.append(f"transport: {self.gateway.subscriptions.trouble}")
-        if roles == {"processor"}:  # others have callers, who are not to be turned away for it
-            if self._processor is not None and self._processor.is_cut_off:
+        if parts.roles == {"coordinator"} and parts.cluster.trouble is not None:
+            reasons.append(f"coordination: {parts.cluster.trouble}")
+        if "gateway" in parts.roles and parts.gateway.subscriptions.trouble is not None:
+            reasons.append(f"transport: {parts.gateway.subscriptions.trouble}")
+        # An instance with callers stays ready meanwhile: it can still serve them.
+        if parts.roles == {"processor"}:
+            if parts.processor is not None and parts.processor.is_cut_off:
                 reasons.append("transport: pokes can't be published")
-            if self._ingress is not None and self._ingress.is_down:
+            if parts.ingress is not None and parts.ingress.is_down:
                 reasons.append("ingress: the queue can't be read")
-        if roles & {"gateway", "api"}:
-            reasons += await _trouble_of("tokens", self._verifier.check)
-        if self._mailbox is not None:
-            reasons += await _trouble_of("mailbox", self._mailbox.check)
+        if parts.roles & {"gateway", "api"}:
+            reasons += await _trouble_of("tokens", parts.verifier.check)
+        if parts.mailbox is not None:
+            reasons += await _trouble_of("mailbox", parts.mailbox.check)
         return reasons
 
-    def _sign_dev_token(self, subject: str, scopes: Iterable[str], ttl_s: float) -> str:
-        secret = _reveal(self.settings.jwt_secret)
-        assert secret is not None, "--dev makes one"  # noqa: S101 - a caller's bug
-        return sign_token(
-            secret,
-            subject,
-            scopes,
-            ttl_s,
-            issuer=self.settings.jwt_issuer,
-            audience=self.settings.jwt_audience,
-        )
-
     def _read_metrics(self) -> Mapping[Metric, metrics.Value]:
-        counters, subscriptions = self.gateway.bridge.counters, self.gateway.subscriptions
-        view, me = self.cluster.view, self.settings.instance
+        parts, gateway, cluster = self.parts, self.parts.gateway, self.parts.cluster
+        counters, subscriptions = gateway.bridge.counters, gateway.subscriptions
+        view, me = cluster.view, parts.name
         numbers: dict[Metric, metrics.Value] = {
             Metric.BUILD_INFO: {(__version__, me): 1},
             Metric.HANDSHAKES: {
-                (status,): count for status, count in self.gateway.entrance.handshakes.items()
+                (status,): count for status, count in gateway.entrance.handshakes.items()
             },
-            Metric.POKES_PUBLISHED: self._publisher.published,
-            Metric.SESSIONS: len(self.gateway.sessions),
-            Metric.SESSIONS_MOVED: self.gateway.moved,
+            Metric.POKES_PUBLISHED: parts.publisher.published,
+            Metric.SESSIONS: len(gateway.sessions),
+            Metric.SESSIONS_MOVED: gateway.moved,
             Metric.SIGNALS: counters.signals,
             Metric.SIGNALS_MALFORMED: counters.malformed,
             Metric.SIGNALS_UNTAGGED: subscriptions.untagged,
@@ -278,45 +269,28 @@ class Instance:
             Metric.SHARDS_OWNED: len(view.shard_map.owned_by(me)),
             Metric.CLUSTER_EPOCH: view.shard_map.epoch,
             Metric.CLUSTER_MEMBERS: len(view.members),
-            Metric.CLUSTER_LEADER: self.cluster.is_leader,
+            Metric.CLUSTER_LEADER: cluster.is_leader,
             Metric.CLUSTER_PARTITIONED: view.shard_map.mode == "partitioned",
-            Metric.NOISE_RATIO: self.gateway.bridge.traffic.noise_ratio,
-            Metric.GLOBAL_OPS: self.cluster.ops_per_s,
-            Metric.RED_LINE: self.settings.red_line_ops_per_s,
-            Metric.OVER_RED_LINE: self.cluster.red_line.is_over,
+            Metric.NOISE_RATIO: gateway.bridge.traffic.noise_ratio,
+            Metric.GLOBAL_OPS: cluster.ops_per_s,
+            Metric.RED_LINE: parts.red_line_ops_per_s,
+            Metric.OVER_RED_LINE: cluster.red_line.is_over,
             Metric.PULL_CAPACITY: self._capacity.per_s,
-            Metric.COORDINATION_UP: self.cluster.trouble is None,
+            Metric.COORDINATION_UP: cluster.trouble is None,
         }
-        if self._processor is not None:
-            numbers[Metric.MESSAGES_COMMITTED] = self._processor.stats.messages_committed
-            numbers[Metric.MESSAGES_REFUSED] = self._processor.stats.messages_refused
-        if self._pusher is not None:
+        if parts.processor is not None:
+            numbers[Metric.MESSAGES_COMMITTED] = parts.processor.stats.messages_committed
+            numbers[Metric.MESSAGES_REFUSED] = parts.processor.stats.messages_refused
+        if parts.pusher is not None:
             numbers[Metric.PUSHES] = {
-                (result,): count for result, count in self._pusher.results.items()
+                (result,): count for result, count in parts.pusher.results.items()
             }
-        if self._ingress is not None:
-            numbers[Metric.INGRESS_UP] = not self._ingress.is_down
+        if parts.ingress is not None:
+            numbers[Metric.INGRESS_UP] = not parts.ingress.is_down
             numbers[Metric.INGRESS_MESSAGES] = {
-                (result,): count for result, count in self._ingress.results.items()
+                (result,): count for result, count in parts.ingress.results.items()
             }
         return numbers
-
-
-class _TracedPublisher:
-    """The publisher, whose pokes begin traces."""
-
-    def __init__(self, publisher: Publisher, tracing: "Tracing") -> None:
-        self._publish = tracing.poking(publisher.publish)
-        self.disconnect = publisher.disconnect
-
-    async def publish(self, pokes: Sequence[Poke]) -> None:
-        await self._publish(pokes)
-
-
-def _pusher(settings: Settings, queue: PushQueue) -> Pusher | None:
-    if settings.push_webhook_url is None or "processor" not in settings.roles:
-        return None
-    return Pusher(queue, Webhook(settings.push_webhook_url, settings.push_webhook_key))
 
 
 async def _trouble_of(part: str, check: Callable[[], Awaitable[None]]) -> Sequence[str]:
@@ -328,33 +302,3 @@ async def _trouble_of(part: str, check: Callable[[], Awaitable[None]]) -> Sequen
     except TimeoutError:
         return [f"{part}: no answer within {_CHECK_TIMEOUT_S:g} s"]
     return []
-
-
-def _gateway_config(settings: Settings) -> GatewayConfig:
-    any_origin = "*" in settings.allowed_origins
-    return GatewayConfig(
-        instance=settings.instance,
-        allowed_origins=None if any_origin else frozenset(settings.allowed_origins),
-        trusted_proxies=settings.trusted_proxies,
-        max_sessions=settings.max_sessions or _sessions_that_fit(),
-        max_sessions_per_recipient=settings.max_sessions_per_recipient,
-        max_sessions_per_address=settings.max_sessions_per_address,
-        handshakes_per_s=settings.handshakes_per_s,
-        shard_count=settings.shard_count,
-        mode=settings.initial_mode,
-        max_session_s=settings.max_session_s or inf,
-        timing=Timing(
-            ping_interval_s=settings.ping_interval_s, pong_timeout_s=settings.pong_timeout_s
-        ),
-    )
-
-
-def _sessions_that_fit() -> int:
-    """As many as there may be descriptors, once this process has raised its limit to the hard."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return max(1, hard - _RESERVED_DESCRIPTORS)
-
-
-def _reveal(secret: SecretStr | None) -> str | None:
-    return None if secret is None else secret.get_secret_value()

@@ -7,22 +7,13 @@ import gc
 import signal
 import socket
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import structlog
 import uvicorn
 
-from pokebridge.coordination.base import Coordination
 from pokebridge.errors import ConfigError
-from pokebridge.ingress.base import Source
-from pokebridge.mailbox.base import Mailbox
 from pokebridge.server.http import HttpProtocol
 from pokebridge.server.instance import Instance
-from pokebridge.settings import Settings
-from pokebridge.transport.base import Transport
-
-if TYPE_CHECKING:  # its libraries are an extra
-    from pokebridge.tracing import Tracing
 
 log = structlog.get_logger(__name__)
 
@@ -30,40 +21,15 @@ _KEEP_ALIVE_S = 75  # longer than load balancers keep theirs, so that they close
 _BACKLOG = 4096
 
 
-async def serve(
-    settings: Settings,
-    *,
-    transport: Transport,
-    mailbox: Mailbox | None,
-    coordination: Coordination,
-    ingress: Source | None = None,
-    tracing: "Tracing | None" = None,
-) -> None:
-    """Serve until SIGTERM or SIGINT, then drain, finish what is under way and return.
+async def run(instance: Instance, listener: socket.socket, *, grace_s: float) -> None:
+    """Serve ``instance`` on ``listener`` until SIGTERM or SIGINT, then drain it and close both.
 
-    The parts are closed at the end. ``mailbox`` is ``None`` for an instance that keeps no messages.
-    ``ingress`` is where messages come from besides HTTP. ``tracing`` has been put over the
-    transport already.
-
-    Raises:
-        ConfigError: the address can't be listened on.
-        TransportError: the transport can't be had.
-        CoordinationError: the coordination store can't be had.
+    Requests that are under way then have ``grace_s`` seconds to finish.
     """
-    listener = _listen(settings.host, settings.port)
-    instance = Instance(
-        settings,
-        transport,
-        mailbox,
-        coordination,
-        ingress=ingress,
-        url=_reached_at(settings, listener),
-        tracing=tracing,
-    )
     try:
         await instance.start()
         config = uvicorn.Config(
-            instance.app,
+            instance.create_app(),
             http=functools.partial(HttpProtocol, gateway=instance.gateway),  # type: ignore[arg-type] # called, never subclassed
             ws="none",
             lifespan="off",
@@ -72,13 +38,40 @@ async def serve(
             proxy_headers=False,
             server_header=False,
             timeout_keep_alive=_KEEP_ALIVE_S,
-            timeout_graceful_shutdown=int(settings.grace_s),
+            timeout_graceful_shutdown=int(grace_s),
             backlog=_BACKLOG,
         )
         await _Server(config, instance).serve(sockets=[listener])
     finally:
         listener.close()
         await instance.close()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Listen on ``host`` and ``port``.
+
+    Raises:
+        ConfigError: the address is taken, or is none of this machine's.
+    """
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise ConfigError(
+            f"host, port: can't listen on {_url_host(host)}:{port} ({error.strerror})"
+        ) from None
+
+
+def own_url(advertise_url: str | None, listener: socket.socket, *, dev: bool) -> str:
+    """Where clients reach this instance and no other; empty when that is unknown.
+
+    With ``dev`` it is the address itself. Elsewhere that address may be behind a proxy, where no
+    client can reach it.
+    """
+    host, port = listener.getsockname()[:2]
+    if advertise_url is None and dev and host not in {"0.0.0.0", "::"}:  # noqa: S104 - no bind
+        return f"ws://{_url_host(host)}:{port}"
+    return advertise_url or ""
 
 
 class _Server(uvicorn.Server):
@@ -117,28 +110,6 @@ class _Server(uvicorn.Server):
         if not self.force_exit:
             await self._instance.drain()
         await super().shutdown(sockets)
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
-    except OSError as error:
-        raise ConfigError(
-            f"host, port: can't listen on {_url_host(host)}:{port} ({error.strerror})"
-        ) from None
-
-
-def _reached_at(settings: Settings, listener: socket.socket) -> str:
-    """Where clients reach this instance and no other; empty when that is not known.
-
-    With ``--dev`` it is the address itself. Elsewhere that may be one behind a proxy, which no
-    client can reach.
-    """
-    host, port = listener.getsockname()[:2]
-    if settings.advertise_url is None and settings.dev and host not in {"0.0.0.0", "::"}:  # noqa: S104 - no bind
-        return f"ws://{_url_host(host)}:{port}"
-    return settings.advertise_url or ""
 
 
 def _url_host(host: str) -> str:

@@ -1,9 +1,9 @@
-"""From settings to a running instance."""
+"""From settings to single parts."""
 
 import pytest
 
 from pokebridge.errors import ConfigError
-from pokebridge.server.assemble import check
+from pokebridge.server.from_settings import check
 from pokebridge.settings import load_settings
 
 

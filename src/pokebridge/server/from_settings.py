@@ -1,0 +1,139 @@
+"""From settings to single parts: adapters, and what signs tokens.
+
+``assemble.py`` makes an instance of them. A command that needs only one finds it here, without the
+web framework, which takes half a second to import.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from pokebridge.api_client import Sign
+from pokebridge.coordination.base import Coordination
+from pokebridge.errors import ConfigError
+from pokebridge.ingress.base import Source
+from pokebridge.mailbox.base import Limits, Mailbox
+from pokebridge.mailbox.pushes import PushTiming
+from pokebridge.server import adapters
+from pokebridge.settings import Settings
+from pokebridge.tokens import sign_token
+from pokebridge.transport.base import Transport
+
+if TYPE_CHECKING:  # its libraries are an extra
+    from pokebridge.tracing import Tracing
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Adapters:
+    """The opened adapters of an instance: what it shares with others.
+
+    Attributes:
+        transport: carries signals between instances.
+        coordination: where the instances of the cluster meet.
+        mailbox: keeps the messages; ``None`` on an instance that keeps none.
+        ingress: a queue whose messages are sent; ``None`` without one.
+        tracing: records traces; it is around the transport already.
+    """
+
+    transport: Transport
+    coordination: Coordination
+    mailbox: Mailbox | None
+    ingress: Source | None = None
+    tracing: "Tracing | None" = None
+
+
+def check(settings: Settings) -> None:
+    """Check that the chosen adapters can do together what the settings ask of them.
+
+    Raises:
+        ConfigError: they can't.
+        MissingExtraError: the driver of one is not installed.
+    """
+    if adapters.coordination_class(settings.coordination).is_shared:
+        return
+    need = "coordination must be a store that the instances share, like nats://HOST:PORT, for"
+    if settings.roles == {"coordinator"}:
+        raise ConfigError(f"{need} a coordinator: memory:// is this process only")
+    if settings.mode != "fanout" and adapters.transport_class(settings.transport).is_shared:
+        raise ConfigError(f"{need} mode {settings.mode}: memory:// is this process only")
+
+
+@asynccontextmanager
+async def open_adapters(settings: Settings) -> AsyncIterator[Adapters]:
+    """Open the adapters that the instance's roles need, and close them at the end.
+
+    Raises:
+        ConfigError: a URL has a form that its adapter does not know.
+        MissingExtraError: the driver of an adapter is not installed.
+        UnavailableError: the transport, the coordination store or the mailbox is unavailable.
+    """
+    who = {"instance": settings.instance, "cluster": settings.cluster}
+    plans_only = settings.roles == {"coordinator"}
+    async with AsyncExitStack() as opened:
+        tracing = None
+        if settings.tracing:  # in a thread, because it looks at the machine first
+            tracing = await asyncio.to_thread(adapters.open_tracing, settings.instance)
+            opened.push_async_callback(tracing.close)
+        transport = await adapters.open_transport(
+            "memory://" if plans_only else settings.transport,
+            **who,
+            carrier=settings.carrier,
+            shard_count=settings.shard_count,
+        )
+        opened.push_async_callback(transport.close)
+        coordination = await adapters.open_coordination(
+            settings.coordination,
+            **who,
+            shard_count=settings.shard_count,
+            mode=settings.initial_mode,
+        )
+        opened.push_async_callback(coordination.close)
+        mailbox = None
+        if not settings.no_mailbox and settings.roles & {"api", "processor"}:
+            mailbox = await open_mailbox(settings)
+            opened.push_async_callback(mailbox.close)
+        ingress = None
+        if settings.ingress is not None and "processor" in settings.roles:
+            ingress = await adapters.open_ingress(settings.ingress, cluster=settings.cluster)
+            opened.push_async_callback(ingress.close)
+        yield Adapters(
+            transport=transport if tracing is None else tracing.over(transport),
+            coordination=coordination,
+            mailbox=mailbox,
+            ingress=ingress,
+            tracing=tracing,
+        )
+
+
+async def open_mailbox(settings: Settings, *, must_exist: bool = False) -> Mailbox:
+    """Open the mailbox of ``settings``. With ``must_exist`` a missing file is an error.
+
+    Raises:
+        ConfigError: the URL names no mailbox, or a file that is missing.
+        MissingExtraError: its driver is not installed.
+        MailboxError: it is unavailable.
+    """
+    limits = Limits(
+        max_messages=settings.max_messages_per_recipient,
+        max_bytes=settings.max_bytes_per_recipient,
+        forget_device_s=settings.forget_device_days * 24 * 3600,
+    )
+    push_timing = None
+    if settings.push_webhook_url is not None:
+        push_timing = PushTiming(grace_s=settings.push_grace_s, quiet_s=settings.push_quiet_s)
+    return await adapters.open_mailbox(settings.mailbox, limits, push_timing, must_exist=must_exist)
+
+
+def token_signer(settings: Settings) -> Sign | None:
+    """Return what signs tokens with ``jwt_secret``; ``None`` when there is no secret."""
+    if settings.jwt_secret is None:
+        return None
+    return partial(
+        sign_token,
+        settings.jwt_secret.get_secret_value(),
+        issuer=settings.jwt_issuer,
+        audience=settings.jwt_audience,
+    )
