@@ -95,7 +95,7 @@ async def test_a_start_that_can_not_be_is_one_clear_line(
     nats, redis = nats_with_users.address, own_valkey_server.address
     nowhere = f"127.0.0.1:{free_port()}"
     failures = [
-        Failure(f"nats://mute:pw@{nats}", 1, [nats, "no permission for subscription"]),
+        Failure(f"nats://mute:pw@{nats}", 1, [nats, "no subscription permission"]),
         Failure(f"nats://bridge:s3cret@{nats}", 1, [nats, "Authorization"]),
         Failure(f"nats://bridge:s3cret@{nowhere}", 1, [nowhere, "refused"]),
         Failure(f"redis://mute:pw@{redis}/0", 1, [redis, "permission"]),
@@ -116,7 +116,7 @@ async def test_a_start_without_pubsub_is_one_clear_line(
     """
     wrong = [
         Failure("pubsub://no-such-project", 2, ["project no-such-project is unknown"]),
-        Failure("pubsub://Not_A_Project", 2, ["'Not_A_Project' can't be a project"]),
+        Failure("pubsub://Not_A_Project", 2, ["'Not_A_Project' is not a valid project"]),
     ]
     async with asyncio.timeout(TIMEOUT_S):
         for failure in wrong:
@@ -201,7 +201,7 @@ async def test_readiness_says_what_is_wrong_later(
 
     faults = {
         f"nats://bridge:pw@{nats_with_users.address}": (
-            "no permission for subscription",
+            "no subscription permission",
             lambda: reload(TAKEN_AWAY),
             lambda: reload(""),
         ),
