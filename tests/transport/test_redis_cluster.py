@@ -169,7 +169,7 @@ async def test_what_the_docs_grant_is_enough(
     page = Path(__file__).parents[2] / "docs" / "transports" / "redis.md"
     text = await asyncio.to_thread(page.read_text)
     rules = text.split("    ACL SETUSER bridge ")[1].split("\n\n")[0].split()
-    more = text.split("these as well, and no more channels:\n\n")[1].split("\n\n")[0].split()
+    more = text.split("no more channels:\n\n")[1].split("\n\n")[0].split()
     for node in nodes:
         command(node, "ACL", "SETUSER", "bridge", *rules, *more)
         command(node, "ACL", "SETUSER", "blind", *rules)
