@@ -118,7 +118,7 @@ def test_a_purge_is_confirmed(
     [
         (("stats", "--mailbox", "memory://"), "lives in its instance alone"),
         (("stats", "--mailbox", "sqlite:///no/such.db"), "there is no file no/such.db"),
-        (("stats", "--mailbox", "postgresql://127.0.0.1:port/x"), "the URL is none"),
+        (("stats", "--mailbox", "postgresql://127.0.0.1:port/x"), "the URL is invalid"),
         (("purge", "--mailbox", "memory://"), "either a RECIPIENT or --expired"),
         (("purge", BOB, "--expired"), "either a RECIPIENT or --expired"),
         (("purge", "Jürgen Müller", "--yes"), "a recipient is"),
