@@ -106,6 +106,10 @@ def test_the_module_is_the_command() -> None:
             ["serve", "--dev", "--mode", "partitioned", "--transport", "nats://h:1"],
             "coordination must be a store that the instances share",
         ),
+        (
+            ["serve", "--dev", "--roles", "api,processor"],
+            "transport must be an engine that the instances share",
+        ),
         (["serve", "--dev", "--roles", "cook"], "--roles: must be 'gateway', 'api', 'processor'"),
     ],
 )

@@ -26,3 +26,43 @@ def test_a_coordinator_alone_needs_a_store() -> None:
     with pytest.raises(ConfigError, match=r"coordination must be a store .* for a coordinator"):
         check_given(roles="coordinator")
     check_given(roles="coordinator", coordination="nats://h:1")
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"roles": "api,processor"}, "roles api,processor"),
+        ({"roles": "api"}, "roles api"),
+        ({"roles": "processor"}, "roles processor"),
+        ({"roles": "gateway"}, "roles gateway"),
+        ({"roles": "gateway,processor"}, "roles gateway,processor"),
+        ({"roles": "gateway", "no_mailbox": True}, "roles gateway"),
+        ({"mailbox": "postgresql://h/d"}, "a mailbox that other instances share"),
+        ({"mailbox": "postgres://h/d", "roles": "gateway,api"}, "a mailbox that other instances"),
+        ({"coordination": "redis://h:1"}, "a coordination store that other instances share"),
+        ({"coordination": "static://?ordinal=0&replicas=3"}, "a coordination store that other"),
+    ],
+)
+def test_a_transport_of_this_process_only_is_refused_where_pokes_would_be_lost(
+    given: dict[str, object], reason: str
+) -> None:
+    """Each of these implies another process that publishes pokes, or should receive them."""
+    with pytest.raises(ConfigError, match=f"transport must be an engine .* for .*{reason}") as said:
+        check_given(**given)
+    assert "\n" not in str(said.value)
+    check_given(**given, transport="nats://h:1")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"roles": "gateway,api"},
+        {"no_mailbox": True},
+        {"no_mailbox": True, "mailbox": "postgresql://h/d"},
+        {"mailbox": "memory://"},
+    ],
+)
+def test_one_process_needs_no_engine(given: dict[str, object]) -> None:
+    """The default transport reaches every gateway there is."""
+    check_given(**given)

@@ -52,6 +52,7 @@ def check(settings: Settings) -> None:
         ConfigError: they can't.
         MissingExtraError: the driver of one is not installed.
     """
+    _check_transport(settings)
     if adapters.coordination_class(settings.coordination).is_shared:
         return
     need = "coordination must be a store that the instances share, like nats://HOST:PORT, for"
@@ -59,6 +60,30 @@ def check(settings: Settings) -> None:
         raise ConfigError(f"{need} a coordinator: memory:// is this process only")
     if settings.mode != "fanout" and adapters.transport_class(settings.transport).is_shared:
         raise ConfigError(f"{need} mode {settings.mode}: memory:// is this process only")
+
+
+def _check_transport(settings: Settings) -> None:
+    """Check that pokes reach every gateway: memory:// carries them within this process only.
+
+    Raises:
+        ConfigError: some other process publishes them, or should receive them.
+    """
+    if settings.roles == {"coordinator"}:  # it carries none
+        return
+    if adapters.transport_class(settings.transport).is_shared:
+        return
+    reason = None
+    if not settings.roles >= {"gateway", "api"}:
+        reason = f"the roles {','.join(sorted(settings.roles))}: others have the rest"
+    elif not settings.no_mailbox and settings.mailbox.startswith("postgres"):
+        reason = "a mailbox that other instances share"
+    elif adapters.coordination_class(settings.coordination).is_shared:
+        reason = "a coordination store that other instances share"
+    if reason is not None:
+        raise ConfigError(
+            "transport must be an engine that the instances share, like nats://HOST:PORT, for"
+            f" {reason}; memory:// is this process only, and pokes would be lost"
+        )
 
 
 @asynccontextmanager
