@@ -16,6 +16,7 @@ PUBLIC = (
     "pokebridge.client",
     "pokebridge.publisher",
     "pokebridge.settings",
+    "pokebridge.server",
     "pokebridge.errors",
     "pokebridge.testing.transport",
     "pokebridge.testing.mailbox",
@@ -181,7 +182,8 @@ def _text(found: griffe.Object) -> str:
     """The docstring, its references and literals as Markdown has them."""
     text = found.docstring.value.strip() if found.docstring is not None else ""
     text = re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"`\1`", text)
-    return re.sub(r"^::$", "For example:", text, flags=re.MULTILINE).replace("``", "`")
+    text = re.sub(r"^::$", "Example:", text, flags=re.MULTILINE)
+    return re.sub(r"::$", ":", text, flags=re.MULTILINE).replace("``", "`")
 
 
 def _summary(found: griffe.Object) -> str:

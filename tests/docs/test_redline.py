@@ -93,7 +93,7 @@ def test_the_prices_are_the_models() -> None:
     data = {name: value for name, value, _ in table("datum | value | source")}
     assert data["Pub/Sub, published or delivered"] == f"${PRICES.usd_per_tib:.0f} a TiB"
     assert data["free a month"] == f"{PRICES.free_bytes_a_month / 2**30:.0f} GiB"
-    minimum = data["charged for a request that has less"]
+    minimum = data["minimum charged for a request"]
     assert minimum == f"{PRICES.min_request_bytes:,.0f} bytes"
     assert data["added to a message's body"] == f"{PRICES.message_overhead_bytes:.0f} bytes"
     limit = data["subscriptions of a topic, and of a project"]
