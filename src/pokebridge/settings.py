@@ -245,6 +245,9 @@ class Settings(BaseModel):
     max_session_s: _Limit = Field(default=None, ge=0)
     """Seconds after which a session is closed and its client reconnects, each up to a fifth
     sooner; 0 for no limit. Set it below the platform's own, like 3300 on Cloud Run."""
+    verify_every_s: Annotated[float, Field(ge=1, le=3600)] = 60
+    """How often each session is compared with its recipient's mailbox. A client whose poke was lost
+    anywhere on its way pulls within this time."""
     drain_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5
     """Seconds over which a stopping instance spreads the closing of its sessions."""
     grace_s: _Seconds = 10

@@ -117,6 +117,7 @@ class InstanceMeter:
             noise_ratio=traffic.noise_ratio,
             untagged_share=untagged / signals if signals else 0.0,
             gaps=subscriptions.gaps,
+            lost=gateway.lost_pokes,
             doubt_s=self._doubt_s,
             pulls_per_s=sum(pulls) / elapsed_s,
             pull_p99_ms=p99_ms(pulls),

@@ -123,6 +123,11 @@ class Gateway:
         return self._loop.time()
 
     @property
+    def lost_pokes(self) -> int:
+        """How often verification found a session behind, because its poke was lost."""
+        return 0 if self.verification is None else self.verification.lost
+
+    @property
     def draining(self) -> bool:
         """Whether new sessions are refused because this instance is about to stop."""
         return self.entrance.draining

@@ -76,7 +76,8 @@ def assemble(settings: Settings, opened: Adapters, *, url: str = "") -> Instance
         does_upkeep = "processor" in settings.roles
         processor = Processor(mailbox, publisher, does_upkeep=does_upkeep)
     verifier = _verifier(settings)
-    gateway = Gateway(_gateway_config(settings), opened.transport, verifier)
+    heads = None if mailbox is None else mailbox.heads
+    gateway = Gateway(_gateway_config(settings), opened.transport, verifier, heads)
     send: _Send | None = None if processor is None else processor.send
     signaller: Signaller = publisher
     if tracing is not None:
@@ -168,6 +169,7 @@ def _gateway_config(settings: Settings) -> GatewayConfig:
         shard_count=settings.shard_count,
         mode=settings.initial_mode,
         max_session_s=settings.max_session_s or inf,
+        verify_every_s=settings.verify_every_s,
         timing=Timing(
             ping_interval_s=settings.ping_interval_s, pong_timeout_s=settings.pong_timeout_s
         ),

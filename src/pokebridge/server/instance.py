@@ -265,6 +265,7 @@ class Instance:
             Metric.POKES_MERGED: counters.merged,
             Metric.GAPS: subscriptions.gaps,
             Metric.PROBES: subscriptions.probes,
+            Metric.POKES_LOST: gateway.lost_pokes,
             Metric.SUBSCRIPTIONS: len(subscriptions.selections),
             Metric.SHARDS_OWNED: len(view.shard_map.owned_by(me)),
             Metric.CLUSTER_EPOCH: view.shard_map.epoch,

@@ -29,6 +29,7 @@ export function loadOf({ traffic, instances }) {
     pullsPerS: sum(instances, (each) => each.pulls_per_s),
     pullMs: slowestPullMs(instances.filter((each) => each.pulls_per_s > 0)),
     gaps: sum(instances, (each) => each.gaps),
+    lost: sum(instances, (each) => each.lost ?? 0), // an instance of 0.1.0 does not tell
     doubtS: sum(instances, (each) => each.doubt_s),
     sessions: sum(instances, (each) => each.sessions),
     instances: instances.length,
@@ -73,8 +74,11 @@ const FIGURES = [
     key: "gaps",
     name: "Gaps",
     value: (load) => formatCount(load.gaps),
-    note: (load) => `${formatDuration(load.doubtS)} in doubt`,
-    isBad: (load) => load.gaps > 0,
+    note: (load) =>
+      load.lost
+        ? `${plural(load.lost, "lost poke")} made up for`
+        : `${formatDuration(load.doubtS)} in doubt`,
+    isBad: (load) => load.gaps + load.lost > 0,
   },
   {
     key: "sessions",
