@@ -61,6 +61,10 @@ class CutProxy:
         """How many connections are open now."""
         return len(self._connections)
 
+    def lead_to(self, port: int) -> None:
+        """Forward new connections to another loopback port. Those that are open stay."""
+        self._target = ("127.0.0.1", port)
+
     def cut(self) -> None:
         """Let nothing through any more."""
         self._flowing.clear()

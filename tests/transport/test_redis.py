@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import valkey
@@ -15,7 +15,7 @@ from pokebridge.errors import ConfigError, TransportError
 from pokebridge.testing.transport import subscribe_live
 from pokebridge.transport.base import Feed, Signal
 from pokebridge.transport.redis import PUBLISH_CONNECTIONS, RedisTransport
-from tests.support import Daemon
+from tests.support import CutProxy, Daemon, wait_until
 from tests.support.engines import run_valkey
 from tests.transport.certificates import Certificates
 from tests.transport.engines import (
@@ -160,6 +160,62 @@ class TestPublishing:
             await transport.close()
 
 
+class TestReplica:
+    """A server that is demoted while connections to it stay open, as in a managed failover."""
+
+    @pytest.fixture
+    async def servers(self, tmp_path: Path) -> AsyncIterator[tuple[Daemon, Daemon]]:
+        """A primary and its replica, in step."""
+        with ExitStack() as running:
+            primary = await asyncio.to_thread(running.enter_context, run_valkey(tmp_path))
+            (tmp_path / "replica").mkdir()
+            replica = await asyncio.to_thread(
+                running.enter_context, run_valkey(tmp_path / "replica")
+            )
+            await _ask(replica, "REPLICAOF", "127.0.0.1", primary.port)
+            await wait_until(partial(_has_role, replica, b"connected"))
+            yield primary, replica
+
+    async def test_a_demoted_server_is_left(
+        self, servers: tuple[Daemon, Daemon], connect_url: ConnectUrl
+    ) -> None:
+        """Connections that stay at the old primary are replaced, and no signal is lost there."""
+        primary, replica = servers
+        async with CutProxy("127.0.0.1", primary.port) as address:
+            stays = await connect_url(f"redis://{address.address}")
+            receivers = {which: (await subscribe_live(stays, which))[1] for which in SELECTIONS}
+            await _ask(primary, "FAILOVER")
+            await wait_until(partial(_has_role, replica, b"master"))
+            address.lead_to(replica.port)
+            with pytest.raises(TransportError, match="replica"):
+                await stays.publish([Signal(b'{"recipient":"a"}', 42)])
+            comes = await connect_url(f"redis://{address.address}")
+            _, heard = await subscribe_live(comes, Feed.ALL)
+            await assert_hears(stays, heard, 42)
+            for which, receiver in receivers.items():
+                await receiver.wait_for(lambda heard: bool(heard.gaps))
+                assert "replica" in receiver.gaps[0][1]
+                await assert_hears(comes, receiver, which if isinstance(which, int) else None)
+
+    async def test_no_start_at_a_replica(
+        self, servers: tuple[Daemon, Daemon], connect_url: ConnectUrl
+    ) -> None:
+        """What would be published there would reach nobody else, so a start says so."""
+        with pytest.raises(TransportError, match=f"{servers[1].address}.*a replica.*a primary"):
+            await connect_url(servers[1].url)
+
+
+async def _ask(server: Daemon, *words: object) -> object:
+    """What ``server`` answers."""
+    with valkey.Valkey(port=server.port) as client:
+        return await asyncio.to_thread(client.execute_command, *words)
+
+
+async def _has_role(server: Daemon, role: bytes) -> bool:
+    """Whether ``server`` says so: ``master``, or ``connected`` to its primary."""
+    return role in cast("list[object]", await _ask(server, "ROLE"))
+
+
 class TestStart(StartContract):
     """What a start says when it can't be."""
 
@@ -214,7 +270,7 @@ class TestCredentials(PermissionContract):
         with pytest.raises(TransportError, match=f"{server.address}.*password") as caught:
             await connect_url(f"redis://me:s3cret@{server.address}")
         assert "s3cret" not in str(caught.value)
-        with pytest.raises(TransportError, match=f"{server.address}.*uthentication"):
+        with pytest.raises(TransportError, match=f"{server.address}.*authenticate"):
             await connect_url(server.url)
 
     async def test_what_the_docs_grant_is_enough(

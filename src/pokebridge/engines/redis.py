@@ -7,6 +7,7 @@ database are optional. Options: ``ca_file``, ``cert_file`` and ``key_file`` (PEM
 
 import asyncio
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 from urllib.parse import unquote, urlsplit, urlunsplit
@@ -18,6 +19,8 @@ from redis.credentials import CredentialProvider
 
 from pokebridge.engines.urls import TLS_OPTIONS, tls_context, url_options
 from pokebridge.errors import ConfigError
+
+RESP2, RESP3 = 2, 3
 
 
 class _PasswordFile(CredentialProvider):
@@ -44,6 +47,21 @@ class _PasswordFile(CredentialProvider):
             raise ConfigError(
                 f"the {self._part} URL's password_file is unreadable: {error}"
             ) from None
+
+
+def hello_fields(said: object) -> Mapping[bytes, object]:
+    """Return the fields of an answer to ``HELLO``, or nothing if ``said`` is no such answer.
+
+    RESP2 has them as a list of names and values, RESP3 as a map.
+    """
+    if isinstance(said, list):
+        return dict(zip(said[::2], said[1::2], strict=False))
+    return said if isinstance(said, dict) else {}
+
+
+def is_replica(hello: Mapping[bytes, object]) -> bool:
+    """Whether the server that said ``hello`` is a replica. A server need not say."""
+    return hello.get(b"role") in {b"replica", b"slave"}
 
 
 def node_address(announced: str, port: int, asked: str) -> str:
@@ -104,7 +122,7 @@ def connection_pool(
             socket_timeout=None,
             socket_connect_timeout=dial_timeout_s,
             retry=Retry(NoBackoff(), 0),
-            protocol=2,  # every server supports it, and the transport's reader expects it
+            protocol=RESP2,  # every server supports it
             driver_info=None,  # else each connection reads its version from the disk
             client_name=re.sub(r"[^!-~]", "-", client_name),
             credential_provider=credentials,

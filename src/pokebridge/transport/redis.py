@@ -22,7 +22,14 @@ from redis.crc import key_slot
 from redis.exceptions import AskError, RedisError, ResponseError
 
 from pokebridge.engines import text_of
-from pokebridge.engines.redis import connection_pool, node_address
+from pokebridge.engines.redis import (
+    RESP2,
+    RESP3,
+    connection_pool,
+    hello_fields,
+    is_replica,
+    node_address,
+)
 from pokebridge.engines.urls import without_secrets
 from pokebridge.errors import TransportError
 from pokebridge.sharding import DEFAULT_SHARD_COUNT
@@ -39,6 +46,7 @@ from pokebridge.transport.reconnecting_link import (
 # More than one, so that a slow round trip does not delay every other publish.
 PUBLISH_CONNECTIONS = 4
 _MOVED = "a slot has moved"
+_REPLICA = "the server is a replica; the transport needs a primary"
 _SHARDED = "sharded "  # channel names contain no space
 _PLAIN_MESSAGES = frozenset({b"message", b"pmessage"})
 
@@ -146,20 +154,29 @@ class RedisTransport:
     def _channel_of(self, shard: int | None) -> str:
         return self._channel if shard is None else f"{self._channel}.{shard}"
 
-    async def _execute(self, pipeline: Any) -> list[Any]:
-        """Send all of ``pipeline`` at once. Raises TransportError unless every command succeeds."""
+    async def _execute(self, pipeline: Any) -> None:
+        """Send all of ``pipeline`` at once, and ask the server for its role.
+
+        A replica accepts ``PUBLISH``, but tells neither its primary nor the other replicas.
+
+        Raises:
+            TransportError: a command failed, or the server is a replica.
+        """
         if self._closed:
             raise TransportError(f"{self._name}: closed")
+        pipeline.execute_command("HELLO")
         with _translated(self._name):
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
                 # redis-py's own error would quote the command, and so the published body.
-                results: list[Any] = await pipeline.execute(raise_on_error=False)
+                *results, said = await pipeline.execute(raise_on_error=False)
         for result in results:
             if isinstance(result, AskError):  # includes MovedError; dialling reads the map anew
                 self._link.connection.lose(_MOVED)
             if isinstance(result, ResponseError):
                 raise TransportError(f"{self._name}: {result}")
-        return results
+        if is_replica(hello_fields(said)):  # new connections may lead to its primary
+            await pipeline.connection_pool.disconnect(inuse_connections=False)
+            raise TransportError(f"{self._name}: {_REPLICA}")
 
     # --- servers --------------------------------------------------------------------------------
 
@@ -184,9 +201,14 @@ class RedisTransport:
         """Connect to a known server, and on a Redis Cluster from there to all nodes."""
         known = [self._home, *self._clients] if self._slots else [self._home]
         seed = random.choice(known)  # noqa: S311 - spreads load
-        connection = await self._connect(seed)
+        connection, hello = await self._connect(seed)
         try:
-            self._slots = await _read_slots(self._name, connection)
+            if hello.get(b"mode") == b"cluster":
+                self._slots = await _read_slots(self._name, connection)
+            elif is_replica(hello):
+                raise TransportError(f"{self._name}: {_REPLICA}")  # noqa: TRY301 - closed below
+            else:
+                self._slots = None
         except BaseException:
             await connection.disconnect(nowait=True)
             raise
@@ -196,25 +218,45 @@ class RedisTransport:
         listeners: dict[str, _Listener] = {}
         try:
             for node in dict.fromkeys(self._slots.nodes):
-                listeners[node] = _Listener(node, await self._connect(node), deliver)
+                connection, _ = await self._connect(node)
+                listeners[node] = _Listener(node, connection, deliver)
         except BaseException:
             await asyncio.gather(*(listener.close() for listener in listeners.values()))
             raise
         return _ClusterListener(self._slots, listeners)
 
-    async def _connect(self, node: str) -> AbstractConnection:
-        pool: Any = (await self._client(node)).connection_pool  # redis-py annotates no further
-        connection = pool.make_connection()
-        try:
-            with _translated(self._name if node == self._home else f"{self._name} ({node})"):
-                await connection.connect()
-                await connection.send_command("PING")
-                await connection.read_response()
-        except BaseException:
-            await connection.disconnect(nowait=True)
-            raise
-        made: AbstractConnection = connection
-        return made
+    async def _connect(self, node: str) -> tuple[AbstractConnection, Mapping[bytes, object]]:
+        """Connect to ``node`` to listen. Returns what the node says of itself as well.
+
+        With RESP2 a connection that has subscriptions can ask nothing but ``PING``, so RESP3 is
+        used if the server knows it.
+        """
+        pool = (await self._client(node)).connection_pool
+        with _translated(self._name if node == self._home else f"{self._name} ({node})"):
+            try:
+                return await _open(pool, protocol=RESP3)
+            except ResponseError:  # for example a proxy that does not know HELLO
+                return await _open(pool, protocol=RESP2)
+
+
+async def _open(pool: Any, *, protocol: int) -> tuple[Any, Mapping[bytes, object]]:
+    connection = pool.connection_class(**pool.connection_kwargs | {"protocol": protocol})
+    hello: Mapping[bytes, object] = {}
+    try:
+        await connection.connect()
+        await connection.send_command("HELLO")  # needs no permission
+        with suppress(ResponseError):  # see _connect
+            hello = hello_fields(await connection.read_response())
+    except BaseException:
+        await connection.disconnect(nowait=True)
+        raise
+    if protocol == RESP3:  # redis-py's own handler formats each message for its log
+        connection._parser.set_pubsub_push_handler(_as_it_is)  # noqa: SLF001
+    return connection, hello
+
+
+async def _as_it_is(message: Any) -> Any:
+    return message
 
 
 def _sharded(channel: str) -> str:
@@ -264,9 +306,10 @@ class _Listener:
         await self._ask("UNSUBSCRIBE", topics)
 
     async def round_trip(self) -> None:
+        """Ask the server for its role, and return when it has answered."""
         pong: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._pongs.append(pong)
-        await self._send("PING")
+        await self._send("HELLO" if self._connection.protocol == RESP3 else "PING")
         await pong
 
     async def close(self) -> None:
@@ -318,7 +361,7 @@ class _Listener:
         while not self.lost.done():
             try:
                 response = await self._connection.read_response(
-                    timeout=math.inf, disconnect_on_error=False
+                    timeout=math.inf, disconnect_on_error=False, push_request=True
                 )
             except ResponseError as error:
                 if self._asking:
@@ -332,6 +375,8 @@ class _Listener:
 
     def _take(self, response: Any) -> None:
         if not isinstance(response, list) or response[0] == b"pong":
+            if is_replica(hello_fields(response)):
+                self.lose(_REPLICA)
             if self._pongs and not (pong := self._pongs.popleft()).done():
                 pong.set_result(None)
             return
@@ -409,21 +454,14 @@ async def _all(calls: Iterable[Awaitable[None]]) -> None:
             raise outcome
 
 
-async def _read_slots(name: str, connection: AbstractConnection) -> _Slots | None:
-    """Ask the server for its cluster's slot map; ``None`` if it is not part of a cluster.
+async def _read_slots(name: str, connection: AbstractConnection) -> _Slots:
+    """Ask the server for its cluster's slot map.
 
     Raises:
         TransportError: the server refuses to answer, or its cluster serves no slots.
     """
     asked = str(getattr(connection, "host", ""))
     with _translated(name):
-        await connection.send_command("HELLO")  # needs no permission
-        try:
-            said = await connection.read_response()
-        except ResponseError:  # for example a proxy that does not know the command
-            return None
-        if b"cluster" not in said:
-            return None
         await connection.send_command("CLUSTER", "SLOTS")
         ranges = sorted(await connection.read_response())
     if not ranges:
