@@ -82,6 +82,7 @@ fix: setup  ## format, and mend what lint can mend
 
 docs: setup  ## write the pages that are generated from the sources
 	@$(BIN)/python -m tools.api_docs
+	@$(BIN)/python -m tools.settings_docs
 
 chaos: setup test-deps  ## five instances and 2,000 clients through every misfortune, for some minutes
 	@$(BIN)/python -m tests.cluster.chaos

@@ -109,7 +109,7 @@ def _target(member: griffe.Object | griffe.Alias) -> griffe.Object:
 def _section(name: str, found: griffe.Object) -> str:
     lines = [f"### `{_signature(name.rpartition('.')[2], found)}`", "", _text(found), ""]
     if name in ELSEWHERE:
-        lines += ["`pokebridge serve --help` explains the fields.", ""]
+        lines += ["[Settings](settings.md) explains the fields.", ""]
     elif isinstance(found, griffe.Class):
         if fields := _fields(found):
             listed = ", ".join(f"`{_signature(field.name, field)}`" for field in fields)

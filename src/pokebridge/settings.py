@@ -135,133 +135,170 @@ class Settings(BaseModel):
         validate_default=True,
     )
 
+    # --- Instance ---
+
     dev: bool = False
-    """Development mode: a random secret when none is given, any origin, no limits, and
-    POST /v1/dev/token hands out tokens."""
+    """Development mode. The instance makes a random secret when none is set, accepts every origin,
+    has no limits on addresses and handshakes, and serves POST /v1/dev/token, which gives anyone a
+    token."""
 
     # Loopback, because an instance that nobody has looked at yet must not be open to the network;
     # a container sets 0.0.0.0.
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 or :: for every interface."""
+    """Address to listen on. 0.0.0.0 or :: listens on every interface."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8080
-    """TCP port to listen on; 0 picks a free one."""
+    """TCP port to listen on. 0 picks a free port."""
     instance: _Name = Field(default_factory=lambda: secrets.token_hex(4))
-    """This instance's name, different for each; random by default."""
-    cluster: _Name = "default"
-    """Name of the cluster; instances of one cluster share a transport and a mailbox."""
-    advertise_url: Annotated[str, _matching(r"wss?://\S+", "a ws:// or wss:// URL")] | None = None
-    """WebSocket URL under which clients reach just this instance, like wss://b1.example.com."""
+    """Name of this instance, unique in its cluster. Random by default."""
     roles: Annotated[frozenset[_Role], BeforeValidator(_split), Field(min_length=1)] = _ALL_ROLES
-    """What this instance does: gateway,api,processor,coordinator; everything by default."""
+    """What this instance does, separated by commas: gateway (holds the sockets), api (serves HTTP),
+    processor (resends owed pokes, purges, pushes, reads the ingress), coordinator (can be elected).
+    All four by default."""
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    """This instance's share of the shards, against the other instances' weights."""
+    """Relative capacity. An instance of weight 2 owns twice as many shards as one of weight 1."""
+    advertise_url: Annotated[str, _matching(r"wss?://\S+", "a ws:// or wss:// URL")] | None = None
+    """WebSocket URL at which clients reach this instance and no other, like wss://b1.example.com.
+    Needed to lead clients to the owner of their shard. Unset: clients are not redirected."""
+
+    # --- Cluster ---
+
+    cluster: _Name = "default"
+    """Name of the cluster. Instances with the same name, transport and mailbox form one cluster."""
+    coordination: _PartUrl = "memory://"
+    """Store through which instances agree who is alive and who owns which shard:
+    postgresql://HOST/DB, nats://HOST:PORT (KV), redis://HOST:PORT/DB,
+    static://?ordinal=0&replicas=3 (StatefulSet), or memory:// (one process)."""
+    mode: Literal[Mode, "auto"] = "fanout"
+    """Initial mode. fanout: every instance receives every poke. partitioned: an instance receives
+    the pokes of its shards only. auto: starts as fanout, and the coordinator changes the mode when
+    the load crosses the red line. Ignored once the cluster has a shard map: change the mode with
+    `pokebridge cluster mode`."""
+    shard_count: Annotated[int, Field(ge=1, le=MAX_SHARD_COUNT)] = DEFAULT_SHARD_COUNT
+    """Number of shards. Must be the same on all instances and publishers of a cluster."""
+    assignment: Literal["coordinator", "ring"] = "coordinator"
+    """How shards are assigned to instances. coordinator: an elected instance assigns them and moves
+    as few as possible. ring: each instance computes a hash ring. Ignored with static://, where the
+    ordinal decides."""
+    lease_s: Annotated[float, Field(ge=0.5, le=300)] = 5
+    """Seconds without a sign of life after which an instance counts as dead and its shards move."""
+    red_line_ops_per_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5000
+    """The red line: deliveries per second in the whole cluster (messages per second times
+    instances) above which fan-out is no longer advisable."""
+    auto_over_s: _Seconds = MIGRATE_RULES.over_for_s
+    """With mode = auto: seconds above the red line after which the cluster is partitioned."""
+    auto_under_s: _Seconds = MIGRATE_RULES.under_for_s
+    """With mode = auto: seconds below half of the red line after which the cluster returns to
+    fan-out."""
+
+    # --- Transport ---
 
     transport: _PartUrl = "memory://"
-    """URL of what carries pokes between instances: nats://HOST:PORT, redis://HOST:PORT/DB,
-    pubsub://PROJECT/TOPIC, or memory:// for this process only."""
+    """What carries pokes between instances: nats://HOST:PORT, redis://HOST:PORT/DB,
+    pubsub://PROJECT/TOPIC, or memory:// (one process)."""
+    carrier: Literal["filter", "topic"] = "filter"
+    """How Google Pub/Sub separates shards. filter: one shared topic, and a filter on each
+    subscription. topic: one topic for each shard. Other transports ignore it."""
+
+    # --- Mailbox, ingress and push ---
+
     mailbox: _PartUrl = "sqlite:///pokebridge.db"
-    """URL of what keeps the messages: sqlite:///FILE (one machine), postgresql://…, or memory://
-    for this process only."""
+    """Where messages are stored: sqlite:///FILE (one machine), postgresql://HOST/DB, or memory://
+    (one process, lost at exit)."""
+    no_mailbox: bool = False
+    """Store no messages. Clients pull from your own API, and your backend pokes after each
+    commit."""
     max_messages_per_recipient: Annotated[int, Field(ge=1)] = 10_000
-    """Messages kept for one recipient; its senders are refused (507) when there is no room."""
+    """Most messages stored for one recipient. When it is reached, senders get status 507."""
     # At least the largest message fits.
     max_bytes_per_recipient: Annotated[int, Field(ge=MAX_BODY_BYTES)] = 64 * 1024 * 1024
-    """Bytes of the bodies that are kept for one recipient."""
+    """Most bytes of message bodies stored for one recipient. When it is reached, senders get
+    status 507."""
     # That a device was seen is written down once a day.
     forget_device_days: Annotated[float, Field(ge=2, allow_inf_nan=False)] = 90
-    """Days after which a device that was not seen holds no message back any more."""
-    no_mailbox: bool = False
-    """Keep no messages: clients pull from an API of your own, which pokes after its commit."""
+    """Days after which a device that was not seen is forgotten. Until then its recipient's messages
+    are kept for it."""
     ingress: Annotated[str, _matching(r"(nats|tls|pubsub)://\S+", _INGRESS)] | None = None
-    """URL of a queue whose messages are sent, besides those that come by HTTP:
-    nats://HOST:PORT/STREAM/SUBJECT (JetStream) or pubsub://PROJECT/SUBSCRIPTION."""
+    """Queue from which messages are taken, in addition to HTTP: nats://HOST:PORT/STREAM/SUBJECT
+    (JetStream) or pubsub://PROJECT/SUBSCRIPTION. Unset: none."""
     push_webhook_url: Annotated[str, _matching(r"https?://\S+", "an https:// URL")] | None = None
-    """URL that is told, by a signed POST, of a recipient that has not pulled; none: nobody is.
-    The same for all instances of a cluster."""
+    """Webhook notified by a signed POST when a recipient has not pulled. Must be the same on all
+    instances of a cluster. Unset: disabled."""
     push_webhook_secret: Annotated[SecretStr, AfterValidator(_check_webhook_secret)] | None = None
-    """Secret that signs it: whsec_ and 24 to 64 random bytes in base64 (Standard Webhooks)."""
+    """Secret that signs the webhook's requests (Standard Webhooks): whsec_, then 24 to 64 random
+    bytes in base64."""
     push_grace_s: _Seconds = 10
-    """Seconds that a message may wait for a pull before push_webhook_url is told."""
+    """Seconds that a message may wait for a pull before push_webhook_url is notified."""
     push_quiet_s: _Seconds = 300
-    """Seconds after that in which it is not told of the same recipient again."""
-    coordination: _PartUrl = "memory://"
-    """URL of what instances agree through: postgresql://…, nats://HOST:PORT (KV),
-    redis://HOST:PORT/DB, static://?ordinal=0&replicas=3, or memory:// for this process only."""
-    mode: Literal[Mode, "auto"] = "fanout"
-    """Whether every instance hears every poke (fanout) or just its shards' (partitioned). It is
-    that of a cluster which has none yet: later it is changed by `pokebridge cluster mode`. With
-    auto it begins as fanout, and the coordinator changes it when the red line is crossed."""
-    auto_over_s: _Seconds = MIGRATE_RULES.over_for_s
-    """Seconds over the red line after which mode auto goes partitioned."""
-    auto_under_s: _Seconds = MIGRATE_RULES.under_for_s
-    """Seconds well under it, less than half, after which mode auto goes back to fanout."""
-    assignment: Literal["coordinator", "ring"] = "coordinator"
-    """Who says which instance owns a shard: an elected coordinator, with the least movement, or
-    a hash ring that each instance computes. With static:// it is the ordinal."""
-    carrier: Literal["filter", "topic"] = "filter"
-    """How Google Pub/Sub carries shards: by filters on one topic, or by one topic a shard."""
-    lease_s: Annotated[float, Field(ge=0.5, le=300)] = 5
-    """Seconds after which a silent instance counts as gone, and its shards go to others."""
-    shard_count: Annotated[int, Field(ge=1, le=MAX_SHARD_COUNT)] = DEFAULT_SHARD_COUNT
-    """Number of shards, the same everywhere in a cluster."""
-    red_line_ops_per_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5000
-    """Deliveries per second in the whole cluster above which fan-out is no longer advisable."""
+    """Seconds after a notification in which push_webhook_url is not notified of the same recipient
+    again."""
+
+    # --- Tokens and origins ---
 
     jwt_secret: _Secret | None = Field(
         default_factory=lambda given: (
             SecretStr(secrets.token_urlsafe(48)) if given.get("dev") else None
         )
     )
-    """Secret for HS256 tokens, at least 32 bytes."""
+    """Secret that verifies HS256 tokens, at least 32 bytes. Required unless jwks_url is set."""
     jwt_previous_secret: _Secret | None = None
-    """The secret before, still accepted while a new one is rolled out."""
+    """Previous secret, still accepted while a new one is rolled out."""
     jwks_url: Annotated[str, _matching(r"https?://\S+", "an http(s):// URL")] | None = None
     """URL of the JWKS with the token issuer's public keys (RS256, ES256, EdDSA)."""
     jwt_issuer: str | None = None
-    """The `iss` that a token must have."""
+    """Required value of a token's `iss` claim. Unset: not checked."""
     jwt_audience: str | None = None
-    """The `aud` that a token must have. Set it with jwks_url: else tokens that the issuer made
-    for other services are accepted too."""
+    """Required value of a token's `aud` claim. Set it when you set jwks_url. Otherwise tokens that
+    the issuer made for other services are accepted too."""
     allowed_origins: Annotated[
         tuple[Annotated[str, AfterValidator(_check_origin)], ...], BeforeValidator(_split)
     ] = Field(default_factory=lambda given: ("*",) if given.get("dev") else ())
-    """Origins whose pages may connect, separated by commas; * for any. None by default."""
+    """Origins whose web pages may connect, separated by commas. * allows every origin. Unset: web
+    pages cannot connect from another origin."""
+
+    # --- Limits ---
 
     max_sessions: Annotated[int | None, Field(ge=1)] = None
-    """Open sessions of this process; by default what its file descriptor limit allows."""
+    """Most open sessions of this process. By default what its file descriptor limit allows."""
     max_sessions_per_recipient: Annotated[int, Field(ge=1)] = 64
-    """Sessions of one recipient on this instance; one more closes the oldest."""
+    """Most open sessions of one recipient on this instance. One more closes the oldest."""
     max_sessions_per_address: _Limit = _unless_dev(1000)
-    """Sessions from one client address; 0 for no limit. Behind a proxy set trusted_proxies."""
+    """Most open sessions from one client address. 0: no limit. Set trusted_proxies if clients come
+    through a proxy."""
     handshakes_per_s: _Limit = _unless_dev(500)
-    """Handshakes accepted per second; the rest is told when to come back. 0 for no limit."""
+    """Most WebSocket handshakes accepted per second. A client above the limit gets a Retry-After
+    that covers the queue ahead of it. 0: no limit."""
     trusted_proxies: Annotated[tuple[_Network, ...], BeforeValidator(_split)] = ()
-    """Networks (CIDR), separated by commas, whose X-Forwarded-For is believed."""
+    """Networks (CIDR) of proxies whose X-Forwarded-For header is believed, separated by commas."""
+
+    # --- Timing ---
 
     ping_interval_s: _Seconds = 25
     """Seconds between two pings of a session."""
     pong_timeout_s: _Seconds = 20
     """Seconds without a pong after which a session is closed."""
     max_session_s: _Limit = Field(default=None, ge=0)
-    """Seconds after which a session is closed and its client reconnects, each up to a fifth
-    sooner; 0 for no limit. Set it below the platform's own, like 3300 on Cloud Run."""
+    """Longest life of a session in seconds. Then it is closed and its client reconnects. Each
+    session's life is shortened at random by up to a fifth, so that they do not end at once. Set it
+    below the limit of your platform, for example 3300 on Cloud Run. 0: no limit."""
     verify_every_s: Annotated[float, Field(ge=1, le=3600)] = 60
-    """How often each session is compared with its recipient's mailbox. A client whose poke was lost
-    anywhere on its way pulls within this time."""
+    """Seconds in which every session is compared once with its recipient's mailbox. A client whose
+    poke was lost anywhere on its way pulls within this time."""
     drain_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5
     """Seconds over which a stopping instance spreads the closing of its sessions."""
     grace_s: _Seconds = 10
-    """Seconds that a stopping instance gives requests under way."""
+    """Seconds that a stopping instance gives to requests under way."""
+
+    # --- Observability ---
 
     tracing: bool = False
-    """Send OpenTelemetry traces of send, poke and deliver to the collector that the OTEL_…
-    variables name."""
+    """Export OpenTelemetry traces of send, poke and deliver. The OTEL_... environment variables
+    configure the exporter. Needs the extra otel."""
     log_format: Literal["json", "console"] = Field(
         default_factory=lambda given: "console" if given.get("dev") else "json"
     )
-    """json, one object a line, or console, for people."""
+    """json: one JSON object a line. console: for people. The default is console with dev."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """debug, info, warning or error."""
+    """Lowest level that is logged: debug, info, warning or error."""
 
     @property
     def initial_mode(self) -> Mode:
