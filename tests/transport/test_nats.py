@@ -14,11 +14,11 @@ import nats
 import pytest
 
 from pokebridge.errors import ConfigError, TransportError
-from pokebridge.testing.transport import subscribe_live
+from pokebridge.testing.transport import RecordingReceiver, prove_live, subscribe_live
 from pokebridge.transport.base import Feed, Signal
 from pokebridge.transport.nats import NatsTransport
-from tests.support import Daemon, free_port
-from tests.support.engines import run_configured_nats
+from tests.support import CutProxy, Daemon, free_port
+from tests.support.engines import run_configured_nats, running_nats_pair
 from tests.support.missing import missing
 from tests.transport.certificates import Certificates
 from tests.transport.engines import (
@@ -73,6 +73,58 @@ def raw_client(address: str) -> Iterator[Callable[[bytes], None]]:
             assert lines.readline() == b"PONG\r\n"
 
         yield send
+
+
+class TestServersOfACluster:
+    """Two servers, with 500 ms on the route between them."""
+
+    @pytest.fixture
+    async def pair(self, tmp_path: Path) -> AsyncIterator[tuple[Daemon, Daemon, CutProxy]]:
+        """The servers and the route."""
+        async with running_nats_pair(tmp_path, route_delay_s=0.5) as pair:
+            yield pair
+
+    async def test_a_subscription_is_accepted_by_all_of_them(
+        self, pair: tuple[Daemon, Daemon, CutProxy], connect_url: ConnectUrl
+    ) -> None:
+        """What another server is given once ``subscribe`` has returned arrives."""
+        x, y = [await connect_url(server.url) for server in pair[:2]]
+        await self._joined(x, y)
+        for shard in (7, 8, 9):
+            receiver = RecordingReceiver()
+            await y.subscribe(shard, receiver)
+            await assert_hears(x, receiver, shard)
+
+    async def test_a_gap_ends_when_all_of_them_know(
+        self, pair: tuple[Daemon, Daemon, CutProxy], connect_url: ConnectUrl
+    ) -> None:
+        """What another server is given once a gap is reported arrives."""
+        x = await connect_url(pair[0].url)
+        async with CutProxy("127.0.0.1", pair[1].port) as cable:
+            y = await connect_url(f"nats://{cable.address}")
+            await self._joined(x, y)
+            _, receiver = await subscribe_live(y, 7)
+            cable.reset()
+            await receiver.wait_for(lambda heard: bool(heard.gaps))
+            await assert_hears(x, receiver, 7)
+
+    async def test_the_url_says_how_long_it_takes(
+        self, pair: tuple[Daemon, Daemon, CutProxy], connect_url: ConnectUrl
+    ) -> None:
+        """The time in the URL replaces the default; what is no time is refused."""
+        transport = await connect_url(f"{pair[0].url}?interest_spread_s=30")
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(2):
+                await transport.subscribe(7, RecordingReceiver())
+        with pytest.raises(ConfigError, match=r"interest_spread_s 'soon'.*seconds"):
+            await connect_url(f"{pair[0].url}?interest_spread_s=soon")
+
+    async def _joined(self, x: NatsTransport, y: NatsTransport) -> None:
+        """Return when the servers have found each other."""
+        receiver = RecordingReceiver()
+        subscription = await y.subscribe(1, receiver)
+        await prove_live(x, receiver, 1)
+        await subscription.close()
 
 
 class TestContract(EngineContract):

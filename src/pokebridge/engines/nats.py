@@ -80,6 +80,11 @@ class NatsClient(Client):
         if not self.is_connected:  # possible when the next line was not a PONG
             raise errors.ConnectionClosedError
 
+    @property
+    def is_clustered(self) -> bool:
+        """Whether the server is one of several. It does not tell of leaf nodes."""
+        return bool(self._server_info.get("cluster") or self._server_info.get("connect_urls"))
+
     async def hang_up(self) -> None:
         """Close the connection, broken or not, within :data:`CLOSE_TIMEOUT_S`. Never raises."""
         closing = asyncio.ensure_future(self.close())

@@ -38,6 +38,8 @@ class SubscriptionTiming:
 
     silence_s: float = 5.0
     """A subscription that has delivered nothing for this long is probed."""
+    subscribe_timeout_s: float = 10.0
+    """A subscription that is not accepted within this time has failed."""
     probe_timeout_s: float = 2.0
     """A probe that is not delivered within this time has failed."""
     retry_s: float = 0.5
@@ -328,9 +330,10 @@ class _ManagedSubscription:
         self._probe = encode_probe(f"{manager.instance}:{manager.probes}")
         self._probe_back.clear()
         try:
-            async with asyncio.timeout(manager.timing.probe_timeout_s):
-                if self._subscription is None:
+            if self._subscription is None:
+                async with asyncio.timeout(manager.timing.subscribe_timeout_s):
                     await self.subscribe()
+            async with asyncio.timeout(manager.timing.probe_timeout_s):
                 await manager.transport.publish([Signal(self._probe, shard)])
                 await self._probe_back.wait()
         except TimeoutError:

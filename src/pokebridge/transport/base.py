@@ -77,7 +77,9 @@ class Transport(Protocol):
       the server disconnected, and a subscription that somebody deleted. The adapter retries until
       it succeeds. It never gives up silently.
     - **Liveness**: ``subscribe`` returns when the engine has accepted the subscription. Delivery
-      may begin later. A caller that needs to know publishes a probe and waits for it.
+      may begin later. A caller that needs to know publishes a probe and waits for it. If the engine
+      has several servers, all of them have had time to hear of the subscription by then, since a
+      probe tests one of them only. The same holds before ``on_gap`` is called.
     - **Bounds**: every queue has a limit. What exceeds it is a gap.
     """
 

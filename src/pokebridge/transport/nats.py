@@ -15,8 +15,15 @@ from typing import Self
 from nats import errors
 from nats.aio.subscription import Subscription as NatsSubscription
 
-from pokebridge.engines.nats import NatsClient, client_options, refusal_of, servers_in
-from pokebridge.errors import TransportError
+from pokebridge.engines.nats import (
+    URL_OPTIONS,
+    NatsClient,
+    client_options,
+    refusal_of,
+    servers_in,
+)
+from pokebridge.engines.urls import url_options
+from pokebridge.errors import ConfigError, TransportError
 from pokebridge.transport.base import Feed, Receiver, Selection, Signal, Subscription
 from pokebridge.transport.reconnecting_link import (
     DIAL_TIMEOUT_S,
@@ -25,6 +32,11 @@ from pokebridge.transport.reconnecting_link import (
     check_topic,
 )
 
+INTEREST_SPREAD_S = 1.0
+"""How long the servers of a cluster may take to hear of a new subscription: routes across regions
+have a delay of some 100 ms, and the servers are busy at times."""
+
+_OPTION = "interest_spread_s"
 _REFUSAL = re.compile(r'permissions violation for (publish|subscription) to "([^"]+)"')
 
 
@@ -49,7 +61,8 @@ class NatsTransport:
         """Connect to the servers in ``url``.
 
         Args:
-            url: the servers, as described in :mod:`pokebridge.engines.nats`.
+            url: the servers, as described in :mod:`pokebridge.engines.nats`. The option
+                ``interest_spread_s`` replaces :data:`INTEREST_SPREAD_S`.
             subject: the subject of signals without a shard.
             cluster: part of the connection's name in NATS's monitoring, like ``instance``.
             instance: see ``cluster``.
@@ -61,7 +74,8 @@ class NatsTransport:
         check_topic("the NATS subject", subject)
         servers = servers_in("transport", url)
         name = f"pokebridge {cluster} {instance}".strip()
-        dials = [partial(_NatsConnection.dial, server, url, name) for server in servers]
+        spread_s = _spread_in(url)
+        dials = [partial(_NatsConnection.dial, server, url, name, spread_s) for server in servers]
         link = ReconnectingLink(",".join(servers), dials, subject)
         await link.open()
         return cls(link, subject)
@@ -92,6 +106,13 @@ class NatsTransport:
 
     def _subject_of(self, shard: int | None) -> str:
         return self._subject if shard is None else f"{self._subject}.{shard}"
+
+
+def _spread_in(url: str) -> float | None:
+    given = url_options("transport", url, URL_OPTIONS | {_OPTION}).get(_OPTION)
+    if given is None or re.fullmatch(r"\d{1,3}(\.\d+)?", given):
+        return None if given is None else float(given)
+    raise ConfigError(f"the transport URL's {_OPTION} {given!r} is invalid: give it in seconds")
 
 
 class _Client(NatsClient):
@@ -144,10 +165,12 @@ class _Client(NatsClient):
 class _NatsConnection:
     """One connection to one server (a ``reconnecting_link.EngineConnection``)."""
 
-    def __init__(self, server: str, deliver: Deliver) -> None:
+    def __init__(self, server: str, deliver: Deliver, spread_s: float | None) -> None:
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._server = server
         self._deliver = deliver
+        # As the URL has it; None: as the server's greeting has it.
+        self._spread_s = spread_s
         self._client = _Client(on_lost=self._on_lost)
         # The subscriptions by topic.
         self._subscriptions: dict[str, NatsSubscription] = {}
@@ -157,10 +180,13 @@ class _NatsConnection:
         self._refused: set[tuple[str, str]] = set()
 
     @classmethod
-    async def dial(cls, server: str, url: str, name: str, deliver: Deliver) -> Self:
+    async def dial(
+        cls, server: str, url: str, name: str, spread_s: float | None, deliver: Deliver
+    ) -> Self:
         """Connect to ``server`` with the credentials of ``url``, whose files are read anew."""
-        options = await asyncio.to_thread(client_options, "transport", url)
-        connection = cls(server, deliver)
+        allowed = URL_OPTIONS | {_OPTION}
+        options = await asyncio.to_thread(client_options, "transport", url, allowed)
+        connection = cls(server, deliver, spread_s)
         try:
             with connection._translated():
                 await connection._client.dial(
@@ -178,6 +204,13 @@ class _NatsConnection:
     @property
     def topics(self) -> AbstractSet[str]:
         return self._subscriptions.keys()
+
+    @property
+    def spread_s(self) -> float:
+        """In a cluster of servers each must hear of a subscription before it forwards to it."""
+        if self._spread_s is not None:
+            return self._spread_s
+        return INTEREST_SPREAD_S if self._client.is_clustered else 0.0
 
     async def subscribe(self, topics: Collection[str]) -> None:
         subjects = {topic.lower() for topic in topics}  # nats-py reports refusals in lower case

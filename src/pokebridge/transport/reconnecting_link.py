@@ -60,6 +60,10 @@ class EngineConnection(Protocol):
     def topics(self) -> AbstractSet[str]:
         """The topics that the engine was asked to deliver on this connection."""
 
+    @property
+    def spread_s(self) -> float:
+        """How long an accepted subscription may miss what is published at other servers."""
+
     async def subscribe(self, topics: Collection[str]) -> None:
         """Ask for ``topics``, and return when the engine has accepted all of them."""
 
@@ -128,7 +132,8 @@ class ReconnectingLink(Generic[C]):
     ) -> "_RoutedSubscription":
         """Deliver ``topics`` to ``receiver``, and report gaps as gaps of ``selection``.
 
-        A topic that several subscriptions share is requested from the engine once.
+        It returns when all servers of the engine have heard of the subscription. A topic that
+        several subscriptions share is requested from the engine once.
         """
         subscription = _RoutedSubscription(self, topics, receiver, selection)
         joining = self.spawn(self._join(subscription))
@@ -208,17 +213,18 @@ class ReconnectingLink(Generic[C]):
 
     async def _join(self, subscription: "_RoutedSubscription") -> None:
         """Add ``subscription``, and ask the engine for those of its topics that are new."""
-        async with self._lock:
-            connection = self.connection
-            missing = set(subscription.topics) - connection.topics
-            self._add(subscription)
-            try:
+        try:
+            async with self._lock:
+                connection = self.connection
+                missing = set(subscription.topics) - connection.topics
+                self._add(subscription)
                 if missing:
                     await self.call(connection, connection.subscribe(missing))
-            except BaseException:
-                self._remove(subscription)
-                self.spawn(self._unsubscribe_unused())
-                raise
+            await asyncio.sleep(connection.spread_s)
+        except BaseException:
+            self._remove(subscription)
+            self.spawn(self._unsubscribe_unused())
+            raise
 
     async def _unsubscribe_unused(self) -> None:
         """Unsubscribe from the topics that no subscription has any more."""
@@ -239,8 +245,11 @@ class ReconnectingLink(Generic[C]):
             broken, self._connection, self._trouble = self._connection, None, reason
             await broken.close()
             await self._drop_work()
-            await self._restore()
+            restored = await self._restore()
             log.info("transport_connection_restored", engine=self._name)
+            await asyncio.wait({restored.lost}, timeout=restored.spread_s)
+            if restored.lost.done():  # the gap goes on
+                continue
             for subscription in tuple(self._subscriptions):
                 subscription.report_gap(reason)
             self.spawn(self._unsubscribe_unused())  # closed while the connection was restored
@@ -260,14 +269,15 @@ class ReconnectingLink(Generic[C]):
                 connection.lost.set_result(f"no answer for {SILENT_BEATS * HEARTBEAT_S:.0f} s")
         return connection.lost.result()
 
-    async def _restore(self) -> None:
+    async def _restore(self) -> C:
         failures = 0
-        while self._connection is None:
+        while True:
             await asyncio.sleep(backoff_s(failures, first_s=BACKOFF_BASE_S, cap_s=BACKOFF_CAP_S))
             failures += 1
             try:
                 async with self._lock:
                     self._connection = await self._open_connection()
+                    return self._connection
             except Exception as error:  # noqa: BLE001 - to stop retrying would be silence
                 if str(error) != self._trouble:
                     self._trouble = str(error)

@@ -274,6 +274,8 @@ class _Listener:
     unnoticed. It also takes half as much CPU again for each message.
     """
 
+    spread_s = 0.0
+
     def __init__(self, name: str, connection: AbstractConnection, deliver: Deliver) -> None:
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._name = name
@@ -406,6 +408,8 @@ class _ClusterListener:
 
     When one of them is lost, or a slot moves, all are replaced, with a new slot map.
     """
+
+    spread_s = 0.0  # a node forwards what it is given whether or not anybody has subscribed
 
     def __init__(self, slots: _Slots, listeners: Mapping[str, _Listener]) -> None:
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
