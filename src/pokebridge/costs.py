@@ -1,10 +1,8 @@
-"""The red line: what each way of routing signals costs, and when to change it (docs/roadmap.md).
+"""What each way of routing signals costs, for ``pokebridge plan`` (docs/redline.md).
 
 Seven figures for each :class:`Strategy` from one :class:`Workload`. docs/redline.md reproduces them
 by hand, and names the source of each price and each measured cost. An uncertain figure is a
 :class:`Range`, which is carried through to the result.
-
-:class:`RedLineWatch` says, from measured figures, when the line was crossed and when it was left.
 """
 
 import math
@@ -13,11 +11,11 @@ from enum import StrEnum
 from typing import Literal, NamedTuple, Self
 
 from pokebridge.model import Mode
+from pokebridge.red_line import MIGRATE_RULES, RED_LINE_OPS_PER_S
 
 Engine = Literal["pubsub", "nats"]
 
 SECONDS_A_MONTH = 730 * 3600  # 365 days / 12, as cloud prices count
-RED_LINE_OPS_PER_S = 5000.0  # docs/roadmap.md
 NEAR_SHARE = 0.8
 """From this share of the line on it is time to get ready."""
 
@@ -353,68 +351,6 @@ def _obstacles(
     if not strategy.is_fanout and load.shards < load.instances:
         found.append(f"{load.shards:,} shards leave some of {load.instances:,} instances idle")
     return tuple(found)
-
-
-# --- the watch ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class WatchRules:
-    """How long it takes to be believed. ``leave_at`` is a share of the line, under 1."""
-
-    over_for_s: float
-    under_for_s: float
-    leave_at: float
-
-
-LOG_RULES = WatchRules(over_for_s=2.0, under_for_s=30.0, leave_at=0.8)
-"""For a log line, a metric, ``over_red_line``: the figure is an average over 10 s already."""
-MIGRATE_RULES = WatchRules(over_for_s=300.0, under_for_s=1800.0, leave_at=0.5)
-"""For ``mode = auto``: over means partition, under means fan-out."""
-
-Crossing = Literal["crossed", "left"]
-
-
-class RedLineWatch:
-    """Tells when the line is crossed and when it is left, and never flaps.
-
-    The line is crossed when the figure has been above it for ``over_for_s``, and left when it has
-    been below ``leave_at`` of it for ``under_for_s``; in between nothing changes, and one figure
-    that does not fit starts the time anew. Callers pass ``now`` in seconds.
-    """
-
-    def __init__(
-        self, line_ops_per_s: float = RED_LINE_OPS_PER_S, rules: WatchRules = LOG_RULES
-    ) -> None:
-        self._line_ops_per_s = line_ops_per_s
-        self._rules = rules
-        self._since: float | None = None
-        self.over = False
-        """The line has been crossed, and not left since."""
-
-    def observe(self, ops_per_s: float, now: float) -> Crossing | None:
-        """Take a figure; what has changed by it, if anything.
-
-        ``ops_per_s`` is what fan-out does *or would do*: messages a second of the whole cluster
-        times instances. What a partitioned cluster delivers would fall with the migration, and
-        call for the way back.
-        """
-        if self.over:
-            is_turning = ops_per_s < self._line_ops_per_s * self._rules.leave_at
-            needed_s = self._rules.under_for_s
-        else:
-            is_turning = ops_per_s > self._line_ops_per_s
-            needed_s = self._rules.over_for_s
-        if not is_turning:
-            self._since = None
-            return None
-        if self._since is None:
-            self._since = now
-        if now - self._since < needed_s:
-            return None
-        self._since = None
-        self.over = not self.over
-        return "crossed" if self.over else "left"
 
 
 # --- advice -------------------------------------------------------------------------------------

@@ -26,9 +26,9 @@ from pydantic import (
     model_validator,
 )
 
-from pokebridge.costs import MIGRATE_RULES
 from pokebridge.errors import ConfigError
 from pokebridge.model import Mode
+from pokebridge.red_line import MIGRATE_RULES, RED_LINE_OPS_PER_S
 from pokebridge.sharding import DEFAULT_SHARD_COUNT, MAX_SHARD_COUNT
 from pokebridge.submission import MAX_BODY_BYTES
 
@@ -181,7 +181,7 @@ class Settings(BaseModel):
     ordinal decides."""
     lease_s: Annotated[float, Field(ge=0.5, le=300)] = 5
     """Seconds without a sign of life after which an instance counts as dead and its shards move."""
-    red_line_ops_per_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5000
+    red_line_ops_per_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = RED_LINE_OPS_PER_S
     """The red line: deliveries per second in the whole cluster (messages per second times
     instances) above which fan-out is no longer advisable."""
     auto_over_s: _Seconds = MIGRATE_RULES.over_for_s

@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 
 from pokebridge.cluster.auto_mode import RedLineMonitor
 from pokebridge.cluster.load import ClusterLoad
-from pokebridge.costs import WatchRules
 from pokebridge.errors import ConflictError, CoordinationError
 from pokebridge.model import Mode
+from pokebridge.red_line import WatchRules
 
 RULES = WatchRules(over_for_s=10, under_for_s=30, leave_at=0.5)
 LINE = 5000.0

@@ -14,23 +14,21 @@ from pokebridge.bench.plot import save_plot
 from pokebridge.cli.plan import TITLES
 from pokebridge.costs import (
     CPU_COSTS,
-    LOG_RULES,
     MAX_ADMIN_OPS_PER_MIN,
     MAX_FILTER_BYTES,
     MAX_SUBSCRIPTIONS,
-    MIGRATE_RULES,
     PRICES,
     SECONDS_A_MONTH,
     Outcome,
     Range,
     Strategy,
-    WatchRules,
     Workload,
     advise,
     evaluate,
     format_share,
     format_usd,
 )
+from pokebridge.red_line import LOG_RULES, MIGRATE_RULES, WatchRules
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "redline.md").read_text()

@@ -5,9 +5,9 @@ from typing import Protocol
 import structlog
 
 from pokebridge.cluster.load import ClusterLoad
-from pokebridge.costs import LOG_RULES, RedLineWatch, WatchRules
 from pokebridge.errors import ConflictError, CoordinationError
 from pokebridge.model import Mode
+from pokebridge.red_line import LOG_RULES, RedLineWatch, WatchRules
 
 log = structlog.get_logger(__name__)
 

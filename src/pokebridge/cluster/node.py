@@ -18,12 +18,12 @@ from pokebridge.cluster.history import History
 from pokebridge.cluster.load import ClusterStatus, InstanceMeter, InstanceStatus, cluster_load
 from pokebridge.cluster.membership import Membership, View
 from pokebridge.coordination.base import Coordination, Member
-from pokebridge.costs import MIGRATE_RULES
 from pokebridge.durations import RequestDurations
 from pokebridge.errors import ConflictError, CoordinationError, NotFoundError
 from pokebridge.gateway.gateway import Gateway
 from pokebridge.gateway.shard_routing import Reach
 from pokebridge.model import Mode
+from pokebridge.red_line import MIGRATE_RULES
 from pokebridge.settings import Settings
 from pokebridge.sharding import shard_of
 from pokebridge.wire import CONNECT_PATH
