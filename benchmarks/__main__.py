@@ -13,7 +13,17 @@ from pathlib import Path
 import psutil
 import uvloop
 
-from benchmarks import handshakes, latency, mailbox, memory, noise, pokes, profiled, transports
+from benchmarks import (
+    handshakes,
+    latency,
+    mailbox,
+    memory,
+    noise,
+    pokes,
+    profiled,
+    transports,
+    verification,
+)
 from benchmarks.harness import BenchmarkError, Figure, progress
 from pokebridge.telemetry import configure_logging
 
@@ -26,6 +36,7 @@ MEASURES: dict[str, Callable[[], Awaitable[list[Figure]]]] = {
     "transports": transports.measure,
     "latency": latency.measure,
     "mailbox": mailbox.measure,
+    "verification": verification.measure,
 }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as bench
-from benchmarks import handshakes, latency, mailbox, memory, noise, pokes
+from benchmarks import handshakes, latency, mailbox, memory, noise, pokes, verification
 from benchmarks.harness import (
     BenchmarkError,
     Figure,
@@ -49,6 +49,13 @@ async def test_handshakes() -> None:
     """Authenticated handshakes cost CPU time on both servers."""
     figures = await taken(handshakes.measure(clients=300, rounds=1))
     assert between(0.05, figures["to websockets"], 10)
+
+
+async def test_verification() -> None:
+    """Every session is looked up in every kind of mailbox, at a cost."""
+    figures = await taken(verification.measure(sessions=1000))
+    assert {"memory", "SQLite", "PostgreSQL"} < figures.keys()
+    assert all(between(0, figures[kind], 5) for kind in ("memory", "SQLite", "PostgreSQL"))
 
 
 async def test_noise() -> None:
