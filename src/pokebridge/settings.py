@@ -163,7 +163,8 @@ class Settings(BaseModel):
     # --- Cluster ---
 
     cluster: _Name = "default"
-    """Name of the cluster. Instances with the same name, transport and mailbox form one cluster."""
+    """Name of the cluster. Instances with the same name, transport and mailbox form one cluster.
+    Clusters with different names do not hear each other, even on one engine."""
     coordination: _PartUrl = "memory://"
     """Store through which instances agree who is alive and who owns which shard:
     postgresql://HOST/DB, nats://HOST:PORT (KV), redis://HOST:PORT/DB,

@@ -79,16 +79,16 @@ async def test_the_path_of_a_pubsub_url_is_the_topic() -> None:
         ("pubsub://pro_ject", "pubsub://pro_ject/push-notifications"),
     ):
         with pytest.raises(ConfigError, match=said):
-            await open_transport(url, instance="a", cluster="c")
+            await open_transport(url, instance="a-1", cluster="default")
 
 
 async def test_the_carrier_reaches_pubsub() -> None:
     """A topic's name that is too long with a shard behind it is refused where that matters."""
     url = f"pubsub://project-a/{'t' * 254}"
     with pytest.raises(ConfigError, match="t-2' is not a valid topic"):
-        await open_transport(url, instance="", cluster="c", carrier="topic", shard_count=3)
+        await open_transport(url, instance="a", cluster="default", carrier="topic", shard_count=3)
     with pytest.raises(ConfigError, match="'' is not a valid"):
-        await open_transport(url, instance="", cluster="c", carrier="filter", shard_count=3)
+        await open_transport(url, instance="", cluster="default", carrier="topic", shard_count=3)
 
 
 async def test_only_some_transports_leave_orphans() -> None:

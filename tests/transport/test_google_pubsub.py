@@ -75,7 +75,7 @@ async def test_subscriptions_are_named_labelled_and_short_lived(either: World) -
     for found in made.values():
         assert found.labels["cluster"] == "c-1"
         assert found.labels["instance"] == "i-1"
-        assert found.topic == either.topic
+        assert found.topic == f"{either.topic}~c-1"
         assert found.ack_deadline_seconds == 10
         assert found.message_retention_duration.total_seconds() == 600
         assert found.expiration_policy.ttl.total_seconds() == 86400

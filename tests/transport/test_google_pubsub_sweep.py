@@ -183,6 +183,7 @@ async def test_a_dry_run_only_looks(world: World, server: PubSubServer) -> None:
 
 async def test_what_is_not_ours_is_not_touched(world: World, server: PubSubServer) -> None:
     """Other clusters' and other software's subscriptions are not even looked into."""
+    janitor = await world.connect()
     elsewhere = await world.connect(cluster="other")
     await elsewhere.subscribe(Feed.ALL, RecordingReceiver())
     await crash(elsewhere)
@@ -190,7 +191,6 @@ async def test_what_is_not_ours_is_not_touched(world: World, server: PubSubServe
         await world.subscriber.create_subscription(
             name=f"projects/{world.project}/subscriptions/{name}", topic=world.topic
         )
-    janitor = await world.connect()
     report = await janitor.sweep(dead_after_s=DEAD_AFTER_S)
     assert (report.examined, report.orphans) == (0, ())
     assert server.calls["Pull"] == 0

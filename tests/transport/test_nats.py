@@ -299,22 +299,33 @@ class TestCredentials:
         self, run_server: RunServer, connect_url: ConnectUrl
     ) -> None:
         """The permissions that docs/transports/nats.md names suffice an instance and a backend."""
-        server = await asyncio.to_thread(
-            run_server,
-            """authorization {
-                ours = ["push-notifications", "push-notifications.*"]
-                users = [
-                    { user: instance, password: pw
-                      permissions: { publish: $ours, subscribe: $ours } }
-                    { user: backend, password: pw
-                      permissions: { publish: ["push-notifications", "push-notifications.*"]
-                                     subscribe: { deny: [">"] } } } ] }""",
-        )
-        instance = await connect_url(f"nats://instance:pw@{server.address}")
+        server = await asyncio.to_thread(run_server, documented_permissions()[0])
+        instance = await connect_url(f"nats://bridge:SECRET@{server.address}")
         receivers = {which: (await subscribe_live(instance, which))[1] for which in SELECTIONS}
-        backend = await connect_url(f"nats://backend:pw@{server.address}")
+        backend = await connect_url(f"nats://backend:SECRET@{server.address}")
         await backend.publish([Signal(b'{"recipient":"a"}', 42), Signal(b'{"recipient":"b"}')])
         await receivers[Feed.ALL].wait_for(lambda heard: len(heard.payloads) == 2)
+
+    async def test_what_the_docs_grant_a_cluster_is_its_own_and_no_others(
+        self, run_server: RunServer, connect_url: ConnectUrl
+    ) -> None:
+        """With a user for each cluster none can publish or listen in another cluster."""
+        server = await asyncio.to_thread(run_server, documented_permissions()[1])
+        red = await connect_url(f"nats://red:SECRET@{server.address}", cluster="red")
+        for which in SELECTIONS:
+            await subscribe_live(red, which)
+        intruder = await connect_url(f"nats://red:SECRET@{server.address}", cluster="blue")
+        with pytest.raises(TransportError, match="permission"):
+            await intruder.subscribe(Feed.ALL, RecordingReceiver())
+        with pytest.raises(TransportError, match="permission"):
+            await intruder.publish([Signal(b"{}")])
+
+
+def documented_permissions() -> list[str]:
+    """The examples of docs/transports/nats.md: for one cluster, and for several."""
+    page = Path(__file__).parents[2] / "docs" / "transports" / "nats.md"
+    parts = page.read_text().split("    authorization {")[1:]
+    return ["    authorization {" + part.split("\n\n")[0] for part in parts]
 
 
 class TestPermissions(PermissionContract):

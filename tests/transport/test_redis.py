@@ -12,7 +12,7 @@ import pytest
 import valkey
 
 from pokebridge.errors import ConfigError, TransportError
-from pokebridge.testing.transport import subscribe_live
+from pokebridge.testing.transport import RecordingReceiver, subscribe_live
 from pokebridge.transport.base import Feed, Signal
 from pokebridge.transport.redis import PUBLISH_CONNECTIONS, RedisTransport
 from tests.support import CutProxy, Daemon, wait_until
@@ -295,6 +295,25 @@ class TestCredentials(PermissionContract):
         backend = await connect_url(f"redis://backend:SECRET@{server.address}")
         await backend.publish([Signal(b'{"recipient":"a"}', 42), Signal(b'{"recipient":"b"}')])
         await receivers[Feed.ALL].wait_for(lambda heard: len(heard.payloads) == 2)
+
+    async def test_what_the_docs_grant_a_cluster_is_its_own_and_no_others(
+        self, server: Daemon, connect_url: ConnectUrl
+    ) -> None:
+        """With a user for each cluster none can publish or listen in another cluster."""
+        page = Path(__file__).parents[2] / "docs" / "transports" / "redis.md"
+        text = await asyncio.to_thread(page.read_text)
+        rules = text.split("    ACL SETUSER red ")[1].split("\n\n")[0].split()
+        with valkey.Valkey(port=server.port, password="d3fault") as client:
+            admin: Any = client
+            admin.execute_command("ACL", "SETUSER", "red", *rules)
+        red = await connect_url(f"redis://red:SECRET@{server.address}", cluster="red")
+        for which in SELECTIONS:
+            await subscribe_live(red, which)
+        intruder = await connect_url(f"redis://red:SECRET@{server.address}", cluster="blue")
+        with pytest.raises(TransportError, match="permission"):
+            await intruder.subscribe(Feed.ALL, RecordingReceiver())
+        with pytest.raises(TransportError, match="permission"):
+            await intruder.publish([Signal(b"{}")])
 
     async def test_a_changed_password_is_read_from_its_file(
         self, server: Daemon, connect_url: ConnectUrl, tmp_path: Path

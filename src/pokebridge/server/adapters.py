@@ -21,6 +21,7 @@ from pokebridge.mailbox.pushes import PushTiming
 from pokebridge.model import Mode
 from pokebridge.sharding import DEFAULT_SHARD_COUNT
 from pokebridge.transport.base import Carrier, Transport
+from pokebridge.transport.names import DEFAULT_TOPIC
 
 if TYPE_CHECKING:  # their modules import drivers, which may be missing
     from pokebridge.tracing import Tracing
@@ -290,8 +291,6 @@ async def _google_sweeper(choice: _Choice) -> Sweeper:
 
 
 def _project_and_topic(url: str) -> tuple[str, str]:
-    from pokebridge.transport.google_pubsub import DEFAULT_TOPIC
-
     project, _, topic = url.removeprefix("pubsub://").partition("/")
     return project, topic or DEFAULT_TOPIC
 

@@ -2,9 +2,10 @@
 
 Every subscription of an instance is its own Pub/Sub subscription, ephemeral and labelled. With the
 carrier ``filter`` it is attached to the one shared topic, and has a filter unless it takes
-everything. With the carrier ``topic`` each shard has a topic. The subscription is deleted when it
-is closed. ``sweep`` deletes what killed instances leave behind. It runs after the first
-``subscribe``, every hour, and in the command ``pokebridge janitor``.
+everything. With the carrier ``topic`` each shard has a topic. A cluster that is not called
+``default`` has topics of its own. The subscription is deleted when it is closed. ``sweep`` deletes
+what killed instances leave behind. It runs after the first ``subscribe``, every hour, and in the
+command ``pokebridge janitor``.
 """
 
 import asyncio
@@ -41,9 +42,9 @@ from pokebridge.transport.google_pubsub_sweep import (
     Target,
 )
 from pokebridge.transport.google_pubsub_topic import Topic
+from pokebridge.transport.names import DEFAULT_CLUSTER, DEFAULT_TOPIC, topic_of
 from pokebridge.wire import encode_probe
 
-DEFAULT_TOPIC = "push-notifications"
 SWEEP_EVERY_S = 3600.0
 SWEEP_SPREAD_S = 5.0
 AWAIT_REFUSAL_S = 0.5
@@ -60,10 +61,11 @@ class GooglePubSubTransport:
 
     Args:
         api: calls the project.
-        topic: the shared topic's short name.
+        topic: the shared topic's short name, in the cluster ``default``.
         instance: part of the names of this instance's subscriptions, and their label.
-        cluster: another label of the subscriptions.
-        carrier: with ``topic`` each shard has its own topic, ``<topic>-<shard>``.
+        cluster: the cluster whose signals are sent and received. Its name is part of the
+            topics' names, and a label of the subscriptions.
+        carrier: with ``topic`` each shard has its own topic.
         shard_count: the number of shards.
         create_topic: whether missing topics are created.
         sweep_every_s: how often this instance sweeps, once it subscribes. ``None``: never.
@@ -92,7 +94,9 @@ class GooglePubSubTransport:
         self._sweep_every_s = sweep_every_s
         # The topics used so far, by full name, and the shared one.
         self._topics: dict[str, Topic] = {}
-        self._shared = self._topic_named(f"projects/{api.project}/topics/{topic}")
+        self._shared = self._topic_named(
+            f"projects/{api.project}/topics/{topic_of(cluster, topic)}"
+        )
         # Open subscriptions by full name, and numbers for names that are in use.
         self._subscriptions: dict[str, PulledSubscription] = {}
         self._spare_numbers = itertools.count(2)
@@ -106,7 +110,7 @@ class GooglePubSubTransport:
         topic: str = DEFAULT_TOPIC,
         *,
         instance: str,
-        cluster: str = "default",
+        cluster: str = DEFAULT_CLUSTER,
         carrier: Carrier = "filter",
         shard_count: int = DEFAULT_SHARD_COUNT,
         create_topic: bool = True,
@@ -123,12 +127,15 @@ class GooglePubSubTransport:
                 topic is missing and may not be created.
             TransportError: Pub/Sub is unreachable.
         """
-        longest = topic if carrier == "filter" else f"{topic}-{shard_count - 1}"
+        longest = topic_of(cluster, topic)
+        if carrier == "topic":
+            longest += f"-{shard_count - 1}"
         for value, pattern, what in (
             (project, _PROJECT, "project"),
-            (longest, _TOPIC, "topic"),
             (instance, _NAME, "instance name"),
             (cluster, _NAME, "cluster name"),
+            (topic, _TOPIC, "topic"),
+            (longest, _TOPIC, "topic"),
         ):
             if not pattern.fullmatch(value):
                 raise ConfigError(f"pubsub://{project}/{topic}: {value!r} is not a valid {what}")
@@ -209,11 +216,11 @@ class GooglePubSubTransport:
 
     def _topic(self, shard: int | None) -> Topic:
         """The topic for signals of ``shard``, or for signals without a shard (``None``)."""
-        return self._topic_named(
-            self._shared.name
-            if shard is None or self._carrier == "filter"
-            else f"{self._shared.name}-{shard}"
-        )
+        if shard is None or self._carrier == "filter":
+            return self._shared
+        # A cluster may be called red-42, so a hyphen would not tell its topic from a shard's.
+        separator = "-" if self._cluster == DEFAULT_CLUSTER else "."
+        return self._topic_named(f"{self._shared.name}{separator}{shard}")
 
     def _topic_named(self, name: str) -> Topic:
         if name not in self._topics:

@@ -138,7 +138,7 @@ class Sweep:
 
     async def _subscriptions(self) -> AsyncIterator[Any]:
         """The subscriptions of the cluster's instances on the topic and its shards' topics."""
-        ours = re.compile(rf"{re.escape(self.topic)}(-\d+)?")
+        ours = re.compile(rf"{re.escape(self.topic)}([-.]\d+)?")
         token = ""
         while True:
             page = await self.api.call(

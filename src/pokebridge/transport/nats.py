@@ -2,6 +2,8 @@
 
 push-notifications            signals without a shard, and whatever people publish by hand
 push-notifications.<shard>    signals of one shard
+
+In a cluster that is not called ``default`` both begin with ``push-notifications~<cluster>``.
 """
 
 import asyncio
@@ -25,6 +27,7 @@ from pokebridge.engines.nats import (
 from pokebridge.engines.urls import url_options
 from pokebridge.errors import ConfigError, TransportError
 from pokebridge.transport.base import Feed, Receiver, Selection, Signal, Subscription
+from pokebridge.transport.names import DEFAULT_CLUSTER, DEFAULT_TOPIC, topic_of
 from pokebridge.transport.reconnecting_link import (
     DIAL_TIMEOUT_S,
     Deliver,
@@ -54,8 +57,8 @@ class NatsTransport:
         cls,
         url: str,
         *,
-        subject: str = "push-notifications",
-        cluster: str = "default",
+        subject: str = DEFAULT_TOPIC,
+        cluster: str = DEFAULT_CLUSTER,
         instance: str = "",
     ) -> Self:
         """Connect to the servers in ``url``.
@@ -63,15 +66,16 @@ class NatsTransport:
         Args:
             url: the servers, as described in :mod:`pokebridge.engines.nats`. The option
                 ``interest_spread_s`` replaces :data:`INTEREST_SPREAD_S`.
-            subject: the subject of signals without a shard.
-            cluster: part of the connection's name in NATS's monitoring, like ``instance``.
-            instance: see ``cluster``.
+            subject: the subject of signals without a shard, in the cluster ``default``.
+            cluster: the cluster whose signals are sent and received. Its name is part of the
+                subjects, and of the connection's name in NATS's monitoring.
+            instance: part of the connection's name.
 
         Raises:
             ConfigError: the URL or the subject is invalid, or a file is unreadable.
             TransportError: no server is available, or the credentials are refused.
         """
-        check_topic("the NATS subject", subject)
+        subject = topic_of(cluster, check_topic("the NATS subject", subject))
         servers = servers_in("transport", url)
         name = f"pokebridge {cluster} {instance}".strip()
         spread_s = _spread_in(url)

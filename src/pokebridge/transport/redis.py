@@ -3,6 +3,8 @@
 push-notifications            signals without a shard, and whatever people publish by hand
 push-notifications.<shard>    signals of one shard. On a Redis Cluster this is a sharded channel;
                               the plain channel of that name is received as well.
+
+In a cluster that is not called ``default`` both begin with ``push-notifications~<cluster>``.
 """
 
 import asyncio
@@ -34,6 +36,7 @@ from pokebridge.engines.urls import without_secrets
 from pokebridge.errors import TransportError
 from pokebridge.sharding import DEFAULT_SHARD_COUNT
 from pokebridge.transport.base import Feed, Receiver, Selection, Signal, Subscription
+from pokebridge.transport.names import DEFAULT_CLUSTER, DEFAULT_TOPIC, topic_of
 from pokebridge.transport.reconnecting_link import (
     ANSWER_TIMEOUT_S,
     CLOSE_TIMEOUT_S,
@@ -83,8 +86,8 @@ class RedisTransport:
         cls,
         url: str,
         *,
-        channel: str = "push-notifications",
-        cluster: str = "default",
+        channel: str = DEFAULT_TOPIC,
+        cluster: str = DEFAULT_CLUSTER,
         instance: str = "",
         shard_count: int = DEFAULT_SHARD_COUNT,
     ) -> Self:
@@ -92,16 +95,17 @@ class RedisTransport:
 
         Args:
             url: the server, as described in :mod:`pokebridge.engines.redis`.
-            channel: the channel of signals without a shard.
-            cluster: part of the connections' name in ``CLIENT LIST``, like ``instance``.
-            instance: see ``cluster``.
+            channel: the channel of signals without a shard, in the cluster ``default``.
+            cluster: the cluster whose signals are sent and received. Its name is part of the
+                channels, and of the connections' name in ``CLIENT LIST``.
+            instance: part of the connections' name.
             shard_count: the number of sharded channels of a Redis Cluster.
 
         Raises:
             ConfigError: the URL or the channel is invalid.
             TransportError: the server is unavailable, or the credentials are refused.
         """
-        check_topic("the Redis channel", channel)
+        channel = topic_of(cluster, check_topic("the Redis channel", channel))
         client_name = f"pokebridge:{cluster}:{instance}".strip(":")
         transport = cls(url, channel, client_name, shard_count)
         await transport._link.open()
