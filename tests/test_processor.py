@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from pokebridge import attempts, processor
+from pokebridge import processor, supervisor
 from pokebridge.errors import InputError, MailboxError, MailboxFullError, TransportError
 from pokebridge.mailbox.base import Limits, Mailbox
 from pokebridge.mailbox.memory import MemoryMailbox
@@ -107,7 +107,7 @@ class WatchedMailbox(MemoryMailbox):
 @pytest.fixture(autouse=True)
 def quick_back_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test waits long for a second try."""
-    monkeypatch.setattr(attempts, "BACKOFF_CAP_S", 0.02)
+    monkeypatch.setattr(supervisor, "BACKOFF_CAP_S", 0.02)
 
 
 @pytest.fixture
@@ -437,7 +437,7 @@ class TestOutages:
                 await sender.send(message(EVE))
                 await confirmed(mailbox)
         assert set(publisher.pokes) == {Poke(BOB, 1), Poke(EVE, 1)}
-        assert {(line["event"], line["log_level"]) for line in logs} == {("step_failed", "error")}
+        assert {(line["event"], line["log_level"]) for line in logs} == {("task_failed", "error")}
         assert all(line["exc_info"] for line in logs)
 
     async def test_pauses_grow_with_full_jitter_to_a_cap(
@@ -458,8 +458,8 @@ class TestOutages:
             pass
 
         monkeypatch.setattr(random, "uniform", uniform)
-        monkeypatch.setattr(attempts, "BACKOFF_CAP_S", 2.0)
-        attempt = attempts.Attempts()
+        monkeypatch.setattr(supervisor, "BACKOFF_CAP_S", 2.0)
+        attempt = supervisor.Attempts("test")
         for _ in range(100):
             assert not await attempt(fail())
         assert await attempt(succeed())

@@ -28,6 +28,12 @@ def test_a_shard_is_always_in_range(recipient: str) -> None:
     assert 0 <= shard_of(recipient) < 100
 
 
+@given(st.text(st.characters(exclude_categories=[])))
+def test_any_string_has_a_shard(text: str) -> None:
+    """A signal may name what is no recipient, lone surrogates included: the hash takes it."""
+    assert 0 <= shard_of(text) < 100
+
+
 @pytest.mark.parametrize("value", [0, -1, 10_001])
 def test_impossible_shard_counts_are_refused(value: int) -> None:
     """A count that no cluster can have is a ConfigError that says so."""

@@ -74,6 +74,16 @@ def test_a_malformed_recipient_spoils_no_batch(recipient: str) -> None:
         b'{"type":"disconnect"}',
         b'{"type":null,"recipient":"b"}',
         b"[" * 100_000,
+        b'{"recipient":"b","x":' + b"[" * 3_000 + b"]" * 3_000 + b"}",
+        b'{"recipient":"b","x":' + b'{"x":' * 3_000 + b"1" + b"}" * 3_000 + b"}",
+        b'{"recipient":"b","version":' + b"9" * 10_000 + b"}",
+        b'{"recipient":"b","version":NaN}',
+        b'{"recipient":"b","version":1e999}',
+        '{"recipient":"urn:user:josé"}'.encode(),
+        b'{"recipient":"urn:user:jos\\u00e9"}',
+        b'{"recipient":"\\ud800"}',
+        b'{"recipient":"\xed\xa0\x80"}',
+        '{"type":"disconnect","recipient":"josé"}'.encode(),
     ],
 )
 def test_anything_else_is_a_signal_error(body: bytes) -> None:

@@ -15,10 +15,10 @@ from typing import Final, Protocol, Self
 
 import structlog
 
-from pokebridge.attempts import Attempts, Part, keep_doing
 from pokebridge.errors import MailboxFullError
 from pokebridge.mailbox.base import Mailbox
 from pokebridge.model import NewMessage, Poke, Receipt, check_recipient
+from pokebridge.supervisor import Attempts, Part, keep_doing, supervise
 
 # Pokes in one publish, one confirmation and one step of a sweep.
 BATCH: Final = 1_000
@@ -131,15 +131,15 @@ class Processor:
 
     async def start(self) -> None:
         """Start the loops. The first sweep runs at once."""
-        loops = {"publish": self._keep_publishing(), "confirm": self._keep_confirming()}
-        if self._does_upkeep:
-            loops |= {
-                "sweep": keep_doing(self._sweep, self._sweep_every_s),
-                "purge": keep_doing(self._purge, self._purge_every_s),
-            }
         self._tasks = [
-            asyncio.create_task(loop, name=f"processor-{name}") for name, loop in loops.items()
+            supervise("processor_publish", self._keep_publishing),
+            supervise("processor_confirm", self._keep_confirming),
         ]
+        if self._does_upkeep:
+            self._tasks += [
+                keep_doing("processor_sweep", self._sweep, self._sweep_every_s),
+                keep_doing("processor_purge", self._purge, self._purge_every_s),
+            ]
 
     async def close(self, *, deadline_s: float = 5.0) -> None:
         """Publish and confirm the pending pokes, for at most ``deadline_s`` seconds, and stop.
@@ -180,13 +180,13 @@ class Processor:
 
     async def _keep_publishing(self) -> None:
         """Publish the pokes of sent messages. A failed batch is left to the sweep."""
-        attempt = Attempts()
+        attempt = Attempts("processor_publish")
         while batch := await self._unpublished.take(BATCH):
             if await attempt(self._publish(batch)):
                 self._unconfirmed.add(batch)
 
     async def _keep_confirming(self) -> None:
-        attempt = Attempts()
+        attempt = Attempts("processor_confirm")
         while batch := await self._unconfirmed.take(BATCH):
             if await attempt(self._confirm(batch)) and len(batch) < BATCH:
                 await asyncio.sleep(CONFIRM_EVERY_S)

@@ -11,10 +11,12 @@ MAX_SHARD_COUNT = 10_000
 def shard_of(recipient: str, shard_count: int = DEFAULT_SHARD_COUNT) -> int:
     """The shard of ``recipient``: unsigned CRC-32 (zlib's) of the whole string, modulo the count.
 
+    A recipient is ASCII. Any other string has a shard as well, since a signal may contain one.
+
     >>> shard_of("urn:user:bob", 100)
     69
     """
-    return crc32(recipient.encode("ascii")) % shard_count
+    return crc32(recipient.encode("utf-8", "surrogatepass")) % shard_count
 
 
 def check_shard_count(value: int) -> int:

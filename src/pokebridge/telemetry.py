@@ -55,6 +55,7 @@ class Metric(StrEnum):
     MESSAGES_REFUSED = "pokebridge_messages_refused_total", "Messages refused: a mailbox was full"
     PUSHES = "pokebridge_pushes_total", "Notifications posted to the webhook (result)"
     INGRESS_MESSAGES = "pokebridge_ingress_messages_total", "Messages from the queue (result)"
+    TASK_FAILURES = "pokebridge_task_failures_total", "Unforeseen errors in the background (task)"
     INGRESS_UP = "pokebridge_ingress_up", "1 while the queue can be read"
     HTTP_SECONDS = (
         "pokebridge_http_request_duration_seconds",

@@ -48,16 +48,19 @@ _encode_json = msgspec.json.Encoder().encode
 def decode_signal(body: bytes) -> Sequence[Poke] | Disconnect | Probe:
     """What ``body`` says.
 
-    A recipient's form is not checked, as every instance decodes every poke of a cluster: one that
-    is malformed can have no session, so its poke is dropped as noise, without its batch.
+    A recipient's form is hardly checked, as every instance decodes every poke of a cluster: one
+    that is malformed can have no session, so its poke is dropped as noise, without its batch.
 
     Raises:
-        SignalError: it is none of the bodies of protocol.md section 2, nor a probe of ours.
+        SignalError: it is none of the bodies of protocol.md section 2, nor a probe of ours. No
+            other error is raised, whatever the bytes are.
     """
     try:
         fields = _decode_body(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except Exception as error:  # noqa: BLE001 - anybody may publish, and deep nesting is no DecodeError
         raise SignalError(str(error)) from None
+    if fields.recipient is not None and not fields.recipient.isascii():
+        raise SignalError("a recipient is visible ASCII characters")
     if fields.type == "poke":
         if fields.recipient is not None and fields.pokes is None:
             return [Poke(fields.recipient, fields.version)]

@@ -218,7 +218,7 @@ async def test_a_defect_holds_nobody_up(queue: Queue, monkeypatch: pytest.Monkey
             await queue.publish(order(id="order-7"), order(EVE))
             [letter] = await buried(queue, 1)
             await wait_until(lambda: ingress.results["committed"] == 1)
-    assert [line["event"] for line in logs].count("step_failed") == ingress_module.MAX_DEFECTS - 1
+    assert [line["event"] for line in logs].count("task_failed") == 1
     assert "RuntimeError('bug')" in letter.reason
     assert ingress.results["retried"] == ingress_module.MAX_DEFECTS - 1
 

@@ -1,10 +1,12 @@
-"""What a test does to logging ends with the test."""
+"""What a test does to logging and to the counts of failures ends with the test."""
 
 import logging
 from collections.abc import Iterator
 
 import pytest
 import structlog
+
+from pokebridge import supervisor
 
 
 @pytest.fixture(autouse=True)
@@ -19,3 +21,5 @@ def restored_logging() -> Iterator[None]:
     root.handlers[:] = handlers
     root.setLevel(level)
     structlog.reset_defaults()
+    supervisor._logged_s.clear()
+    supervisor.task_failures.clear()

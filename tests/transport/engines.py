@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 
 from pokebridge.errors import TransportError
+from pokebridge.gateway.config import GatewayConfig
+from pokebridge.gateway.gateway import Gateway
+from pokebridge.gateway.meter import SAMPLE_EVERY
 from pokebridge.testing.transport import (
     Connect,
     RecordingReceiver,
@@ -20,6 +23,7 @@ from pokebridge.testing.transport import (
     prove_live,
     subscribe_live,
 )
+from pokebridge.tokens import TokenVerifier
 from pokebridge.transport import reconnecting_link
 from pokebridge.transport.base import Feed, Signal, Transport
 from tests.support import free_port, wait_until
@@ -30,6 +34,13 @@ ConnectUrl = Callable[..., Awaitable[Any]]
 PublishByHand = Callable[[str, bytes], Awaitable[None]]
 TlsServer = Callable[..., AbstractAsyncContextManager[str]]
 """``tls_server(ask=False)``: its URL without a query; ``ask`` for the client's certificate."""
+
+BAD_SIGNALS = [
+    '{"recipient":"urn:user:josé"}'.encode(),
+    b'{"recipient":"u","x":' + b"[" * 3_000 + b"]" * 3_000 + b"}",
+    b'{"recipient":"\\ud800"}',
+    b'{"recipient":"u","version":' + b"9" * 5_000 + b"}",
+]
 
 _topics = itertools.count()
 
@@ -102,6 +113,26 @@ class ByHandContract:
         await prove_live(transport, tagged, 42)
         assert untagged.payloads == [b'{"recipient":"a"}']
         assert tagged.payloads == [b'{"recipient":"b"}']
+
+    async def test_a_bad_signal_leaves_the_gateway_listening(
+        self, connect_topic: ConnectUrl, by_hand: PublishByHand
+    ) -> None:
+        """What the decoder or the hash chokes on is counted and dropped, tagged or not."""
+        config = GatewayConfig(instance="bad-signals")
+        transport = await connect_topic("bad-signals")
+        gateway = Gateway(config, transport, TokenVerifier(secret="0" * 32))
+        await gateway.start()
+        await wait_until(lambda: gateway.subscriptions.trouble is None)
+        counters = gateway.bridge.counters
+        for body in BAD_SIGNALS:
+            for topic in ("bad-signals", "bad-signals.69"):
+                for _ in range(SAMPLE_EVERY):
+                    await by_hand(topic, body)
+        sent = 2 * SAMPLE_EVERY * len(BAD_SIGNALS)
+        await wait_until(lambda: counters.malformed == sent)
+        assert gateway.subscriptions.trouble is None
+        assert gateway.subscriptions.gaps == 0
+        await gateway.close()
 
 
 class PermissionContract:

@@ -32,6 +32,7 @@ _LABELS = {
     Metric.HANDSHAKES: ("status",),
     Metric.PUSHES: ("result",),
     Metric.INGRESS_MESSAGES: ("result",),
+    Metric.TASK_FAILURES: ("task",),
     Metric.HTTP_SECONDS: ("method", "route", "status"),
 }
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS"})

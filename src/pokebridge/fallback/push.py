@@ -15,10 +15,10 @@ from typing import Final, Literal, Protocol
 import msgspec
 import structlog
 
-from pokebridge.attempts import Attempts, Part, keep_doing
 from pokebridge.backoff import backoff_s
 from pokebridge.errors import UnavailableError
 from pokebridge.mailbox.pushes import OwedPush, PushQueue
+from pokebridge.supervisor import Attempts, Part, keep_doing, run_once, supervise
 
 AT_ONCE: Final = 32
 LOOK_EVERY_S: Final = 0.5
@@ -112,8 +112,8 @@ class Pusher:
     async def start(self) -> None:
         """Start to send due pushes."""
         self._loops = [
-            asyncio.create_task(keep_doing(self._push_due, self._look_every_s), name="pusher-push"),
-            asyncio.create_task(keep_doing(self._purge, PURGE_EVERY_S), name="pusher-purge"),
+            keep_doing("pusher_claim", self._push_due, self._look_every_s),
+            keep_doing("pusher_purge", self._purge, PURGE_EVERY_S),
         ]
 
     async def close(self, *, deadline_s: float = 5.0) -> None:
@@ -142,7 +142,7 @@ class Pusher:
                     limit=1 if is_trial else room, lease_s=self._lease_s
                 )
             for push in pushes:
-                task = asyncio.create_task(self._push(push), name="pusher-post")
+                task = run_once("pusher_post", self._push(push))
                 self._under_way.add(task)
                 task.add_done_callback(self._under_way.discard)
             if not pushes:
@@ -182,7 +182,7 @@ class Pusher:
             with self._store.watched():
                 await write()
 
-        attempt = Attempts()
+        attempt = Attempts("pusher_post")
         while not await attempt(watched()) and monotonic() < until_s:
             pass
 
@@ -221,7 +221,7 @@ class Pulls:
 
     async def start(self) -> None:
         """Start to record pulls."""
-        self._telling = asyncio.create_task(self._keep_telling(), name="pulls-tell")
+        self._telling = supervise("pulls_tell", self._keep_telling)
 
     async def close(self) -> None:
         """Record the remaining pulls, if the mailbox is available."""
@@ -229,10 +229,10 @@ class Pulls:
             self._telling.cancel()
             await asyncio.gather(self._telling, return_exceptions=True)
             self._telling = None
-            await Attempts()(self._tell())
+            await Attempts("pulls_tell")(self._tell())
 
     async def _keep_telling(self) -> None:
-        attempt = Attempts()
+        attempt = Attempts("pulls_tell")
         while True:
             await self._changed.wait()
             await asyncio.sleep(self._tell_every_s)

@@ -7,10 +7,10 @@ from typing import Final, Literal
 
 import structlog
 
-from pokebridge.attempts import Attempts, Part
 from pokebridge.errors import InputError, MailboxFullError, UnavailableError
 from pokebridge.ingress.base import Delivery, Source
 from pokebridge.model import NewMessage, Receipt
+from pokebridge.supervisor import Attempts, Part, supervise
 
 # Messages that are taken at once. The next are taken after these were settled.
 BATCH: Final = 256
@@ -70,7 +70,7 @@ class Ingress:
 
     async def start(self) -> None:
         """Start to read. While the queue is unavailable it is retried."""
-        self._reading = asyncio.create_task(self._keep_reading(), name="ingress")
+        self._reading = supervise("ingress", self._keep_reading)
 
     async def close(self, *, deadline_s: float = 5.0) -> None:
         """Take no more messages, and settle those taken, for at most ``deadline_s`` seconds.
@@ -89,7 +89,7 @@ class Ingress:
         await self._source.close()
 
     async def _keep_reading(self) -> None:
-        attempt = Attempts()
+        attempt = Attempts("ingress")
         while not self._closing:  # a driver may swallow a cancellation
             await attempt(self._step())
 

@@ -35,6 +35,7 @@ from pokebridge.model import DEFAULT_DEVICE, NewMessage, Receipt
 from pokebridge.processor import Processor
 from pokebridge.publisher import Publisher
 from pokebridge.server.capacity import PullCapacity
+from pokebridge.supervisor import failing_tasks, task_failures
 from pokebridge.telemetry import Metric
 from pokebridge.tokens import TokenVerifier
 from pokebridge.transport.base import Transport
@@ -242,6 +243,7 @@ class Instance:
             reasons += await _trouble_of("tokens", parts.verifier.check)
         if parts.mailbox is not None:
             reasons += await _trouble_of("mailbox", parts.mailbox.check)
+        reasons += [f"task: {task} keeps failing, see the log" for task in failing_tasks()]
         return reasons
 
     def _read_metrics(self) -> Mapping[Metric, metrics.Value]:
@@ -277,6 +279,7 @@ class Instance:
             Metric.RED_LINE: parts.red_line_ops_per_s,
             Metric.OVER_RED_LINE: cluster.red_line.is_over,
             Metric.PULL_CAPACITY: self._capacity.per_s,
+            Metric.TASK_FAILURES: {(task,): count for task, count in task_failures.items()},
             Metric.COORDINATION_UP: cluster.trouble is None,
         }
         if parts.processor is not None:

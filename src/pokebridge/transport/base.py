@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from pokebridge.model import Feed, Selection
+from pokebridge.supervisor import note_failure
 
 __all__ = [
     "Carrier",
@@ -18,6 +19,8 @@ __all__ = [
     "Signal",
     "Subscription",
     "Transport",
+    "deliver",
+    "report_gap",
 ]
 
 Carrier = Literal["filter", "topic"]
@@ -34,11 +37,12 @@ class Signal(NamedTuple):
 class Receiver(Protocol):
     """Receives what a subscription delivers.
 
-    Both methods are called on the event loop's thread. They must not block.
+    Both methods are called on the event loop's thread. They must not block, nor raise. Adapters
+    call them by :func:`deliver` and :func:`report_gap`, which survive a defect.
     """
 
     def on_signal(self, body: bytes, tag: str | None) -> None:
-        """A signal arrived. ``tag`` is its shard as the publisher wrote it. Must not raise."""
+        """A signal arrived. ``tag`` is its shard as the publisher wrote it."""
 
     def on_gap(self, selection: Selection, reason: str) -> None:
         """Signals of ``selection`` may have been lost; the subscription delivers again.
@@ -46,6 +50,22 @@ class Receiver(Protocol):
         The call comes after the subscription is restored, not when it breaks. Whatever is published
         after this call arrives, or another gap is reported.
         """
+
+
+def deliver(receiver: Receiver, body: bytes, tag: str | None) -> None:
+    """Give ``receiver`` a signal. A defect there must not end the adapter's reading task."""
+    try:
+        receiver.on_signal(body, tag)
+    except Exception as error:  # noqa: BLE001 - it is counted and logged: the reader lives
+        note_failure("signal_receiver", error)
+
+
+def report_gap(receiver: Receiver, selection: Selection, reason: str) -> None:
+    """Tell ``receiver`` of a gap. A defect of one receiver must not keep it from the others."""
+    try:
+        receiver.on_gap(selection, reason)
+    except Exception as error:  # noqa: BLE001 - see above
+        note_failure("signal_receiver", error)
 
 
 class Subscription(Protocol):

@@ -25,7 +25,7 @@ import structlog
 
 from pokebridge.backoff import backoff_s
 from pokebridge.errors import TransportError
-from pokebridge.transport.base import Feed, Receiver, Selection, Signal
+from pokebridge.transport.base import Feed, Receiver, Selection, Signal, deliver, report_gap
 from pokebridge.transport.google_pubsub_api import (
     PubSubApi,
     PubSubError,
@@ -323,7 +323,7 @@ class PulledSubscription:
             # Google's emulator ignores filters.
             if self._takes_all or tag == self._wanted_tag:
                 body = message.data
-                self._receiver.on_signal(body, tag or self._own_tag)
+                deliver(self._receiver, body, tag or self._own_tag)
                 if body == self._proof:
                     self._proven.set()
         self._has_acks.set()
@@ -370,7 +370,7 @@ class PulledSubscription:
                     if not self._is_new:
                         log.warning("pubsub_gap", subscription=self.name, reason=gap)
                     self._is_new = False
-                    self._receiver.on_gap(self._source.selection, gap)
+                    report_gap(self._receiver, self._source.selection, gap)
             with suppress(TimeoutError):
                 async with asyncio.timeout(WATCH_S):
                     await self._doubted.wait()

@@ -7,7 +7,7 @@ can be lost, and there are no gaps.
 from collections.abc import Sequence
 
 from pokebridge.errors import TransportError
-from pokebridge.transport.base import Feed, Receiver, Selection, Signal
+from pokebridge.transport.base import Feed, Receiver, Selection, Signal, deliver
 
 
 class MemoryTransport:
@@ -35,7 +35,7 @@ class MemoryTransport:
         for body, shard in signals:
             for subscription in tuple(self._bus):
                 if subscription.matches(shard):
-                    subscription.receiver.on_signal(body, None if shard is None else str(shard))
+                    deliver(subscription.receiver, body, None if shard is None else str(shard))
 
     async def subscribe(self, selection: Selection, receiver: Receiver) -> "_Subscription":
         """Deliver matching signals to ``receiver`` from now on."""

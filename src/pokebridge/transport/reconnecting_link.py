@@ -22,7 +22,7 @@ import structlog
 from pokebridge.backoff import backoff_s
 from pokebridge.engines.addresses import first_of
 from pokebridge.errors import ConfigError, TransportError
-from pokebridge.transport.base import Receiver, Selection
+from pokebridge.transport.base import Receiver, Selection, deliver, report_gap
 
 # A connection counts as lost after two heartbeats without an answer, so 4 to 6 s after it was cut.
 # One is not enough: after a long stall of this process the answer is there, but not yet read.
@@ -193,7 +193,7 @@ class ReconnectingLink(Generic[C]):
     def _deliver(self, topic: str, name: bytes, body: bytes) -> None:
         tag = name[self._tag_at :].decode("latin-1") or None
         for subscription in self._routes.get(topic, ()):
-            subscription.receiver.on_signal(body, tag)
+            deliver(subscription.receiver, body, tag)
 
     def _add(self, subscription: "_RoutedSubscription") -> None:
         self._subscriptions[subscription] = None
@@ -251,7 +251,7 @@ class ReconnectingLink(Generic[C]):
             if restored.lost.done():  # the gap goes on
                 continue
             for subscription in tuple(self._subscriptions):
-                subscription.report_gap(reason)
+                report_gap(subscription.receiver, subscription.selection, reason)
             self.spawn(self._unsubscribe_unused())  # closed while the connection was restored
 
     async def _until_lost(self, connection: C) -> str:
@@ -320,13 +320,6 @@ class _RoutedSubscription:
     topics: Collection[str]
     receiver: Receiver
     selection: Selection
-
-    def report_gap(self, reason: str) -> None:
-        """Tell the receiver. An error of one receiver must not keep the gap from the others."""
-        try:
-            self.receiver.on_gap(self.selection, reason)
-        except Exception as error:  # noqa: BLE001 - see above
-            log.warning("transport_receiver_failed", error=repr(error))
 
     async def close(self) -> None:
         """Stop receiving."""
