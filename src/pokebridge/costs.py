@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, Self
 from pokebridge.model import Mode
 from pokebridge.red_line import MIGRATE_RULES, RED_LINE_OPS_PER_S
 
-Engine = Literal["pubsub", "nats"]
+Engine = Literal["pubsub", "nats", "redis"]
 
 SECONDS_A_MONTH = 730 * 3600  # 365 days / 12, as cloud prices count
 NEAR_SHARE = 0.8
@@ -53,8 +53,9 @@ class Prices:
     """Charged for a publish request or a pull response that holds less."""
     message_overhead_bytes: float = 7 + 20 + 16
     """Attribute ``shard`` with two digits, timestamp, id of 16 digits."""
-    nats_usd_a_month: Range = Range(0.0, 3 * 0.067006 * 730)
-    """From servers that run anyway to three of type e2-standard-2 (us-central1, list price)."""
+    servers_usd_a_month: Range = Range(0.0, 3 * 0.067006 * 730)
+    """NATS or Redis: from servers that run anyway to three of type e2-standard-2 (us-central1, list
+    price)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +82,14 @@ class CpuCosts:
 
     ``poke``: decoding, looking up and dropping a poke, by the pokes of its message
     (docs/benchmarks.md). ``pubsub_receive``: by the messages of a response
-    (docs/transports/google-pubsub.md). ``nats_receive_us``: at 30,000 and at 5,000 messages a
-    second (docs/transports/nats.md).
+    (docs/transports/google-pubsub.md). ``nats_receive_us`` and ``redis_receive_us``: at 30,000 and
+    at 5,000 messages a second (docs/transports/nats.md, redis.md).
     """
 
     poke: BatchCost = BatchCost(alone_us=1.153, batched_us=0.555, batch_size=100)
     pubsub_receive: BatchCost = BatchCost(alone_us=130.0, batched_us=2.5, batch_size=200)
     nats_receive_us: Range = Range(3.5, 5.0)
+    redis_receive_us: Range = Range(16.0, 22.0)
 
 
 PRICES = Prices()
@@ -124,11 +126,15 @@ class Strategy(StrEnum):
     """All subjects."""
     NATS_SUBJECT = "nats-subject"
     """A subject for each shard."""
+    REDIS_FANOUT = "redis-fanout"
+    """All channels."""
+    REDIS_CHANNEL = "redis-channel"
+    """A channel for each shard, which is a sharded one on a Redis Cluster."""
 
     @property
     def is_fanout(self) -> bool:
         """Every instance receives everything."""
-        return self in {Strategy.PUBSUB_FANOUT, Strategy.NATS_FANOUT}
+        return self is FANOUT[self.engine]
 
     @property
     def is_filtered(self) -> bool:
@@ -138,16 +144,18 @@ class Strategy(StrEnum):
     @property
     def engine(self) -> Engine:
         """What carries the signals."""
-        return "nats" if self in {Strategy.NATS_FANOUT, Strategy.NATS_SUBJECT} else "pubsub"
+        return next(engine for engine in FANOUT if self.startswith(f"{engine}-"))
 
 
 FANOUT: dict[Engine, Strategy] = {
     "pubsub": Strategy.PUBSUB_FANOUT,
     "nats": Strategy.NATS_FANOUT,
+    "redis": Strategy.REDIS_FANOUT,
 }
 PARTITIONED: dict[Engine, Strategy] = {
     "pubsub": Strategy.PUBSUB_TOPIC,
     "nats": Strategy.NATS_SUBJECT,
+    "redis": Strategy.REDIS_CHANNEL,
 }
 """The cheapest way to partition."""
 
@@ -228,7 +236,7 @@ def evaluate(
         usd_a_month=(
             _google_usd_a_month(load, 1 + copies, filtered, prices)
             if is_google
-            else prices.nats_usd_a_month
+            else prices.servers_usd_a_month
         ),
         over_red_line=deliveries_per_s > load.red_line_ops_per_s,
         obstacles=(
@@ -306,11 +314,14 @@ def _prefixes(load: Workload) -> int:
 def _received_us(load: Workload, strategy: Strategy, costs: CpuCosts) -> Range:
     """CPU time of a message that is received and dropped."""
     decode_us = load.pokes_per_message * costs.poke.at(load.pokes_per_message)
-    if strategy.engine == "nats":
-        receive_us = costs.nats_receive_us
-    else:
-        batch = load.messages_per_request
-        receive_us = Range(costs.pubsub_receive.at(batch.high), costs.pubsub_receive.at(batch.low))
+    match strategy.engine:
+        case "nats":
+            receive_us = costs.nats_receive_us
+        case "redis":
+            receive_us = costs.redis_receive_us
+        case "pubsub":
+            batch, cost = load.messages_per_request, costs.pubsub_receive
+            receive_us = Range(cost.at(batch.high), cost.at(batch.low))
     return Range(receive_us.low + decode_us, receive_us.high + decode_us)
 
 
@@ -355,6 +366,11 @@ def _obstacles(
 
 # --- advice -------------------------------------------------------------------------------------
 
+_HOW_TO_PARTITION: dict[Engine, str] = {
+    "pubsub": "a topic a shard (carrier = topic)",
+    "nats": "a subject a shard",
+    "redis": "a channel a shard",
+}
 Verdict = Literal["fine", "near", "critical"]
 
 
@@ -400,7 +416,6 @@ def advise(
             f"put more pokes into a message: {wasted}. Partitioning would still deliver"
             f" {partitioned.deliveries_per_s:,.0f}/s{_reason(load)}.",
         )
-    how = "a topic a shard (carrier = topic)" if engine == "pubsub" else "a subject a shard"
     bill = (
         f", for {format_usd(partitioned.usd_a_month)} a month"
         f" instead of {format_usd(fanout.usd_a_month)}"
@@ -410,7 +425,7 @@ def advise(
     limits = f" But mind: {'; '.join(partitioned.obstacles)}." if partitioned.obstacles else ""
     return Advice(
         "critical",
-        f"partition, with {how}: {wasted}. Partitioned they are"
+        f"partition, with {_HOW_TO_PARTITION[engine]}: {wasted}. Partitioned they are"
         f" {partitioned.deliveries_per_s:,.0f}/s, {format_share(partitioned.discarded_share)}"
         f" discarded{bill}.{limits}",
     )

@@ -26,7 +26,7 @@ main(sys.argv[1:])
 """
 
 
-def test_the_seeds_safe_example(run: Run) -> None:
+def test_the_roadmaps_safe_example(run: Run) -> None:
     """1,000 operations a second: the last line says that fan-out is fine, and why."""
     result = run("plan", *SAFE)
     assert result.status == 0
@@ -36,14 +36,14 @@ def test_the_seeds_safe_example(run: Run) -> None:
     assert "over the red line" not in result.out
 
 
-def test_the_seeds_critical_example(run: Run) -> None:
+def test_the_roadmaps_critical_example(run: Run) -> None:
     """50,000 operations a second, 98% discarded: the last line says to partition, and why."""
     result = run("plan", *CRITICAL)
     assert result.status == 0
     lines = result.out.splitlines()
     assert lines[-1].startswith("critical: partition")
     assert "50,000 deliveries/s are 10 times the red line of 5,000, and 98%" in lines[-1]
-    (fanout, _) = (line.split() for line in lines if "fan-out   " in line)
+    fanout, *_ = (line.split() for line in lines if "fan-out   " in line)
     assert fanout == ["fan-out", "50,000*", "98%", "0%", "0.18-6.43", "50", "100", "453-4,876"]
 
 
@@ -73,12 +73,13 @@ def test_json_has_the_contracts_shape(run: Run) -> None:
     assert report["measured"] is None
 
 
-def test_the_advice_is_for_the_engine(run: Run) -> None:
-    """On NATS there are subjects, and no bill."""
-    report = json.loads(run("plan", *CRITICAL, "--engine", "nats", "--json").out)
-    assert report["fanout"]["strategy"] == "nats-fanout"
-    assert report["partitioned"]["strategy"] == "nats-subject"
-    assert "subject a shard" in report["advice"]
+@pytest.mark.parametrize(("engine", "unit"), [("nats", "subject"), ("redis", "channel")])
+def test_the_advice_is_for_the_engine(run: Run, engine: str, unit: str) -> None:
+    """On NATS there are subjects, on Redis channels, and no bill."""
+    report = json.loads(run("plan", *CRITICAL, "--engine", engine, "--json").out)
+    assert report["fanout"]["strategy"] == f"{engine}-fanout"
+    assert report["partitioned"]["strategy"] == f"{engine}-{unit}"
+    assert f"a {unit} a shard" in report["advice"]
     assert "$" not in report["advice"]
 
 

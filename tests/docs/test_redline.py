@@ -98,8 +98,8 @@ def test_the_prices_are_the_models() -> None:
     assert limit == f"{MAX_SUBSCRIPTIONS:,}"
     assert data["administrative calls"] == f"{MAX_ADMIN_OPS_PER_MIN:,} a minute"
     assert data["a filter"].startswith(f"{MAX_FILTER_BYTES} bytes")
-    nats = format_usd(PRICES.nats_usd_a_month).replace("-", " to ")
-    assert data["NATS servers"] == f"{nats} a month"
+    servers = format_usd(PRICES.servers_usd_a_month).replace("-", " to ")
+    assert data["NATS or Redis servers"] == f"{servers} a month"
     assert data["a month"] == f"{SECONDS_A_MONTH:,} s"
     load = Workload(1, 1)
     assert data["a poke"] == f"{load.poke_size_bytes:.0f} bytes"
@@ -110,11 +110,13 @@ def test_the_prices_are_the_models() -> None:
 def test_the_measured_costs_are_the_models() -> None:
     """Every value in the second table of data."""
     costs = [(alone, batched.partition(" (")[0]) for _, alone, batched, _ in table("datum | alone")]
-    poke, receive, nats = CPU_COSTS.poke, CPU_COSTS.pubsub_receive, CPU_COSTS.nats_receive_us
+    poke, receive = CPU_COSTS.poke, CPU_COSTS.pubsub_receive
+    nats, redis = CPU_COSTS.nats_receive_us, CPU_COSTS.redis_receive_us
     assert costs == [
         (f"{poke.alone_us:g} µs", f"{poke.batched_us:g} µs"),
         (f"{receive.alone_us:g} µs", f"{receive.batched_us:g} µs"),
         (f"{nats.high:g} µs", f"{nats.low:g} µs"),
+        (f"{redis.high:g} µs", f"{redis.low:g} µs"),
     ]
 
 

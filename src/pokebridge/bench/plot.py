@@ -15,8 +15,6 @@ from pokebridge.errors import ConfigError
 if TYPE_CHECKING:  # an extra, and slow to import
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-if TYPE_CHECKING:  # an extra, and slow to import
-    from matplotlib.axes import Axes
 
 FORMATS = (".svg", ".png")
 _STEPS = 60
@@ -28,6 +26,8 @@ _STYLES: Mapping[Strategy, tuple[str, str]] = {
     Strategy.PUBSUB_TOPIC: ("#009E73", "-."),
     Strategy.NATS_FANOUT: ("#D55E00", "-"),
     Strategy.NATS_SUBJECT: ("#009E73", "-."),
+    Strategy.REDIS_FANOUT: ("#D55E00", "-"),
+    Strategy.REDIS_CHANNEL: ("#009E73", "-."),
 }
 # The same palette for the panels of a storm, and a red for limits and what crosses them.
 _BLUE, _ORANGE, _GREEN, _PURPLE, _GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#777777"

@@ -40,7 +40,11 @@ from pokebridge.sharding import MAX_SHARD_COUNT
 _DEFAULTS = {field.name: field.default for field in fields(Workload)}
 _WIDE_ENOUGH = 200
 
-_ENGINE_TITLES: dict[Engine, str] = {"pubsub": "Google Pub/Sub", "nats": "NATS"}
+_ENGINE_TITLES: dict[Engine, str] = {
+    "pubsub": "Google Pub/Sub",
+    "nats": "NATS",
+    "redis": "Redis",
+}
 TITLES = {
     Strategy.PUBSUB_FANOUT: "fan-out",
     Strategy.PUBSUB_FILTER: "filter a shard",
@@ -48,6 +52,8 @@ TITLES = {
     Strategy.PUBSUB_TOPIC: "topic a shard",
     Strategy.NATS_FANOUT: "fan-out",
     Strategy.NATS_SUBJECT: "subject a shard",
+    Strategy.REDIS_FANOUT: "fan-out",
+    Strategy.REDIS_CHANNEL: "channel a shard",
 }
 
 
