@@ -306,6 +306,10 @@ class SimMailbox:
         """See the port."""
         return await self._call(lambda kept: kept.clear(recipient))
 
+    async def begin_generation(self) -> int:
+        """See the port."""
+        return await self._call(lambda kept: kept.begin_generation())
+
     async def stats(self) -> MailboxStats:
         """See the port."""
         return await self._call(lambda kept: kept.stats())

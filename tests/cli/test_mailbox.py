@@ -131,3 +131,19 @@ def test_what_is_asked_for_wrongly(run: Run, arguments: tuple[str, ...], said: s
     assert result.err.startswith("pokebridge: ")
     assert result.err.count("\n") == 1
     assert said in result.err
+
+
+def test_restored(run: Run, url: str) -> None:
+    """The next version is above the base that it names, and the messages stay."""
+    base = json.loads(run("mailbox", "restored", "--mailbox", url, "--json").out)["base"]
+
+    async def send() -> int:
+        mailbox = await open_mailbox(url)
+        receipt = await mailbox.append(message(EVE))
+        await mailbox.close()
+        return receipt.version
+
+    assert asyncio.run(send()) == base + 1
+    assert left(url) == {BOB: [1], EVE: [1, base + 1]}
+    result = run("mailbox", "restored", "--mailbox", url)
+    assert (result.status, result.out.startswith("all new versions are above ")) == (0, True)

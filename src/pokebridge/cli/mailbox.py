@@ -1,4 +1,4 @@
-"""``pokebridge mailbox``: look into the mailbox, and clear it out."""
+"""``pokebridge mailbox``: look into the mailbox, clear it out, or say that it was restored."""
 
 import asyncio
 import json
@@ -88,6 +88,25 @@ def purge(
             click.confirm(f"Delete all messages of {name}?", abort=True, err=True)
         purged = _with_mailbox(url, config, lambda box: box.clear(name))
     click.echo(json.dumps({"purged": purged}) if as_json else f"{purged} purged")
+
+
+@mailbox.command(
+    epilog="Example: pokebridge mailbox restored --mailbox postgresql://me@db/poke",
+    short_help="Say that the mailbox is older than it was.",
+)
+@_mailbox_option
+@config_option
+@json_option
+def restored(url: str | None, config: Path | None, *, as_json: bool) -> None:
+    """Begin a new generation of versions after the mailbox was restored from a backup.
+
+    Clients remember the highest version that they have. A restored mailbox would give the same
+    versions to new messages, and clients would skip those. So the next versions are far above all
+    that were given out. Restores that are noticed without this command are listed in
+    docs/backup.md. Running it once too often does no harm.
+    """
+    base = _with_mailbox(url, config, lambda box: box.begin_generation())
+    click.echo(json.dumps({"base": base}) if as_json else f"all new versions are above {base}")
 
 
 async def _purge_expired(box: Mailbox) -> int:

@@ -74,9 +74,10 @@ class Mailbox(Protocol):
     Guarantees, tested by ``pokebridge.testing.mailbox.MailboxContract`` against every adapter:
 
     - **Dense**: a recipient's versions are 1, 2, 3, … in commit order, also under concurrent
-      senders in several processes. A reader never sees version n before n - 1 is committed. When
-      the store has gone back in time, an adapter that notices it continues far above every version
-      that was given out (docs/backup.md).
+      senders in several processes. A reader never sees version n before n - 1 is committed.
+    - **Never twice**: no version is given out twice. When a store that others share has gone back
+      in time, a new generation begins, far above every version that was given out. What can't be
+      noticed is told by ``begin_generation`` (docs/backup.md).
     - **Idempotent**: a message with an idempotency key, its (sender, id), is committed once. An
       append that repeats the key commits nothing and returns the first receipt, marked
       ``duplicate``. This holds for at least a week, also after the message itself is deleted.
@@ -171,6 +172,13 @@ class Mailbox(Protocol):
         The head stays, so that later versions are above every cursor.
         """
 
+    async def begin_generation(self) -> int:
+        """Begin a new generation of versions, as after a restore. Returns its base.
+
+        The next version of each recipient is above the base. The base is above all versions that
+        were ever given out, even those that the store has lost (docs/backup.md).
+        """
+
     async def stats(self) -> MailboxStats:
         """Count everything. This reads the whole store, so it is for people, not for a loop."""
 
@@ -187,6 +195,16 @@ def admit(*, waiting: int, closed: bool) -> None:
         raise MailboxError("the mailbox is closed")
     if waiting >= MAX_WAITING:
         raise MailboxError(f"the mailbox is overloaded: {MAX_WAITING} calls are waiting")
+
+
+def next_base(old: int, now_s: float) -> int:
+    """The base of the generation after the one with the base ``old``, at ``now_s`` (Unix time).
+
+    It follows the clock: 2¹¹ versions a millisecond are more than a recipient ever gets. So it is
+    above versions of later generations too, which a restored store does not know. It stays below
+    MAX_VERSION until the year 2109.
+    """
+    return max(int(now_s * 1000) << 11, old + 1)
 
 
 def expiry_ms(message: NewMessage, now_ms: int) -> int | None:

@@ -18,6 +18,7 @@ from pokebridge.mailbox.base import (
     Limits,
     MailboxStats,
     expiry_ms,
+    next_base,
     page_of,
 )
 from pokebridge.mailbox.memory_pushes import MemoryPushes
@@ -68,6 +69,7 @@ class MemoryMailbox:
     ``push_timing`` appends lead to pushes.
 
     - ``_logs``: messages and acks by recipient
+    - ``_base``: versions of the current generation are above it
     - ``_receipts``: version and time by (sender, id), oldest first
     - ``_outbox``: newest version and age's start by recipient
     - ``_expiries``: a heap of (expires_ms, recipient, version)
@@ -86,6 +88,7 @@ class MemoryMailbox:
         self._clock = clock
         self._limits = limits or Limits()
         self._logs: dict[str, _Log] = {}
+        self._base = 0
         self._receipts: dict[tuple[str, str], tuple[int, int]] = {}
         self._outbox: dict[str, tuple[int, int]] = {}
         self._expiries: list[tuple[int, str, int]] = []
@@ -102,7 +105,7 @@ class MemoryMailbox:
         log = self._logs.setdefault(message.recipient, _Log())
         if not log.has_room(message.body, self._limits):
             raise self._limits.refuse()
-        log.head += 1
+        log.head = max(log.head, self._base) + 1
         log.kept_bytes += len(message.body)
         expires_ms = expiry_ms(message, now_ms)
         log.kept.append(
@@ -219,6 +222,12 @@ class MemoryMailbox:
         if self.pushes is not None:
             self.pushes.forget(recipient)
         return log.delete(0, len(log.kept))
+
+    async def begin_generation(self) -> int:
+        """See the port."""
+        self._check_open()
+        self._base = next_base(self._base, self._clock())
+        return self._base
 
     async def stats(self) -> MailboxStats:
         """See the port."""

@@ -101,6 +101,7 @@ PURGE_MESSAGES: Final = "SELECT purge_messages($1, $2)"
 PURGE_RECEIPTS: Final = "SELECT purge_receipts($1, now_ms($2) - $3)"
 PURGE_BATCHES: Final = "SELECT purge_batches($1, now_ms($2) - $3)"
 PURGE_DEVICES: Final = "SELECT purge_devices($1, now_ms($2) - $3)"
+BEGIN_GENERATION: Final = "SELECT begin_generation(true)"
 CLEAR: Final = "SELECT clear_recipient($1)"
 STATS: Final = """
 SELECT count(*) FILTER (WHERE head > 0), coalesce(sum(kept_messages), 0)::bigint,
@@ -273,6 +274,10 @@ class PostgresMailbox:
     async def clear(self, recipient: str) -> int:
         """See the port."""
         return await self._count_of(CLEAR, recipient)
+
+    async def begin_generation(self) -> int:
+        """See the port."""
+        return await self._count_of(BEGIN_GENERATION)
 
     async def stats(self) -> MailboxStats:
         """See the port."""

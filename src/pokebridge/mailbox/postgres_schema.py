@@ -399,23 +399,31 @@ BEGIN
     RETURN answer;
 END $$;
 
--- The base of the current generation. A new one begins by the clock: 2^21 versions a second are
--- more than a recipient ever gets, so its base is above all versions that were given out, even
--- those that are lost. It stays below 2^53, what JavaScript can count to, until the year 2106.
+-- Begin a generation, unless one of this history has begun already. Its base follows the clock:
+-- 2^11 versions a millisecond are more than a recipient ever gets, so the base is above all that
+-- were given out, even those that are lost. It stays below 2^53, what JavaScript can count to,
+-- until the year 2109.
+CREATE FUNCTION begin_generation(a_forced boolean) RETURNS bigint LANGUAGE plpgsql AS $$
+DECLARE
+    answer bigint;
+BEGIN
+    INSERT INTO generation
+        VALUES (true, (extract(epoch FROM clock_timestamp()) * 1000)::bigint << 11,
+            current_history())
+    ON CONFLICT (one) DO UPDATE SET history = excluded.history,
+        base = greatest(excluded.base, generation.base + 1)
+        WHERE a_forced OR generation.history <> excluded.history;
+    SELECT base INTO answer FROM generation WHERE one;
+    RETURN answer;
+END $$;
+
+-- The base of the current generation.
 CREATE FUNCTION generation_base() RETURNS bigint LANGUAGE plpgsql AS $$
 DECLARE
     answer bigint;
 BEGIN
     SELECT base INTO answer FROM generation WHERE one AND history = current_history();
-    IF answer IS NULL THEN
-        INSERT INTO generation
-            VALUES (true, extract(epoch FROM clock_timestamp())::bigint << 21, current_history())
-        ON CONFLICT (one) DO UPDATE SET history = excluded.history,
-            base = greatest(excluded.base, generation.base + (1::bigint << 32))
-            WHERE generation.history <> excluded.history;
-        SELECT base INTO answer FROM generation WHERE one;
-    END IF;
-    RETURN answer;
+    RETURN coalesce(answer, begin_generation(false));
 END $$;
 
 INSERT INTO generation VALUES (true, 0, current_history());

@@ -14,6 +14,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from pokebridge.mailbox import sqlite_generation as generation
 from pokebridge.mailbox.base import (
     FORGET_BATCH,
     PAGE_BYTES,
@@ -26,6 +27,7 @@ from pokebridge.mailbox.base import (
 )
 from pokebridge.mailbox.pushes import PushTiming
 from pokebridge.mailbox.sqlite_file import open_file, pragma
+from pokebridge.mailbox.sqlite_guard import FileGuard
 from pokebridge.mailbox.sqlite_pushes import SqlitePushes, owe
 from pokebridge.mailbox.sqlite_workers import WorkerPool, commit_together, do_each
 from pokebridge.model import Message, NewMessage, Page, Poke, Receipt
@@ -35,10 +37,21 @@ WRITE_BATCH: Final = 512
 READ_BATCH: Final = 16
 # Pages that a purge gives back to the disk when more than a quarter of the file is free.
 VACUUM_PAGES: Final = 1024
+# Writes more than the largest message and its row.
+PROBE: Final = "INSERT OR REPLACE INTO probe VALUES (1, zeroblob(?))"
+PROBE_BYTES: Final = 72 * 1024
 
 
 class SqliteMailbox:
-    """The mailbox in one SQLite file. Create it with :meth:`open`, on the loop that will use it."""
+    """The mailbox in one SQLite file. Create it with :meth:`open`, on the loop that will use it.
+
+    - ``pushes``: the pending pushes, or ``None``
+    - ``_writes``, ``_reads``: the threads
+    - ``_guard``: watches the file
+    - ``_clock``: gives Unix time in seconds
+    - ``_limits``: the limits of each recipient
+    - ``_push_timing``: when pushes are due; ``None`` when there are none
+    """
 
     is_shared = True
 
@@ -46,15 +59,18 @@ class SqliteMailbox:
         self,
         writer: sqlite3.Connection,
         readers: Sequence[sqlite3.Connection],
+        guard: FileGuard,
         clock: Callable[[], float],
         limits: Limits,
         push_timing: PushTiming | None,
     ) -> None:
+        self._guard = guard
         self._clock = clock
         self._limits = limits
         self._push_timing = push_timing
-        self._writes = WorkerPool("mailbox-writer", [writer], commit_together, WRITE_BATCH)
-        self._reads = WorkerPool("mailbox-reader", readers, do_each, READ_BATCH)
+        commit = guard.writing(commit_together)
+        self._writes = WorkerPool("mailbox-writer", [writer], commit, WRITE_BATCH)
+        self._reads = WorkerPool("mailbox-reader", readers, guard.reading(do_each), READ_BATCH)
         self.pushes = (
             None
             if push_timing is None
@@ -78,8 +94,8 @@ class SqliteMailbox:
             ConfigError: the path can't be used, or the file is no mailbox.
             MailboxError: another process keeps the file locked.
         """
-        writer, *readers = await asyncio.to_thread(open_file, Path(path))
-        return cls(writer, readers, clock, limits or Limits(), push_timing)
+        (writer, *readers), guard = await asyncio.to_thread(open_file, Path(path), clock())
+        return cls(writer, readers, guard, clock, limits or Limits(), push_timing)
 
     async def append(self, message: NewMessage) -> Receipt:
         """See the port."""
@@ -153,9 +169,21 @@ class SqliteMailbox:
         """See the port."""
         return await self._reads.do(_stats)
 
+    async def begin_generation(self) -> int:
+        """See the port."""
+        return await self._writes.do(lambda db: generation.begin(db, self._clock()))
+
     async def check(self) -> None:
-        """Return when a transaction was committed and a reader answered."""
-        await self._writes.do(lambda db: _head(db, ""))
+        """Return when a transaction was committed and a reader answered.
+
+        After a write that failed, for lack of room for example, it writes much and deletes it.
+        """
+        if self._guard.trouble is None:
+            await self._writes.do(lambda db: _head(db, ""))
+        else:
+            await self._writes.do(lambda db: db.execute(PROBE, (PROBE_BYTES,)))
+            await self._writes.do(lambda db: db.execute("DELETE FROM probe"))
+            self._guard.recovered()
         await self._reads.do(lambda db: _head(db, ""))
 
     async def close(self) -> None:
@@ -177,11 +205,12 @@ def _append(db: sqlite3.Connection, message: NewMessage, limits: Limits, now_ms:
         ).fetchone()
         if first:
             return Receipt(message.id, first[0], duplicate=True)
+    (base,) = db.execute("UPDATE generation SET appended = appended + 1 RETURNING base").fetchone()
     row = db.execute(
-        "INSERT INTO heads VALUES (?1, 1, 1, ?2) ON CONFLICT (recipient) DO UPDATE"
-        " SET head = head + 1, kept_messages = kept_messages + 1, kept_bytes = kept_bytes + ?2"
-        " RETURNING head, kept_messages, kept_bytes",
-        (message.recipient, len(message.body)),
+        "INSERT INTO heads VALUES (?1, ?3 + 1, 1, ?2) ON CONFLICT (recipient) DO UPDATE"
+        " SET head = max(head, ?3) + 1, kept_messages = kept_messages + 1,"
+        " kept_bytes = kept_bytes + ?2 RETURNING head, kept_messages, kept_bytes",
+        (message.recipient, len(message.body), base),
     ).fetchone()
     version, kept_messages, kept_bytes = row
     if kept_messages > limits.max_messages or kept_bytes > limits.max_bytes:

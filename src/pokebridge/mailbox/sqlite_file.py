@@ -1,11 +1,19 @@
 """The SQLite mailbox's file: its schema, how it is opened, and how it is brought up to date."""
 
+import os
 import sqlite3
-from contextlib import ExitStack, closing
+import stat
+import threading
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Final
 
+import structlog
+
 from pokebridge.errors import ConfigError, MailboxError
+from pokebridge.mailbox import sqlite_generation as generation
+from pokebridge.mailbox.sqlite_generation import SideFile
+from pokebridge.mailbox.sqlite_guard import SUFFIXES, FileGuard
 from pokebridge.mailbox.sqlite_pushes import TABLES
 from pokebridge.mailbox.sqlite_workers import LOCK_TIMEOUT_S, result_code
 
@@ -81,29 +89,59 @@ _UNUSABLE: Final = {
     sqlite3.SQLITE_READONLY,
 }
 
+log = structlog.get_logger(__name__)
 
-def open_file(path: Path) -> list[sqlite3.Connection]:
-    """Open the file and migrate its schema. Returns the writer's connection, then the readers'."""
+_creating = threading.Lock()
+
+
+def open_file(path: Path, now_s: float) -> tuple[list[sqlite3.Connection], FileGuard]:
+    """Open the file and migrate its schema. ``now_s`` is the Unix time.
+
+    Returns the writer's connection, then the readers', and the file's guard.
+    """
     try:
         path = path.absolute()  # so that ":memory:" is a file like any other
         if not path.parent.is_dir():
             raise ConfigError(f"mailbox: the directory {path.parent} does not exist: create it")
+        _create(path)
         with ExitStack() as on_error:
             connections = [
                 on_error.enter_context(closing(_connect(path))) for _ in range(1 + READERS)
             ]
-            _bring_up_to_date(connections[0], path)
+            side_file = SideFile(path)
+            _bring_up_to_date(connections[0], path, side_file, now_s)
             connections[0].execute(
                 "PRAGMA busy_timeout = 0"
             )  # the worker pool waits for locks itself
+            for connection in connections:
+                connection.execute("SELECT 1 FROM heads").fetchone()  # opens SQLite's log as well
+            _close_to_others(path)
+            guard = FileGuard(path, side_file)
             on_error.pop_all()
-            return connections
+            return connections, guard
     except sqlite3.Error as error:
         if result_code(error) in _UNUSABLE:
             raise ConfigError(f"mailbox: {path} can't be used: {error}") from error
         raise MailboxError(f"the mailbox {path} can't be opened now: {error}") from error
     except OSError as error:
         raise ConfigError(f"mailbox: {path} can't be used: {error.strerror}") from error
+
+
+def _create(path: Path) -> None:
+    """Create the file, readable for its user only. SQLite gives its other files the same mode."""
+    # Closing a file ends the locks that this process has on it: nobody may have it open meanwhile.
+    with _creating, suppress(OSError):  # it exists, or SQLite says what is wrong
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+
+
+def _close_to_others(path: Path) -> None:
+    """Take the permissions of strangers away from files that earlier releases have created."""
+    for suffix in SUFFIXES:
+        file = path.with_name(path.name + suffix)
+        with suppress(FileNotFoundError, PermissionError):
+            mode = stat.S_IMODE(file.stat().st_mode)
+            if mode & stat.S_IRWXO:
+                file.chmod(mode & ~stat.S_IRWXO)
 
 
 def _connect(path: Path) -> sqlite3.Connection:
@@ -117,8 +155,13 @@ def _connect(path: Path) -> sqlite3.Connection:
     return db
 
 
-def _bring_up_to_date(db: sqlite3.Connection, path: Path) -> None:
-    """Check that the file is ours or new, and apply the missing migrations."""
+def _bring_up_to_date(
+    db: sqlite3.Connection, path: Path, side_file: SideFile, now_s: float
+) -> None:
+    """Check that the file is ours or new, and apply the missing migrations.
+
+    Begins a new generation when the file has gone back in time.
+    """
     # Has an effect on an empty file only. Purges can then give free pages back.
     db.execute("PRAGMA auto_vacuum = INCREMENTAL")
     try:
@@ -136,7 +179,13 @@ def _bring_up_to_date(db: sqlite3.Connection, path: Path) -> None:
             for statement in statements:
                 db.execute(statement)
         db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+        known, exists = side_file.read()
+        if (reason := generation.why_new(db, known, exists=exists)) is not None:
+            generation.begin(db, now_s)
         db.execute("COMMIT")
+        if reason is not None:
+            log.warning("mailbox_generation_begun", path=str(path), reason=reason)
+        side_file.write(generation.state_of(db))
     finally:
         if db.in_transaction:
             db.execute("ROLLBACK")

@@ -19,6 +19,7 @@ import pytest
 from pokebridge.errors import MailboxError
 from pokebridge.mailbox.base import Mailbox
 from pokebridge.model import MAX_VERSION, Message, Poke
+from pokebridge.testing.mailbox_generations import GenerationsContract
 from pokebridge.testing.mailbox_kit import (
     ALICE,
     BOB,
@@ -40,7 +41,7 @@ DAY_S = 24 * 3600.0
 Connect = Callable[[], Awaitable[Mailbox]]
 
 
-class MailboxContract(OutboxContract, LimitsContract):
+class MailboxContract(OutboxContract, LimitsContract, GenerationsContract):
     """What every mailbox promises (``pokebridge.mailbox.base``), except to survive its process."""
 
     # -- append and read ---------------------------------------------------------------------------
@@ -390,6 +391,7 @@ class MailboxContract(OutboxContract, LimitsContract):
             mailbox.confirm_outbox([Poke(BOB, 1)]),
             mailbox.purge(limit=1),
             mailbox.clear(BOB),
+            mailbox.begin_generation(),
             mailbox.stats(),
             mailbox.check(),
         ):
@@ -421,6 +423,15 @@ class DurableMailboxContract(MailboxContract):
         await after.ack(BOB, "tablet", 1)
         assert await versions(after) == [2]
         assert (await after.append(message())).version == 3
+
+    async def test_processes_share_a_generation(self, connect: Connect) -> None:
+        """A generation that one process begins counts for those that have long been open."""
+        one, other = await connect(), await connect()
+        await fill(one, 1)
+        await fill(other, 1)
+        base = await one.begin_generation()
+        assert (await other.append(message())).version == base + 1
+        assert (await (await connect()).append(message())).version == base + 2
 
     async def test_processes_share_one_count(self, connect: Connect) -> None:
         """Senders in several processes to one recipient: every version once, none missing."""

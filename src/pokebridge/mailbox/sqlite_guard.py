@@ -1,0 +1,122 @@
+"""Watches the open SQLite file: whether it is still the one at its path, and can be written."""
+
+import sqlite3
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from pokebridge.errors import MailboxError
+from pokebridge.mailbox.sqlite_generation import SideFile, state_of
+from pokebridge.mailbox.sqlite_workers import Job, Outcome, result_code
+
+SUFFIXES: Final = ("", "-wal", "-shm")
+"""The files that SQLite keeps while a mailbox is open."""
+_UNWRITABLE: Final = {
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_CORRUPT,
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_NOTADB,
+    sqlite3.SQLITE_PERM,
+    sqlite3.SQLITE_READONLY,
+}
+
+log = structlog.get_logger(__name__)
+
+DoBatch = Callable[[sqlite3.Connection, Sequence[Job]], list[Outcome]]
+
+
+class FileGuard:
+    """Stands between the threads and the file. Made once the file is open, with its side file.
+
+    When the file, or SQLite's log of it, was deleted or replaced, a commit would be lost with the
+    old one. So every call fails from then on, and only a new start opens the new file.
+
+    - ``trouble``: why the last write failed, until one is proven to work; ``None`` when well
+    - ``_identities``: device and inode by path, as they were opened
+    - ``_gone``: what happened to the file; ``None`` while it is in its place
+    - ``_is_recorded``: whether the side file could be written
+    """
+
+    def __init__(self, path: Path, side_file: SideFile) -> None:
+        self.trouble: str | None = None
+        self._path = path
+        self._side_file = side_file
+        paths = [path.with_name(path.name + suffix) for suffix in SUFFIXES]
+        self._identities = {it: found for it in paths if (found := _identity(it)) is not None}
+        self._gone: str | None = None
+        self._is_recorded = True
+        self._lock = threading.Lock()
+
+    def reading(self, do_batch: DoBatch) -> DoBatch:
+        """``do_batch``, refused once the file is gone."""
+
+        def do(db: sqlite3.Connection, jobs: Sequence[Job]) -> list[Outcome]:
+            return self._refusals(jobs) or do_batch(db, jobs)
+
+        return do
+
+    def writing(self, do_batch: DoBatch) -> DoBatch:
+        """As :meth:`reading`. Also notes failures, and records the state after each commit."""
+
+        def do(db: sqlite3.Connection, jobs: Sequence[Job]) -> list[Outcome]:
+            if refusals := self._refusals(jobs):
+                return refusals
+            outcomes = do_batch(db, jobs)
+            for outcome in outcomes:
+                if isinstance(outcome.error, sqlite3.Error):
+                    self._note(outcome.error)
+            self._record(db)
+            # The file may have gone during the commit, which was lost with it then.
+            return self._refusals(jobs) or outcomes
+
+        return do
+
+    def recovered(self) -> None:
+        """Note that a large write was committed after ``trouble``."""
+        self.trouble = None
+        log.info("mailbox_writable_again", path=str(self._path))
+
+    def _refusals(self, jobs: Sequence[Job]) -> list[Outcome]:
+        if (gone := self._gone or self._find_gone()) is None:
+            return []
+        return [Outcome(job, None, MailboxError(gone)) for job in jobs]
+
+    def _find_gone(self) -> str | None:
+        for path, identity in self._identities.items():
+            if (now := _identity(path)) != identity:
+                what = "deleted" if now is None else "replaced"
+                with self._lock:
+                    if self._gone is None:
+                        self._gone = (
+                            f"the mailbox's file {path} was {what} while it was in use:"
+                            " restart this instance with the file that it shall use"
+                        )
+                        log.error("mailbox_file_gone", path=str(path), reason=what)
+                return self._gone
+        return None
+
+    def _note(self, error: sqlite3.Error) -> None:
+        if result_code(error) in _UNWRITABLE and self.trouble is None:
+            self.trouble = str(error)
+            log.error("mailbox_unwritable", path=str(self._path), reason=str(error))
+
+    def _record(self, db: sqlite3.Connection) -> None:
+        try:
+            self._side_file.write(state_of(db))
+            self._is_recorded = True
+        except (OSError, sqlite3.Error) as error:
+            if self._is_recorded:
+                log.warning("mailbox_state_unrecorded", path=str(self._path), reason=str(error))
+            self._is_recorded = False
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino

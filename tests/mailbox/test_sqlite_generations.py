@@ -1,0 +1,276 @@
+"""A SQLite mailbox whose file goes back in time, is deleted, or is full: no silent loss."""
+# ruff: noqa: ASYNC240 - what a test does to a file may block
+
+import asyncio
+import shutil
+import sqlite3
+import stat
+import sys
+import time
+from asyncio.subprocess import PIPE
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from structlog.testing import capture_logs
+
+from pokebridge.errors import MailboxError
+from pokebridge.mailbox import sqlite_generation
+from pokebridge.mailbox.sqlite import SqliteMailbox
+from pokebridge.model import MAX_VERSION
+from pokebridge.testing.mailbox_kit import BOB, fill, head, message, versions
+from tests.support import wait_until
+
+APPENDER = Path(__file__).with_name("appender.py")
+# Above the versions of the first generation, below those of a later one.
+GENERATION = 1 << 32
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where a mailbox can be made, in a directory of its own."""
+    (tmp_path / "here").mkdir()
+    return tmp_path / "here" / "mailbox.db"
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A directory for copies."""
+    (tmp_path / "saved").mkdir()
+    return tmp_path / "saved"
+
+
+async def send(path: Path, count: int) -> int:
+    """Open the mailbox, append ``count`` messages and close it. Returns the head."""
+    mailbox = await SqliteMailbox.open(path)
+    await fill(mailbox, count)
+    newest = await head(mailbox, BOB)
+    await mailbox.close()
+    return newest
+
+
+def change(path: Path, *statements: str) -> None:
+    """Do ``statements`` as another program."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        for statement in statements:
+            db.execute(statement)
+
+
+def copy_all(source: Path, target: Path) -> None:
+    """Copy every file of a directory over what is there, as ``cp -p SOURCE/* TARGET`` does."""
+    for file in source.iterdir():
+        shutil.copy2(file, target)
+
+
+def copy_the_file(source: Path, target: Path) -> None:
+    """Copy the database alone."""
+    shutil.copy2(source / "mailbox.db", target)
+
+
+def move_the_file(source: Path, target: Path) -> None:
+    """Put the copy in place of the database by a rename."""
+    (source / "mailbox.db").rename(target / "mailbox.db")
+
+
+def replace_all(source: Path, target: Path) -> None:
+    """Delete everything, then copy everything."""
+    for file in target.iterdir():
+        file.unlink()
+    copy_all(source, target)
+
+
+def replace_all_by_the_file(source: Path, target: Path) -> None:
+    """Delete everything, then copy the database alone, as on a new machine."""
+    for file in target.iterdir():
+        file.unlink()
+    copy_the_file(source, target)
+
+
+def delete_the_file(_source: Path, target: Path) -> None:
+    """Begin with an empty mailbox."""
+    (target / "mailbox.db").unlink()
+
+
+@pytest.mark.parametrize(
+    "restore",
+    [
+        copy_all,
+        copy_the_file,
+        move_the_file,
+        replace_all,
+        replace_all_by_the_file,
+        delete_the_file,
+    ],
+    ids=lambda it: it.__name__,
+)
+async def test_no_version_is_used_twice(
+    path: Path, saved: Path, restore: Callable[[Path, Path], None]
+) -> None:
+    """However an older file comes into its place, new messages are above the cursors of before.
+
+    They are dense from there on, an ack of before deletes none, and a restart changes nothing.
+    """
+    await send(path, 3)
+    copy_all(path.parent, saved)
+    backed_up_ns = time.time_ns()
+    cursor = await send(path, 5)
+    await wait_until(lambda: time.time_ns() > backed_up_ns + sqlite_generation.TOLERANCE_NS)
+    assert cursor == 8
+    restore(saved, path.parent)
+    mailbox = await SqliteMailbox.open(path)
+    await fill(mailbox, 7)
+    await mailbox.ack(BOB, "phone", cursor)
+    page = await mailbox.read(BOB, after=cursor, limit=10, unless_head=cursor)
+    assert len(page.messages) == 7
+    first = page.messages[0].version
+    assert GENERATION < first < page.version == first + 6 <= MAX_VERSION
+    await mailbox.close()
+    assert await send(path, 1) == first + 7
+
+
+async def test_a_copy_of_a_file_in_use(path: Path, saved: Path) -> None:
+    """A backup made while messages arrive, and put back after the process was killed."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, APPENDER, path, "urn:user:alice", "0", stdout=PIPE
+    )
+    assert process.stdout is not None
+    await process.stdout.readline()
+    await asyncio.to_thread(change, path, f"VACUUM INTO '{saved / 'mailbox.db'}'")
+    for _ in range(100):
+        await process.stdout.readline()
+    process.kill()
+    rest, _ = await process.communicate()
+    cursor = max(map(int, rest.split()), default=100)
+    for suffix in ("-wal", "-shm"):
+        path.with_name(path.name + suffix).unlink()
+    copy_the_file(saved, path.parent)
+    mailbox = await SqliteMailbox.open(path)
+    assert await head(mailbox, BOB) < cursor
+    await fill(mailbox, 1)
+    assert await head(mailbox, BOB) > GENERATION
+    await mailbox.close()
+
+
+async def test_two_restores_of_one_copy(path: Path, saved: Path) -> None:
+    """What was given out after the first restore is not given out again after the second."""
+    await send(path, 3)
+    copy_the_file(path.parent, saved)
+    seen = 0
+    for _ in range(3):
+        copy_the_file(saved, path.parent)
+        newest = await send(path, 5)
+        assert newest - 5 > seen
+        seen = newest
+
+
+async def test_a_generation_goes_on(path: Path) -> None:
+    """Neither restarts, nor VACUUM, nor a second process, nor a kill begins a generation."""
+    assert await send(path, 2) == 2
+    assert await send(path, 2) == 4
+    await asyncio.to_thread(change, path, "VACUUM")
+    one = await SqliteMailbox.open(path)
+    await fill(one, 1)
+    assert await send(path, 1) == 6
+    await fill(one, 1)
+    await one.close()
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, APPENDER, path, "urn:user:alice", "0", stdout=PIPE
+    )
+    assert process.stdout is not None
+    for _ in range(50):
+        await process.stdout.readline()
+    process.kill()
+    await process.communicate()
+    mailbox = await SqliteMailbox.open(path)
+    newest = await head(mailbox, BOB)
+    await fill(mailbox, 1)
+    assert await versions(mailbox) == list(range(1, newest + 2))
+    await mailbox.close()
+
+
+async def test_a_file_of_an_earlier_release_goes_on(path: Path) -> None:
+    """A file without a generation, as 0.1.0 made it, continues; 0.1.0's statements still work."""
+    await send(path, 2)
+    await asyncio.to_thread(change, path, "DROP TABLE generation", "DROP TABLE probe")
+    path.with_name("mailbox.db.generation").unlink()
+    assert await send(path, 1) == 3
+    await asyncio.to_thread(change, path, "UPDATE heads SET head = head + 1")
+    assert await send(path, 1) == 5
+
+
+@pytest.mark.parametrize("suffix", ["", "-wal"])
+@pytest.mark.parametrize("is_replaced", [False, True])
+async def test_a_file_that_is_gone(path: Path, suffix: str, is_replaced: bool) -> None:  # noqa: FBT001
+    """Every call is refused once the file is deleted or replaced, for good, with one log line."""
+    mailbox = await SqliteMailbox.open(path)
+    await fill(mailbox, 1)
+    file = path.with_name(path.name + suffix)
+    kept = file.rename(file.with_name("kept"))
+    if is_replaced:
+        shutil.copy2(kept, file)
+    with capture_logs() as logs:
+        for call in (
+            mailbox.append(message()),
+            mailbox.read(BOB, after=0, limit=1),
+            mailbox.ack(BOB, "phone", 1),
+            mailbox.check(),
+        ):
+            with pytest.raises(MailboxError, match="restart this instance"):
+                await call
+        kept.rename(file)
+        with pytest.raises(MailboxError):
+            await mailbox.append(message())
+    (line,) = logs
+    assert line["event"] == "mailbox_file_gone"
+    assert line["reason"] == ("replaced" if is_replaced else "deleted")
+    await mailbox.close()
+
+
+async def test_a_file_that_goes_during_a_commit(path: Path) -> None:
+    """A commit into a file that was deleted meanwhile is not acknowledged."""
+    mailbox = await SqliteMailbox.open(path)
+    deleting = mailbox._writes.do(lambda _db: path.unlink())
+    appending = mailbox.append(message())
+    answers = await asyncio.gather(deleting, appending, return_exceptions=True)
+    assert [type(answer) for answer in answers] == [MailboxError, MailboxError]
+    await mailbox.close()
+
+
+async def test_a_full_disk_is_told(path: Path) -> None:
+    """While the disk is full the check fails, which is logged once; then both are well again."""
+    mailbox = await SqliteMailbox.open(path)
+    await mailbox.append(message())
+    await mailbox._writes.do(lambda db: db.execute("PRAGMA max_page_count = 30"))
+    big = message(body=b'"' + b"x" * 60_000 + b'"')
+    with capture_logs() as logs:
+        for _ in range(3):
+            calls = [mailbox.append(big) for _ in range(5)]
+            answers = await asyncio.gather(*calls, return_exceptions=True)
+            assert isinstance(answers[-1], MailboxError)
+            with pytest.raises(MailboxError, match="full"):
+                await mailbox.check()
+        await mailbox._writes.do(lambda db: db.execute("PRAGMA max_page_count = 10000"))
+        await mailbox.check()
+        await mailbox.check()
+    assert [line["event"] for line in logs] == ["mailbox_unwritable", "mailbox_writable_again"]
+    await mailbox.append(big)
+    await mailbox.close()
+
+
+async def test_the_files_are_private(path: Path) -> None:
+    """Nobody else may read a mailbox, not even one that an earlier release has created."""
+
+    def modes() -> set[int]:
+        return {stat.S_IMODE(file.stat().st_mode) for file in path.parent.iterdir()}
+
+    mailbox = await SqliteMailbox.open(path)
+    await fill(mailbox, 1)
+    assert len(list(path.parent.iterdir())) == 4
+    assert modes() == {0o600}
+    await mailbox.close()
+    path.chmod(0o644)
+    mailbox = await SqliteMailbox.open(path)
+    await fill(mailbox, 1)
+    assert modes() <= {0o600, 0o640}
+    await mailbox.close()
