@@ -95,6 +95,7 @@ async def kill_in_turn(kinds: Sequence[Sequence[Victim]], kills: int) -> None:
 @pytest.mark.timeout(KILLS * 10 + 110)
 async def test_every_accepted_message_arrives_once_and_in_order(
     own_postgres_server: Daemon,
+    nats_server: Daemon,
     serve: Serve,
     tmp_path: Path,
     record_property: Callable[[str, object], None],
@@ -108,7 +109,7 @@ async def test_every_accepted_message_arrives_once_and_in_order(
     mailbox = await PostgresMailbox.open(database.url)
     for recipient, device in itertools.product(crowd.RECIPIENTS, DEVICES):
         await mailbox.see_device(recipient, device)  # whoever reads first would delete for both
-    start = partial(serve, mailbox=database.url, drain_s=0)
+    start = partial(serve, mailbox=database.url, transport=nats_server.url, drain_s=0)
     instances = await asyncio.gather(*(asyncio.to_thread(start) for _ in range(2)))
     urls = [instance.url for instance in instances]
     tokens = {recipient: instances[0].token(recipient) for recipient in crowd.RECIPIENTS}
