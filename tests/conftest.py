@@ -20,12 +20,14 @@ from tests.support.engines import (
     valkey_server,
 )
 from tests.support.logs import restored_logging
+from tests.support.mute import names
 from tests.support.npm import client_package
 from tests.support.serving import serve
 
 __all__ = [
     "chromium",
     "client_package",
+    "names",
     "nats_server",
     "no_blocking_calls",
     "own_nats_server",

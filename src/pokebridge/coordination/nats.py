@@ -49,6 +49,7 @@ from pokebridge.engines.nats import (
     URL_OPTIONS,
     NatsClient,
     client_options,
+    dial_server,
     refusal_of,
     servers_in,
 )
@@ -193,7 +194,10 @@ class NatsCoordination:
     async def _dial(self) -> "_Bucket":
         """Dial any server. A change may have been missed meanwhile, so dialling counts as one."""
         options = await asyncio.to_thread(client_options, _PART, self._url, _OPTIONS)
-        dials = [partial(self._open_bucket, server, options) for server in self._servers]
+        dials = [
+            partial(dial_server, server, options, self._open_bucket, _Bucket.close)
+            for server in self._servers
+        ]
         bucket = await first_of(random.sample(dials, len(dials)), _Bucket.close)
         self._changed.set()
         return bucket

@@ -15,8 +15,8 @@ listens, which poolers such as PgBouncer do not support.
 import asyncio
 import datetime as dt
 from functools import partial
-from typing import Any, Self, TypeAlias
-from urllib.parse import urlsplit, urlunsplit
+from typing import Any, Self
+from urllib.parse import urlsplit
 
 import asyncpg
 import msgspec
@@ -29,15 +29,13 @@ from pokebridge.coordination.store_connection import (
     encode,
 )
 from pokebridge.engines import text_of
-from pokebridge.engines.addresses import first_of
+from pokebridge.engines.postgres import Connection, PostgresDialler
 from pokebridge.engines.urls import without_secrets
 from pokebridge.errors import ConfigError
 
 # How late a change is noticed.
 POLL_S = 0.5
 _CLOSE_TIMEOUT_S = 1.0
-
-_Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS pokebridge_members (
@@ -106,7 +104,7 @@ class PostgresCoordination:
     is_shared = True
     is_static = False
 
-    def __init__(self, connection: StoreConnection[_Connection], cluster: str) -> None:
+    def __init__(self, connection: StoreConnection[Connection], cluster: str) -> None:
         self._connection = connection
         self._cluster = cluster
         self._seen: asyncpg.Record | None = None
@@ -125,12 +123,24 @@ class PostgresCoordination:
             ConfigError: the URL is invalid.
             CoordinationError: the database is unavailable, or refuses.
         """
+        if urlsplit(url).scheme not in {"postgresql", "postgres"}:
+            raise ConfigError("the coordination URL must be postgresql://USER@HOST:PORT/DATABASE")
+        dialler = PostgresDialler(
+            "coordination",
+            url,
+            timeout_s=DIAL_TIMEOUT_S,
+            server_settings={"application_name": f"pokebridge {cluster}"},
+        )
         connection = StoreConnection(
             without_secrets(url),
-            dial=partial(_dial, url, cluster),
+            dial=partial(_dial, dialler, cluster),
             is_up=lambda connection: not connection.is_closed(),
             hang_up=_hang_up,
-            failures=(asyncpg.PostgresError, asyncpg.InterfaceError),
+            failures=(
+                asyncpg.PostgresError,
+                asyncpg.InterfaceError,
+                asyncpg.InternalClientError,
+            ),
             text_of=text_of,
         )
         store = cls(connection, cluster)
@@ -201,27 +211,8 @@ class PostgresCoordination:
         )
 
 
-async def _dial(url: str, cluster: str) -> _Connection:
-    parts = urlsplit(url)
-    if parts.scheme not in {"postgresql", "postgres"}:
-        raise ConfigError("the coordination URL must be postgresql://USER@HOST:PORT/DATABASE")
-    user, at, hosts = parts.netloc.rpartition("@")
-    # asyncpg gives one mute host all of the time, so it is told of one host at a time.
-    urls = [urlunsplit(parts._replace(netloc=f"{user}{at}{host}")) for host in hosts.split(",")]
-    return await first_of([partial(_connect, each, cluster) for each in urls], _hang_up)
-
-
-async def _connect(url: str, cluster: str) -> _Connection:
-    try:
-        connection = await asyncpg.connect(
-            url,
-            timeout=DIAL_TIMEOUT_S,
-            server_settings={"application_name": f"pokebridge {cluster}"},
-        )
-    except OSError:  # an invalid certificate is both an OSError and a ValueError
-        raise
-    except ValueError as error:  # asyncpg's error for an invalid URL
-        raise ConfigError(f"the coordination URL is invalid: {text_of(error)}") from None
+async def _dial(dialler: PostgresDialler, cluster: str) -> Connection:
+    connection = await dialler.connect()
     try:
         if await connection.fetchval(_MISSING):
             async with connection.transaction():
@@ -234,7 +225,7 @@ async def _connect(url: str, cluster: str) -> _Connection:
     return connection
 
 
-async def _hang_up(connection: _Connection) -> None:
+async def _hang_up(connection: Connection) -> None:
     try:
         await connection.close(timeout=_CLOSE_TIMEOUT_S)
     except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError):

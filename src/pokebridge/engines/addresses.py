@@ -1,7 +1,13 @@
-"""Dialling an engine that has several hosts, one of which may be mute."""
+"""Dialling a server that has several hosts, or a name with several addresses.
+
+One of them may be mute: it accepts no connection and refuses none, or it accepts and never answers.
+"""
 
 import asyncio
+import socket
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from ipaddress import ip_address
+from itertools import chain, zip_longest
 from typing import Any, TypeVar
 
 C = TypeVar("C")
@@ -50,3 +56,23 @@ async def first_of(
         for late in await asyncio.gather(*dialling, return_exceptions=True):
             if not isinstance(late, BaseException):
                 await discard(late)
+
+
+async def addresses_of(host: str, port: int) -> list[str]:
+    """Return the IP addresses of ``host`` in the resolver's order, its families by turns.
+
+    Families alternate, as RFC 8305 has it, because one of them may not be routed at all.
+
+    Raises:
+        OSError: the name has no address.
+    """
+    try:
+        return [str(ip_address(host))]
+    except ValueError:
+        pass
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    by_family: dict[int, list[str]] = {}
+    for family, _, _, _, address in found:
+        by_family.setdefault(family, []).append(str(address[0]))
+    turns = chain.from_iterable(zip_longest(*by_family.values()))
+    return list(dict.fromkeys(address for address in turns if address is not None))

@@ -7,22 +7,27 @@ credentials. The servers are interchangeable. ``tls://`` refuses a server withou
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from collections.abc import Set as AbstractSet
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from nats import errors
 from nats.aio.client import Client, RawCredentials
 
 from pokebridge.engines import text_of
+from pokebridge.engines.addresses import addresses_of, first_of
 from pokebridge.engines.urls import TLS_OPTIONS, tls_context, url_options
 from pokebridge.errors import ConfigError, MissingExtraError
 
 URL_OPTIONS = TLS_OPTIONS | {"creds_file", "nkey_file"}
+DEFAULT_PORT = 4222
 CLOSE_TIMEOUT_S = 1.0
+
+C = TypeVar("C")
 
 
 class NatsClient(Client):
@@ -124,6 +129,35 @@ def servers_in(part: str, url: str) -> list[str]:
     if parts.scheme not in {"nats", "tls"} or not hosts or parts.path.strip("/"):
         raise ConfigError(f"the {part} URL must be nats://HOST:PORT,HOST:PORT… or tls://…")
     return [f"{parts.scheme}://{host}" for host in hosts]
+
+
+async def dial_server(
+    server: str,
+    options: dict[str, Any],
+    dial: Callable[[str, dict[str, Any]], Coroutine[Any, Any, C]],
+    discard: Callable[[C], Awaitable[None]],
+) -> C:
+    """Return the first connection that ``dial`` makes to one of the addresses of ``server``.
+
+    Args:
+        server: a URL that :func:`servers_in` returned.
+        options: what :func:`client_options` made.
+        dial: is given a URL and its options.
+        discard: closes a connection that came too late.
+
+    Raises:
+        OSError: the server's name has no address.
+        Exception: what the first dial that failed raised, when all have failed.
+    """
+    parts = urlsplit(server)
+    host, port = parts.hostname or "", parts.port or DEFAULT_PORT
+    addresses = await addresses_of(host, port)
+    if len(addresses) == 1:
+        return await dial(server, options)
+    options = options | {"tls_hostname": host}
+    hosts = [f"[{address}]" if ":" in address else address for address in addresses]
+    dials = [partial(dial, f"{parts.scheme}://{host}:{port}", options) for host in hosts]
+    return await first_of(dials, discard)
 
 
 def client_options(part: str, url: str, allowed: AbstractSet[str] = URL_OPTIONS) -> dict[str, Any]:

@@ -8,19 +8,22 @@ database are optional. Options: ``ca_file``, ``cert_file`` and ``key_file`` (PEM
 import asyncio
 import re
 from collections.abc import Mapping
-from pathlib import Path
-from typing import cast
+from functools import partial
+from typing import Any, TypeAlias, cast
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-from redis.asyncio import BlockingConnectionPool
+from redis.asyncio import BlockingConnectionPool, Connection, SSLConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.credentials import CredentialProvider
 
-from pokebridge.engines.urls import TLS_OPTIONS, tls_context, url_options
+from pokebridge.engines.addresses import addresses_of, first_of
+from pokebridge.engines.urls import TLS_OPTIONS, read_secret, tls_context, url_options
 from pokebridge.errors import ConfigError
 
 RESP2, RESP3 = 2, 3
+
+_Stream: TypeAlias = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 class _PasswordFile(CredentialProvider):
@@ -29,7 +32,7 @@ class _PasswordFile(CredentialProvider):
     def __init__(self, part: str, user: str, path: str) -> None:
         self._part = part
         self._user = user
-        self._path = Path(path)
+        self._path = path
         self._read()  # so that a wrong path is reported at the start
 
     def get_credentials(self) -> tuple[str] | tuple[str, str]:
@@ -38,15 +41,13 @@ class _PasswordFile(CredentialProvider):
 
     async def get_credentials_async(self) -> tuple[str, str]:
         """The same without blocking the event loop."""
-        return cast("tuple[str, str]", await asyncio.to_thread(self.get_credentials))
+        try:
+            return cast("tuple[str, str]", await asyncio.to_thread(self.get_credentials))
+        except ConfigError as error:  # it was readable at the start, so this may pass
+            raise OSError(str(error)) from None
 
     def _read(self) -> str:
-        try:
-            return self._path.read_text(encoding="utf-8").strip()
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"the {self._part} URL's password_file is unreadable: {error}"
-            ) from None
+        return read_secret(self._part, "password_file", self._path)
 
 
 def hello_fields(said: object) -> Mapping[bytes, object]:
@@ -62,6 +63,43 @@ def hello_fields(said: object) -> Mapping[bytes, object]:
 def is_replica(hello: Mapping[bytes, object]) -> bool:
     """Whether the server that said ``hello`` is a replica. A server need not say."""
     return hello.get(b"role") in {b"replica", b"slave"}
+
+
+class _FirstToAnswer(Connection):
+    """A connection to the first address of its host's name that answers."""
+
+    async def _connect(self) -> None:
+        async with asyncio.timeout(self.socket_connect_timeout):
+            addresses = await addresses_of(self.host, self.port)
+            if len(addresses) > 1:
+                options = dict(self._connection_arguments())
+                name = options.pop("host")
+                if "ssl" in options:
+                    options["server_hostname"] = name
+                dials = [partial(_open_stream, address, options) for address in addresses]
+                stream = await first_of(dials, _close_stream)
+                self._reader, self._writer = stream
+                return
+        await super()._connect()  # type: ignore[no-untyped-call]  # theirs
+
+
+class _FirstToAnswerTLS(_FirstToAnswer, SSLConnection):
+    """The same over TLS."""
+
+
+async def _open_stream(address: str, options: Mapping[str, Any]) -> _Stream:
+    reader, writer = await asyncio.open_connection(address, **options)
+    try:
+        writer.write(b"PING\r\n")  # answered before the credentials are given, if by a refusal
+        await reader.readuntil(b"\n")
+    except BaseException:
+        writer.transport.abort()
+        raise
+    return reader, writer
+
+
+async def _close_stream(stream: _Stream) -> None:
+    stream[1].transport.abort()
 
 
 def node_address(announced: str, port: int, asked: str) -> str:
@@ -126,6 +164,7 @@ def connection_pool(
             driver_info=None,  # else each connection reads its version from the disk
             client_name=re.sub(r"[^!-~]", "-", client_name),
             credential_provider=credentials,
+            connection_class=_FirstToAnswerTLS if parts.scheme == "rediss" else _FirstToAnswer,
             **(tls if parts.scheme == "rediss" else {}),
         )
     except ValueError as error:

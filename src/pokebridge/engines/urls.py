@@ -5,6 +5,7 @@
 
 import ssl
 from collections.abc import Set as AbstractSet
+from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
 from pokebridge.errors import ConfigError
@@ -40,3 +41,15 @@ def tls_context(part: str, given: dict[str, str]) -> ssl.SSLContext:
         )
         raise ConfigError(f"the {part} URL's {files} is unusable: {error}") from None
     return context
+
+
+def read_secret(part: str, option: str, path: str) -> str:
+    """Return the text of the file that ``option`` names, without white space around it.
+
+    Raises:
+        ConfigError: the file is unreadable.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the {part} URL's {option} is unreadable: {error}") from None

@@ -7,10 +7,12 @@ stream   pokebridge-CLUSTER-dead-letters  keeps them
 The consumer and that stream are created when they are missing.
 """
 
+import asyncio
 import random
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Final, NamedTuple
+from functools import partial
+from typing import Any, Final, NamedTuple
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from nats import errors
@@ -19,7 +21,14 @@ from nats.js import JetStreamContext
 from nats.js.api import AckPolicy, ConsumerConfig, StreamConfig
 from nats.js.errors import NoStreamResponseError, NotFoundError
 
-from pokebridge.engines.nats import NatsClient, client_options, refusal_of, servers_in
+from pokebridge.engines.addresses import first_of
+from pokebridge.engines.nats import (
+    NatsClient,
+    client_options,
+    dial_server,
+    refusal_of,
+    servers_in,
+)
 from pokebridge.engines.urls import without_secrets
 from pokebridge.errors import ConfigError, TransportError
 from pokebridge.ingress.base import Delivery
@@ -138,15 +147,18 @@ class NatsSource:
             raise
 
     async def _dial(self) -> _Connection:
-        server = random.choice(self._servers)  # noqa: S311 - no secret
+        """Dial any server."""
+        options = await asyncio.to_thread(client_options, "ingress", self._url)
+        dials = [
+            partial(dial_server, server, options, self._dial_address, _hang_up)
+            for server in self._servers
+        ]
+        return await first_of(random.sample(dials, len(dials)), _hang_up)
+
+    async def _dial_address(self, address: str, options: dict[str, Any]) -> _Connection:
         client = NatsClient()
         try:
-            await client.dial(
-                server,
-                client_options("ingress", self._url),
-                name=self._name,
-                timeout_s=DIAL_TIMEOUT_S,
-            )
+            await client.dial(address, options, name=self._name, timeout_s=DIAL_TIMEOUT_S)
             jetstream = client.jetstream(timeout=CALL_TIMEOUT_S)
             await self._find_consumer(jetstream)
             pulls = await jetstream.pull_subscribe_bind(self._name, self._stream)
@@ -181,7 +193,11 @@ class NatsSource:
     async def _give_up(self) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
-            await connection.client.hang_up()
+            await _hang_up(connection)
+
+
+async def _hang_up(connection: _Connection) -> None:
+    await connection.client.hang_up()
 
 
 def _delivery(message: Msg) -> Delivery:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NamedTuple
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
+from pokebridge.engines.postgres import Connection
 from pokebridge.errors import ConfigError, InputError, MailboxError
 from pokebridge.mailbox.base import (
     FORGET_BATCH,
@@ -22,7 +23,7 @@ from pokebridge.mailbox.base import (
     ttl_ms,
 )
 from pokebridge.mailbox.batcher import Batcher
-from pokebridge.mailbox.postgres_pool import Connection, PostgresPool, Record
+from pokebridge.mailbox.postgres_pool import PostgresPool, Record
 from pokebridge.mailbox.postgres_pushes import PostgresPushes
 from pokebridge.mailbox.postgres_schema import ADDITIONS, MIGRATION_LOCK, MIGRATIONS
 from pokebridge.mailbox.pushes import PushTiming

@@ -6,20 +6,17 @@ whether the attempt was committed.
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
+from typing import Final, TypeAlias, TypeVar
 
 import asyncpg
 
 from pokebridge.backoff import backoff_s
+from pokebridge.engines.postgres import Connection, PostgresDialler
 from pokebridge.errors import ConfigError, MailboxError
 from pokebridge.mailbox.base import admit
 
 T = TypeVar("T")
 Record: TypeAlias = asyncpg.Record
-if TYPE_CHECKING:
-    Connection: TypeAlias = asyncpg.Connection[asyncpg.Record]
-else:
-    Connection = asyncpg.Connection  # takes no parameter outside its stubs
 
 CONNECTIONS: Final = 10
 # A call ends within CALL_TIMEOUT_S. An attempt without an answer is given up sooner, so that there
@@ -66,7 +63,7 @@ class PostgresPool:
     own pool for two reasons. That one starts a task whenever a connection is returned, which
     halves the look-ups per second. And it can't drop all idle connections when the network dies.
 
-    - ``_dsn``, ``_settings``: how connections are opened
+    - ``_dialler``: opens connections
     - ``_free``: counts the connections that may still be used or opened
     - ``_idle``: open connections, the most recently used last
     - ``_under_way``: calls under way; ``_nothing_under_way`` is set while there are none
@@ -74,8 +71,13 @@ class PostgresPool:
     """
 
     def __init__(self, dsn: str, *, schema: str) -> None:
-        self._dsn = dsn
-        self._settings = SERVER_SETTINGS | {"search_path": schema}
+        self._dialler = PostgresDialler(
+            "mailbox",
+            dsn,
+            timeout_s=ATTEMPT_TIMEOUT_S,
+            command_timeout=ATTEMPT_TIMEOUT_S,
+            server_settings=SERVER_SETTINGS | {"search_path": schema},
+        )
         self._free = asyncio.Semaphore(CONNECTIONS)
         self._idle: list[Connection] = []
         self._under_way = 0
@@ -138,7 +140,7 @@ class PostgresPool:
 
     async def _attempt(self, work: Callable[[Connection], Awaitable[T]]) -> T:
         async with self._free:
-            connection = self._pop_idle() or await self._connect()
+            connection = self._pop_idle() or await self._dialler.connect()
             try:
                 return await work(connection)
             except BaseException as error:
@@ -164,20 +166,6 @@ class PostgresPool:
     def _drop_idle(self) -> None:
         while self._idle:
             self._idle.pop().terminate()
-
-    async def _connect(self) -> Connection:
-        try:
-            return await asyncpg.connect(
-                self._dsn,
-                timeout=ATTEMPT_TIMEOUT_S,
-                command_timeout=ATTEMPT_TIMEOUT_S,
-                server_settings=self._settings,
-            )
-        except ValueError:  # its text is left out, since it may quote a password
-            raise ConfigError(
-                "mailbox: the URL is invalid: expected"
-                " postgresql://USER:PASSWORD@HOST:PORT/DATABASE, each part percent-encoded"
-            ) from None
 
 
 _FAILURES: Final = (

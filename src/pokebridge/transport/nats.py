@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 from nats import errors
 from nats.aio.subscription import Subscription as NatsSubscription
@@ -21,6 +21,7 @@ from pokebridge.engines.nats import (
     URL_OPTIONS,
     NatsClient,
     client_options,
+    dial_server,
     refusal_of,
     servers_in,
 )
@@ -190,20 +191,30 @@ class _NatsConnection:
         """Connect to ``server`` with the credentials of ``url``, whose files are read anew."""
         allowed = URL_OPTIONS | {_OPTION}
         options = await asyncio.to_thread(client_options, "transport", url, allowed)
-        connection = cls(server, deliver, spread_s)
+
+        async def dial(address: str, options: dict[str, Any]) -> Self:
+            return await cls(server, deliver, spread_s).open(address, options, name)
+
         try:
-            with connection._translated():
-                await connection._client.dial(
-                    server,
+            return await dial_server(server, options, dial, cls.close)
+        except OSError as error:
+            raise TransportError(f"{server}: {refusal_of(error)}") from error
+
+    async def open(self, address: str, options: dict[str, Any], name: str) -> Self:
+        """Connect to one address of the server, a URL. It closes itself when that fails."""
+        try:
+            with self._translated():
+                await self._client.dial(
+                    address,
                     options,
                     name=name,
                     timeout_s=DIAL_TIMEOUT_S,
-                    on_error=connection._on_error,
+                    on_error=self._on_error,
                 )
         except BaseException:
-            await connection.close()
+            await self.close()
             raise
-        return connection
+        return self
 
     @property
     def topics(self) -> AbstractSet[str]:

@@ -1,0 +1,164 @@
+"""Dialling PostgreSQL: the URL, its hosts, their addresses, and the password.
+
+The URL is ``postgresql://USER:PASSWORD@HOST:PORT,HOST:PORT/DATABASE``. Its options are libpq's,
+such as ``sslmode``, ``sslrootcert`` and ``passfile``, and ``password_file``. Both files are read at
+each connection, since they may have changed.
+"""
+
+import asyncio
+import os
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+import asyncpg
+
+from pokebridge.engines.addresses import addresses_of, first_of
+from pokebridge.engines.urls import read_secret
+from pokebridge.errors import ConfigError
+
+if TYPE_CHECKING:
+    Connection: TypeAlias = asyncpg.Connection[asyncpg.Record]
+else:
+    Connection = asyncpg.Connection  # takes no parameter outside its stubs
+
+DEFAULT_PORT = 5432
+
+
+class PostgresDialler:
+    """Dials the hosts of a URL. A host or an address that is mute costs half a second.
+
+    The one that answered last is dialled first. Where there is a choice, only a server that takes
+    writes is used: a standby that answers sooner than the primary must not be taken for it.
+
+    Args:
+        part: the setting that holds the URL, for errors: "mailbox", "coordination".
+        url: see this module.
+        timeout_s: how long dialling one address may take.
+        options: further arguments of :func:`asyncpg.connect`.
+
+    Raises:
+        ConfigError: ``password_file`` is unreadable.
+    """
+
+    def __init__(self, part: str, url: str, *, timeout_s: float, **options: Any) -> None:
+        self._part = part
+        self._options = {"timeout": timeout_s, **options}
+        parts = urlsplit(url)
+        given = dict(parse_qsl(parts.query, keep_blank_values=True))
+        if path := given.pop("password_file", None):
+            read_secret(part, "password_file", path)  # so that a wrong path is reported at once
+            self._options["password"] = partial(_password, part, path)
+            parts = parts._replace(query=urlencode(given))
+        self._is_choice_given = (
+            "target_session_attrs" in given or "PGTARGETSESSIONATTRS" in os.environ
+        )
+        credentials, at, hosts = parts.netloc.rpartition("@")
+        self._urls = [
+            urlunsplit(parts._replace(netloc=f"{credentials}{at}{host}"))
+            for host in hosts.split(",")
+        ]
+        self._last = _Target("", "")
+
+    async def connect(self) -> Connection:
+        """Connect to the first host that answers.
+
+        Raises:
+            ConfigError: the URL is invalid.
+            asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError:
+                no host can be reached, or it refuses.
+        """
+        urls = sorted(self._urls, key=lambda url: url != self._last.url)
+        made = await first_of([partial(self._dial_host, url) for url in urls], _discard)
+        self._last = made.target
+        return made.connection
+
+    async def _dial_host(self, url: str) -> "_Made":
+        try:
+            parts = urlsplit(url)
+            host, port = parts.hostname, parts.port or DEFAULT_PORT
+        except ValueError:
+            raise self._invalid() from None
+        whole = _Target(url, "")
+        if host is None or "%" in host:  # libpq's defaults, or the path of a socket
+            return await self._dial(whole)
+        try:
+            addresses = await addresses_of(host, port)
+        except OSError:  # asyncpg checks the rest of the URL, and then fails in the same way
+            addresses = []
+        targets = [_Target(url, address) for address in addresses] if addresses[1:] else [whole]
+        targets.sort(key=lambda target: target != self._last)
+        return await first_of([partial(self._dial, target) for target in targets], _discard)
+
+    async def _dial(self, target: "_Target") -> "_Made":
+        options = dict(self._options)
+        if (target.address or len(self._urls) > 1) and not self._is_choice_given:
+            options["target_session_attrs"] = "read-write"
+        if target.address:
+            options["loop"] = _LoopTo(target.address)
+        try:
+            return _Made(target, await asyncpg.connect(target.url, **options))
+        except OSError:  # an invalid certificate is both an OSError and a ValueError
+            raise
+        except ValueError:  # its text is left out, since it may quote a password
+            raise self._invalid() from None
+
+    def _invalid(self) -> ConfigError:
+        return ConfigError(
+            f"{self._part}: the URL is invalid: expected"
+            " postgresql://USER:PASSWORD@HOST:PORT/DATABASE, each part percent-encoded, and then"
+            " options of libpq, like ?sslmode=verify-full"
+        )
+
+
+class _Target(NamedTuple):
+    """A host, as a URL with no other, and one of its addresses.
+
+    The address is empty where there is no choice.
+    """
+
+    url: str
+    address: str
+
+
+class _Made(NamedTuple):
+    target: _Target
+    connection: Connection
+
+
+class _LoopTo:
+    """The running event loop, but its connections go to ``address``, whatever the host's name.
+
+    asyncpg has no argument for this. It must know the name, for TLS and for the password file.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._address = address
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else asyncpg asks of the loop."""
+        return getattr(self._loop, name)
+
+    def create_connection(
+        self, protocol: Callable[[], asyncio.Protocol], host: str, port: int, **options: Any
+    ) -> Coroutine[Any, Any, tuple[asyncio.Transport, asyncio.Protocol]]:
+        """Connect to the address."""
+        if options.get("ssl"):
+            options.setdefault("server_hostname", host)
+        return cast(
+            "Coroutine[Any, Any, tuple[asyncio.Transport, asyncio.Protocol]]",
+            self._loop.create_connection(protocol, self._address, port, **options),
+        )
+
+
+async def _password(part: str, path: str) -> str:
+    try:
+        return await asyncio.to_thread(read_secret, part, "password_file", path)
+    except ConfigError as error:  # it was readable at the start, so this may pass
+        raise OSError(str(error)) from None
+
+
+async def _discard(made: _Made) -> None:
+    made.connection.terminate()
