@@ -38,6 +38,14 @@ The suites in `pokebridge.testing` check what they promise: install the extra `t
 brings pytest and pytest-asyncio, and subclass a suite.
 """
 
+_STARS = {
+    griffe.ParameterKind.var_positional: "*",
+    griffe.ParameterKind.var_keyword: "**",
+}
+# A section of a Google-style docstring, and an item in it.
+_SECTION = re.compile(r"^(Args|Raises|Attributes):\n((?: {4}.*\n?)+)", re.MULTILINE)
+_ITEM = re.compile(r"^ {4}(\w+): ((?:.|\n {8})*)", re.MULTILINE)
+
 Exports = Mapping[str, Sequence[str]]
 """The public names of each module."""
 
@@ -115,6 +123,7 @@ def _section(name: str, found: griffe.Object) -> str:
             listed = ", ".join(f"`{_signature(field.name, field)}`" for field in fields)
             lines += [f"Fields: {listed}.", ""]
         if members := list(_members(found)):
+            lines += ["Members:", ""]
             lines += [f"- `{_signature(each.name, each)}`: {_summary(each)}" for each in members]
             lines.append("")
     return "\n".join(lines)
@@ -169,10 +178,11 @@ def _parameters(parameters: griffe.Parameters) -> str:
         if parameter.kind is griffe.ParameterKind.keyword_only and not seen_star:
             seen_star = True
             shown.append("*")
-        text = parameter.name
+        stars = _STARS.get(parameter.kind, "")
+        text = f"{stars}{parameter.name}"
         if parameter.annotation is not None:
             text += f": {parameter.annotation}"
-        if parameter.default is not None:
+        if parameter.default is not None and not stars:
             text += f" = {parameter.default}"
         shown.append(text)
     return f"({', '.join(shown)})"
@@ -183,7 +193,13 @@ def _text(found: griffe.Object) -> str:
     text = found.docstring.value.strip() if found.docstring is not None else ""
     text = re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"`\1`", text)
     text = re.sub(r"^::$", "Example:", text, flags=re.MULTILINE)
-    return re.sub(r"::$", ":", text, flags=re.MULTILINE).replace("``", "`")
+    text = re.sub(r"::$", ":", text, flags=re.MULTILINE).replace("``", "`")
+    return _SECTION.sub(lambda section: f"{section[1]}:\n\n{_list(section[2])}", text).rstrip()
+
+
+def _list(items: str) -> str:
+    listed = (f"- `{item[1]}`: {' '.join(item[2].split())}\n" for item in _ITEM.finditer(items))
+    return "".join(listed)
 
 
 def _summary(found: griffe.Object) -> str:

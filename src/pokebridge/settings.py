@@ -124,7 +124,7 @@ _Name = Annotated[
 
 
 class Settings(BaseModel):
-    """The settings of one instance, checked and unchangeable."""
+    """The settings of one instance. They are checked when they are made, and immutable."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -353,13 +353,15 @@ def load_settings(
     overrides: Mapping[str, Any] | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> Settings:
-    """The settings from ``overrides`` (flags), then ``environ``, then the TOML ``config_file``.
+    """Return the settings from ``overrides`` (flags), ``environ`` and the TOML ``config_file``.
 
-    An override of ``None`` and an empty variable count as not given. Without a ``config_file``
-    the one that ``POKEBRIDGE_CONFIG`` names is read. ``environ`` is the process's by default.
+    An override beats a variable, and a variable beats the file. An override of ``None`` and an
+    empty variable count as not given. Without a ``config_file`` the file that
+    ``POKEBRIDGE_CONFIG`` names is read. ``environ`` is the process's environment by default.
 
-    Raises :class:`~pokebridge.errors.ConfigError`: one line with the setting, where it came from
-    and what it may be; its value is left out, for it may be a secret.
+    Raises:
+        ConfigError: a setting is wrong. The message is one line with its name, its source and the
+            values that it may have. It omits the value, which may be a secret.
     """
     environ = os.environ if environ is None else environ
     if config_file is None and environ.get(f"{ENV_PREFIX}CONFIG"):
