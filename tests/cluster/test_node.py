@@ -75,7 +75,13 @@ class Nodes:
             migrate_rules=MIGRATE_RULES,
         )
         transport = self.bus.connect()
-        gateway_config = GatewayConfig(instance=name, shard_count=SHARDS, mode=mode)
+        gateway_config = GatewayConfig(
+            instance=name,
+            max_sessions_per_recipient=1,
+            verify_every_s=60,
+            shard_count=SHARDS,
+            mode=mode,
+        )
         gateway = Gateway(gateway_config, transport, TokenVerifier(secret=SECRET))
         drains: list[str] = []
         cluster = Cluster(
