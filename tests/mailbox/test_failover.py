@@ -59,6 +59,25 @@ def standby_of(primary: Daemon) -> Iterator[Daemon]:
             yield daemon
 
 
+async def cut_off(on_standby: Any, primary: Daemon) -> None:
+    """Let the standby catch up, then have it follow no more."""
+    by_hand = await asyncpg.connect(primary.url)
+    written = await by_hand.fetchval("SELECT pg_current_wal_lsn()::text")
+    await by_hand.close()
+
+    async def has_caught_up() -> bool:
+        caught_up = "SELECT pg_last_wal_replay_lsn() >= $1::text::pg_lsn"
+        return bool(await on_standby.fetchval(caught_up, written))
+
+    async def is_cut_off() -> bool:
+        return not await on_standby.fetch("SELECT FROM pg_stat_wal_receiver")
+
+    await wait_until(has_caught_up)
+    await on_standby.execute("ALTER SYSTEM SET primary_conninfo = ''")
+    await on_standby.execute("SELECT pg_reload_conf()")
+    await wait_until(is_cut_off)
+
+
 async def test_a_failover_loses_and_doubles_nothing(own_postgres_server: Daemon) -> None:
     """The primary is killed amid appends and its standby promoted: each call is only slow.
 
@@ -109,23 +128,7 @@ async def test_a_failover_that_loses_commits_gives_no_version_twice(
         mailbox = await PostgresMailbox.open(f"postgresql://postgres@{hosts}/postgres")
         on_standby = await asyncpg.connect(standby.url)
         await fill(mailbox, 3)
-
-        primary = await asyncpg.connect(own_postgres_server.url)
-        written = await primary.fetchval("SELECT pg_current_wal_lsn()::text")
-        await primary.close()
-
-        async def has_caught_up() -> bool:
-            caught_up = "SELECT pg_last_wal_replay_lsn() >= $1::text::pg_lsn"
-            return bool(await on_standby.fetchval(caught_up, written))
-
-        await wait_until(has_caught_up)
-        await on_standby.execute("ALTER SYSTEM SET primary_conninfo = ''")
-        await on_standby.execute("SELECT pg_reload_conf()")
-
-        async def is_cut_off() -> bool:
-            return not await on_standby.fetch("SELECT FROM pg_stat_wal_receiver")
-
-        await wait_until(is_cut_off)
+        await cut_off(on_standby, own_postgres_server)
         await fill(mailbox, 5)
         cursor = await head(mailbox, BOB)
         assert cursor == 8
