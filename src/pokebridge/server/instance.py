@@ -9,12 +9,12 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
-from pokebridge import __version__
 from pokebridge.api import app as api
 from pokebridge.api import metrics
 from pokebridge.api.messages import MailboxSide
@@ -250,7 +250,7 @@ class Instance:
         counters, subscriptions = gateway.bridge.counters, gateway.subscriptions
         view, me = cluster.view, parts.name
         numbers: dict[Metric, metrics.Value] = {
-            Metric.BUILD_INFO: {(__version__, me): 1},
+            Metric.BUILD_INFO: {(version("pokebridge"), me): 1},
             Metric.HANDSHAKES: {
                 (status,): count for status, count in gateway.entrance.handshakes.items()
             },
