@@ -53,8 +53,9 @@ def _cpu_ns(call: Callable[[bytes], object], bodies: Sequence[bytes]) -> int:
 
 def _gateway(sessions: int) -> Gateway:
     """A gateway with real sessions that receive no pokes."""
-    config = GatewayConfig(instance="bench", max_sessions_per_recipient=64, verify_every_s=60)
-    gateway = Gateway(config, MemoryTransport(), TokenVerifier(secret=SECRET))
+    gateway = Gateway(
+        GatewayConfig(instance="bench"), MemoryTransport(), TokenVerifier(secret=SECRET)
+    )
     for number in range(sessions):
         session = Session(
             recipient(number), "default", f"{number:016}", expires_at=1.0, now=0.0, timing=Timing()

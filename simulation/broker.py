@@ -2,23 +2,34 @@
 
 A subscription is accepted before it delivers. Signals come in any order, and some come twice. When
 a live subscription loses signals, it reports a gap once it is restored.
+
+The promises end where the engine itself is wrong about itself: between its servers (``servers.py``)
+signals are lost and nobody reports it.
 """
 
+import asyncio
 from collections.abc import Sequence
 from random import Random
+from typing import NamedTuple
 
 from pokebridge.errors import TransportError
 from pokebridge.transport.base import Feed, Receiver, Selection, Signal
 from simulation.loop import VirtualLoop
 from simulation.network import Peer, Server
+from simulation.servers import Route, Servers
 from simulation.trace import Trace
 
 
 class Broker(Server):
     """The engine that all instances share."""
 
-    def __init__(self, outside: VirtualLoop, rng: Random, trace: Trace) -> None:
+    def __init__(
+        self, outside: VirtualLoop, rng: Random, trace: Trace, *, servers: int = 1
+    ) -> None:
         super().__init__(outside, "broker", TransportError, rng, trace)
+        self.servers = Servers(outside, rng, servers)
+        self.max_signal_bytes: int | None = None
+        """The largest signal that it takes. It refuses a larger one with all that comes with it."""
         self.ordered = True
         """Whether signals that are not late arrive in the order in which they were published."""
         self.late_share = 0.0
@@ -37,8 +48,12 @@ class Broker(Server):
         """The end of ``peer``."""
         return SimTransport(self, peer)
 
-    def take(self, signals: Sequence[Signal]) -> None:
-        """Deliver ``signals`` to every subscription that selects them."""
+    def take(self, peer: Peer, signals: Sequence[Signal]) -> None:
+        """Deliver the ``signals`` of ``peer`` to every subscription that selects them."""
+        limit = self.max_signal_bytes
+        if limit is not None and any(len(body) > limit for body, _ in signals):
+            raise TransportError(f"the simulated broker takes no signal above {limit} bytes")
+        home = self.servers.home_of(peer)
         broken_off = self.forgetful and self.rng.random() < self.forgetful
         for number, (body, shard) in enumerate(signals):
             if broken_off and number >= len(signals) // 2:
@@ -46,27 +61,32 @@ class Broker(Server):
             self.published += 1
             for link in self.subscriptions:
                 if link.selects(shard):
-                    self._send(link, body, shard)
+                    self._send(link, body, shard, self.servers.route(home, link.home))
 
-    def _send(self, link: "Link", body: bytes, shard: int | None) -> None:
-        if not link.live:
+    def _send(self, link: "Link", body: bytes, shard: int | None, route: Route | None) -> None:
+        if not (link.live and self.servers.forwards(route, link.begun_at)):
             self.lost += link.was_live
             return
+        breaks, way_s = (0, 0.0) if route is None else (route.breaks, route.delay_s)
         tag = None if shard is None else str(shard)
         copies = 1
         if self.double_share and self.rng.random() < self.double_share:
             copies = 2
             self.doubled += 1
         for _ in range(copies):
-            delay_s = link.in_order(self.latency_s()) if self.ordered else self.latency_s()
+            delay_s = self.latency_s() + way_s
+            if self.ordered:
+                delay_s = link.in_order(delay_s)
             if self.late_share and self.rng.random() < self.late_share:
                 delay_s += self.rng.uniform(0.05, 1.0)
-            link.peer.loop.deliver(delay_s, link.hear, body, tag, link.connection)
+            sent = Sent(body, tag, link.connection, route, breaks)
+            link.peer.loop.deliver(delay_s, link.hear, sent)
 
     def go_down(self) -> None:
         """Stop: every connection breaks, and the signals under way are lost."""
         self.up = False
         for link in tuple(self.subscriptions):
+            self.servers.connect_anew(link.peer)
             link.break_off("the broker went away")
 
     def come_up(self) -> None:
@@ -76,8 +96,13 @@ class Broker(Server):
     def cut(self, peer: Peer) -> None:
         """Break the connection of ``peer``."""
         super().cut(peer)
+        self.disconnect(peer, "cut off")
+
+    def disconnect(self, peer: Peer, reason: str) -> None:
+        """End the connection of ``peer``, which connects anew, maybe to another server."""
+        self.servers.connect_anew(peer)
         for link in self.links_of(peer):
-            link.break_off("cut off")
+            link.break_off(reason)
 
     def drop(self, peer: Peer) -> None:
         """``peer`` is dead: its subscriptions are gone."""
@@ -97,6 +122,16 @@ class Broker(Server):
         return Feed.ALL in feeds or {shard, Feed.UNTAGGED} <= feeds
 
 
+class Sent(NamedTuple):
+    """A signal on its way to a subscription: it is lost when what carries it breaks."""
+
+    body: bytes
+    tag: str | None
+    connection: int
+    route: Route | None
+    breaks: int
+
+
 class Link:
     """A subscription, at both ends: the adapter in the process and the engine's record of it."""
 
@@ -105,6 +140,10 @@ class Link:
     ) -> None:
         self.peer = peer
         self.selection = selection
+        self.home = broker.servers.home_of(peer)
+        """The server that it is on."""
+        self.begun_at = 0.0
+        """Since when that server delivers to it, and tells the others."""
         self.live = False
         """Whether it delivers now."""
         self.was_live = False
@@ -143,25 +182,31 @@ class Link:
 
     def _begin(self, connection: int) -> None:
         if connection == self.connection and not self._ended:
-            self.live = self.was_live = True
+            self._start()
 
-    def hear(self, body: bytes, tag: str | None, connection: int) -> None:
+    def _start(self) -> None:
+        self.live = self.was_live = True
+        self.begun_at = self._broker.outside.scheduler.now
+
+    def hear(self, sent: Sent) -> None:
         """A signal has come through the network."""
         if self._ended:
             return
-        if connection != self.connection:
+        crossed = sent.route is None or sent.route.breaks == sent.breaks
+        if sent.connection != self.connection or not crossed:
             self._broker.lost += 1
             return
         self._broker.delivered += 1
-        self._receiver.on_signal(body, tag)
+        self._receiver.on_signal(sent.body, sent.tag)
 
     def break_off(self, reason: str, after_s: float = 0.0) -> None:
         """Lose the connection; the adapter notices, and is back after ``after_s`` or a bit more."""
-        if self._ended or self._broken:
+        if self._ended or (self._broken and not self.live):
             return
+        if not self._broken:
+            self.peer.line.begin()
         self.live, self._broken = False, True
         self.connection += 1
-        self.peer.trouble.begin()
         retry_s = after_s + self._broker.rng.uniform(0.02, 0.5)
         self.peer.loop.deliver(retry_s, self._restore, reason)
 
@@ -173,9 +218,18 @@ class Link:
         if not broker.is_reached_by(self.peer):
             self.peer.loop.deliver(broker.rng.uniform(0.2, 1.0), self._restore, reason)
             return
-        self.live, self.was_live, self._broken = True, True, False
-        self.peer.trouble.end()
-        broker.trace.note(self.peer.name, f"gap on {self.selection}: {reason}")
+        self.home = broker.servers.home_of(self.peer)
+        self._start()
+        spread_s = broker.servers.spread_s
+        self.peer.loop.deliver(spread_s, self._report_gap, reason, self.connection)
+
+    def _report_gap(self, reason: str, connection: int) -> None:
+        """All servers have heard of the subscription, unless it broke again."""
+        if self._ended or connection != self.connection:
+            return
+        self._broken = False
+        self.peer.line.end()
+        self._broker.trace.note(self.peer.name, f"gap on {self.selection}: {reason}")
         self._receiver.on_gap(self.selection, reason)
 
     def end(self) -> None:
@@ -184,7 +238,7 @@ class Link:
             return
         self._ended, self.live = True, False
         if self._broken:
-            self.peer.trouble.end()
+            self.peer.line.end()
         if self in self._broker.subscriptions:
             self._broker.subscriptions.remove(self)
 
@@ -207,7 +261,7 @@ class SimTransport:
     async def publish(self, signals: Sequence[Signal]) -> None:
         """See the port."""
         self._check_open()
-        await self._broker.call(self._peer, lambda: self._broker.take(signals))
+        await self._broker.call(self._peer, lambda: self._broker.take(self._peer, signals))
 
     async def subscribe(self, selection: Selection, receiver: Receiver) -> Link:
         """See the port."""
@@ -215,6 +269,7 @@ class SimTransport:
         link = Link(self._broker, self._peer, selection, receiver)
         try:
             await self._broker.call(self._peer, link.accept)
+            await asyncio.sleep(self._broker.servers.spread_s)
         except BaseException:
             link.end()  # nobody will hold it, so it must not go on by itself
             raise

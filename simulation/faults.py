@@ -6,14 +6,18 @@ because no client can be served then.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from pokebridge.errors import PokebridgeError
 from pokebridge.model import Mode
-from simulation.client import SimClient
+from simulation.client import HOME_URL, SimClient
 from simulation.instance import SimInstance
-from simulation.network import Server
+from simulation.network import Server, Trouble
+from simulation.servers import Route
 from simulation.world import Fault, World
+
+_ONE_POKE_BYTES = 150
+"""Room for a signal with one poke, and not for two."""
 
 
 def _victim(world: World, *, well: bool = True) -> SimInstance | None:
@@ -173,7 +177,102 @@ async def break_subscription(world: World) -> None:
 
 async def cut_from_broker(world: World) -> None:
     """A partition between an instance and the broker."""
-    await _cut(world, world.broker)
+    if victim := _victim(world):
+        await _cut(world, victim, world.broker, victim.line, world.rng.uniform(0.3, 10.0))
+
+
+async def deafen(world: World) -> None:
+    """An instance loses its line to the broker for long; its clients and its mailbox are well."""
+    if victim := _victim(world):
+        await _cut(world, victim, world.broker, victim.line, world.rng.uniform(15.0, 45.0))
+
+
+async def lose_broker(world: World) -> None:
+    """The broker is away for long, for all instances."""
+    broker = world.broker
+    world.trace.note("broker", "goes down for long")
+    broker.trouble.begin()
+    broker.go_down()
+    await world.nap(world.rng.uniform(10.0, 40.0))
+    world.trace.note("broker", "comes up")
+    broker.come_up()
+    broker.trouble.end()
+
+
+async def break_route(world: World) -> None:
+    """Two of the broker's servers lose each other, and report nothing."""
+    servers = world.broker.servers
+    if servers.routes:
+        await _break(world, [world.rng.choice(servers.routes)])
+
+
+async def lag_route(world: World) -> None:
+    """A route between two of the broker's servers is slower than anybody expects."""
+    servers = world.broker.servers
+    if servers.routes:
+        route, more_s = world.rng.choice(servers.routes), world.rng.uniform(0.5, 2.0)
+        world.trace.note("broker", f"a route lags by {more_s:.3f} s")
+        servers.lag(route, more_s)
+        await world.nap(world.rng.uniform(1.0, 20.0))
+        servers.catch_up(route, more_s)
+
+
+async def demote_server(world: World) -> None:
+    """A server is no longer the primary: it still accepts, and forwards to nobody.
+
+    New connections go to the others. Those that there are stay, until somebody asks for its role.
+    """
+    servers = world.broker.servers
+    if not servers.routes:
+        return
+    demoted = world.rng.randrange(servers.count)
+    world.trace.note("broker", f"server {demoted} is demoted")
+    servers.lead_away_from(demoted)
+    await _break(world, servers.routes_of(demoted))
+    for instance in world.running:
+        if servers.home_of(instance) == demoted:
+            world.broker.disconnect(instance, "a replica")
+    servers.lead_to_all()
+
+
+async def _break(world: World, routes: Sequence[Route]) -> None:
+    world.trace.note("broker", f"{len(routes)} routes break")
+    world.broker.servers.break_off(routes)
+    await world.nap(world.rng.choice((1.0, 5.0, 30.0)) * world.rng.uniform(0.3, 1.0))
+    world.trace.note("broker", f"{len(routes)} routes heal")
+    world.broker.servers.heal(routes)
+
+
+async def limit_signals(world: World) -> None:
+    """The broker refuses signals of more than one poke, and many pokes come together."""
+    broker = world.broker
+    broker.servers.lies.begin()  # for want of it: a batch that fails is not split yet
+    broker.max_signal_bytes = _ONE_POKE_BYTES
+    for _ in range(world.rng.randint(1, 5)):
+        through = world.route(HOME_URL)
+        for client in world.clients:
+            world.send_soon(client.recipient, through=through)
+        await world.nap(world.rng.uniform(0.5, 8.0))
+    broker.max_signal_bytes = None
+    broker.servers.lies.end()
+
+
+async def restore_mailbox(world: World) -> None:
+    """The database goes back to where it was some seconds ago."""
+    post = world.post
+    if post.restoring:
+        return
+    post.restoring = True
+    snapshot = post.mailbox.snapshot()
+    await world.nap(world.rng.uniform(0.1, 10.0))
+    post.trouble.begin()
+    post.up = False
+    await world.nap(world.rng.uniform(0.1, 2.0))
+    world.trace.note("mailbox", "is restored")
+    post.mailbox.restore(snapshot)
+    world.oracle.on_restored(post.mailbox.newest())
+    post.up, post.restoring = True, False
+    post.trouble.end()
 
 
 async def cut_from_store(world: World) -> None:
@@ -188,20 +287,20 @@ async def cut_from_store(world: World) -> None:
 
 async def cut_from_mailbox(world: World) -> None:
     """A partition between an instance and the mailbox."""
-    await _cut(world, world.post)
+    if victim := _victim(world):
+        await _cut(world, victim, world.post, victim.trouble, world.rng.uniform(0.3, 10.0))
 
 
-async def _cut(world: World, server: Server) -> None:
-    victim = _victim(world)
-    if victim is None:
-        return
+async def _cut(
+    world: World, victim: SimInstance, server: Server, trouble: Trouble, cut_s: float
+) -> None:
     world.trace.note(victim.name, f"is cut off from the {server.name}")
-    victim.trouble.begin()
+    trouble.begin()
     server.cut(victim)
-    await world.nap(world.rng.uniform(0.3, 10.0))
+    await world.nap(cut_s)
     world.trace.note(victim.name, f"reaches the {server.name} again")
     server.heal(victim)
-    victim.trouble.end()
+    trouble.end()
 
 
 async def stop_mailbox(world: World) -> None:
@@ -384,11 +483,18 @@ ALL: Mapping[str, Fault] = {
         restart_broker,
         break_subscription,
         cut_from_broker,
+        deafen,
+        lose_broker,
+        break_route,
+        lag_route,
+        demote_server,
+        limit_signals,
         cut_from_store,
         cut_from_mailbox,
         stop_mailbox,
         slow_mailbox,
         forgetful_mailbox,
+        restore_mailbox,
         forgetful_broker,
         stop_store,
         slow_store,

@@ -41,7 +41,6 @@ class SimInstance(Peer):
         """The HTTP requests under way."""
         self.ended: asyncio.Future[None] = scene.outside.create_future()
         self._sockets: list[Socket] = []
-        self._seen: set[tuple[str, str]] = set()
         config = scene.config
         settings = Settings(
             instance=name,
@@ -53,6 +52,7 @@ class SimInstance(Peer):
             assignment=config.assignment,
             lease_s=config.lease_s,
             shard_count=config.shard_count,
+            verify_every_s=config.verify_every_s,
             jwt_secret="of no use, but there must be one",  # type: ignore[arg-type] # noqa: S106 - as in a file
             max_sessions=1000,
             handshakes_per_s=0,
@@ -150,9 +150,9 @@ class SimInstance(Peer):
 
     async def pull(self, recipient: str, device: str, after: int, limit: int) -> Page:
         """``GET /v1/messages``."""
-        if (recipient, device) not in self._seen:
-            await self._mailbox.see_device(recipient, device)
-            self._seen.add((recipient, device))
+        devices = self.real.parts.devices
+        assert devices is not None
+        await devices.see(recipient, device)
         return await self._mailbox.read(recipient, after=after, limit=limit)
 
     async def ack(self, recipient: str, device: str, version: int) -> bool:
@@ -176,7 +176,7 @@ class SimInstance(Peer):
     def is_well(self) -> bool:
         """Whether it serves and has no trouble."""
         serves = self.listens and not self.stopping and not self.real.gateway.draining
-        return serves and not self.trouble.active
+        return serves and not self.trouble.active and not self.line.active
 
     @property
     def sockets(self) -> Sequence[Socket]:

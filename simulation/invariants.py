@@ -4,7 +4,9 @@ The oracle knows what no process can know: what is committed, which subscription
 is in trouble. docs/simulation.md lists the invariants.
 """
 
-from collections.abc import Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Final, NamedTuple, Protocol
 
 import msgspec
@@ -19,7 +21,8 @@ from simulation.sockets import ClientEnd
 from simulation.stores import Written
 
 SILENCE_BOUND_S: Final = 5.0
-"""How long a message may wait for a client that is undisturbed."""
+"""How long a message may wait for a client that is undisturbed, where the broker reports what it
+loses. This much more than ``verify_every_s``, whatever the broker does."""
 UNSENT_BOUND_BYTES: Final = 512
 """How many bytes may wait for a client that does not read: a few small frames."""
 _LOOK_AGAIN_S: Final = 1.0
@@ -32,6 +35,13 @@ class Violation(NamedTuple):
 
     invariant: str
     detail: str
+    at_s: float
+
+
+class _Commit(NamedTuple):
+    """A message that the mailbox has, and since when."""
+
+    version: int
     at_s: float
 
 
@@ -87,12 +97,20 @@ class Oracle:
         self.committed = 0
         self.silences_s: list[float] = []
         """How long each message waited for each client that was undisturbed."""
+        self.bounded_s: list[float] = []
+        """The same for clients that only the broker disturbed, or that it kept in the dark."""
         self.waits_s: list[float] = []
         """How long each message waited for each client, whatever the reason."""
         self.moves = 0
         self._scene = scene
-        self._commits: dict[str, list[float]] = {}
-        self._ids: set[tuple[str, str]] = set()
+        self._commits: dict[str, list[_Commit]] = {}
+        self._undone: dict[str, set[int]] = {}
+        """The versions that a restore of the mailbox has undone."""
+        self._restores = 0
+        """How often the mailbox was restored."""
+        self._generations: dict[str, int] = {}
+        """How often it had been, when a recipient got the newest message."""
+        self._ids: dict[tuple[str, str], tuple[str, int]] = {}
         self._cursors: dict[WatchedClient, int | None] = {}
         self._ready_at: dict[WatchedClient, float] = {}
         self._watched: set[WatchedClient] = set()
@@ -112,13 +130,15 @@ class Oracle:
             self._scene.trace.note("ORACLE", f"{invariant}: {detail}")
             self._scene.scheduler.stop()
 
-    def head(self, recipient: str) -> int:
-        """The newest version of ``recipient``."""
-        return len(self._commits.get(recipient, ()))
+    def _missing(self, client: WatchedClient) -> Sequence[_Commit]:
+        """What ``client`` has not pulled yet."""
+        commits = self._commits.get(client.recipient, [])
+        cursor = self._cursors.get(client) or 0
+        return commits[bisect_right(commits, cursor, key=attrgetter("version")) :]
 
     def is_up_to_date(self, client: WatchedClient) -> bool:
         """Whether ``client`` has seen everything."""
-        return (self._cursors.get(client) or 0) >= self.head(client.recipient)
+        return not self._missing(client)
 
     def is_well_and_up_to_date(self, client: WatchedClient) -> bool:
         """Whether ``client`` is undisturbed too."""
@@ -136,18 +156,41 @@ class Oracle:
     ) -> None:
         """The mailbox has committed a message for ``clients``."""
         commits = self._commits.setdefault(message.recipient, [])
-        commits.append(self._scene.scheduler.now)
+        self._check_version(message.recipient, receipt.version)
+        commits.append(_Commit(receipt.version, self._scene.scheduler.now))
         self.committed += 1
         self._scene.trace.note(
             peer.name, f"commits {message.id} as {message.recipient} {receipt.version}"
         )
-        if receipt.version != len(commits):
-            self.fail("dense versions", f"{message.recipient} got {receipt.version}")
-        if (message.sender, message.id) in self._ids:
+        key = message.sender, message.id
+        if key in self._ids:
             self.fail("no message doubled", f"{message.id} was committed twice")
-        self._ids.add((message.sender, message.id))
+        self._ids[key] = message.recipient, receipt.version
         for client in clients:
             self._watch(client)
+
+    def _check_version(self, recipient: str, version: int) -> None:
+        commits, undone = self._commits[recipient], self._undone.get(recipient, set())
+        newest = commits[-1].version if commits else 0
+        if version in undone or version <= newest:
+            self.fail("no version twice", f"{recipient} got {version} again")
+        elif version != newest + 1 and self._generations.get(recipient, 0) == self._restores:
+            self.fail("dense versions", f"{recipient} got {version} after {newest}")
+        self._generations[recipient] = self._restores
+
+    def on_restored(self, heads: Mapping[str, int]) -> None:
+        """The mailbox went back to ``heads``: what is above them is gone."""
+        self._restores += 1
+        for recipient, commits in self._commits.items():
+            kept = bisect_right(commits, heads.get(recipient, 0), key=attrgetter("version"))
+            undone = self._undone.setdefault(recipient, set())
+            undone.update(commit.version for commit in commits[kept:])
+            del commits[kept:]
+        self._ids = {
+            key: (recipient, version)
+            for key, (recipient, version) in self._ids.items()
+            if version not in self._undone[recipient]
+        }
 
     def received(self, client: WatchedClient, page: Page) -> None:
         """``client`` has pulled a page."""
@@ -155,18 +198,32 @@ class Oracle:
         self._scene.trace.note(client.name, f"pulls {versions} up to {page.version}")
         cursor = self._cursors.get(client)
         if cursor is None:  # a new device does not get what all known devices had acked
-            cursor = versions[0] - 1 if versions else page.version
-        if versions != list(range(cursor + 1, cursor + 1 + len(versions))):
+            cursor = self._cursors[client] = versions[0] - 1 if versions else page.version
+        # A page may have been read before the mailbox was restored.
+        undone = self._undone.get(client.recipient, set())
+        kept = [version for version in versions if version not in undone]
+        pulled = self._missing(client)[: len(kept)]
+        if kept != [commit.version for commit in pulled]:
             self.fail("no message lost or doubled", f"{client.name} at {cursor} got {versions}")
-        if not versions and not page.more and page.version < cursor:
+        has_cursor = any(each.version == cursor for each in self._commits.get(client.recipient, ()))
+        if not versions and not page.more and page.version < cursor and has_cursor:
             self.fail("cursors only grow", f"{client.name} at {cursor} was told {page.version}")
-        now, healthy_at = self._scene.scheduler.now, self.undisturbed_since(client)
-        for version in versions:
-            committed_at = self._commits[client.recipient][version - 1]
-            self.waits_s.append(now - committed_at)
-            if healthy_at <= now:
-                self.silences_s.append(now - max(committed_at, healthy_at))
+        for commit in pulled:
+            self._note_waits(client, commit.at_s)
         self._cursors[client] = max(cursor, page.version if not versions else versions[-1])
+
+    def _note_waits(self, client: WatchedClient, committed_at: float) -> None:
+        now = self._scene.scheduler.now
+        self.waits_s.append(now - committed_at)
+        undisturbed_at, well_at = self.undisturbed_since(client), self._well_since(client)
+        if undisturbed_at <= now and self._was_true_since(committed_at):
+            self.silences_s.append(now - max(committed_at, undisturbed_at))
+        elif well_at <= now:
+            self.bounded_s.append(now - max(committed_at, well_at))
+
+    def _was_true_since(self, at_s: float) -> bool:
+        """Whether the broker has reported all that it lost since ``at_s``."""
+        return self._scene.broker.servers.lies.over_at <= at_s
 
     def undisturbed_since(self, client: WatchedClient) -> float:
         """Since when ``client`` is undisturbed; infinity while it is disturbed.
@@ -175,6 +232,11 @@ class Oracle:
         disturbs a client. Trouble of other instances, of the coordination store or of the shard
         map does not: a client may not notice that.
         """
+        line = float("inf") if client.instance is None else client.instance.line.over_at
+        return max(self._well_since(client), line, self._scene.broker.trouble.over_at)
+
+    def _well_since(self, client: WatchedClient) -> float:
+        """The same, but the broker is no excuse."""
         scene = self._scene
         if client.instance is None or client not in self._ready_at or client.failing:
             return float("inf")
@@ -184,7 +246,6 @@ class Oracle:
             self._ready_at[client],
             client.trouble.over_at,
             client.instance.trouble.over_at,
-            scene.broker.trouble.over_at,
             scene.post.trouble.over_at,
         )
 
@@ -195,23 +256,26 @@ class Oracle:
 
     def _look(self, client: WatchedClient) -> None:
         """Check whether the oldest message for ``client`` has waited too long."""
-        cursor = self._cursors.get(client) or 0
-        if not client.active or cursor >= self.head(client.recipient):
+        missing = self._missing(client)
+        if not client.active or not missing:
             self._watched.discard(client)
             return
         now = self._scene.scheduler.now
-        committed_at = self._commits[client.recipient][cursor]
-        due_at = max(committed_at, self.undisturbed_since(client)) + SILENCE_BOUND_S
-        if due_at == float("inf"):
-            due_at = now + _LOOK_AGAIN_S
-        elif now >= due_at:
+        version, committed_at = missing[0]
+        verified_in_s = self._scene.config.verify_every_s + SILENCE_BOUND_S
+        due_at = max(committed_at, self._well_since(client)) + verified_in_s
+        if self._was_true_since(committed_at):
+            undisturbed_at = max(committed_at, self.undisturbed_since(client))
+            due_at = min(due_at, undisturbed_at + SILENCE_BOUND_S)
+        if now >= due_at:
             self.fail(
                 "no silence",
                 f"{client.name} on {client.instance and client.instance.name} has not pulled"
-                f" {cursor + 1}, committed at {committed_at:.3f}",
+                f" {version}, committed at {committed_at:.3f}",
             )
             return
-        self._scene.outside.deliver(due_at - now, self._look, client)
+        again_s = min(due_at - now, _LOOK_AGAIN_S)
+        self._scene.outside.deliver(again_s, self._look, client)
 
     # --- sessions ---------------------------------------------------------------------------------
 

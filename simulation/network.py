@@ -69,6 +69,9 @@ class Peer:
         self.loop = loop
         self.name = name
         self.trouble = Trouble(loop)
+        """Trouble of the process itself, or of its way to the mailbox."""
+        self.line = Trouble(loop)
+        """Trouble of its way to the broker, which the broker reports as a gap."""
 
 
 class Server:

@@ -17,6 +17,8 @@ class Config:
     """What one seed's world is like."""
 
     instances: int
+    broker_servers: int
+    verify_every_s: float
     recipients: int
     shard_count: int
     mode: Mode
@@ -44,7 +46,7 @@ class Scene:
         self.trace = trace
         self.outside = scheduler.process("world")
         """The loop of everything that is neither an instance nor a client."""
-        self.broker = Broker(self.outside, rng, trace)
+        self.broker = Broker(self.outside, rng, trace, servers=config.broker_servers)
         self.store = Store(self.outside, rng, trace)
         """The coordination store."""
         self.post = Post(self.outside, rng, trace)

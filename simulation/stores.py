@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import copy
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -210,6 +211,26 @@ class SimCoordination:
             raise CoordinationError("the simulated store is closed")
 
 
+class RestorableMailbox(MemoryMailbox):
+    """A mailbox that can go back in time; then a new generation begins, as in PostgreSQL."""
+
+    _STATE = ("_logs", "_receipts", "_outbox", "_expiries", "_seen_ms")
+
+    def snapshot(self) -> Mapping[str, Any]:
+        """A copy of all that it holds."""
+        return {name: copy.deepcopy(getattr(self, name)) for name in self._STATE}
+
+    def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Go back to a copy, and begin a new generation."""
+        for name, value in snapshot.items():
+            setattr(self, name, value)
+        at_once(self.begin_generation())
+
+    def newest(self) -> Mapping[str, int]:
+        """The newest version of every recipient."""
+        return {recipient: log.head for recipient, log in self._logs.items()}
+
+
 class Post(Server):
     """The mailboxes of everybody: the in-process one, at the other end of a network."""
 
@@ -218,10 +239,12 @@ class Post(Server):
         outside: VirtualLoop,
         rng: Random,
         trace: Trace,
-        mailbox: MemoryMailbox | None = None,
+        mailbox: RestorableMailbox | None = None,
     ) -> None:
         super().__init__(outside, "mailbox", MailboxError, rng, trace)
-        self.mailbox = mailbox or MemoryMailbox(outside.wall)
+        self.mailbox = mailbox or RestorableMailbox(outside.wall)
+        self.restoring = False
+        """Whether a backup is made that it will go back to."""
         self.on_committed: Callable[[Peer, NewMessage, Receipt], None] = lambda *_: None
 
     def connect(self, peer: Peer) -> "SimMailbox":

@@ -20,6 +20,7 @@ class Summary:
         self._counts: Counter[str] = Counter()
         self._faults: Counter[str] = Counter()
         self._silences_s: list[float] = []
+        self._bounded_s: list[float] = []
         self._waits_s: list[float] = []
         self._recoveries_s: list[float] = []
         self._digests: list[tuple[int, str]] = []
@@ -33,6 +34,7 @@ class Summary:
         for name in ("callbacks", "messages", "deliveries", "lost", "doubled", "moves"):
             self._counts[name] += getattr(outcome, name)
         self._silences_s += outcome.silences_s
+        self._bounded_s += outcome.bounded_s
         self._waits_s += outcome.waits_s
         if outcome.violation is None:
             self._recoveries_s.append(outcome.recovery_s)
@@ -50,6 +52,7 @@ class Summary:
             **self._counts,
             "faults": dict(self._faults.most_common()),
             "silence_s": _percentiles(self._silences_s),
+            "bounded_s": _percentiles(self._bounded_s),
             "wait_s": _percentiles(self._waits_s),
             "recovery_s": _percentiles(self._recoveries_s),
         }
@@ -72,6 +75,7 @@ class Summary:
         )
         for name, meaning in (
             ("silence_s", "silence of clients that nothing of their own disturbed"),
+            ("bounded_s", "silence of clients that the broker disturbed, and nothing else"),
             ("wait_s", "wait of every message for every client, faults included"),
             ("recovery_s", "recovery after the last fault"),
         ):

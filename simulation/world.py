@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping,
 from dataclasses import dataclass
 from random import Random
 from typing import TypeVar
+from uuid import UUID
 
 from pokebridge.errors import UnavailableError
 from pokebridge.model import NewMessage, Poke, Receipt
@@ -39,6 +40,8 @@ def draw_config(rng: Random, faults: Collection[str]) -> Config:
     """A world at random, with some of the ``faults``."""
     return Config(
         instances=rng.randint(2, 5),
+        broker_servers=rng.choice((1, 1, 2, 3)),
+        verify_every_s=rng.choice((5.0, 10.0, 20.0)),
         recipients=rng.randint(5, 12),
         shard_count=rng.choice((8, 16, 24)),
         mode=rng.choice(("fanout", "partitioned")),
@@ -72,6 +75,7 @@ class Outcome:
     moves: int
     faults: Counter[str]
     silences_s: Sequence[float]
+    bounded_s: Sequence[float]
     waits_s: Sequence[float]
     recovery_s: float
 
@@ -179,6 +183,8 @@ class World(Scene):
         if url != HOME_URL:
             return self._by_name.get(url.removeprefix("wss://").partition(".")[0])
         rotation = [each for each in self._all if self._is_in_rotation(each)]
+        if not rotation:  # it fails open, as most balancers can: none is ready, so all are used
+            rotation = [each for each in self.running if each.listens and not each.stopping]
         if not rotation:
             return None
         if client is not None and self.config.sticky:
@@ -192,7 +198,7 @@ class World(Scene):
             return was_in and not instance.stopping
         if not instance.listens or instance.stopping or instance.real.gateway.draining:
             return False
-        return instance.trouble.lasts_s < _UNNOTICED_S
+        return max(instance.trouble.lasts_s, instance.line.lasts_s) < _UNNOTICED_S
 
     def _on_committed(self, peer: Peer, message: NewMessage, receipt: Receipt) -> None:
         clients = self.clients_of(message.recipient)
@@ -221,8 +227,13 @@ class World(Scene):
 
     # --- messages ---------------------------------------------------------------------------------
 
-    def send_soon(self, recipient: str, *, legacy: bool = False) -> None:
-        """A backend has something for ``recipient`` and sends it until it is accepted."""
+    def send_soon(
+        self, recipient: str, *, legacy: bool = False, through: SimInstance | None = None
+    ) -> None:
+        """A backend has something for ``recipient`` and sends it until it is accepted.
+
+        It tries the instance ``through`` first.
+        """
         self._sent += 1
         self._unaccepted += 1
         message = NewMessage(
@@ -231,16 +242,16 @@ class World(Scene):
         if legacy:
             self.outside.create_task(self._send_by_hand(message))
         else:
-            self._try_to_send(message)
+            self._try_to_send(message, through)
 
-    def _try_to_send(self, message: NewMessage) -> None:
+    def _try_to_send(self, message: NewMessage, through: SimInstance | None = None) -> None:
         def tried(receipt: Receipt | None) -> None:
             if receipt is None:
                 self.outside.call_later(self.rng.uniform(0.2, 1.0), self._try_to_send, message)
             else:
                 self._unaccepted -= 1
 
-        instance = self.route(HOME_URL)
+        instance = through or self.route(HOME_URL)
         ask(self.outside, self._network, instance, lambda at: at.send(message), tried)
 
     async def _send_by_hand(self, message: NewMessage) -> None:
@@ -249,7 +260,8 @@ class World(Scene):
         transport = self.broker.connect(self._backend)
         receipt = await self._keep_trying(lambda: mailbox.append(message))
         poke = Poke(message.recipient, receipt.version)
-        await self._keep_trying(lambda: transport.publish([Signal(encode_pokes([poke]))]))
+        said = poke if self.rng.random() < 0.5 else Poke(message.recipient)
+        await self._keep_trying(lambda: transport.publish([Signal(encode_pokes([said]))]))
         await self._keep_trying(lambda: mailbox.confirm_outbox([poke]))
         self._unaccepted -= 1
 
@@ -287,7 +299,7 @@ class World(Scene):
         self.trace.note("world", repr(config))
         for _ in range(config.instances):
             self.add_instance()
-        everyone = [f"urn:user:{number}" for number in range(config.recipients)]
+        everyone = [f"urn:user:{UUID(int=number)}" for number in range(config.recipients)]
         for recipient in everyone:
             for _ in range(self.rng.choice((1, 1, 2))):
                 self.add_client(recipient)
@@ -412,6 +424,7 @@ class World(Scene):
             moves=oracle.moves,
             faults=self.faults,
             silences_s=oracle.silences_s,
+            bounded_s=oracle.bounded_s,
             waits_s=oracle.waits_s,
             recovery_s=self._recovery_s,
         )

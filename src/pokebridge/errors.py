@@ -4,24 +4,25 @@
     ├── ConfigError                 a setting is wrong: the start stops with one line that names it
     │   └── MissingExtraError       a part was chosen whose library is not installed
     ├── RefusedError                a WebSocket handshake is refused: limit, Origin or form
-    ├── InputError                  the input does not follow the contract
-    │   ├── NotJsonError            a body is not JSON
-    │   ├── TooLargeError           a body exceeds its size limit
-    │   ├── SignalError             a signal does not follow protocol.md section 2
+    ├── InputError                  somebody sent something that the contract does not allow
+    │   ├── NotJsonError            a body is not JSON at all
+    │   ├── TooLargeError           a body is longer than is taken
+    │   ├── SignalError             a signal on the transport is none of protocol.md section 2
     │   └── FrameError              a WebSocket peer broke RFC 6455 or protocol.md section 3
     ├── AuthError                   no valid token
     │   ├── ForbiddenError          a valid token that does not allow this
     │   └── KeysUnavailableError    the keys that would verify the token are unavailable now
     ├── NotFoundError               nothing has the name that was given
     ├── ConflictError               the present state does not allow what was asked
-    ├── MailboxFullError            a recipient's quota is used up: the message is not stored
+    ├── MailboxFullError            a recipient's quota is used up: the message was not taken
     └── UnavailableError            a part that we depend on does not answer: try again
         ├── TransportError
         ├── MailboxError
         └── CoordinationError
 
-Each class has the HTTP status and the WebSocket close code of its answer, so that no caller needs a
-table. Messages are for people, say what to change, and never contain a secret.
+Each class knows the HTTP status and the WebSocket close code that its kind is answered with, so
+that no caller keeps a table of its own. Messages are written for the person who reads them, name
+what to change, and never carry a secret.
 """
 
 from http import HTTPStatus
@@ -50,7 +51,7 @@ __all__ = [
 
 
 class PokebridgeError(Exception):
-    """The base class of every error that pokebridge raises on purpose."""
+    """The root of the tree: whatever pokebridge raises on purpose."""
 
     status: HTTPStatus = HTTPStatus.INTERNAL_SERVER_ERROR
     close_code: int = 1011
@@ -94,14 +95,14 @@ class NotJsonError(InputError):
 
 
 class TooLargeError(InputError):
-    """A body exceeds its size limit. The message names the limit."""
+    """A body is longer than is taken; the message says how long it may be."""
 
     status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
     close_code = 1009
 
 
 class SignalError(InputError):
-    """The body of a signal does not follow protocol.md section 2."""
+    """A signal's body is not one that protocol.md section 2 describes."""
 
 
 class FrameError(InputError):
@@ -117,21 +118,21 @@ class FrameError(InputError):
 
 
 class AuthError(PokebridgeError):
-    """The token is missing, invalid or expired."""
+    """There is no token, or it is not valid (any more)."""
 
     status = HTTPStatus.UNAUTHORIZED
     close_code = 4401
 
 
 class ForbiddenError(AuthError):
-    """The token is valid, but does not permit the request."""
+    """The token is valid and does not allow what was asked."""
 
     status = HTTPStatus.FORBIDDEN
     close_code = 4403
 
 
 class KeysUnavailableError(AuthError):
-    """The keys that would verify the token are unavailable now. A retry may succeed."""
+    """The key set that would verify this token can't be fetched now. A retry may succeed."""
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
     close_code = 1013
@@ -144,7 +145,7 @@ class NotFoundError(PokebridgeError):
 
 
 class ConflictError(PokebridgeError):
-    """The present state does not allow the request. The message says why."""
+    """What was asked can't be done in the present state; the message says what stands against."""
 
     status = HTTPStatus.CONFLICT
 
@@ -168,11 +169,11 @@ class UnavailableError(PokebridgeError):
 
 
 class TransportError(UnavailableError):
-    """The transport cannot publish or subscribe now."""
+    """The transport can't publish or subscribe now."""
 
 
 class MailboxError(UnavailableError):
-    """The mailbox cannot be read or written now.
+    """The mailbox can't be read or written now.
 
     If it failed during a write, the write may be committed or not. A message with an idempotency
     key can be sent again, and is committed once.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from pokebridge.cluster.node import Cluster, ClusterConfig
+from pokebridge.cluster.node import Cluster
 from pokebridge.coordination.base import Coordination
 from pokebridge.coordination.memory import MemoryCoordination
 from pokebridge.coordination.static import Replicas, StaticCoordination
@@ -14,8 +14,8 @@ from pokebridge.durations import RequestDurations
 from pokebridge.errors import ConflictError, NotFoundError
 from pokebridge.gateway.config import GatewayConfig
 from pokebridge.gateway.gateway import Gateway
-from pokebridge.model import Feed, Mode
-from pokebridge.red_line import MIGRATE_RULES, RED_LINE_OPS_PER_S
+from pokebridge.model import Feed
+from pokebridge.settings import Settings
 from pokebridge.sharding import shard_of
 from pokebridge.tokens import TokenVerifier
 from pokebridge.transport.base import Signal
@@ -34,6 +34,7 @@ class Node:
     name: str
     cluster: Cluster
     gateway: Gateway
+    settings: Settings
     drains: list[str] = field(default_factory=list)
 
     @property
@@ -56,40 +57,29 @@ class Nodes:
         coordination: Coordination | None = None,
         *,
         has_peers: bool = False,
-        mode: Mode = "fanout",
+        **given: object,
     ) -> Node:
         """Start one, with an end of the shared store unless another ``coordination`` is given."""
-        url = f"ws://{name}.example"
-        config = ClusterConfig(
-            instance=name,
-            weight=1.0,
-            advertise_url=url,
-            is_member=True,
-            can_lead=True,
-            by_ring=False,
-            shard_count=SHARDS,
-            mode=mode,
-            lease_s=0.5,
-            red_line_ops_per_s=RED_LINE_OPS_PER_S,
-            migrates=False,
-            migrate_rules=MIGRATE_RULES,
+        settings = Settings.model_validate(
+            {
+                "dev": True,
+                "instance": name,
+                "shard_count": SHARDS,
+                "lease_s": 0.5,
+                "advertise_url": f"ws://{name}.example",
+                **given,
+            }
         )
         transport = self.bus.connect()
-        gateway_config = GatewayConfig(
-            instance=name,
-            max_sessions_per_recipient=1,
-            verify_every_s=60,
-            shard_count=SHARDS,
-            mode=mode,
-        )
-        gateway = Gateway(gateway_config, transport, TokenVerifier(secret=SECRET))
+        config = GatewayConfig(instance=name, shard_count=SHARDS, mode=settings.initial_mode)
+        gateway = Gateway(config, transport, TokenVerifier(secret=SECRET))
         drains: list[str] = []
         cluster = Cluster(
-            config,
+            settings,
             gateway,
             coordination or self.store.connect(),
             RequestDurations(),
-            url=url,
+            url=settings.advertise_url or "",
             has_peers=has_peers,
             on_drain=lambda: drains.append(name),
         )
@@ -97,7 +87,7 @@ class Nodes:
         self.opened.push_async_callback(gateway.close)
         await cluster.start()
         self.opened.push_async_callback(cluster.close)
-        return Node(name, cluster, gateway, drains)
+        return Node(name, cluster, gateway, settings, drains)
 
 
 @pytest.fixture

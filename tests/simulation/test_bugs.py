@@ -9,11 +9,15 @@ from pokebridge.cluster.membership import Membership
 from pokebridge.coordination.base import Document
 from pokebridge.errors import UnavailableError
 from pokebridge.gateway import subscriptions
+from pokebridge.gateway.connection import Connection
 from pokebridge.gateway.gateway import Gateway
 from pokebridge.gateway.session_map import SessionMap
 from pokebridge.gateway.shard_routing import ShardRouting
 from pokebridge.gateway.subscriptions import SubscriptionManager
-from pokebridge.model import Feed, NewMessage, Poke, Receipt
+from pokebridge.gateway.verification import Verification
+from pokebridge.mailbox import memory
+from pokebridge.mailbox.memory import MemoryMailbox
+from pokebridge.model import MAX_VERSION, Feed, NewMessage, Poke, Receipt
 from pokebridge.placement import Placement, ShardMap, Steps
 from pokebridge.processor import Processor
 from pokebridge.session import Session, State
@@ -138,6 +142,39 @@ def confirmed_unpublished(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Processor, "_publish", publish)
 
 
+def no_verification(patch: pytest.MonkeyPatch) -> None:
+    """Nobody compares sessions with the mailbox."""
+
+    async def nothing(_self: Verification, _now: float, *, in_doubt: bool) -> None:
+        pass
+
+    patch.setattr(Verification, "step", nothing)
+
+
+def unversioned_pokes_believed(patch: pytest.MonkeyPatch) -> None:
+    """Verification takes a session that was poked without a version for one that knows all."""
+
+    def notify(self: Connection, version: int | None, frame: bytes) -> bool:
+        sent = real(self, version, frame)
+        if version is None:
+            self.session.told = MAX_VERSION
+        return sent
+
+    real = Connection.notify
+    patch.setattr(Connection, "notify", notify)
+
+
+def generation_at_the_restored_head(patch: pytest.MonkeyPatch) -> None:
+    """After a restore the versions go on where the backup ended."""
+    first = property(lambda _self: 0, lambda _self, _base: None)
+    patch.setattr(MemoryMailbox, "_base", first, raising=False)
+
+
+def young_generation_deletes(patch: pytest.MonkeyPatch) -> None:
+    """After a restore an ack deletes what a forgotten device has not read."""
+    patch.setattr(memory, "is_young", lambda _base, _now_ms: False)
+
+
 PLANTS: list[tuple[Plant, str]] = [
     (break_before_make, "no silence"),
     (ready_before_live, "ready only when live"),
@@ -151,6 +188,10 @@ PLANTS: list[tuple[Plant, str]] = [
     (untagged_unheard, "ready only when live"),
     (gap_forgotten_at_retiring, "no silence"),
     (confirmed_unpublished, "no silence"),
+    (no_verification, "no silence"),
+    (unversioned_pokes_believed, "no silence"),
+    (generation_at_the_restored_head, "no version twice"),
+    (young_generation_deletes, "no message lost or doubled"),
 ]
 """Each bug, and the invariant that it breaks."""
 

@@ -7,7 +7,6 @@ import pytest
 
 from pokebridge.coordination.base import Coordination
 from pokebridge.mailbox.base import Limits, Mailbox
-from pokebridge.mailbox.memory import MemoryMailbox
 from pokebridge.testing import coordination, transport
 from pokebridge.testing.coordination import CoordinationContract
 from pokebridge.testing.mailbox import MailboxContract
@@ -17,7 +16,7 @@ from pokebridge.transport.base import Transport
 from simulation.broker import Broker
 from simulation.loop import VirtualLoop
 from simulation.network import Peer
-from simulation.stores import Post, Store
+from simulation.stores import Post, RestorableMailbox, Store
 from simulation.trace import Trace
 
 
@@ -66,5 +65,5 @@ class TestPost(MailboxContract):
     async def mailbox(self, clock: ManualClock, limits: Limits) -> Mailbox:
         """An empty mailbox."""
         loop = virtual_loop()
-        post = Post(loop, Random(1), Trace(loop.scheduler), MemoryMailbox(clock, limits))
+        post = Post(loop, Random(1), Trace(loop.scheduler), RestorableMailbox(clock, limits))
         return post.connect(Peer(loop, "peer"))

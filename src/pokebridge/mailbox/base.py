@@ -14,6 +14,8 @@ SEEN_EVERY_MS: Final = DAY_MS
 """The shortest time between two writes of a device's last contact."""
 PAGE_BYTES: Final = 1024 * 1024
 """The largest total size of a page's bodies, so that 500 large messages are several pages."""
+YOUNG_MS: Final = SEEN_EVERY_MS
+"""How long after a generation began acks delete nothing, until all devices are known again."""
 HEADS_BATCH: Final = 1000
 """Recipients whose heads one call may ask for."""
 FORGET_BATCH: Final = 10
@@ -136,7 +138,8 @@ class Mailbox(Protocol):
         """Record that ``device`` has everything up to ``version``.
 
         A version above the head counts as the head; one below an earlier ack changes nothing.
-        Makes the device known. Deletes the messages that every known device has acked.
+        Makes the device known. Deletes the messages that every known device has acked, unless the
+        generation is younger than YOUNG_MS: the store may have forgotten a device.
         """
 
     async def claim_outbox(self, *, older_than_s: float, limit: int) -> Sequence[Poke]:
@@ -205,6 +208,11 @@ def next_base(old: int, now_s: float) -> int:
     MAX_VERSION until the year 2109.
     """
     return max(int(now_s * 1000) << 11, old + 1)
+
+
+def is_young(base: int, now_ms: int) -> bool:
+    """Whether the generation with this base began less than YOUNG_MS ago. The first never is."""
+    return now_ms - (base >> 11) < YOUNG_MS
 
 
 def expiry_ms(message: NewMessage, now_ms: int) -> int | None:

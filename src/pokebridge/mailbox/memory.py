@@ -18,6 +18,7 @@ from pokebridge.mailbox.base import (
     Limits,
     MailboxStats,
     expiry_ms,
+    is_young,
     next_base,
     page_of,
 )
@@ -162,7 +163,8 @@ class MemoryMailbox:
         await self.see_device(recipient, device)
         log = self._logs[recipient]
         log.acked[device] = max(log.acked[device], min(version, log.head))
-        log.delete_acked()
+        if not is_young(self._base, self._now_ms()):
+            log.delete_acked()
 
     async def claim_outbox(self, *, older_than_s: float, limit: int) -> Sequence[Poke]:
         """See the port."""
@@ -208,7 +210,8 @@ class MemoryMailbox:
         for recipient, device in unseen:
             del self._seen_ms[recipient, device]
             del self._logs[recipient].acked[device]
-            self._logs[recipient].delete_acked()
+            if not is_young(self._base, now_ms):
+                self._logs[recipient].delete_acked()
         return purged + len(unseen)
 
     async def clear(self, recipient: str) -> int:

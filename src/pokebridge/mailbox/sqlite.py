@@ -23,6 +23,7 @@ from pokebridge.mailbox.base import (
     Limits,
     MailboxStats,
     expiry_ms,
+    is_young,
     page_of,
 )
 from pokebridge.mailbox.pushes import PushTiming
@@ -280,11 +281,13 @@ def _see_device(
 def _ack(db: sqlite3.Connection, recipient: str, device: str, version: int, now_ms: int) -> None:
     acked = max(0, min(version, _head(db, recipient)))
     _see_device(db, recipient, device, acked, now_ms)
-    _delete_acked(db, recipient)
+    _delete_acked(db, recipient, now_ms)
 
 
-def _delete_acked(db: sqlite3.Connection, recipient: str) -> None:
+def _delete_acked(db: sqlite3.Connection, recipient: str, now_ms: int) -> None:
     """Delete the messages that every known device has acked. Without a device: none."""
+    if is_young(generation.base_of(db), now_ms):
+        return
     _delete(
         db,
         "recipient = ?1 AND version <= (SELECT min(acked) FROM devices WHERE recipient = ?1)",
@@ -360,7 +363,7 @@ def _purge(db: sqlite3.Connection, limit: int, limits: Limits, now_ms: int) -> i
         (limits.unseen_since_ms(now_ms), at_most),
     ).fetchall()
     for (recipient,) in forgotten:
-        _delete_acked(db, recipient)
+        _delete_acked(db, recipient, now_ms)
     free = pragma(db, "freelist_count")
     if free > VACUUM_PAGES and free > pragma(db, "page_count") // 4:
         for _ in range(VACUUM_PAGES):  # one a statement, since Python takes one step of each

@@ -48,10 +48,14 @@ def state_of(db: sqlite3.Connection) -> State:
     return State(*db.execute("SELECT lineage, appended FROM generation").fetchone())
 
 
+def base_of(db: sqlite3.Connection) -> int:
+    """The base of the current generation."""
+    return int(db.execute("SELECT base FROM generation").fetchone()[0])
+
+
 def begin(db: sqlite3.Connection, now_s: float) -> int:
     """Begin a new generation, within a transaction. Returns its base."""
-    (old,) = db.execute("SELECT base FROM generation").fetchone()
-    base = next_base(old, now_s)
+    base = next_base(base_of(db), now_s)
     db.execute("UPDATE generation SET base = ?, lineage = ?", (base, uuid.uuid4().hex))
     return base
 

@@ -25,8 +25,14 @@ class GenerationsContract:
         assert [kept.version for kept in page.messages] == [base + 1, base + 2]
         assert (page.version, page.head, page.more) == (base + 2, base + 2, False)
         assert await unpoked(mailbox) == {BOB: base + 2, EVE: base + 2}
-        await mailbox.ack(BOB, "phone", base + 1)
-        assert await versions(mailbox) == [base + 2]
+
+    async def test_a_young_generation_keeps_what_was_acked(self, mailbox: Mailbox) -> None:
+        """A device that the store has forgotten still gets what the others have acked."""
+        await mailbox.ack(BOB, "phone", 0)
+        base = await mailbox.begin_generation()
+        await fill(mailbox, 2)
+        await mailbox.ack(BOB, "phone", base + 2)
+        assert await versions(mailbox) == [base + 1, base + 2]
 
     async def test_each_generation_is_above_the_one_before(self, mailbox: Mailbox) -> None:
         """Generations may follow each other at once."""
