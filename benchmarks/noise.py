@@ -53,9 +53,8 @@ def _cpu_ns(call: Callable[[bytes], object], bodies: Sequence[bytes]) -> int:
 
 def _gateway(sessions: int) -> Gateway:
     """A gateway with real sessions that receive no pokes."""
-    gateway = Gateway(
-        GatewayConfig(instance="bench"), MemoryTransport(), TokenVerifier(secret=SECRET)
-    )
+    config = GatewayConfig(instance="bench", max_sessions_per_recipient=64, verify_every_s=60)
+    gateway = Gateway(config, MemoryTransport(), TokenVerifier(secret=SECRET))
     for number in range(sessions):
         session = Session(
             recipient(number), "default", f"{number:016}", expires_at=1.0, now=0.0, timing=Timing()

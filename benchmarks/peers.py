@@ -39,9 +39,8 @@ Send = Callable[[range], Awaitable[None]]
 @contextlib.asynccontextmanager
 async def pokebridge_server() -> AsyncIterator[tuple[int, Send]]:
     """The real gateway behind the real HTTP protocol; a sweep goes through ``handle_poke``."""
-    gateway = Gateway(
-        GatewayConfig(instance="bench"), MemoryTransport(), TokenVerifier(secret=SECRET)
-    )
+    settings = GatewayConfig(instance="bench", max_sessions_per_recipient=64, verify_every_s=60)
+    gateway = Gateway(settings, MemoryTransport(), TokenVerifier(secret=SECRET))
     await gateway.start()
     config = uvicorn.Config(_no_app, ws="none", log_config=None)
     config.load()

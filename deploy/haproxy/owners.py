@@ -5,8 +5,8 @@
     socket=/run/haproxy/admin.sock map=/etc/haproxy/owners.map
     while sleep 2; do owners.py http://10.0.0.11:8080 $socket $map; done
 
-The file is written too: HAProxy reads it when it is reloaded. Nothing breaks while the map is old,
-or without this: a session that comes to another instance is served there.
+The file is written too, because HAProxy reads it when it is reloaded. Nothing breaks while the map
+is out of date or missing: a session that arrives at another instance is served there.
 """
 
 import json
@@ -27,7 +27,7 @@ def read_owners(bridge: str, token: str) -> dict[int, str]:
     )
     with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:  # noqa: S310
         cluster = json.load(answer)
-    if cluster["mode"] != "partitioned":  # everybody has everything
+    if cluster["mode"] != "partitioned":  # every instance has every shard
         return {}
     return {shard: each["id"] for each in cluster["instances"] for shard in each["shards"]}
 

@@ -5,7 +5,7 @@ Every failure is a :class:`~pokebridge.errors.PokebridgeError` whose text fits o
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from http import HTTPStatus
 from types import TracebackType
@@ -14,11 +14,9 @@ from typing import Any, Self
 import httpx
 
 from pokebridge.errors import AuthError, ConfigError, PokebridgeError, UnavailableError
+from pokebridge.tokens import SignToken
 
 TIMEOUT_S = 30.0
-
-Sign = Callable[[str, Iterable[str], float], str]
-"""Makes a token from a subject, scopes and a time to live in seconds."""
 
 
 class ApiClient:
@@ -33,7 +31,7 @@ class ApiClient:
         ConfigError: ``url`` is no HTTP URL, or ``token`` is no JWT.
     """
 
-    def __init__(self, url: str, token: str | None = None, sign: Sign | None = None) -> None:
+    def __init__(self, url: str, token: str | None = None, sign: SignToken | None = None) -> None:
         try:
             parsed = httpx.URL(url)
         except httpx.InvalidURL:

@@ -83,7 +83,7 @@ class CpuCosts:
     ``poke``: decoding, looking up and dropping a poke, by the pokes of its message
     (docs/benchmarks.md). ``pubsub_receive``: by the messages of a response
     (docs/transports/google-pubsub.md). ``nats_receive_us`` and ``redis_receive_us``: at 30,000 and
-    at 5,000 messages a second (docs/transports/nats.md, redis.md).
+    at 5,000 messages a second (docs/transports/nats.md, docs/transports/redis.md).
     """
 
     poke: BatchCost = BatchCost(alone_us=1.153, batched_us=0.555, batch_size=100)

@@ -4,25 +4,24 @@
     ├── ConfigError                 a setting is wrong: the start stops with one line that names it
     │   └── MissingExtraError       a part was chosen whose library is not installed
     ├── RefusedError                a WebSocket handshake is refused: limit, Origin or form
-    ├── InputError                  somebody sent something that the contract does not allow
-    │   ├── NotJsonError            a body is not JSON at all
-    │   ├── TooLargeError           a body is longer than is taken
-    │   ├── SignalError             a signal on the transport is none of protocol.md section 2
+    ├── InputError                  the input does not follow the contract
+    │   ├── NotJsonError            a body is not JSON
+    │   ├── TooLargeError           a body exceeds its size limit
+    │   ├── SignalError             a signal does not follow protocol.md section 2
     │   └── FrameError              a WebSocket peer broke RFC 6455 or protocol.md section 3
     ├── AuthError                   no valid token
     │   ├── ForbiddenError          a valid token that does not allow this
     │   └── KeysUnavailableError    the keys that would verify the token are unavailable now
     ├── NotFoundError               nothing has the name that was given
     ├── ConflictError               the present state does not allow what was asked
-    ├── MailboxFullError            a recipient's quota is used up: the message was not taken
+    ├── MailboxFullError            a recipient's quota is used up: the message is not stored
     └── UnavailableError            a part that we depend on does not answer: try again
         ├── TransportError
         ├── MailboxError
         └── CoordinationError
 
-Each class knows the HTTP status and the WebSocket close code that its kind is answered with, so
-that no caller keeps a table of its own. Messages are written for the person who reads them, name
-what to change, and never carry a secret.
+Each class has the HTTP status and the WebSocket close code of its answer, so that no caller needs a
+table. Messages are for people, say what to change, and never contain a secret.
 """
 
 from http import HTTPStatus
@@ -51,7 +50,7 @@ __all__ = [
 
 
 class PokebridgeError(Exception):
-    """The root of the tree: whatever pokebridge raises on purpose."""
+    """The base class of every error that pokebridge raises on purpose."""
 
     status: HTTPStatus = HTTPStatus.INTERNAL_SERVER_ERROR
     close_code: int = 1011
@@ -95,14 +94,14 @@ class NotJsonError(InputError):
 
 
 class TooLargeError(InputError):
-    """A body is longer than is taken; the message says how long it may be."""
+    """A body exceeds its size limit. The message names the limit."""
 
     status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
     close_code = 1009
 
 
 class SignalError(InputError):
-    """A signal's body is not one that protocol.md section 2 describes."""
+    """The body of a signal does not follow protocol.md section 2."""
 
 
 class FrameError(InputError):
@@ -118,21 +117,21 @@ class FrameError(InputError):
 
 
 class AuthError(PokebridgeError):
-    """There is no token, or it is not valid (any more)."""
+    """The token is missing, invalid or expired."""
 
     status = HTTPStatus.UNAUTHORIZED
     close_code = 4401
 
 
 class ForbiddenError(AuthError):
-    """The token is valid and does not allow what was asked."""
+    """The token is valid, but does not permit the request."""
 
     status = HTTPStatus.FORBIDDEN
     close_code = 4403
 
 
 class KeysUnavailableError(AuthError):
-    """The key set that would verify this token can't be fetched now. A retry may succeed."""
+    """The keys that would verify the token are unavailable now. A retry may succeed."""
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
     close_code = 1013
@@ -145,7 +144,7 @@ class NotFoundError(PokebridgeError):
 
 
 class ConflictError(PokebridgeError):
-    """What was asked can't be done in the present state; the message says what stands against."""
+    """The present state does not allow the request. The message says why."""
 
     status = HTTPStatus.CONFLICT
 
@@ -169,11 +168,11 @@ class UnavailableError(PokebridgeError):
 
 
 class TransportError(UnavailableError):
-    """The transport can't publish or subscribe now."""
+    """The transport cannot publish or subscribe now."""
 
 
 class MailboxError(UnavailableError):
-    """The mailbox can't be read or written now.
+    """The mailbox cannot be read or written now.
 
     If it failed during a write, the write may be committed or not. A message with an idempotency
     key can be sent again, and is committed once.

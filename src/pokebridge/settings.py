@@ -27,10 +27,14 @@ from pydantic import (
 )
 
 from pokebridge.errors import ConfigError
+from pokebridge.mailbox.base import Limits
+from pokebridge.mailbox.pushes import PushTiming
 from pokebridge.model import Mode
 from pokebridge.red_line import MIGRATE_RULES, RED_LINE_OPS_PER_S
+from pokebridge.session import Timing
 from pokebridge.sharding import DEFAULT_SHARD_COUNT, MAX_SHARD_COUNT
 from pokebridge.submission import MAX_BODY_BYTES
+from pokebridge.transport.base import Carrier
 
 __all__ = ["Settings", "load_settings"]
 
@@ -40,6 +44,10 @@ _OTHER_VARIABLES = frozenset({"config", "url", "token"})
 # What Kubernetes puts into every container for a Service called pokebridge or pokebridge-….
 _SERVICE_LINK = re.compile(r"(.+_)?(SERVICE_(HOST|PORT(_.+)?)|PORT_\d+_(TCP|UDP|SCTP)(_.+)?)")
 _SERVICE_LINK_VALUE = re.compile(r"(tcp|udp|sctp)://.+")
+
+# The parts state their defaults themselves, and these settings take them over.
+_LIMITS, _PUSH_TIMING, _SESSION_TIMING = Limits(), PushTiming(), Timing()
+_DAY_S = 24 * 3600
 
 _WEBHOOK_SECRET = "whsec_"  # noqa: S105 - what one begins with
 
@@ -124,7 +132,7 @@ _Name = Annotated[
 
 
 class Settings(BaseModel):
-    """The settings of one instance, checked and unchangeable."""
+    """The settings of one instance. They are checked when they are made, and immutable."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -196,7 +204,7 @@ class Settings(BaseModel):
     transport: _PartUrl = "memory://"
     """What carries pokes between instances: nats://HOST:PORT, redis://HOST:PORT/DB,
     pubsub://PROJECT/TOPIC, or memory:// (one process)."""
-    carrier: Literal["filter", "topic"] = "filter"
+    carrier: Carrier = "filter"
     """How Google Pub/Sub separates shards. filter: one shared topic, and a filter on each
     subscription. topic: one topic for each shard. Other transports ignore it."""
 
@@ -208,14 +216,16 @@ class Settings(BaseModel):
     no_mailbox: bool = False
     """Store no messages. Clients pull from your own API, and your backend pokes after each
     commit."""
-    max_messages_per_recipient: Annotated[int, Field(ge=1)] = 10_000
+    max_messages_per_recipient: Annotated[int, Field(ge=1)] = _LIMITS.max_messages
     """Most messages stored for one recipient. When it is reached, senders get status 507."""
     # At least the largest message fits.
-    max_bytes_per_recipient: Annotated[int, Field(ge=MAX_BODY_BYTES)] = 64 * 1024 * 1024
+    max_bytes_per_recipient: Annotated[int, Field(ge=MAX_BODY_BYTES)] = _LIMITS.max_bytes
     """Most bytes of message bodies stored for one recipient. When it is reached, senders get
     status 507."""
     # That a device was seen is written down once a day.
-    forget_device_days: Annotated[float, Field(ge=2, allow_inf_nan=False)] = 90
+    forget_device_days: Annotated[float, Field(ge=2, allow_inf_nan=False)] = (
+        _LIMITS.forget_device_s / _DAY_S
+    )
     """Days after which a device that was not seen is forgotten. Until then its recipient's messages
     are kept for it."""
     ingress: Annotated[str, _matching(r"(nats|tls|pubsub)://\S+", _INGRESS)] | None = None
@@ -227,9 +237,9 @@ class Settings(BaseModel):
     push_webhook_secret: Annotated[SecretStr, AfterValidator(_check_webhook_secret)] | None = None
     """Secret that signs the webhook's requests (Standard Webhooks): whsec_, then 24 to 64 random
     bytes in base64."""
-    push_grace_s: _Seconds = 10
+    push_grace_s: _Seconds = _PUSH_TIMING.grace_s
     """Seconds that a message may wait for a pull before push_webhook_url is notified."""
-    push_quiet_s: _Seconds = 300
+    push_quiet_s: _Seconds = _PUSH_TIMING.quiet_s
     """Seconds after a notification in which push_webhook_url is not notified of the same recipient
     again."""
 
@@ -273,9 +283,9 @@ class Settings(BaseModel):
 
     # --- Timing ---
 
-    ping_interval_s: _Seconds = 25
+    ping_interval_s: _Seconds = _SESSION_TIMING.ping_interval_s
     """Seconds between two pings of a session."""
-    pong_timeout_s: _Seconds = 20
+    pong_timeout_s: _Seconds = _SESSION_TIMING.pong_timeout_s
     """Seconds without a pong after which a session is closed."""
     max_session_s: _Limit = Field(default=None, ge=0)
     """Longest life of a session in seconds. Then it is closed and its client reconnects. Each
@@ -353,13 +363,15 @@ def load_settings(
     overrides: Mapping[str, Any] | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> Settings:
-    """The settings from ``overrides`` (flags), then ``environ``, then the TOML ``config_file``.
+    """Return the settings from ``overrides`` (flags), ``environ`` and the TOML ``config_file``.
 
-    An override of ``None`` and an empty variable count as not given. Without a ``config_file``
-    the one that ``POKEBRIDGE_CONFIG`` names is read. ``environ`` is the process's by default.
+    An override beats a variable, and a variable beats the file. An override of ``None`` and an
+    empty variable count as not given. Without a ``config_file`` the file that
+    ``POKEBRIDGE_CONFIG`` names is read. ``environ`` is the process's environment by default.
 
-    Raises :class:`~pokebridge.errors.ConfigError`: one line with the setting, where it came from
-    and what it may be; its value is left out, for it may be a secret.
+    Raises:
+        ConfigError: a setting is wrong. The message is one line with its name, its source and the
+            values that it may have. It omits the value, which may be a secret.
     """
     environ = os.environ if environ is None else environ
     if config_file is None and environ.get(f"{ENV_PREFIX}CONFIG"):

@@ -40,6 +40,9 @@ KEYS_TIMEOUT_S = 5.0
 _PUBLIC_TYPES = ("RSA", "EC", "OKP")
 _PUBLIC_MEMBERS = ("kty", "kid", "alg", "crv", "x", "y", "n", "e")
 
+SignToken = Callable[[str, Iterable[str], float], str]
+"""Makes a token from a subject, scopes and a time to live in seconds."""
+
 log = structlog.get_logger(__name__)
 
 

@@ -6,14 +6,16 @@ import ssl
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
-from pokebridge.client import OnPoke, PokeClient, Policy, ReceivedMessage, core, pulling
-from pokebridge.client.events import Closed, Connect, Pull, Pulled, Text, Tick
+from pokebridge.client import OnPoke, PokeClient, Policy, ReceivedMessage, core, opening, pulling
+from pokebridge.client.events import Closed, Connect, Pull, Pulled, Refused, Text, Tick
 from pokebridge.errors import ConfigError, ForbiddenError, InputError
 from tests.client.faulty_bridge import Bad, FaultyBridge
 from tests.support import CutProxy, wait_until
+from tests.support.mute import LIVE, MUTE, Names, mute_listener
 from tests.transport.certificates import make_certificates
 
 # Nothing waits for long; polling and pings stay out of the way where a test does not want them.
@@ -463,6 +465,81 @@ async def test_tls(tmp_path: Path, handler: Handler) -> None:
             await wait_until(lambda: any(isinstance(event, Closed) for event in seen))
     assert "CERTIFICATE_VERIFY_FAILED" in repr(seen)
     assert len(bridge.connects) == 1
+
+
+# --- addresses ------------------------------------------------------------------------------
+
+
+async def test_a_mute_first_address_is_no_outage(
+    bridge: FaultyBridge, handler: Handler, names: Names
+) -> None:
+    """It does not accept: the socket and the pull go to the second address of the name."""
+    names("bridge.test", [MUTE, LIVE])
+    bridge.commit("a")
+    port = urlsplit(bridge.url).port or 0
+    with mute_listener(accepts=False, port=port):
+        async with PokeClient(f"http://bridge.test:{port}", "token", handler) as client:
+            await client.wait_ready(30)
+            await handler.has("a")
+    assert len(bridge.connects) == 1
+
+
+async def test_an_address_that_accepts_and_is_mute_is_left(
+    bridge: FaultyBridge, names: Names, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next is tried in the same attempt, and first from then on."""
+    monkeypatch.setattr(opening, "UNANSWERED_S", 0.1)
+    names("bridge.test", [MUTE, LIVE])
+    port = urlsplit(bridge.url).port or 0
+    events: list[object] = []
+    url = f"http://bridge.test:{port}"
+    with mute_listener(accepts=True, port=port):
+        async with PokeClient(url, "token", on_poke=nothing, on_event=events.append) as client:
+            await client.wait_ready(30)
+            assert not [event for event in events if isinstance(event, Closed)]
+            monkeypatch.setattr(opening, "UNANSWERED_S", 600.0)
+            await bridge.close(1001)
+            await wait_until(lambda: len(bridge.connects) == 2 and client.connected)
+
+
+async def test_a_refusal_at_one_address_is_not_carried_to_the_next(
+    bridge: FaultyBridge, handler: Handler, names: Names
+) -> None:
+    """It is an answer: a server that has no room must not be asked twice as often."""
+    names("bridge.test", [LIVE, MUTE])
+    bridge.refusals.append(Bad(503, {"Retry-After": "300"}))
+    events: list[object] = []
+    url = bridge.url.replace(LIVE, "bridge.test")
+    async with PokeClient(url, "token", handler, on_event=events.append):
+        await wait_until(lambda: any(isinstance(event, Refused) for event in events))
+    assert len(bridge.connects) == 1
+
+
+async def test_a_name_s_certificate_is_asked_for_at_each_address(
+    tmp_path: Path, handler: Handler, names: Names
+) -> None:
+    """The certificate is the name's: that an address was dialled makes no difference to TLS."""
+    files = make_certificates(tmp_path)
+    server_tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    server_tls.load_cert_chain(files.cert_file, files.key_file)
+    client_tls = ssl.create_default_context(cafile=str(files.ca_file))
+    names("localhost", [MUTE, LIVE])
+    names("other.test", [MUTE, LIVE])
+    async with FaultyBridge().run(server_tls) as bridge:
+        port = urlsplit(bridge.url).port or 0
+        with mute_listener(accepts=False, port=port):
+            url = f"https://localhost:{port}"
+            async with PokeClient(url, "token", handler, tls=client_tls) as client:
+                await client.wait_ready(30)
+            seen: list[object] = []
+            url = f"https://other.test:{port}"
+            async with PokeClient(url, "token", handler, tls=client_tls, on_event=seen.append):
+                await wait_until(lambda: any(isinstance(event, Closed) for event in seen))
+    assert "CERTIFICATE_VERIFY_FAILED" in repr(seen)
+
+
+async def nothing(_: int) -> None:
+    """A pull that finds nothing."""
 
 
 # --- tokens ---------------------------------------------------------------------------------

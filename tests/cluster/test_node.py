@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from pokebridge.cluster.node import Cluster
+from pokebridge.cluster.node import Cluster, ClusterConfig
 from pokebridge.coordination.base import Coordination
 from pokebridge.coordination.memory import MemoryCoordination
 from pokebridge.coordination.static import Replicas, StaticCoordination
@@ -14,8 +14,8 @@ from pokebridge.durations import RequestDurations
 from pokebridge.errors import ConflictError, NotFoundError
 from pokebridge.gateway.config import GatewayConfig
 from pokebridge.gateway.gateway import Gateway
-from pokebridge.model import Feed
-from pokebridge.settings import Settings
+from pokebridge.model import Feed, Mode
+from pokebridge.red_line import MIGRATE_RULES, RED_LINE_OPS_PER_S
 from pokebridge.sharding import shard_of
 from pokebridge.tokens import TokenVerifier
 from pokebridge.transport.base import Signal
@@ -34,7 +34,6 @@ class Node:
     name: str
     cluster: Cluster
     gateway: Gateway
-    settings: Settings
     drains: list[str] = field(default_factory=list)
 
     @property
@@ -57,29 +56,40 @@ class Nodes:
         coordination: Coordination | None = None,
         *,
         has_peers: bool = False,
-        **given: object,
+        mode: Mode = "fanout",
     ) -> Node:
         """Start one, with an end of the shared store unless another ``coordination`` is given."""
-        settings = Settings.model_validate(
-            {
-                "dev": True,
-                "instance": name,
-                "shard_count": SHARDS,
-                "lease_s": 0.5,
-                "advertise_url": f"ws://{name}.example",
-                **given,
-            }
+        url = f"ws://{name}.example"
+        config = ClusterConfig(
+            instance=name,
+            weight=1.0,
+            advertise_url=url,
+            is_member=True,
+            can_lead=True,
+            by_ring=False,
+            shard_count=SHARDS,
+            mode=mode,
+            lease_s=0.5,
+            red_line_ops_per_s=RED_LINE_OPS_PER_S,
+            migrates=False,
+            migrate_rules=MIGRATE_RULES,
         )
         transport = self.bus.connect()
-        config = GatewayConfig(instance=name, shard_count=SHARDS, mode=settings.initial_mode)
-        gateway = Gateway(config, transport, TokenVerifier(secret=SECRET))
+        gateway_config = GatewayConfig(
+            instance=name,
+            max_sessions_per_recipient=1,
+            verify_every_s=60,
+            shard_count=SHARDS,
+            mode=mode,
+        )
+        gateway = Gateway(gateway_config, transport, TokenVerifier(secret=SECRET))
         drains: list[str] = []
         cluster = Cluster(
-            settings,
+            config,
             gateway,
             coordination or self.store.connect(),
             RequestDurations(),
-            url=settings.advertise_url or "",
+            url=url,
             has_peers=has_peers,
             on_drain=lambda: drains.append(name),
         )
@@ -87,7 +97,7 @@ class Nodes:
         self.opened.push_async_callback(gateway.close)
         await cluster.start()
         self.opened.push_async_callback(cluster.close)
-        return Node(name, cluster, gateway, settings, drains)
+        return Node(name, cluster, gateway, drains)
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> griffe.Module:
 
 def test_the_page_is_the_codes(package: griffe.Module) -> None:
     """docs/api.md is what `make docs` makes of the sources."""
-    assert api_docs.PAGE.read_text() == api_docs.render(package)
+    assert api_docs.PAGE.read_text() == api_docs.render(package), "run `make docs`"
 
 
 def test_everything_public_is_explained(package: griffe.Module) -> None:
@@ -48,7 +48,7 @@ def test_a_change_of_the_public_surface_is_in_the_changelog(
     unreleased = (ROOT / "CHANGELOG.md").read_text().split("\n## ")[1]
     words = set(re.findall(r"\w+", unreleased))
     missing = {name for name in _changed(package, release) if name.rpartition(".")[2] not in words}
-    assert not missing
+    assert not missing, "name them in CHANGELOG.md, under Unreleased"
 
 
 def _changed(package: griffe.Module, release: griffe.Module) -> set[str]:

@@ -6,7 +6,7 @@ from tools import settings_docs
 
 def test_the_page_is_the_codes() -> None:
     """docs/settings.md is what `make docs` makes of the sources."""
-    assert settings_docs.PAGE.read_text() == settings_docs.render()
+    assert settings_docs.PAGE.read_text() == settings_docs.render(), "run `make docs`"
 
 
 def test_every_setting_is_in_one_group() -> None:

@@ -130,6 +130,8 @@ async def running(
     settings = replace(
         GatewayConfig(
             instance="i-1",
+            max_sessions_per_recipient=64,
+            verify_every_s=60,
             timing=timing,
             subscription_timing=SubscriptionTiming(
                 silence_s=0.2, probe_timeout_s=0.2, retry_s=0.05, retire_delay_s=0.1

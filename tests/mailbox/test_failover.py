@@ -3,8 +3,10 @@
 import asyncio
 import os
 import pwd
+import shutil
 import subprocess
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,6 +59,25 @@ def standby_of(primary: Daemon) -> Iterator[Daemon]:
             yield daemon
 
 
+async def cut_off(on_standby: Any, primary: Daemon) -> None:
+    """Let the standby catch up, then have it follow no more."""
+    by_hand = await asyncpg.connect(primary.url)
+    written = await by_hand.fetchval("SELECT pg_current_wal_lsn()::text")
+    await by_hand.close()
+
+    async def has_caught_up() -> bool:
+        caught_up = "SELECT pg_last_wal_replay_lsn() >= $1::text::pg_lsn"
+        return bool(await on_standby.fetchval(caught_up, written))
+
+    async def is_cut_off() -> bool:
+        return not await on_standby.fetch("SELECT FROM pg_stat_wal_receiver")
+
+    await wait_until(has_caught_up)
+    await on_standby.execute("ALTER SYSTEM SET primary_conninfo = ''")
+    await on_standby.execute("SELECT pg_reload_conf()")
+    await wait_until(is_cut_off)
+
+
 async def test_a_failover_loses_and_doubles_nothing(own_postgres_server: Daemon) -> None:
     """The primary is killed amid appends and its standby promoted: each call is only slow.
 
@@ -107,23 +128,7 @@ async def test_a_failover_that_loses_commits_gives_no_version_twice(
         mailbox = await PostgresMailbox.open(f"postgresql://postgres@{hosts}/postgres")
         on_standby = await asyncpg.connect(standby.url)
         await fill(mailbox, 3)
-
-        primary = await asyncpg.connect(own_postgres_server.url)
-        written = await primary.fetchval("SELECT pg_current_wal_lsn()::text")
-        await primary.close()
-
-        async def has_caught_up() -> bool:
-            caught_up = "SELECT pg_last_wal_replay_lsn() >= $1::text::pg_lsn"
-            return bool(await on_standby.fetchval(caught_up, written))
-
-        await wait_until(has_caught_up)
-        await on_standby.execute("ALTER SYSTEM SET primary_conninfo = ''")
-        await on_standby.execute("SELECT pg_reload_conf()")
-
-        async def is_cut_off() -> bool:
-            return not await on_standby.fetch("SELECT FROM pg_stat_wal_receiver")
-
-        await wait_until(is_cut_off)
+        await cut_off(on_standby, own_postgres_server)
         await fill(mailbox, 5)
         cursor = await head(mailbox, BOB)
         assert cursor == 8
@@ -160,6 +165,81 @@ async def test_a_restored_dump_gives_no_version_twice(postgres_database: str) ->
     assert await head(mailbox, BOB) == page.version + 1
     await by_hand.close()
     await mailbox.close()
+
+
+async def test_rows_restored_in_place(postgres_database: str) -> None:
+    """Rows that are replaced in the same tables, generation included, give no version twice."""
+    mailbox = await PostgresMailbox.open(postgres_database)
+    by_hand = await asyncpg.connect(postgres_database)
+    await fill(mailbox, 3)
+    names = ("heads", "messages", "outbox", "receipts", "batches", "generation")
+    for name in names:
+        await by_hand.execute(f"CREATE TABLE saved_{name} AS TABLE pokebridge.{name}")
+    await fill(mailbox, 5)
+    await by_hand.execute("SET search_path = ''")
+    await by_hand.execute("SET session_replication_role = replica")  # as --disable-triggers does
+    async with by_hand.transaction():
+        for name in names:
+            await by_hand.execute(f"DELETE FROM pokebridge.{name}")
+            await by_hand.execute(f"INSERT INTO pokebridge.{name} TABLE public.saved_{name}")
+    await fill(mailbox, 7)
+    page = await mailbox.read(BOB, after=8, limit=10)
+    assert len(page.messages) == 7
+    await fill(mailbox, 1)
+    await fill(mailbox, 1)
+    assert await head(mailbox, BOB) == page.version + 2
+    await by_hand.close()
+    await mailbox.close()
+
+
+async def test_a_database_put_back_by_a_rename(postgres_server: Daemon) -> None:
+    """A copy of the database (CREATE DATABASE … TEMPLATE) takes its place under the mailbox."""
+    name = f"test_{uuid.uuid4().hex}"
+    url = postgres_server.url.removesuffix("postgres") + name
+    by_hand = await asyncpg.connect(postgres_server.url)
+    await by_hand.execute(f"CREATE DATABASE {name}")
+    mailbox = await PostgresMailbox.open(url)
+    await fill(mailbox, 3)
+    end_sessions = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1"
+    await by_hand.fetch(end_sessions, name)
+    await by_hand.execute(f"CREATE DATABASE {name}_copy TEMPLATE {name}")
+    await fill(mailbox, 5)
+    await by_hand.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    await by_hand.execute(f"ALTER DATABASE {name}_copy RENAME TO {name}")
+    await fill(mailbox, 7)
+    page = await mailbox.read(BOB, after=8, limit=10)
+    assert len(page.messages) == 7
+    await mailbox.close()
+    await by_hand.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    await by_hand.close()
+
+
+async def test_the_servers_files_put_back(own_postgres_server: Daemon, tmp_path: Path) -> None:
+    """A copy of the data directory has the same system, timeline and files, and lacks messages."""
+    data = own_postgres_server._directory / "data"
+    mailbox = await PostgresMailbox.open(own_postgres_server.url)
+    await fill(mailbox, 3)
+    await asyncio.to_thread(own_postgres_server.terminate)
+    await asyncio.to_thread(copy_owned, data, tmp_path / "copy")
+    await asyncio.to_thread(own_postgres_server.start)
+    await fill(mailbox, 5)
+    await asyncio.to_thread(own_postgres_server.terminate)
+    await asyncio.to_thread(shutil.rmtree, data)
+    await asyncio.to_thread(copy_owned, tmp_path / "copy", data)
+    await asyncio.to_thread(own_postgres_server.start)
+    assert await head(mailbox, BOB) == 3
+    await fill(mailbox, 7)
+    page = await mailbox.read(BOB, after=8, limit=10)
+    assert len(page.messages) == 7
+    await asyncio.to_thread(own_postgres_server.restart)
+    await fill(mailbox, 1)
+    assert await head(mailbox, BOB) == page.version + 1
+    await mailbox.close()
+
+
+def copy_owned(source: Path, target: Path) -> None:
+    """Copy a directory with the owners of its files."""
+    subprocess.run(["cp", "-a", str(source), str(target)], check=True)
 
 
 async def test_a_server_that_turns_read_only_is_left(own_postgres_server: Daemon) -> None:

@@ -267,7 +267,7 @@ async def test_a_slow_key_endpoint_lets_no_burst_through(keys: KeyEndpoint) -> N
     keys.answers.clear()
     verifier = TokenVerifier(jwks_url=keys.url, audience=AUDIENCE)
     async with running(verifier=verifier, handshakes_per_s=20) as server:
-        tasks = server.gateway._tasks
+        tasks = server.gateway.entrance._tasks
         others = len(tasks)
 
         async def handshake() -> int:

@@ -1,4 +1,4 @@
-"""A certificate authority of the tests' own, and a certificate for 127.0.0.1."""
+"""A certificate authority of the tests' own, and a certificate for 127.0.0.1 and localhost."""
 
 import datetime as dt
 import ipaddress
@@ -13,7 +13,7 @@ from cryptography.x509.oid import NameOID
 
 @dataclass(frozen=True)
 class Certificates:
-    """PEM files: the authority's certificate, and a certificate and key for 127.0.0.1."""
+    """PEM files: the authority's certificate, and one with its key for 127.0.0.1 and localhost."""
 
     ca_file: Path
     cert_file: Path
@@ -57,6 +57,6 @@ def _certificate(
         .add_extension(x509.BasicConstraints(ca=key is issuer_key, path_length=None), critical=True)
     )
     if key is not issuer_key:
-        address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
-        builder = builder.add_extension(x509.SubjectAlternativeName([address]), critical=False)
+        names = [x509.IPAddress(ipaddress.ip_address("127.0.0.1")), x509.DNSName("localhost")]
+        builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
     return builder.sign(issuer_key, hashes.SHA256())

@@ -118,7 +118,9 @@ class ByHandContract:
         self, connect_topic: ConnectUrl, by_hand: PublishByHand
     ) -> None:
         """What the decoder or the hash chokes on is counted and dropped, tagged or not."""
-        config = GatewayConfig(instance="bad-signals")
+        config = GatewayConfig(
+            instance="bad-signals", max_sessions_per_recipient=1, verify_every_s=60
+        )
         transport = await connect_topic("bad-signals")
         gateway = Gateway(config, transport, TokenVerifier(secret="0" * 32))
         await gateway.start()

@@ -365,7 +365,28 @@ async def test_a_deleted_topic_is_restored(world: World) -> None:
 async def test_a_subscription_on_a_deleted_topic_notices(
     either: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another makes a topic of the same name: no error is seen, only silence, and it is enough."""
+    """Another makes a topic of the same name: no error is seen, only silence, and it is enough.
+
+    No probe is waited for: the service says what the subscription is attached to.
+    """
+    monkeypatch.setattr(google_pubsub_subscription, "SILENT_S", 0.2)
+    monkeypatch.setattr(google_pubsub_subscription, "WATCH_S", 0.1)
+    transport = await either.connect()
+    publisher = await either.connect()
+    _, receiver = await subscribe_live(transport, Feed.ALL)
+    _, of_shard = await subscribe_live(transport, 42)
+    await either.publisher.delete_topic(topic=either.topic)
+    await either.publisher.create_topic(name=either.topic)
+    await hear_gap(receiver)
+    await hear_gap(of_shard, 42)
+    await assert_hears(publisher, receiver)
+    await assert_hears(publisher, of_shard)
+
+
+async def test_a_subscription_that_hears_nothing_is_probed(
+    either: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without an answer it is created anew, where the service does not say what is wrong."""
     monkeypatch.setattr(google_pubsub_subscription, "QUIET_S", 0.2)
     monkeypatch.setattr(google_pubsub_subscription, "WATCH_S", 0.1)
     monkeypatch.setattr(google_pubsub_subscription, "PROOF_TIMEOUT_S", 3.0)
@@ -381,7 +402,8 @@ async def test_a_subscription_on_a_deleted_topic_notices(
 async def test_silence_is_no_reason_to_reconnect(
     world: World, server: PubSubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A quiet subscription is asked by a probe, which it answers, and its stream stays."""
+    """A quiet subscription is looked at, and answers a probe, and its stream stays."""
+    monkeypatch.setattr(google_pubsub_subscription, "SILENT_S", 0.05)
     monkeypatch.setattr(google_pubsub_subscription, "QUIET_S", 0.05)
     monkeypatch.setattr(google_pubsub_subscription, "WATCH_S", 0.05)
     transport = await world.connect()

@@ -5,7 +5,7 @@ Every handler follows its row of the contract: authorize, read, act, answer. Wha
 into the types that also describe them (``schema``). FastAPI routes and serves the description.
 """
 
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 
@@ -28,14 +28,12 @@ from pokebridge.cluster.watchers import Watchers
 from pokebridge.durations import RequestDurations
 from pokebridge.gateway.handshake import Network
 from pokebridge.model import check_recipient
-from pokebridge.tokens import TokenVerifier
+from pokebridge.tokens import SignToken, TokenVerifier
 from pokebridge.wire import CONNECT_PATH
 
 # A whole request body: a message of 64 KiB and its envelope, or a thousand recipients.
 BODY_CAP_BYTES = 96 * 1024
 POKES_CAP_BYTES = 384 * 1024
-
-SignToken = Callable[[str, Iterable[str], float], str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

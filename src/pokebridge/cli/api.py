@@ -7,10 +7,14 @@ from typing import Any, TypeVar
 
 import click
 
-from pokebridge.api_client import ApiClient, Sign
+from pokebridge.api_client import ApiClient
 from pokebridge.cli.options import config_option
 from pokebridge.server.from_settings import token_signer
 from pokebridge.settings import load_settings
+from pokebridge.tokens import SignToken
+
+SUBJECT = "urn:pokebridge:cli"
+"""The subject of a token that a command makes for itself."""
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -41,7 +45,7 @@ def api_options(*, token: bool = True) -> Callable[[_Command], _Command]:
     return add
 
 
-def configured_signer(config: Path | None) -> Sign | None:
+def configured_signer(config: Path | None) -> SignToken | None:
     """Signs with the configured ``jwt_secret``; ``None`` when there is none."""
     # A command needs no secret of its own, and with dev none is demanded. The one that dev makes
     # up is of no use here.

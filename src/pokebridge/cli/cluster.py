@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import click
 from rich.console import Console, Group
@@ -13,11 +13,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from pokebridge.cli.api import Access, api_options
+from pokebridge.cli.api import SUBJECT, Access, api_options
 from pokebridge.cli.options import json_option
 from pokebridge.errors import UnavailableError
+from pokebridge.model import Mode
 
-SUBJECT = "urn:pokebridge:cli"
 LOOK_EVERY_S = 0.5
 # A terminal's own width is better, where there is one.
 WIDTH = 120
@@ -66,7 +66,7 @@ async def _status(access: Access, *, watch: bool, as_json: bool) -> None:
 @cluster.command(
     epilog="Example: pokebridge cluster mode partitioned", short_help="Migrate a cluster."
 )
-@click.argument("mode", type=click.Choice(["fanout", "partitioned"]))
+@click.argument("mode", type=click.Choice(get_args(Mode)))
 @click.option("--force", is_flag=True, help="Also while signals without a shard stay costly.")
 @_timeout_option
 @api_options()

@@ -13,9 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pokebridge.bench.plot import PlotFile, save_plot
-from pokebridge.cli.api import Access, token_option
+from pokebridge.cli.api import SUBJECT, Access, token_option
 from pokebridge.cli.options import config_option, json_option
-from pokebridge.cli.publish import SUBJECT
 from pokebridge.costs import (
     FANOUT,
     PARTITIONED,

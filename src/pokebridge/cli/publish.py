@@ -7,13 +7,11 @@ from typing import Any, NoReturn
 
 import click
 
-from pokebridge.cli.api import Access, api_options
+from pokebridge.cli.api import SUBJECT, Access, api_options
 from pokebridge.cli.options import json_option
 
 # Of one POST /v1/pokes (protocol.md section 4).
 RECIPIENTS_PER_REQUEST = 1000
-# Who a message or a poke is from when the token is made here.
-SUBJECT = "urn:pokebridge:cli"
 
 
 @click.command(

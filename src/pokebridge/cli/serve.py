@@ -34,8 +34,8 @@ def _setting_option(name: str, field: FieldInfo) -> Callable[[_Command], _Comman
     if field.annotation is bool:
         return click.option(flag, is_flag=True, default=None, help=field.description)
     choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
-    has_default = isinstance(field.default, (str, int, float))
-    default = f" [default: {field.default}]" if has_default else ""
+    value = f"{field.default:g}" if isinstance(field.default, float) else field.default
+    default = f" [default: {value}]" if isinstance(value, (str, int)) else ""
     metavar = "|".join(choices) or "VALUE"
     return click.option(flag, metavar=metavar, help=f"{field.description}{default}")
 

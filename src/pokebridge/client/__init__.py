@@ -1,7 +1,7 @@
-"""The smart client: sleeps on one WebSocket, hears a poke, and pulls.
+"""The smart client: it sleeps on one WebSocket, wakes on a poke, and pulls.
 
 :class:`PokeClient` is the client for asyncio. Its rules are in ``core``, without any input or
-output, so that they can be tested, simulated, and held against clients in other languages.
+output, so that they can be tested, simulated, and compared with clients in other languages.
 """
 
 from pokebridge.client.core import ClientCore, Policy

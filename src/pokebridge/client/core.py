@@ -153,11 +153,11 @@ class _Socket(Enum):
 
 
 class ClientCore:
-    """One client of the bridge.
+    """The state machine of one client.
 
     Args:
         url: the WebSocket address, ``wss://…/v1/connect``.
-        cursor: the version up to which everything is dealt with already.
+        cursor: the version up to which all messages are handled already.
         policy: the delays.
     """
 
@@ -199,17 +199,17 @@ class ClientCore:
 
     @property
     def cursor(self) -> int:
-        """The version up to which everything is dealt with."""
+        """The version up to which all messages are handled."""
         return self._pulls.cursor
 
     @property
     def ready(self) -> bool:
-        """Whether a socket is open and has said ``ready``."""
+        """Whether a socket is open and the bridge has sent ``ready``."""
         return self._socket is _Socket.READY
 
     @property
     def timer(self) -> float | None:
-        """When the next :class:`Tick` is due; ``None`` when only other events can change things."""
+        """When the next :class:`Tick` is due, or ``None`` if another event has to come first."""
         if self.stopped:
             return None
         times = [self._give_up_at, self._ping_at, self._pong_by, self._poll_at]
@@ -221,9 +221,9 @@ class ClientCore:
         return None if earliest == inf else earliest
 
     def handle(self, event: AnyEvent, *, now: float, random: float) -> list[AnyAction]:
-        """Take in ``event`` at ``now`` seconds; ``random`` is evenly from [0, 1).
+        """Return the actions to carry out for ``event``, in order. After a :class:`Stop`: none.
 
-        Returns what is to be done, in this order. After a :class:`Stop` that is nothing, for ever.
+        ``now`` is the time in seconds, and ``random`` a uniform random number in [0, 1).
         """
         if self.stopped:
             return []

@@ -10,9 +10,8 @@ from typing import Self
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import msgspec
-from websockets.asyncio.client import ClientConnection, connect
+from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
-from websockets.typing import Subprotocol
 
 from pokebridge.client.core import ClientCore, Policy
 from pokebridge.client.driver import Driver
@@ -30,6 +29,7 @@ from pokebridge.client.events import (
     TokenFailed,
     Wake,
 )
+from pokebridge.client.opening import Opener
 from pokebridge.client.pulling import (
     MailboxPuller,
     OnMessages,
@@ -42,11 +42,7 @@ from pokebridge.errors import ConfigError, ForbiddenError
 from pokebridge.model import DEFAULT_DEVICE, check_device
 from pokebridge.wire import CONNECT_PATH
 
-SUBPROTOCOL = Subprotocol("pokebridge.v1")
 TOKEN_TIMEOUT_S = 30.0
-CLOSE_TIMEOUT_S = 1.0
-# Far above the size of any frame that docs/protocol.md defines.
-MAX_MESSAGE_BYTES = 16 * 1024
 ABNORMAL_CLOSURE = 1006  # RFC 6455, section 7.4.1: no close frame came
 
 TokenProvider = str | Callable[[], Awaitable[str]]
@@ -108,7 +104,7 @@ class PokeClient(Driver):
         url = url.rstrip("/")
         if tls is None and url.startswith("https:"):
             tls = create_default_context()
-        self._tls = tls
+        self._opener = Opener(tls)
         self._puller: Puller
         if on_messages is not None and on_poke is None:
             self._puller = MailboxPuller(url, on_messages, device=device, cursor=cursor, tls=tls)
@@ -303,7 +299,7 @@ class PokeClient(Driver):
 
     async def _hold_socket(self, url: str, query: dict[str, str]) -> None:
         try:
-            socket = await self._open(_with_query(url, query))
+            socket = await self._opener.open(_with_query(url, query), self._token)
         except InvalidStatus as error:
             response = error.response
             asked_s = retry_after_s(response.headers.get("Retry-After"))
@@ -316,19 +312,6 @@ class PokeClient(Driver):
                 await self._listen(socket)
             finally:
                 await socket.close()
-
-    async def _open(self, url: str) -> ClientConnection:
-        return await connect(
-            url,
-            subprotocols=[SUBPROTOCOL],
-            additional_headers={"Authorization": f"Bearer {self._token}"},
-            compression=None,
-            ssl=(self._tls or True) if url.startswith("wss:") else None,
-            open_timeout=None,  # the core has its own deadline,
-            ping_interval=None,  # and its own pings
-            close_timeout=CLOSE_TIMEOUT_S,
-            max_size=MAX_MESSAGE_BYTES,
-        )
 
     async def _listen(self, socket: ClientConnection) -> None:
         self._socket = socket

@@ -113,7 +113,7 @@ class Membership:
         shard_count: int,
         mode: Mode,
         on_view: Callable[[View], None],
-        lease_s: float = 5.0,
+        lease_s: float,
         leads: bool = True,
         by_ring: bool = False,
         planner: Planner | None = None,

@@ -8,7 +8,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import structlog
@@ -23,8 +23,7 @@ from pokebridge.errors import ConflictError, CoordinationError, NotFoundError
 from pokebridge.gateway.gateway import Gateway
 from pokebridge.gateway.shard_routing import Reach
 from pokebridge.model import Mode
-from pokebridge.red_line import MIGRATE_RULES
-from pokebridge.settings import Settings
+from pokebridge.red_line import WatchRules
 from pokebridge.sharding import shard_of
 from pokebridge.wire import CONNECT_PATH
 
@@ -46,6 +45,34 @@ class Home(NamedTuple):
     """The WebSocket URL; empty when it is not known."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterConfig:
+    """What an instance is in its cluster, and how the cluster is run."""
+
+    instance: str
+    """This instance's id."""
+    weight: float
+    """This instance's capacity, relative to the others'."""
+    advertise_url: str
+    """The URL that this instance gives its own clients; empty when they keep the one they used."""
+    is_member: bool
+    """Whether this instance holds sessions, and so owns shards."""
+    can_lead: bool
+    """Whether this instance may be elected coordinator."""
+    by_ring: bool
+    """Whether every instance computes the shard map, instead of an elected one."""
+    shard_count: int
+    mode: Mode
+    """The mode of a cluster that has no shard map yet."""
+    lease_s: float
+    """After this time without a sign of life a member counts as dead."""
+    red_line_ops_per_s: float
+    migrates: bool
+    """Whether the leader changes the mode when the load crosses the red line."""
+    migrate_rules: WatchRules
+    """How long the load must be over or under the line before it does."""
+
+
 class Cluster:
     """The cluster as this instance takes part in it, for the API and for operators.
 
@@ -57,7 +84,7 @@ class Cluster:
 
     def __init__(
         self,
-        settings: Settings,
+        config: ClusterConfig,
         gateway: Gateway,
         coordination: Coordination,
         requests: RequestDurations,
@@ -69,7 +96,7 @@ class Cluster:
         """Prepare to join.
 
         Args:
-            settings: this instance's.
+            config: this instance's part in it.
             gateway: applies the shard map.
             coordination: the store that the members share.
             requests: the durations of the requests that this instance answers.
@@ -77,11 +104,10 @@ class Cluster:
             has_peers: whether the transport reaches other instances.
             on_drain: called when the cluster wants this instance drained.
         """
-        self._settings = settings
+        self._config = config
         self._gateway = gateway
         self._on_drain = on_drain
         self._url = url
-        self._is_member = "gateway" in settings.roles
         self._is_static = coordination.is_static
         self._is_cut_off = has_peers and not coordination.is_shared
         self._incarnation = secrets.token_hex(8)
@@ -90,25 +116,23 @@ class Cluster:
         self.history = History()
         self.ops_per_s = 0.0
         self.red_line = RedLineMonitor(
-            settings.red_line_ops_per_s,
-            replace(
-                MIGRATE_RULES, over_for_s=settings.auto_over_s, under_for_s=settings.auto_under_s
-            ),
-            self.migrate if settings.mode == "auto" else None,
+            config.red_line_ops_per_s,
+            config.migrate_rules,
+            self.migrate if config.migrates else None,
         )
         self._applied: View | None = None
         self._has_new_view = asyncio.Event()
         self._ticker: asyncio.Task[None] | None = None
         self._membership = Membership(
             coordination,
-            self._describe if self._is_member else None,
-            holder=f"{settings.instance}:{self._incarnation}",
-            shard_count=settings.shard_count,
-            mode=settings.initial_mode,
+            self._describe if config.is_member else None,
+            holder=f"{config.instance}:{self._incarnation}",
+            shard_count=config.shard_count,
+            mode=config.mode,
             on_view=self._on_view,
-            lease_s=settings.lease_s,
-            leads="coordinator" in settings.roles,
-            by_ring=settings.assignment == "ring" and not self._is_static,
+            lease_s=config.lease_s,
+            leads=config.can_lead,
+            by_ring=config.by_ring and not self._is_static,
         )
 
     @property
@@ -134,7 +158,7 @@ class Cluster:
             ConfigError: the cluster has another number of shards.
         """
         await self._membership.start()
-        me = self._settings.instance
+        me = self._config.instance
         if me in self.view.shard_map.draining:  # left by an earlier process of this name
             await self._membership.change(lambda m: replace(m, draining=m.draining - {me}))
         self._ticker = asyncio.create_task(self._keep_ticking())
@@ -168,13 +192,13 @@ class Cluster:
                     detail=entry.text,
                     epoch=view.shard_map.epoch,
                 )
-        me = self._settings.instance
+        me = self._config.instance
         if me in view.shard_map.draining and before is not None:
             self._on_drain()
 
     def _check_name(self, view: View) -> None:
-        mine = view.members.get(self._settings.instance)
-        if self._is_member and mine is not None and mine.incarnation != self._incarnation:
+        mine = view.members.get(self._config.instance)
+        if self._config.is_member and mine is not None and mine.incarnation != self._incarnation:
             log.warning("instance_name_taken", member=mine.id)
 
     async def hand_over(self) -> None:
@@ -182,11 +206,11 @@ class Cluster:
 
         In fan-out it returns at once, because every instance receives every message anyway.
         """
-        if not self._is_member or self._is_static:
+        if not self._config.is_member or self._is_static:
             return
-        me = self._settings.instance
+        me = self._config.instance
         try:
-            async with asyncio.timeout(self._settings.lease_s):
+            async with asyncio.timeout(self._config.lease_s):
                 await self._membership.refresh()
                 while self._successors() and self.view.shard_map.owned_by(me):
                     self._has_new_view.clear()
@@ -198,7 +222,7 @@ class Cluster:
         """The members that can take over shards."""
         if self.view.shard_map.mode == "fanout":
             return ()
-        me, draining = self._settings.instance, self.view.shard_map.draining
+        me, draining = self._config.instance, self.view.shard_map.draining
         return [
             member
             for member in self.view.members.values()
@@ -241,7 +265,7 @@ class Cluster:
             NotFoundError: the cluster has no such instance.
             CoordinationError: the store is unavailable.
         """
-        if instance == self._settings.instance:
+        if instance == self._config.instance:
             self._on_drain()
         elif instance in self.view.members:
             await self._membership.change(
@@ -252,11 +276,11 @@ class Cluster:
 
     def home_of(self, recipient: str) -> Home:
         """Where to connect for ``recipient``: its shard's owner, else this instance."""
-        shard = shard_of(recipient, self._settings.shard_count)
+        shard = shard_of(recipient, self._config.shard_count)
         owner = self.view.owner_of(shard)
         if self.view.shard_map.mode == "partitioned" and owner is not None and owner.url:
             return Home(shard, owner.id, connect_url(owner.url))
-        return Home(shard, self._settings.instance, connect_url(self._settings.advertise_url or ""))
+        return Home(shard, self._config.instance, connect_url(self._config.advertise_url))
 
     def status(self) -> ClusterStatus:
         """The whole cluster, as far as this instance sees it."""
@@ -275,9 +299,9 @@ class Cluster:
             ],
             load=cluster_load(members.values(), shard_map.mode),
             noise_ratio=self._gateway.bridge.traffic.noise_ratio,
-            red_line_ops_per_s=self._settings.red_line_ops_per_s,
+            red_line_ops_per_s=self._config.red_line_ops_per_s,
             is_over_red_line=self.red_line.is_over,
-            seen_by=self._settings.instance,
+            seen_by=self._config.instance,
             history_count=self.history.count,
             trouble="; ".join(self._troubles()),
         )
@@ -292,12 +316,11 @@ class Cluster:
     # --- what this instance reports -------------------------------------------------------------
 
     def _describe(self) -> Member:
-        settings = self._settings
         return Member(
-            id=settings.instance,
+            id=self._config.instance,
             url=self._url,
             incarnation=self._incarnation,
-            weight=settings.weight,
+            weight=self._config.weight,
             joined_at_ms=self._joined_at_ms,
             sessions=len(self._gateway.sessions),
             state="draining" if self._gateway.draining else "active",
@@ -307,8 +330,8 @@ class Cluster:
     def _members(self) -> Mapping[str, Member]:
         """All members as last seen, and this instance as it is now."""
         members = dict(self.view.members)
-        if self._is_member:
-            members[self._settings.instance] = self._describe()
+        if self._config.is_member:
+            members[self._config.instance] = self._describe()
         return members
 
     async def _keep_ticking(self) -> None:

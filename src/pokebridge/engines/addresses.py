@@ -19,19 +19,23 @@ STAGGER_S = 0.5
 async def first_of(
     dials: Sequence[Callable[[], Coroutine[Any, Any, C]]],
     discard: Callable[[C], Awaitable[None]],
+    *,
+    stagger_s: float | None = None,
 ) -> C:
     """Return the first connection that one of ``dials`` makes.
 
-    Each dial begins :data:`STAGGER_S` after the one before it, or as soon as one has failed. So a
-    host that accepts connections and never answers costs half a second, and not the whole time.
+    Each dial begins ``stagger_s`` after the one before it, or as soon as one has failed. So a host
+    that accepts connections and never answers costs half a second, and not the whole time.
 
     Args:
         dials: in order of preference; at least one. A dial that is cancelled must clean up.
         discard: closes a connection that came too late.
+        stagger_s: by default :data:`STAGGER_S`.
 
     Raises:
         Exception: what the first dial that failed raised, when all have failed.
     """
+    stagger_s = STAGGER_S if stagger_s is None else stagger_s
     waiting = list(dials)
     dialling: set[asyncio.Task[C]] = set()
     failures: list[BaseException] = []
@@ -41,7 +45,7 @@ async def first_of(
                 dialling.add(asyncio.create_task(waiting.pop(0)()))
             done, dialling = await asyncio.wait(
                 dialling,
-                timeout=STAGGER_S if waiting else None,
+                timeout=stagger_s if waiting else None,
                 return_when=asyncio.FIRST_COMPLETED,
             )
             made = [task for task in done if task.exception() is None]

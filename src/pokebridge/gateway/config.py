@@ -6,7 +6,6 @@ from math import inf
 
 from pokebridge.gateway.handshake import Network
 from pokebridge.gateway.subscriptions import SubscriptionTiming
-from pokebridge.gateway.verification import DEFAULT_EVERY_S
 from pokebridge.model import Mode
 from pokebridge.placement import PlacementRules
 from pokebridge.session import Timing
@@ -19,13 +18,15 @@ class GatewayConfig:
 
     instance: str
     """This instance's id."""
+    max_sessions_per_recipient: int
+    """A session beyond this limit replaces the recipient's oldest one."""
+    verify_every_s: float
+    """How often each session is compared with its recipient's mailbox."""
     allowed_origins: frozenset[str] | None = frozenset()
     """The values of ``Origin`` that are accepted. ``None`` accepts every Origin."""
     trusted_proxies: Sequence[Network] = ()
     """The proxies whose ``X-Forwarded-For`` is believed."""
     max_sessions: int | None = None
-    max_sessions_per_recipient: int = 64
-    """A session beyond this limit replaces the recipient's oldest one."""
     max_sessions_per_address: int | None = None
     handshakes_per_s: float | None = None
     timing: Timing = field(default_factory=Timing)
@@ -34,8 +35,6 @@ class GatewayConfig:
     shard_count: int = DEFAULT_SHARD_COUNT
     mode: Mode = "fanout"
     """The mode until the first shard map arrives."""
-    verify_every_s: float = DEFAULT_EVERY_S
-    """How often each session is compared with its recipient's mailbox."""
     placement: PlacementRules = field(default_factory=PlacementRules)
     max_session_s: float = inf
     """The longest life of a session. Each session gets a random share of it, 80 to 100 %, so that

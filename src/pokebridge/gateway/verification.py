@@ -20,7 +20,6 @@ log = structlog.get_logger(__name__)
 
 Heads = Callable[[Sequence[str]], Awaitable[Mapping[str, int]]]
 
-DEFAULT_EVERY_S = 60.0
 DOUBT_EVERY_S = 10.0
 """While the transport is in doubt: it may stay away for long, and pulls must go on."""
 GRACE_S = 3.0
@@ -65,7 +64,7 @@ class Verification:
         lost: sessions that were behind: their pokes were lost on the way.
     """
 
-    def __init__(self, heads: Heads, every_s: float = DEFAULT_EVERY_S) -> None:
+    def __init__(self, heads: Heads, every_s: float) -> None:
         self._heads = heads
         self._every_s = every_s
         self._queue: deque[Verified] = deque()

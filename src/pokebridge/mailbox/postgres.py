@@ -46,10 +46,14 @@ UPKEEP_TIMEOUT_S: Final = 30.0
 STATS_TIMEOUT_S: Final = 300.0
 MIGRATION_TIMEOUT_S: Final = 600.0
 
-APPEND: Final = "SELECT append($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)"
-APPEND_OWING_PUSHES: Final = (
-    "SELECT append_owing_pushes($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)"
-)
+# With the position after it, which is durable once the append is.
+APPEND: Final = """
+SELECT versions, wal_position() FROM append($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) AS versions
+"""
+APPEND_OWING_PUSHES: Final = """
+SELECT versions, wal_position()
+FROM append_owing_pushes($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12) AS versions
+"""
 # For each pull: the recipient's head, a page from the same snapshot, and the message after the
 # page, which shows that there is more.
 READ: Final = """
@@ -103,6 +107,7 @@ PURGE_RECEIPTS: Final = "SELECT purge_receipts($1, now_ms($2) - $3)"
 PURGE_BATCHES: Final = "SELECT purge_batches($1, now_ms($2) - $3)"
 PURGE_DEVICES: Final = "SELECT purge_devices($1, now_ms($2) - $3)"
 BEGIN_GENERATION: Final = "SELECT begin_generation(true)"
+WAL_POSITION: Final = "SELECT wal_position()"
 CLEAR: Final = "SELECT clear_recipient($1)"
 STATS: Final = """
 SELECT count(*) FILTER (WHERE head > 0), coalesce(sum(kept_messages), 0)::bigint,
@@ -138,6 +143,7 @@ class PostgresMailbox:
 
     - ``pushes``: the pending pushes, or ``None``
     - ``_pool``: the connections
+    - ``_position``: how far the server's write-ahead log was, at least (bytes)
     - ``_clock``: Unix time in seconds; ``None``: the database's clock counts
     - ``_limits``: the limits of each recipient
     - ``_append``, ``_head``, ``_page``, ``_see``: batch concurrent calls of one kind
@@ -153,6 +159,8 @@ class PostgresMailbox:
         push_timing: PushTiming | None,
     ) -> None:
         self._pool = pool
+        self._pool.on_connect = self._compare_position
+        self._position = 0
         self._clock = clock
         self._limits = limits
         self.pushes = (
@@ -327,9 +335,10 @@ class PostgresMailbox:
             statement, timing = APPEND_OWING_PUSHES, self.pushes.timing
             concern = [timing.concerns(message) for message in new]
             parameters = (*parameters, concern, timing.grace_ms)
-        versions = await self._pool.run(
-            lambda connection: connection.fetchval(statement, *parameters)
+        ((versions, position),) = await self._pool.run(
+            lambda connection: connection.fetch(statement, *parameters)
         )
+        self._position = max(self._position, position or 0)
         outcome = dict(zip(once, versions, strict=True))
         answers: list[Receipt | Exception] = []
         for key, message in zip(keys, messages, strict=True):
@@ -340,6 +349,17 @@ class PostgresMailbox:
                 answers.append(Receipt(message.id, abs(version), duplicate=version < 0))
                 outcome[key] = -abs(version)  # for those in this batch that repeat it
         return answers
+
+    async def _compare_position(self, connection: Connection) -> None:
+        """Begin a generation when the server is behind what it once was, with the same files.
+
+        This happens when its directory was put back as a copy, so every connection is a new one.
+        """
+        if self._position:
+            position = await connection.fetchval(WAL_POSITION)
+            if position is not None and position < self._position:
+                await connection.execute(BEGIN_GENERATION)
+                self._position = position
 
     async def _read_heads(self, recipients: Sequence[str]) -> list[int | Exception]:
         heads = await self.heads(recipients)

@@ -68,6 +68,7 @@ class PostgresPool:
     - ``_idle``: open connections, the most recently used last
     - ``_under_way``: calls under way; ``_nothing_under_way`` is set while there are none
     - ``_closed``: whether new calls are refused
+    - ``on_connect``: awaited with each new connection before its first use
     """
 
     def __init__(self, dsn: str, *, schema: str) -> None:
@@ -84,6 +85,7 @@ class PostgresPool:
         self._nothing_under_way = asyncio.Event()
         self._nothing_under_way.set()
         self._closed = False
+        self.on_connect: Callable[[Connection], Awaitable[None]] | None = None
 
     async def run(
         self,
@@ -140,7 +142,7 @@ class PostgresPool:
 
     async def _attempt(self, work: Callable[[Connection], Awaitable[T]]) -> T:
         async with self._free:
-            connection = self._pop_idle() or await self._dialler.connect()
+            connection = self._pop_idle() or await self._connect()
             try:
                 return await work(connection)
             except BaseException as error:
@@ -166,6 +168,16 @@ class PostgresPool:
     def _drop_idle(self) -> None:
         while self._idle:
             self._idle.pop().terminate()
+
+    async def _connect(self) -> Connection:
+        connection = await self._dialler.connect()
+        if self.on_connect is not None:
+            try:
+                await self.on_connect(connection)
+            except BaseException:
+                connection.terminate()
+                raise
+        return connection
 
 
 _FAILURES: Final = (

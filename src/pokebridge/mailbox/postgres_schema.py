@@ -382,12 +382,14 @@ CREATE TABLE generation (
 );
 
 -- What changes when this database goes back in time: the system and the timeline after a failover
--- or a point-in-time recovery, the file of heads after a restore. Any role may ask for these, but
--- a managed server may refuse one; that one is left out then.
+-- or a point-in-time recovery, the database and the file of heads after a restore. Any role may ask
+-- for these, but a managed server may refuse one; that one is left out then.
 CREATE FUNCTION current_history() RETURNS text LANGUAGE plpgsql AS $$
 DECLARE
     answer text := coalesce(pg_relation_filenode(to_regclass('heads')), 0);
 BEGIN
+    answer := answer || ' '
+        || (SELECT oid::text FROM pg_database WHERE datname = current_database());
     BEGIN
         answer := answer || ' ' || (SELECT system_identifier FROM pg_control_system());
     EXCEPTION WHEN OTHERS THEN NULL;
@@ -410,9 +412,9 @@ BEGIN
     INSERT INTO generation
         VALUES (true, (extract(epoch FROM clock_timestamp()) * 1000)::bigint << 11,
             current_history())
-    ON CONFLICT (one) DO UPDATE SET history = excluded.history,
+    ON CONFLICT (one) DO UPDATE SET history = current_history(),
         base = greatest(excluded.base, generation.base + 1)
-        WHERE a_forced OR generation.history <> excluded.history;
+        WHERE a_forced OR generation.history <> current_history();
     SELECT base INTO answer FROM generation WHERE one;
     RETURN answer;
 END $$;
@@ -427,6 +429,34 @@ BEGIN
 END $$;
 
 INSERT INTO generation VALUES (true, 0, current_history());
+
+-- A restore into the same tables: rows of heads, which we never delete, are replaced. Its session
+-- has a search_path of its own.
+CREATE FUNCTION mark_restored() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    EXECUTE format('UPDATE %I.generation SET history = %L', tg_table_schema, 'restored');
+    RETURN NULL;
+END $$;
+CREATE TRIGGER mark_restored AFTER DELETE OR TRUNCATE ON heads EXECUTE FUNCTION mark_restored();
+ALTER TABLE heads ENABLE ALWAYS TRIGGER mark_restored;
+
+-- So that a restored row of generation does not pass for the current one.
+CREATE FUNCTION distrust_history() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    new.history := 'restored';
+    RETURN new;
+END $$;
+CREATE TRIGGER distrust_history BEFORE INSERT ON generation
+    FOR EACH ROW EXECUTE FUNCTION distrust_history();
+ALTER TABLE generation ENABLE ALWAYS TRIGGER distrust_history;
+
+-- How far the write-ahead log is, in bytes; NULL where the server does not tell. It goes back when
+-- a copy of the server's files is put back.
+CREATE FUNCTION wal_position() RETURNS bigint LANGUAGE plpgsql AS $$
+BEGIN
+    RETURN pg_current_wal_insert_lsn() - '0/0'::pg_lsn;
+EXCEPTION WHEN OTHERS THEN RETURN NULL;
+END $$;
 
 ALTER FUNCTION append(
     uuid, text[], text[], text[], boolean[], bytea[], bigint[], bigint, bigint, bigint
@@ -454,8 +484,7 @@ END $$;
 
 ALTER FUNCTION delete_acked(text[]) RENAME TO delete_what_was_acked;
 
--- Delete nothing while the generation is younger than a day: this database may have forgotten a
--- device, which becomes known by its next pull or ack.
+-- Nothing in a generation's first day: a forgotten device is known by its next pull or ack.
 CREATE FUNCTION delete_acked(a_recipients text[]) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
     IF EXISTS (

@@ -1,7 +1,7 @@
-"""One instance on one port: the HTTP API, and the WebSockets beside it.
+"""One instance on one port, which serves the HTTP API and the WebSockets.
 
-:func:`serve` runs one. It is imported when it is asked for, so that a command which only needs an
-adapter does not wait for it.
+:func:`serve` runs one. It is imported on first use, so that a command which needs only an adapter
+does not import the web framework.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -6,12 +6,13 @@ declared, documented and checked in ``settings.py``, and handed here to the part
 
 import resource
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from math import inf
 from typing import TYPE_CHECKING
 
 from pydantic import SecretStr
 
-from pokebridge.cluster.node import Cluster
+from pokebridge.cluster.node import Cluster, ClusterConfig
 from pokebridge.durations import RequestDurations
 from pokebridge.fallback.push import Pulls, Pusher
 from pokebridge.fallback.webhook import Webhook
@@ -24,6 +25,7 @@ from pokebridge.mailbox.pushes import PushQueue, pushes_of
 from pokebridge.model import NewMessage, Poke, Receipt
 from pokebridge.processor import Processor
 from pokebridge.publisher import Publisher
+from pokebridge.red_line import MIGRATE_RULES
 from pokebridge.server import uvicorn_server
 from pokebridge.server.from_settings import Adapters, check, open_adapters, token_signer
 from pokebridge.server.instance import Instance, Parts
@@ -87,7 +89,7 @@ def assemble(settings: Settings, opened: Adapters, *, url: str = "") -> Instance
     queue = pushes_of(mailbox)
     requests = RequestDurations()
     cluster = Cluster(
-        settings,
+        _cluster_config(settings),
         gateway,
         opened.coordination,
         requests,
@@ -172,6 +174,25 @@ def _gateway_config(settings: Settings) -> GatewayConfig:
         verify_every_s=settings.verify_every_s,
         timing=Timing(
             ping_interval_s=settings.ping_interval_s, pong_timeout_s=settings.pong_timeout_s
+        ),
+    )
+
+
+def _cluster_config(settings: Settings) -> ClusterConfig:
+    return ClusterConfig(
+        instance=settings.instance,
+        weight=settings.weight,
+        advertise_url=settings.advertise_url or "",
+        is_member="gateway" in settings.roles,
+        can_lead="coordinator" in settings.roles,
+        by_ring=settings.assignment == "ring",
+        shard_count=settings.shard_count,
+        mode=settings.initial_mode,
+        lease_s=settings.lease_s,
+        red_line_ops_per_s=settings.red_line_ops_per_s,
+        migrates=settings.mode == "auto",
+        migrate_rules=replace(
+            MIGRATE_RULES, over_for_s=settings.auto_over_s, under_for_s=settings.auto_under_s
         ),
     )
 

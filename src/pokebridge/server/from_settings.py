@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from pokebridge.api_client import Sign
 from pokebridge.coordination.base import Coordination
 from pokebridge.errors import ConfigError
 from pokebridge.ingress.base import Source
@@ -19,7 +18,7 @@ from pokebridge.mailbox.base import Limits, Mailbox
 from pokebridge.mailbox.pushes import PushTiming
 from pokebridge.server import adapters
 from pokebridge.settings import Settings
-from pokebridge.tokens import sign_token
+from pokebridge.tokens import SignToken, sign_token
 from pokebridge.transport.base import Transport
 
 if TYPE_CHECKING:  # its libraries are an extra
@@ -152,7 +151,7 @@ async def open_mailbox(settings: Settings, *, must_exist: bool = False) -> Mailb
     return await adapters.open_mailbox(settings.mailbox, limits, push_timing, must_exist=must_exist)
 
 
-def token_signer(settings: Settings) -> Sign | None:
+def token_signer(settings: Settings) -> SignToken | None:
     """Return what signs tokens with ``jwt_secret``; ``None`` when there is no secret."""
     if settings.jwt_secret is None:
         return None

@@ -9,17 +9,16 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
-from pokebridge import __version__
 from pokebridge.api import app as api
 from pokebridge.api import metrics
 from pokebridge.api.messages import MailboxSide
 from pokebridge.api.pokes import Signaller
-from pokebridge.api_client import Sign
 from pokebridge.cluster.node import Cluster
 from pokebridge.cluster.watchers import Watchers
 from pokebridge.coordination.base import Coordination
@@ -37,7 +36,7 @@ from pokebridge.publisher import Publisher
 from pokebridge.server.capacity import PullCapacity
 from pokebridge.supervisor import failing_tasks, task_failures
 from pokebridge.telemetry import Metric
-from pokebridge.tokens import TokenVerifier
+from pokebridge.tokens import SignToken, TokenVerifier
 from pokebridge.transport.base import Transport
 
 if TYPE_CHECKING:  # its libraries are an extra
@@ -94,7 +93,7 @@ class Parts:
     pusher: Pusher | None
     ingress: Ingress | None
     tracing: "Tracing | None"
-    sign_dev_token: Sign | None
+    sign_dev_token: SignToken | None
     allowed_origins: Sequence[str]
     trusted_proxies: Sequence[Network]
     red_line_ops_per_s: float
@@ -251,7 +250,7 @@ class Instance:
         counters, subscriptions = gateway.bridge.counters, gateway.subscriptions
         view, me = cluster.view, parts.name
         numbers: dict[Metric, metrics.Value] = {
-            Metric.BUILD_INFO: {(__version__, me): 1},
+            Metric.BUILD_INFO: {(version("pokebridge"), me): 1},
             Metric.HANDSHAKES: {
                 (status,): count for status, count in gateway.entrance.handshakes.items()
             },

@@ -3,7 +3,7 @@
 class TestMyPushes(PushContract):
     @pytest.fixture
     async def mailbox(self, clock, my_server):
-        ...  # yield a mailbox opened with ``TIMING``, that takes its time from ``clock``
+        ...  # yield a mailbox that is opened with ``TIMING`` and takes its time from ``clock``
 """
 
 import asyncio

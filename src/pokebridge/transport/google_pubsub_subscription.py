@@ -7,8 +7,10 @@ What can happen to it, and how it recovers:
   nearly as long as messages are retained.
 - The subscription is missing, or attached to a topic that was deleted: it is created anew, and a
   gap is reported.
-- Nothing arrives for a while: a probe tests whether the subscription still delivers. If not, the
-  stream is opened again, and the subscription is checked.
+- Nothing arrives for :data:`SILENT_S`: the service is asked whether the subscription is attached to
+  the topic. It is not when somebody has deleted the topic and created it again, and no error tells.
+- Nothing arrives for :data:`QUIET_S`: a probe tests whether the subscription delivers. If not,
+  the stream is opened again, and the subscription is checked.
 - Google's emulator keeps delivering to the broken stream. So there a broken stream costs the
   subscription, which is created anew.
 
@@ -46,6 +48,8 @@ MAX_OUTSTANDING_BYTES = 16 * 1024 * 1024
 HEARTBEAT_S = 30.0
 # An outage is noticed late, by up to a heartbeat and a keepalive: hence the margin.
 COVERED_S = RETENTION_S - 120
+# The gateway probes what has been silent for 5 s. So after this time something is wrong.
+SILENT_S = 8.0
 QUIET_S = 60.0
 WATCH_S = 5.0
 PROOF_TIMEOUT_S = 10.0
@@ -128,6 +132,8 @@ class PulledSubscription:
         self._is_new = False
         # Whether the subscription must be created anew.
         self._gone = False
+        # When the service was last asked whether the subscription is attached to the topic.
+        self._asked_s = 0.0
         # Wakes the watch.
         self._doubted = asyncio.Event()
         self._loop = asyncio.get_running_loop()
@@ -359,6 +365,9 @@ class PulledSubscription:
                 self._mark_good()
             self._doubted.clear()
             gap, quiet_s = self._gap, self._loop.time() - self._heard_s
+            if gap is None and not await self._seems_attached():
+                self.lose("the topic was deleted")
+                return
             if gap is not None or quiet_s > QUIET_S:
                 if not await self._prove():
                     if self._api.is_emulator or not await self._is_attached():
@@ -374,6 +383,14 @@ class PulledSubscription:
             with suppress(TimeoutError):
                 async with asyncio.timeout(WATCH_S):
                     await self._doubted.wait()
+
+    async def _seems_attached(self) -> bool:
+        """As :meth:`_is_attached`, but asked every :data:`SILENT_S` only, while nothing arrives."""
+        now_s = self._loop.time()
+        if now_s - max(self._heard_s, self._asked_s) < SILENT_S:
+            return True
+        self._asked_s = now_s
+        return await self._is_attached()
 
     async def _prove(self) -> bool:
         """Whether a probe arrives.

@@ -1,13 +1,13 @@
-"""A small Pub/Sub server that speaks Google's v1 gRPC API and, unlike the emulator, filters.
+"""A small Pub/Sub server with Google's v1 gRPC API. Unlike the emulator it applies filters.
 
-In a test: ``async with PubSubServer() as server:`` and PUBSUB_EMULATOR_HOST or the client's
-endpoint set to ``server.address``. On a laptop: ``python -m pokebridge.testing.pubsub``.
+In a test, use ``async with PubSubServer() as server:`` and set PUBSUB_EMULATOR_HOST, or the
+client's endpoint, to ``server.address``. On a laptop run ``python -m pokebridge.testing.pubsub``.
 
-It has topics; pull subscriptions with labels, filters, ack deadlines, retention and expiry;
-Publish, Pull, Acknowledge, ModifyAckDeadline and StreamingPull with flow control. It has no push,
-ordering keys, exactly-once delivery, dead letters, snapshots and schemas, and refuses them.
-One conformance suite (``tests/testing/test_pubsub_conformance.py``) runs over it and over Google's
-emulator.
+The server has topics, and pull subscriptions with labels, filters, ack deadlines, retention and
+expiry. It answers Publish, Pull, Acknowledge, ModifyAckDeadline and StreamingPull with flow
+control. It refuses what it does not have: push, ordering keys, exactly-once delivery, dead letters,
+snapshots and schemas. One conformance suite (``tests/testing/test_pubsub_conformance.py``) runs
+over it and over Google's emulator.
 """
 
 from pokebridge.testing.pubsub.server import PubSubServer

@@ -52,14 +52,14 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class PubSubServer:
-    """A small Pub/Sub server for tests and laptops; see the package for what it can do.
+    """A small Pub/Sub server for tests and laptops; the package says what it can do.
 
-    A stopped server may be started again, on the same port, and still knows everything, as after
-    an outage of Google's; a new one on that port knows nothing, as after a restart of the emulator.
+    A stopped server can be started again on the same port and keeps its state, as Google's service
+    does in an outage. A new server on that port has no state, as the emulator after a restart.
 
     Args:
-        clock: Unix time in seconds; a test passes its own to see expiry and retention.
-        projects: those that exist; by default every project does.
+        clock: returns Unix time in seconds. A test passes its own to test expiry and retention.
+        projects: the projects that exist. By default every project exists.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class PubSubServer:
     ) -> None:
         self.broker = Broker(clock, projects)
         self.calls: Counter[str] = Counter()
-        """How often each method was called, refused calls included."""
+        """Number of calls of each method, including refused calls."""
         self._denied: set[str] = set()
         self._failures: dict[str, deque[StatusCode]] = {}
         self._server: grpc.aio.Server | None = None
@@ -79,11 +79,11 @@ class PubSubServer:
 
     @property
     def address(self) -> str:
-        """``HOST:PORT``: what PUBSUB_EMULATOR_HOST is set to."""
+        """``HOST:PORT``, the value for PUBSUB_EMULATOR_HOST."""
         return f"127.0.0.1:{self._port}"
 
     async def start(self, port: int = 0) -> None:
-        """Listen on loopback ``port``; 0 takes a free one, or the one that it had before.
+        """Listen on loopback ``port``. 0 means a free port, or the port of an earlier start.
 
         Raises:
             OSError: the port is taken.
@@ -139,7 +139,7 @@ class PubSubServer:
         self._denied.update(methods)
 
     def allow(self, *methods: str) -> None:
-        """Refuse them no longer."""
+        """Stop refusing these methods."""
         self._denied.difference_update(methods)
 
     def fail(self, method: str, *codes: StatusCode) -> None:
@@ -147,7 +147,7 @@ class PubSubServer:
         self._failures.setdefault(method, deque()).extend(codes)
 
     def break_streams(self, code: StatusCode = StatusCode.UNAVAILABLE) -> None:
-        """End every open stream, as Google's do every now and then."""
+        """End every open stream, as Google's service does now and then."""
         self.broker.end_streams(ApiError(code, "The service was unable to fulfill your request."))
 
     # --- the API --------------------------------------------------------------------------------
