@@ -8,7 +8,7 @@ import msgspec
 import structlog
 
 from pokebridge.coordination.base import Member
-from pokebridge.errors import CoordinationError
+from pokebridge.errors import ConfigError, CoordinationError
 
 # The longest time a call takes. Shorter than any lease used in production, so that a member learns
 # of an outage while its lease still lasts.
@@ -68,6 +68,7 @@ class StoreConnection(Generic[C]):
         self._failures: tuple[type[Exception], ...] = (*failures, OSError)
         self._text_of = text_of
         self._connection: C | None = None
+        self._has_connected = False
         # Held during a call.
         self._turn = asyncio.Lock()
         # Connections that are being closed.
@@ -83,6 +84,7 @@ class StoreConnection(Generic[C]):
 
         Raises:
             CoordinationError: the store does not answer, or refuses.
+            ConfigError: the URL is invalid, or a file is unreadable, at the first connection.
         """
         try:
             async with asyncio.timeout(CALL_TIMEOUT_S + waits_s), self._turn:
@@ -94,6 +96,11 @@ class StoreConnection(Generic[C]):
                     raise
         except TimeoutError:
             raise CoordinationError(f"{self._name}: no answer") from None
+        except ConfigError as error:
+            if not self._has_connected:
+                raise
+            # A file with credentials that can't be read now may be readable again later.
+            raise CoordinationError(f"{self._name}: {error}") from error
         except self._failures as error:
             raise CoordinationError(f"{self._name}: {self._text_of(error)}") from error
 
@@ -108,6 +115,7 @@ class StoreConnection(Generic[C]):
             self._drop()
         if self._connection is None and not self._closed:
             self._connection = await self._dial()
+            self._has_connected = True
         if self._closed or self._connection is None:  # possibly while dialling
             self._drop()
             raise CoordinationError(f"{self._name}: closed")

@@ -2,8 +2,9 @@
 
 The URL is ``nats://USER:PASSWORD@HOST:PORT,HOST:PORT``, or ``TOKEN@`` instead of a user, or without
 credentials. The servers are interchangeable. ``tls://`` refuses a server without TLS. Options:
-``creds_file`` or ``nkey_file`` (NATS credentials), ``ca_file``, ``cert_file`` and ``key_file``
-(PEM). Files are read at each connection, since they may have changed.
+``creds_file`` or ``nkey_file`` (NATS credentials), ``password_file`` (of the URL's user, or the
+token if there is none), ``ca_file``, ``cert_file`` and ``key_file`` (PEM). Files are read at each
+connection, since they may have changed.
 """
 
 import asyncio
@@ -11,7 +12,6 @@ from collections.abc import Awaitable, Callable, Coroutine
 from collections.abc import Set as AbstractSet
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
@@ -20,10 +20,10 @@ from nats.aio.client import Client, RawCredentials
 
 from pokebridge.engines import text_of
 from pokebridge.engines.addresses import addresses_of, first_of
-from pokebridge.engines.urls import TLS_OPTIONS, tls_context, url_options
+from pokebridge.engines.urls import TLS_OPTIONS, read_secret, tls_context, url_options
 from pokebridge.errors import ConfigError, MissingExtraError
 
-URL_OPTIONS = TLS_OPTIONS | {"creds_file", "nkey_file"}
+URL_OPTIONS = TLS_OPTIONS | {"creds_file", "nkey_file", "password_file"}
 DEFAULT_PORT = 4222
 CLOSE_TIMEOUT_S = 1.0
 
@@ -165,7 +165,10 @@ def client_options(part: str, url: str, allowed: AbstractSet[str] = URL_OPTIONS)
     options: dict[str, Any] = {}
     given = url_options(part, url, allowed)
     user, colon, password = urlsplit(url).netloc.rpartition("@")[0].partition(":")
-    if colon:
+    if path := given.get("password_file"):
+        secret = read_secret(part, "password_file", path)
+        options |= {"user": unquote(user), "password": secret} if user else {"token": secret}
+    elif colon:
         options |= {"user": unquote(user), "password": unquote(password)}
     elif user:
         options["token"] = unquote(user)
@@ -181,10 +184,7 @@ def client_options(part: str, url: str, allowed: AbstractSet[str] = URL_OPTIONS)
 def _read(part: str, option: str, path: str) -> str:
     if find_spec("nkeys") is None:
         raise MissingExtraError("nats://", "nats")
-    try:
-        return Path(path).read_text(encoding="ascii")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"the {part} URL's {option} is unreadable: {error}") from None
+    return read_secret(part, option, path)
 
 
 def refusal_of(error: Exception | None) -> str:

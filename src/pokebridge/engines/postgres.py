@@ -37,9 +37,6 @@ class PostgresDialler:
         url: see this module.
         timeout_s: how long dialling one address may take.
         options: further arguments of :func:`asyncpg.connect`.
-
-    Raises:
-        ConfigError: ``password_file`` is unreadable.
     """
 
     def __init__(self, part: str, url: str, *, timeout_s: float, **options: Any) -> None:
@@ -48,8 +45,9 @@ class PostgresDialler:
         parts = urlsplit(url)
         given = dict(parse_qsl(parts.query, keep_blank_values=True))
         if path := given.pop("password_file", None):
-            read_secret(part, "password_file", path)  # so that a wrong path is reported at once
-            self._options["password"] = partial(_password, part, path)
+            self._options["password"] = partial(
+                asyncio.to_thread, read_secret, part, "password_file", path
+            )
             parts = parts._replace(query=urlencode(given))
         self._is_choice_given = (
             "target_session_attrs" in given or "PGTARGETSESSIONATTRS" in os.environ
@@ -59,18 +57,23 @@ class PostgresDialler:
             urlunsplit(parts._replace(netloc=f"{credentials}{at}{host}"))
             for host in hosts.split(",")
         ]
-        self._last = _Target("", "")
+        self._last: _Target | None = None
 
     async def connect(self) -> Connection:
         """Connect to the first host that answers.
 
         Raises:
-            ConfigError: the URL is invalid.
+            ConfigError: the URL is invalid, or at the first connection a file is unreadable.
             asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError:
                 no host can be reached, or it refuses.
         """
-        urls = sorted(self._urls, key=lambda url: url != self._last.url)
-        made = await first_of([partial(self._dial_host, url) for url in urls], _discard)
+        urls = sorted(self._urls, key=lambda url: self._last is None or url != self._last.url)
+        try:
+            made = await first_of([partial(self._dial_host, url) for url in urls], _discard)
+        except ConfigError as error:
+            if self._last is None:
+                raise
+            raise OSError(str(error)) from None  # it was valid before, so this may pass
         self._last = made.target
         return made.connection
 
@@ -151,13 +154,6 @@ class _LoopTo:
             "Coroutine[Any, Any, tuple[asyncio.Transport, asyncio.Protocol]]",
             self._loop.create_connection(protocol, self._address, port, **options),
         )
-
-
-async def _password(part: str, path: str) -> str:
-    try:
-        return await asyncio.to_thread(read_secret, part, "password_file", path)
-    except ConfigError as error:  # it was readable at the start, so this may pass
-        raise OSError(str(error)) from None
 
 
 async def _discard(made: _Made) -> None:

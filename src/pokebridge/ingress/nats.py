@@ -148,7 +148,10 @@ class NatsSource:
 
     async def _dial(self) -> _Connection:
         """Dial any server."""
-        options = await asyncio.to_thread(client_options, "ingress", self._url)
+        try:
+            options = await asyncio.to_thread(client_options, "ingress", self._url)
+        except ConfigError as error:  # it was valid at the start, so this may pass
+            raise TransportError(str(error)) from error
         dials = [
             partial(dial_server, server, options, self._dial_address, _hang_up)
             for server in self._servers
