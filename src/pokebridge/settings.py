@@ -190,6 +190,9 @@ class Settings(BaseModel):
     ordinal decides."""
     lease_s: Annotated[float, Field(ge=0.5, le=300)] = 5
     """Seconds without a sign of life after which an instance counts as dead and its shards move."""
+    deaf_after_s: _Seconds = 5
+    """Seconds in which the transport delivers nothing to this instance, after which it reports
+    itself deaf. Two leases later its shards and sessions go to instances that hear."""
     red_line_ops_per_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = RED_LINE_OPS_PER_S
     """The red line: deliveries per second in the whole cluster (messages per second times
     instances) above which fan-out is no longer advisable."""

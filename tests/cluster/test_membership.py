@@ -255,3 +255,34 @@ async def test_a_lost_store_leaves_the_last_map_in_force() -> None:
     with pytest.raises(CoordinationError):
         await one.change(lambda shard_map: replace(shard_map, mode="fanout"))
     await asyncio.wait_for(one.close(), 5)
+
+
+def deaf(name: str) -> Member:
+    """The record of a member whose transport fails."""
+    return replace(member(name), state="deaf")
+
+
+def test_a_deaf_member_gives_its_shards_up_once_it_is_clear_that_others_hear() -> None:
+    """Not at once: the others may be about to become deaf as well."""
+    planner = Planner(SETTLE_S)
+    before = settled_map(planner, "ab")
+    members = [member("a"), deaf("b")]
+    assert planner.plan(before, members, 20) is None
+    assert planner.plan(before, members, 20 + SETTLE_S - 0.1) is None
+    after = planner.plan(before, members, 20 + SETTLE_S)
+    assert after is not None
+    assert set(after.owners) == {"a"}
+    back = [member("a"), member("b")]
+    assert planner.plan(after, back, 40) is None
+    again = planner.plan(after, back, 40 + SETTLE_S)
+    assert again is not None
+    assert Counter(again.owners) == {"a": 6, "b": 6}
+
+
+def test_nothing_moves_while_all_are_deaf() -> None:
+    """The engine is away for all: no other owner would be better."""
+    planner = Planner(SETTLE_S)
+    before = settled_map(planner, "ab")
+    assert planner.plan(before, [member("a"), deaf("b")], 20) is None
+    for now in (25, 25 + 10 * SETTLE_S):
+        assert planner.plan(before, [deaf("a"), deaf("b")], now) is None

@@ -179,3 +179,18 @@ async def test_a_session_is_not_left_when_what_covers_it_goes() -> None:
         assert subscriptions.covers(BOB)
         await server.open()
         assert shard_of(BOB) in subscriptions.selections
+
+
+async def test_without_a_mailbox_sessions_are_poked_while_the_transport_is_in_doubt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nobody can tell who is behind, so all pull now and then, for as long as that lasts."""
+    monkeypatch.setattr("pokebridge.gateway.gateway._DOUBT_POKE_EVERY_S", 1)
+    async with running(deaf_after_s=1) as server:
+        client = await server.open()
+        server.transport.deaf = True
+        for _ in range(2):
+            assert (await client.message())["type"] == "poke"
+        assert server.gateway.is_deaf
+        server.transport.deaf = False
+        await wait_until(lambda: not server.gateway.is_deaf, what="the gateway hearing again")

@@ -1,10 +1,12 @@
 """Where a recipient is at home, and whether there is a way there."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 
 from pokebridge.gateway.shard_routing import Reach, ShardRouting
+from pokebridge.model import Mode
 from pokebridge.placement import Placement, ShardMap
 from pokebridge.sharding import shard_of
 
@@ -67,3 +69,31 @@ def test_sessions_go_home_to_an_owner_that_is_back_before_anybody_missed_it() ->
     again = reached({"there": "wss://there"}, incarnation="second")
     assert routing.see(owned_by("there"), again) == {shard}
     assert not routing.see(owned_by("there"), again)
+
+
+def test_nobody_is_led_to_a_deaf_owner_until_it_hears_again() -> None:
+    """Meanwhile its clients are served where they are; then they follow their shard."""
+    routing = make_routing()
+    urls = {"here": "wss://here", "there": "wss://there"}
+    deaf = {name: reach._replace(hears=name != "there") for name, reach in reached(urls).items()}
+    assert not routing.see(owned_by("there"), deaf)
+    assert routing.url_for(BOB) is None
+    assert routing.see(owned_by("there"), reached(urls)) == {shard_of(BOB, SHARDS)}
+    assert routing.url_for(BOB) == "wss://there"
+
+
+@pytest.mark.parametrize("mode", ["fanout", "partitioned"])
+def test_an_instance_that_lets_go_leads_to_others_that_hear(mode: Mode) -> None:
+    """In both modes, and for its own shards; nowhere when nobody hears."""
+    routing = make_routing()
+    shard_map = replace(owned_by("here"), mode=mode)
+    names = ("here", "there", "deaf", "lost")
+    members = reached({name: f"wss://{name}" for name in names if name != "lost"})
+    members["deaf"] = members["deaf"]._replace(hears=False)
+    routing.see(shard_map, members)
+    assert routing.url_for(BOB) is None
+    routing.lets_go = True
+    assert routing.url_for(BOB) == "wss://there"
+    del members["there"]
+    routing.see(shard_map, members)
+    assert routing.url_for(BOB) is None

@@ -134,7 +134,7 @@ class Instance(Struct):
 
     id: str
     url: str
-    state: Annotated[str, Meta(description="`active` or `draining`.")]
+    state: Annotated[str, Meta(description="`active`, `draining` or `deaf` (its transport fails).")]
     sessions: Annotated[int, Meta(ge=0)]
     shards: list[int]
     weight: float = 1.0

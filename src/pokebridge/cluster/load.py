@@ -56,7 +56,7 @@ class InstanceStatus:
 
     member: Member
     state: str
-    """``active`` or ``draining``."""
+    """``active``, ``draining`` or ``deaf``."""
     shards: Sequence[int]
     """The shards that it owns, in order."""
 

@@ -34,28 +34,49 @@ def empty_map(shard_count: int, mode: Mode) -> ShardMap:
 class Planner:
     """Plans the next shard map from the current one and the members; ``now`` is in seconds.
 
-    A shard whose owner is gone or drains moves at once. A move that only evens the load waits until
-    no member has joined or left for ``settle_s``, so that a rolling restart does not shuffle the
-    cluster at every step.
+    A shard whose owner is gone or drains moves at once. A shard whose owner is deaf moves when the
+    owner has been deaf for ``settle_s`` and another member hears: an outage of the engine makes all
+    members deaf, one within seconds of another, and then nothing should move. A move that only
+    evens the load waits until no member has joined, left, become deaf or heard again for
+    ``settle_s``, so that a rolling restart does not shuffle the cluster at every step.
     """
 
     def __init__(self, settle_s: float = 10.0) -> None:
         self._settle_s = settle_s
-        self._seen: frozenset[tuple[str, str]] = frozenset()
+        self._seen: frozenset[tuple[str, str, bool]] = frozenset()
         self._changed_at = float("-inf")
+        # Since when each deaf member is known to be deaf.
+        self._deaf_since: Mapping[str, float] = {}
 
     def see(self, members: Sequence[Member], now: float) -> None:
         """Note the current members. A follower notes them too, in case it becomes the leader."""
-        seen = frozenset((member.id, member.incarnation) for member in members)
+        seen = frozenset(
+            (member.id, member.incarnation, member.state == "deaf") for member in members
+        )
         if seen != self._seen:
             self._seen, self._changed_at = seen, now
+        self._deaf_since = {
+            id_: self._deaf_since.get(id_, now) for id_, _, is_deaf in seen if is_deaf
+        }
+
+    def weights(
+        self, members: Collection[Member], draining: Collection[str], now: float
+    ) -> dict[str, float]:
+        """The members that may own shards, and their weights."""
+        states = {"active", "deaf"}
+        able = [each for each in members if each.id not in draining and each.state in states]
+        if any(each.state == "active" for each in able):
+            able = [
+                each for each in able if now - self._deaf_since.get(each.id, now) < self._settle_s
+            ]
+        return {each.id: each.weight for each in able}
 
     def plan(self, current: ShardMap, members: Sequence[Member], now: float) -> ShardMap | None:
         """The map that should replace ``current``; ``None`` when ``current`` can stay."""
         self.see(members, now)
         settled = now - self._changed_at >= self._settle_s
         draining = current.draining & {member.id for member in members}
-        weights = _weights(members, draining)
+        weights = self.weights(members, draining, now)
         owners = current.owners
         if any(owner is not None for owner in owners) or settled:
             owners = repair(owners, weights)
@@ -64,14 +85,6 @@ class Planner:
         if (owners, draining) == (current.owners, current.draining):
             return None
         return replace(current, epoch=current.epoch + 1, owners=owners, draining=draining)
-
-
-def _weights(members: Sequence[Member], draining: Collection[str]) -> dict[str, float]:
-    return {
-        member.id: member.weight
-        for member in members
-        if member.id not in draining and member.state == "active"
-    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,7 +320,7 @@ class Membership:
         if shard_map.epoch < self._view.shard_map.epoch:
             return
         if self._by_ring:
-            weights = _weights(list(members), shard_map.draining)
+            weights = self._planner.weights(members, shard_map.draining, self._last_seen_s)
             shard_map = replace(shard_map, owners=ring(shard_map.shard_count, weights))
         view = View(shard_map, {member.id: member for member in members})
         if view != self._view:

@@ -113,6 +113,8 @@ class Cluster:
         self._incarnation = secrets.token_hex(8)
         self._joined_at_ms = int(time.time() * 1000)
         self._meter = InstanceMeter(gateway, requests)
+        # For how long this instance has been deaf, without a break.
+        self._deaf_s = 0.0
         self.history = History()
         self.ops_per_s = 0.0
         self.red_line = RedLineMonitor(
@@ -177,7 +179,9 @@ class Cluster:
         before, self._applied = self._applied, view
         if before is None or _without_reports(before) != _without_reports(view):
             reachable = {
-                member.id: Reach(connect_url(member.url), member.incarnation)
+                member.id: Reach(
+                    connect_url(member.url), member.incarnation, hears=member.state != "deaf"
+                )
                 for member in view.members.values()
                 if member.url
             }
@@ -220,8 +224,9 @@ class Cluster:
 
     def _successors(self) -> Collection[Member]:
         """The members that can take over shards."""
-        if self.view.shard_map.mode == "fanout":
-            return ()
+        return () if self.view.shard_map.mode == "fanout" else self._others_that_hear()
+
+    def _others_that_hear(self) -> Collection[Member]:
         me, draining = self._config.instance, self.view.shard_map.draining
         return [
             member
@@ -277,8 +282,12 @@ class Cluster:
     def home_of(self, recipient: str) -> Home:
         """Where to connect for ``recipient``: its shard's owner, else this instance."""
         shard = shard_of(recipient, self._config.shard_count)
-        owner = self.view.owner_of(shard)
-        if self.view.shard_map.mode == "partitioned" and owner is not None and owner.url:
+        routing, owner = self._gateway.shard_routing, None
+        if self.view.shard_map.mode == "partitioned":
+            owner = self.view.owner_of(shard)
+        if routing.lets_go and (owner is None or owner.id == self._config.instance):
+            owner = self.view.members.get(routing.refuge_for(recipient) or "")
+        if owner is not None and owner.url and owner.state != "deaf":
             return Home(shard, owner.id, connect_url(owner.url))
         return Home(shard, self._config.instance, connect_url(self._config.advertise_url))
 
@@ -323,9 +332,15 @@ class Cluster:
             weight=self._config.weight,
             joined_at_ms=self._joined_at_ms,
             sessions=len(self._gateway.sessions),
-            state="draining" if self._gateway.draining else "active",
+            state=self._state,
             report=self._meter.report(),
         )
+
+    @property
+    def _state(self) -> str:
+        if self._gateway.draining:
+            return "draining"
+        return "deaf" if self._gateway.is_deaf else "active"
 
     def _members(self) -> Mapping[str, Member]:
         """All members as last seen, and this instance as it is now."""
@@ -339,7 +354,21 @@ class Cluster:
         while True:
             await asyncio.sleep(_TICK_S)
             await self._meter.tick(_TICK_S)
+            self._let_go_when_deaf()
             await self._watch_red_line()
+
+    def _let_go_when_deaf(self) -> None:
+        """Send the sessions elsewhere when only this instance is deaf.
+
+        An outage of the engine makes all instances deaf, one within seconds of another. So this one
+        waits as long as the leader does, two leases, to see whether the others still hear.
+        """
+        self._deaf_s = self._deaf_s + _TICK_S if self._gateway.is_deaf else 0.0
+        waited = self._deaf_s >= 2 * self._config.lease_s
+        can_go = (
+            waited and self.trouble is None and not self._is_static and self._others_that_hear()
+        )
+        self._gateway.let_go(lets_go=bool(can_go))
 
     async def _watch_red_line(self) -> None:
         mode = self.view.shard_map.mode

@@ -64,7 +64,7 @@ class Member:
     sessions: int = 0
     """Number of open sessions."""
     state: str = "active"
-    """``active`` or ``draining``."""
+    """``active``, ``draining``, or ``deaf`` while its transport fails."""
     report: Report = Report()
     """For display only."""
 

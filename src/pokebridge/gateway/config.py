@@ -35,6 +35,8 @@ class GatewayConfig:
     shard_count: int = DEFAULT_SHARD_COUNT
     mode: Mode = "fanout"
     """The mode until the first shard map arrives."""
+    deaf_after_s: float = 5.0
+    """After this time in which the transport is in doubt, the instance is deaf."""
     placement: PlacementRules = field(default_factory=PlacementRules)
     max_session_s: float = inf
     """The longest life of a session. Each session gets a random share of it, 80 to 100 %, so that

@@ -28,6 +28,9 @@ from pokebridge.transport.base import Transport
 
 log = structlog.get_logger(__name__)
 
+# How often all sessions are poked while the transport is in doubt, when there is no mailbox that
+# could tell who is behind.
+_DOUBT_POKE_EVERY_S = 30
 # Sessions that had to wait for ``ready`` get it in batches, one in this time.
 _READY_EVERY_S = 0.1
 
@@ -79,6 +82,9 @@ class Gateway:
         self.moved = 0
         """How many sessions were sent after their shard."""
         self._config = config
+        # For how many seconds without a break the transport has been in doubt. Seconds in which
+        # this process stood still do not count.
+        self._doubt_s = 0
         # Every connection until its socket is closed, so those that are closing as well.
         self._connections: set[Connection] = set()
         # Set while there are none.
@@ -190,10 +196,32 @@ class Gateway:
         """Move the client to its shard's owner, or close with ``code`` when that is nobody else."""
         url = self.shard_routing.url_for(connection.recipient)
         if url is None:
-            connection.close(code, "this instance stops")
+            connection.close(code, "this instance can't serve you now")
         else:
             self.moved += 1
             connection.move(url)
+
+    @property
+    def is_deaf(self) -> bool:
+        """Whether the transport has been in doubt for long: pokes for the sessions may be lost."""
+        return self._doubt_s >= self._config.deaf_after_s
+
+    def let_go(self, *, lets_go: bool) -> None:
+        """Send all sessions to other members from now on, at a limited rate, or no longer."""
+        began = lets_go and not self.shard_routing.lets_go
+        self.shard_routing.lets_go = lets_go
+        if began:
+            self._spawn(self._send_all_away())
+
+    async def _send_all_away(self) -> None:
+        leaving = list(self.sessions)
+        random.shuffle(leaving)
+        log.info("sessions_offered_elsewhere", sessions=len(leaving))
+        for connection in leaving:
+            if not self.shard_routing.lets_go:
+                return
+            self._send_away(connection, 1012)
+            await asyncio.sleep(1 / self._config.moves_per_s)
 
     # --- sessions -----------------------------------------------------------------------------
 
@@ -248,6 +276,21 @@ class Gateway:
             await asyncio.sleep(1.0)
             self.bridge.mark_time()
             self._update_subscriptions()
+            self._watch_doubt()
+
+    def _watch_doubt(self) -> None:
+        """Count the seconds in doubt. Without a mailbox, poke everybody now and then meanwhile."""
+        was_deaf = self.is_deaf
+        self._doubt_s = self._doubt_s + 1 if self.subscriptions.is_in_doubt else 0
+        if self.is_deaf and not was_deaf:
+            log.warning(
+                "instance_deaf", reason=self.subscriptions.trouble, sessions=len(self.sessions)
+            )
+        elif was_deaf and not self.is_deaf:
+            log.info("instance_hears_again", sessions=len(self.sessions))
+            self.let_go(lets_go=False)
+        if self.verification is None and self._doubt_s and self._doubt_s % _DOUBT_POKE_EVERY_S == 0:
+            self._wake(lambda _: True)
 
     async def _keep_verifying(self, verification: Verification) -> None:
         while True:

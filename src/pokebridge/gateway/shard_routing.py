@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 from typing import NamedTuple
+from zlib import crc32
 
 from pokebridge.model import Selection
 from pokebridge.placement import Placement, ShardMap
@@ -10,10 +11,14 @@ from pokebridge.sharding import shard_of
 
 
 class Reach(NamedTuple):
-    """The URL of a member, and its incarnation: a restarted member has a new one."""
+    """Where a member is reached.
+
+    A restarted member has a new ``incarnation``. ``hears`` is false while its transport fails.
+    """
 
     url: str
     incarnation: str
+    hears: bool = True
 
 
 class ShardRouting:
@@ -25,6 +30,8 @@ class ShardRouting:
         self._members: Mapping[str, Reach] = {}
         self._placement = placement
         self._interest: Counter[int] = Counter()
+        self.lets_go = False
+        """Whether clients are sent to any other member that hears, because this one is deaf."""
 
     @property
     def shard_map(self) -> ShardMap:
@@ -52,8 +59,25 @@ class ShardRouting:
         )
 
     def url_for(self, recipient: str) -> str | None:
-        """The URL of the owner of ``recipient``'s shard, ``None`` if that is here or unknown."""
-        return self._url_of(shard_of(recipient, self._map.shard_count))
+        """The URL of the member that should serve ``recipient``.
+
+        It is the owner of the recipient's shard. ``None`` if that is this instance or unknown, and
+        while the owner is deaf. While this instance lets go, another member takes its place.
+        """
+        url = self._url_of(shard_of(recipient, self._map.shard_count))
+        if url is None and self.lets_go and (refuge := self.refuge_for(recipient)) is not None:
+            return self._members[refuge].url
+        return url
+
+    def refuge_for(self, recipient: str) -> str | None:
+        """Another member that hears, for a client that this instance can't serve; spread evenly."""
+        here = self._members.get(self._instance)
+        others = sorted(
+            id_
+            for id_, member in self._members.items()
+            if id_ != self._instance and member.hears and not (here and here.url == member.url)
+        )
+        return others[crc32(recipient.encode()) % len(others)] if others else None
 
     def wanted(self, now: float) -> frozenset[Selection]:
         """What to subscribe to. ``now`` is seconds on a monotonic clock."""
@@ -72,17 +96,19 @@ class ShardRouting:
         if not self._interest[shard]:
             del self._interest[shard]
 
-    def _owner_of(self, shard: int) -> tuple[str, str | None] | None:
+    def _owner_of(self, shard: int) -> tuple[str, str | None, bool] | None:
         owner = self._map.owners[shard] if self._map.mode == "partitioned" else None
         if owner is None:
             return None
         member = self._members.get(owner)
-        return owner, member and member.incarnation
+        return (owner, None, False) if member is None else (owner, *member[1:])
 
     def _url_of(self, shard: int) -> str | None:
         if self._map.mode == "fanout":
             return None
         owner, here = self._map.owners[shard], self._members.get(self._instance)
         member = None if owner is None or owner == self._instance else self._members.get(owner)
+        if member is None or not member.hears:
+            return None
         # Behind a shared URL a client can't choose its instance, so a move would be pointless.
-        return None if member is None or (here and here.url == member.url) else member.url
+        return None if here and here.url == member.url else member.url

@@ -172,6 +172,7 @@ def _gateway_config(settings: Settings) -> GatewayConfig:
         mode=settings.initial_mode,
         max_session_s=settings.max_session_s or inf,
         verify_every_s=settings.verify_every_s,
+        deaf_after_s=settings.deaf_after_s,
         timing=Timing(
             ping_interval_s=settings.ping_interval_s, pong_timeout_s=settings.pong_timeout_s
         ),
