@@ -23,6 +23,7 @@ from jwt.algorithms import HMACAlgorithm
 
 from pokebridge.errors import AuthError, ConfigError, KeysUnavailableError
 from pokebridge.model import MAX_VERSION, check_recipient, is_recipient
+from pokebridge.supervisor import run_once
 
 MAX_TOKEN_BYTES = 8192
 MIN_SECRET_BYTES = 32  # RFC 7518, section 3.2: as long as the hash's output
@@ -237,15 +238,15 @@ class _KeySet:
 
     def _start(self) -> asyncio.Task[None] | None:
         if self._fetch is None and self._may_fetch():
-            self._fetch = asyncio.get_running_loop().create_task(self._refresh())
+            self._fetch = run_once("jwks_fetch", self._refresh())
         return self._fetch
 
     async def _refresh(self) -> None:
+        self._last_failed = True
         try:
             response = await self._http.get(self._url)
             keys = _public_keys(response.raise_for_status().json())
         except (httpx.HTTPError, ValueError, RecursionError, jwt.PyJWTError) as error:
-            self._last_failed = True
             # Neither the error's text nor the URL, because both may contain a secret query.
             log.warning("jwks_fetch_failed", error=type(error).__name__)
         else:

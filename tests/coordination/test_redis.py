@@ -3,16 +3,19 @@
 import asyncio
 import itertools
 import re
-from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack, ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from valkey.asyncio import Valkey
 
+from pokebridge.cluster.membership import Membership, Planner, View
 from pokebridge.coordination.redis import RedisCoordination
 from pokebridge.errors import CoordinationError
+from pokebridge.supervisor import task_failures
 from pokebridge.testing.coordination import Connect, CoordinationContract, member
 from tests.coordination.stores import ConnectTo, LoseData, StoreSuite, connections
 from tests.support import Daemon, free_port, wait_until
@@ -86,6 +89,79 @@ async def test_nothing_is_left_of_the_long_dead(connect_to: ConnectTo, url: str)
 async def gone(client: Valkey, key: str) -> bool:
     """Whether the server has forgotten the cluster's ``key``."""
     return not await client.exists(f"pokebridge:{{default}}:{key}")
+
+
+LOSSES = {
+    "members": ("DEL", "members"),
+    "leases": ("DEL", "leases"),
+    "leader": ("DEL", "leader"),
+    "document": ("DEL", "document"),
+    "changes": ("DEL", "changes"),
+    "a record": ("HDEL", "members", "b"),
+    "the map": ("HDEL", "document", "body"),
+    "the revision": ("HDEL", "document", "revision"),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+async def test_a_lost_key_is_restored(
+    connect_to: ConnectTo, url: str, loss: tuple[str, ...]
+) -> None:
+    """A server that evicts keys ends no membership, and all of it comes back.
+
+    No shard moves meanwhile, except when the leases themselves are lost.
+    """
+    owners: set[Sequence[str | None]] = set()
+
+    def note(view: View) -> None:
+        owners.add(view.shard_map.owners)
+
+    async with AsyncExitStack() as stack:
+        memberships = []
+        for name in "ab":
+            store = await connect_to(url)
+            membership = Membership(
+                store,
+                partial(member, name),
+                holder=name,
+                shard_count=4,
+                mode="partitioned",
+                on_view=note,
+                lease_s=1.5,
+                planner=Planner(settle_s=0.5),
+            )
+            await membership.start()
+            stack.push_async_callback(membership.close)
+            memberships.append(membership)
+
+        def is_well(membership: Membership) -> bool:
+            view = membership.view
+            return membership.trouble is None and view.members.keys() == {"a", "b"}
+
+        async with Valkey.from_url(url) as client:
+            keys = [f"pokebridge:{{default}}:{key}" for key in ("members", "leases", "document")]
+            await wait_until(
+                lambda: all(len(set(each.view.shard_map.owners)) == 2 for each in memberships)
+            )
+            owners.clear()
+            command, key, *fields = loss
+            await client.execute_command(command, f"pokebridge:{{default}}:{key}", *fields)
+            epoch = memberships[0].view.shard_map.epoch
+
+            async def is_restored() -> bool:
+                body = await client.hget(keys[2], "body")
+                return (
+                    await client.exists(*keys) == len(keys)
+                    and set(await client.hkeys(keys[0])) == {b"a", b"b"}
+                    and body is not None
+                    and b'"epoch":0' not in body
+                    and all(map(is_well, memberships))
+                )
+
+            await wait_until(is_restored)
+            assert memberships[0].view.shard_map.epoch >= epoch
+        assert len(owners) <= 1 or key == "leases"
+    assert not task_failures
 
 
 async def test_a_record_that_is_none_hides_no_other(connect_to: ConnectTo, url: str) -> None:

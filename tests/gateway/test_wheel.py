@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pokebridge.gateway.wheel import Wheel
+from pokebridge.supervisor import task_failures
 
 
 class Item:
@@ -43,6 +44,21 @@ def test_a_new_deadline_replaces_the_old() -> None:
     assert item.woken == []
     wheel.advance(20)
     assert item.woken == [20]
+
+
+def test_a_defect_of_one_item_stops_no_other() -> None:
+    """The others of its slot are woken all the same, and the wheel turns on."""
+
+    class Defect(Item):
+        def wake(self, now: float) -> None:
+            raise TypeError("a defect")
+
+    wheel, items = Wheel(1), [Defect(), *(Item() for _ in range(20)), Defect()]
+    for item in items:
+        wheel.schedule(item, 3)
+    wheel.advance(4)
+    assert all(item.woken == [4] for item in items if type(item) is Item)
+    assert task_failures["wheel"] == 2
 
 
 def test_what_is_cancelled_is_not_woken() -> None:

@@ -155,3 +155,23 @@ async def test_closing_does_what_waits(store: Store) -> None:
     with pytest.raises(MailboxError, match="closed"):
         await double(1)
     assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_whatever_a_store_does_no_call_waits_for_ever() -> None:
+    """A driver that cancels its own future, or forgets a result, fails the batch and no more."""
+    answers: list[Callable[[Sequence[int]], list[int]]] = [_cancelled, lambda _: [], list]
+
+    async def do(numbers: Sequence[int]) -> list[int]:
+        return answers.pop(0)(numbers)
+
+    double = Batcher(do, timeout_s=10, workers=1, max_count=100, max_cost=1000)
+    with pytest.raises(MailboxError, match="gave up"):
+        await double(1)
+    with pytest.raises(ValueError, match="shorter"):
+        await double(1)
+    assert await double(1) == 1
+    await double.close()
+
+
+def _cancelled(_: Sequence[int]) -> list[int]:
+    raise asyncio.CancelledError

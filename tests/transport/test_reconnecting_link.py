@@ -1,6 +1,17 @@
 """The limits of the link that NATS and Redis share; ``outages.py`` has the outages themselves."""
 
+import asyncio
+from collections.abc import Collection
+
+import pytest
+
+from pokebridge import supervisor
+from pokebridge.supervisor import task_failures
+from pokebridge.testing.transport import RecordingReceiver
 from pokebridge.transport import reconnecting_link
+from pokebridge.transport.base import Feed
+from pokebridge.transport.reconnecting_link import Deliver, ReconnectingLink
+from tests.support import wait_until
 
 
 def test_the_limits_are_those_that_the_docs_state() -> None:
@@ -9,3 +20,61 @@ def test_the_limits_are_those_that_the_docs_state() -> None:
     assert link.SILENT_BEATS * link.HEARTBEAT_S == 4
     assert (link.SILENT_BEATS + 1) * link.HEARTBEAT_S == 6
     assert link.BACKOFF_CAP_S + link.DIAL_TIMEOUT_S < 5
+
+
+class FakeConnection:
+    """A connection without a server. Its driver has defects."""
+
+    spread_s = 0.0
+
+    def __init__(self, deliver: Deliver) -> None:
+        self.deliver = deliver
+        self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.topics: set[str] = set()
+        self.defect: Exception | None = None
+
+    async def subscribe(self, topics: Collection[str]) -> None:
+        """Take them."""
+        self.topics |= set(topics)
+
+    async def unsubscribe(self, topics: Collection[str]) -> None:
+        """Drop them."""
+        self.topics -= set(topics)
+
+    async def round_trip(self) -> None:
+        """Answer."""
+
+    async def close(self) -> None:
+        """Fail, if it has a defect."""
+        if self.defect is not None:
+            raise self.defect
+
+
+async def test_a_defect_of_the_driver_stops_no_reconnecting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neither at closing nor at dialling: the link is restored, and the gap is reported once."""
+    monkeypatch.setattr(supervisor, "BACKOFF_CAP_S", 0.001)
+    monkeypatch.setattr(reconnecting_link, "BACKOFF_CAP_S", 0.001)
+    defects: list[Exception] = []
+    connections: list[FakeConnection] = []
+
+    async def dial(deliver: Deliver) -> FakeConnection:
+        if defects:
+            raise defects.pop()
+        connections.append(FakeConnection(deliver))
+        return connections[-1]
+
+    link = ReconnectingLink("fake", [dial], "topic")
+    await link.open()
+    receiver = RecordingReceiver()
+    await link.subscribe(["topic"], receiver, Feed.ALL)
+    defects += [TypeError("a defect"), KeyError("another")]
+    connections[0].defect = AttributeError("closed twice")
+    connections[0].lost.set_result("cut")
+    await wait_until(lambda: receiver.gaps)
+    connections[-1].deliver("topic", b"topic", b"{}")
+    assert receiver.payloads == [b"{}"]
+    assert len(receiver.gaps) == 1
+    assert task_failures == {"transport_connection": 3}
+    await link.close()

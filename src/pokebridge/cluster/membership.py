@@ -18,6 +18,7 @@ from pokebridge.coordination.base import Coordination, Document, Member
 from pokebridge.errors import ConfigError, CoordinationError, PokebridgeError
 from pokebridge.model import Mode
 from pokebridge.placement import ShardMap
+from pokebridge.supervisor import supervise
 
 log = structlog.get_logger(__name__)
 
@@ -169,7 +170,7 @@ class Membership:
             ConfigError: the cluster has another number of shards.
         """
         await self._round()
-        self._task = asyncio.create_task(self._keep_up())
+        self._task = supervise("membership", self._keep_up)
 
     async def close(self) -> None:
         """Leave at once, so that the other members need not wait for the lease to run out."""
@@ -222,11 +223,16 @@ class Membership:
                 async with asyncio.timeout(self._lease_s):
                     await self._round()
             except (PokebridgeError, TimeoutError) as error:
-                trouble = str(error) or "the store does not answer"
-                if self._trouble is None:
-                    log.warning("coordination_lost", reason=trouble)
-                self._trouble = trouble
+                self._lose(str(error) or "the store does not answer")
                 await asyncio.sleep(spread(self._lease_s / 3, 0.5, 1.0))
+            except Exception:
+                self._lose("an unforeseen error, see the log")
+                raise
+
+    def _lose(self, trouble: str) -> None:
+        if self._trouble is None:
+            log.warning("coordination_lost", reason=trouble)
+        self._trouble = trouble
 
     async def _round(self) -> None:
         async with self._one_round:
@@ -298,8 +304,8 @@ class Membership:
         """
         stored = await self._coordination.read()
         known = self._view.shard_map
-        if stored is None:
-            return known, None
+        if stored is None or not stored.body:
+            return known, stored
         try:
             shard_map = _decode(stored.body)
         except msgspec.MsgspecError as error:

@@ -25,6 +25,7 @@ from pokebridge.gateway.shard_routing import Reach
 from pokebridge.model import Mode
 from pokebridge.red_line import WatchRules
 from pokebridge.sharding import shard_of
+from pokebridge.supervisor import supervise
 from pokebridge.wire import CONNECT_PATH
 
 log = structlog.get_logger(__name__)
@@ -163,7 +164,7 @@ class Cluster:
         me = self._config.instance
         if me in self.view.shard_map.draining:  # left by an earlier process of this name
             await self._membership.change(lambda m: replace(m, draining=m.draining - {me}))
-        self._ticker = asyncio.create_task(self._keep_ticking())
+        self._ticker = supervise("cluster_tick", self._keep_ticking)
 
     async def close(self) -> None:
         """Leave."""

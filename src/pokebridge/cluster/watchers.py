@@ -15,6 +15,7 @@ import msgspec
 
 from pokebridge.errors import TransportError
 from pokebridge.model import Poke
+from pokebridge.supervisor import supervise
 
 WATCH_S = 30.0
 LOOK_EVERY_S = 1.0
@@ -55,7 +56,7 @@ class Watchers:
         if len(self._until_s) > MAX_WATCHERS:
             del self._until_s[next(iter(self._until_s))]
         if self._task is None:
-            self._task = asyncio.create_task(self._watch())
+            self._task = supervise("console_watchers", self._watch)
         return WATCH_S
 
     async def close(self) -> None:
@@ -66,17 +67,15 @@ class Watchers:
 
     async def _watch(self) -> None:
         shown = None
-        try:
-            while self._until_s:
-                seen = legible(msgspec.to_builtins(self._look()))
-                if seen != shown:
-                    shown = seen
-                    await self._poke([Poke(recipient) for recipient in self._until_s])
-                await asyncio.sleep(LOOK_EVERY_S)
-                now_s = time.monotonic()
-                self._until_s = {who: end for who, end in self._until_s.items() if end > now_s}
-        finally:
-            self._task = None
+        while self._until_s:
+            seen = legible(msgspec.to_builtins(self._look()))
+            if seen != shown:
+                shown = seen
+                await self._poke([Poke(recipient) for recipient in self._until_s])
+            await asyncio.sleep(LOOK_EVERY_S)
+            now_s = time.monotonic()
+            self._until_s = {who: end for who, end in self._until_s.items() if end > now_s}
+        self._task = None
 
     async def _poke(self, pokes: Sequence[Poke]) -> None:
         with contextlib.suppress(TransportError, TimeoutError):

@@ -35,6 +35,7 @@ from pokebridge.coordination.store_connection import (
 from pokebridge.engines import text_of
 from pokebridge.engines.redis import connection_pool, node_address
 from pokebridge.engines.urls import without_secrets
+from pokebridge.errors import CoordinationError
 
 _CLOSE_TIMEOUT_S = 1.0
 
@@ -71,7 +72,7 @@ _MEMBERS = f"""{_NOW}
 local ids = redis.call('ZRANGE', KEYS[2], '(' .. now, '+inf', 'BYSCORE')
 local records = {{}}
 for i, id in ipairs(ids) do
-    records[i] = redis.call('HGET', KEYS[1], id)
+    records[i] = redis.call('HGET', KEYS[1], id) or ''
 end
 return records
 """
@@ -180,8 +181,16 @@ class RedisCoordination:
         await self._run(_LEAVE, self._member_keys, member_id, incarnation)
 
     async def members(self) -> list[Member]:
-        """Return the members whose lease lasts, ordered by id."""
+        """Return the members whose lease lasts, ordered by id.
+
+        A lease without a record means that the server lost data, as by an eviction. The members
+        are unknown then until all have renewed: a list without them would move their shards.
+        """
         records = await self._run(_MEMBERS, self._member_keys[:2])
+        if lost := sum(not record for record in records):
+            raise CoordinationError(
+                f"the server has lost the records of {lost} members, until they renew"
+            )
         return sorted(decode_all(_members, records), key=lambda member: member.id)
 
     async def read(self) -> Document | None:
@@ -191,7 +200,7 @@ class RedisCoordination:
             lambda redis: redis.hmget(key, "body", "revision")
         )
         body, revision = values
-        return None if revision is None else Document(body, int(revision))
+        return None if revision is None else Document(body or b"", int(revision))
 
     async def write(self, body: bytes, revision: int | None) -> bool:
         """Replace the document if its revision is ``revision``."""

@@ -26,6 +26,7 @@ from pokebridge.gateway.handshake import (
     refusal_response,
 )
 from pokebridge.session import Session, State
+from pokebridge.supervisor import run_once
 
 log = structlog.get_logger(__name__)
 
@@ -129,7 +130,7 @@ class Entrance:
             identity = self._verifier.verify_now(handshake.token)
         except KeysUnavailableError:
             transport.pause_reading()
-            self._spawn(self._upgrade_later(transport, handshake, hand_over))
+            self._spawn("handshake", self._upgrade_later(transport, handshake, hand_over))
         except PokebridgeError as error:
             self._refuse(transport, error)
         else:
@@ -206,7 +207,7 @@ class Entrance:
         try:
             identity = self._verifier.verify_now(token)
         except KeysUnavailableError:
-            self._spawn(self._renew_later(connection, token))
+            self._spawn("token_renewal", self._renew_later(connection, token))
         except AuthError as error:
             connection.close(error.close_code, str(error))
         else:
@@ -232,7 +233,7 @@ class Entrance:
     def _on_the_loops_clock(self, unix_s: float) -> float:
         return self._host.now() + (unix_s - time.time())
 
-    def _spawn(self, coroutine: Coroutine[None, None, None]) -> None:
-        task = asyncio.create_task(coroutine)
+    def _spawn(self, name: str, coroutine: Coroutine[None, None, None]) -> None:
+        task = run_once(name, coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

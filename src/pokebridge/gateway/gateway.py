@@ -6,7 +6,8 @@ HTTP upgrade → ``Entrance`` → ``Connection`` → ``SessionMap`` → ``ready`
 import asyncio
 import contextlib
 import random
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from itertools import islice
 
 import structlog
@@ -24,6 +25,7 @@ from pokebridge.gateway.verification import Heads, Verification
 from pokebridge.gateway.wheel import Wheel
 from pokebridge.placement import Placement, ShardMap
 from pokebridge.sharding import shard_of
+from pokebridge.supervisor import supervise
 from pokebridge.transport.base import Transport
 
 log = structlog.get_logger(__name__)
@@ -107,9 +109,9 @@ class Gateway:
         if not serves:
             return
         await self.subscriptions.start(self.shard_routing.wanted(self.now()))
-        self._spawn(self._keep_time())
+        self._supervise("gateway_clock", self._keep_time)
         if self.verification is not None:
-            self._spawn(self._keep_verifying(self.verification))
+            self._supervise("verification", partial(self._keep_verifying, self.verification))
 
     async def close(self) -> None:
         """Stop, and drop the connections that are still open."""
@@ -173,7 +175,7 @@ class Gateway:
         self.subscriptions.own(shard_map.owned_by(self.instance))
         self._update_subscriptions()
         if moved:
-            self._spawn(self._move_sessions(moved))
+            self._supervise("move_sessions", partial(self._move_sessions, moved))
 
     def _update_subscriptions(self) -> None:
         self.subscriptions.want(self.shard_routing.wanted(self.now()))
@@ -211,7 +213,7 @@ class Gateway:
         began = lets_go and not self.shard_routing.lets_go
         self.shard_routing.lets_go = lets_go
         if began:
-            self._spawn(self._send_all_away())
+            self._supervise("send_away", self._send_all_away)
 
     async def _send_all_away(self) -> None:
         leaving = list(self.sessions)
@@ -269,7 +271,7 @@ class Gateway:
             self._opener = self._loop.call_later(_READY_EVERY_S, self._open_next)
 
     def _wake(self, concerns: Callable[[str], bool]) -> None:
-        self._spawn(self.bridge.wake(concerns, self.pulls_per_s))
+        self._supervise("wake", partial(self.bridge.wake, concerns, self.pulls_per_s))
 
     async def _keep_time(self) -> None:
         while True:
@@ -297,8 +299,8 @@ class Gateway:
             await asyncio.sleep(1.0)
             await verification.step(self.now(), in_doubt=self.subscriptions.is_in_doubt)
 
-    def _spawn(self, coroutine: Coroutine[None, None, None]) -> None:
-        task = asyncio.create_task(coroutine)
+    def _supervise(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
+        task = supervise(name, work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

@@ -19,6 +19,7 @@ from pokebridge.errors import SignalError, TransportError
 from pokebridge.gateway.meter import SAMPLE_EVERY
 from pokebridge.placement import Steps, next_steps
 from pokebridge.sharding import shard_of
+from pokebridge.supervisor import run_once, supervise
 from pokebridge.transport.base import (
     Explains,
     Feed,
@@ -197,7 +198,7 @@ class SubscriptionManager:
         del self._managed[managed.selection]
         if managed.missed:
             self._on_missed(self._affected_by(managed.selection))
-        task = asyncio.create_task(managed.close())
+        task = run_once("subscription_close", managed.close())
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
         return True
@@ -245,7 +246,7 @@ class _ManagedSubscription:
 
     def start(self) -> None:
         self._stop_watching()
-        self._watcher = asyncio.create_task(self._watch())
+        self._watcher = supervise("subscription", self._watch)
 
     def _stop_watching(self) -> None:
         if self._watcher is not None:
@@ -263,7 +264,7 @@ class _ManagedSubscription:
     def retire(self) -> None:
         """Close as soon as it is known that this subscription has missed nothing."""
         if self._retiring is None:
-            self._retiring = asyncio.create_task(self._retire())
+            self._retiring = supervise("subscription_retire", self._retire)
 
     def keep(self) -> None:
         """Cancel ``retire``, unless the subscription is already released."""
@@ -342,6 +343,9 @@ class _ManagedSubscription:
         except TransportError as error:
             self._lose(str(error))
             return False
+        except Exception:  # nothing is proven
+            self._lose("an unforeseen error, see the log")
+            raise
         return True
 
     def _explanation(self) -> str | None:

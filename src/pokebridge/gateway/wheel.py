@@ -10,6 +10,8 @@ import functools
 import math
 from typing import Protocol
 
+from pokebridge.supervisor import note_failure
+
 TICK_S = 0.25
 _STALL_TICKS = 8
 
@@ -67,7 +69,10 @@ class Wheel:
             for item in self._slots.pop(slot, ()):
                 if item.wheel_slot == slot:  # not cancelled by one woken before it
                     item.wheel_slot = 0
-                    item.wake(now)
+                    try:
+                        item.wake(now)
+                    except Exception as error:  # noqa: BLE001 - the others' deadlines still count
+                        note_failure("wheel", error)
         self._last_slot = max(self._last_slot, current)
 
     def _turn(self, loop: asyncio.AbstractEventLoop, *, late: bool = False) -> None:

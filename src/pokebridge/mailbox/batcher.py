@@ -7,6 +7,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 from pokebridge.errors import MailboxError
 from pokebridge.mailbox.base import admit
+from pokebridge.supervisor import supervise
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -64,7 +65,7 @@ class Batcher(Generic[Job, Result]):
         self._waiting.append(_Call(job, done, loop.time() + self._timeout_s))
         if self._idle_workers:
             self._idle_workers -= 1
-            task = loop.create_task(self._work())
+            task = supervise("mailbox_batch", self._work)
             self._working.add(task)
             task.add_done_callback(self._working.discard)
         return await done
@@ -77,12 +78,16 @@ class Batcher(Generic[Job, Result]):
 
     async def _work(self) -> None:
         while batch := self._take():
-            results: Sequence[Result | Exception]
+            outcomes: Sequence[tuple[_Call[Job, Result], Result | Exception]]
             try:
                 results = await self._do([call.job for call in batch])
+                outcomes = list(zip(batch, results, strict=True))
+            except asyncio.CancelledError:  # a driver's, as nobody cancels a worker
+                given_up = MailboxError("the mailbox gave up the call, try again")
+                outcomes = [(call, given_up) for call in batch]
             except Exception as error:  # noqa: BLE001 - any error belongs to the callers
-                results = [error] * len(batch)
-            for call, result in zip(batch, results, strict=True):
+                outcomes = [(call, error) for call in batch]
+            for call, result in outcomes:
                 if call.done.done():  # the caller was cancelled
                     continue
                 if isinstance(result, Exception):

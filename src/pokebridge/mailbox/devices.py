@@ -9,6 +9,7 @@ from typing import Final
 
 from pokebridge.errors import MailboxError
 from pokebridge.mailbox.base import SEEN_EVERY_MS, Mailbox
+from pokebridge.supervisor import supervise
 
 KNOWN: Final = 50_000
 # Noted devices that wait. A device that does not fit is made known by its first pull.
@@ -48,7 +49,7 @@ class KnownDevices:
         if not self._is_known(key) and len(self._noted) < MAX_NOTED:
             self._noted[key] = None
             if self._telling is None:
-                self._telling = asyncio.create_task(self._tell(), name="known-devices")
+                self._telling = supervise("known_devices", self._tell)
 
     async def close(self) -> None:
         """Stop, and drop the noted devices that the mailbox was not told yet."""
@@ -70,16 +71,16 @@ class KnownDevices:
             self._told_s.popitem(last=False)
 
     async def _tell(self) -> None:
-        try:
-            while self._noted:
-                some = [key for key, _ in zip(self._noted, range(AT_ONCE), strict=False)]
+        while self._noted:
+            some = [key for key, _ in zip(self._noted, range(AT_ONCE), strict=False)]
+            try:
                 async with asyncio.TaskGroup() as group:
                     for key in some:
                         group.create_task(self._try_to_see(key))
+            finally:  # those after them must not wait for one that fails
                 for key in some:
                     del self._noted[key]
-        finally:
-            self._telling = None
+        self._telling = None
 
     async def _try_to_see(self, key: tuple[str, str]) -> None:
         with suppress(MailboxError):  # the device's next pull or session tries again

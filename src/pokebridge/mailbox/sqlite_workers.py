@@ -140,7 +140,7 @@ def commit_together(db: sqlite3.Connection, jobs: Sequence[Job]) -> list[Outcome
         _begin(db)
         outcomes = [_do_undoably(db, job) for job in jobs]
         db.execute("COMMIT")
-    except sqlite3.Error as error:
+    except Exception as error:  # noqa: BLE001 - any error belongs to the callers, not the thread
         with suppress(sqlite3.Error):
             db.rollback()
         return [Outcome(job, None, error) for job in jobs]

@@ -34,7 +34,7 @@ from pokebridge.model import DEFAULT_DEVICE, NewMessage, Receipt
 from pokebridge.processor import Processor
 from pokebridge.publisher import Publisher
 from pokebridge.server.capacity import PullCapacity
-from pokebridge.supervisor import failing_tasks, task_failures
+from pokebridge.supervisor import failing_tasks, run_once, supervise, task_failures
 from pokebridge.telemetry import Metric
 from pokebridge.tokens import SignToken, TokenVerifier
 from pokebridge.transport.base import Transport
@@ -164,7 +164,7 @@ class Instance:
         for part in (parts.processor, parts.pulls, parts.pusher, parts.ingress):
             if part is not None:
                 await part.start()
-        self._pacer = asyncio.create_task(self._keep_pace())
+        self._pacer = supervise("pull_capacity", self._keep_pace)
 
     def _note_device(self, recipient: str, device: str) -> None:
         """A session is ready: messages wait for its device too, if it has a name of its own."""
@@ -185,7 +185,7 @@ class Instance:
     def start_drain(self) -> None:
         """Begin to refuse new sessions and to send those there are elsewhere; returns at once."""
         if self._draining is None:
-            self._draining = asyncio.create_task(self._drain())
+            self._draining = run_once("drain", self._drain())
 
     async def _drain(self) -> None:
         self.parts.gateway.refuse()

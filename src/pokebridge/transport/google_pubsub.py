@@ -20,6 +20,7 @@ import structlog
 from pokebridge.backoff import spread
 from pokebridge.errors import ConfigError, TransportError
 from pokebridge.sharding import DEFAULT_SHARD_COUNT
+from pokebridge.supervisor import supervise
 from pokebridge.transport.base import (
     Carrier,
     Feed,
@@ -255,7 +256,7 @@ class GooglePubSubTransport:
             await subscription.close()
             raise
         if self._sweeper is None:
-            self._sweeper = asyncio.create_task(self._sweep_regularly())
+            self._sweeper = supervise("pubsub_sweep", self._sweep_regularly)
         return subscription
 
     async def _subscribe_to_every_topic(self, receiver: Receiver) -> Subscription:

@@ -27,6 +27,7 @@ import structlog
 
 from pokebridge.backoff import backoff_s
 from pokebridge.errors import TransportError
+from pokebridge.supervisor import supervise
 from pokebridge.transport.base import Feed, Receiver, Selection, Signal, deliver, report_gap
 from pokebridge.transport.google_pubsub_api import (
     PubSubApi,
@@ -250,7 +251,7 @@ class PulledSubscription:
     # --- the stream -----------------------------------------------------------------------------
 
     def _start(self) -> None:
-        self._task = asyncio.create_task(self._run(), name=self.name)
+        self._task = supervise("pubsub_stream", self._run)
 
     async def _run(self) -> None:
         failures = 0
@@ -263,8 +264,6 @@ class PulledSubscription:
                 await self._stream()
             except PubSubError as error:
                 self._note(error)
-            except Exception:  # to stop retrying would be silence
-                log.exception("pubsub_stream_failed", subscription=self.name)
             if self._loop.time() - began_s > STABLE_S:
                 failures = 0
             await asyncio.sleep(backoff_s(failures, first_s=BACKOFF_BASE_S, cap_s=BACKOFF_CAP_S))

@@ -21,7 +21,8 @@ import structlog
 
 from pokebridge.backoff import backoff_s
 from pokebridge.engines.addresses import first_of
-from pokebridge.errors import ConfigError, TransportError
+from pokebridge.errors import ConfigError, PokebridgeError, TransportError
+from pokebridge.supervisor import supervise
 from pokebridge.transport.base import Receiver, Selection, deliver, report_gap
 
 # A connection counts as lost after two heartbeats without an answer, so 4 to 6 s after it was cut.
@@ -99,6 +100,8 @@ class ReconnectingLink(Generic[C]):
         # The current connection, or None and the reason in _trouble.
         self._connection: C | None = None
         self._trouble = "not connected yet"
+        # Why signals may have been lost, until the receivers have been told.
+        self._gap: str | None = None
         # All subscriptions, in the order in which they were made, and those of each topic.
         self._subscriptions: dict[_RoutedSubscription, None] = {}
         self._routes: dict[str, tuple[_RoutedSubscription, ...]] = {}
@@ -116,7 +119,7 @@ class ReconnectingLink(Generic[C]):
             TransportError: no server is available. A start fails; it does not wait.
         """
         self._connection = await self._open_connection()
-        self._keeper = asyncio.create_task(self._keep(), name=f"keep {self._name}")
+        self._keeper = supervise("transport_connection", self._keep)
 
     @property
     def connection(self) -> C:
@@ -239,20 +242,26 @@ class ReconnectingLink(Generic[C]):
     # --- reconnecting ---------------------------------------------------------------------------
 
     async def _keep(self) -> None:
-        while self._connection is not None:
-            reason = await self._until_lost(self._connection)
+        """Watch the connection and replace it. Begun again, it goes on where it was."""
+        while True:
+            connection = self._connection or await self._restore()
+            if self._gap is not None:
+                await self._report_gap(connection, self._gap)
+            reason = self._gap = await self._until_lost(connection)
             log.warning("transport_connection_lost", engine=self._name, reason=reason)
-            broken, self._connection, self._trouble = self._connection, None, reason
-            await broken.close()
+            self._connection, self._trouble = None, reason
+            await connection.close()
             await self._drop_work()
-            restored = await self._restore()
-            log.info("transport_connection_restored", engine=self._name)
-            await asyncio.wait({restored.lost}, timeout=restored.spread_s)
-            if restored.lost.done():  # the gap goes on
-                continue
-            for subscription in tuple(self._subscriptions):
-                report_gap(subscription.receiver, subscription.selection, reason)
-            self.spawn(self._unsubscribe_unused())  # closed while the connection was restored
+
+    async def _report_gap(self, restored: C, reason: str) -> None:
+        """Report the gap, unless the connection is lost before others know what it wants."""
+        await asyncio.wait({restored.lost}, timeout=restored.spread_s)
+        if restored.lost.done():
+            return
+        for subscription in tuple(self._subscriptions):
+            report_gap(subscription.receiver, subscription.selection, reason)
+        self._gap = None
+        self.spawn(self._unsubscribe_unused())  # closed while the connection was restored
 
     async def _until_lost(self, connection: C) -> str:
         """Wait until ``connection`` is lost or does not answer, and return the reason."""
@@ -271,19 +280,20 @@ class ReconnectingLink(Generic[C]):
 
     async def _restore(self) -> C:
         failures = 0
-        while True:
+        while self._connection is None:
             await asyncio.sleep(backoff_s(failures, first_s=BACKOFF_BASE_S, cap_s=BACKOFF_CAP_S))
             failures += 1
             try:
                 async with self._lock:
                     self._connection = await self._open_connection()
-                    return self._connection
-            except Exception as error:  # noqa: BLE001 - to stop retrying would be silence
+            except PokebridgeError as error:
                 if str(error) != self._trouble:
                     self._trouble = str(error)
                     log.warning(
                         "transport_reconnect_failed", engine=self._name, reason=self._trouble
                     )
+        log.info("transport_connection_restored", engine=self._name)
+        return self._connection
 
     async def _open_connection(self) -> C:
         """Dial any server and subscribe to all topics."""

@@ -35,6 +35,7 @@ from pokebridge.engines.redis import (
 from pokebridge.engines.urls import without_secrets
 from pokebridge.errors import TransportError
 from pokebridge.sharding import DEFAULT_SHARD_COUNT
+from pokebridge.supervisor import supervise
 from pokebridge.transport.base import Feed, Receiver, Selection, Signal, Subscription
 from pokebridge.transport.names import DEFAULT_CLUSTER, DEFAULT_TOPIC, topic_of
 from pokebridge.transport.reconnecting_link import (
@@ -293,7 +294,7 @@ class _Listener:
         # Whether a subscription is being changed, and the server's error if it refused.
         self._asking = False
         self._refusal: str | None = None
-        self._reader = asyncio.create_task(self._read(), name=f"read {name}")
+        self._reader = supervise("redis_reader", self._read)
 
     @property
     def topics(self) -> AbstractSet[str]:
@@ -369,6 +370,7 @@ class _Listener:
                 response = await self._connection.read_response(
                     timeout=math.inf, disconnect_on_error=False, push_request=True
                 )
+                self._take(response)
             except ResponseError as error:
                 if self._asking:
                     self._refusal = str(error)
@@ -376,8 +378,9 @@ class _Listener:
                     self.lose(str(error))
             except (RedisError, OSError) as error:
                 self.lose(text_of(error))
-            else:
-                self._take(response)
+            except Exception:
+                self.lose("an unforeseen error, see the log")
+                raise
 
     def _take(self, response: Any) -> None:
         if not isinstance(response, list) or response[0] == b"pong":
