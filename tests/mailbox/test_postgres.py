@@ -10,6 +10,7 @@ from typing import Any
 
 import asyncpg
 import pytest
+from structlog.testing import capture_logs
 
 from pokebridge.errors import ConfigError, InputError, MailboxError
 from pokebridge.mailbox import base, postgres, postgres_pool
@@ -298,6 +299,36 @@ class TestOpening:
         await by_hand.execute(f"CREATE SCHEMA {schema} AUTHORIZATION {role}")
         mailbox = await PostgresMailbox.open(limited)
         await fill(mailbox, 1)
+        await mailbox.close()
+
+    async def test_a_refusal_in_use_is_an_outage(self, url: str, by_hand: Any) -> None:
+        """Callers are told to come again, and nothing about roles and tables. The log is, once."""
+        role = f"role_{uuid.uuid4().hex}"
+        schema = url.partition("?schema=")[2]
+        await by_hand.execute(f"CREATE ROLE {role} LOGIN")
+        await by_hand.execute(f"CREATE SCHEMA {schema} AUTHORIZATION {role}")
+        mailbox = await PostgresMailbox.open(url.replace("postgres@", f"{role}@"))
+        end = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{role}'"
+        tables, whole = f"ALL ON ALL TABLES IN SCHEMA {schema}", f"ALL ON SCHEMA {schema}"
+        for refuse, permit in (
+            (f"REVOKE {tables} FROM {role}", f"GRANT {tables} TO {role}"),
+            (f"REVOKE {whole} FROM {role}", f"GRANT {whole} TO {role}"),
+            (f"ALTER ROLE {role} NOLOGIN", f"ALTER ROLE {role} LOGIN"),
+        ):
+            await by_hand.execute(refuse)
+            await by_hand.execute(end)
+            mailbox._pool._log_again_s = 0.0
+            with capture_logs() as logged:
+                for _ in range(2):
+                    with pytest.raises(MailboxError, match=r"see this instance's log$"):
+                        await mailbox.append(message())
+            assert [entry["event"] for entry in logged] == ["mailbox_refused"]
+            with pytest.raises(MailboxError) as error:
+                await mailbox.check()
+            assert role not in str(error.value)
+            await by_hand.execute(permit)
+            await mailbox.check()
+            await mailbox.append(message())
         await mailbox.close()
 
 

@@ -138,6 +138,15 @@ class _Pull(NamedTuple):
     head: int
 
 
+CHECK: Final = """
+SELECT current_setting('transaction_read_only') = 'on', count(*) = 3 AND bool_and(
+    has_table_privilege(oid, 'SELECT') AND has_table_privilege(oid, 'INSERT')
+    AND has_table_privilege(oid, 'UPDATE') AND has_table_privilege(oid, 'DELETE'))
+FROM pg_class WHERE relnamespace = to_regnamespace(quote_ident(current_schema()))
+    AND relname IN ('heads', 'messages', 'outbox')
+"""
+
+
 class PostgresMailbox:
     """The mailbox in one schema of a PostgreSQL database. Create it with :meth:`open`.
 
@@ -216,6 +225,7 @@ class PostgresMailbox:
         except BaseException:
             await pool.close()
             raise
+        pool.is_open = True
         return cls(pool, clock, limits or Limits(), push_timing)
 
     async def append(self, message: NewMessage) -> Receipt:
@@ -297,8 +307,11 @@ class PostgresMailbox:
         """See the port."""
 
         async def check(connection: Connection) -> None:
-            if await connection.fetchval("SHOW transaction_read_only") == "on":
+            ((is_read_only, may_all),) = await connection.fetch(CHECK)
+            if is_read_only:
                 raise MailboxError("PostgreSQL: it is read-only, as a standby is")
+            if not may_all:
+                raise MailboxError("PostgreSQL: tables, or privileges on them, are missing")
 
         await self._pool.run(check)
 

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import Final, TypeAlias, TypeVar
 
 import asyncpg
+import structlog
 
 from pokebridge.backoff import backoff_s
 from pokebridge.engines.postgres import Connection, PostgresDialler
@@ -25,6 +26,7 @@ CALL_TIMEOUT_S: Final = 6.0
 ATTEMPT_TIMEOUT_S: Final = 3.0
 STATEMENT_TIMEOUT_S: Final = 2.5
 CLOSE_TIMEOUT_S: Final = 2.0
+LOG_EVERY_S: Final = 60.0
 _BACKOFF_FIRST_S: Final = 0.02
 _BACKOFF_CAP_S: Final = 0.5
 
@@ -56,6 +58,9 @@ _REFUSED: Final = (
 )
 
 
+log = structlog.get_logger(__name__)
+
+
 class PostgresPool:
     """Up to CONNECTIONS connections to ``dsn``, opened when they are needed.
 
@@ -68,6 +73,8 @@ class PostgresPool:
     - ``_idle``: open connections, the most recently used last
     - ``_under_way``: calls under way; ``_nothing_under_way`` is set while there are none
     - ``_closed``: whether new calls are refused
+    - ``is_open``: whether the mailbox is in use: a refusal is then an outage, no wrong setting
+    - ``_log_again_s``: before this time no further refusal is logged
     - ``on_connect``: awaited with each new connection before its first use
     """
 
@@ -85,6 +92,8 @@ class PostgresPool:
         self._nothing_under_way = asyncio.Event()
         self._nothing_under_way.set()
         self._closed = False
+        self.is_open = False
+        self._log_again_s = 0.0
         self.on_connect: Callable[[Connection], Awaitable[None]] | None = None
 
     async def run(
@@ -99,8 +108,9 @@ class PostgresPool:
         together have ``timeout_s``, by default CALL_TIMEOUT_S.
 
         Raises:
-            ConfigError: the URL or the credentials are wrong, or a privilege is missing.
-            MailboxError: no attempt succeeded in that time, or the work failed for good.
+            ConfigError: the URL or the credentials are wrong, or a privilege is missing, before the
+                mailbox is open.
+            MailboxError: no attempt succeeded in that time, or PostgreSQL refuses.
         """
         admit(waiting=self._under_way, closed=self._closed)
         self._under_way += 1
@@ -129,13 +139,13 @@ class PostgresPool:
                     try:
                         return await self._attempt(work)
                     except _FAILURES as error:
-                        _raise_unless_transient(error)
+                        self._raise_unless_transient(error)
                         failure = error
                     pause_s = backoff_s(failures, first_s=_BACKOFF_FIRST_S, cap_s=_BACKOFF_CAP_S)
                     failures += 1
                     await asyncio.sleep(pause_s)
         except TimeoutError:
-            reason = _reason(failure) if failure else "it did not answer"
+            reason = _harmless_reason(failure) if failure else "it did not answer"
             raise MailboxError(
                 f"the mailbox's PostgreSQL did not succeed within {timeout_s:g} s: {reason}"
             ) from failure
@@ -157,6 +167,23 @@ class PostgresPool:
             finally:
                 if not connection.is_closed():
                     self._idle.append(connection)
+
+    def _raise_unless_transient(self, error: Exception) -> None:
+        """Raise what the caller is to see. Only the log names roles and tables."""
+        state = ""
+        if isinstance(error, asyncpg.PostgresError):
+            state = error.sqlstate or ""
+            if state.startswith(_TRANSIENT):
+                return
+            if state.startswith(_REFUSED) and not self.is_open:
+                raise ConfigError(f"mailbox: PostgreSQL refuses: {_reason(error)}") from error
+        elif not isinstance(error, ValueError):  # the driver's error about an invalid parameter
+            return
+        now_s = asyncio.get_running_loop().time()
+        if now_s >= self._log_again_s:
+            self._log_again_s = now_s + LOG_EVERY_S
+            log.error("mailbox_refused", sqlstate=state, reason=_reason(error))
+        raise MailboxError("the mailbox's PostgreSQL refuses: see this instance's log") from error
 
     def _pop_idle(self) -> Connection | None:
         while self._idle:
@@ -188,19 +215,12 @@ _FAILURES: Final = (
 )
 
 
-def _raise_unless_transient(error: Exception) -> None:
-    if isinstance(error, asyncpg.PostgresError):
-        state = error.sqlstate or ""
-        if state.startswith(_REFUSED):
-            raise ConfigError(f"mailbox: PostgreSQL refuses: {_reason(error)}") from error
-        if state.startswith(_TRANSIENT):
-            return
-    elif not isinstance(error, ValueError):  # the driver's error about an invalid parameter
-        return
-    raise MailboxError(f"the mailbox's PostgreSQL: {_reason(error)}") from error
-
-
 def _reason(error: BaseException) -> str:
     """The error's first line. The details, in which PostgreSQL repeats values, are left out."""
     text = str(error.args[0] if isinstance(error, asyncpg.PostgresError) else error)
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def _harmless_reason(error: Exception) -> str:
+    """The same for callers. PostgreSQL's own texts name roles, databases and tables."""
+    return type(error).__name__ if isinstance(error, asyncpg.PostgresError) else _reason(error)
