@@ -20,6 +20,8 @@ HEADS_BATCH: Final = 1000
 """Recipients whose heads one call may ask for."""
 FORGET_BATCH: Final = 10
 """Devices that one purge forgets at most. Each may free a whole mailbox of messages."""
+MAX_DEVICES: Final = 100
+"""Known devices of a recipient at most. With one more, the least recently seen is forgotten."""
 MAX_WAITING: Final = 10_000
 """Calls that wait for a store at most. Further calls are refused."""
 
@@ -131,15 +133,17 @@ class Mailbox(Protocol):
     async def see_device(self, recipient: str, device: str) -> None:
         """Make ``device`` known: from now on messages are kept until it has acked them too.
 
-        For a known device that was seen within SEEN_EVERY_MS nothing is written.
+        For a known device that was seen within SEEN_EVERY_MS nothing is written. Of more than
+        MAX_DEVICES devices the least recently seen are forgotten, as :meth:`purge` forgets them.
         """
 
     async def ack(self, recipient: str, device: str, version: int) -> None:
         """Record that ``device`` has everything up to ``version``.
 
         A version above the head counts as the head; one below an earlier ack changes nothing.
-        Makes the device known. Deletes the messages that every known device has acked, unless the
-        generation is younger than YOUNG_MS: the store may have forgotten a device.
+        Makes the device known, as :meth:`see_device` does. Deletes the messages that every known
+        device has acked, unless the generation is younger than YOUNG_MS: the store may have
+        forgotten a device.
         """
 
     async def claim_outbox(self, *, older_than_s: float, limit: int) -> Sequence[Poke]:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from pokebridge.errors import MailboxError
 from pokebridge.mailbox.base import (
     FORGET_BATCH,
+    MAX_DEVICES,
     PAGE_BYTES,
     RECEIPT_KEPT_MS,
     SEEN_EVERY_MS,
@@ -152,19 +153,22 @@ class MemoryMailbox:
     async def see_device(self, recipient: str, device: str) -> None:
         """See the port."""
         now_ms = self._now_ms()
-        self._logs.setdefault(recipient, _Log()).acked.setdefault(device, 0)
+        acked = self._logs.setdefault(recipient, _Log()).acked
+        acked.setdefault(device, 0)
         seen_ms = self._seen_ms.get((recipient, device))
         if seen_ms is None or seen_ms <= now_ms - SEEN_EVERY_MS:
             self._seen_ms.pop((recipient, device), None)
             self._seen_ms[recipient, device] = now_ms
+        if len(acked) > MAX_DEVICES:
+            others = [other for other in acked if other != device]
+            self._forget(recipient, min(others, key=lambda other: self._seen_ms[recipient, other]))
 
     async def ack(self, recipient: str, device: str, version: int) -> None:
         """See the port."""
         await self.see_device(recipient, device)
         log = self._logs[recipient]
         log.acked[device] = max(log.acked[device], min(version, log.head))
-        if not is_young(self._base, self._now_ms()):
-            log.delete_acked()
+        self._delete_acked(log)
 
     async def claim_outbox(self, *, older_than_s: float, limit: int) -> Sequence[Poke]:
         """See the port."""
@@ -208,10 +212,7 @@ class MemoryMailbox:
         at_most = min(limit - purged, FORGET_BATCH)
         unseen = _not_after(unseen_since_ms, self._seen_ms.items(), at_most)
         for recipient, device in unseen:
-            del self._seen_ms[recipient, device]
-            del self._logs[recipient].acked[device]
-            if not is_young(self._base, now_ms):
-                self._logs[recipient].delete_acked()
+            self._forget(recipient, device)
         return purged + len(unseen)
 
     async def clear(self, recipient: str) -> int:
@@ -257,6 +258,15 @@ class MemoryMailbox:
     async def close(self) -> None:
         """Refuse every later call."""
         self._closed = True
+
+    def _forget(self, recipient: str, device: str) -> None:
+        del self._seen_ms[recipient, device]
+        del self._logs[recipient].acked[device]
+        self._delete_acked(self._logs[recipient])
+
+    def _delete_acked(self, log: _Log) -> None:
+        if not is_young(self._base, self._now_ms()):
+            log.delete_acked()
 
     def _delete(self, recipient: str, version: int) -> bool:
         """Delete one message. Returns whether it was still there: an ack may have deleted it."""

@@ -23,9 +23,10 @@ from pokebridge.mailbox.base import (
     ttl_ms,
 )
 from pokebridge.mailbox.batcher import Batcher
+from pokebridge.mailbox.postgres_additions import ADDITIONS
 from pokebridge.mailbox.postgres_pool import PostgresPool, Record
 from pokebridge.mailbox.postgres_pushes import PostgresPushes
-from pokebridge.mailbox.postgres_schema import ADDITIONS, MIGRATION_LOCK, MIGRATIONS
+from pokebridge.mailbox.postgres_schema import MIGRATION_LOCK, MIGRATIONS
 from pokebridge.mailbox.pushes import PushTiming
 from pokebridge.model import MAX_VERSION, Message, NewMessage, Page, Poke, Receipt
 

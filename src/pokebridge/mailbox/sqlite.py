@@ -17,6 +17,7 @@ from typing import Final, NamedTuple
 from pokebridge.mailbox import sqlite_generation as generation
 from pokebridge.mailbox.base import (
     FORGET_BATCH,
+    MAX_DEVICES,
     PAGE_BYTES,
     RECEIPT_KEPT_MS,
     SEEN_EVERY_MS,
@@ -38,6 +39,13 @@ WRITE_BATCH: Final = 512
 READ_BATCH: Final = 16
 # Pages that a purge gives back to the disk when more than a quarter of the file is free.
 VACUUM_PAGES: Final = 1024
+# Every device but ?2 and the ?3 others that were seen last.
+FORGET_OLDEST: Final = """
+DELETE FROM devices WHERE recipient = ?1 AND device IN (
+    SELECT device FROM devices WHERE recipient = ?1 AND device <> ?2
+    ORDER BY seen_ms DESC LIMIT -1 OFFSET ?3
+)
+"""
 # Writes more than the largest message and its row.
 PROBE: Final = "INSERT OR REPLACE INTO probe VALUES (1, zeroblob(?))"
 PROBE_BYTES: Final = 72 * 1024
@@ -271,11 +279,16 @@ def _see_device(
     db: sqlite3.Connection, recipient: str, device: str, version: int, now_ms: int
 ) -> None:
     """Make the device known and raise its ack to ``version``. ``seen_ms`` is written rarely."""
+    known = db.execute(
+        "SELECT 1 FROM devices WHERE recipient = ? AND device = ?", (recipient, device)
+    ).fetchone()
     db.execute(
         "INSERT INTO devices VALUES (?1, ?2, ?3, ?4) ON CONFLICT (recipient, device) DO UPDATE"
         " SET acked = max(acked, ?3), seen_ms = iif(seen_ms <= ?5, ?4, seen_ms)",
         (recipient, device, version, now_ms, now_ms - SEEN_EVERY_MS),
     )
+    if not known and db.execute(FORGET_OLDEST, (recipient, device, MAX_DEVICES - 1)).rowcount:
+        _delete_acked(db, recipient, now_ms)
 
 
 def _ack(db: sqlite3.Connection, recipient: str, device: str, version: int, now_ms: int) -> None:

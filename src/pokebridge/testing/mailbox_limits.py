@@ -5,7 +5,15 @@ import asyncio
 import pytest
 
 from pokebridge.errors import MailboxFullError
-from pokebridge.mailbox.base import DAY_MS, FORGET_BATCH, PAGE_BYTES, Limits, Mailbox, MailboxStats
+from pokebridge.mailbox.base import (
+    DAY_MS,
+    FORGET_BATCH,
+    MAX_DEVICES,
+    PAGE_BYTES,
+    Limits,
+    Mailbox,
+    MailboxStats,
+)
 from pokebridge.model import Receipt
 from pokebridge.testing.mailbox_kit import BOB, EVE, ManualClock, fill, kept, message, versions
 
@@ -155,6 +163,29 @@ class LimitsContract:
         assert await mailbox.purge(limit=10) == 0
         await mailbox.ack(BOB, "phone", 1)
         assert await versions(mailbox) == [1]
+
+    async def test_a_recipient_has_a_limited_number_of_devices(
+        self, mailbox: Mailbox, clock: ManualClock
+    ) -> None:
+        """With one more the least recently seen is forgotten, and nothing waits for it any more."""
+        await fill(mailbox, 2)
+        await mailbox.see_device(EVE, "phone")
+        await mailbox.ack(BOB, "oldest", 1)
+        for number in range(1, MAX_DEVICES):
+            clock.now_s += 1
+            await mailbox.ack(BOB, f"{number}", 2)
+        assert await versions(mailbox) == [2]
+        assert (await mailbox.stats()).devices == 1 + MAX_DEVICES
+        clock.now_s += 1
+        await mailbox.ack(BOB, "newest", 2)
+        assert await versions(mailbox) == []
+        for number in range(MAX_DEVICES):
+            clock.now_s += 1
+            await mailbox.see_device(BOB, f"made up {number}")
+        assert (await mailbox.stats()).devices == 1 + MAX_DEVICES
+        await fill(mailbox, 1)
+        await mailbox.ack(BOB, "newest", 3)
+        assert await versions(mailbox) == [3]
 
     async def test_devices_are_forgotten_in_steps(
         self, mailbox: Mailbox, clock: ManualClock

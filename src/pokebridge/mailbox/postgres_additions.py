@@ -1,0 +1,168 @@
+"""What was added to the PostgreSQL mailbox's schema, so that earlier releases still work with it.
+
+Their functions keep names and arguments, and do more. The table ``additions`` counts what is done.
+"""
+
+from typing import Final
+
+from pokebridge.mailbox.base import MAX_DEVICES
+
+_GENERATIONS = """
+-- The versions of a generation are above its base. history says which database gave them.
+CREATE TABLE generation (
+    one boolean PRIMARY KEY DEFAULT true CHECK (one),
+    base bigint NOT NULL,
+    history text NOT NULL
+);
+
+-- What changes when this database goes back in time: the system and the timeline after a failover
+-- or a point-in-time recovery, the database and the file of heads after a restore. Any role may ask
+-- for these, but a managed server may refuse one; that one is left out then.
+CREATE FUNCTION current_history() RETURNS text LANGUAGE plpgsql AS $$
+DECLARE
+    answer text := coalesce(pg_relation_filenode(to_regclass('heads')), 0);
+BEGIN
+    answer := answer || ' '
+        || (SELECT oid::text FROM pg_database WHERE datname = current_database());
+    BEGIN
+        answer := answer || ' ' || (SELECT system_identifier FROM pg_control_system());
+    EXCEPTION WHEN OTHERS THEN NULL;
+    END;
+    BEGIN
+        answer := answer || ' ' || left(pg_walfile_name(pg_current_wal_lsn()), 8);
+    EXCEPTION WHEN OTHERS THEN NULL;
+    END;
+    RETURN answer;
+END $$;
+
+-- Begin a generation, unless one of this history has begun already. Its base follows the clock:
+-- 2^11 versions a millisecond are more than a recipient ever gets, so the base is above all that
+-- were given out, even those that are lost. It stays below 2^53, what JavaScript can count to,
+-- until the year 2109.
+CREATE FUNCTION begin_generation(a_forced boolean) RETURNS bigint LANGUAGE plpgsql AS $$
+DECLARE
+    answer bigint;
+BEGIN
+    INSERT INTO generation
+        VALUES (true, (extract(epoch FROM clock_timestamp()) * 1000)::bigint << 11,
+            current_history())
+    ON CONFLICT (one) DO UPDATE SET history = current_history(),
+        base = greatest(excluded.base, generation.base + 1)
+        WHERE a_forced OR generation.history <> current_history();
+    SELECT base INTO answer FROM generation WHERE one;
+    RETURN answer;
+END $$;
+
+-- The base of the current generation.
+CREATE FUNCTION generation_base() RETURNS bigint LANGUAGE plpgsql AS $$
+DECLARE
+    answer bigint;
+BEGIN
+    SELECT base INTO answer FROM generation WHERE one AND history = current_history();
+    RETURN coalesce(answer, begin_generation(false));
+END $$;
+
+INSERT INTO generation VALUES (true, 0, current_history());
+
+-- A restore into the same tables: rows of heads, which we never delete, are replaced. Its session
+-- has a search_path of its own.
+CREATE FUNCTION mark_restored() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    EXECUTE format('UPDATE %I.generation SET history = %L', tg_table_schema, 'restored');
+    RETURN NULL;
+END $$;
+CREATE TRIGGER mark_restored AFTER DELETE OR TRUNCATE ON heads EXECUTE FUNCTION mark_restored();
+ALTER TABLE heads ENABLE ALWAYS TRIGGER mark_restored;
+
+-- So that a restored row of generation does not pass for the current one.
+CREATE FUNCTION distrust_history() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    new.history := 'restored';
+    RETURN new;
+END $$;
+CREATE TRIGGER distrust_history BEFORE INSERT ON generation
+    FOR EACH ROW EXECUTE FUNCTION distrust_history();
+ALTER TABLE generation ENABLE ALWAYS TRIGGER distrust_history;
+
+-- How far the write-ahead log is, in bytes; NULL where the server does not tell. It goes back when
+-- a copy of the server's files is put back.
+CREATE FUNCTION wal_position() RETURNS bigint LANGUAGE plpgsql AS $$
+BEGIN
+    RETURN pg_current_wal_insert_lsn() - '0/0'::pg_lsn;
+EXCEPTION WHEN OTHERS THEN RETURN NULL;
+END $$;
+
+ALTER FUNCTION append(
+    uuid, text[], text[], text[], boolean[], bytea[], bigint[], bigint, bigint, bigint
+) RENAME TO append_above_heads;
+
+-- Raise the recipients' heads to the generation's base, then append. Instances of earlier releases
+-- call it as well, so its name and arguments stay.
+CREATE FUNCTION append(
+    a_batch uuid, a_recipients text[], a_senders text[], a_ids text[], a_ids_are_senders boolean[],
+    a_bodies bytea[], a_ttls_ms bigint[], a_max_messages bigint, a_max_bytes bigint, a_now_ms bigint
+) RETURNS bigint[] LANGUAGE plpgsql AS $$
+DECLARE
+    base bigint := generation_base();
+BEGIN
+    IF base > 0 THEN
+        INSERT INTO heads (recipient, head)
+            SELECT DISTINCT recipient COLLATE "C" AS name, base
+            FROM unnest(a_recipients) AS given (recipient) ORDER BY name
+        ON CONFLICT (recipient) DO UPDATE SET head = excluded.head
+            WHERE heads.head < excluded.head;
+    END IF;
+    RETURN append_above_heads(a_batch, a_recipients, a_senders, a_ids, a_ids_are_senders, a_bodies,
+        a_ttls_ms, a_max_messages, a_max_bytes, a_now_ms);
+END $$;
+
+ALTER FUNCTION delete_acked(text[]) RENAME TO delete_what_was_acked;
+
+-- Nothing in a generation's first day: a forgotten device is known by its next pull or ack.
+CREATE FUNCTION delete_acked(a_recipients text[]) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    IF EXISTS (
+        SELECT FROM generation WHERE one AND history = current_history()
+        AND (base >> 11) <= extract(epoch FROM clock_timestamp()) * 1000 - 86400000
+    ) THEN
+        PERFORM delete_what_was_acked(a_recipients);
+    END IF;
+END $$;
+"""
+
+_DEVICES_LIMIT = f"""
+-- Of more than MAX_DEVICES devices of a recipient forget those that were seen least recently.
+CREATE FUNCTION limit_devices() RETURNS trigger LANGUAGE plpgsql AS $$
+DECLARE
+    crowded text[];
+BEGIN
+    SELECT array_agg(DISTINCT recipient) INTO crowded FROM new_devices;
+    IF crowded IS NULL THEN
+        RETURN NULL;
+    END IF;
+    SELECT array_agg(recipient) INTO crowded FROM (
+        SELECT recipient FROM devices WHERE recipient = ANY (crowded)
+        GROUP BY recipient HAVING count(*) > {MAX_DEVICES}
+    ) AS counted;
+    IF crowded IS NULL THEN
+        RETURN NULL;
+    END IF;
+    PERFORM FROM heads WHERE recipient = ANY (crowded) ORDER BY recipient FOR NO KEY UPDATE;
+    DELETE FROM devices USING (
+        SELECT recipient, device, row_number() OVER (
+            PARTITION BY recipient ORDER BY seen_ms DESC, new_devices IS NOT NULL DESC, device
+        ) AS place
+        FROM devices LEFT JOIN new_devices USING (recipient, device, seen_ms)
+        WHERE recipient = ANY (crowded)
+    ) AS sorted
+    WHERE devices.recipient = sorted.recipient AND devices.device = sorted.device
+        AND sorted.place > {MAX_DEVICES};
+    PERFORM delete_acked(crowded);
+    RETURN NULL;
+END $$;
+CREATE TRIGGER limit_devices AFTER INSERT ON devices REFERENCING NEW TABLE AS new_devices
+    FOR EACH STATEMENT EXECUTE FUNCTION limit_devices();
+"""  # noqa: S608 - a constant of ours
+
+ADDITIONS: Final = (_GENERATIONS, _DEVICES_LIMIT)
+"""The statements of each addition, after the migrations of ``postgres_schema``."""
