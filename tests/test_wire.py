@@ -20,7 +20,7 @@ pokes = st.builds(Poke, recipients, st.none() | st.integers(1, MAX_VERSION))
 @given(st.lists(pokes, min_size=1, max_size=20))
 def test_pokes_round_trip(sent: list[Poke]) -> None:
     """What encode_pokes writes, decode_signal reads, single and in batches."""
-    assert list(wire.decode_signal(wire.encode_pokes(sent))) == sent
+    assert wire.decode_signal(wire.encode_pokes(sent)) == sent
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,25 @@ def test_pokes_round_trip(sent: list[Poke]) -> None:
 def test_signals_made_by_hand_are_understood(body: bytes, expected: object) -> None:
     """Every form of protocol.md section 2 is read, with and without its optional parts."""
     assert wire.decode_signal(body) == expected
+
+
+def test_a_beacon_round_trips() -> None:
+    """What encode_beacon writes is a probe to is_probe, and the same beacon to decode_signal."""
+    beacon = wire.Beacon(
+        sender="one",
+        incarnation="1f",
+        number=MAX_VERSION,
+        up_s=12.5,
+        every_s=2.0,
+        cluster="default",
+        shard_count=100,
+        carrier="filter",
+        assignment="coordinator",
+        last=True,
+    )
+    body = wire.encode_beacon(beacon)
+    assert wire.is_probe(body)
+    assert wire.decode_signal(body) == beacon
 
 
 @pytest.mark.parametrize("recipient", ["", "a b", "b\n", "grüße", "x" * 257])
@@ -72,6 +91,8 @@ def test_a_malformed_recipient_spoils_no_batch(recipient: str) -> None:
         b'{"pokes":{"recipient":"b"}}',
         b'{"type":"restart","recipient":"b"}',
         b'{"type":"disconnect"}',
+        b'{"type":"probe","id":"i:1:1","beacon":{}}',
+        b'{"type":"probe","id":"i:1:1","beacon":7}',
         b'{"type":null,"recipient":"b"}',
         b"[" * 100_000,
         b'{"recipient":"b","x":' + b"[" * 3_000 + b"]" * 3_000 + b"}",

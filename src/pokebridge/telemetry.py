@@ -39,6 +39,13 @@ class Metric(StrEnum):
     POKES_LOST = "pokebridge_pokes_lost_total", "Lost pokes that verification made up for"
     GAPS = "pokebridge_gaps_total", "Gaps of the transport, after which its sessions were poked"
     PROBES = "pokebridge_probes_total", "Probes sent through the transport"
+    BEACONS_LOST = "pokebridge_beacons_lost_total", "Other instances' beacons that did not arrive"
+    PEERS = "pokebridge_peers", "Other instances whose beacons are heard"
+    PEERS_SILENT = "pokebridge_peers_silent", "Members of the cluster that are not heard any more"
+    DISAGREEMENTS = (
+        "pokebridge_disagreements",
+        "Instances heard that differ in what must agree (setting)",
+    )
     SUBSCRIPTIONS = "pokebridge_subscriptions", "Subscriptions held, proven live or not"
     SHARDS_OWNED = "pokebridge_shards_owned", "Shards that the shard map gives to this instance"
     CLUSTER_EPOCH = "pokebridge_cluster_epoch", "Epoch of the shard map in force here"

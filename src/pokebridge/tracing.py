@@ -31,7 +31,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from pokebridge.errors import SignalError
 from pokebridge.model import NewMessage, Poke, Receipt, Selection
 from pokebridge.transport.base import Receiver, Signal, Subscription, Transport
-from pokebridge.wire import Disconnect, Probe, decode_signal
+from pokebridge.wire import Beacon, Disconnect, Probe, decode_signal
 
 # Pokes of sampled traces that wait to be published. Beyond it the oldest is traced no further.
 MAX_PENDING = 1000
@@ -149,7 +149,7 @@ class Tracing:
             content = decode_signal(body)
         except SignalError:
             return body, []
-        if isinstance(content, Disconnect | Probe):
+        if isinstance(content, Disconnect | Probe | Beacon):
             return body, []
         spans = {
             poke.recipient: span

@@ -5,7 +5,7 @@ returned as a finished WebSocket frame, so that a poke costs one write and no fo
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
@@ -31,6 +31,41 @@ class Probe(NamedTuple):
     id: str
 
 
+_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+_Number = Annotated[int, msgspec.Meta(ge=1, le=MAX_VERSION)]
+
+
+class Beacon(
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    omit_defaults=True,
+    rename={"sender": "from", "number": "n"},
+):
+    """The signal by which instances hear of each other. Its numbers show when some were lost.
+
+    On the wire it is a probe with more in it, since release 0.1.0 drops a probe of another instance
+    and counts it as nothing else.
+    """
+
+    sender: _Name
+    """The instance's id."""
+    incarnation: _Name
+    """Different at each start, also for the same ``sender``."""
+    number: _Number
+    """From 1, one more with each beacon of the incarnation."""
+    up_s: Annotated[float, msgspec.Meta(ge=0)]
+    """How long the incarnation has run, in seconds."""
+    every_s: Annotated[float, msgspec.Meta(gt=0, le=3600)]
+    """About how long it is until the next beacon, in seconds."""
+    cluster: str
+    shard_count: int
+    carrier: str
+    assignment: str
+    last: bool = False
+    """Whether the instance stops, so that no other beacon follows."""
+
+
 class _Body(msgspec.Struct, gc=False):
     """The union of all signal bodies, flat, so that one C call decodes any of them."""
 
@@ -39,13 +74,14 @@ class _Body(msgspec.Struct, gc=False):
     version: Version | None = None
     pokes: list[Poke] | None = None
     id: str | None = None
+    beacon: Beacon | None = None
 
 
 _decode_body = msgspec.json.Decoder(_Body).decode
 _encode_json = msgspec.json.Encoder().encode
 
 
-def decode_signal(body: bytes) -> Sequence[Poke] | Disconnect | Probe:
+def decode_signal(body: bytes) -> Sequence[Poke] | Disconnect | Probe | Beacon:
     """What ``body`` says.
 
     A recipient's form is hardly checked, as every instance decodes every poke of a cluster: one
@@ -70,7 +106,7 @@ def decode_signal(body: bytes) -> Sequence[Poke] | Disconnect | Probe:
     if fields.type == "disconnect" and fields.recipient is not None:
         return Disconnect(fields.recipient)
     if fields.type == "probe" and fields.id is not None:
-        return Probe(fields.id)
+        return fields.beacon or Probe(fields.id)
     raise SignalError(f"no signal of ours has the type {fields.type[:32]!r}")
 
 
@@ -96,13 +132,19 @@ _PROBE_START = b'{"type":"probe",'
 
 
 def is_probe(body: bytes) -> bool:
-    """Whether ``body`` is a probe of one of our instances."""
+    """Whether ``body`` is a probe or a beacon of one of our instances."""
     return body.startswith(_PROBE_START)
 
 
 def encode_probe(probe_id: str) -> bytes:
     """The signal body of a probe: whoever did not send it drops it."""
     return _encode_json({"type": "probe", "id": probe_id})
+
+
+def encode_beacon(beacon: Beacon) -> bytes:
+    """The signal body of ``beacon``."""
+    probe_id = f"{beacon.sender}:{beacon.incarnation}:{beacon.number}"
+    return _encode_json({"type": "probe", "id": probe_id, "beacon": beacon})
 
 
 # --- WebSocket messages, server to client -----------------------------------------------------

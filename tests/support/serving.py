@@ -37,8 +37,12 @@ class Instance(Daemon):
         env: dict[str, str],
         directory: Path,
         port: int | None = None,
+        *,
+        started_at: str = "/readyz",
     ) -> None:
+        """It counts as started when ``started_at`` answers 200."""
         port = port or free_port()
+        self._started_at = started_at
         self._args = ["serve", "--host", "127.0.0.1", "--port", str(port), *flags]
         super().__init__(
             name,
@@ -89,7 +93,7 @@ class Instance(Daemon):
 
     def _is_ready_to_serve(self) -> bool:
         with self.http() as http:
-            return http.get("/readyz").status_code == httpx.codes.OK
+            return http.get(self._started_at).status_code == httpx.codes.OK
 
     def _spawn(self) -> Process:
         if "PYTHONPATH" in self._environ:
@@ -100,8 +104,10 @@ class Instance(Daemon):
 class Serve(Protocol):
     """Starts an instance; the test's end stops it."""
 
-    def __call__(self, *flags: str, dev: bool = True, **settings: object) -> Instance:
-        """Run ``pokebridge serve`` with ``flags`` and ``settings`` until it is ready.
+    def __call__(
+        self, *flags: str, dev: bool = True, started_at: str = "/readyz", **settings: object
+    ) -> Instance:
+        """Run ``pokebridge serve`` with ``flags`` and ``settings`` until ``started_at`` is 200.
 
         A setting is passed as its environment variable: ``lease_s=1`` is ``POKEBRIDGE_LEASE_S=1``.
         """
@@ -114,12 +120,14 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
     numbers = itertools.count(1)  # its own: a test may start several at once, in threads
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("POKEBRIDGE_")}
 
-    def start(*flags: str, dev: bool = True, **settings: object) -> Instance:
+    def start(
+        *flags: str, dev: bool = True, started_at: str = "/readyz", **settings: object
+    ) -> Instance:
         given = {"jwt_secret": JWT_SECRET, **settings}
         env = inherited | {f"POKEBRIDGE_{k.upper()}": str(v) for k, v in given.items()}
         dev_flags = ["--dev"] if dev else []
         name = f"instance-{next(numbers)}"
-        instance = Instance(name, [*dev_flags, *flags], env, tmp_path)
+        instance = Instance(name, [*dev_flags, *flags], env, tmp_path, started_at=started_at)
         instances.append(instance)
         instance.start()
         return instance

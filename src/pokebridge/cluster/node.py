@@ -110,6 +110,7 @@ class Cluster:
         self._on_drain = on_drain
         self._url = url
         self._is_static = coordination.is_static
+        self._has_leases = coordination.is_shared and not coordination.is_static
         self._is_cut_off = has_peers and not coordination.is_shared
         self._incarnation = secrets.token_hex(8)
         self._joined_at_ms = int(time.time() * 1000)
@@ -177,6 +178,8 @@ class Cluster:
 
     def _on_view(self, view: View) -> None:
         self._has_new_view.set()
+        if self._has_leases:
+            self._gateway.beacons.members = view.members.keys()
         before, self._applied = self._applied, view
         if before is None or _without_reports(before) != _without_reports(view):
             reachable = {

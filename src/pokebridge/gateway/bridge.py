@@ -15,7 +15,7 @@ from pokebridge.gateway.connection import Connection
 from pokebridge.gateway.meter import SAMPLE_EVERY, Meter, Traffic
 from pokebridge.gateway.session_map import SessionMap
 from pokebridge.model import Poke
-from pokebridge.wire import Disconnect, Probe, decode_signal, poke_frame
+from pokebridge.wire import Beacon, Disconnect, Probe, decode_signal, poke_frame
 
 _WAKE_BATCH = 500  # sessions poked between two turns of the loop
 
@@ -41,6 +41,8 @@ class Bridge:
         self._sessions = sessions
         self._meter = Meter()
         self.counters = BridgeCounters()
+        self.on_beacon: Callable[[Beacon], None] = lambda _: None
+        """Called with each beacon, this instance's own ones included."""
 
     def on_signal(self, body: bytes) -> None:
         """Take a signal. A body that is not a signal is counted and dropped."""
@@ -77,6 +79,8 @@ class Bridge:
         if isinstance(content, Disconnect):
             for connection in self._sessions.find(content.recipient):
                 connection.close(4401, "disconnected by an administrator")
+        elif isinstance(content, Beacon):
+            self.on_beacon(content)
         elif not isinstance(content, Probe):
             self.counters.pokes += len(content)
             for poke in content:

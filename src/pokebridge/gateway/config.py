@@ -33,6 +33,10 @@ class GatewayConfig:
     """The deadlines of a session."""
     subscription_timing: SubscriptionTiming = field(default_factory=SubscriptionTiming)
     shard_count: int = DEFAULT_SHARD_COUNT
+    cluster: str = "default"
+    """The cluster's name. With the next two it is compared with what other instances have."""
+    carrier: str = "filter"
+    assignment: str = "coordinator"
     mode: Mode = "fanout"
     """The mode until the first shard map arrives."""
     deaf_after_s: float = 5.0

@@ -6,6 +6,7 @@ HTTP upgrade → ``Entrance`` → ``Connection`` → ``SessionMap`` → ``ready`
 import asyncio
 import contextlib
 import random
+import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from itertools import islice
@@ -13,6 +14,8 @@ from itertools import islice
 import structlog
 
 from pokebridge.backoff import spread
+from pokebridge.errors import TransportError
+from pokebridge.gateway.beacons import FASTEST_S, Beacons
 from pokebridge.gateway.bridge import Bridge
 from pokebridge.gateway.config import GatewayConfig
 from pokebridge.gateway.connection import Connection
@@ -26,7 +29,8 @@ from pokebridge.gateway.wheel import Wheel
 from pokebridge.placement import Placement, ShardMap
 from pokebridge.sharding import shard_of
 from pokebridge.supervisor import supervise
-from pokebridge.transport.base import Transport
+from pokebridge.transport.base import Signal, Transport
+from pokebridge.wire import Beacon, encode_beacon
 
 log = structlog.get_logger(__name__)
 
@@ -35,6 +39,7 @@ log = structlog.get_logger(__name__)
 _DOUBT_POKE_EVERY_S = 30
 # Sessions that had to wait for ``ready`` get it in batches, one in this time.
 _READY_EVERY_S = 0.1
+_BEACON_TIMEOUT_S = 2.0
 
 
 class Gateway:
@@ -74,6 +79,8 @@ class Gateway:
         """Admits new sessions."""
         self.verification = None if heads is None else Verification(heads, config.verify_every_s)
         """Pokes the sessions that are behind the mailbox."""
+        self.beacons = Beacons(_identity(config))
+        """What is heard of other instances."""
         self.wheel = Wheel()
         """The deadlines of all sockets, plain HTTP ones included."""
         self.pulls_per_s = 1000.0
@@ -108,8 +115,11 @@ class Gateway:
         self.wheel.start(self._loop)
         if not serves:
             return
+        self.beacons.begin(self.now())
+        self.bridge.on_beacon = lambda beacon: self.beacons.hear(beacon, self.now())
         await self.subscriptions.start(self.shard_routing.wanted(self.now()))
         self._supervise("gateway_clock", self._keep_time)
+        self._supervise("beacons", self._keep_beacons)
         if self.verification is not None:
             self._supervise("verification", partial(self._keep_verifying, self.verification))
 
@@ -122,6 +132,8 @@ class Gateway:
             task.cancel()
         for connection in list(self._connections):
             connection.abort()
+        if self._tasks:
+            await self._send_beacon(self.beacons.farewell(self.now()))
         await self.subscriptions.close()
         self.wheel.stop()
 
@@ -297,7 +309,22 @@ class Gateway:
     async def _keep_verifying(self, verification: Verification) -> None:
         while True:
             await asyncio.sleep(1.0)
-            await verification.step(self.now(), in_doubt=self.subscriptions.is_in_doubt)
+            in_doubt = self.subscriptions.is_in_doubt or self.beacons.silent_members > 0
+            await verification.step(self.now(), in_doubt=in_doubt)
+
+    async def _keep_beacons(self) -> None:
+        while True:
+            if (reason := self.beacons.step(self.now())) is not None:
+                self.subscriptions.report_gap(reason)
+            if (beacon := self.beacons.next(self.now(), spread(1.0, 0.8, 1.2))) is not None:
+                await self._send_beacon(beacon)
+            await asyncio.sleep(1.0)
+
+    async def _send_beacon(self, beacon: Beacon) -> None:
+        with contextlib.suppress(TransportError, TimeoutError):
+            async with asyncio.timeout(_BEACON_TIMEOUT_S):
+                await self.subscriptions.transport.publish([Signal(encode_beacon(beacon))])
+                self.beacons.sent(beacon)
 
     def _supervise(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
         task = supervise(name, work)
@@ -321,3 +348,18 @@ class Gateway:
         self.wheel.cancel(connection)
         self.entrance.left(connection)
         log.debug("session_ended", session=connection.session.id)
+
+
+def _identity(config: GatewayConfig) -> Beacon:
+    """What every beacon of an instance says."""
+    return Beacon(
+        sender=config.instance,
+        incarnation=secrets.token_hex(8),
+        number=1,
+        up_s=0.0,
+        every_s=FASTEST_S,
+        cluster=config.cluster,
+        shard_count=config.shard_count,
+        carrier=config.carrier,
+        assignment=config.assignment,
+    )

@@ -28,7 +28,7 @@ from pokebridge.transport.base import (
     Subscription,
     Transport,
 )
-from pokebridge.wire import Disconnect, Probe, decode_signal, encode_probe, is_probe
+from pokebridge.wire import Beacon, Disconnect, Probe, decode_signal, encode_probe, is_probe
 
 log = structlog.get_logger(__name__)
 
@@ -77,7 +77,7 @@ class SubscriptionManager:
         self.instance = instance
         self.timing = timing
         self.gaps = 0
-        """How many gaps the transport has reported."""
+        """How many gaps the transport has reported, or beacons have shown."""
         self.probes = 0
         """How many probes were sent."""
         self.owned = 0
@@ -156,6 +156,12 @@ class SubscriptionManager:
         self._wanted = frozenset(selections)
         self._step()
 
+    def report_gap(self, reason: str) -> None:
+        """Treat everything as after a gap: signals of other instances were lost on the way."""
+        self.gaps += 1
+        for managed in self._managed.values():
+            managed.doubt(reason)
+
     async def close(self) -> None:
         """Close every subscription."""
         self._wanted = frozenset()
@@ -168,7 +174,7 @@ class SubscriptionManager:
             content = decode_signal(body)
         except SignalError:
             return False
-        if isinstance(content, Probe) or not content:
+        if isinstance(content, Probe | Beacon) or not content:
             return False
         first = content if isinstance(content, Disconnect) else content[0]
         return tag != str(shard_of(first.recipient, self._shard_count))
@@ -307,7 +313,11 @@ class _ManagedSubscription:
 
     def on_gap(self, selection: Selection, reason: str) -> None:
         self._manager.gaps += 1
-        self._lose(f"a gap in the transport ({selection}): {reason}")
+        self.doubt(f"a gap in the transport ({selection}): {reason}")
+
+    def doubt(self, reason: str) -> None:
+        """Signals may have been lost: prove the subscription anew."""
+        self._lose(reason)
         self._doubt.set()
 
     # --- the watcher ------------------------------------------------------------------------------

@@ -232,6 +232,8 @@ class Instance:
             reasons.append(f"coordination: {parts.cluster.trouble}")
         if "gateway" in parts.roles and parts.gateway.subscriptions.trouble is not None:
             reasons.append(f"transport: {parts.gateway.subscriptions.trouble}")
+        if parts.gateway.beacons.trouble is not None:
+            reasons.append(f"settings: {parts.gateway.beacons.trouble}")
         # An instance with callers stays ready meanwhile: it can still serve them.
         if parts.roles == {"processor"}:
             if parts.processor is not None and parts.processor.is_cut_off:
@@ -267,6 +269,12 @@ class Instance:
             Metric.GAPS: subscriptions.gaps,
             Metric.PROBES: subscriptions.probes,
             Metric.POKES_LOST: gateway.lost_pokes,
+            Metric.BEACONS_LOST: gateway.beacons.lost,
+            Metric.PEERS: gateway.beacons.heard,
+            Metric.PEERS_SILENT: gateway.beacons.silent_members,
+            Metric.DISAGREEMENTS: {
+                (setting,): count for setting, count in gateway.beacons.disagreements.items()
+            },
             Metric.SUBSCRIPTIONS: len(subscriptions.selections),
             Metric.SHARDS_OWNED: len(view.shard_map.owned_by(me)),
             Metric.CLUSTER_EPOCH: view.shard_map.epoch,

@@ -1,0 +1,269 @@
+"""Instances hear each other, so that a loss between them is noticed within seconds.
+
+A probe proves that an instance hears itself. An engine of several servers may still lose what
+others publish, for example while the route between two servers is down. So each instance publishes
+a numbered beacon now and then. When numbers of another instance are missing, pokes may be missing
+as well, and everything is treated as after a gap of the transport.
+
+A beacon also carries the settings that must agree in a cluster, so that a difference is noticed
+even where the instances share no store.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from typing import Final, NamedTuple
+
+import msgspec
+import structlog
+
+from pokebridge.wire import Beacon
+
+log = structlog.get_logger(__name__)
+
+FASTEST_S = 2.0
+HEARD_PER_S = 4.0
+"""About how many beacons a second an instance hears at most: with more instances, each publishes
+less often."""
+ALONE_S = 10.0
+"""How often an instance publishes while it hears no other."""
+REORDER_S = 1.0
+"""A missing number may still arrive for this long, since an engine may reorder signals."""
+GAP_EVERY_S = 10.0
+"""At most one gap in this time: a route that loses some of everything must not cause a storm."""
+SILENT_AFTER = 3
+"""An instance that has missed this many beacons is silent."""
+FORGET_S = 60.0
+"""A silent instance is forgotten after this time, unless it is a member of the cluster."""
+OLDER_BY_S = 5.0
+"""Of two instances that disagree, the one that began this much earlier stays ready."""
+MAX_PEERS = 10_000
+MUST_AGREE: Final = ("shard_count", "carrier", "assignment")
+
+
+class _Hole(NamedTuple):
+    """Numbers that are missing, from ``first`` to ``last``."""
+
+    first: int
+    last: int
+    since: float
+
+    def without(self, number: int) -> Iterator["_Hole"]:
+        """What is still missing once ``number`` has arrived."""
+        if not self.first <= number <= self.last:
+            yield self
+            return
+        if self.first < number:
+            yield self._replace(last=number - 1)
+        if number < self.last:
+            yield self._replace(first=number + 1)
+
+
+class _Peer:
+    """Another instance, from its first beacon heard until it stops or is forgotten.
+
+    Attributes:
+        beacon: its last beacon.
+        heard_at: when that was heard.
+        began_at: when the instance was started, at the latest.
+        silent: whether beacons of it are overdue.
+    """
+
+    def __init__(self, beacon: Beacon, now: float, *, first: int) -> None:
+        """``first`` is the first number that should have been heard."""
+        self.beacon = beacon
+        self.heard_at = now
+        self.began_at = now - beacon.up_s
+        self.silent = False
+        self._highest = first - 1
+        self._holes: list[_Hole] = []
+        self.hear(beacon, now)
+
+    def hear(self, beacon: Beacon, now: float) -> None:
+        number = beacon.number
+        if number > self._highest + 1:
+            self._holes.append(_Hole(self._highest + 1, number - 1, now))
+        else:
+            self._holes = [rest for hole in self._holes for rest in hole.without(number)]
+        if number >= self._highest:
+            self._highest, self.beacon = number, beacon
+        self.heard_at = now
+        self.began_at = min(self.began_at, now - beacon.up_s)
+
+    def take_lost(self, now: float) -> int:
+        """How many numbers have not arrived in time. Each is told once."""
+        overdue = [hole for hole in self._holes if now - hole.since >= REORDER_S]
+        self._holes = [hole for hole in self._holes if hole not in overdue]
+        return sum(hole.last - hole.first + 1 for hole in overdue)
+
+
+class Beacons:
+    """The beacons of one instance, and what it hears of others'.
+
+    Callers pass ``now`` in seconds of a monotonic clock, and publish what ``next`` returns.
+
+    Attributes:
+        lost: beacons of other instances that did not arrive.
+        members: the ids of the cluster's members; ``None`` if nobody knows.
+    """
+
+    def __init__(self, me: Beacon) -> None:
+        """``me`` is the beacon of this instance without its number and times."""
+        self.lost = 0
+        self.members: AbstractSet[str] | None = None
+        self._me = me
+        # When this instance began to listen.
+        self._began_at = 0.0
+        self._peers: dict[tuple[str, str, str], _Peer] = {}
+        # Other clusters that were heard, so that each is logged once.
+        self._other_clusters: set[str] = set()
+        # The number of the last beacon that the engine accepted, and when the next is due.
+        self._sent = 0
+        self._sent_at = float("-inf")
+        # Whether a loss is still to be reported as a gap, and when the last one was.
+        self._owes_gap = False
+        self._gap_at = float("-inf")
+
+    def begin(self, now: float) -> None:
+        """This instance listens from now on."""
+        self._began_at = now
+
+    # --- publishing -------------------------------------------------------------------------------
+
+    @property
+    def every_s(self) -> float:
+        """How often this instance publishes a beacon now."""
+        return max(FASTEST_S, len(self._peers) / HEARD_PER_S) if self._peers else ALONE_S
+
+    def next(self, now: float, jitter: float = 1.0) -> Beacon | None:
+        """The beacon to publish now, if it is time: ``jitter`` times the usual pause has passed."""
+        if now - self._sent_at < self.every_s * jitter:
+            return None
+        self._sent_at = now
+        return self._stamped(now)
+
+    def farewell(self, now: float) -> Beacon:
+        """The last beacon, so that nobody waits for another."""
+        return msgspec.structs.replace(self._stamped(now), last=True)
+
+    def sent(self, beacon: Beacon) -> None:
+        """Note that the engine has accepted ``beacon``. If it has not, its number is used again."""
+        self._sent = beacon.number
+
+    def _stamped(self, now: float) -> Beacon:
+        return msgspec.structs.replace(
+            self._me,
+            number=self._sent + 1,
+            up_s=round(now - self._began_at, 3),
+            every_s=self.every_s,
+        )
+
+    # --- hearing ----------------------------------------------------------------------------------
+
+    def hear(self, beacon: Beacon, now: float) -> None:
+        """Take a beacon, from this instance or another."""
+        if (beacon.sender, beacon.incarnation) == (self._me.sender, self._me.incarnation):
+            return
+        key = beacon.cluster, beacon.sender, beacon.incarnation
+        if (peer := self._peers.get(key)) is not None:
+            peer.hear(beacon, now)
+        elif len(self._peers) < MAX_PEERS:
+            self._peers[key] = _Peer(beacon, now, first=self._first_expected(beacon, now))
+            self._compare(beacon)
+
+    def _first_expected(self, beacon: Beacon, now: float) -> int:
+        """The first number of a new peer that should have been heard.
+
+        It is its first one, unless the peer was there before and this instance has not listened
+        long enough to have heard of it.
+        """
+        listening_s = now - self._began_at
+        return 1 if listening_s > min(beacon.up_s, SILENT_AFTER * beacon.every_s) else beacon.number
+
+    def _compare(self, theirs: Beacon) -> None:
+        if theirs.cluster != self._me.cluster:
+            if theirs.cluster not in self._other_clusters:
+                self._other_clusters.add(theirs.cluster)
+                log.warning("other_cluster_heard", cluster=theirs.cluster, peer=theirs.sender)
+            return
+        for setting in self._differences(theirs):
+            log.error(
+                "settings_disagree",
+                setting=setting,
+                peer=theirs.sender,
+                theirs=getattr(theirs, setting),
+                ours=getattr(self._me, setting),
+            )
+
+    def _differences(self, theirs: Beacon) -> list[str]:
+        return [name for name in MUST_AGREE if getattr(theirs, name) != getattr(self._me, name)]
+
+    # --- what follows -----------------------------------------------------------------------------
+
+    def step(self, now: float) -> str | None:
+        """Look for losses; to be called about once a second.
+
+        Returns:
+            Why everything must be treated as after a gap; ``None`` if nothing must.
+        """
+        lost = sum(peer.take_lost(now) for peer in self._peers.values())
+        self.lost += lost
+        self._owes_gap |= lost > 0
+        self._note_silence(now)
+        if not self._owes_gap or now - self._gap_at < GAP_EVERY_S:
+            return None
+        self._owes_gap, self._gap_at = False, now
+        return "beacons of other instances did not arrive"
+
+    def _note_silence(self, now: float) -> None:
+        for key, peer in list(self._peers.items()):
+            away_s = now - peer.heard_at
+            every_s = max(peer.beacon.every_s, self.every_s)
+            was_silent, peer.silent = peer.silent, away_s > SILENT_AFTER * every_s
+            is_member = self.members is not None and peer.beacon.sender in self.members
+            if peer.silent and not was_silent and is_member:
+                log.warning("peer_silent", peer=peer.beacon.sender, away_s=round(away_s, 1))
+            is_over = peer.beacon.last and away_s > REORDER_S
+            if is_over or (away_s > max(FORGET_S, 2 * SILENT_AFTER * every_s) and not is_member):
+                del self._peers[key]
+
+    @property
+    def heard(self) -> int:
+        """How many other instances of the cluster are heard."""
+        return sum(not peer.silent for peer in self._mine())
+
+    @property
+    def silent_members(self) -> int:
+        """How many members of the cluster renew their lease and are not heard any more."""
+        heard = {peer.beacon.sender for peer in self._mine() if not peer.silent}
+        silent = {peer.beacon.sender for peer in self._mine() if peer.silent}
+        return len((silent - heard) & (self.members or frozenset()))
+
+    @property
+    def disagreements(self) -> Mapping[str, int]:
+        """How many instances differ in each setting; ``cluster``: how many are of another."""
+        counts = Counter(name for peer in self._mine() for name in self._differences(peer.beacon))
+        counts["cluster"] = len(self._peers) - sum(1 for _ in self._mine())
+        return counts
+
+    @property
+    def trouble(self) -> str | None:
+        """What this instance must not serve with: settings that an older instance has otherwise.
+
+        An instance that began clearly earlier stays ready, so that one wrong instance does not take
+        all the others away.
+        """
+        for peer in self._mine():
+            if self._began_at < peer.began_at - OLDER_BY_S:
+                continue
+            for name in self._differences(peer.beacon):
+                return (
+                    f"{name} is {getattr(self._me, name)} here and"
+                    f" {getattr(peer.beacon, name)} at instance {peer.beacon.sender!r}:"
+                    " set the same everywhere in the cluster"
+                )
+        return None
+
+    def _mine(self) -> Iterator[_Peer]:
+        """The peers of this instance's cluster."""
+        return (peer for peer in self._peers.values() if peer.beacon.cluster == self._me.cluster)

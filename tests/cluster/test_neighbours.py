@@ -1,0 +1,169 @@
+"""Instances that should hear each other: an engine of several servers, and settings that differ."""
+
+import asyncio
+import json
+from pathlib import Path
+
+import httpx
+import pytest
+
+from pokebridge.telemetry import Metric
+from pokebridge.testing.pubsub import PubSubServer
+from tests.cluster.clusters import metrics
+from tests.cluster.traffic import session
+from tests.support import Daemon, Instance, Serve, wait_until
+from tests.support.engines import running_nats_pair
+
+BOB = "urn:user:bob"
+SLOW_TO_VERIFY = 600
+"""What is heard in a test that sets ``verify_every_s`` to this was not found by verification."""
+
+
+async def _send(instance: Instance) -> None:
+    async with instance.async_http("urn:backend", "send") as http:
+        answer = await http.post("/v1/messages", json={"recipient": BOB, "body": "hello"})
+        assert answer.status_code == httpx.codes.ACCEPTED
+
+
+async def _reason(instance: Instance, part: str) -> str:
+    """Why ``instance`` is not ready, once that says something about ``part``."""
+
+    async def reason() -> str:
+        async with instance.async_http() as http:
+            answer = await http.get("/readyz")
+        reasons = [] if answer.is_success else str(answer.json()["detail"]).split("; ")
+        return next((each for each in reasons if each.startswith(f"{part}: ")), "")
+
+    return await wait_until(reason, 30)
+
+
+async def test_what_a_broken_route_lost_is_found(serve: Serve, tmp_path: Path) -> None:
+    """Messages are sent while the route is down: bob is poked soon after it is back."""
+    async with running_nats_pair(tmp_path) as (*servers, route):
+        x, y = await asyncio.gather(
+            *(
+                asyncio.to_thread(
+                    serve,
+                    transport=server.url,
+                    mailbox="sqlite:///shared.db",
+                    verify_every_s=SLOW_TO_VERIFY,
+                )
+                for server in servers
+            )
+        )
+        async with session(y, BOB) as bob:
+
+            async def hears() -> bool:
+                await _send(x)
+                try:
+                    async with asyncio.timeout(1):
+                        return bool(json.loads(await bob.recv())["type"] == "poke")
+                except TimeoutError:
+                    return False
+
+            await wait_until(hears, 30)  # the servers have found each other
+            [signals] = await metrics(x, Metric.SIGNALS)
+            route.cut()
+            route.reset()
+            for _ in range(10):
+                await _send(x)
+
+            async def has_sent_beacons() -> bool:
+                return (await metrics(x, Metric.SIGNALS))[0] > signals + 12
+
+            await wait_until(has_sent_beacons, 60)
+            route.heal()
+            async with asyncio.timeout(30):
+                assert json.loads(await bob.recv())["type"] == "poke"
+        lost, gaps = await metrics(y, Metric.BEACONS_LOST, Metric.GAPS)
+        assert lost > 0
+        assert gaps > 0
+
+
+async def test_ready_holds_for_what_another_server_is_given(serve: Serve, tmp_path: Path) -> None:
+    """With 500 ms on the route, a message right after ``ready`` still pokes its recipient."""
+    async with running_nats_pair(tmp_path, route_delay_s=0.5) as (*servers, _):
+        x, y = await asyncio.gather(
+            *(
+                asyncio.to_thread(
+                    serve,
+                    instance=f"i-{ordinal}",
+                    transport=server.url,
+                    mailbox="sqlite:///shared.db",
+                    coordination=f"static://?ordinal={ordinal}&replicas=2",
+                    mode="partitioned",
+                    verify_every_s=SLOW_TO_VERIFY,
+                )
+                for ordinal, server in enumerate(servers)
+            )
+        )
+
+        async def have_met() -> bool:
+            return min(await metrics(x, Metric.PEERS) + await metrics(y, Metric.PEERS)) > 0
+
+        await wait_until(have_met, 30)
+
+        async def is_poked(recipient: str) -> bool:
+            async with session(y, recipient) as socket, x.async_http("urn:back", "send") as http:
+                await http.post("/v1/messages", json={"recipient": recipient, "body": None})
+                try:
+                    async with asyncio.timeout(15):
+                        return bool(json.loads(await socket.recv())["type"] == "poke")
+                except TimeoutError:
+                    return False
+
+        poked = await asyncio.gather(*(is_poked(f"urn:user:{number}") for number in range(24)))
+        assert all(poked)
+
+
+async def test_shard_counts_that_differ_are_told(serve: Serve, nats_server: Daemon) -> None:
+    """Without a store to compare them in, both instances hear of it, and are not ready."""
+    instances = await asyncio.gather(
+        *(
+            asyncio.to_thread(
+                serve,
+                instance=f"i-{ordinal}",
+                cluster="differs",
+                transport=nats_server.url,
+                mailbox="sqlite:///shared.db",
+                coordination=f"static://?ordinal={ordinal}&replicas=2",
+                mode="partitioned",
+                shard_count=shard_count,
+                started_at="/healthz",
+            )
+            for ordinal, shard_count in enumerate((100, 64))
+        )
+    )
+    for instance, other in zip(instances, ("i-1", "i-0"), strict=True):
+        reason = await _reason(instance, "settings")
+        assert "shard_count" in reason
+        assert other in reason
+        assert "64" in reason
+
+
+async def test_carriers_that_differ_are_told(
+    request: pytest.FixtureRequest, valkey_server: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One filters a topic, the other has a topic for each shard: neither is ready."""
+    async with PubSubServer() as pubsub:
+        monkeypatch.setenv("PUBSUB_EMULATOR_HOST", pubsub.address)
+        serve: Serve = request.getfixturevalue("serve")  # it takes the environment over
+        instances = await asyncio.gather(
+            *(
+                asyncio.to_thread(
+                    serve,
+                    instance=carrier,
+                    cluster="carriers",
+                    transport="pubsub://test/pokes",
+                    mailbox="sqlite:///shared.db",
+                    coordination=valkey_server.url,
+                    carrier=carrier,
+                    shard_count=4,
+                    started_at="/healthz",
+                )
+                for carrier in ("filter", "topic")
+            )
+        )
+        for instance in instances:
+            reason = await _reason(instance, "settings")
+            assert "carrier is" in reason
