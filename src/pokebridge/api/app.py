@@ -155,7 +155,7 @@ def _add_dev_token(app: Api, sign: SignToken) -> None:
     async def dev_token(request: Request) -> Response:
         wanted = await read_wanted(request)
         token = sign(check_recipient(wanted.sub), wanted.scope.split(), wanted.ttl_s)
-        return json_response(schema.Token(token), headers={"Cache-Control": "no-store"})
+        return json_response(schema.Token(token))
 
     app.call(
         "POST",

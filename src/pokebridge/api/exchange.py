@@ -15,6 +15,9 @@ from pokebridge.tokens import Claims, TokenVerifier
 
 BODY_DEADLINE_S = 30.0
 
+# An answer belongs to the caller whose token asked for it.
+NEVER_CACHED = {"Cache-Control": "private, no-store"}
+
 T = TypeVar("T")
 
 
@@ -65,7 +68,10 @@ def read_query(request: Request, kind: type[T]) -> T:
 def json_response(
     answer: msgspec.Struct, status: int = HTTPStatus.OK, *, headers: dict[str, str] | None = None
 ) -> Response:
-    """The response with ``answer`` as its JSON body."""
+    """The response with ``answer`` as its JSON body. No cache may store it."""
     return Response(
-        msgspec.json.encode(answer), status, headers=headers, media_type="application/json"
+        msgspec.json.encode(answer),
+        status,
+        headers={**NEVER_CACHED, **(headers or {})},
+        media_type="application/json",
     )

@@ -1,5 +1,6 @@
 """The calls about messages: send, pull, acknowledge."""
 
+import hashlib
 import re
 import time
 import uuid
@@ -12,6 +13,7 @@ from msgspec import UNSET, Raw
 
 from pokebridge.api import schema
 from pokebridge.api.exchange import (
+    NEVER_CACHED,
     authorize,
     body_reader,
     json_response,
@@ -30,7 +32,7 @@ from pokebridge.model import (
 from pokebridge.submission import SendRequest, new_message
 from pokebridge.tokens import TokenVerifier
 
-_HEAD_TAG = re.compile(r'(?:W/)?"(0|[1-9]\d{0,15})"')
+_TAG = re.compile(r'(?:W/)?"(0|[1-9]\d{0,15})-([0-9a-f]{32})"')
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,10 +75,13 @@ class MessageCalls:
             await self._devices.see(reader, check_device(query.device))
         if_none_match = request.headers.get("if-none-match", "")
         page = await self._mailbox.read(
-            reader, after=query.after, limit=query.limit, unless_head=_known_head(if_none_match)
+            reader,
+            after=query.after,
+            limit=query.limit,
+            unless_head=_known_head(if_none_match, reader),
         )
         self._on_pulled(reader, page.version if page.more else page.head)
-        headers = {"ETag": f'"{page.head}"', "Cache-Control": "private, no-cache"}
+        headers = {"ETag": _tag(page.head, reader), "Vary": "Authorization", **NEVER_CACHED}
         if _matches(if_none_match, headers["ETag"]):
             return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)
         messages = [_pulled(message) for message in page.messages]
@@ -136,10 +141,27 @@ def _pulled(message: Message) -> schema.PulledMessage:
     )
 
 
-def _known_head(if_none_match: str) -> int | None:
-    """The only head that the header names. A mailbox reads no messages for a caller that has it."""
-    tag = _HEAD_TAG.fullmatch(if_none_match.strip())
-    return int(tag[1]) if tag else None
+def _reader_part(reader: str) -> str:
+    return hashlib.blake2s(reader.encode(), digest_size=16).hexdigest()
+
+
+def _tag(head: int, reader: str) -> str:
+    """The entity tag of a page for ``reader``. No other reader's page ever has it.
+
+    One URL serves every reader, so a cache on the way, or the browser's own, may validate the page
+    of one reader with the token of another. Tags of release 0.1.0 were the head alone. They match
+    nothing.
+    """
+    return f'"{head}-{_reader_part(reader)}"'
+
+
+def _known_head(if_none_match: str, reader: str) -> int | None:
+    """The head that the header names, when it names one and that is a tag for ``reader``.
+
+    A mailbox reads no messages for a caller that has its head.
+    """
+    tag = _TAG.fullmatch(if_none_match.strip())
+    return int(tag[1]) if tag and tag[2] == _reader_part(reader) else None
 
 
 def _matches(if_none_match: str, etag: str) -> bool:

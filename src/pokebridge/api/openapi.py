@@ -35,9 +35,14 @@ _IF_NONE_MATCH = {
     "name": "If-None-Match",
     "in": "header",
     "description": "The `ETag` of the last answer: then nothing new is a 304.",
-    "schema": {"type": "string", "example": '"17"'},
+    "schema": {"type": "string", "example": '"17-c0ffee"'},
 }
-_ETAG = {"ETag": {"description": "The newest version.", "schema": {"type": "string"}}}
+_ETAG = {
+    "ETag": {
+        "description": "Opaque. It changes with the newest version, and is this caller's alone.",
+        "schema": {"type": "string"},
+    }
+}
 _REF = "#/components/schemas/{name}"
 
 

@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
+from pokebridge.api.exchange import NEVER_CACHED
 from pokebridge.errors import PokebridgeError
 
 MEDIA_TYPE = "application/problem+json"
@@ -33,7 +34,8 @@ def problem(status: int, detail: str, *, headers: Mapping[str, str] | None = Non
     answer = Response(
         msgspec.json.encode(Problem(HTTPStatus(status).phrase, status, detail)),
         status_code=status,
-        headers=dict(headers or {}),
+        # Some errors are cached unless they forbid it (RFC 9110, section 15.1).
+        headers={**NEVER_CACHED, **(headers or {})},
         media_type=MEDIA_TYPE,
     )
     if status == HTTPStatus.SERVICE_UNAVAILABLE:

@@ -160,6 +160,7 @@ def refusal_response(status: int, detail: str, headers: dict[str, str] | None = 
         f"HTTP/1.1 {status} {phrase}",
         "Content-Type: application/problem+json",
         f"Content-Length: {len(body)}",
+        "Cache-Control: private, no-store",
         "Connection: close",
         *(f"{name}: {value}" for name, value in (headers or {}).items()),
     ]
