@@ -10,22 +10,24 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
+from itertools import cycle
 from math import inf
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
+import asyncpg
 import httpx
 import jwt
 import uvloop
 
 from tests.cluster.crowd import Act, Crowd
 from tests.support import CutProxy, Daemon, Instance, free_port, wait_until
-from tests.support.engines import run_nats, run_postgres
+from tests.support.engines import run_postgres, run_standby, running_nats_cluster
 from tests.support.missing import require
 from tests.support.serving import JWT_SECRET
 
@@ -35,6 +37,8 @@ SETTLED_WITHIN_S = 60.0
 OTHERS_LIMIT_S = 1.0
 STRUCK_LIMIT_S = 2.0
 BROKER_LIMIT_S = 5.0
+# From the last commit on the old primary until everybody pulls from the new one.
+FAILOVER_LIMIT_S = 10.0
 
 _BALANCER = """
 global
@@ -70,10 +74,53 @@ class Size:
     lease_s: float
     stopped_s: float
     store_cut_s: float
+    verify_every_s: float
+    route_cut_s: float
+    deaf_s: float
 
 
-SMALL = Size(clients=100, rate_per_s=20, lease_s=2, stopped_s=4, store_cut_s=4)
-FULL = Size(clients=2000, rate_per_s=40, lease_s=5, stopped_s=20, store_cut_s=30)
+SMALL = Size(
+    clients=100,
+    rate_per_s=20,
+    lease_s=2,
+    stopped_s=4,
+    store_cut_s=4,
+    verify_every_s=5,
+    route_cut_s=8,
+    deaf_s=15,
+)
+FULL = Size(
+    clients=2000,
+    rate_per_s=40,
+    lease_s=5,
+    stopped_s=20,
+    store_cut_s=30,
+    verify_every_s=30,
+    route_cut_s=45,
+    deaf_s=60,
+)
+
+
+@dataclass(frozen=True)
+class Engines:
+    """What the instances share: a cluster of NATS servers, and PostgreSQL with a standby."""
+
+    nats: Sequence[Daemon]
+    routes: Sequence[CutProxy]
+    """Between the NATS servers."""
+    postgres: Daemon
+    standby: Daemon
+    """Follows ``postgres`` asynchronously."""
+
+
+@asynccontextmanager
+async def engines(directory: Path) -> AsyncIterator[Engines]:
+    """Start all engines."""
+    async with AsyncExitStack() as opened:
+        nats, routes = await opened.enter_async_context(running_nats_cluster(directory, 3))
+        postgres = opened.enter_context(run_postgres())
+        standby = opened.enter_context(run_standby(postgres))
+        yield Engines(nats, routes, postgres, standby)
 
 
 @dataclass
@@ -101,7 +148,9 @@ class Stage:
     """What the acts are played on."""
 
     size: Size
-    nats: Daemon
+    engines: Engines
+    lines: Mapping[str, CutProxy]
+    """The line of each instance to its NATS server."""
     store: CutProxy
     instances: dict[str, Instance]
     http: httpx.AsyncClient
@@ -173,15 +222,23 @@ def token_for(recipient: str, scope: str) -> str:
 
 @asynccontextmanager
 async def stage(
-    directory: Path, nats: Daemon, postgres_url: str, size: Size, tell: Callable[[str], None]
+    directory: Path, engines: Engines, size: Size, tell: Callable[[str], None]
 ) -> AsyncIterator[Stage]:
     """Five partitioned instances behind a balancer, and their crowd, settled."""
     async with AsyncExitStack() as opened:
-        port = int(postgres_url.rsplit(":", 1)[1].partition("/")[0])
-        store = await opened.enter_async_context(CutProxy("127.0.0.1", port))
-        store_url = postgres_url.replace(f":{port}", f":{store.port}")
+        postgres, standby = engines.postgres, engines.standby
+        store = await opened.enter_async_context(CutProxy("127.0.0.1", postgres.port))
+        lines = {}
+        for name, server in zip(NAMES, cycle(engines.nats), strict=False):
+            line = CutProxy("127.0.0.1", server.port)
+            lines[name] = await opened.enter_async_context(line)
+        urls = {
+            "coordination": f"postgresql://postgres@{store.address},{standby.address}/postgres",
+            "mailbox": f"postgresql://postgres@{postgres.address},{standby.address}/postgres",
+        }
         instances = {
-            name: _instance(name, nats, store_url, postgres_url, size, directory) for name in NAMES
+            name: _instance(name, urls | {"transport": f"nats://{line.address}"}, size, directory)
+            for name, line in lines.items()
         }
         for instance in instances.values():
             opened.push_async_callback(asyncio.to_thread, instance.kill)
@@ -197,25 +254,22 @@ async def stage(
         http = await opened.enter_async_context(
             httpx.AsyncClient(base_url=balancer.url, headers=headers, timeout=10)
         )
-        played = Stage(size, nats, store, instances, http, crowd, tell)
+        played = Stage(size, engines, lines, store, instances, http, crowd, tell)
         await played.settled("partitioned")
         await opened.enter_async_context(crowd)
         tell(f"{size.clients} clients on {len(NAMES)} instances")
         yield played
 
 
-def _instance(
-    name: str, nats: Daemon, store_url: str, postgres_url: str, size: Size, directory: Path
-) -> Instance:
+def _instance(name: str, engine_urls: Mapping[str, str], size: Size, directory: Path) -> Instance:
     settings = {
+        **engine_urls,
         "jwt_secret": JWT_SECRET,
-        "transport": nats.url,
-        "coordination": store_url,
-        "mailbox": postgres_url,
         "mode": "partitioned",
         "instance": name,
         "lease_s": size.lease_s,
         "drain_s": 2,
+        "verify_every_s": size.verify_every_s,
     }
     env = {k: v for k, v in os.environ.items() if not k.startswith("POKEBRIDGE_")}
     env |= {f"POKEBRIDGE_{key.upper()}": str(value) for key, value in settings.items()}
@@ -294,8 +348,10 @@ async def restart_broker(stage: Stage) -> None:
     """The broker dies and comes back with nothing it knew."""
     async with stage.act("the broker is restarted", others_s=BROKER_LIMIT_S) as act:
         down_s = monotonic()
-        await asyncio.to_thread(stage.nats.kill)
-        await asyncio.to_thread(stage.nats.start)
+        for server in stage.engines.nats:
+            await asyncio.to_thread(server.kill)
+        for server in stage.engines.nats:
+            await asyncio.to_thread(server.start)
         act.excused = (down_s, monotonic())
         await stage.settled("partitioned")
 
@@ -319,6 +375,54 @@ async def migrate(stage: Stage) -> None:
             await stage.settled(mode)
 
 
+async def cut_route(stage: Stage) -> None:
+    """Two NATS servers lose each other, and nobody is told: verification finds what is lost."""
+    limit_s = stage.size.verify_every_s + BROKER_LIMIT_S
+    route = stage.engines.routes[0]
+    async with stage.act("the route between two NATS servers is cut", others_s=limit_s):
+        route.cut()
+        route.reset()
+        await asyncio.sleep(stage.size.route_cut_s)
+        route.heal()
+        await stage.settled("partitioned")
+
+
+async def deafen_one(stage: Stage) -> None:
+    """An instance loses its line to NATS for long; its clients and its mailbox are well."""
+    limit_s = stage.size.verify_every_s + BROKER_LIMIT_S
+    line = stage.lines["four"]
+    async with stage.act("an instance is deaf", "four", others_s=BROKER_LIMIT_S, struck_s=limit_s):
+        line.cut()
+        await asyncio.sleep(stage.size.deaf_s)
+        line.heal()
+        await stage.settled("partitioned")
+
+
+async def fail_over(stage: Stage) -> None:
+    """The primary dies, and a standby that lacks its last commits goes on: versions do not."""
+    primary, crowd = stage.engines.postgres, stage.crowd
+    standby = await asyncpg.connect(stage.engines.standby.url)
+    async with stage.act(
+        "PostgreSQL fails over and loses commits", others_s=FAILOVER_LIMIT_S
+    ) as act:
+        await standby.execute("ALTER SYSTEM SET primary_conninfo = ''")
+        await standby.execute("SELECT pg_reload_conf()")
+        lost_since_s = monotonic() - 1
+        pulled = len(crowd.pulled)
+        await wait_until(lambda: len(crowd.pulled) > pulled + 20, 30, "messages to lose")
+        await asyncio.to_thread(primary.kill)
+        await standby.execute("SELECT pg_promote()")
+        promoted_s, sent = monotonic(), len(crowd.sent)
+        act.excused = (lost_since_s, promoted_s)
+        await wait_until(lambda: len(crowd.sent) > sent + 100, 60, "messages after the failover")
+        # Nothing that was acked is deleted yet, so what is not here is lost.
+        kept = {row["id"] for row in await standby.fetch("SELECT id FROM pokebridge.messages")}
+        lost = crowd.forget_lost(lost_since_s, promoted_s, kept)
+        stage.tell(f"{lost} messages lost with the primary before they were pulled")
+        await stage.settled("partitioned")
+    await standby.close()
+
+
 Play = Callable[[Stage], Awaitable[None]]
 ACTS: Sequence[Play] = (
     kill_one,
@@ -328,6 +432,9 @@ ACTS: Sequence[Play] = (
     restart_broker,
     drain_one,
     migrate,
+    cut_route,
+    deafen_one,
+    fail_over,
 )
 
 
@@ -345,8 +452,9 @@ async def _main(size: Size) -> int:
     def tell(line: str) -> None:
         print(line, flush=True)  # noqa: T201 - a program's output
 
-    with tempfile.TemporaryDirectory() as name, run_nats(Path(name)) as nats, run_postgres() as db:
-        async with stage(Path(name), nats, db.url, size, tell) as played:
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        async with engines(directory) as started, stage(directory, started, size, tell) as played:
             outcomes = await play(played)
     missed = [outcome for outcome in outcomes if not outcome.kept]
     for outcome in missed:

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
 from math import inf
@@ -118,6 +118,24 @@ class Crowd(Observer):
     def on(self, instance: str) -> frozenset[str]:
         """The recipients whose client is on ``instance``."""
         return frozenset(each.recipient for each in self.clients if each.instance == instance)
+
+    @property
+    def pulled(self) -> list[Sent]:
+        """Messages that were pulled."""
+        return [message for message in self.sent.values() if message.pulled_s < inf]
+
+    def forget_lost(self, since_s: float, until_s: float, kept: Collection[str]) -> int:
+        """The mailbox lost what it was sent meanwhile, but ``kept`` some; returns how many."""
+        lost = [
+            message_id
+            for message_id, message in self.sent.items()
+            if since_s < message.asked_s < until_s
+            and message.pulled_s == inf
+            and message_id not in kept
+        ]
+        for message_id in lost:
+            del self.sent[message_id]
+        return len(lost)
 
     @property
     def outstanding(self) -> int:

@@ -1,14 +1,9 @@
 """PostgreSQL fails over to a standby: the mailbox goes on there, and nothing is lost or doubled."""
 
 import asyncio
-import os
-import pwd
 import shutil
 import subprocess
-import tempfile
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,46 +12,11 @@ import asyncpg
 from pokebridge.mailbox.postgres import PostgresMailbox
 from pokebridge.model import MAX_VERSION
 from pokebridge.testing.mailbox_kit import BOB, fill, head, message, unpoked, versions
-from tests.support import Daemon, free_port, wait_until
-from tests.support.engines import SETPRIV, _postgres_programs, _running
+from tests.support import Daemon, wait_until
+from tests.support.engines import run_standby
 
 # Above the versions of the first generation, below those of a later one.
 GENERATION = 1 << 32
-
-
-@contextmanager
-def standby_of(primary: Daemon) -> Iterator[Daemon]:
-    """A copy of ``primary`` that follows it, made as its operators would make it."""
-    port = free_port()
-    with tempfile.TemporaryDirectory(prefix="pokebridge-standby-") as name:
-        directory = Path(name)
-        run_as: list[str] = []
-        if os.geteuid() == 0:
-            nobody = pwd.getpwnam("nobody")
-            os.chown(directory, nobody.pw_uid, nobody.pw_gid)
-            run_as = [*SETPRIV, f"--reuid={nobody.pw_uid}", f"--regid={nobody.pw_gid}"]
-        programs = _postgres_programs(directory, run_as)
-        data = str(directory / "data")
-        copy = ["--pgdata", data, "--write-recovery-conf", "--checkpoint=fast", "--no-sync"]
-        command = [*run_as, str(programs / "pg_basebackup"), *copy, "--dbname", primary.url]
-        subprocess.run(command, check=True, capture_output=True, cwd=directory)
-        settings = {
-            "listen_addresses": "127.0.0.1",
-            "port": f"{port}",
-            "unix_socket_directories": "",
-            "fsync": "off",
-        }
-        flags = [flag for item in settings.items() for flag in ("-c", "=".join(item))]
-        with _running(
-            Daemon(
-                "standby",
-                [*run_as, str(programs / "postgres"), "-D", data, *flags],
-                port=port,
-                url=f"postgresql://postgres@127.0.0.1:{port}/postgres",
-                directory=directory,
-            )
-        ) as daemon:
-            yield daemon
 
 
 async def cut_off(on_standby: Any, primary: Daemon) -> None:
@@ -83,7 +43,7 @@ async def test_a_failover_loses_and_doubles_nothing(own_postgres_server: Daemon)
 
     Commits wait for the standby, as they must where a failover may lose none.
     """
-    with standby_of(own_postgres_server) as standby:
+    with run_standby(own_postgres_server) as standby:
         by_hand = await asyncpg.connect(own_postgres_server.url)
         await by_hand.execute("ALTER SYSTEM SET synchronous_standby_names = '*'")
         await by_hand.execute("SELECT pg_reload_conf()")
@@ -123,7 +83,7 @@ async def test_a_failover_that_loses_commits_gives_no_version_twice(
     own_postgres_server: Daemon,
 ) -> None:
     """The standby lacks the last five messages; what is sent after it is above every cursor."""
-    with standby_of(own_postgres_server) as standby:
+    with run_standby(own_postgres_server) as standby:
         hosts = f"{own_postgres_server.address},{standby.address}"
         mailbox = await PostgresMailbox.open(f"postgresql://postgres@{hosts}/postgres")
         on_standby = await asyncpg.connect(standby.url)

@@ -21,9 +21,9 @@ import httpx
 import pytest
 
 from tests.compat.test_rolling_upgrade import POLICY, WHEEL, environ
-from tests.mailbox.test_failover import cut_off, standby_of
+from tests.mailbox.test_failover import cut_off
 from tests.support import Daemon, Instance, Serve, wait_until
-from tests.support.engines import POSTGRES
+from tests.support.engines import POSTGRES, run_standby
 
 LISTEN = Path(__file__).parents[1] / "compat" / "listen.py"
 BOB = "urn:user:bob"
@@ -163,7 +163,7 @@ async def test_a_failover_that_loses_commits(
     serve: Serve, nats_server: Daemon, own_postgres_server: Daemon, tmp_path: Path
 ) -> None:
     """The primary dies, and the standby that is promoted lacks the last five messages."""
-    with standby_of(own_postgres_server) as standby:
+    with run_standby(own_postgres_server) as standby:
         hosts = f"{own_postgres_server.address},{standby.address}"
         url = f"postgresql://postgres@{hosts}/postgres"
         instance = await asyncio.to_thread(serve, transport=nats_server.url, mailbox=url)

