@@ -175,9 +175,9 @@ def test_a_wrong_value_is_named_with_its_source(
 def test_an_unknown_name_is_refused_with_a_guess(tmp_path: Path) -> None:
     """A typo must not silently leave a default in place."""
     variable = refusal(environ={"POKEBRIDGE_JWT_SECRETS": "hunter2"})
-    assert variable == "POKEBRIDGE_JWT_SECRETS: there is no such setting; did you mean jwt_secret?"
+    assert variable == "POKEBRIDGE_JWT_SECRETS: unknown setting; did you mean jwt_secret?"
     path = toml(tmp_path, "[serve]\nport = 1\n")
-    assert refusal(config_file=path) == f"serve in {path}: there is no such setting"
+    assert refusal(config_file=path) == f"serve in {path}: unknown setting"
 
 
 def test_a_config_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
-"""Every setting of an instance, and where it may come from (protocol.md section 6).
+"""The settings of an instance, and how they are read (protocol.md section 6).
 
-The attribute docstrings are the settings' documentation: ``pokebridge serve --help`` prints them.
+The attribute docstrings are the documentation of the settings: ``pokebridge serve --help`` and
+docs/settings.md show them.
 """
 
 import base64
@@ -39,9 +40,9 @@ from pokebridge.transport.base import Carrier
 __all__ = ["Settings", "load_settings"]
 
 ENV_PREFIX = "POKEBRIDGE_"
-# Variables with our prefix that are no settings: the file's path, and what client commands read.
+# Variables with our prefix that are not settings: the file's path, and what the commands read.
 _OTHER_VARIABLES = frozenset({"config", "url", "token"})
-# What Kubernetes puts into every container for a Service called pokebridge or pokebridge-….
+# Variables that Kubernetes sets in every container for a Service pokebridge or pokebridge-….
 _SERVICE_LINK = re.compile(r"(.+_)?(SERVICE_(HOST|PORT(_.+)?)|PORT_\d+_(TCP|UDP|SCTP)(_.+)?)")
 _SERVICE_LINK_VALUE = re.compile(r"(tcp|udp|sctp)://.+")
 
@@ -49,14 +50,14 @@ _SERVICE_LINK_VALUE = re.compile(r"(tcp|udp|sctp)://.+")
 _LIMITS, _PUSH_TIMING, _SESSION_TIMING = Limits(), PushTiming(), Timing()
 _DAY_S = 24 * 3600
 
-_WEBHOOK_SECRET = "whsec_"  # noqa: S105 - what one begins with
+_WEBHOOK_SECRET = "whsec_"  # noqa: S105 - a prefix
 
 _Role = Literal["gateway", "api", "processor", "coordinator"]
 _ALL_ROLES: frozenset[_Role] = frozenset(get_args(_Role))
 
 
 def _split(value: Any) -> Any:
-    """A list in a flag or a variable is separated by commas."""
+    """Split a list that came in a flag or a variable, where it is separated by commas."""
     if not isinstance(value, str):
         return value
     return [part.strip() for part in value.split(",") if part.strip()]
@@ -88,7 +89,7 @@ def _check_origin(origin: str) -> str:
 
 
 def _unless_dev(limit: int) -> Any:
-    """``limit`` by default, and none with ``dev``."""
+    """A limit that is ``limit`` by default, and off with ``dev``."""
     return Field(default_factory=lambda given: None if given.get("dev") else limit, ge=0)
 
 
@@ -316,7 +317,7 @@ class Settings(BaseModel):
 
     @property
     def initial_mode(self) -> Mode:
-        """The mode of a cluster that has none yet."""
+        """The mode of a cluster that has no shard map yet."""
         return "fanout" if self.mode == "auto" else self.mode
 
     @property
@@ -330,18 +331,18 @@ class Settings(BaseModel):
     def _check_push(self) -> Self:
         if self.no_mailbox and (self.ingress or self.push_webhook_url):
             name = "ingress" if self.ingress else "push_webhook_url"
-            raise ValueError(f"{name} needs a mailbox: it can't be had with no_mailbox")
+            raise ValueError(f"{name} needs a mailbox: unset it, or unset no_mailbox")
         if self.push_webhook_url is None:
             return self
         url = urlsplit(self.push_webhook_url)
         if url.scheme != "https" and not (self.dev and _is_loopback(url.hostname or "")):
             raise ValueError(
-                "push_webhook_url must be an https:// URL; with --dev also http://localhost"
+                "push_webhook_url must be an https:// URL (with --dev also http://localhost)"
             )
         if self.push_webhook_secret is None and "processor" in self.roles:
             raise ValueError(
-                f"push_webhook_secret ({ENV_PREFIX}PUSH_WEBHOOK_SECRET) must be set,"
-                " to sign what push_webhook_url is told"
+                f"push_webhook_secret ({ENV_PREFIX}PUSH_WEBHOOK_SECRET) must be set:"
+                " it signs the requests to push_webhook_url"
             )
         return self
 
@@ -351,7 +352,7 @@ class Settings(BaseModel):
         if has_callers and self.jwt_secret is None and self.jwks_url is None:
             raise ValueError(
                 f"jwt_secret ({ENV_PREFIX}JWT_SECRET, at least 32 bytes) or jwks_url must be set;"
-                " to try things out, --dev makes up a secret"
+                " for development, --dev makes a random secret"
             )
         return self
 
@@ -386,7 +387,7 @@ def load_settings(
             given[name] = _Given(value, f"--{name.replace('_', '-')}")
     for name, (_, origin) in given.items():
         if name not in Settings.model_fields:
-            raise ConfigError(f"{origin}: there is no such setting{_did_you_mean(name)}")
+            raise ConfigError(f"{origin}: unknown setting{_did_you_mean(name)}")
     try:
         return Settings.model_validate({name: item.value for name, item in given.items()})
     except ValidationError as error:

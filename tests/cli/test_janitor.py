@@ -123,7 +123,7 @@ def test_other_transports_keep_nothing(run: Run, tmp_path: Path, scheme: str) ->
     config = tmp_path / "pokebridge.toml"
     config.write_text(f'transport = "{scheme}://me:s3cret@127.0.0.1:1"\n')
     result = run("janitor", "--config", str(config))
-    line = f"nothing to do: {scheme}:// keeps nothing of an instance that is gone\n"
+    line = f"nothing to do: {scheme}:// keeps no subscriptions of dead instances\n"
     assert result == (0, line, "")
     result = run("janitor", "--json", "--config", str(config))
     assert result.status == 0

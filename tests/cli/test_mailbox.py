@@ -116,7 +116,7 @@ def test_a_purge_is_confirmed(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("stats", "--mailbox", "memory://"), "lives in its instance alone"),
+        (("stats", "--mailbox", "memory://"), "name the mailbox that the instances share"),
         (("stats", "--mailbox", "sqlite:///no/such.db"), "there is no file no/such.db"),
         (("stats", "--mailbox", "postgresql://127.0.0.1:port/x"), "the URL is invalid"),
         (("purge", "--mailbox", "memory://"), "either a RECIPIENT or --expired"),

@@ -1,7 +1,7 @@
 """The command ``pokebridge`` (protocol.md section 6).
 
 What a command prints as its result goes to stdout; errors, progress and logs go to stderr. An
-error is one line. Exit status: 0 done, 1 it failed, 2 it was asked for wrongly, 130 interrupted.
+error is one line. Exit status: 0 success, 1 failure, 2 wrong usage, 130 interrupted.
 """
 
 import importlib
@@ -16,14 +16,14 @@ import click
 from pokebridge.errors import ConfigError, InputError, PokebridgeError
 
 _FAILED = 1
-_ASKED_WRONGLY = 2
+_WRONG_USAGE = 2
 _INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 
 class _Lazy(click.Group):
-    """Imports a command's module when the command is asked for, so that each starts fast.
+    """Imports the module of a command when that command is run, so that each command starts fast.
 
-    Until then a stub stands for it, that has what the list of commands shows.
+    Until then a stub takes its place, with the text for the list of commands.
     """
 
     def add(self, name: str, short_help: str, *, module: str | None = None) -> None:
@@ -33,7 +33,7 @@ class _Lazy(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """What click's group finds, loaded."""
+        """The command that click finds, loaded."""
         name, command, rest = super().resolve_command(ctx, args)
         return name, command.load() if isinstance(command, _Stub) else command, rest
 
@@ -54,7 +54,7 @@ class _Stub(click.Command):
 )
 @click.version_option(version("pokebridge"), prog_name="pokebridge")
 def cli() -> None:
-    """Clients stop polling: they sleep on one WebSocket, hear a poke, and pull.
+    """Clients stop polling: they sleep on one WebSocket, receive a poke, and pull.
 
     Each command has --help with an example.
     """
@@ -65,16 +65,16 @@ cli.add("poke", "Poke recipients.", module="publish")
 cli.add("send", "Send a message.", module="publish")
 cli.add("listen", "Show messages as they come.")
 cli.add("token", "Sign a token.")
-cli.add("plan", "Say what each way of routing costs.")
-cli.add("cluster", "Look at a cluster and change it.")
-cli.add("coordinator", "Run a Coordinator alone.")
-cli.add("mailbox", "Look into the mailbox, or clear it out.")
-cli.add("janitor", "Delete what dead instances left behind.")
+cli.add("plan", "Compare the costs of the modes.")
+cli.add("cluster", "Show a cluster and change it.")
+cli.add("coordinator", "Run a coordinator alone.")
+cli.add("mailbox", "Show what the mailbox holds, and delete from it.")
+cli.add("janitor", "Delete subscriptions of dead instances.")
 cli.add("bench", "Put load on an instance.")
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
-    """Run the command with ``args``, the process's own by default, and exit."""
+    """Run the command with ``args`` and exit. By default the arguments are the process's."""
     try:
         status = cli.main(args, prog_name="pokebridge", standalone_mode=False) or 0
         sys.stdout.flush()
@@ -84,14 +84,14 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     except click.ClickException as error:
         status = _complain(error.format_message(), error.exit_code)
     except (ConfigError, InputError) as error:
-        status = _complain(str(error), _ASKED_WRONGLY)
+        status = _complain(str(error), _WRONG_USAGE)
     except PokebridgeError as error:
         status = _complain(str(error), _FAILED)
     except (click.Abort, KeyboardInterrupt):
         status = _INTERRUPTED
     except BrokenPipeError:
-        # Whoever read our output is gone, as with `| head`; Python's own flush at exit would
-        # complain once more.
+        # The reader of our output is gone, as with `| head`. Python flushes again at exit, which
+        # would print another error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = _FAILED
     sys.exit(status)

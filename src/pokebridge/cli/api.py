@@ -1,4 +1,4 @@
-"""How a command reaches the HTTP API: its options, and the client that they make."""
+"""How a command reaches the HTTP API: its options, and the client built from them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,18 +23,18 @@ _url_option = click.option(
     envvar="POKEBRIDGE_URL",
     default="http://127.0.0.1:8080",
     show_default=True,
-    help="The instance's address; POKEBRIDGE_URL does the same.",
+    help="Address of the instance. Variable: POKEBRIDGE_URL.",
 )
 token_option = click.option(
     "--token",
     envvar="POKEBRIDGE_TOKEN",
-    help="Token to use; POKEBRIDGE_TOKEN does the same. Without one it is signed with the"
-    " configured jwt_secret, or asked of a --dev instance.",
+    help="Token to use. Variable: POKEBRIDGE_TOKEN. Without one the command signs a token with the"
+    " configured jwt_secret, or asks a --dev instance for one.",
 )
 
 
 def api_options(*, token: bool = True) -> Callable[[_Command], _Command]:
-    """The options that say where the API is and with which token: the fields of :class:`Access`."""
+    """The options for the API's address and the token: the fields of :class:`Access`."""
 
     def add(command: _Command) -> _Command:
         command = config_option(command)
@@ -46,9 +46,9 @@ def api_options(*, token: bool = True) -> Callable[[_Command], _Command]:
 
 
 def configured_signer(config: Path | None) -> SignToken | None:
-    """Signs with the configured ``jwt_secret``; ``None`` when there is none."""
-    # A command needs no secret of its own, and with dev none is demanded. The one that dev makes
-    # up is of no use here.
+    """Return what signs with the configured ``jwt_secret``; ``None`` when there is no secret."""
+    # A command needs no secret, and with dev none is required. The random one that dev makes is of
+    # no use here.
     settings = load_settings(config, {"dev": True})
     return token_signer(settings) if "jwt_secret" in settings.model_fields_set else None
 

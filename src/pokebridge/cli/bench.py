@@ -1,4 +1,4 @@
-"""``pokebridge bench``: put load on an instance and say how it bears it."""
+"""``pokebridge bench``: put load on an instance and measure it."""
 
 import asyncio
 import json
@@ -30,23 +30,27 @@ _PROGRESS_S = 1.0
     type=click.IntRange(min=1),
     default=100,
     show_default=True,
-    help="How many connect, each a recipient of its own.",
+    help="Number of clients, each with its own recipient.",
 )
 @click.option(
     "--ramp-s",
     type=click.FloatRange(min=0),
     help=f"Seconds over which they connect. [default: {_CONNECTS_PER_S} per second]",
 )
-@click.option("--pokes-per-s", type=click.FloatRange(min=0), help="[default: 100]")
 @click.option(
-    "--messages-per-s", type=click.FloatRange(min=0), help="Instead of pokes: messages, stored."
+    "--pokes-per-s", type=click.FloatRange(min=0), help="Pokes sent per second. [default: 100]"
+)
+@click.option(
+    "--messages-per-s",
+    type=click.FloatRange(min=0),
+    help="Instead of pokes: stored messages per second.",
 )
 @click.option(
     "--duration-s",
     type=click.FloatRange(min=0),
     default=10,
     show_default=True,
-    help="Seconds of sending, once all are connected.",
+    help="Seconds of sending, after all clients have connected.",
 )
 @api_options(token=False)
 @json_option
@@ -65,10 +69,10 @@ def bench(
 ) -> None:
     """Connect clients to an instance, poke them, and measure.
 
-    It measures the time from connecting to `ready`, the time from sending a poke to hearing it,
+    It measures the time from connecting to `ready`, the time from sending a poke to receiving it,
     and what is lost. It needs the instance's jwt_secret (POKEBRIDGE_JWT_SECRET or --config), or an
-    instance that runs with --dev. The load generator itself takes CPU: for the limits of an
-    instance run it on another machine.
+    instance that runs with --dev. The load generator itself uses CPU. To find the limits of an
+    instance, run it on another machine.
     """
     if ctx.invoked_subcommand is not None:
         _refuse_own_options(ctx)
@@ -94,7 +98,7 @@ bench.add_command(storm)
 
 
 def _refuse_own_options(ctx: click.Context) -> None:
-    """What stands before the name of a command is bench's own, and would be ignored."""
+    """Refuse options before the subcommand: they belong to bench and would be ignored."""
     for name in ctx.params:
         if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             raise click.UsageError(f"options of {ctx.invoked_subcommand} come after its name")

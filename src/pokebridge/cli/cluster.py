@@ -1,4 +1,4 @@
-"""``pokebridge cluster``: look at a running cluster, migrate it, drain one of its instances."""
+"""``pokebridge cluster``: show a running cluster, migrate it, drain an instance."""
 
 import asyncio
 import json
@@ -19,7 +19,7 @@ from pokebridge.errors import UnavailableError
 from pokebridge.model import Mode
 
 LOOK_EVERY_S = 0.5
-# A terminal's own width is better, where there is one.
+# Used when the output is not a terminal.
 WIDTH = 120
 
 View = Mapping[str, Any]
@@ -30,17 +30,17 @@ _timeout_option = click.option(
     "timeout_s",
     default=60.0,
     show_default=True,
-    help="Seconds to wait until it is done; 0 does not wait.",
+    help="Seconds to wait until it is done. 0 does not wait.",
 )
 
 
-@click.group(short_help="Look at a cluster and change it.")
+@click.group(short_help="Show a cluster and change it.")
 def cluster() -> None:
-    """Look at a running cluster, migrate it, drain one of its instances."""
+    """Show a running cluster, migrate it, or drain one of its instances."""
 
 
 @cluster.command(epilog="Example: pokebridge cluster status --watch", short_help="Show a cluster.")
-@click.option("--watch", is_flag=True, help="Show it anew all the time, until interrupted.")
+@click.option("--watch", is_flag=True, help="Refresh until interrupted.")
 @api_options()
 @json_option
 def status(*, watch: bool, as_json: bool, **access: Any) -> None:
@@ -54,7 +54,7 @@ async def _status(access: Access, *, watch: bool, as_json: bool) -> None:
         if not watch:
             _print(view, as_json=as_json)
             return
-        if as_json:  # a line a look, for whoever reads it with a program
+        if as_json:  # one line for each refresh, for a program that reads it
             async for view in looker.views():
                 click.echo(json.dumps(view))
             return
@@ -67,15 +67,19 @@ async def _status(access: Access, *, watch: bool, as_json: bool) -> None:
     epilog="Example: pokebridge cluster mode partitioned", short_help="Migrate a cluster."
 )
 @click.argument("mode", type=click.Choice(get_args(Mode)))
-@click.option("--force", is_flag=True, help="Also while signals without a shard stay costly.")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Migrate even if many signals carry no shard, which every instance still receives.",
+)
 @_timeout_option
 @api_options()
 @json_option
 def mode(mode: str, *, force: bool, timeout_s: float, as_json: bool, **access: Any) -> None:
-    """Migrate a running cluster to MODE, without a restart and without a missed poke.
+    """Migrate a running cluster to MODE, without a restart and without losing a poke.
 
-    Every instance subscribes to what it will hold, proves that, and lets the old go. The way back
-    is the same command, at any moment. Exit status 1: not every instance was done in time.
+    Every instance opens its new subscriptions, proves that they deliver, and closes the old ones.
+    The same command migrates back, at any time. Exit status 1: not every instance finished in time.
     """
     asyncio.run(_migrate(Access(**access), mode, timeout_s, force=force, as_json=as_json))
 
@@ -96,7 +100,7 @@ async def _migrate(
 
 
 def _tell_progress(view: View, mode: str, done: set[str]) -> None:
-    """Say on stderr which instances have arrived at the shard map in force."""
+    """Report on stderr which instances have applied the current shard map."""
     if view["mode"] != mode:
         return
     instances = view["instances"]
@@ -107,15 +111,18 @@ def _tell_progress(view: View, mode: str, done: set[str]) -> None:
     done &= {each["id"] for each in instances}
 
 
-@cluster.command(epilog="Example: pokebridge cluster drain 4f2a9c01", short_help="Drain one.")
+@cluster.command(
+    epilog="Example: pokebridge cluster drain 4f2a9c01", short_help="Drain an instance."
+)
 @click.argument("instance")
 @_timeout_option
 @api_options()
 @json_option
 def drain(instance: str, *, timeout_s: float, as_json: bool, **access: Any) -> None:
-    """Have INSTANCE give up its shards, then send its sessions after them.
+    """Make INSTANCE give up its shards and then its sessions, which move to the new owners.
 
-    It stays, without sessions and not ready, until it is stopped. Exit status 1: it still has some.
+    The instance keeps running, without sessions and not ready, until it is stopped. Exit status 1:
+    it still has sessions.
     """
     asyncio.run(_drain(Access(**access), instance, timeout_s, as_json=as_json))
 
@@ -168,7 +175,7 @@ class _Looker:
         return await self._api.get("/v1/cluster", self._token)
 
     async def views(self) -> AsyncIterator[View]:
-        """What there is to see, now and then; an instance that restarts is waited for."""
+        """The cluster, again and again. If the instance restarts, wait for it."""
         while True:
             try:
                 yield await self.look()
@@ -177,10 +184,10 @@ class _Looker:
             await asyncio.sleep(LOOK_EVERY_S)
 
     async def wait(self, is_done: Callable[[View], bool], timeout_s: float, what: str) -> None:
-        """Look until ``is_done``.
+        """Look until ``is_done``. A ``timeout_s`` of 0 does not wait.
 
         Raises:
-            UnavailableError: it was not in ``timeout_s`` seconds; 0 is no wait at all.
+            UnavailableError: it was not done within ``timeout_s`` seconds.
         """
         if not timeout_s:
             return
@@ -242,7 +249,7 @@ def _load(view: View) -> Text:
 
 
 def _age(seconds: float) -> str:
-    """A length of time in its largest unit."""
+    """A duration in its largest unit."""
     for size_s, unit in ((86400, "d"), (3600, "h"), (60, "m")):
         if seconds >= size_s:
             return f"{seconds // size_s:.0f}{unit}"

@@ -1,4 +1,4 @@
-"""``pokebridge coordinator``: the Coordinator alone, as a service of its own."""
+"""``pokebridge coordinator``: a coordinator alone, as a separate service."""
 
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,16 @@ _SETTINGS = (
 
 @click.command(
     epilog="Example: pokebridge coordinator --coordination nats://localhost:4222",
-    short_help="Run a Coordinator alone.",
+    short_help="Run a coordinator alone.",
 )
 @config_option
 @setting_options(*_SETTINGS)
 def coordinator(config: Path | None, **overrides: Any) -> None:
-    """Plan which instance owns which shard, and do nothing else.
+    """Assign shards to instances, and do nothing else.
 
-    Instances elect one among themselves; run this when that is to be kept apart, and start them
-    with --roles gateway,api,processor then. Two or more stand by for each other. It needs no
-    transport, mailbox or secret, and answers /healthz, /readyz and /metrics.
+    Normally the instances elect a coordinator among themselves. To run it as a separate service,
+    use this command, and start the instances with --roles gateway,api,processor. Run two or more:
+    one leads and the others stand by. A coordinator needs no transport, mailbox or secret, and
+    serves /healthz, /readyz and /metrics.
     """
     run_instance(load_settings(config, overrides | {"roles": "coordinator"}))

@@ -1,4 +1,4 @@
-"""``pokebridge janitor``: delete the subscriptions that dead instances left behind."""
+"""``pokebridge janitor``: delete the subscriptions of dead instances."""
 
 import asyncio
 import json
@@ -19,11 +19,13 @@ if TYPE_CHECKING:  # its module imports the driver, which may be missing
 
 @click.command(
     epilog="Example: pokebridge janitor --transport pubsub://my-project --dry-run",
-    short_help="Delete what dead instances left behind.",
+    short_help="Delete subscriptions of dead instances.",
 )
-@click.option("--transport", metavar="URL", help="As for serve, and so is --cluster.")
-@click.option("--cluster", metavar="NAME", help="Whose subscriptions; no other's are looked at.")
-@click.option("--dry-run", is_flag=True, help="Delete nothing: only say what would be.")
+@click.option("--transport", metavar="URL", help="As for serve.")
+@click.option(
+    "--cluster", metavar="NAME", help="Cluster whose subscriptions are examined, as for serve."
+)
+@click.option("--dry-run", is_flag=True, help="Delete nothing; only report what would be deleted.")
 @config_option
 @json_option
 def janitor(
@@ -36,12 +38,12 @@ def janitor(
 ) -> int:
     """Find the cluster's subscriptions that nobody reads, and delete them.
 
-    Instances do the same at their start and every hour. It takes ten seconds, a minute when it
-    finds one, and may run at any time and anywhere, as often as you like. Only Google Pub/Sub
-    keeps what a killed instance held; for other transports it connects to nothing. It creates
-    nothing, a missing topic neither. Exit status 1 means that something could not be deleted.
+    Instances do the same when they start and every hour. The command takes ten seconds, or a minute
+    when it finds one. You can run it at any time and on any machine. Only Google Pub/Sub keeps the
+    subscriptions of a killed instance; for other transports the command connects to nothing. It
+    creates nothing, not even a missing topic. Exit status 1: something could not be deleted.
     """
-    # It needs no secret, and with dev none is demanded.
+    # It needs no secret, and with dev none is required.
     settings = load_settings(config, {"dev": True, "transport": transport, "cluster": cluster})
     configure_logging(settings.log_format, settings.log_level)
     report = asyncio.run(_sweep(settings, dry_run=dry_run))
@@ -49,7 +51,7 @@ def janitor(
         click.echo(json.dumps(_as_json(report, dry_run=dry_run)))
     elif report is None:
         scheme = settings.transport.partition("://")[0]
-        click.echo(f"nothing to do: {scheme}:// keeps nothing of an instance that is gone")
+        click.echo(f"nothing to do: {scheme}:// keeps no subscriptions of dead instances")
     else:
         click.echo("\n".join(_lines(report)))
     return int(report is not None and any(orphan.problem for orphan in report.orphans))

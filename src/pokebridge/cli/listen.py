@@ -26,20 +26,21 @@ from pokebridge.errors import AuthError, ForbiddenError, UnavailableError
     type=click.IntRange(min=0),
     default=0,
     show_default=True,
-    help="Show what is newer than this version.",
+    help="Show messages that are newer than this version.",
 )
 @click.option(
     "--device",
     default="terminal",
     show_default=True,
-    help="Name of this device. A message is kept until each device that was ever seen has it.",
+    help="Name of this device. A message is kept until every known device has acked it.",
 )
 @api_options()
 @json_option
 def listen(recipient: str, after: int, device: str, *, as_json: bool, **access: Any) -> None:
-    """Sleep until RECIPIENT is poked, then show its new messages; until interrupted.
+    """Sleep until RECIPIENT is poked, then show its new messages, until interrupted.
 
-    What cannot be reached at the start is an error; a connection that is lost later is made anew.
+    If the instance cannot be reached at the start, the command fails. If the connection is lost
+    later, the command reconnects.
     """
     asyncio.run(_listen(recipient, after, device, Access(**access), as_json=as_json))
 
@@ -52,7 +53,7 @@ async def _listen(
         async def new_token() -> str:
             return await api.token_for(recipient, [])
 
-        # Once beforehand: the client would go on trying, and not say in a line what is wrong.
+        # Once before: the client would retry, and not report the error in one line.
         await new_token()
         terminal = _Terminal(api.url, as_json=as_json, token_is_fixed=access.token is not None)
         async with PokeClient(
@@ -69,11 +70,11 @@ async def _listen(
             if terminal.failed.done():
                 stopped.cancel()
                 terminal.failed.result()
-            raise ForbiddenError(f"{api.url} wants no more of this session: {stopped.result()}")
+            raise ForbiddenError(f"{api.url} ended the session: {stopped.result()}")
 
 
 class _Terminal:
-    """Messages go to stdout, what happens to the connection to stderr.
+    """Prints messages to stdout, and the events of the connection to stderr.
 
     ``failed`` gets the error that ends the command.
     """
@@ -86,7 +87,7 @@ class _Terminal:
         self._was_ready = False
 
     async def show_messages(self, messages: Sequence[ReceivedMessage]) -> None:
-        """Print them. When nobody reads us any more this does not return, so they are not acked."""
+        """Print them. If stdout is closed this does not return, so that they are not acked."""
         try:
             for message in messages:
                 click.echo(_json_line(message) if self._as_json else _line(message))
@@ -95,7 +96,7 @@ class _Terminal:
             await asyncio.Event().wait()
 
     def on_event(self, event: AnyEvent | AnyAction) -> None:
-        """Tell what happens, and give up where trying again would not help."""
+        """Print the event, and give up if a retry would not help."""
         match event:
             case Text(text=text):
                 self._on_frame(parse_frame(text))
@@ -116,9 +117,9 @@ class _Terminal:
         if is_about_token and (self._token_is_fixed or not self._was_ready):
             self._fail(AuthError(f"{self._url} refused the token: {reason}"))
         elif not self._was_ready:
-            self._fail(UnavailableError(f"{self._url} can't be listened to: {reason}"))
+            self._fail(UnavailableError(f"cannot connect to {self._url}: {reason}"))
         else:
-            click.echo(f"connection lost, {reason}; it is made anew", err=True)
+            click.echo(f"connection lost ({reason}), reconnecting", err=True)
 
     def _fail(self, error: Exception) -> None:
         if not self.failed.done():

@@ -1,4 +1,4 @@
-"""``pokebridge mailbox``: look into the mailbox, clear it out, or say that it was restored."""
+"""``pokebridge mailbox``: show what the mailbox holds, delete from it, and note a restore."""
 
 import asyncio
 import json
@@ -24,26 +24,26 @@ PURGE_BATCH = 1000
 _mailbox_option = click.option("--mailbox", "url", metavar="URL", help="As for serve.")
 
 
-@click.group(short_help="Look into the mailbox, or clear it out.")
+@click.group(short_help="Show what the mailbox holds, and delete from it.")
 def mailbox() -> None:
-    """Look into the mailbox that instances share, or clear it out.
+    """Show what the instances' mailbox holds, and delete from it.
 
-    Instances may go on meanwhile. What has expired they purge by themselves, every 20 seconds.
+    The instances can keep running. They delete expired messages themselves, every 20 seconds.
     """
 
 
 @mailbox.command(
     epilog="Example: pokebridge mailbox stats --mailbox postgresql://me@db/poke --json",
-    short_help="Count what there is.",
+    short_help="Count messages, devices and owed pokes.",
 )
 @_mailbox_option
 @config_option
 @json_option
 def stats(url: str | None, config: Path | None, *, as_json: bool) -> None:
-    """Count recipients, messages, bytes, devices, and pokes and pushes that are owed.
+    """Count recipients, messages, bytes, devices, and the pokes and pushes that are owed.
 
-    Pokes that are owed for longer than seconds mean that the transport can't be reached. This
-    reads the whole store, which takes its time when it is large.
+    If pokes are owed for more than a few seconds, the transport is unavailable. The command reads
+    the whole store, which takes a while if it is large.
     """
     counted = _with_mailbox(url, config, lambda box: box.stats())
     if as_json:
@@ -60,8 +60,8 @@ def stats(url: str | None, config: Path | None, *, as_json: bool) -> None:
     short_help="Delete messages.",
 )
 @click.argument("recipient", required=False)
-@click.option("--expired", is_flag=True, help="What has had its time, of all recipients.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--expired", is_flag=True, help="Delete the expired messages of all recipients.")
+@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 @_mailbox_option
 @config_option
 @json_option
@@ -74,9 +74,9 @@ def purge(
     yes: bool,
     as_json: bool,
 ) -> None:
-    """Delete every message of RECIPIENT and forget its devices, or with --expired what has expired.
+    """Delete every message of RECIPIENT and forget its devices, or delete expired messages.
 
-    A recipient's versions go on where they were, so its clients' cursors stay right.
+    A recipient's versions continue where they were, so the cursors of its clients stay valid.
     """
     if (recipient is None) == (not expired):
         raise click.UsageError("name either a RECIPIENT or --expired")
@@ -92,7 +92,7 @@ def purge(
 
 @mailbox.command(
     epilog="Example: pokebridge mailbox restored --mailbox postgresql://me@db/poke",
-    short_help="Say that the mailbox is older than it was.",
+    short_help="Begin new versions after a restore.",
 )
 @_mailbox_option
 @config_option
@@ -119,10 +119,12 @@ async def _purge_expired(box: Mailbox) -> int:
 def _with_mailbox(
     url: str | None, config: Path | None, work: Callable[[Mailbox], Awaitable[T]]
 ) -> T:
-    # It needs no secret, and with dev none is demanded.
+    # It needs no secret, and with dev none is required.
     settings = load_settings(config, {"dev": True, "mailbox": url})
     if not mailbox_class(settings.mailbox).is_shared:
-        raise ConfigError("mailbox: memory:// lives in its instance alone: name what instances use")
+        raise ConfigError(
+            "mailbox: memory:// is inside its instance; name the mailbox that the instances share"
+        )
 
     async def run() -> T:
         box = await open_mailbox(settings, must_exist=True)

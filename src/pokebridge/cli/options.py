@@ -14,18 +14,20 @@ config_option = click.option(
     "--config",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="TOML file with settings; POKEBRIDGE_CONFIG does the same.",
+    help="TOML file with settings. Variable: POKEBRIDGE_CONFIG.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 def allow_clients(clients: int) -> None:
-    """Let this process open a socket for each of so many ``clients``.
+    """Raise this process's file limit so that it can open a socket for each of the ``clients``.
 
-    Raises :class:`~pokebridge.errors.ConfigError` when the machine does not.
+    Raises :class:`~pokebridge.errors.ConfigError` when the machine's limit is too low.
     """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     at_most = hard - _RESERVED_DESCRIPTORS
     if clients > at_most:
-        raise ConfigError(f"--clients: at most {at_most}, by this machine's file limit, ulimit -Hn")
+        raise ConfigError(
+            f"--clients: at most {at_most}, because of this machine's file limit (ulimit -Hn)"
+        )
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,4 +1,4 @@
-"""``pokebridge plan``: what each way of routing pokes would cost, and which one to take."""
+"""``pokebridge plan``: what each way of routing pokes costs, and which one to choose."""
 
 import asyncio
 import json
@@ -62,7 +62,7 @@ class _Number(click.FloatRange):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
-        """As click does, and refuse ``inf`` and ``nan``, which are no rates."""
+        """Convert as click does, but refuse ``inf`` and ``nan``, which are not rates."""
         number = float(super().convert(value, param, ctx))
         if not math.isfinite(number):
             self.fail(f"{value!r} is not a finite number.", param, ctx)
@@ -70,7 +70,7 @@ class _Number(click.FloatRange):
 
 
 class _Measured(NamedTuple):
-    """What a running cluster says of itself."""
+    """What a running cluster reports."""
 
     mode: Mode
     noise_ratio: float
@@ -81,21 +81,27 @@ class _Measured(NamedTuple):
 
 @click.command(
     epilog="Example: pokebridge plan --messages-per-s 1000 --instances 50 --plot plan.svg",
-    short_help="Say what each way of routing costs.",
+    short_help="Compare the costs of the modes.",
 )
 @click.option(
     "--messages-per-s",
     type=_Number(min=0),
-    help="Messages published a second. A message carries one or more pokes.",
+    help="Messages published per second. A message carries one or more pokes.",
 )
-@click.option("--pokes-per-s", type=_Number(min=0), help="Instead: pokes, in such messages.")
-@click.option("--instances", type=click.IntRange(min=1), help="How many instances there are.")
-@click.option("--shards", type=click.IntRange(1, MAX_SHARD_COUNT), help="[default: shard_count]")
+@click.option(
+    "--pokes-per-s", type=_Number(min=0), help="Instead of --messages-per-s: pokes per second."
+)
+@click.option("--instances", type=click.IntRange(min=1), help="Number of instances.")
+@click.option(
+    "--shards",
+    type=click.IntRange(1, MAX_SHARD_COUNT),
+    help="Number of shards. [default: shard_count]",
+)
 @click.option("--sessions", type=click.IntRange(min=0), help="Open sessions. [default: 0]")
 @click.option(
     "--misplaced-share",
     type=_Number(0, 1),
-    help="Sessions on another instance than their shard's owner. [default: 0]",
+    help="Share of sessions that are not on the owner of their shard. [default: 0]",
 )
 @click.option(
     "--pokes-per-message",
@@ -105,7 +111,7 @@ class _Measured(NamedTuple):
 @click.option(
     "--poke-size-bytes",
     type=_Number(min=1),
-    help=f"Of one poke, as JSON. [default: {_DEFAULTS['poke_size_bytes']:g}]",
+    help=f"Size of one poke as JSON. [default: {_DEFAULTS['poke_size_bytes']:g}]",
 )
 @click.option(
     "--messages-per-request",
@@ -119,20 +125,24 @@ class _Measured(NamedTuple):
     show_default=True,
     help=f"Google's price, as of {PRICES.as_of}.",
 )
-@click.option("--red-line-ops-per-s", type=_Number(min=0, min_open=True), help="As for serve.")
+@click.option(
+    "--red-line-ops-per-s", type=_Number(min=0, min_open=True), help="The red line, as for serve."
+)
 @click.option(
     "--engine",
     type=click.Choice(get_args(Engine)),
     default="pubsub",
     show_default=True,
-    help="Which engine the advice and the plot are for.",
+    help="Engine that the advice and the plot are for.",
 )
-@click.option("--plot", type=PlotFile(), metavar="FILE", help="Draw it into FILE, .svg or .png.")
+@click.option(
+    "--plot", type=PlotFile(), metavar="FILE", help="Draw the costs into FILE, .svg or .png."
+)
 @click.option(
     "--from",
     "url",
     metavar="URL",
-    help="Take what is not given from the running cluster of the instance at URL.",
+    help="Take the figures that are not given from the running cluster at URL.",
 )
 @token_option
 @config_option
@@ -148,12 +158,12 @@ def plan(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Say what fan-out costs, what partitioning costs, and what to do.
+    """Compare what fan-out and partitioning cost, and advise.
 
-    For each way of routing: deliveries a second in the whole cluster, what share of them is
-    discarded by the instances or dropped, and charged, by a filter, the CPU cores that this
-    wastes, subscriptions, and dollars a month. What is uncertain is a range. docs/redline.md
-    says how it is computed, and where the prices are from.
+    The table shows for each way of routing: deliveries per second in the whole cluster, the share
+    that instances discard, the share that a filter drops and charges for, the CPU cores that are
+    wasted, subscriptions, and dollars a month. An uncertain figure is a range. docs/redline.md
+    explains the computation and names the sources of the prices.
     """
     measured = asyncio.run(_measure(Access(url, config, token))) if url else None
     load = _load(given, measured, config)
@@ -220,7 +230,9 @@ def _load(given: dict[str, Any], measured: _Measured | None, config: Path | None
     for name in ("messages_per_s", "instances"):
         if name not in load:
             flag = f"--{name.replace('_', '-')}"
-            raise click.UsageError(f"{flag} is needed, or --from URL to take it from a cluster")
+            raise click.UsageError(
+                f"{flag} is needed, or --from URL to take it from a running cluster"
+            )
     if "messages_per_request" in load:
         load["messages_per_request"] = Range.exactly(load["messages_per_request"])
     return Workload(**load)

@@ -10,7 +10,7 @@ import click
 from pokebridge.cli.api import SUBJECT, Access, api_options
 from pokebridge.cli.options import json_option
 
-# Of one POST /v1/pokes (protocol.md section 4).
+# The limit of one POST /v1/pokes (protocol.md section 4).
 RECIPIENTS_PER_REQUEST = 1000
 
 
@@ -21,7 +21,7 @@ RECIPIENTS_PER_REQUEST = 1000
 @api_options()
 @json_option
 def poke(recipients: tuple[str, ...], *, as_json: bool, **access: Any) -> None:
-    """Wake every client of each RECIPIENT: it pulls."""
+    """Poke each RECIPIENT: all of its clients wake up and pull."""
     accepted = asyncio.run(_poke(recipients, Access(**access)))
     click.echo(json.dumps({"accepted": accepted}) if as_json else f"{accepted} poked")
 
@@ -45,8 +45,10 @@ async def _poke(recipients: tuple[str, ...], access: Access) -> int:
 )
 @click.argument("recipient")
 @click.argument("body")
-@click.option("--id", "message_id", help="Your own id: the same one again is not sent twice.")
-@click.option("--ttl-s", type=float, help="Seconds after which it may be deleted unread.")
+@click.option(
+    "--id", "message_id", help="Id of the message. A second message with the same id is not sent."
+)
+@click.option("--ttl-s", type=float, help="Seconds after which the message may be deleted unread.")
 @api_options()
 @json_option
 def send(
@@ -60,7 +62,7 @@ def send(
 ) -> None:
     """Put BODY into RECIPIENT's mailbox and poke its clients.
 
-    BODY is JSON; what is not JSON is sent as a string. With - it is read from stdin.
+    BODY is JSON. If it is not valid JSON, it is sent as a string. With -, BODY is read from stdin.
     """
     message: dict[str, Any] = {"recipient": recipient, "body": _body(body)}
     if message_id is not None:

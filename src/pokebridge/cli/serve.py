@@ -12,14 +12,14 @@ from pokebridge.cli.options import config_option
 from pokebridge.settings import Settings, load_settings
 from pokebridge.telemetry import configure_logging
 
-# A flag would show them to everybody who can list processes.
+# A flag would show them to everyone who can list processes.
 _NO_FLAGS = frozenset({"jwt_secret", "jwt_previous_secret", "push_webhook_secret"})
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
 def setting_options(*names: str) -> Callable[[_Command], _Command]:
-    """One flag for each setting that is named; what it may be is checked by the settings alone."""
+    """One flag for each named setting. The values are checked by the settings, not by click."""
 
     def add(command: _Command) -> _Command:
         for name in reversed(names):
@@ -44,18 +44,19 @@ def _setting_option(name: str, field: FieldInfo) -> Callable[[_Command], _Comman
 @config_option
 @setting_options(*(name for name in Settings.model_fields if name not in _NO_FLAGS))
 def serve(config: Path | None, **overrides: Any) -> None:
-    """Run an instance until SIGTERM, then drain it.
+    """Run an instance until SIGTERM, then drain it and exit.
 
     Every setting is also a TOML key and an environment variable: --shard-count is shard_count and
     POKEBRIDGE_SHARD_COUNT. A flag beats the environment, which beats the file. The secrets
-    jwt_secret, jwt_previous_secret and push_webhook_secret have no flag.
+    jwt_secret, jwt_previous_secret and push_webhook_secret have no flag. docs/settings.md lists
+    all settings by topic.
     """
     run_instance(load_settings(config, overrides))
 
 
 def run_instance(settings: Settings) -> None:
     """Run an instance with ``settings`` until SIGTERM."""
-    # The web framework takes half a second to import; `serve --help` does without.
+    # The web framework takes half a second to import, and `serve --help` does not need it.
     from pokebridge.server.assemble import serve as serve_instance  # noqa: PLC0415
 
     configure_logging(settings.log_format, settings.log_level)

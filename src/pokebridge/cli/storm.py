@@ -1,11 +1,11 @@
-"""``pokebridge bench storm``: kill an instance under its clients, and watch them come back."""
+"""``pokebridge bench storm``: kill an instance under load, and measure how its clients return."""
 
 import json
 import os
 import tempfile
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import Any, get_args
 
 import click
 import uvloop
@@ -15,6 +15,7 @@ from pokebridge.bench.plot import PlotFile, check_drawing, save_storm_plot
 from pokebridge.bench.storm import Storm, StormPlan, storm_failures, storm_report, storm_table
 from pokebridge.cli.options import allow_clients
 from pokebridge.errors import ConfigError, PokebridgeError
+from pokebridge.model import Mode
 from pokebridge.server.adapters import transport_class
 
 
@@ -22,12 +23,12 @@ from pokebridge.server.adapters import transport_class
     epilog="Example: pokebridge bench storm --transport nats://127.0.0.1:4222 --clients 15000",
     short_help="Kill an instance under load.",
 )
-@click.option("--transport", required=True, metavar="URL", help="What carries pokes between them.")
-@click.option("--mailbox", metavar="URL", help="[default: a temporary SQLite file]")
-@click.option("--coordination", metavar="URL", help="[default: none]")
 @click.option(
-    "--mode", type=click.Choice(["fanout", "partitioned"]), default="fanout", show_default=True
+    "--transport", required=True, metavar="URL", help="Transport of the instances, as for serve."
 )
+@click.option("--mailbox", metavar="URL", help="As for serve. [default: a temporary SQLite file]")
+@click.option("--coordination", metavar="URL", help="As for serve. [default: none]")
+@click.option("--mode", type=click.Choice(get_args(Mode)), default="fanout", show_default=True)
 @click.option("--instances", type=click.IntRange(min=2), default=3, show_default=True)
 @click.option("--clients", type=click.IntRange(min=2), default=3000, show_default=True)
 @click.option(
@@ -35,21 +36,21 @@ from pokebridge.server.adapters import transport_class
     type=click.IntRange(min=1),
     default=500,
     show_default=True,
-    help="Handshakes that each instance accepts in a second.",
+    help="Handshakes that each instance accepts per second.",
 )
 @click.option(
     "--messages-per-s",
     type=click.FloatRange(min=0),
     default=100,
     show_default=True,
-    help="Sent to the clients all the time, and as many to those that time the pokes.",
+    help="Messages per second to the clients, and as many to the clients that time the pokes.",
 )
 @click.option(
     "--calm-s",
     type=click.FloatRange(min=0),
     default=10,
     show_default=True,
-    help="Seconds with messages before the kill, and again once all are back.",
+    help="Seconds of traffic before the kill, and again after all clients are back.",
 )
 @click.option(
     "--restart-s",
@@ -61,7 +62,7 @@ from pokebridge.server.adapters import transport_class
     type=click.FloatRange(min=0),
     default=120,
     show_default=True,
-    help="Seconds within which all must be back.",
+    help="Seconds within which all clients must be back.",
 )
 @click.option(
     "--json",
@@ -71,14 +72,14 @@ from pokebridge.server.adapters import transport_class
 )
 @click.option("--plot", "plot_file", type=PlotFile(), help="Draw the storm into this file.")
 def storm(json_file: Path | None, plot_file: Path | None, **given: Any) -> None:
-    """Start instances, connect clients to them, kill one with -9, and watch.
+    """Start instances, connect clients to them, kill one with -9, and measure the reconnects.
 
-    The clients keep to the protocol as every client of pokebridge does. What stands for a load
-    balancer before the instances knows at once that one is gone. It fails when a message was lost,
-    or when not all clients have come back and pulled in time.
+    The clients follow the protocol as every client of pokebridge does. The stand-in for a load
+    balancer knows at once that an instance is gone. The command fails if a message was lost, or if
+    not all clients have reconnected and pulled in time.
 
-    The instances run on this machine, and their load is the clients' too: what it shows is whether
-    the storm stays within bounds. For the limits of an instance use three machines.
+    Instances and clients share this machine, so the command shows whether the storm stays within
+    bounds. To find the limits of an instance, use three machines.
     """
     plan = _plan(**given)
     if not transport_class(plan.fleet.transport).is_shared:

@@ -15,13 +15,15 @@ from pokebridge.errors import ConfigError
     short_help="Sign a token.",
 )
 @click.argument("recipient")
-@click.option("--scope", default="", help="What it allows: send, poke, admin, with spaces between.")
+@click.option(
+    "--scope", default="", help="What the token allows: send, poke, admin; separated by spaces."
+)
 @click.option(
     "--ttl-s",
     type=click.FloatRange(min=0, min_open=True),
     default=3600,
     show_default=True,
-    help="Seconds until it expires.",
+    help="Seconds until the token expires.",
 )
 @config_option
 @json_option
