@@ -1,7 +1,7 @@
-"""RFC 6455 framing for a server whose peers may say little: no extensions, no binary, 4 KiB.
+"""RFC 6455 framing for a server that limits its peers: no extensions, no binary, at most 4 KiB.
 
-The parser is sans-IO and lives only while a client's bytes are pending: a session that is silent,
-as almost all are almost always, keeps none.
+The parser does no I/O. It exists only while bytes of a client are pending, so a silent session,
+which is the usual case, has none.
 """
 
 import struct
@@ -19,7 +19,7 @@ _MASKED = 0x80
 
 
 class Opcode(IntEnum):
-    """RFC 6455, section 5.2."""
+    """The opcodes of RFC 6455, section 5.2."""
 
     CONTINUATION = 0
     TEXT = 1
@@ -30,14 +30,14 @@ class Opcode(IntEnum):
 
 
 class FrameEvent(NamedTuple):
-    """A whole text message, or a control frame, that the peer sent."""
+    """A complete text message or a control frame from the peer."""
 
     opcode: Opcode
     payload: bytes
 
 
 def encode_frame(opcode: Opcode, payload: bytes) -> bytes:
-    """One unmasked, final frame, as a server sends it (RFC 6455, section 5.1)."""
+    """Return one unmasked, final frame, as a server sends it (RFC 6455, section 5.1)."""
     size = len(payload)
     if size < 126:
         return struct.pack("!BB", _FIN | opcode, size) + payload
@@ -47,13 +47,13 @@ def encode_frame(opcode: Opcode, payload: bytes) -> bytes:
 
 
 def encode_close(code: int, reason: str = "") -> bytes:
-    """A close frame; the reason is cut to what a control frame can hold."""
+    """Return a close frame. The reason is cut to what a control frame can hold."""
     text = reason.encode()[: MAX_CONTROL_BYTES - 2].decode(errors="ignore").encode()
     return encode_frame(Opcode.CLOSE, struct.pack("!H", code) + text)
 
 
 def decode_close(payload: bytes) -> int | None:
-    """The code of a received close frame, ``None`` when it has none (RFC 6455, section 7.4).
+    """Return the code of a received close frame; ``None`` if it has none (RFC 6455, section 7.4).
 
     Raises:
         FrameError: 1002 for a code that must not be sent, 1007 for a reason that is not UTF-8.
@@ -71,7 +71,7 @@ _SENDABLE_CODES = frozenset((1000, 1001, 1002, 1003, *range(1007, 1015)))
 
 
 def check_utf8(payload: bytes) -> None:
-    """Raise :class:`FrameError` 1007 when ``payload`` is not UTF-8 (RFC 6455, section 8.1)."""
+    """Raise :class:`FrameError` 1007 if ``payload`` is not UTF-8 (RFC 6455, section 8.1)."""
     try:
         payload.decode()
     except UnicodeDecodeError:
@@ -79,7 +79,7 @@ def check_utf8(payload: bytes) -> None:
 
 
 class FrameParser:
-    """Turns the bytes of one client into events; raises on the first that breaks a rule."""
+    """Turns the bytes of one client into events, and raises at the first broken rule."""
 
     __slots__ = ("_buffer", "_fragments")
 
@@ -89,14 +89,14 @@ class FrameParser:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is pending, so that the parser may be dropped and made anew."""
+        """Whether nothing is pending, so that the parser may be dropped."""
         return not self._buffer and self._fragments is None
 
     def feed(self, data: bytes) -> list[FrameEvent]:
-        """The events that ``data`` completes.
+        """Return the events that ``data`` completes.
 
         Raises:
-            FrameError: a rule is broken; what came before it in ``data`` is void too, as the
+            FrameError: a rule is broken. Events earlier in ``data`` are lost too, because the
                 connection is closed.
         """
         self._buffer += data
@@ -108,7 +108,7 @@ class FrameParser:
         return events
 
     def _next_frame(self) -> tuple[bool, Opcode, bytes] | None:
-        """Cut one frame off the buffer: (final, opcode, payload), or ``None`` when incomplete.
+        """Take one frame from the buffer: (final, opcode, payload), or ``None`` if incomplete.
 
         Rules are checked as early as the bytes allow, so that an oversize frame is never buffered.
         """
@@ -125,7 +125,7 @@ class FrameParser:
                 return None
             size, offset = int.from_bytes(buffer[2:4], "big"), 4
             if size < 126:
-                raise FrameError(1002, "length not in its shortest form")
+                raise FrameError(1002, "the length must be in its shortest form")
         elif size == 127:
             raise FrameError(1009, f"a message is at most {MAX_MESSAGE_BYTES} bytes")
         if size + len(self._fragments or b"") > MAX_MESSAGE_BYTES and opcode < Opcode.CLOSE:
@@ -137,26 +137,28 @@ class FrameParser:
         return final, opcode, _unmask(buffer[offset + 4 : end], buffer[offset : offset + 4])
 
     def _check_header(self, first: int, second: int, *, final: bool) -> Opcode:
-        """The opcode, once the two bytes are seen to follow RFC 6455, sections 5.2 to 5.5."""
+        """Check the first two bytes by RFC 6455, sections 5.2 to 5.5, and return the opcode."""
         try:
             opcode = Opcode(first & 0x0F)
         except ValueError:
             raise FrameError(1002, "reserved opcode") from None
         if first & _RESERVED_BITS:
-            raise FrameError(1002, "reserved bits set, and no extension was agreed")
+            raise FrameError(1002, "reserved bits must be 0, because no extension was agreed")
         if not second & _MASKED:
             raise FrameError(1002, "client frames must be masked")
         if opcode >= Opcode.CLOSE:
             if not final or second & 0x7F > MAX_CONTROL_BYTES:
-                raise FrameError(1002, "control frames are short and whole")
+                raise FrameError(
+                    1002, f"control frames must be whole, with at most {MAX_CONTROL_BYTES} bytes"
+                )
         elif (opcode is Opcode.CONTINUATION) != (self._fragments is not None):
-            raise FrameError(1002, "continuation out of place")
+            raise FrameError(1002, "the fragments of a message must follow each other")
         if opcode is Opcode.BINARY:
-            raise FrameError(1003, "text messages only")
+            raise FrameError(1003, "only text messages are accepted")
         return opcode
 
     def _take(self, final: bool, opcode: Opcode, payload: bytes) -> FrameEvent | None:  # noqa: FBT001 - a frame's own fields, in order
-        """Add a frame to what is pending; the event that it completes, if it does."""
+        """Add a frame to what is pending, and return the event that it completes, if any."""
         if opcode >= Opcode.CLOSE:
             return FrameEvent(opcode, payload)
         if self._fragments is None:

@@ -1,6 +1,6 @@
 """The nouns of the contract as values: a poke, a message, a page of a mailbox.
 
-A recipient is an opaque string; only its form is checked here (protocol.md section 1).
+A recipient is an opaque string. Only its form is checked here (protocol.md section 1).
 """
 
 import re
@@ -24,18 +24,18 @@ _VISIBLE_ASCII = re.compile(r"[\x21-\x7e]+")
 
 
 class Poke(msgspec.Struct, frozen=True, gc=False):
-    """A wake-up hint: ``recipient`` is behind ``version``, or behind some version when ``None``."""
+    """A wake-up: ``recipient`` may lack ``version``, or an unknown version if it is ``None``."""
 
     recipient: str
     version: Version | None = None
 
 
 Mode = Literal["fanout", "partitioned"]
-"""How signals reach instances: every signal every instance, or each its shards' alone."""
+"""Which signals an instance receives: all (fanout), or those of its shards (partitioned)."""
 
 
 class Feed(Enum):
-    """The two selections of signals that name no shard."""
+    """The two selections that name no shard."""
 
     ALL = "all"
     UNTAGGED = "untagged"
@@ -46,12 +46,12 @@ Selection = Feed | int
 
 
 def is_recipient(value: str) -> bool:
-    """Whether ``value`` has a recipient's form: 1 to 256 visible ASCII characters."""
+    """Whether ``value`` has the form of a recipient: 1 to 256 visible ASCII characters."""
     return len(value) <= MAX_RECIPIENT_LENGTH and _VISIBLE_ASCII.fullmatch(value) is not None
 
 
 def check_recipient(value: str) -> str:
-    """Return ``value``, or raise :class:`InputError` when it is no recipient."""
+    """Return ``value``, or raise :class:`InputError` if it is not a recipient."""
     if not is_recipient(value):
         raise InputError(
             f"a recipient is 1 to {MAX_RECIPIENT_LENGTH} visible ASCII characters (0x21-0x7E)"
@@ -60,7 +60,7 @@ def check_recipient(value: str) -> str:
 
 
 def check_device(value: str) -> str:
-    """Return ``value``, or raise :class:`InputError` when it can't name a device."""
+    """Return ``value``, or raise :class:`InputError` if it cannot name a device."""
     if not (is_recipient(value) and len(value) <= MAX_DEVICE_LENGTH):
         raise InputError(f"a device is 1 to {MAX_DEVICE_LENGTH} visible ASCII characters")
     return value
@@ -70,10 +70,11 @@ def check_device(value: str) -> str:
 class NewMessage:
     """A message on its way into a mailbox.
 
-    ``body`` is a JSON text as bytes, kept as it came. ``id`` is the sender's own when
-    ``has_idempotency_key``: then the same id from the same sender is the same message, for ever the
-    first answer. ``ttl_s`` seconds after the commit it may be deleted unread; ``None``: never.
-    ``is_ephemeral``: only for those connected now; nobody else is told of it.
+    - ``body``: JSON text, stored unchanged
+    - ``id``: chosen by the sender if ``has_idempotency_key``. Then a second message with the same
+      id from the same sender is not stored, and gets the answer of the first.
+    - ``ttl_s``: seconds after the commit when it may be deleted unread; ``None``: never
+    - ``is_ephemeral``: only for clients that are connected now
     """
 
     recipient: str
@@ -86,7 +87,7 @@ class NewMessage:
 
 
 class Receipt(NamedTuple):
-    """What an append committed: ``duplicate`` when an earlier append of the same id had done it."""
+    """What an append committed. ``duplicate``: an earlier append had committed the same id."""
 
     id: str
     version: int
@@ -108,9 +109,9 @@ class Message:
 class Page:
     """Messages with a version above the cursor, in order.
 
-    ``version`` is the last one returned, or the head when there is none: the next cursor.
-    ``head`` is the newest version ever given out to the recipient, 0 for an empty mailbox.
-    ``more``: the limit cut the page.
+    - ``version``: the next cursor. It is the last version returned, or the head if there is none.
+    - ``head``: the newest version that the recipient ever had; 0 if it never had a message
+    - ``more``: the page was cut at its limit
     """
 
     messages: tuple[Message, ...]

@@ -1,8 +1,8 @@
-"""What an instance says about itself: the names of its metrics, and its log.
+"""The names of the metrics, and the log.
 
-Connections, faults and changes of state are logged, single pokes and messages are counted. A log
-line holds no token, no secret and no query string: values under telling names are left out whole,
-and whatever looks like a token is cut out of every text.
+Connections, faults and changes of state are logged. Single pokes and messages are counted. A log
+line holds no token, no secret and no query string: the values of fields named like a secret are
+hidden, and text that looks like a token is removed from every other value.
 """
 
 import logging
@@ -17,27 +17,30 @@ from structlog.typing import EventDict, Processor, WrappedLogger
 
 
 class Metric(StrEnum):
-    """Every Prometheus metric and its ``meaning``; its labels, if any, stand in parentheses.
+    """Every Prometheus metric with its ``meaning``. Its labels, if any, are in parentheses.
 
-    ``…_total`` counts, ``…_seconds`` is a histogram, the others are gauges.
+    ``…_total`` is a counter, ``…_seconds`` a histogram, and the others are gauges.
     """
 
     meaning: str
 
     BUILD_INFO = "pokebridge_build_info", "Always 1 (version, instance)"
     SESSIONS = "pokebridge_sessions", "Open sessions"
-    SESSIONS_MOVED = "pokebridge_sessions_moved_total", "Sessions sent after their shard"
+    SESSIONS_MOVED = "pokebridge_sessions_moved_total", "Sessions moved to the owner of their shard"
     HANDSHAKES = "pokebridge_handshakes_total", "WebSocket handshakes answered (status)"
-    SIGNALS = "pokebridge_signals_total", "Signals that the transport delivered, probes included"
+    SIGNALS = "pokebridge_signals_total", "Signals that the transport delivered, with probes"
     SIGNALS_UNTAGGED = "pokebridge_signals_untagged_total", "Signals without a valid shard tag"
-    SIGNALS_MALFORMED = "pokebridge_signals_malformed_total", "Signals dropped: not of the contract"
+    SIGNALS_MALFORMED = (
+        "pokebridge_signals_malformed_total",
+        "Signals dropped because they were invalid",
+    )
     POKES = "pokebridge_pokes_total", "Pokes that the signals carried"
     POKES_NOISE = "pokebridge_pokes_noise_total", "Pokes for recipients without a session here"
     POKES_DELIVERED = "pokebridge_pokes_delivered_total", "Poke frames handed to a socket"
     POKES_MERGED = "pokebridge_pokes_merged_total", "Pokes merged into a session's pending one"
     POKES_PUBLISHED = "pokebridge_pokes_published_total", "Pokes that the transport accepted"
     POKES_LOST = "pokebridge_pokes_lost_total", "Lost pokes that verification made up for"
-    GAPS = "pokebridge_gaps_total", "Gaps of the transport, after which its sessions were poked"
+    GAPS = "pokebridge_gaps_total", "Gaps of the transport; the affected sessions were poked"
     PROBES = "pokebridge_probes_total", "Probes sent through the transport"
     BEACONS_LOST = "pokebridge_beacons_lost_total", "Other instances' beacons that did not arrive"
     PEERS = "pokebridge_peers", "Other instances whose beacons are heard"
@@ -46,20 +49,26 @@ class Metric(StrEnum):
         "pokebridge_disagreements",
         "Instances heard that differ in what must agree (setting)",
     )
-    SUBSCRIPTIONS = "pokebridge_subscriptions", "Subscriptions held, proven live or not"
-    SHARDS_OWNED = "pokebridge_shards_owned", "Shards that the shard map gives to this instance"
-    CLUSTER_EPOCH = "pokebridge_cluster_epoch", "Epoch of the shard map in force here"
+    SUBSCRIPTIONS = "pokebridge_subscriptions", "Open subscriptions, proven live or not"
+    SHARDS_OWNED = "pokebridge_shards_owned", "Shards that this instance owns"
+    CLUSTER_EPOCH = "pokebridge_cluster_epoch", "Epoch of the shard map that this instance applies"
     CLUSTER_MEMBERS = "pokebridge_cluster_members", "Members that hold a lease"
     CLUSTER_LEADER = "pokebridge_cluster_leader", "1 when this instance plans the shard map"
     CLUSTER_PARTITIONED = "pokebridge_cluster_partitioned", "1 when partitioned, 0 in fan-out"
     COORDINATION_UP = "pokebridge_coordination_up", "1 while the coordination store answers"
-    NOISE_RATIO = "pokebridge_noise_ratio", "CPU time spent on others' pokes, 0 to 1"
-    GLOBAL_OPS = "pokebridge_global_ops_per_s", "Signals delivered a second in the whole cluster"
-    RED_LINE = "pokebridge_red_line_ops_per_s", "The red line, as set"
+    NOISE_RATIO = "pokebridge_noise_ratio", "Share of CPU time spent on other instances' pokes"
+    GLOBAL_OPS = "pokebridge_global_ops_per_s", "Signals delivered per second in the whole cluster"
+    RED_LINE = "pokebridge_red_line_ops_per_s", "The red line, as configured"
     OVER_RED_LINE = "pokebridge_over_red_line", "1 while the cluster is over the red line"
-    PULL_CAPACITY = "pokebridge_pull_capacity_per_s", "Pulls a second to which they are spread"
+    PULL_CAPACITY = (
+        "pokebridge_pull_capacity_per_s",
+        "Pulls per second that poked clients are spread to",
+    )
     MESSAGES_COMMITTED = "pokebridge_messages_committed_total", "Messages committed to a mailbox"
-    MESSAGES_REFUSED = "pokebridge_messages_refused_total", "Messages refused: a mailbox was full"
+    MESSAGES_REFUSED = (
+        "pokebridge_messages_refused_total",
+        "Messages refused because a mailbox was full",
+    )
     PUSHES = "pokebridge_pushes_total", "Notifications posted to the webhook (result)"
     INGRESS_MESSAGES = "pokebridge_ingress_messages_total", "Messages from the queue (result)"
     TASK_FAILURES = "pokebridge_task_failures_total", "Unforeseen errors in the background (task)"
@@ -70,7 +79,7 @@ class Metric(StrEnum):
     )
 
     def __new__(cls, name: str, meaning: str) -> Self:
-        """A metric is its name, with a meaning."""
+        """Make a metric from its name and its meaning."""
         metric = str.__new__(cls, name)
         metric._value_ = name
         metric.meaning = meaning
@@ -79,7 +88,7 @@ class Metric(StrEnum):
 
 _HIDDEN = "[hidden]"
 _SECRET_NAME = re.compile(r"(^|_)(token|secret|authorization|password)$", re.IGNORECASE)
-# A query string of a URL or of a request's target, credentials after their scheme, any JWT.
+# The query string of a URL or request target, credentials after their scheme, any JWT.
 _SECRET_TEXT = re.compile(
     r"(?<=\?)[\w.~%-]+=[^\s\"'<>]*"
     r"|(?<=bearer[ .])[^\s\"',;]+"
@@ -90,11 +99,11 @@ _SECRET_TEXT = re.compile(
 
 
 def configure_logging(log_format: str, level: str) -> None:
-    """Send structlog's and the standard library's log lines to stderr in one form.
+    """Send the log lines of structlog and of the standard library to stderr in one format.
 
-    ``log_format`` is ``json`` (one object a line) or ``console``; ``level`` as in ``logging``, in
-    any case. May be called again. There is no access log: it would repeat the metrics, at a cost
-    for each request.
+    ``log_format`` is ``json`` (one object a line) or ``console``. ``level`` is a level of
+    ``logging``, in upper or lower case. May be called again. There is no access log, because it
+    would repeat the metrics at a cost for each request.
     """
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -147,7 +156,7 @@ def configure_logging(log_format: str, level: str) -> None:
 
 
 def hide_secrets(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    """A structlog processor that takes secrets out of an event, nested values included."""
+    """Hide the secrets of an event, also in nested values. This is a structlog processor."""
     return {name: _hidden(name, value) for name, value in event.items()}
 
 

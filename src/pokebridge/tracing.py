@@ -1,15 +1,15 @@
 """OpenTelemetry traces: send, poke, deliver, across instances (extra ``otel``).
 
-    send      a message is committed, or pokes are asked for
+    send      a message is committed, or pokes are requested
     └─ poke       from then until the transport has accepted the poke
-       └─ deliver     an instance that has sessions of the recipient takes it
+       └─ deliver     an instance that has sessions of the recipient handles the poke
 
-Nothing of this is on the way of a poke unless it is asked for: a :class:`Tracing` wraps the
-transport and the calls that start a trace, and an instance that traces nothing wraps nothing.
+Tracing costs nothing when it is off: a :class:`Tracing` wraps the transport and the calls that
+start a trace, and an instance without tracing wraps nothing.
 
-Between processes the context travels in the signal's body, as ``traces``: recipient → W3C
-``traceparent``; it stands first, where it costs nothing to look for. A receiver that does not know
-the key ignores it. No span names a recipient.
+Between processes the context travels in the signal's body, in ``traces``, a map from recipient to
+W3C ``traceparent``. The key is the first of the body, where it is found without parsing. A receiver
+that does not know the key ignores it. No span names a recipient.
 """
 
 import asyncio
@@ -33,9 +33,9 @@ from pokebridge.model import NewMessage, Poke, Receipt, Selection
 from pokebridge.transport.base import Receiver, Signal, Subscription, Transport
 from pokebridge.wire import Beacon, Disconnect, Probe, decode_signal
 
-# Pokes of sampled traces that wait to be published. Beyond it the oldest is traced no further.
+# Sampled pokes that wait to be published. Beyond this number the oldest is no longer traced.
 MAX_PENDING = 1000
-# As many as our publishers put into a signal.
+# As many as a publisher puts into a signal.
 _MAX_TRACES_PER_SIGNAL = 500
 _START = b'{"traces":'
 
@@ -53,12 +53,12 @@ _decode_traces = msgspec.json.Decoder(_Traces).decode
 
 
 def open_tracing(instance: str) -> "Tracing":
-    """Traces that go to an OTLP collector over HTTP.
+    """Return a tracing that exports to an OTLP collector over HTTP.
 
-    The collector, the sampling and all else is configured by OpenTelemetry's own variables:
-    ``OTEL_EXPORTER_OTLP_ENDPOINT``, ``OTEL_TRACES_SAMPLER``, ``OTEL_RESOURCE_ATTRIBUTES``, …
-    Spans are sent by a thread; when the collector does not keep up they are dropped. Call it before
-    the event loop runs, for it looks at the machine first.
+    OpenTelemetry's own variables configure it: ``OTEL_EXPORTER_OTLP_ENDPOINT``,
+    ``OTEL_TRACES_SAMPLER``, ``OTEL_RESOURCE_ATTRIBUTES`` and so on. A thread sends the spans. They
+    are dropped if the collector does not keep up. Call it outside the event loop, because it
+    blocks while it inspects the machine.
     """
     resource = Resource.create({SERVICE_NAME: "pokebridge", SERVICE_INSTANCE_ID: instance})
     provider = TracerProvider(resource=resource, shutdown_on_exit=False)
@@ -69,7 +69,8 @@ def open_tracing(instance: str) -> "Tracing":
 class Tracing:
     """Wraps the parts of an instance, or of a backend, that a trace passes through.
 
-    ``is_here`` says whether a recipient has sessions on this instance; others' pokes make no span.
+    ``is_here`` says whether a recipient has sessions on this instance. Other recipients' pokes get
+    no span.
     """
 
     def __init__(self, provider: TracerProvider) -> None:
@@ -80,11 +81,11 @@ class Tracing:
 
     @property
     def middleware(self) -> Callable[[ASGIApp], ASGIApp]:
-        """What takes a caller's own trace over, for an ASGI app."""
+        """ASGI middleware that continues the caller's trace."""
         return TraceContextMiddleware
 
     async def close(self) -> None:
-        """Send what is left to the collector, for as long as its own timeouts allow."""
+        """Send the remaining spans to the collector, within the exporter's timeouts."""
         for span in self._pending.values():
             span.end()
         self._pending.clear()
@@ -93,7 +94,7 @@ class Tracing:
     # --- where a trace starts -------------------------------------------------------------------
 
     def sending(self, send: SendMessage) -> SendMessage:
-        """``Processor.send``, traced: the poke that it owes begins when it returns."""
+        """Wrap ``Processor.send``. The span of the owed poke begins when it returns."""
 
         async def traced(message: NewMessage) -> Receipt:
             with self._tracer.start_as_current_span("send", kind=SpanKind.PRODUCER):
@@ -105,7 +106,7 @@ class Tracing:
         return traced
 
     def poking(self, publish: PublishPokes) -> PublishPokes:
-        """``Publisher.publish``, traced."""
+        """Wrap ``Publisher.publish``."""
 
         async def traced(pokes: Sequence[Poke]) -> None:
             with self._tracer.start_as_current_span("send", kind=SpanKind.PRODUCER):
@@ -114,14 +115,14 @@ class Tracing:
                 try:
                     await publish(pokes)
                 except BaseException:
-                    for poke in pokes:  # or a later poke would carry them
+                    for poke in pokes:  # otherwise a later poke would carry them
                         self._end_poke(poke.recipient)
                     raise
 
         return traced
 
     def _begin_poke(self, recipient: str) -> None:
-        self._end_poke(recipient)  # merged: the newer poke says all that the older one did
+        self._end_poke(recipient)  # merged: the newer poke replaces the older one
         span = self._tracer.start_span("poke", kind=SpanKind.PRODUCER)
         if not span.is_recording():
             return
@@ -136,15 +137,15 @@ class Tracing:
     # --- over the transport ---------------------------------------------------------------------
 
     def over(self, transport: Transport) -> Transport:
-        """``transport``, with the traces of the pokes that it carries."""
+        """Wrap ``transport``, so that signals carry the traces of their pokes."""
         return _TracedTransport(transport, self)
 
     def has_pending(self) -> bool:
-        """Whether any poke that is being traced waits to be published."""
+        """Whether a traced poke waits to be published."""
         return bool(self._pending)
 
     def mark(self, body: bytes) -> tuple[bytes, list[Span]]:
-        """The signal ``body`` with the contexts of its pokes, and their spans; end these."""
+        """Return ``body`` with the contexts of its pokes, and their spans for the caller to end."""
         try:
             content = decode_signal(body)
         except SignalError:
@@ -164,11 +165,11 @@ class Tracing:
 
     @contextmanager
     def delivering(self, body: bytes) -> Iterator[None]:
-        """A span for each traced poke of ``body`` whose recipient is here."""
+        """Record a span for each traced poke of ``body`` whose recipient is here."""
         try:
             traces = _decode_traces(body).traces
         except (msgspec.DecodeError, UnicodeDecodeError):
-            traces = {}  # the bridge will say what it thinks of the rest
+            traces = {}  # the bridge judges the rest of the body
         spans = [
             self._tracer.start_span("deliver", _context(traceparent), SpanKind.CONSUMER)
             for recipient, traceparent in traces.items()
@@ -201,7 +202,7 @@ class _TracedTransport:
             await self._inner.publish(marked)
         except BaseException:
             for span in spans:
-                span.set_status(StatusCode.ERROR, "the transport did not accept it")
+                span.set_status(StatusCode.ERROR, "the transport did not accept the signal")
             raise
         finally:
             for span in spans:
@@ -231,13 +232,13 @@ class _TracedReceiver:
 
 
 class TraceContextMiddleware:
-    """ASGI middleware: a request's ``traceparent`` is the parent of what is sent while it lasts."""
+    """ASGI middleware: a request's ``traceparent`` is the parent of the spans that it causes."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve the request within the caller's trace."""
+        """Handle the request within the caller's trace."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -258,5 +259,5 @@ def _traceparent(span: Span) -> str:
 
 
 def _context(traceparent: str) -> Context:
-    """The remote parent; an empty context, so a trace of its own, when it is none."""
+    """The remote parent, or an empty context, which begins a new trace, if it is invalid."""
     return _propagator.extract({"traceparent": traceparent}, Context())

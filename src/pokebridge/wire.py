@@ -1,7 +1,7 @@
-"""What goes over the wire as JSON: signals on the transport, messages on the WebSocket.
+"""The JSON on the wire: signals on the transport, and messages on the WebSocket.
 
 Signals are protocol.md section 2, WebSocket messages section 3. Everything a session sends is
-returned as a finished WebSocket frame, so that a poke costs one write and no formatting.
+returned as a complete WebSocket frame, so a poke costs one write and no formatting.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from pokebridge.framing import Opcode, encode_frame
 from pokebridge.model import MAX_VERSION, Poke, Version
 
 CONNECT_PATH = "/v1/connect"
-"""Where every instance takes WebSockets."""
+"""The path at which every instance accepts WebSockets."""
 
 # --- signals --------------------------------------------------------------------------------
 
@@ -67,7 +67,7 @@ class Beacon(
 
 
 class _Body(msgspec.Struct, gc=False):
-    """The union of all signal bodies, flat, so that one C call decodes any of them."""
+    """The fields of all signal bodies together, so that one C call decodes any of them."""
 
     type: str = "poke"
     recipient: str | None = None
@@ -82,36 +82,39 @@ _encode_json = msgspec.json.Encoder().encode
 
 
 def decode_signal(body: bytes) -> Sequence[Poke] | Disconnect | Probe | Beacon:
-    """What ``body`` says.
+    """Decode a signal's ``body``.
 
-    A recipient's form is hardly checked, as every instance decodes every poke of a cluster: one
-    that is malformed can have no session, so its poke is dropped as noise, without its batch.
+    A recipient's form is hardly checked, because in fan-out every instance decodes every poke. A
+    malformed recipient has no session, so its poke is dropped as noise and the rest of its batch
+    is delivered.
 
     Raises:
-        SignalError: it is none of the bodies of protocol.md section 2, nor a probe of ours. No
-            other error is raised, whatever the bytes are.
+        SignalError: it is no body of protocol.md section 2, no probe and no beacon. No other
+            error is raised, whatever the bytes are.
     """
     try:
         fields = _decode_body(body)
-    except Exception as error:  # noqa: BLE001 - anybody may publish, and deep nesting is no DecodeError
+    except Exception as error:  # noqa: BLE001 - anyone may publish, and deep nesting raises RecursionError
         raise SignalError(str(error)) from None
     if fields.recipient is not None and not fields.recipient.isascii():
-        raise SignalError("a recipient is visible ASCII characters")
+        raise SignalError("a recipient must be visible ASCII characters")
     if fields.type == "poke":
         if fields.recipient is not None and fields.pokes is None:
             return [Poke(fields.recipient, fields.version)]
         if fields.pokes is not None and fields.recipient is None:
             return fields.pokes
-        raise SignalError("a poke signal has either a recipient or pokes")
+        raise SignalError("a poke signal must have either a recipient or pokes")
     if fields.type == "disconnect" and fields.recipient is not None:
         return Disconnect(fields.recipient)
     if fields.type == "probe" and fields.id is not None:
         return fields.beacon or Probe(fields.id)
-    raise SignalError(f"no signal of ours has the type {fields.type[:32]!r}")
+    raise SignalError(
+        f"unknown signal type {fields.type[:32]!r}, or a field of that type is missing"
+    )
 
 
 def encode_pokes(pokes: Sequence[Poke]) -> bytes:
-    """The signal body for ``pokes`` (at least one): the short form when there is just one."""
+    """Return the signal body for ``pokes`` (at least one), in the short form for a single poke."""
     if len(pokes) == 1:
         return _encode_json(_without_none(pokes[0]))
     return _encode_json({"pokes": [_without_none(poke) for poke in pokes]})
@@ -124,7 +127,7 @@ def _without_none(poke: Poke) -> dict[str, Any]:
 
 
 def encode_disconnect(recipient: str) -> bytes:
-    """The signal body that closes every session of ``recipient``, on every instance."""
+    """Return the signal body that closes every session of ``recipient``, on every instance."""
     return _encode_json({"type": "disconnect", "recipient": recipient})
 
 
@@ -132,17 +135,17 @@ _PROBE_START = b'{"type":"probe",'
 
 
 def is_probe(body: bytes) -> bool:
-    """Whether ``body`` is a probe or a beacon of one of our instances."""
+    """Whether ``body`` is a probe or a beacon of an instance."""
     return body.startswith(_PROBE_START)
 
 
 def encode_probe(probe_id: str) -> bytes:
-    """The signal body of a probe: whoever did not send it drops it."""
+    """Return the signal body of a probe. Instances other than the sender drop it."""
     return _encode_json({"type": "probe", "id": probe_id})
 
 
 def encode_beacon(beacon: Beacon) -> bytes:
-    """The signal body of ``beacon``."""
+    """Return the signal body of ``beacon``."""
     probe_id = f"{beacon.sender}:{beacon.incarnation}:{beacon.number}"
     return _encode_json({"type": "probe", "id": probe_id, "beacon": beacon})
 
@@ -159,8 +162,8 @@ PONG_FRAME = _text_frame({"type": "pong"})
 PING_CONTROL_FRAME = encode_frame(Opcode.PING, b"")
 
 _VERSION_POKE = b'{"type":"poke","version":'
-# What a frame with a version begins with, by how long the rest is: its text is under 126 bytes, so
-# the frame's header is two, FIN | TEXT and the length (RFC 6455, section 5.2).
+# The beginnings of a frame with a version, by the length of the rest. The text is under 126 bytes,
+# so the header has two bytes: FIN | TEXT, and the length (RFC 6455, section 5.2).
 _VERSION_POKE_HEADS = tuple(
     bytes((0x80 | Opcode.TEXT, len(_VERSION_POKE) + rest)) + _VERSION_POKE
     for rest in range(len(b"%d}" % MAX_VERSION) + 1)
@@ -168,9 +171,9 @@ _VERSION_POKE_HEADS = tuple(
 
 
 def poke_frame(version: int | None, within_ms: int = 0) -> bytes:
-    """The frame that says *pull*, with the newest ``version`` when it is known.
+    """Return the frame of a poke, with the newest ``version`` if it is known.
 
-    ``within_ms`` asks the client to wait a random time up to it first.
+    ``within_ms`` asks the client to wait first, for a random time of at most so many milliseconds.
     """
     if within_ms:
         message: dict[str, Any] = {"type": "poke", "within_ms": within_ms}
@@ -186,7 +189,7 @@ def poke_frame(version: int | None, within_ms: int = 0) -> bytes:
 def ready_frame(
     *, session: str, instance: str, expires_in_s: int, version: int | None = None
 ) -> bytes:
-    """The first frame of a session: its subscription is live, so *pull now*."""
+    """Return the first frame of a session: its subscription delivers, so the client pulls now."""
     message: dict[str, Any] = {
         "type": "ready",
         "session": session,
@@ -199,12 +202,12 @@ def ready_frame(
 
 
 def move_frame(url: str) -> bytes:
-    """Another instance, at ``url``, serves this client better; close 4307 follows."""
+    """Return the frame that sends the client to the instance at ``url``. Close 4307 follows it."""
     return _text_frame({"type": "move", "url": url})
 
 
 def auth_frame(expires_in_s: int) -> bytes:
-    """A new token was accepted; it runs out in ``expires_in_s`` seconds."""
+    """Return the frame that accepts a new token, which expires in ``expires_in_s`` seconds."""
     return _text_frame({"type": "auth", "expires_in": expires_in_s})
 
 
@@ -212,11 +215,11 @@ def auth_frame(expires_in_s: int) -> bytes:
 
 
 class Ping(msgspec.Struct, tag="ping", tag_field="type"):
-    """The client asks for a pong."""
+    """A request for a pong."""
 
 
 class Auth(msgspec.Struct, tag="auth", tag_field="type"):
-    """The client brings a new token."""
+    """A new token for the session."""
 
     token: str
 
@@ -225,12 +228,12 @@ _decode_client_message: Callable[[bytes], Ping | Auth] = msgspec.json.Decoder(Pi
 
 
 def decode_client_message(text: bytes) -> Ping | Auth:
-    """What the client says in a text message.
+    """Decode a client's text message.
 
     Raises:
-        FrameError: with 1008; the text is no message that a client may send.
+        FrameError: with 1008, because a client may not send this message.
     """
     try:
         return _decode_client_message(text)
     except msgspec.DecodeError:
-        raise FrameError(1008, "not a message of pokebridge.v1") from None
+        raise FrameError(1008, "not a client message of pokebridge.v1") from None

@@ -140,7 +140,11 @@ def test_a_reader_that_goes_ends_it(instance: Instance, listeners: list[Listener
         (["two words"], 2, "a recipient is"),
         (["bob", "--device", "two words"], 2, "a device is"),
         (["bob", "--after", "-1"], 2, "--after"),
-        (["bob", "--url", "http://127.0.0.1:{free_port}"], 1, "cannot connect to http://127.0.0.1:"),
+        (
+            ["bob", "--url", "http://127.0.0.1:{free_port}"],
+            1,
+            "cannot connect to http://127.0.0.1:",
+        ),
         (["bob", "--url", "{url}/elsewhere"], 1, "/elsewhere: the answer was 404"),
         (["bob", "--token", "a.b.c"], 1, "refused the token: the answer was 401"),
     ],

@@ -21,13 +21,13 @@ _BEARER_SUBPROTOCOL = "bearer."
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
-# Used for its checks alone, which keep no state between requests.
+# Only its checks are used. They keep no state between requests.
 _rfc6455 = ServerProtocol()
 
 
 @dataclass(frozen=True, slots=True)
 class UpgradeRequest:
-    """The head of an upgrade request: names in lower case, as httptools gives them."""
+    """The head of an upgrade request. Header names are in lower case, as httptools returns them."""
 
     method: str
     target: str
@@ -37,7 +37,7 @@ class UpgradeRequest:
 
 @dataclass(frozen=True, slots=True)
 class Handshake:
-    """What a valid request asks for; ``response`` is the 101 that accepts it."""
+    """The contents of a valid request. ``response`` is the 101 that accepts it."""
 
     token: str = field(repr=False)
     device: str
@@ -52,10 +52,10 @@ def read_handshake(
     allowed_origins: frozenset[str] | None,
     trusted_proxies: Sequence[Network],
 ) -> Handshake:
-    """Check all of ``request`` but its token; ``allowed_origins`` None allows any.
+    """Check everything in ``request`` except the token. ``allowed_origins`` ``None`` allows any.
 
     Raises:
-        RefusedError: with the status that protocol.md names for it.
+        RefusedError: with the status that protocol.md section 3 names.
         AuthError: there is no token.
     """
     headers = Headers(
@@ -65,7 +65,7 @@ def read_handshake(
     if url.path != CONNECT_PATH:
         raise RefusedError(HTTPStatus.NOT_FOUND, f"WebSockets are served at {CONNECT_PATH} only")
     try:
-        # The library reads HTTP versions; httptools has already refused all but 1.x.
+        # httptools has already refused every HTTP version except 1.x.
         accept, _, _ = _rfc6455.process_request(
             Request(request.target, headers, method=request.method)
         )
@@ -79,7 +79,7 @@ def read_handshake(
         ) from None
     origin = headers.get("Origin")
     if allowed_origins is not None and origin is not None and origin not in allowed_origins:
-        raise RefusedError(HTTPStatus.FORBIDDEN, "this Origin is not in allowed_origins")
+        raise RefusedError(HTTPStatus.FORBIDDEN, "the Origin is not in allowed_origins")
     query = parse_qs(url.query)
     try:
         device = check_device(query.get("device", [DEFAULT_DEVICE])[-1])
@@ -100,7 +100,7 @@ def read_handshake(
 
 
 def _find_token(headers: Headers, offered: Sequence[str], in_query: Sequence[str]) -> str:
-    """The token, from the first of the three places that has one."""
+    """Return the token from the first of the three places that has one."""
     for value in headers.get_all("Authorization"):
         scheme, _, token = value.partition(" ")
         if scheme.lower() == "bearer" and token.strip():
@@ -110,15 +110,18 @@ def _find_token(headers: Headers, offered: Sequence[str], in_query: Sequence[str
             return name.removeprefix(_BEARER_SUBPROTOCOL)
     if in_query:
         return in_query[-1]
-    raise AuthError("a token is needed")
+    raise AuthError(
+        "a token is required: send it as Authorization: Bearer, as a subprotocol bearer.TOKEN, or"
+        " as access_token in the query"
+    )
 
 
 def client_address(
     peer: str, forwarded_for: Iterable[str], trusted_proxies: Sequence[Network]
 ) -> str:
-    """The address that a connection counts against.
+    """Return the address whose limit a connection counts against.
 
-    ``X-Forwarded-For`` is believed from the right, as far as each hop is a trusted proxy.
+    ``X-Forwarded-For`` is read from the right, for as long as each hop is a trusted proxy.
     """
     if not trusted_proxies:
         return peer
@@ -151,7 +154,7 @@ def _accept_response(accept: str, subprotocol: str | None) -> bytes:
 
 
 def refusal_response(status: int, detail: str, headers: dict[str, str] | None = None) -> bytes:
-    """A whole HTTP response that refuses, as RFC 9457 problem details, and ends the connection."""
+    """Return a complete HTTP response with RFC 9457 problem details that closes the connection."""
     phrase = HTTPStatus(status).phrase
     body = json.dumps(
         {"type": "about:blank", "title": phrase, "status": status, "detail": detail}

@@ -1,7 +1,7 @@
-"""uvicorn's HTTP protocol, with what a server on the open internet needs and it leaves out.
+"""uvicorn's HTTP protocol with the limits that a server on the open internet needs.
 
-- A whole request must arrive within a deadline, and its head within a size: uvicorn's httptools
-  protocol has neither limit, so a stranger could hold a socket, or memory, for ever.
+- A request must arrive within a deadline, and its head has a largest size. uvicorn's httptools
+  protocol has neither limit, so a client could occupy a socket or memory for ever.
 - WebSocket upgrades go to the gateway, which answers them itself.
 """
 
@@ -29,21 +29,21 @@ class HttpProtocol(HttpToolsProtocol):
         self.wheel_slot = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Start the deadline of the first request with the connection itself."""
+        """Start the deadline of the first request."""
         super().connection_made(transport)
         self._arm()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The deadline falls with the connection."""
+        """Cancel the deadline."""
         self._gateway.wheel.cancel(self)
         super().connection_lost(exc)
 
     def wake(self, now: float) -> None:  # noqa: ARG002 - the wheel's signature
-        """The request did not arrive in time."""
+        """Close the connection: the request did not arrive in time."""
         self._hang_up(408, "the request took too long to arrive")
 
     def data_received(self, data: bytes) -> None:
-        """Feed the parser, under the limits."""
+        """Feed the parser, within the limits."""
         if self.transport.is_closing():
             return
         self._unset_keepalive_if_required()
@@ -62,18 +62,18 @@ class HttpProtocol(HttpToolsProtocol):
     # --- the parser's calls -----------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
-        """A request begins."""
+        """Start the deadline of a request that begins."""
         super().on_message_begin()
         if not self.wheel_slot:
             self._arm()
 
     def on_headers_complete(self) -> None:
-        """The head is complete: its size is known."""
+        """Stop counting the bytes of the head."""
         self._in_head = False
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
-        """The request has arrived; how long its answer takes is ours to limit."""
+        """Cancel the deadline: the request has arrived, and the app limits the time to answer."""
         self._in_head, self._head_bytes = True, 0
         self._gateway.wheel.cancel(self)
         super().on_message_complete()
@@ -81,15 +81,15 @@ class HttpProtocol(HttpToolsProtocol):
     def _should_upgrade_to_ws(self) -> bool:
         return True
 
-    # --- what may come of it ----------------------------------------------------------------------
+    # --- upgrades and errors ----------------------------------------------------------------------
 
     def _upgrade(self, rest: bytes) -> None:
-        """Hand a WebSocket upgrade to the gateway; answer any other as if none was asked for."""
+        """Hand a WebSocket upgrade to the gateway. Ignore the request for any other upgrade."""
         if self._get_upgrade() != b"websocket":
             self.cycle.keep_alive = False  # RFC 9110, section 7.8: an upgrade may be ignored
             return
         if rest:
-            # RFC 6455, section 4.1: a client sends nothing before our answer.
+            # RFC 6455, section 4.1: a client sends nothing before the answer to its handshake.
             self._hang_up(400, "bytes before the handshake was answered")
             return
         request = UpgradeRequest(
@@ -98,7 +98,7 @@ class HttpProtocol(HttpToolsProtocol):
             headers=self.headers,
             peer=self.client[0] if self.client else "",
         )
-        self._arm()  # a key that must be fetched first does not take for ever
+        self._arm()  # the gateway may have to fetch a key first
         self._gateway.entrance.upgrade(self.transport, request, self._leave)
 
     def _leave(self) -> None:

@@ -17,7 +17,7 @@ from pokebridge.server.instance import Instance
 
 log = structlog.get_logger(__name__)
 
-_KEEP_ALIVE_S = 75  # longer than load balancers keep theirs, so that they close first
+_KEEP_ALIVE_S = 75  # longer than load balancers use, so that they close first
 _BACKLOG = 4096
 
 
@@ -51,22 +51,22 @@ def listen(host: str, port: int) -> socket.socket:
     """Listen on ``host`` and ``port``.
 
     Raises:
-        ConfigError: the address is taken, or is none of this machine's.
+        ConfigError: the address is in use, or does not belong to this machine.
     """
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=_BACKLOG)
     except OSError as error:
         raise ConfigError(
-            f"host, port: can't listen on {_url_host(host)}:{port} ({error.strerror})"
+            f"host, port: cannot listen on {_url_host(host)}:{port} ({error.strerror})"
         ) from None
 
 
 def own_url(advertise_url: str | None, listener: socket.socket, *, dev: bool) -> str:
     """Where clients reach this instance and no other; empty when that is unknown.
 
-    With ``dev`` it is the address itself. Elsewhere that address may be behind a proxy, where no
-    client can reach it.
+    With ``dev`` it is the listener's address. Otherwise that address may be behind a proxy, where
+    no client can reach it.
     """
     host, port = listener.getsockname()[:2]
     if advertise_url is None and dev and host not in {"0.0.0.0", "::"}:  # noqa: S104 - no bind
@@ -75,7 +75,7 @@ def own_url(advertise_url: str | None, listener: socket.socket, *, dev: bool) ->
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, stopped our way: sessions are drained first, and the exit status is 0."""
+    """uvicorn that drains the sessions before it stops, and exits with status 0."""
 
     def __init__(self, config: uvicorn.Config, instance: Instance) -> None:
         super().__init__(config)
@@ -83,7 +83,7 @@ class _Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Stop on SIGTERM and SIGINT, and do not raise them again afterwards."""
+        """Stop on SIGTERM and SIGINT, and do not raise them again."""
         loop = asyncio.get_running_loop()
         signals = (signal.SIGTERM, signal.SIGINT)
         for number in signals:
@@ -95,10 +95,10 @@ class _Server(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Tell where we listen, once we do."""
+        """Log the address, once the server listens."""
         await super().startup(sockets)
-        # What is there now stays. A full collection, of which there is one whenever sessions have
-        # grown by a quarter, would look through all of it, and hold up pokes for 0.1 s.
+        # The objects that exist now stay. A full collection, which runs whenever the number of
+        # objects has grown by a quarter, would visit all of them and delay pokes by 0.1 s.
         gc.collect()
         gc.freeze()
         for listener in sockets or []:
