@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from pokebridge.client import OnPoke, PokeClient, Policy, ReceivedMessage, core, opening, pulling
-from pokebridge.client.events import Closed, Connect, Pull, Pulled, Refused, Text, Tick
+from pokebridge.client.events import Closed, Connect, Pull, Pulled, PullFailed, Refused, Text, Tick
 from pokebridge.errors import ConfigError, ForbiddenError, InputError
 from tests.client.faulty_bridge import Bad, FaultyBridge
 from tests.support import CutProxy, wait_until
@@ -536,6 +536,44 @@ async def test_a_name_s_certificate_is_asked_for_at_each_address(
             async with PokeClient(url, "token", handler, tls=client_tls, on_event=seen.append):
                 await wait_until(lambda: any(isinstance(event, Closed) for event in seen))
     assert "CERTIFICATE_VERIFY_FAILED" in repr(seen)
+
+
+async def test_a_pull_that_nobody_answers_goes_to_the_next_address(
+    bridge: FaultyBridge, handler: Handler, names: Names, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first accepts and never answers."""
+    monkeypatch.setattr(opening, "UNANSWERED_S", 0.1)
+    monkeypatch.setattr(pulling, "PROGRESS_WITHIN_S", 1.0)
+    names("bridge.test", [MUTE, LIVE])
+    bridge.commit("a")
+    port = urlsplit(bridge.url).port or 0
+    with mute_listener(accepts=True, port=port):
+        url = f"http://bridge.test:{port}"
+        async with PokeClient(url, "token", handler, policy=QUICK):
+            await handler.has("a")
+    assert bridge.requests[0].host == f"bridge.test:{port}"
+
+
+async def test_a_pull_at_another_address_wants_the_name_s_certificate(
+    tmp_path: Path, handler: Handler, names: Names
+) -> None:
+    """The certificate is for localhost and 127.0.0.1, and the name asked for is another."""
+    files = make_certificates(tmp_path)
+    server_tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    server_tls.load_cert_chain(files.cert_file, files.key_file)
+    tls = ssl.create_default_context(cafile=str(files.ca_file))
+    names("localhost", [MUTE, LIVE])
+    names("other.test", [MUTE, LIVE])
+    async with FaultyBridge().run(server_tls) as bridge:
+        bridge.commit("a")
+        port = urlsplit(bridge.url).port or 0
+        for name, outcome in (("localhost", Pulled), ("other.test", PullFailed)):
+            puller = pulling.MailboxPuller(
+                f"https://{name}:{port}", handler, device="d", cursor=0, tls=tls
+            )
+            puller._unanswered = 1
+            assert isinstance(await puller.pull(0, "token"), outcome)
+            await puller.close()
 
 
 async def nothing(_: int) -> None:

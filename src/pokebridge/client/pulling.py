@@ -3,15 +3,18 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from datetime import datetime
 from http import HTTPStatus
 from ssl import SSLContext
 from typing import Any, Protocol
+from urllib.request import getproxies
 
 import httpx
 import msgspec
 
 from pokebridge.client.events import Pulled, PullFailed
+from pokebridge.engines.addresses import addresses_of
 
 # An answer may take as long as it needs, but each KiB of it must come within this time.
 PROGRESS_WITHIN_S = 10.0
@@ -19,6 +22,7 @@ PROGRESS_BYTES = 1024
 # Servers close an idle connection after 5 s. A pull must not be sent into a closed one.
 KEEPALIVE_S = 3.0
 PAGE_LIMIT = 50
+DEFAULT_PORTS = {"http": 80, "https": 443}
 # After an answer that did not come to its end, the next page is this much smaller.
 SMALLER_PAGE = 4
 
@@ -91,6 +95,8 @@ class MailboxPuller:
         self._device = device
         self._acked = cursor
         self._limit = PAGE_LIMIT
+        # How many requests got no answer.
+        self._unanswered = 0
         # The mailbox's head as of the last page that left nothing to pull: cursor and ETag.
         self._etag: tuple[int, str] | None = None
         self._http = httpx.AsyncClient(
@@ -175,12 +181,14 @@ class MailboxPuller:
         response = None
         try:
             async with asyncio.timeout(PROGRESS_WITHIN_S) as deadline:
+                await self._redirect(request)
                 response = await self._http.send(request, stream=True)
                 try:
                     body = await _read(response, deadline)
                 finally:
                     await response.aclose()
         except TimeoutError:
+            self._unanswered += response is None
             reason = f"{request.url} has stood still for {PROGRESS_WITHIN_S} s"
             raise _IncompleteError(reason) from None
         except httpx.HTTPError as error:
@@ -190,6 +198,20 @@ class MailboxPuller:
         if response.is_success or response.status_code == HTTPStatus.NOT_MODIFIED:
             return response, body
         raise _RequestError(f"{path} answered {response.status_code}", response)
+
+    async def _redirect(self, request: httpx.Request) -> None:
+        """After a request that was not answered, go to the next address of the server's name.
+
+        httpx tries them all, but is content with one that accepts the connection.
+        """
+        if not self._unanswered or getproxies():  # a proxy resolves the name
+            return
+        name, port = request.url.host, request.url.port or DEFAULT_PORTS[request.url.scheme]
+        with suppress(OSError):  # the request will fail in the same way
+            addresses = await addresses_of(name, port)
+            address = addresses[self._unanswered % len(addresses)]
+            request.url = request.url.copy_with(host=address)  # the header Host stays the name
+            request.extensions = {**request.extensions, "sni_hostname": name}
 
 
 async def _read(response: httpx.Response, deadline: asyncio.Timeout) -> bytes:
