@@ -227,6 +227,35 @@ async def test_a_file_that_is_gone(path: Path, suffix: str, is_replaced: bool) -
     await mailbox.close()
 
 
+async def test_a_link_that_leads_elsewhere(path: Path) -> None:
+    """A link is followed; a mailbox whose link was turned to another file is gone as well."""
+    link = path.with_name("link.db")
+    await send(path, 2)
+    link.symlink_to(path)
+    assert await send(link, 1) == 3
+    mailbox = await SqliteMailbox.open(link)
+    link.unlink()
+    shutil.copy2(path, path.with_name("other.db"))
+    link.symlink_to(path.with_name("other.db"))
+    with pytest.raises(MailboxError, match="replaced"):
+        await mailbox.append(message())
+    await mailbox.close()
+    assert await send(path, 1) == 4
+
+
+async def test_many_open_a_new_file_at_once(path: Path) -> None:
+    """The first generation begins at 1, however many processes begin it."""
+    processes = [
+        await asyncio.create_subprocess_exec(
+            sys.executable, APPENDER, path, f"urn:user:{number}", "5", stdout=PIPE
+        )
+        for number in range(4)
+    ]
+    outputs = [await process.communicate() for process in processes]
+    given = sorted(int(line) for output, _ in outputs for line in output.split())
+    assert given == list(range(1, 21))
+
+
 async def test_a_file_that_goes_during_a_commit(path: Path) -> None:
     """A commit into a file that was deleted meanwhile is not acknowledged."""
     mailbox = await SqliteMailbox.open(path)

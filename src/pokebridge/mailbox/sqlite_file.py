@@ -108,14 +108,14 @@ def open_file(path: Path, now_s: float) -> tuple[list[sqlite3.Connection], FileG
             connections = [
                 on_error.enter_context(closing(_connect(path))) for _ in range(1 + READERS)
             ]
-            side_file = SideFile(path)
+            side_file = SideFile(path.resolve())
             _bring_up_to_date(connections[0], path, side_file, now_s)
             connections[0].execute(
                 "PRAGMA busy_timeout = 0"
             )  # the worker pool waits for locks itself
             for connection in connections:
                 connection.execute("SELECT 1 FROM heads").fetchone()  # opens SQLite's log as well
-            _close_to_others(path)
+            _close_to_others(path.resolve())
             guard = FileGuard(path, side_file)
             on_error.pop_all()
             return connections, guard
@@ -182,10 +182,10 @@ def _bring_up_to_date(
         known, exists = side_file.read()
         if (reason := generation.why_new(db, known, exists=exists)) is not None:
             generation.begin(db, now_s)
+        side_file.write(generation.state_of(db))  # under the lock: another opens the file next
         db.execute("COMMIT")
         if reason is not None:
             log.warning("mailbox_generation_begun", path=str(path), reason=reason)
-        side_file.write(generation.state_of(db))
     finally:
         if db.in_transaction:
             db.execute("ROLLBACK")

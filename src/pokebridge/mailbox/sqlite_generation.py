@@ -30,9 +30,10 @@ TABLES: Final = (
     )""",
     "CREATE TABLE IF NOT EXISTS probe (one INTEGER PRIMARY KEY, body BLOB NOT NULL)",
 )
-# Between the time that a record names and the time that the file system gives it, whose clock may
-# be 10 ms behind. A copied or restored file has a later time, which no program can set back.
-TOLERANCE_NS: Final = 12_000_000
+# By how much the file system's time of a record may be later than the time that it names. A copied
+# or restored file has a later one, which no program can set back. An earlier one is right: the file
+# system's clock may be some ticks behind.
+TOLERANCE_NS: Final = 5_000_000
 WRITE_ATTEMPTS: Final = 20
 
 
@@ -149,4 +150,4 @@ def _write(file: int, state: State) -> None:
 
 def _is_from(file: int, at_ns: int) -> bool:
     """Whether the file was last changed then. Copies and restores change it later."""
-    return abs(os.fstat(file).st_ctime_ns - at_ns) < TOLERANCE_NS
+    return os.fstat(file).st_ctime_ns - at_ns < TOLERANCE_NS

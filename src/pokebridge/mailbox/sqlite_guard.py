@@ -13,7 +13,7 @@ from pokebridge.mailbox.sqlite_generation import SideFile, state_of
 from pokebridge.mailbox.sqlite_workers import Job, Outcome, result_code
 
 SUFFIXES: Final = ("", "-wal", "-shm")
-"""The files that SQLite keeps while a mailbox is open."""
+"""The files that SQLite keeps while a mailbox is open, beside the file that a link leads to."""
 _UNWRITABLE: Final = {
     sqlite3.SQLITE_CANTOPEN,
     sqlite3.SQLITE_CORRUPT,
@@ -45,7 +45,8 @@ class FileGuard:
         self.trouble: str | None = None
         self._path = path
         self._side_file = side_file
-        paths = [path.with_name(path.name + suffix) for suffix in SUFFIXES]
+        real = path.resolve()
+        paths = [path, *(real.with_name(real.name + suffix) for suffix in SUFFIXES)]
         self._identities = {it: found for it in paths if (found := _identity(it)) is not None}
         self._gone: str | None = None
         self._is_recorded = True
