@@ -219,7 +219,8 @@ async def test_a_gap_is_not_forgotten_when_its_subscription_retires() -> None:
     async with managing(Feed.ALL) as world:
         world.bus.deaf.add(Feed.ALL)  # and the transport has not reported it yet
         world.manager.want(FOR_BOB)
-        await wait_until(lambda: world.manager.settled)
+        await wait_until(lambda: world.missed)
+        assert world.manager.settled
         (affected,) = world.missed
         assert affected(BOB)
         assert affected(ALICE)
@@ -266,6 +267,24 @@ async def test_a_gap_of_untagged_signals_affects_everyone() -> None:
         await wait_until(lambda: world.missed)
         assert world.missed[0](BOB)
         assert world.missed[0](ALICE)
+
+
+async def test_a_gap_of_everything_wakes_everyone_at_one_pace() -> None:
+    """Each subscription is proven anew, and all sessions are woken together: once, not by shards.
+
+    To wake each shard's sessions by themselves would let all of them pull in the time of a few.
+    """
+    async with managing(BOBS, ALICES, Feed.UNTAGGED) as world:
+        probes = world.manager.probes
+        world.manager.report_gap("beacons of other instances did not arrive")
+        assert not world.manager.covers(BOB)
+        assert not world.manager.covers(ALICE)
+        await wait_until(lambda: world.missed)
+        (affected,) = world.missed
+        assert affected(BOB)
+        assert affected(ALICE)
+        assert world.manager.settled
+        assert (world.manager.gaps, world.manager.probes) == (1, probes + 3)
 
 
 async def test_a_failed_subscribe_is_tried_again() -> None:

@@ -47,6 +47,9 @@ class SubscriptionTiming:
     """The average pause between two probes of a subscription that does not deliver."""
     probes_per_s: float = 4.0
     """The limit for all subscriptions together. With many of them each is probed less often."""
+    wake_together_s: float = 0.1
+    """The sessions of subscriptions that are proven again within this time are woken together, so
+    that all of their pulls are spread as one."""
     retire_delay_s: float = 2.0
     """A subscription that is no longer needed stays open for this long, because signals may still
     be on their way through it."""
@@ -95,6 +98,9 @@ class SubscriptionManager:
         self._wanted: frozenset[Selection] = frozenset()
         self._managed: dict[Selection, _ManagedSubscription] = {}
         self._closing: set[asyncio.Task[None]] = set()
+        # What may have missed signals and is live again or replaced, until the timer runs out.
+        self._missed: set[Selection] = set()
+        self._waker: asyncio.TimerHandle | None = None
         self.own(frozenset())
 
     @property
@@ -165,6 +171,8 @@ class SubscriptionManager:
     async def close(self) -> None:
         """Close every subscription."""
         self._wanted = frozenset()
+        if self._waker is not None:
+            self._waker.cancel()
         open_ones, self._managed = list(self._managed.values()), {}
         await asyncio.gather(*(each.close() for each in open_ones), *self._closing)
 
@@ -186,12 +194,20 @@ class SubscriptionManager:
         self._step()
         self._on_live()
         if missed:
-            self._on_missed(self._affected_by(managed.selection))
+            self._wake_soon(managed.selection)
 
-    def _affected_by(self, selection: Selection) -> Callable[[str], bool]:
-        if isinstance(selection, Feed):  # a signal without a tag may be for any recipient
-            return lambda _: True
-        return lambda recipient: shard_of(recipient, self._shard_count) == selection
+    def _wake_soon(self, selection: Selection) -> None:
+        self._missed.add(selection)
+        if self._waker is None:
+            loop = asyncio.get_running_loop()
+            self._waker = loop.call_later(self.timing.wake_together_s, self._wake)
+
+    def _wake(self) -> None:
+        missed, self._missed, self._waker = self._missed, set(), None
+        if any(isinstance(selection, Feed) for selection in missed):
+            self._on_missed(lambda _: True)  # a signal without a tag may be for any recipient
+        else:
+            self._on_missed(lambda recipient: shard_of(recipient, self._shard_count) in missed)
 
     def _is_live(self, selection: Selection) -> bool:
         managed = self._managed.get(selection)
@@ -203,7 +219,7 @@ class SubscriptionManager:
             return False
         del self._managed[managed.selection]
         if managed.missed:
-            self._on_missed(self._affected_by(managed.selection))
+            self._wake_soon(managed.selection)
         task = run_once("subscription_close", managed.close())
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
