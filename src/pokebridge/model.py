@@ -15,6 +15,8 @@ from pokebridge.errors import InputError
 MAX_RECIPIENT_LENGTH = 256
 MAX_DEVICE_LENGTH = 128
 DEFAULT_DEVICE = "default"
+REVOCATIONS = "urn:pokebridge:revocations"
+"""The recipient whose messages are the revocations of tokens. Nobody may send to it."""
 # The largest integer that JSON carries safely through JavaScript (RFC 8259, section 6).
 MAX_VERSION = 2**53 - 1
 

@@ -15,9 +15,9 @@ from typing import Final, Protocol, Self
 
 import structlog
 
-from pokebridge.errors import MailboxFullError
+from pokebridge.errors import InputError, MailboxFullError
 from pokebridge.mailbox.base import Mailbox
-from pokebridge.model import NewMessage, Poke, Receipt, check_recipient
+from pokebridge.model import REVOCATIONS, NewMessage, Poke, Receipt, check_recipient
 from pokebridge.supervisor import Attempts, Part, keep_doing, supervise
 
 # Pokes in one publish, one confirmation and one step of a sweep.
@@ -112,11 +112,12 @@ class Processor:
         """Commit ``message``. Its poke is published in the background; a duplicate gets none.
 
         Raises:
-            InputError: the recipient is invalid.
+            InputError: the recipient is invalid or reserved.
             MailboxFullError: the recipient's mailbox has no room for the message.
             MailboxError: the mailbox can't commit the message now.
         """
-        check_recipient(message.recipient)
+        if check_recipient(message.recipient) == REVOCATIONS:
+            raise InputError(f"{REVOCATIONS} is reserved")
         try:
             receipt = await self._mailbox.append(message)
         except MailboxFullError:

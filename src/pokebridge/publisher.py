@@ -128,15 +128,21 @@ class Publisher(_PokeCalls):
         _check(pokes)
         await self._send(pokes)
 
-    async def disconnect(self, recipient: str) -> None:
+    async def disconnect(
+        self, recipient: str, *, at_ms: int | None = None, until_ms: int | None = None
+    ) -> None:
         """Close every session of ``recipient`` with 4401, on every instance.
+
+        With ``until_ms`` the instances that hear it also refuse, until then, the tokens of
+        ``recipient`` that were issued before ``at_ms``. Both are Unix times in milliseconds.
 
         Raises:
             InputError: ``recipient`` is invalid.
             TransportError: the signal was not accepted.
         """
         shard = shard_of(check_recipient(recipient), self._shard_count)
-        await self._transport.publish([Signal(encode_disconnect(recipient), shard)])
+        body = encode_disconnect(recipient, at_ms=at_ms, until_ms=until_ms)
+        await self._transport.publish([Signal(body, shard)])
 
     async def _send(self, pokes: Sequence[Poke]) -> None:
         by_shard: dict[int, list[Poke]] = defaultdict(list)

@@ -264,6 +264,9 @@ class Settings(BaseModel):
     jwt_audience: str | None = None
     """Required value of a token's `aud` claim. Set it when you set jwks_url. Otherwise tokens that
     the issuer made for other services are accepted too."""
+    revoke_for_s: _Seconds = 30 * 24 * 3600
+    """Seconds for which a revocation of tokens lasts (DELETE /v1/sessions/{recipient}?revoke=true).
+    Set it to the lifetime of your longest-lived tokens, or longer. The default is 30 days."""
     allowed_origins: Annotated[
         tuple[Annotated[str, AfterValidator(_check_origin)], ...], BeforeValidator(_split)
     ] = Field(default_factory=lambda given: ("*",) if given.get("dev") else ())

@@ -87,6 +87,9 @@ class TokenVerifier:
     ) -> None:
         self._secrets = [_secret_key(s) for s in (secret, previous_secret) if s is not None]
         self._key_set = _KeySet(jwks_url, clock) if jwks_url is not None else None
+        self.refuses: Callable[[str, float | None], bool] = lambda _subject, _issued_at: False
+        """Whether a token of this subject, issued at this time (Unix seconds) or at an unknown one,
+        was revoked."""
         self._issuer = issuer
         self._audience = audience
         if jwks_url is not None and audience is None:
@@ -107,7 +110,7 @@ class TokenVerifier:
         try:
             for key in self._keys_for(token):
                 with suppress(jwt.InvalidSignatureError):
-                    return _claims(self._decode(token, key))
+                    return self._claims(self._decode(token, key))
         except jwt.PyJWTError as error:
             raise AuthError(f"the token is not valid: {error}") from None
         raise AuthError("the token's signature is not valid")
@@ -139,6 +142,14 @@ class TokenVerifier:
         """Cancel a fetch that is under way and close the HTTP client. Idempotent."""
         if self._key_set is not None:
             await self._key_set.close()
+
+    def _claims(self, payload: dict[str, Any]) -> Claims:
+        claims = _claims(payload)
+        issued_at = payload.get("iat")
+        is_time = isinstance(issued_at, int | float) and not isinstance(issued_at, bool)
+        if self.refuses(claims.subject, issued_at if is_time else None):
+            raise AuthError("the token was revoked")
+        return claims
 
     def _keys_for(self, token: str) -> Sequence[jwt.PyJWK]:
         if self._key_set is None:

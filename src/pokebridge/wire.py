@@ -20,9 +20,17 @@ CONNECT_PATH = "/v1/connect"
 
 
 class Disconnect(NamedTuple):
-    """The signal that closes a recipient's sessions with 4401."""
+    """The signal that closes a recipient's sessions with 4401.
+
+    One that ``is_repeated`` is for instances that may have missed the first. It leaves the sessions
+    open that began after ``at_ms``. With ``until_ms``, tokens of the recipient that were issued
+    before ``at_ms`` are refused until then. Both are Unix times in milliseconds.
+    """
 
     recipient: str
+    at_ms: int | None = None
+    until_ms: int | None = None
+    is_repeated: bool = False
 
 
 class Probe(NamedTuple):
@@ -75,6 +83,9 @@ class _Body(msgspec.Struct, gc=False):
     pokes: list[Poke] | None = None
     id: str | None = None
     beacon: Beacon | None = None
+    at_ms: int | None = None
+    until_ms: int | None = None
+    repeated: bool = False
 
 
 _decode_body = msgspec.json.Decoder(_Body).decode
@@ -105,7 +116,7 @@ def decode_signal(body: bytes) -> Sequence[Poke] | Disconnect | Probe | Beacon:
             return fields.pokes
         raise SignalError("a poke signal must have either a recipient or pokes")
     if fields.type == "disconnect" and fields.recipient is not None:
-        return Disconnect(fields.recipient)
+        return Disconnect(fields.recipient, fields.at_ms, fields.until_ms, fields.repeated)
     if fields.type == "probe" and fields.id is not None:
         return fields.beacon or Probe(fields.id)
     raise SignalError(
@@ -126,10 +137,20 @@ def _without_none(poke: Poke) -> dict[str, Any]:
     return {"recipient": poke.recipient, "version": poke.version}
 
 
-def encode_disconnect(recipient: str) -> bytes:
-    """Return the signal body that closes every session of ``recipient``, on every instance."""
-    return _encode_json({"type": "disconnect", "recipient": recipient})
+def encode_disconnect(recipient: str, **more: Any) -> bytes:
+    """Return the signal body that closes every session of ``recipient``, on every instance.
 
+    ``more`` are the other fields of :class:`Disconnect`.
+    """
+    wanted = Disconnect(recipient, **more)
+    fields = {"at_ms": wanted.at_ms, "until_ms": wanted.until_ms}
+    body: dict[str, Any] = {"type": "disconnect", "recipient": recipient}
+    body |= {name: value for name, value in fields.items() if value is not None}
+    return _encode_json(body | ({"repeated": True} if wanted.is_repeated else {}))
+
+
+MISSED = "missed:"
+"""A probe whose id begins so asks for the recent disconnects. Earlier releases drop it."""
 
 _PROBE_START = b'{"type":"probe",'
 

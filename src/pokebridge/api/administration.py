@@ -1,6 +1,6 @@
 """The calls about sessions and the cluster."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import asdict
 from http import HTTPStatus
 from typing import Protocol
@@ -8,7 +8,7 @@ from typing import Protocol
 from fastapi import Request, Response
 
 from pokebridge.api import schema
-from pokebridge.api.exchange import authorize, body_reader, json_response
+from pokebridge.api.exchange import authorize, body_reader, json_response, read_query
 from pokebridge.api.openapi import Api
 from pokebridge.api.pokes import Signaller
 from pokebridge.api.problems import problem
@@ -16,6 +16,7 @@ from pokebridge.cluster.history import HistoryEntry
 from pokebridge.cluster.load import ClusterStatus, InstanceStatus
 from pokebridge.cluster.node import Home
 from pokebridge.cluster.watchers import Watchers
+from pokebridge.errors import NotFoundError
 from pokebridge.gateway.handshake import Network, is_trusted
 from pokebridge.model import Mode, check_recipient
 from pokebridge.submission import Recipient
@@ -52,11 +53,13 @@ class SessionCalls:
         cluster: ClusterControl,
         signaller: Signaller,
         trusted_proxies: Sequence[Network],
+        revoke: Callable[[str], Awaitable[None]] | None,
     ) -> None:
         self._verifier = verifier
         self._cluster = cluster
         self._signaller = signaller
         self._trusted_proxies = trusted_proxies
+        self._revoke = revoke
 
     async def connect(self, _: Request) -> Response:
         """GET /v1/connect without a WebSocket handshake: the gateway answers those with one."""
@@ -84,7 +87,13 @@ class SessionCalls:
     async def disconnect(self, request: Request) -> Response:
         """DELETE /v1/sessions/{recipient}."""
         await authorize(self._verifier, request, "admin")
-        await self._signaller.disconnect(check_recipient(request.path_params["recipient"]))
+        recipient = check_recipient(request.path_params["recipient"])
+        if not read_query(request, schema.DisconnectQuery).revoke:
+            await self._signaller.disconnect(recipient)
+        elif self._revoke is None:
+            raise NotFoundError("this instance can't revoke tokens")
+        else:
+            await self._revoke(recipient)
         return Response(status_code=HTTPStatus.NO_CONTENT)
 
     def add_to(self, app: Api) -> None:
@@ -104,6 +113,7 @@ class SessionCalls:
             self.disconnect,
             "Close every session of a recipient",
             scope="admin",
+            query=schema.DisconnectQuery,
             path_types={"recipient": Recipient},
             answers={204: "They close with 4401."},
             problems=[404, 422],

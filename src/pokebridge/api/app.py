@@ -72,6 +72,8 @@ class Parts:
     """Origins that may call from a browser; ``"*"`` allows any."""
     trusted_proxies: Sequence[Network] = ()
     """Proxies whose ``X-Forwarded-Proto`` is believed."""
+    revoke: Callable[[str], Awaitable[None]] | None = None
+    """Closes a recipient's sessions and revokes its tokens. ``None``: that is not offered."""
     sign_dev_token: SignToken | None = None
     """Makes a token for anybody who asks. Given with ``--dev`` only."""
 
@@ -101,7 +103,9 @@ def _add_calls(app: Api, parts: Parts) -> None:
     PokeCalls(parts.verifier, parts.signaller).add_to(app)
     if parts.mailbox is not None:
         MessageCalls(parts.verifier, parts.mailbox).add_to(app)
-    SessionCalls(parts.verifier, parts.cluster, parts.signaller, parts.trusted_proxies).add_to(app)
+    SessionCalls(
+        parts.verifier, parts.cluster, parts.signaller, parts.trusted_proxies, parts.revoke
+    ).add_to(app)
     ClusterCalls(parts.verifier, parts.cluster, parts.watchers).add_to(app)
 
 

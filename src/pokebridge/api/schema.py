@@ -95,6 +95,18 @@ class Pulled(Struct):
     more: bool
 
 
+class DisconnectQuery(Struct):
+    """Whether the recipient's tokens are revoked as well."""
+
+    revoke: Annotated[
+        bool,
+        Meta(
+            description="Also refuse, everywhere, the recipient's tokens that were issued before"
+            " now (`revoke_for_s`)."
+        ),
+    ] = False
+
+
 class AckQuery(Struct):
     """The device that acks."""
 

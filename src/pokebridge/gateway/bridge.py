@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 from pokebridge.errors import SignalError
 from pokebridge.gateway.connection import Connection
+from pokebridge.gateway.disconnects import SLACK_S, Disconnects
 from pokebridge.gateway.meter import SAMPLE_EVERY, Meter, Traffic
 from pokebridge.gateway.session_map import SessionMap
 from pokebridge.model import Poke
-from pokebridge.wire import Beacon, Disconnect, Probe, decode_signal, poke_frame
+from pokebridge.wire import MISSED, Beacon, Disconnect, Probe, decode_signal, poke_frame
 
 _WAKE_BATCH = 500  # sessions poked between two turns of the loop
 
@@ -43,6 +44,10 @@ class Bridge:
         self.counters = BridgeCounters()
         self.on_beacon: Callable[[Beacon], None] = lambda _: None
         """Called with each beacon, this instance's own ones included."""
+        self.disconnects = Disconnects()
+        """The recent disconnects, and the revocations in force."""
+        self.on_asked: Callable[[], None] = lambda: None
+        """Called when an instance asks for the recent disconnects."""
 
     def on_signal(self, body: bytes) -> None:
         """Take a signal. A body that is not a signal is counted and dropped."""
@@ -77,14 +82,27 @@ class Bridge:
             self.counters.malformed += 1
             return
         if isinstance(content, Disconnect):
-            for connection in self._sessions.find(content.recipient):
-                connection.close(4401, "disconnected by an administrator")
+            self.disconnect(content)
         elif isinstance(content, Beacon):
             self.on_beacon(content)
-        elif not isinstance(content, Probe):
+        elif isinstance(content, Probe):
+            if content.id.startswith(MISSED):
+                self.on_asked()
+        else:
             self.counters.pokes += len(content)
             for poke in content:
                 self.handle_poke(poke)
+
+    def disconnect(self, disconnect: Disconnect) -> None:
+        """Close the recipient's sessions here, and keep ``disconnect`` for who has missed it."""
+        now_s = time.time()
+        at_ms = int(now_s * 1000) if disconnect.at_ms is None else disconnect.at_ms
+        is_new = self.disconnects.note(disconnect._replace(at_ms=at_ms), now_s)
+        if disconnect.is_repeated and not is_new:
+            return
+        for connection in self._sessions.find(disconnect.recipient):
+            if not disconnect.is_repeated or connection.began_at < at_ms / 1000 + SLACK_S:
+                connection.close(4401, "disconnected by an administrator")
 
     def handle_poke(self, poke: Poke) -> None:
         """Route ``poke`` to its recipient's sessions here, or drop it."""

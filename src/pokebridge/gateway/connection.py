@@ -8,6 +8,7 @@ bytes are pending, and a poke goes to the kernel in the call that brings it.
 import asyncio
 import contextlib
 import socket
+import time
 from typing import Protocol
 
 import structlog
@@ -69,6 +70,7 @@ class Connection(asyncio.Protocol):
         "_socket",
         "_transport",
         "address",
+        "began_at",
         "session",
         "wheel_slot",
     )
@@ -79,6 +81,8 @@ class Connection(asyncio.Protocol):
         self.session = session
         self.address = address
         """The client's address, which the session counts against."""
+        self.began_at = time.time()
+        """When the session began, in Unix seconds."""
         self.wheel_slot = 0
         """A note of the wheel's; see :class:`~pokebridge.gateway.wheel.Timed`."""
         self._host = host

@@ -21,6 +21,7 @@ from pokebridge.gateway.config import GatewayConfig
 from pokebridge.gateway.connection import Connection
 from pokebridge.gateway.entrance import Entrance, Verifier
 from pokebridge.gateway.handshake import Handshake
+from pokebridge.gateway.recall import Recall
 from pokebridge.gateway.session_map import SessionMap
 from pokebridge.gateway.shard_routing import Reach, ShardRouting
 from pokebridge.gateway.subscriptions import SubscriptionManager
@@ -66,9 +67,10 @@ class Gateway:
             shard_count=config.shard_count,
             timing=config.subscription_timing,
             on_live=self._open_waiting,
-            on_missed=self._wake,
+            on_missed=self._on_missed,
         )
         """Has the transport deliver the signals for the sessions."""
+        self._recall = Recall(transport, self.bridge, config, self._supervise)
         self.shard_routing = ShardRouting(
             config.instance,
             ShardMap(0, config.mode, (None,) * config.shard_count),
@@ -281,6 +283,11 @@ class Gateway:
             self._open(connection)
         if len(opened) == at_once and self._loop is not None:
             self._opener = self._loop.call_later(_READY_EVERY_S, self._open_next)
+
+    def _on_missed(self, concerns: Callable[[str], bool]) -> None:
+        """Make up for what may have been lost in a gap: pokes, and disconnects."""
+        self._wake(concerns)
+        self._recall.on_missed()
 
     def _wake(self, concerns: Callable[[str], bool]) -> None:
         self._supervise("wake", partial(self.bridge.wake, concerns, self.pulls_per_s))

@@ -5,6 +5,7 @@ declared, documented and checked in ``settings.py``, and handed here to the part
 """
 
 import resource
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from math import inf
@@ -20,6 +21,7 @@ from pokebridge.gateway.config import GatewayConfig
 from pokebridge.gateway.gateway import Gateway
 from pokebridge.ingress.base import Source
 from pokebridge.ingress.ingress import Ingress
+from pokebridge.mailbox.base import Mailbox
 from pokebridge.mailbox.devices import KnownDevices
 from pokebridge.mailbox.pushes import PushQueue, pushes_of
 from pokebridge.model import NewMessage, Poke, Receipt
@@ -29,6 +31,7 @@ from pokebridge.red_line import MIGRATE_RULES
 from pokebridge.server import uvicorn_server
 from pokebridge.server.from_settings import Adapters, check, open_adapters, token_signer
 from pokebridge.server.instance import Instance, Parts
+from pokebridge.server.revocations import Revocations
 from pokebridge.session import Timing
 from pokebridge.settings import Settings
 from pokebridge.submission import read_queued
@@ -111,6 +114,7 @@ def assemble(settings: Settings, opened: Adapters, *, url: str = "") -> Instance
             processor=processor,
             send=send,
             signaller=signaller,
+            revocations=_revocations(settings, mailbox, publisher, gateway, verifier),
             requests=requests,
             devices=None if mailbox is None else KnownDevices(mailbox),
             pulls=None if queue is None else Pulls(queue),
@@ -125,6 +129,20 @@ def assemble(settings: Settings, opened: Adapters, *, url: str = "") -> Instance
         )
     )
     return instance
+
+
+def _revocations(
+    settings: Settings,
+    mailbox: Mailbox | None,
+    publisher: Publisher,
+    gateway: Gateway,
+    verifier: TokenVerifier,
+) -> Revocations:
+    bridge = gateway.bridge
+    verifier.refuses = lambda recipient, issued_at: bridge.disconnects.refuses(
+        recipient, issued_at, time.time()
+    )
+    return Revocations(mailbox, publisher, bridge.disconnect, settings.revoke_for_s)
 
 
 def _ingress(source: Source | None, send: _Send | None) -> Ingress | None:

@@ -34,6 +34,7 @@ from pokebridge.model import DEFAULT_DEVICE, NewMessage, Receipt
 from pokebridge.processor import Processor
 from pokebridge.publisher import Publisher
 from pokebridge.server.capacity import PullCapacity
+from pokebridge.server.revocations import Revocations
 from pokebridge.supervisor import failing_tasks, run_once, supervise, task_failures
 from pokebridge.telemetry import Metric
 from pokebridge.tokens import SignToken, TokenVerifier
@@ -62,6 +63,7 @@ class Parts:
         processor: commits messages and pokes their recipients; ``None`` without a mailbox.
         send: sends a message through the processor; ``None`` without a mailbox.
         signaller: publishes pokes for the API.
+        revocations: revokes tokens, and follows what others revoke.
         requests: how long requests take.
         devices: the devices that messages wait for; ``None`` without a mailbox.
         pulls: cancels pushes when a recipient pulls; ``None`` where no push is ever owed.
@@ -87,6 +89,7 @@ class Parts:
     processor: Processor | None
     send: Callable[[NewMessage], Awaitable[Receipt]] | None
     signaller: Signaller
+    revocations: Revocations
     requests: RequestDurations
     devices: KnownDevices | None
     pulls: Pulls | None
@@ -144,6 +147,7 @@ class Instance:
                 middleware=[] if parts.tracing is None else [parts.tracing.middleware],
                 allowed_origins=parts.allowed_origins,
                 trusted_proxies=parts.trusted_proxies,
+                revoke=parts.revocations.revoke,
                 sign_dev_token=parts.sign_dev_token,
             )
         )
@@ -159,6 +163,7 @@ class Instance:
             ConfigError: the cluster has another number of shards.
         """
         parts = self.parts
+        await parts.revocations.start()
         await parts.gateway.start(serves="gateway" in parts.roles)
         await parts.cluster.start()
         for part in (parts.processor, parts.pulls, parts.pusher, parts.ingress):
@@ -210,6 +215,7 @@ class Instance:
             parts.pulls,
             parts.processor,
             parts.devices,
+            parts.revocations,
             parts.publisher,
             parts.cluster,
             parts.gateway,
