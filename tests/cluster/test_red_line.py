@@ -128,17 +128,16 @@ async def test_the_load_is_measured_and_acted_on(
         assert bool(over) == (await _traffic(http))["over_red_line"]
 
 
-async def test_all_who_tell_of_the_load_agree(nats_server: Daemon, serve: Serve) -> None:
+async def test_all_who_tell_of_the_load_agree(own_nats_server: Daemon, serve: Serve) -> None:
     """Over the line the log, the metrics, the API, ``cluster status`` and ``plan`` say the same.
 
     The console shows what the API says (tests/console).
     """
     instances = {
         name: serve(
-            transport=nats_server.url,
-            coordination=nats_server.url,
+            transport=own_nats_server.url,
+            coordination=own_nats_server.url,
             mailbox="memory://",
-            cluster="agreed",
             instance=name,
             red_line_ops_per_s=MIDDLE_PER_S,
         )
@@ -147,7 +146,7 @@ async def test_all_who_tell_of_the_load_agree(nats_server: Daemon, serve: Serve)
     one = instances["one"]
     async with (
         asyncio.timeout(150),
-        _load(nats_server.url) as load,
+        _load(own_nats_server.url) as load,
         one.async_http("urn:admin", "admin") as http,
     ):
         await wait_until(lambda: _says(instances, "red_line_crossed"), FOLLOWS_WITHIN_S)

@@ -216,16 +216,19 @@ class Beacons:
         return "beacons of other instances did not arrive"
 
     def _note_silence(self, now: float) -> None:
+        new: list[str] = []
         for key, peer in list(self._peers.items()):
             away_s = now - peer.heard_at
             every_s = max(peer.beacon.every_s, self.every_s)
             was_silent, peer.silent = peer.silent, away_s > SILENT_AFTER * every_s
             is_member = self.members is not None and peer.beacon.sender in self.members
             if peer.silent and not was_silent and is_member:
-                log.warning("peer_silent", peer=peer.beacon.sender, away_s=round(away_s, 1))
+                new.append(peer.beacon.sender)
             is_over = peer.beacon.last and away_s > REORDER_S
             if is_over or (away_s > max(FORGET_S, 2 * SILENT_AFTER * every_s) and not is_member):
                 del self._peers[key]
+        if new:  # one line: when this instance is cut off, it is all of them
+            log.warning("peers_silent", count=len(new), peer=new[0])
 
     @property
     def heard(self) -> int:
