@@ -10,6 +10,7 @@ from websockets.frames import Opcode as TheirOpcode
 
 from pokebridge.errors import FrameError
 from pokebridge.framing import (
+    MAX_FRAMES_PER_MESSAGE,
     MAX_MESSAGE_BYTES,
     FrameEvent,
     FrameParser,
@@ -25,12 +26,12 @@ def client_frame(opcode: int, payload: bytes, *, fin: bool = True) -> bytes:
     return Frame(TheirOpcode(opcode), payload, fin).serialize(mask=True)
 
 
-def feed_bytewise(data: bytes) -> int | None:
-    """Feed one byte at a time; the close code of the error that ends it, if one does."""
+def feed_in_chunks(data: bytes, chunk_bytes: int) -> int | None:
+    """Feed ``data`` in chunks; the close code of the error that ends it, if one does."""
     parser = FrameParser()
     try:
-        for byte in data:
-            parser.feed(bytes([byte]))
+        for start in range(0, len(data), chunk_bytes):
+            parser.feed(data[start : start + chunk_bytes])
     except FrameError as error:
         return error.close_code
     return None
@@ -75,8 +76,8 @@ def test_any_split_of_valid_bytes_means_the_same(
 @given(st.binary(max_size=300))
 def test_garbage_never_does_worse_than_a_frame_error(garbage: bytes) -> None:
     """Whatever bytes come, the parser returns events, waits, or raises FrameError with a code."""
-    code = feed_bytewise(garbage)
-    assert code in {None, 1002, 1003, 1007, 1009}
+    code = feed_in_chunks(garbage, 1)
+    assert code in {None, 1002, 1003, 1007, 1008, 1009}
 
 
 MASK = b"\x00\x00\x00\x00"
@@ -122,7 +123,7 @@ def test_each_broken_rule_has_its_close_code(data: bytes, code: int) -> None:
 @pytest.mark.parametrize(("data", "code"), BROKEN.values(), ids=BROKEN.keys())
 def test_each_broken_rule_is_seen_byte_by_byte_too(data: bytes, code: int) -> None:
     """The same when the bytes trickle in one at a time."""
-    assert feed_bytewise(data) == code
+    assert feed_in_chunks(data, 1) == code
 
 
 def test_an_oversize_message_is_refused_by_its_header() -> None:
@@ -137,6 +138,36 @@ def test_a_message_of_exactly_the_limit_passes() -> None:
     assert FrameParser().feed(client_frame(1, payload)) == [FrameEvent(Opcode.TEXT, payload)]
     pieces = client_frame(1, payload[:1000], fin=False) + client_frame(0, payload[1000:])
     assert FrameParser().feed(pieces) == [FrameEvent(Opcode.TEXT, payload)]
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 6, 7, 100_000])
+@pytest.mark.parametrize(
+    "between",
+    [client_frame(0, b"", fin=False), client_frame(0, b"x", fin=False), client_frame(9, b"")],
+    ids=["empty fragments", "fragments of a byte", "pings"],
+)
+def test_a_message_of_endless_frames_is_refused(between: bytes, chunk_bytes: int) -> None:
+    """However a message is drawn out, and however TCP cuts it, its frames are bounded."""
+    stream = client_frame(1, b"x", fin=False) + between * MAX_FRAMES_PER_MESSAGE
+    assert feed_in_chunks(stream, chunk_bytes) == 1008
+
+
+def test_each_frame_is_counted() -> None:
+    """Fragments and control frames count like messages, and the first one too many ends it."""
+    counted = []
+
+    def count() -> bool:
+        counted.append(1)
+        return len(counted) <= 4
+
+    frames = [client_frame(1, b"{", fin=False), client_frame(9, b""), client_frame(0, b"}")]
+    parser = FrameParser()
+    assert len(parser.feed(b"".join(frames), count)) == 2
+    assert len(counted) == 3
+    with pytest.raises(FrameError) as error:
+        parser.feed(b"".join(frames), count)
+    assert error.value.close_code == 1008
+    assert len(counted) == 5
 
 
 def test_a_parser_is_idle_only_between_messages() -> None:

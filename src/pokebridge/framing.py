@@ -5,6 +5,7 @@ which is the usual case, has none.
 """
 
 import struct
+from collections.abc import Callable
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -12,6 +13,8 @@ from pokebridge.errors import FrameError
 
 MAX_MESSAGE_BYTES = 4096
 MAX_CONTROL_BYTES = 125  # RFC 6455, section 5.5
+MAX_FRAMES_PER_MESSAGE = 128
+"""The most frames from the first fragment of a message to its last, control frames included."""
 
 _FIN = 0x80
 _RESERVED_BITS = 0x70
@@ -79,21 +82,31 @@ def check_utf8(payload: bytes) -> None:
 
 
 class FrameParser:
-    """Turns the bytes of one client into events, and raises at the first broken rule."""
+    """Turns the bytes of one client into events, and raises at the first broken rule.
 
-    __slots__ = ("_buffer", "_fragments")
+    The work is linear in the bytes that are fed, however they are cut into frames and chunks.
+    """
+
+    __slots__ = ("_buffer", "_fragments", "_frames")
 
     def __init__(self) -> None:
-        self._buffer = b""
+        # The beginning of a frame that is incomplete.
+        self._buffer = bytearray()
+        # The payload of a message whose last fragment is still to come ...
         self._fragments: bytearray | None = None
+        # ... and the frames since its first one.
+        self._frames = 0
 
     @property
     def idle(self) -> bool:
         """Whether nothing is pending, so that the parser may be dropped."""
         return not self._buffer and self._fragments is None
 
-    def feed(self, data: bytes) -> list[FrameEvent]:
+    def feed(self, data: bytes, count: Callable[[], bool] = lambda: True) -> list[FrameEvent]:
         """Return the events that ``data`` completes.
+
+        ``count`` is called for each frame, whether it completes an event or not. It returns whether
+        the peer may send one more.
 
         Raises:
             FrameError: a rule is broken. Events earlier in ``data`` are lost too, because the
@@ -101,29 +114,34 @@ class FrameParser:
         """
         self._buffer += data
         events = []
-        while (frame := self._next_frame()) is not None:
-            event = self._take(*frame)
+        start = 0
+        while (frame := self._frame_at(start)) is not None:
+            if not count():
+                raise FrameError(1008, "too many frames")
+            final, opcode, payload, start = frame
+            event = self._take(final, opcode, payload)
             if event is not None:
                 events.append(event)
+        del self._buffer[:start]  # once for all frames, as each time moves the rest
         return events
 
-    def _next_frame(self) -> tuple[bool, Opcode, bytes] | None:
-        """Take one frame from the buffer: (final, opcode, payload), or ``None`` if incomplete.
+    def _frame_at(self, start: int) -> tuple[bool, Opcode, bytes, int] | None:
+        """Return the frame at ``start``: (final, opcode, payload, end), or ``None`` if incomplete.
 
         Rules are checked as early as the bytes allow, so that an oversize frame is never buffered.
         """
         buffer = self._buffer
-        if len(buffer) < 2:
+        if len(buffer) < start + 2:
             return None
-        first, second = buffer[0], buffer[1]
+        first, second = buffer[start], buffer[start + 1]
         final = bool(first & _FIN)
         opcode = self._check_header(first, second, final=final)
         size = second & 0x7F
-        offset = 2
+        offset = start + 2
         if size == 126:
-            if len(buffer) < 4:
+            if len(buffer) < start + 4:
                 return None
-            size, offset = int.from_bytes(buffer[2:4], "big"), 4
+            size, offset = int.from_bytes(buffer[offset : offset + 2], "big"), start + 4
             if size < 126:
                 raise FrameError(1002, "the length must be in its shortest form")
         elif size == 127:
@@ -133,8 +151,7 @@ class FrameParser:
         end = offset + 4 + size
         if len(buffer) < end:
             return None
-        self._buffer = buffer[end:]
-        return final, opcode, _unmask(buffer[offset + 4 : end], buffer[offset : offset + 4])
+        return final, opcode, _unmask(buffer[offset + 4 : end], buffer[offset : offset + 4]), end
 
     def _check_header(self, first: int, second: int, *, final: bool) -> Opcode:
         """Check the first two bytes by RFC 6455, sections 5.2 to 5.5, and return the opcode."""
@@ -159,6 +176,9 @@ class FrameParser:
 
     def _take(self, final: bool, opcode: Opcode, payload: bytes) -> FrameEvent | None:  # noqa: FBT001 - a frame's own fields, in order
         """Add a frame to what is pending, and return the event that it completes, if any."""
+        self._frames = 0 if self._fragments is None else self._frames + 1
+        if self._frames >= MAX_FRAMES_PER_MESSAGE:
+            raise FrameError(1008, f"a message has at most {MAX_FRAMES_PER_MESSAGE} frames")
         if opcode >= Opcode.CLOSE:
             return FrameEvent(opcode, payload)
         if self._fragments is None:
@@ -176,7 +196,7 @@ class FrameParser:
         return FrameEvent(Opcode.TEXT, message)
 
 
-def _unmask(payload: bytes, mask: bytes) -> bytes:
+def _unmask(payload: bytearray, mask: bytearray) -> bytes:
     """XOR with the repeated mask (RFC 6455, section 5.3), as one wide integer operation."""
     size = len(payload)
     key = (mask * (size // 4 + 1))[:size]

@@ -256,5 +256,5 @@ def decode_client_message(text: bytes) -> Ping | Auth:
     """
     try:
         return _decode_client_message(text)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):  # the latter when it is nested too deeply
         raise FrameError(1008, "not a client message of pokebridge.v1") from None

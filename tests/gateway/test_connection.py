@@ -7,7 +7,7 @@ from collections.abc import Callable
 from ipaddress import ip_network
 
 import pytest
-from websockets.frames import Opcode
+from websockets.frames import Frame, Opcode
 
 from pokebridge.gateway.connection import Connection
 from pokebridge.model import Poke
@@ -419,8 +419,21 @@ async def test_json_ping_is_answered() -> None:
         assert await client.message() == {"type": "pong"}
 
 
+def client_text(payload: bytes) -> bytes:
+    """A masked text frame."""
+    return Frame(Opcode.TEXT, payload).serialize(mask=True)
+
+
 BAD_FRAMES = {
     "not JSON": (b"\x81\x84\0\0\0\0ping", 1008),
+    "nested deeply": (client_text(b'{"type":"ping","x":' + b"[" * 2000 + b"]" * 2000 + b"}"), 1008),
+    "empty fragments without end": (b"\x01\x80\0\0\0\0" + b"\x00\x80\0\0\0\0" * 2000, 1008),
+    "fragments of a byte": (b"\x01\x81\0\0\0\0x" + b"\x00\x81\0\0\0\0x" * 2000, 1008),
+    "pings between fragments": (
+        b"\x01\x81\0\0\0\0x" + b"\x89\x80\0\0\0\0\x00\x80\0\0\0\0" * 2000,
+        1008,
+    ),
+    "pongs without end": (b"\x8a\x80\0\0\0\0" * 3000, 1008),
     "unknown type": (b"\x81\x8f\0\0\0\0" + b'{"type":"poke"}', 1008),
     "unmasked": (b"\x81\x02{}", 1002),
     "reserved bit": (b"\xc1\x82\0\0\0\0{}", 1002),
@@ -469,6 +482,17 @@ async def test_a_chatterbox_is_closed() -> None:
         client = await server.open()
         for _ in range(21):
             client.say({"type": "ping"})
+        assert await client.closed() == 1008
+
+
+async def test_fragments_count_as_frames() -> None:
+    """A limit on frames is one on fragments too, over many messages in fragments."""
+    async with running(Timing(max_messages_per_ping=20)) as server:
+        client = await server.open()
+        for _ in range(8):
+            client.send(Opcode.TEXT, b'{"type":', fin=False)
+            client.send(Opcode.CONT, b"", fin=False)
+            client.send(Opcode.CONT, b'"ping"}')
         assert await client.closed() == 1008
 
 

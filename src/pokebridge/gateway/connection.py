@@ -202,7 +202,7 @@ class Connection(asyncio.Protocol):
             return
         parser = self._parser or FrameParser()
         try:
-            for event in parser.feed(data):
+            for event in parser.feed(data, self.session.hear):
                 self._on_frame(event)
         except FrameError as error:
             self._fail(error)
@@ -243,8 +243,6 @@ class Connection(asyncio.Protocol):
             return
         if session.state is not State.OPEN:
             return
-        if not session.hear():
-            raise FrameError(1008, "too many messages")
         if event.opcode is Opcode.PONG:
             session.pong(self._host.now())
             self._follow()  # the next ping may be due before the deadline of this pong
