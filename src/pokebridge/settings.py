@@ -280,8 +280,8 @@ class Settings(BaseModel):
     max_sessions_per_recipient: Annotated[int, Field(ge=1)] = 64
     """Most open sessions of one recipient on this instance. One more closes the oldest."""
     max_sessions_per_address: _Limit = _unless_dev(1000)
-    """Most open sessions from one client address. 0: no limit. Set trusted_proxies if clients come
-    through a proxy."""
+    """Most open sessions from one client address, or from one /64 network of IPv6. 0: no limit. Set
+    trusted_proxies if clients come through a proxy."""
     handshakes_per_s: _Limit = _unless_dev(500)
     """Most WebSocket handshakes accepted per second. A client above the limit gets a Retry-After
     that covers the queue ahead of it. 0: no limit."""

@@ -10,6 +10,7 @@ import pytest
 from websockets.frames import Frame, Opcode
 
 from pokebridge.gateway.connection import Connection
+from pokebridge.gateway.handshake import client_address
 from pokebridge.model import Poke
 from pokebridge.session import Timing
 from tests.gateway.harness import BOB, QUICK, Client, running, token
@@ -311,6 +312,33 @@ async def test_a_proxys_word_counts_only_when_it_is_trusted() -> None:
 
 
 # --- pokes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("peer", "forwarded", "counted"),
+    [
+        ("127.0.0.1", "203.0.113.7", "203.0.113.7"),
+        ("127.0.0.1", "203.0.113.7:51001", "203.0.113.7"),
+        ("::ffff:127.0.0.1", '"203.0.113.7:51001"', "203.0.113.7"),
+        ("127.0.0.1", "::ffff:203.0.113.7", "203.0.113.7"),
+        ("127.0.0.1", "[::ffff:203.0.113.7]:80", "203.0.113.7"),
+        ("127.0.0.1", "2001:db8:1:2:3::4", "2001:db8:1:2::/64"),
+        ("127.0.0.1", "[2001:db8:1:2::9]:443", "2001:db8:1:2::/64"),
+        ("127.0.0.1", "[2001:db8:1:2::9]", "2001:db8:1:2::/64"),
+        ("127.0.0.1", "198.51.100.1, 203.0.113.7:1 , 127.0.0.2:2", "203.0.113.7"),
+        ("127.0.0.1", "198.51.100.1, unknown", "127.0.0.1"),
+        ("127.0.0.1", "198.51.100.1, ", "127.0.0.1"),
+        ("127.0.0.1", "", "127.0.0.1"),
+        ("203.0.113.9", "198.51.100.1", "203.0.113.9"),
+        ("2001:db8:5:6:7::8", "198.51.100.1", "2001:db8:5:6::/64"),
+        ("fe80::1%eth0", "", "fe80::/64"),
+        ("", "198.51.100.1", ""),
+    ],
+)
+def test_what_an_address_is(peer: str, forwarded: str, counted: str) -> None:
+    """Ports and brackets are no part of it, mapped addresses are IPv4, and IPv6 is by /64."""
+    trusted = [ip_network("127.0.0.0/8")]
+    assert client_address(peer, [forwarded] if forwarded else [], trusted) == counted
 
 
 async def test_a_poke_reaches_every_session_of_its_recipient_and_no_other() -> None:

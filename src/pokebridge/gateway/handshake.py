@@ -2,6 +2,7 @@
 
 import ipaddress
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -20,6 +21,10 @@ SUBPROTOCOL = "pokebridge.v1"
 _BEARER_SUBPROTOCOL = "bearer."
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+_Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+# [2001:db8::1], [2001:db8::1]:443 or 203.0.113.7:51001
+_WITH_PORT = re.compile(r"\[([^]]*)\](?::\d*)?|([\d.]+):\d*")
 
 # Only its checks are used. They keep no state between requests.
 _rfc6455 = ServerProtocol()
@@ -61,7 +66,11 @@ def read_handshake(
     headers = Headers(
         (name.decode("latin-1"), value.decode("latin-1")) for name, value in request.headers
     )
-    url = urlsplit(request.target)
+    try:
+        url = urlsplit(request.target)
+        query = parse_qs(url.query)
+    except ValueError:
+        raise RefusedError(HTTPStatus.BAD_REQUEST, "the target is not a valid URL") from None
     if url.path != CONNECT_PATH:
         raise RefusedError(HTTPStatus.NOT_FOUND, f"WebSockets are served at {CONNECT_PATH} only")
     try:
@@ -80,7 +89,6 @@ def read_handshake(
     origin = headers.get("Origin")
     if allowed_origins is not None and origin is not None and origin not in allowed_origins:
         raise RefusedError(HTTPStatus.FORBIDDEN, "the Origin is not in allowed_origins")
-    query = parse_qs(url.query)
     try:
         device = check_device(query.get("device", [DEFAULT_DEVICE])[-1])
     except InputError as error:
@@ -119,26 +127,47 @@ def _find_token(headers: Headers, offered: Sequence[str], in_query: Sequence[str
 def client_address(
     peer: str, forwarded_for: Iterable[str], trusted_proxies: Sequence[Network]
 ) -> str:
-    """Return the address whose limit a connection counts against.
+    """Return the address whose limit a connection counts against, for IPv6 its /64 network.
 
-    ``X-Forwarded-For`` is read from the right, for as long as each hop is a trusted proxy.
+    ``X-Forwarded-For`` is read from the right, for as long as each hop is a trusted proxy. A hop
+    that is no address, like ``unknown``, ends the reading.
     """
-    if not trusted_proxies:
+    hops = [hop for value in forwarded_for for hop in value.split(",")] if trusted_proxies else []
+    address = _parse_address(peer)
+    if address is None:
         return peer
-    hops = [hop.strip() for value in forwarded_for for hop in value.split(",")]
-    address = peer
-    while hops and is_trusted(address, trusted_proxies):
-        address = hops.pop()
-    return address
+    while hops and _is_in(address, trusted_proxies):
+        hop = _parse_address(hops.pop())
+        if hop is None:
+            break
+        address = hop
+    if address.version == 6:  # providers give each customer a whole /64
+        return str(ipaddress.ip_network((address, 64), strict=False))
+    return str(address)
 
 
 def is_trusted(address: str, trusted_proxies: Sequence[Network]) -> bool:
     """Whether ``address`` is a proxy whose forwarding headers are believed."""
+    ip = _parse_address(address)
+    return ip is not None and _is_in(ip, trusted_proxies)
+
+
+def _is_in(address: _Address, networks: Sequence[Network]) -> bool:
+    return any(address in network for network in networks)
+
+
+def _parse_address(text: str) -> _Address | None:
+    """The address in ``text``, which proxies write bare, with a port, in brackets or quoted.
+
+    An IPv4 address that is mapped into IPv6, as a socket for both shows it, is the IPv4 address.
+    """
+    bare = _WITH_PORT.fullmatch(text.strip(' "'))
     try:
-        ip = ipaddress.ip_address(address)
+        address = ipaddress.ip_address((bare[1] or bare[2]) if bare else text.strip(' "'))
     except ValueError:
-        return False
-    return any(ip in network for network in trusted_proxies)
+        return None
+    mapped = address.ipv4_mapped if address.version == 6 else None
+    return mapped or address
 
 
 def _accept_response(accept: str, subprotocol: str | None) -> bytes:
