@@ -12,7 +12,13 @@ import pytest
 from structlog.testing import capture_logs
 
 from pokebridge import processor, supervisor
-from pokebridge.errors import InputError, MailboxError, MailboxFullError, TransportError
+from pokebridge.errors import (
+    InputError,
+    MailboxError,
+    MailboxFullError,
+    NotPublishedError,
+    TransportError,
+)
 from pokebridge.mailbox.base import Limits, Mailbox
 from pokebridge.mailbox.memory import MemoryMailbox
 from pokebridge.mailbox.sqlite import SqliteMailbox
@@ -423,6 +429,24 @@ class TestOutages:
             await confirmed(mailbox)
         assert set(publisher.pokes) == {Poke(BOB, 1)}
         assert sender.stats.swept >= 1
+
+    async def test_a_refused_poke_is_tried_ever_more_slowly_and_set_aside(
+        self, mailbox: WatchedMailbox, publisher: Recorder, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It is tried a limited number of times, holds up no other, and is named in one line."""
+        monkeypatch.setattr(processor, "REFUSED_FIRST_S", 0.001)
+        monkeypatch.setattr(processor, "MAX_REFUSALS", 4)
+        publisher.error = NotPublishedError("not permitted", frozenset({BOB}))
+        with capture_logs() as logs:
+            async with sweeping(mailbox, publisher) as sender:
+                await sender.send(message())
+                await sender.send(message(EVE))
+                await wait_until(lambda: sender.stats.pokes_unpublishable)
+                await confirmed(mailbox)
+        (line,) = logs
+        assert (line["event"], line["recipients"]) == ("pokes_unpublishable", [BOB])
+        assert sender.stats.poke_failures == 4
+        assert sender.stats.pokes_published >= 1
 
     async def test_a_defect_ends_no_loop(
         self, mailbox: WatchedMailbox, publisher: Recorder

@@ -14,6 +14,8 @@ from pokebridge.errors import (
     ConfigError,
     ForbiddenError,
     InputError,
+    NotPublishedError,
+    SignalRefusedError,
     TransportError,
 )
 from pokebridge.model import MAX_VERSION, Poke
@@ -358,3 +360,92 @@ async def test_http_nobody_there() -> None:
             await publisher.poke(BOB)
     with pytest.raises(ConfigError, match="http"):
         HttpPublisher("ws://127.0.0.1", "token")
+
+
+# --- one bad poke harms only itself ---------------------------------------------------------------
+
+
+class Limited(Spy):
+    """A transport that tells its limit, and refuses some shards."""
+
+    max_signal_bytes = 250
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.accepted: set[str] = set()
+        self.forbidden: set[int | None] = set()
+        self.failure: Exception = SignalRefusedError("not permitted")
+
+    async def publish(self, signals: Sequence[Signal]) -> None:
+        """Accept what fits and is permitted, in whole calls only."""
+        await super().publish(signals)
+        assert all(len(signal.body) <= self.max_signal_bytes for signal in signals)
+        if any(signal.shard in self.forbidden for signal in signals):
+            raise self.failure
+        for signal in signals:
+            decoded = decode_signal(signal.body)
+            assert isinstance(decoded, list)
+            self.accepted.update(poke.recipient for poke in decoded)
+
+
+@pytest.fixture
+async def limited() -> Limited:
+    """Such a transport."""
+    return Limited()
+
+
+async def test_signals_stay_below_the_engines_limit(limited: Limited) -> None:
+    """Pokes of one shard go into as many signals as it takes, in one publish."""
+    recipients = [f"{n:0100}" for n in range(20)]
+    publisher = Publisher(limited, shard_count=1)
+    await publisher.publish_now([Poke(recipient) for recipient in recipients])
+    assert limited.accepted == set(recipients)
+    assert len(limited.calls) == 1
+
+
+async def test_a_poke_that_fits_in_no_signal_is_named_alone(limited: Limited) -> None:
+    """The others are published, and the error says that this one never will be."""
+    publisher = Publisher(limited, shard_count=1)
+    with pytest.raises(NotPublishedError, match="accepts 250") as caught:
+        await publisher.publish_now([Poke(BOB), Poke("x" * 256, 2**53 - 1), Poke(EVE)])
+    assert caught.value.recipients == caught.value.too_large == {"x" * 256}
+    assert limited.accepted == {BOB, EVE}
+    assert publisher.published == 2
+
+
+@pytest.mark.parametrize(
+    "failure", [SignalRefusedError("no"), TransportError("no"), TypeError("a defect")], ids=repr
+)
+async def test_a_shard_that_is_refused_keeps_no_other_back(
+    limited: Limited, failure: Exception
+) -> None:
+    """Whatever the adapter raises, the signals are tried one by one."""
+    recipients = [f"urn:user:{n}" for n in range(50)]
+    limited.failure, limited.forbidden = failure, {3}
+    with pytest.raises(NotPublishedError) as caught:
+        await Publisher(limited, shard_count=10).publish_now([Poke(r) for r in recipients])
+    bad = {each for each in recipients if shard_of(each, 10) == 3}
+    assert caught.value.recipients == bad
+    assert not caught.value.too_large
+    assert limited.accepted == set(recipients) - bad
+
+
+async def test_an_engine_that_is_away_is_not_asked_for_each_signal(limited: Limited) -> None:
+    """After a few failures the publish fails as a whole."""
+    limited.error = TransportError("away")
+    with pytest.raises(TransportError, match="away") as caught:
+        await Publisher(limited, shard_count=100).publish_now([Poke(f"{n}") for n in range(100)])
+    assert not isinstance(caught.value, NotPublishedError)
+    assert len(limited.calls) <= 2 + publisher_module.MAX_ERRORS
+
+
+async def test_callers_hear_of_their_own_pokes_alone(limited: Limited) -> None:
+    """Of two that were merged, the one whose poke was refused hears so."""
+    limited.forbidden = {shard_of(EVE)}
+    publisher = Publisher(limited)
+    outcomes = await asyncio.gather(
+        publisher.poke(BOB), publisher.poke(EVE), return_exceptions=True
+    )
+    assert outcomes[0] is None
+    assert isinstance(outcomes[1], NotPublishedError)
+    assert outcomes[1].recipients == {EVE}

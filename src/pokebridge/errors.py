@@ -17,6 +17,8 @@
     ├── MailboxFullError            a recipient's quota is used up: the message is not stored
     └── UnavailableError            a part that we depend on does not answer: try again
         ├── TransportError
+        │   ├── SignalRefusedError  the engine works, and refuses one signal
+        │   └── NotPublishedError   some pokes were not accepted, and the others were
         ├── MailboxError
         └── CoordinationError
 
@@ -40,9 +42,11 @@ __all__ = [
     "MissingExtraError",
     "NotFoundError",
     "NotJsonError",
+    "NotPublishedError",
     "PokebridgeError",
     "RefusedError",
     "SignalError",
+    "SignalRefusedError",
     "TooLargeError",
     "TransportError",
     "UnavailableError",
@@ -169,6 +173,32 @@ class UnavailableError(PokebridgeError):
 
 class TransportError(UnavailableError):
     """The transport cannot publish or subscribe now."""
+
+
+class SignalRefusedError(TransportError):
+    """The engine works, and refuses a signal. It may accept the others of the same publish.
+
+    ``is_too_large``: for its size, so that it can never be published. Otherwise, for example, for
+    lack of a permission.
+    """
+
+    def __init__(self, message: str, *, is_too_large: bool = False) -> None:
+        super().__init__(message)
+        self.is_too_large = is_too_large
+
+
+class NotPublishedError(TransportError):
+    """Some pokes were not accepted: those for ``recipients``. All others were.
+
+    For those of them that are in ``too_large`` no signal can be small enough.
+    """
+
+    def __init__(
+        self, message: str, recipients: frozenset[str], too_large: frozenset[str] = frozenset()
+    ) -> None:
+        super().__init__(message)
+        self.recipients = recipients
+        self.too_large = too_large
 
 
 class MailboxError(UnavailableError):

@@ -10,12 +10,14 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from time import monotonic
 from types import TracebackType
 from typing import Final, Protocol, Self
 
 import structlog
 
-from pokebridge.errors import InputError, MailboxFullError
+from pokebridge.backoff import backoff_s
+from pokebridge.errors import InputError, MailboxFullError, NotPublishedError
 from pokebridge.mailbox.base import Mailbox
 from pokebridge.model import REVOCATIONS, NewMessage, Poke, Receipt, check_recipient
 from pokebridge.supervisor import Attempts, Part, keep_doing, supervise
@@ -30,6 +32,13 @@ MAX_PENDING: Final = 10_000
 CONFIRM_EVERY_S: Final = 0.05
 # Longer than the pause after which an unconfirmed entry is claimed again.
 CUT_OFF_S: Final = 5.0
+# A poke that the transport refuses is tried so often, for about 4 minutes in all. Then
+# it is set aside. A connected client is poked by the gateway's verification all the same.
+MAX_REFUSALS: Final = 10
+REFUSED_FIRST_S: Final = 1.0
+REFUSED_CAP_S: Final = 60.0
+MAX_REMEMBERED: Final = 100_000
+_MAX_NAMED: Final = 10
 
 log = structlog.get_logger(__name__)
 
@@ -40,19 +49,24 @@ class PokePublisher(Protocol):
     async def publish_now(self, pokes: Sequence[Poke]) -> None:
         """Return when the transport has accepted ``pokes``.
 
-        Raises :class:`~pokebridge.errors.TransportError` when some or all were not accepted.
+        Raises :class:`~pokebridge.errors.NotPublishedError` when all but those that it names were
+        accepted, and another :class:`~pokebridge.errors.TransportError` when perhaps none was.
         """
 
 
 @dataclass(slots=True)
 class ProcessorStats:
-    """Counters since the start. ``pokes_published`` includes those that a sweep published."""
+    """Counters since the start. ``pokes_published`` includes those that a sweep published.
+
+    ``pokes_unpublishable``: those that were set aside, because the transport refuses them.
+    """
 
     messages_committed: int = 0
     duplicates: int = 0
     messages_refused: int = 0
     pokes_published: int = 0
     poke_failures: int = 0
+    pokes_unpublishable: int = 0
     swept: int = 0
 
 
@@ -72,6 +86,7 @@ class Processor:
     - ``stats``: the counters.
     - ``_unpublished``: pokes of committed messages, for the publish loop.
     - ``_unconfirmed``: published pokes, for the confirm loop.
+    - ``_refused``: recipients whose poke the transport refused.
     - ``_transport``, ``_store``: whether the publisher and the mailbox work.
     - ``_tasks``: the loops, publish and confirm first; empty while the processor does not run.
     """
@@ -95,6 +110,7 @@ class Processor:
         self._purge_every_s = purge_every_s
         self._unpublished = _PokeQueue()
         self._unconfirmed = _PokeQueue()
+        self._refused = _Refused()
         self._transport = Part("transport")
         self._store = Part("mailbox")
         self._tasks: list[asyncio.Task[None]] = []
@@ -182,9 +198,12 @@ class Processor:
     async def _keep_publishing(self) -> None:
         """Publish the pokes of sent messages. A failed batch is left to the sweep."""
         attempt = Attempts("processor_publish")
+
+        async def publish(batch: Sequence[Poke]) -> None:
+            self._unconfirmed.add(await self._publish(batch))
+
         while batch := await self._unpublished.take(BATCH):
-            if await attempt(self._publish(batch)):
-                self._unconfirmed.add(batch)
+            await attempt(publish(batch))
 
     async def _keep_confirming(self) -> None:
         attempt = Attempts("processor_confirm")
@@ -192,14 +211,44 @@ class Processor:
             if await attempt(self._confirm(batch)) and len(batch) < BATCH:
                 await asyncio.sleep(CONFIRM_EVERY_S)
 
-    async def _publish(self, pokes: Sequence[Poke]) -> None:
+    async def _publish(self, pokes: Sequence[Poke]) -> Sequence[Poke]:
+        """Publish ``pokes``. Returns those that are done with: published, or set aside."""
+        refusal = None
         try:
             with self._transport.watched():
-                await self._publisher.publish_now(pokes)
+                try:
+                    await self._publisher.publish_now(pokes)
+                except NotPublishedError as error:
+                    refusal = error  # of some: the transport works
         except Exception:
             self.stats.poke_failures += len(pokes)
             raise
-        self.stats.pokes_published += len(pokes)
+        refused = frozenset() if refusal is None else refusal.recipients
+        done = [poke for poke in pokes if poke.recipient not in refused]
+        self.stats.pokes_published += len(done)
+        self.stats.poke_failures += len(pokes) - len(done)
+        self._refused.forget(done)
+        if refusal is not None:
+            done += self._set_aside([poke for poke in pokes if poke.recipient in refused], refusal)
+        return done
+
+    def _set_aside(self, refused: Sequence[Poke], refusal: NotPublishedError) -> Sequence[Poke]:
+        """Note a refusal. Returns those of ``refused`` that are not tried again."""
+        hopeless = [
+            poke
+            for poke in refused
+            if self._refused.again(poke.recipient) or poke.recipient in refusal.too_large
+        ]
+        if hopeless:
+            self.stats.pokes_unpublishable += len(hopeless)
+            log.error(
+                "pokes_unpublishable",
+                pokes=len(hopeless),
+                recipients=[poke.recipient for poke in hopeless[:_MAX_NAMED]],
+                reason=str(refusal),
+            )
+            self._refused.forget(hopeless)
+        return hopeless
 
     async def _confirm(self, pokes: Sequence[Poke]) -> None:
         with self._store.watched():
@@ -219,10 +268,10 @@ class Processor:
                     older_than_s=self._sweep_after_s + (yield_s if self._transport.is_down else 0),
                     limit=BATCH,
                 )
-            if pokes:
-                await self._publish(pokes)
-                self.stats.swept += len(pokes)
-                await self._confirm(pokes)
+            if due := [poke for poke in pokes if self._refused.is_due(poke.recipient)]:
+                done = await self._publish(due)
+                self.stats.swept += len(done)
+                await self._confirm(done)
             more = len(pokes) == BATCH
 
     async def _purge(self) -> None:
@@ -231,6 +280,32 @@ class Processor:
         while purged:
             with self._store.watched():
                 purged = await self._mailbox.purge(limit=PURGE_BATCH)
+
+
+class _Refused:
+    """The recipients whose poke was refused: how often, and until when it is not tried again."""
+
+    def __init__(self) -> None:
+        self._refusals: dict[str, tuple[int, float]] = {}
+
+    def is_due(self, recipient: str) -> bool:
+        """Whether it is time to try again."""
+        _, until_s = self._refusals.get(recipient, (0, 0.0))
+        return monotonic() >= until_s
+
+    def again(self, recipient: str) -> bool:
+        """Note another refusal. Returns whether there were too many."""
+        count, _ = self._refusals.pop(recipient, (0, 0.0))
+        if len(self._refusals) < MAX_REMEMBERED:
+            pause_s = backoff_s(count, first_s=REFUSED_FIRST_S, cap_s=REFUSED_CAP_S, least=0.5)
+            self._refusals[recipient] = (count + 1, monotonic() + pause_s)
+        return count + 1 >= MAX_REFUSALS
+
+    def forget(self, pokes: Sequence[Poke]) -> None:
+        """These are done with."""
+        if self._refusals:
+            for poke in pokes:
+                self._refusals.pop(poke.recipient, None)
 
 
 class _PokeQueue:

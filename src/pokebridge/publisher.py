@@ -7,10 +7,12 @@ accepted, and raises when they may not have been.
 """
 
 import asyncio
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
 from http import HTTPStatus
+from math import inf
+from time import monotonic
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -22,11 +24,13 @@ from pokebridge.errors import (
     ConfigError,
     ForbiddenError,
     InputError,
+    NotPublishedError,
+    SignalRefusedError,
     TransportError,
 )
 from pokebridge.model import MAX_VERSION, Poke, check_recipient
 from pokebridge.sharding import DEFAULT_SHARD_COUNT, check_shard_count, shard_of
-from pokebridge.transport.base import Signal, Transport
+from pokebridge.transport.base import HasLimit, Signal, Transport
 from pokebridge.wire import encode_disconnect, encode_pokes
 
 __all__ = ["HttpPublisher", "Publisher"]
@@ -44,6 +48,10 @@ MAX_CONCURRENT_SENDS = 8
 # The limit of one POST /v1/pokes (docs/protocol.md, section 4).
 MAX_RECIPIENTS_PER_REQUEST = 1000
 HTTP_TIMEOUT_S = 10.0
+# An engine that fails within this time is there, and its signals are tried one by one. After so
+# many errors more than successes it counts as away.
+SOON_S = 1.0
+MAX_ERRORS = 2
 
 T = TypeVar("T")
 
@@ -70,6 +78,7 @@ class _PokeCalls:
 
         Raises:
             InputError: a poke has no valid recipient or version. None of the pokes is sent.
+            NotPublishedError: some of the pokes were refused, and the others are published.
             TransportError: some or all of the pokes were not accepted. A retry is safe.
         """
         _check(pokes)
@@ -148,14 +157,103 @@ class Publisher(_PokeCalls):
         by_shard: dict[int, list[Poke]] = defaultdict(list)
         for poke in pokes:
             by_shard[shard_of(poke.recipient, self._shard_count)].append(poke)
-        await self._transport.publish(
-            [
-                Signal(encode_pokes(some), shard)
-                for shard, its_pokes in by_shard.items()
-                for some in _chunks(its_pokes, self._max_pokes_per_signal)
-            ]
-        )
-        self.published += len(pokes)
+        attempt = _Attempt(self._transport)
+        for shard, its_pokes in by_shard.items():
+            for some in _chunks(its_pokes, self._max_pokes_per_signal):
+                attempt.add(some, shard)
+        try:
+            await attempt.publish()
+        finally:
+            self.published += attempt.published
+        if attempt.refused:
+            raise NotPublishedError(
+                f"{len(attempt.refused)} of {len(pokes)} pokes were refused: {attempt.reason}",
+                frozenset(attempt.refused),
+                frozenset(attempt.too_large),
+            )
+
+
+class _Attempt:
+    """One attempt to publish pokes, so that one which is refused harms no other.
+
+    All signals are published at once. When the engine refuses that, each is published alone, and
+    one that is too large is halved until it fits.
+
+    - ``published``: how many pokes were accepted
+    - ``refused``, ``too_large``: the recipients of those that were not; the latter never will be
+    - ``reason``: why not, of the last one
+    - ``_signals``: what is left to publish, and the pokes of each
+    """
+
+    def __init__(self, transport: Transport) -> None:
+        self.published = 0
+        self.refused: set[str] = set()
+        self.too_large: set[str] = set()
+        self.reason = ""
+        self._transport = transport
+        self._limit = transport.max_signal_bytes if isinstance(transport, HasLimit) else inf
+        self._signals: deque[tuple[Signal, Sequence[Poke]]] = deque()
+
+    def add(self, pokes: Sequence[Poke], shard: int) -> None:
+        """Add ``pokes`` in signals that the engine accepts, as far as it has told its limit."""
+        body = encode_pokes(pokes)
+        if len(body) <= self._limit:
+            self._signals.append((Signal(body, shard), pokes))
+        else:
+            reason = f"the signal has {len(body)} bytes, and the engine accepts {self._limit}"
+            self._halve(pokes, shard, reason)
+
+    async def publish(self) -> None:
+        """Publish everything that was added.
+
+        Raises:
+            TransportError: the engine does not work now. Some signals may have been published.
+        """
+        began_s = monotonic()
+        signals = [signal for signal, _ in self._signals]
+        try:
+            if signals:
+                await self._transport.publish(signals)
+        except Exception as error:
+            if not isinstance(error, SignalRefusedError) and (
+                len(signals) == 1 or monotonic() - began_s > SOON_S
+            ):
+                raise
+            await self._publish_one_by_one()
+        else:
+            self.published = sum(len(pokes) for _, pokes in self._signals)
+
+    async def _publish_one_by_one(self) -> None:
+        errors = 0
+        while self._signals:
+            signal, pokes = self._signals.popleft()
+            try:
+                await self._transport.publish([signal])
+            except SignalRefusedError as error:
+                if error.is_too_large:
+                    self._halve(pokes, signal.shard or 0, str(error))
+                else:
+                    self._refuse(pokes, str(error))
+            except Exception as error:
+                errors += 1
+                if errors - self.published > MAX_ERRORS or not (self._signals or self.published):
+                    raise
+                self._refuse(pokes, str(error))
+            else:
+                self.published += len(pokes)
+
+    def _halve(self, pokes: Sequence[Poke], shard: int, reason: str) -> None:
+        if len(pokes) == 1:
+            self.too_large.add(pokes[0].recipient)
+            self._refuse(pokes, reason)
+        else:
+            middle = len(pokes) // 2
+            self.add(pokes[:middle], shard)
+            self.add(pokes[middle:], shard)
+
+    def _refuse(self, pokes: Sequence[Poke], reason: str) -> None:
+        self.refused.update(poke.recipient for poke in pokes)
+        self.reason = reason
 
 
 class HttpPublisher(_PokeCalls):
@@ -213,11 +311,16 @@ class HttpPublisher(_PokeCalls):
 
 
 class _Batch:
-    """Pokes that are sent together. ``done`` is resolved for all callers who brought them."""
+    """Pokes that are sent together.
+
+    ``done`` is resolved for all callers who brought them, with the refusal of some, if any.
+    """
 
     def __init__(self) -> None:
         self.versions: dict[str, int | None] = {}
-        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.done: asyncio.Future[NotPublishedError | None] = (
+            asyncio.get_running_loop().create_future()
+        )
 
 
 class _Merger:
@@ -247,7 +350,7 @@ class _Merger:
         self._closed = False
 
     async def publish(self, pokes: Sequence[Poke]) -> None:
-        waiting_for: set[asyncio.Future[None]] = set()
+        waiting_for: set[asyncio.Future[NotPublishedError | None]] = set()
         for poke in pokes:
             while not (batch := self._add(poke)):
                 self._room.clear()
@@ -255,8 +358,11 @@ class _Merger:
             waiting_for.add(batch.done)
         if waiting_for:
             await asyncio.wait(waiting_for)
-        for done in waiting_for:
-            done.result()
+        refusals = [refusal for done in waiting_for if (refusal := done.result())]
+        mine = {poke.recipient for poke in pokes}
+        for refusal in refusals:  # of another caller's pokes, perhaps
+            if recipients := refusal.recipients & mine:
+                raise NotPublishedError(str(refusal), recipients, refusal.too_large & mine)
 
     async def close(self) -> None:
         self._closed = True
@@ -296,14 +402,17 @@ class _Merger:
     async def _send_batch(self, batch: _Batch) -> None:
         try:
             await self._send([Poke(*item) for item in batch.versions.items()])
+        except NotPublishedError as refusal:
+            batch.done.set_result(refusal)
         except Exception as error:  # noqa: BLE001 - any error belongs to the callers
             batch.done.set_exception(error)
             batch.done.exception()  # marks it as retrieved: every caller may have been cancelled
         else:
             batch.done.set_result(None)
         finally:
-            if not batch.done.done():  # this task was cancelled
-                batch.done.cancel()
+            if not batch.done.done():  # this task was cancelled, and perhaps by the driver
+                batch.done.set_exception(TransportError("the publish was cancelled"))
+                batch.done.exception()
             self._pending -= len(batch.versions)
             self._room.set()
 

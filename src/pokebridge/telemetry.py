@@ -71,6 +71,10 @@ class Metric(StrEnum):
     )
     PUSHES = "pokebridge_pushes_total", "Notifications posted to the webhook (result)"
     INGRESS_MESSAGES = "pokebridge_ingress_messages_total", "Messages from the queue (result)"
+    POKES_UNPUBLISHABLE = (
+        "pokebridge_pokes_unpublishable_total",
+        "Pokes that the transport refuses, set aside",
+    )
     TASK_FAILURES = "pokebridge_task_failures_total", "Unforeseen errors in the background (task)"
     INGRESS_UP = "pokebridge_ingress_up", "1 while the queue can be read"
     HTTP_SECONDS = (

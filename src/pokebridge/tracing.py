@@ -13,8 +13,10 @@ that does not know the key ignores it. No span names a recipient.
 """
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from math import inf
 from typing import Annotated
 
 import msgspec
@@ -30,7 +32,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pokebridge.errors import SignalError
 from pokebridge.model import NewMessage, Poke, Receipt, Selection
-from pokebridge.transport.base import Receiver, Signal, Subscription, Transport
+from pokebridge.transport.base import HasLimit, Receiver, Signal, Subscription, Transport
 from pokebridge.wire import Beacon, Disconnect, Probe, decode_signal
 
 # Sampled pokes that wait to be published. Beyond this number the oldest is no longer traced.
@@ -168,7 +170,7 @@ class Tracing:
         """Record a span for each traced poke of ``body`` whose recipient is here."""
         try:
             traces = _decode_traces(body).traces
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except (msgspec.DecodeError, ValueError, RecursionError):
             traces = {}  # the bridge judges the rest of the body
         spans = [
             self._tracer.start_span("deliver", _context(traceparent), SpanKind.CONSUMER)
@@ -188,6 +190,15 @@ class _TracedTransport:
         self._inner = inner
         self._tracing = tracing
 
+    @property
+    def _limit(self) -> float:
+        return self._inner.max_signal_bytes if isinstance(self._inner, HasLimit) else inf
+
+    @property
+    def max_signal_bytes(self) -> int:
+        """That of the engine. A signal for whose traces there is no room goes without them."""
+        return int(min(self._limit, sys.maxsize))
+
     async def publish(self, signals: Sequence[Signal]) -> None:
         if not self._tracing.has_pending():
             await self._inner.publish(signals)
@@ -196,7 +207,7 @@ class _TracedTransport:
         marked = []
         for signal in signals:
             body, its_spans = self._tracing.mark(signal.body)
-            marked.append(Signal(body, signal.shard))
+            marked.append(Signal(body, signal.shard) if len(body) <= self._limit else signal)
             spans += its_spans
         try:
             await self._inner.publish(marked)

@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from importlib.util import find_spec
@@ -12,12 +12,19 @@ from pathlib import Path
 
 import nats
 import pytest
+from structlog.testing import capture_logs
 
 from pokebridge.errors import ConfigError, TransportError
+from pokebridge.mailbox.memory import MemoryMailbox
+from pokebridge.model import NewMessage, Poke
+from pokebridge.processor import Processor
+from pokebridge.publisher import Publisher
+from pokebridge.sharding import shard_of
 from pokebridge.testing.transport import RecordingReceiver, prove_live, subscribe_live
 from pokebridge.transport.base import Feed, Signal
 from pokebridge.transport.nats import NatsTransport
-from tests.support import CutProxy, Daemon, free_port
+from pokebridge.wire import decode_signal, is_probe
+from tests.support import CutProxy, Daemon, free_port, wait_until
 from tests.support.engines import run_configured_nats, running_nats_pair
 from tests.support.missing import missing
 from tests.transport.certificates import Certificates
@@ -398,3 +405,51 @@ class TestTls(TlsContract):
 def _tls(certificates: Certificates, more: str = "") -> str:
     return f"""tls {{ cert_file: "{certificates.cert_file}", key_file: "{certificates.key_file}"
         ca_file: "{certificates.ca_file}", {more} }}"""
+
+
+async def test_one_large_batch_holds_up_nobody(
+    run_server: RunServer, connect_url: ConnectUrl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each poke that fits below max_payload is published; one that can't be is set aside."""
+    transport = await connect_url(run_server("max_payload: 1KB").url)
+    assert transport.max_signal_bytes == 1024
+    _, receiver = await subscribe_live(transport, Feed.ALL)
+    crowd = [name for n in range(2000) if shard_of(name := f"{n:0245}") == 7][:8]
+    everyone = {*crowd, "urn:user:other"}
+    mailbox = MemoryMailbox()
+    async with Processor(mailbox, Publisher(transport)) as processor:
+        for name in everyone:
+            await processor.send(NewMessage(name, "me", "1", b"1"))
+        await receiver.wait_for(lambda heard: _poked(heard.payloads) == everyone)
+        await wait_until(partial(_is_empty, mailbox))
+
+        monkeypatch.setattr(NatsTransport, "max_signal_bytes", 200)
+        with capture_logs() as logs:
+            await processor.send(NewMessage(crowd[0], "me", "2", b"1"))
+            await processor.send(NewMessage("urn:user:another", "me", "2", b"1"))
+            await receiver.wait_for(lambda heard: "urn:user:another" in _poked(heard.payloads))
+            await wait_until(partial(_is_empty, mailbox))
+        (line,) = logs
+        assert (line["event"], line["recipients"]) == ("pokes_unpublishable", [crowd[0]])
+        assert processor.stats.pokes_unpublishable == 1
+
+
+async def test_what_the_server_refuses_for_its_size_is_halved(
+    run_server: RunServer, connect_url: ConnectUrl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A limit that was not known beforehand is met by halves."""
+    transport = await connect_url(run_server("max_payload: 1KB").url)
+    _, receiver = await subscribe_live(transport, Feed.ALL)
+    monkeypatch.setattr(NatsTransport, "max_signal_bytes", 1_000_000)
+    recipients = {f"{n:0200}" for n in range(50)}
+    await Publisher(transport, shard_count=2).publish_now([Poke(each) for each in recipients])
+    await receiver.wait_for(lambda heard: _poked(heard.payloads) == recipients)
+
+
+def _poked(bodies: Sequence[bytes]) -> set[str]:
+    pokes = [decode_signal(body) for body in bodies if not is_probe(body)]
+    return {poke.recipient for some in pokes if isinstance(some, list) for poke in some}
+
+
+async def _is_empty(mailbox: MemoryMailbox) -> bool:
+    return (await mailbox.stats()).outbox == 0

@@ -297,6 +297,7 @@ class Instance:
         }
         if parts.processor is not None:
             numbers[Metric.MESSAGES_COMMITTED] = parts.processor.stats.messages_committed
+            numbers[Metric.POKES_UNPUBLISHABLE] = parts.processor.stats.pokes_unpublishable
             numbers[Metric.MESSAGES_REFUSED] = parts.processor.stats.messages_refused
         if parts.pusher is not None:
             numbers[Metric.PUSHES] = {

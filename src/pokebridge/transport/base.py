@@ -14,6 +14,7 @@ __all__ = [
     "Carrier",
     "Explains",
     "Feed",
+    "HasLimit",
     "Receiver",
     "Selection",
     "Signal",
@@ -84,6 +85,15 @@ class Explains(Protocol):
         """The last failure, until the subscription delivers again. ``None``: no known failure."""
 
 
+@runtime_checkable
+class HasLimit(Protocol):
+    """Optional capability of a transport: it knows how long a signal's body may be."""
+
+    @property
+    def max_signal_bytes(self) -> int:
+        """The longest body that the engine accepts, as it says now."""
+
+
 class Transport(Protocol):
     """Carries signals from any publisher to every subscription that selects them.
 
@@ -110,6 +120,7 @@ class Transport(Protocol):
         """Hand ``signals`` to the engine, and return when it has accepted them.
 
         Raises:
+            SignalRefusedError: the engine works, and refused one of them.
             TransportError: the engine did not accept all of them. Some may have been published.
         """
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import structlog
 
 from pokebridge.backoff import spread
-from pokebridge.errors import ConfigError, TransportError
+from pokebridge.errors import ConfigError, SignalRefusedError, TransportError
 from pokebridge.sharding import DEFAULT_SHARD_COUNT
 from pokebridge.supervisor import supervise
 from pokebridge.transport.base import (
@@ -29,7 +29,7 @@ from pokebridge.transport.base import (
     Signal,
     Subscription,
 )
-from pokebridge.transport.google_pubsub_api import PubSubApi
+from pokebridge.transport.google_pubsub_api import PubSubApi, PubSubError
 from pokebridge.transport.google_pubsub_subscription import (
     ACK_DEADLINE_S,
     PulledSubscription,
@@ -42,7 +42,7 @@ from pokebridge.transport.google_pubsub_sweep import (
     SweepReport,
     Target,
 )
-from pokebridge.transport.google_pubsub_topic import Topic
+from pokebridge.transport.google_pubsub_topic import MAX_BATCH_BYTES, MESSAGE_OVERHEAD_BYTES, Topic
 from pokebridge.transport.names import DEFAULT_CLUSTER, DEFAULT_TOPIC, topic_of
 from pokebridge.wire import encode_probe
 
@@ -73,6 +73,7 @@ class GooglePubSubTransport:
     """
 
     is_shared = True
+    max_signal_bytes = MAX_BATCH_BYTES - MESSAGE_OVERHEAD_BYTES
 
     def __init__(
         self,
@@ -166,6 +167,8 @@ class GooglePubSubTransport:
             by_topic.setdefault(self._topic(signal.shard), []).append(signal)
         publishing = (topic.publish(batch) for topic, batch in by_topic.items())
         for outcome in await asyncio.gather(*publishing, return_exceptions=True):
+            if isinstance(outcome, PubSubError) and not outcome.is_transient:
+                raise SignalRefusedError(str(outcome)) from outcome
             if outcome is not None:
                 raise outcome
 

@@ -10,7 +10,7 @@ import asyncio
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, Self
 
@@ -26,7 +26,7 @@ from pokebridge.engines.nats import (
     servers_in,
 )
 from pokebridge.engines.urls import url_options
-from pokebridge.errors import ConfigError, TransportError
+from pokebridge.errors import ConfigError, SignalRefusedError, TransportError
 from pokebridge.transport.base import Feed, Receiver, Selection, Signal, Subscription
 from pokebridge.transport.names import DEFAULT_CLUSTER, DEFAULT_TOPIC, topic_of
 from pokebridge.transport.reconnecting_link import (
@@ -52,6 +52,7 @@ class NatsTransport:
     def __init__(self, link: "ReconnectingLink[_NatsConnection]", subject: str) -> None:
         self._link = link
         self._subject = subject
+        self._max_signal_bytes = link.connection.max_payload
 
     @classmethod
     async def connect(
@@ -85,11 +86,19 @@ class NatsTransport:
         await link.open()
         return cls(link, subject)
 
+    @property
+    def max_signal_bytes(self) -> int:
+        """The server's ``max_payload``; while there is no connection, that of the last one."""
+        with suppress(TransportError):
+            self._max_signal_bytes = self._link.connection.max_payload
+        return self._max_signal_bytes
+
     async def publish(self, signals: Sequence[Signal]) -> None:
         """Publish ``signals`` and wait for the server's answer. Nothing is queued meanwhile.
 
         Raises:
-            TransportError: the server is unavailable or refuses. Some signals may be published.
+            SignalRefusedError: a signal is too large, or its subject is not permitted.
+            TransportError: the server is unavailable. Some signals may be published.
         """
         connection = self._link.connection
         messages = [(self._subject_of(shard), body) for body, shard in signals]
@@ -227,6 +236,11 @@ class _NatsConnection:
             return self._spread_s
         return INTEREST_SPREAD_S if self._client.is_clustered else 0.0
 
+    @property
+    def max_payload(self) -> int:
+        """The longest body that the server accepts."""
+        return self._client.max_payload
+
     async def subscribe(self, topics: Collection[str]) -> None:
         subjects = {topic.lower() for topic in topics}  # nats-py reports refusals in lower case
         self._asking |= subjects
@@ -264,7 +278,7 @@ class _NatsConnection:
             refused := self._refused & {(what, subject.lower()) for subject in subjects}
         ):
             self._refused -= refused
-            raise TransportError(f"{self._server}: no {what} permission for {min(refused)[1]}")
+            raise SignalRefusedError(f"{self._server}: no {what} permission for {min(refused)[1]}")
 
     async def _on_error(self, error: Exception) -> None:
         if refusal := _REFUSAL.search(str(error)):
@@ -286,5 +300,10 @@ class _NatsConnection:
         """Turn the driver's errors into TransportError, in one line without secrets."""
         try:
             yield
+        except errors.MaxPayloadError:
+            raise SignalRefusedError(
+                f"{self._server}: a signal exceeds max_payload ({self.max_payload} bytes)",
+                is_too_large=True,
+            ) from None
         except (errors.Error, OSError) as error:
             raise TransportError(f"{self._server}: {refusal_of(error)}") from error

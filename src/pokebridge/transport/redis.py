@@ -21,7 +21,7 @@ from urllib.parse import urlsplit, urlunsplit
 from redis.asyncio import Redis
 from redis.asyncio.connection import AbstractConnection
 from redis.crc import key_slot
-from redis.exceptions import AskError, RedisError, ResponseError
+from redis.exceptions import AskError, NoPermissionError, RedisError, ResponseError
 
 from pokebridge.engines import text_of
 from pokebridge.engines.redis import (
@@ -33,7 +33,7 @@ from pokebridge.engines.redis import (
     node_address,
 )
 from pokebridge.engines.urls import without_secrets
-from pokebridge.errors import TransportError
+from pokebridge.errors import SignalRefusedError, TransportError
 from pokebridge.sharding import DEFAULT_SHARD_COUNT
 from pokebridge.supervisor import supervise
 from pokebridge.transport.base import Feed, Receiver, Selection, Signal, Subscription
@@ -177,6 +177,8 @@ class RedisTransport:
         for result in results:
             if isinstance(result, AskError):  # includes MovedError; dialling reads the map anew
                 self._link.connection.lose(_MOVED)
+            if isinstance(result, NoPermissionError):
+                raise SignalRefusedError(f"{self._name}: {result}")
             if isinstance(result, ResponseError):
                 raise TransportError(f"{self._name}: {result}")
         if is_replica(hello_fields(said)):  # new connections may lead to its primary
