@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from nats.js.api import StreamConfig
 from structlog.testing import capture_logs
 
 from pokebridge.errors import ConfigError, MailboxError, TransportError
@@ -403,3 +404,48 @@ async def test_a_permission_that_is_missing_is_named(
     async with guarded(server) as (_, source):
         with pytest.raises(TransportError, match=r"(?i)permissions violation.*CONSUMER\.INFO"):
             await source.fetch(1)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Nats-Expected-Stream": "this"},
+        {"nats-expected-stream": "this"},
+        {"Nats-Rollup": "sub"},
+        {"Nats-Expected-Last-Subject-Sequence": "0"},
+        {"Large": "x" * 60_000},
+    ],
+    ids=lambda headers: next(iter(headers)),
+)
+async def test_headers_of_the_publisher_do_not_hold_up_a_burial(
+    nats_queue: NatsQueue, headers: dict[str, str]
+) -> None:
+    """What controls the server is not copied to a dead letter, which is buried once."""
+    jetstream, stream = nats_queue._jetstream, nats_queue.stream
+    subjects = [nats_queue.subject.replace("paid", "*")]
+    await jetstream.update_stream(
+        StreamConfig(name=stream, subjects=subjects, allow_rollup_hdrs=True)
+    )
+    headers = {name: stream if value == "this" else value for name, value in headers.items()}
+    async with reading(await nats_queue.source(), Sender()) as ingress:
+        await jetstream.publish(nats_queue.subject, b"no JSON", headers={"Kept": "yes", **headers})
+        await buried(nats_queue, 1)
+        await nats_queue.publish(order())
+        await wait_until(lambda: ingress.results["committed"] == 1)
+        assert ingress.results["refused"] == 1
+        assert not ingress.is_down
+
+
+async def test_an_outage_that_nobody_foresaw_buries_nothing(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However the driver words it: while nothing can be committed, all messages wait."""
+    monkeypatch.setattr(ingress_module, "RETRY_DELAY_S", 0.0)
+    sender = Sender()
+    sender.defect_in = "order-7"
+    async with reading(await queue.source(), sender) as ingress:
+        await queue.publish(order(id="order-7"))
+        await wait_until(lambda: ingress.results["retried"] > 2 * ingress_module.MAX_DEFECTS)
+        sender.defect_in = ""
+        await wait_until(lambda: ingress.results["committed"] == 1)
+    assert await queue.dead_letters() == []

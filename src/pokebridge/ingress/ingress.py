@@ -15,7 +15,8 @@ from pokebridge.supervisor import Attempts, Part, supervise
 # Messages that are taken at once. The next are taken after these were settled.
 BATCH: Final = 256
 RETRY_DELAY_S: Final = 1.0
-# A message that raised an unexpected error so often is buried, so that it can't block the others.
+# A message that raised an unexpected error so often is buried, if others were committed meanwhile.
+# When none is, the error is an outage that nobody foresaw, and all messages stay in the queue.
 MAX_DEFECTS: Final = 5
 _MAX_REMEMBERED = 1_000
 
@@ -40,7 +41,8 @@ class Ingress:
     - ``results``: messages by what happened to them
     - ``_source``, ``_read``, ``_send``: as above
     - ``_queue``, ``_mailbox``: whether the queue and the mailbox work
-    - ``_defects``: unexpected errors by delivery id, the latest last
+    - ``_defects``: unexpected errors by delivery id, the latest last, and ``_settled`` at the first
+    - ``_settled``: messages that were committed when the batch under way began
     - ``_reading``: the task that takes messages
     - ``_settling``: the task that settles those taken
     - ``_closing``: whether to take no more
@@ -58,7 +60,8 @@ class Ingress:
         self._send = send
         self._queue = Part("ingress")
         self._mailbox = Part("mailbox")
-        self._defects: dict[str, int] = {}
+        self._defects: dict[str, tuple[int, int]] = {}
+        self._settled = 0
         self._reading: asyncio.Task[None] | None = None
         self._settling: asyncio.Task[None] | None = None
         self._closing = False
@@ -102,6 +105,7 @@ class Ingress:
 
     async def _settle(self, deliveries: Sequence[Delivery]) -> None:
         """Commit the messages, then ack, bury or retry each."""
+        self._settled = self._count_settled()
         commits = (self._commit(delivery) for delivery in deliveries)
         outcomes = await asyncio.gather(*commits, return_exceptions=True)
         done: list[Delivery] = []
@@ -143,8 +147,11 @@ class Ingress:
         self.results["duplicate" if receipt.duplicate else "committed"] += 1
 
     def _is_hopeless(self, delivery_id: str) -> bool:
-        count = self._defects.pop(delivery_id, 0) + 1
-        self._defects[delivery_id] = count
+        count, settled = self._defects.pop(delivery_id, (0, self._settled))
+        self._defects[delivery_id] = (count + 1, settled)
         if len(self._defects) > _MAX_REMEMBERED:
             del self._defects[next(iter(self._defects))]
-        return count >= MAX_DEFECTS
+        return count + 1 >= MAX_DEFECTS and self._count_settled() > settled
+
+    def _count_settled(self) -> int:
+        return self.results["committed"] + self.results["duplicate"]

@@ -9,7 +9,7 @@ The consumer and that stream are created when they are missing.
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, Final, NamedTuple
@@ -42,6 +42,10 @@ MAX_ACK_PENDING: Final = 10_000
 DEAD_KEPT_S: Final = 30 * 24 * 3600.0
 # With the headers well below a server's default limit of 1 MiB. A valid message is smaller.
 DEAD_BODY_BYTES: Final = 512 * 1024
+# A server accepts 64 KiB of headers.
+DEAD_HEADERS_BYTES: Final = 32 * 1024
+# Headers by which a publisher controls the server: for a dead letter they are not meant.
+_CONTROL: Final = ("nats-", "pokebridge-")
 _MAX_REASON = 500
 
 
@@ -105,13 +109,13 @@ class NatsSource:
         """See the port."""
         message: Msg = delivery.handle
         headers = {
-            **(message.headers or {}),
+            **_kept(message.headers or {}),
             "Nats-Msg-Id": delivery.id,  # a repetition within the server's window is dropped
             "Pokebridge-Reason": reason[:_MAX_REASON],
             "Pokebridge-Subject": message.subject,
         }
         async with self._connected() as connection:
-            body = delivery.body[:DEAD_BODY_BYTES]
+            body = delivery.body[: min(DEAD_BODY_BYTES, connection.client.max_payload // 2)]
             try:
                 await connection.jetstream.publish(self._dead_subject, body, headers=headers)
             except NoStreamResponseError:
@@ -208,3 +212,10 @@ def _delivery(message: Msg) -> Delivery:
     # A stream that was created again repeats sequence numbers; the time makes the id unique.
     stamp_us = int(where.timestamp.timestamp() * 1_000_000)
     return Delivery(f"nats:{where.sequence.stream}:{stamp_us}", message.data, message)
+
+
+def _kept(headers: Mapping[str, str]) -> Mapping[str, str]:
+    """The headers that a dead letter keeps; none when they are very large."""
+    kept = {name: value for name, value in headers.items() if not name.lower().startswith(_CONTROL)}
+    size_bytes = sum(len(name) + len(value) for name, value in kept.items())
+    return kept if size_bytes <= DEAD_HEADERS_BYTES else {}
