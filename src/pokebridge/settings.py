@@ -174,6 +174,9 @@ class Settings(BaseModel):
     cluster: _Name = "default"
     """Name of the cluster. Instances with the same name, transport and mailbox form one cluster.
     Clusters with different names do not hear each other, even on one engine."""
+    signal_cluster: _Name | None = None
+    """Name of the cluster whose subjects, channels or topics carry the signals. Unset: this
+    cluster's own. Needed only to change the number of shards (docs/partitioned.md)."""
     coordination: _PartUrl = "memory://"
     """Store through which instances agree who is alive and who owns which shard:
     postgresql://HOST/DB, nats://HOST:PORT (KV), redis://HOST:PORT/DB,
@@ -185,6 +188,10 @@ class Settings(BaseModel):
     `pokebridge cluster mode`."""
     shard_count: Annotated[int, Field(ge=1, le=MAX_SHARD_COUNT)] = DEFAULT_SHARD_COUNT
     """Number of shards. Must be the same on all instances and publishers of a cluster."""
+    heard_shards: Annotated[int, Field(ge=1, le=MAX_SHARD_COUNT)] | None = None
+    """How many shards to listen to in fan-out mode where each has its own channel or topic (Redis
+    Cluster, carrier topic), if more than shard_count. Needed only to change the number of
+    shards."""
     assignment: Literal["coordinator", "ring"] = "coordinator"
     """How shards are assigned to instances. coordinator: an elected instance assigns them and moves
     as few as possible. ring: each instance computes a hash ring. Ignored with static://, where the

@@ -95,6 +95,8 @@ async def open_adapters(settings: Settings) -> AsyncIterator[Adapters]:
         UnavailableError: the transport, the coordination store or the mailbox is unavailable.
     """
     who = {"instance": settings.instance, "cluster": settings.cluster}
+    # While the number of shards is changed, two clusters share their signals and their queue.
+    signal_cluster = settings.signal_cluster or settings.cluster
     plans_only = settings.roles == {"coordinator"}
     async with AsyncExitStack() as opened:
         tracing = None
@@ -103,9 +105,10 @@ async def open_adapters(settings: Settings) -> AsyncIterator[Adapters]:
             opened.push_async_callback(tracing.close)
         transport = await adapters.open_transport(
             "memory://" if plans_only else settings.transport,
-            **who,
+            instance=settings.instance,
+            cluster=signal_cluster,
             carrier=settings.carrier,
-            shard_count=settings.shard_count,
+            shard_count=max(settings.shard_count, settings.heard_shards or 0),
         )
         opened.push_async_callback(transport.close)
         coordination = await adapters.open_coordination(
@@ -121,7 +124,7 @@ async def open_adapters(settings: Settings) -> AsyncIterator[Adapters]:
             opened.push_async_callback(mailbox.close)
         ingress = None
         if settings.ingress is not None and "processor" in settings.roles:
-            ingress = await adapters.open_ingress(settings.ingress, cluster=settings.cluster)
+            ingress = await adapters.open_ingress(settings.ingress, cluster=signal_cluster)
             opened.push_async_callback(ingress.close)
         yield Adapters(
             transport=transport if tracing is None else tracing.over(transport),
