@@ -138,6 +138,42 @@ def test_a_token_without_scope_has_none() -> None:
     assert TokenVerifier(secret=SECRET).verify_now(hs256()).scopes == frozenset()
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"scope": "send poke"},
+        {"scope": ["send", "poke"]},
+        {"scope": ["send poke"]},
+        {"scp": "send poke"},
+        {"scp": ["poke", "send"]},
+        {"scope": "send", "scp": ["poke"]},
+    ],
+)
+def test_issuers_write_scopes_in_several_ways(given: dict[str, Any]) -> None:
+    """A string and a list, under the standard's name and under Microsoft's and Okta's."""
+    found = TokenVerifier(secret=SECRET).verify_now(hs256(**given))
+    assert found.scopes == {"send", "poke"}
+
+
+@pytest.mark.parametrize("name", ["scope", "scp"])
+@pytest.mark.parametrize("value", ["null", "[]", '""'])
+def test_an_empty_scope_grants_nothing(name: str, value: str) -> None:
+    """Null is as good as absent."""
+    payload = json.dumps(claims())[:-1] + f', "{name}": {value}}}'
+    token = jwt.PyJWS().encode(payload.encode(), SECRET)
+    assert TokenVerifier(secret=SECRET).verify_now(token).scopes == frozenset()
+
+
+def test_the_leeway_is_for_tokens_of_the_near_future() -> None:
+    """The issuer's clock may be ahead by the leeway, and 60 s by default."""
+    ahead = hs256(nbf=time.time() + 50)
+    assert TokenVerifier(secret=SECRET).verify_now(ahead).subject == BOB
+    with pytest.raises(AuthError, match="not yet valid"):
+        TokenVerifier(secret=SECRET, leeway_s=5).verify_now(ahead)
+    with pytest.raises(AuthError, match="expired"):
+        TokenVerifier(secret=SECRET, leeway_s=600).verify_now(hs256(exp=time.time() - 1))
+
+
 def test_both_secrets_are_accepted_during_a_rotation() -> None:
     """The previous secret still verifies; a third one does not."""
     verifier = TokenVerifier(secret=OTHER, previous_secret=SECRET)
@@ -162,7 +198,10 @@ def test_both_secrets_are_accepted_during_a_rotation() -> None:
         ({"sub": "x" * 257}, "recipient"),
         ({"sub": "bj\u00f6rn"}, "recipient"),
         ({"nbf": time.time() + 600}, "not yet valid"),
-        ({"scope": ["send"]}, "scope"),
+        ({"scope": 7}, "scope"),
+        ({"scope": ["send", 7]}, "scope"),
+        ({"scp": {"send": True}}, "scp"),
+        ({"nbf": time.time() + 90}, "not yet valid"),
         ({"iss": "mallory"}, "issuer"),
         ({"iss": None}, "iss"),
         ({"aud": "elsewhere"}, "Audience"),
@@ -330,6 +369,43 @@ async def test_the_issuers_keys_verify(
         jwks.verify_now(token[:-8] + "AAAAAAAA")
     with pytest.raises(AuthError, match="signature"):
         jwks.verify_now(token.rpartition(".")[0] + ".e30")
+
+
+def rsa_jwk(key: Any, kid: str | None) -> dict[str, Any]:
+    """The public half of ``key``, with an id if given."""
+    named = {} if kid is None else {"kid": kid}
+    return RSAAlgorithm.to_jwk(key.public_key(), as_dict=True) | named
+
+
+OTHER_RSA_KEY = rsa.generate_private_key(65537, 2048)
+
+
+@pytest.mark.parametrize("of_token", ["r", None])
+@pytest.mark.parametrize("of_keys", [("r", "r"), (None, None), ("r", None)])
+async def test_a_key_id_is_a_hint(
+    jwks: TokenVerifier,
+    issuer: Issuer,
+    of_keys: tuple[str | None, str | None],
+    of_token: str | None,
+) -> None:
+    """Keys that share an id, or have none, are tried one after the other."""
+    kids = dict(zip((RSA_KEY, OTHER_RSA_KEY), of_keys, strict=True))
+    issuer.answer = {"keys": [rsa_jwk(key, kid) for key, kid in kids.items()]}
+    for key, kid in kids.items():
+        token = signed(key, "RS256", of_token and kid)
+        assert (await jwks.verify(token)).subject == BOB
+    strange = rsa.generate_private_key(65537, 2048)
+    with pytest.raises(AuthError, match="signature"):
+        await jwks.verify(signed(strange, "RS256", of_token))
+    assert issuer.requests == 1
+
+
+async def test_a_token_is_tried_with_a_few_keys_only(jwks: TokenVerifier, issuer: Issuer) -> None:
+    """A stranger's token does not cost a verification with each of a hundred keys."""
+    issuer.answer = {"keys": [rsa_jwk(RSA_KEY, None)] * 100}
+    await jwks.verify(signed(RSA_KEY, "RS256", None))
+    assert jwks._key_set is not None
+    assert len(jwks._key_set.find("RS256", None)) == tokens.MAX_CANDIDATE_KEYS
 
 
 async def test_a_public_key_is_no_hmac_secret(jwks: TokenVerifier) -> None:

@@ -1,4 +1,4 @@
-"""RFC 6455 framing for a server that limits its peers: no extensions, no binary, at most 4 KiB.
+"""RFC 6455 framing for a server that limits its peers: no extensions, no binary, at most 9 KiB.
 
 The parser does no I/O. It exists only while bytes of a client are pending, so a silent session,
 which is the usual case, has none.
@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 from pokebridge.errors import FrameError
 
-MAX_MESSAGE_BYTES = 4096
+MAX_MESSAGE_BYTES = 9 * 1024
+"""The largest text message, which brings a new token of up to 8 KiB."""
 MAX_CONTROL_BYTES = 125  # RFC 6455, section 5.5
 MAX_FRAMES_PER_MESSAGE = 128
 """The most frames from the first fragment of a message to its last, control frames included."""

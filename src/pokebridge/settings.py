@@ -274,6 +274,9 @@ class Settings(BaseModel):
     revoke_for_s: _Seconds = 30 * 24 * 3600
     """Seconds for which a revocation of tokens lasts (DELETE /v1/sessions/{recipient}?revoke=true).
     Set it to the lifetime of your longest-lived tokens, or longer. The default is 30 days."""
+    jwt_leeway_s: Annotated[float, Field(ge=0, le=600)] = 60
+    """Seconds by which a token's `nbf` may be in the future, because the issuer's clock may be
+    ahead. `exp` has no leeway."""
     allowed_origins: Annotated[
         tuple[Annotated[str, AfterValidator(_check_origin)], ...], BeforeValidator(_split)
     ] = Field(default_factory=lambda given: ("*",) if given.get("dev") else ())

@@ -29,8 +29,10 @@ MAX_TOKEN_BYTES = 8192
 MIN_SECRET_BYTES = 32  # RFC 7518, section 3.2: as long as the hash's output
 PUBLIC_ALGORITHMS = ("RS256", "ES256", "EdDSA")
 
-# Tolerated between this host's clock and the issuer's, for `nbf`. None is tolerated for `exp`.
-CLOCK_SKEW_S = 5.0
+LEEWAY_S = 60.0
+"""By how much the issuer's clock may be ahead, for ``nbf``. ``exp`` has no leeway."""
+# The keys that a token is tried with. A stranger's token costs as many verifications.
+MAX_CANDIDATE_KEYS = 8
 # A key set of this age is fetched again. The old keys stay in use meanwhile.
 KEYS_FRESH_S = 300.0
 # The least time between two fetches, so that made-up key ids do not flood the endpoint.
@@ -61,7 +63,9 @@ class _Payload(msgspec.Struct):
 
     sub: str
     exp: float
-    scope: str = ""
+    # RFC 8693, section 4.2, has a string. Some issuers write a list, and call it `scp`.
+    scope: str | list[str] | None = None
+    scp: str | list[str] | None = None
 
 
 class TokenVerifier:
@@ -69,7 +73,8 @@ class TokenVerifier:
 
     Both is unambiguous: an HS256 token is checked with the secrets, any other with the key set.
     ``previous_secret`` is accepted too, while a new one is rolled out. A token must carry
-    ``issuer`` and ``audience`` where these are given. Raises
+    ``issuer`` and ``audience`` where these are given. Its ``nbf`` may be up to ``leeway_s`` seconds
+    in the future. Raises
     :class:`~pokebridge.errors.ConfigError` for a secret under 32 bytes.
 
     Its calls belong on one event loop's thread. ``clock`` is monotonic and ages the key set.
@@ -83,6 +88,7 @@ class TokenVerifier:
         jwks_url: str | None = None,
         issuer: str | None = None,
         audience: str | None = None,
+        leeway_s: float = LEEWAY_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._secrets = [_secret_key(s) for s in (secret, previous_secret) if s is not None]
@@ -92,6 +98,7 @@ class TokenVerifier:
         was revoked."""
         self._issuer = issuer
         self._audience = audience
+        self._leeway_s = leeway_s
         if jwks_url is not None and audience is None:
             log.warning(
                 "jwt_audience_not_set",
@@ -157,7 +164,7 @@ class TokenVerifier:
         header = jwt.get_unverified_header(token)
         if header.get("alg") == "HS256" and self._secrets:
             return self._secrets
-        return [self._key_set.find(header.get("alg"), header.get("kid"))]
+        return self._key_set.find(header.get("alg"), header.get("kid"))
 
     def _decode(self, token: str, key: jwt.PyJWK) -> dict[str, Any]:
         return jwt.decode(
@@ -165,7 +172,7 @@ class TokenVerifier:
             key,
             issuer=self._issuer,
             audience=self._audience,
-            leeway=CLOCK_SKEW_S,
+            leeway=self._leeway_s,
             options={
                 "require": ["sub", "exp"],
                 "verify_aud": self._audience is not None,
@@ -185,7 +192,12 @@ def _claims(payload: dict[str, Any]) -> Claims:
     if not is_recipient(used.sub):
         raise AuthError("the token's subject is not a recipient: 1 to 256 visible ASCII characters")
     # JSON numbers are exact up to here.
-    return Claims(used.sub, frozenset(used.scope.split()), min(used.exp, MAX_VERSION))
+    return Claims(used.sub, _scopes(used.scope, used.scp), min(used.exp, MAX_VERSION))
+
+
+def _scopes(*given: str | list[str] | None) -> frozenset[str]:
+    texts = [[each] if isinstance(each, str) else each or [] for each in given]
+    return frozenset(scope for each in texts for text in each for scope in text.split())
 
 
 class _KeySet:
@@ -210,23 +222,25 @@ class _KeySet:
         """Whether a fetch has ever succeeded."""
         return bool(self._keys)
 
-    def find(self, algorithm: object, key_id: str | None) -> jwt.PyJWK:
-        """The key called ``key_id``; without an id, the only key of ``algorithm``.
+    def find(self, algorithm: object, key_id: str | None) -> Sequence[jwt.PyJWK]:
+        """Return the keys of ``algorithm`` that may have signed a token that names ``key_id``.
 
-        Raises :class:`~pokebridge.errors.KeysUnavailableError` when a fetch might bring it, and
-        :class:`~pokebridge.errors.AuthError` when one has just shown that it is not there.
+        An id is a hint: two keys may share it, and a key may have none. A token without one may be
+        signed by any key.
+
+        Raises:
+            KeysUnavailableError: a fetch might bring such a key.
+            AuthError: a fetch has just shown that there is none.
         """
         if algorithm not in PUBLIC_ALGORITHMS:
             raise AuthError("the token's algorithm is not allowed")
-        found = [
-            key
-            for key in self._keys
-            if key.algorithm_name == algorithm and key_id in (None, key.key_id)
-        ]
-        if len(found) == 1:
+        usable = [key for key in self._keys if key.algorithm_name == algorithm]
+        found = [key for key in usable if key_id in (None, key.key_id)]
+        found = found or [key for key in usable if key.key_id is None]
+        if found:
             if self._clock() - self._fetched_at >= KEYS_FRESH_S:
                 self._start()
-            return found[0]
+            return found[:MAX_CANDIDATE_KEYS]
         if self._fetch is not None or self._last_failed or self._may_fetch():
             raise KeysUnavailableError("the issuer's keys are unavailable, try again")
         raise AuthError("the token's key is not one of the issuer's")

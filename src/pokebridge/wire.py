@@ -235,6 +235,10 @@ def auth_frame(expires_in_s: int) -> bytes:
 # --- WebSocket messages, client to server -----------------------------------------------------
 
 
+MAX_TEXT_BYTES = 4096
+"""The largest message of a client. Only one that brings a token may be larger."""
+
+
 class Ping(msgspec.Struct, tag="ping", tag_field="type"):
     """A request for a pong."""
 
@@ -252,9 +256,16 @@ def decode_client_message(text: bytes) -> Ping | Auth:
     """Decode a client's text message.
 
     Raises:
-        FrameError: with 1008, because a client may not send this message.
+        FrameError: with 1008, because a client may not send this message, or 1009, because it is
+            too large and brings no token.
     """
+    message: Ping | Auth | None
     try:
-        return _decode_client_message(text)
+        message = _decode_client_message(text)
     except (msgspec.DecodeError, RecursionError):  # the latter when it is nested too deeply
-        raise FrameError(1008, "not a client message of pokebridge.v1") from None
+        message = None
+    if len(text) > MAX_TEXT_BYTES and not isinstance(message, Auth):
+        raise FrameError(1009, f"a message without a token is at most {MAX_TEXT_BYTES} bytes")
+    if message is None:
+        raise FrameError(1008, "not a client message of pokebridge.v1")
+    return message

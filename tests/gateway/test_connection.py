@@ -3,9 +3,11 @@
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import Callable
 from ipaddress import ip_network
 
+import jwt
 import pytest
 from websockets.frames import Frame, Opcode
 
@@ -13,7 +15,7 @@ from pokebridge.gateway.connection import Connection
 from pokebridge.gateway.handshake import client_address
 from pokebridge.model import Poke
 from pokebridge.session import Timing
-from tests.gateway.harness import BOB, QUICK, Client, running, token
+from tests.gateway.harness import BOB, QUICK, SECRET, Client, running, token
 from tests.support.waiting import wait_until
 
 # --- bringing a token ---------------------------------------------------------------------------
@@ -467,6 +469,11 @@ BAD_FRAMES = {
     "reserved bit": (b"\xc1\x82\0\0\0\0{}", 1002),
     "binary": (b"\x82\x82\0\0\0\0{}", 1003),
     "oversize": (b"\x81\xfe\x10\x01\0\0\0\0" + b"x" * 4097, 1009),
+    "oversize, with a token": (
+        client_text(b'{"type":"auth","token":"' + b"x" * 9 * 1024 + b'"}'),
+        1009,
+    ),
+    "oversize, a ping": (client_text(b'{"type":"ping","x":"' + b"x" * 4096 + b'"}'), 1009),
     "oversize, megabytes": (b"\x81\xff\0\0\0\0\0\x98\x96\x80\0\0\0\0" + b"x" * 2_000_000, 1009),
     "fragmented ping": (b"\x09\x80\0\0\0\0", 1002),
     "lone continuation": (b"\x80\x82\0\0\0\0{}", 1002),
@@ -564,6 +571,19 @@ async def test_an_expired_token_closes_4401() -> None:
     async with running() as server:
         client = await server.open(bearer=token(ttl_s=1))
         assert await client.closed() == 4401
+
+
+async def test_a_long_token_renews_too() -> None:
+    """A token that is accepted in a handshake is accepted on the socket, up to 8 KiB."""
+    for size in (4800, 8100):
+        padded = jwt.encode(
+            {"sub": BOB, "exp": time.time() + 900, "x": "x" * (size * 3 // 4 - 150)}, SECRET
+        )
+        assert size - 150 < len(padded) <= size
+        async with running() as server:
+            client = await server.open(bearer=padded)
+            client.say({"type": "auth", "token": padded})
+            assert (await client.message())["type"] == "auth"
 
 
 async def test_auth_renews_the_token() -> None:

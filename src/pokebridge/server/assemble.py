@@ -167,6 +167,7 @@ def _verifier(settings: Settings) -> TokenVerifier:
         jwks_url=settings.jwks_url,
         issuer=settings.jwt_issuer,
         audience=settings.jwt_audience,
+        leeway_s=settings.jwt_leeway_s,
     )
 
 
