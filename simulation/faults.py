@@ -184,7 +184,7 @@ async def cut_from_broker(world: World) -> None:
 async def deafen(world: World) -> None:
     """An instance loses its line to the broker for long; its clients and its mailbox are well."""
     if victim := _victim(world):
-        await _cut(world, victim, world.broker, victim.line, world.rng.uniform(15.0, 45.0))
+        await _cut(world, victim, world.broker, victim.line, world.rng.uniform(20.0, 45.0))
 
 
 async def lose_broker(world: World) -> None:
@@ -280,9 +280,11 @@ async def cut_from_store(world: World) -> None:
     if world.running:
         victim = world.rng.choice(world.running)
         world.trace.note(victim.name, "is cut off from the store")
+        world.store.trouble.begin()
         world.store.cut(victim)
         await world.nap(world.rng.uniform(0.5, 5 * world.config.lease_s))
         world.store.heal(victim)
+        world.store.trouble.end()
 
 
 async def cut_from_mailbox(world: World) -> None:
@@ -327,29 +329,36 @@ async def stop_store(world: World) -> None:
     """The coordination store is away; no client may notice."""
     store = world.store
     world.trace.note("store", "goes down")
+    store.trouble.begin()
     store.up = False
     await world.nap(world.rng.uniform(0.5, 6 * world.config.lease_s))
     world.trace.note("store", "comes up")
     store.up = True
+    store.trouble.end()
 
 
 async def slow_store(world: World) -> None:
     """The coordination store is slow, up to seconds; no client may notice."""
+    world.store.trouble.begin()
     world.store.slow_s = world.rng.choice((0.1, 0.5, 2.0))
     await world.nap(world.rng.uniform(2.0, 15.0))
     world.store.slow_s = 0.0
+    world.store.trouble.end()
 
 
 async def forgetful_store(world: World) -> None:
     """The coordination store writes, and its answer is lost; no client may notice."""
+    world.store.trouble.begin()
     world.store.forgetful = 0.3
     await world.nap(world.rng.uniform(1.0, 10.0))
     world.store.forgetful = 0.0
+    world.store.trouble.end()
 
 
 async def wipe_store(world: World) -> None:
     """The coordination store loses all its data; no client may notice."""
     world.trace.note("store", "loses its data")
+    world.store.trouble.happen()
     world.store.forget_everything()
 
 

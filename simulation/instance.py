@@ -33,6 +33,7 @@ class SimInstance(Peer):
         self.url = f"wss://{name}.sim"
         self.listens = False
         """Whether its port is open."""
+        self.began_at = scene.scheduler.now
         self.stopping = False
         self.vanished = False
         """Whether the whole machine is gone, so that it does not even refuse connections."""
@@ -177,6 +178,11 @@ class SimInstance(Peer):
         """Whether it serves and has no trouble."""
         serves = self.listens and not self.stopping and not self.real.gateway.draining
         return serves and not self.trouble.active and not self.line.active
+
+    @property
+    def hears_since(self) -> float:
+        """Since when it hears the broker and has no other trouble; infinity while it does not."""
+        return max(self.began_at, self.line.over_at, self.trouble.over_at)
 
     @property
     def sockets(self) -> Sequence[Socket]:

@@ -6,6 +6,7 @@ is in trouble. docs/simulation.md lists the invariants.
 
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from operator import attrgetter
 from typing import Final, NamedTuple, Protocol
 
@@ -49,8 +50,10 @@ class _Seen(NamedTuple):
     """The members as one process last read them, and since when (true time) they are these."""
 
     members: Sequence[Member]
-    standing: frozenset[tuple[str, str]]
+    standing: frozenset[tuple[str, str, bool]]
     since_s: float
+    read_s: float
+    deaf_since_s: Mapping[str, float]
 
 
 class WatchedClient(Protocol):
@@ -308,11 +311,15 @@ class Oracle:
 
     def on_members(self, peer: Peer, members: Sequence[Member]) -> None:
         """``peer`` has read who the members are."""
-        standing = frozenset((member.id, member.incarnation) for member in members)
+        standing = frozenset(
+            (member.id, member.incarnation, member.state == "deaf") for member in members
+        )
         before = self._seen.get(peer)
         now = self._scene.scheduler.now
-        same = before is not None and before.standing == standing
-        self._seen[peer] = _Seen(members, standing, before.since_s if before and same else now)
+        since_s = before.since_s if before and before.standing == standing else now
+        known = before.deaf_since_s if before else {}
+        deaf_since_s = {id_: known.get(id_, now) for id_, _, is_deaf in standing if is_deaf}
+        self._seen[peer] = _Seen(members, standing, since_s, now, deaf_since_s)
 
     def knowledge_of(self, peer: Peer) -> object:
         """What ``peer`` has read of the members."""
@@ -345,15 +352,16 @@ class Oracle:
             if owner is not None and owner != after.owners[shard]
         ]
         self.moves += len(moved)
-        gone = before.draining | after.draining
-        hears = {each.id for each in seen.members if each.state == "active"} - gone
-        # A member that has become deaf lately may be one of many, so it still counts.
-        can_own = hears | ({each.id for each in seen.members if each.state == "deaf"} - gone)
+        staying = {each.id for each in seen.members if each.state in {"active", "deaf"}}
+        staying -= before.draining | after.draining
+        now = self._scene.scheduler.now
+        can_own = staying - self._let_go(seen, staying, seen.read_s - 1.1 * self._settle_s)
+        keep = staying - self._let_go(seen, staying, now - 0.9 * self._settle_s)
         for shard in moved:
             if after.owners[shard] not in can_own and can_own:
                 self.fail("a shard moves to who can own it", f"{shard} to {after.owners[shard]}")
-        needless = [shard for shard in moved if before.owners[shard] in hears]
-        settled_s = self._scene.scheduler.now - seen.since_s
+        needless = [shard for shard in moved if before.owners[shard] in keep]
+        settled_s = now - seen.since_s
         if needless and settled_s < 0.9 * self._settle_s:
             self.fail(
                 "a shard moves only when it must",
@@ -365,6 +373,13 @@ class Oracle:
             kept = sum(each == owner for each in after.owners)
             if kept < fair:
                 self.fail("a shard moves only when it must", f"{owner} is left with {kept}")
+
+    def _let_go(self, seen: _Seen, staying: AbstractSet[str], before_s: float) -> AbstractSet[str]:
+        """Those of ``staying`` that are deaf since ``before_s``, if another one hears."""
+        deaf = seen.deaf_since_s
+        if staying <= deaf.keys():
+            return frozenset()
+        return {id_ for id_ in staying & deaf.keys() if deaf[id_] <= before_s}
 
     def look_at_views(self, views: Iterable[tuple[Peer, ShardMap]]) -> None:
         """Check the map of each running instance; called several times a second."""
@@ -380,6 +395,14 @@ class Oracle:
             known = self._maps.get(shard_map.epoch)
             if known is not None and known != shard_map:
                 self.fail("one map an epoch", f"{instance.name} has another {shard_map.epoch}")
+
+    def look_at_deaf(self, instance: Peer) -> None:
+        """``instance`` has heard nothing for so long that others must have its shards."""
+        shard_map = self._map
+        if shard_map is None or shard_map.mode == "fanout" or self._is_remembering():
+            return
+        if self._scene.config.assignment == "coordinator" and instance.name in shard_map.owners:
+            self.fail("a deaf instance lets go", f"{instance.name} still owns shards")
 
     def _is_remembering(self) -> bool:
         """Whether the store has lost its data, and instances may still restore the map."""

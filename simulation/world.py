@@ -27,6 +27,8 @@ T = TypeVar("T")
 
 RECOVERY_BOUND_S = 110.0
 """How long the cluster has to recover after the last fault; derived in docs/simulation.md."""
+DEAF_BOUND_S = 17.0
+"""After this and three leases an instance that hears nothing owns no shard, if others hear."""
 STEADY_BOUND_S = 1.0
 """How long a message may take to every client once the cluster has recovered."""
 _START_BOUND_S = 30.0
@@ -332,12 +334,24 @@ class World(Scene):
         while True:
             views = [(each, each.real.cluster.view.shard_map) for each in self.running]
             self.oracle.look_at_views(views)
+            self._look_at_the_deaf()
             for instance in self.running:
                 if instance.listens and instance.real.gateway.draining:
                     drained[instance] += 1
                     if drained[instance] == _DRAINED_LOOKS:
                         instance.stop()  # as an operator does who finds it drained
             await asyncio.sleep(_LOOK_EVERY_S)
+
+    def _look_at_the_deaf(self) -> None:
+        """Check that an instance without a line to the broker has given up its shards."""
+        now, bound_s = self.scheduler.now, DEAF_BOUND_S + 3 * self.config.lease_s
+        calm_at = max(self.store.trouble.over_at, self.broker.trouble.over_at)
+        hearing_at = min((each.hears_since for each in self.running), default=float("inf"))
+        if max(calm_at, hearing_at) > now - bound_s:
+            return
+        for each in self.running:
+            if each.line.lasts_s > bound_s and each.trouble.over_at <= now - bound_s:
+                self.oracle.look_at_deaf(each)
 
     async def _keep_sending(self, everyone: Sequence[str]) -> None:
         while True:

@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pokebridge.errors import MailboxError
-from pokebridge.gateway.verification import DOUBT_EVERY_S, GRACE_S, Verification
+from pokebridge.gateway.verification import DOUBT_EVERY_S, GRACE_S, STEP_S, Verification
 
 EVERY_S = 60.0
 
@@ -62,6 +63,36 @@ async def test_a_lost_poke_is_made_up_for() -> None:
     assert verification.lost == 1
 
 
+@pytest.mark.parametrize("every_s", [1.0, 5.0, EVERY_S])
+async def test_the_bound_holds_at_its_worst(every_s: float) -> None:
+    """Told too little just after its turn, a session is poked within ``every_s`` and the grace."""
+    mailbox, session = Mailbox(bob=7), Session("bob", told=7)
+    verification = Verification(mailbox.heads, every_s)
+    verification.add(session)
+    now = 0.0
+    while not mailbox.asked:
+        await verification.step(now, in_doubt=False)
+        now += 1.02  # a step takes a moment too
+    mailbox.newest["bob"], told_s = 8, now - 1.02
+    while not session.pokes:
+        await verification.step(now, in_doubt=False)
+        now += 1.02
+    assert now - 1.02 - told_s <= every_s + GRACE_S + 1
+
+
+async def test_sessions_that_are_gone_delay_nobody() -> None:
+    """After most sessions have closed, as after a drain, those that are left have their turn."""
+    mailbox, session = Mailbox(bob=8), Session("bob", told=7)
+    gone = [Session("eve", told=1) for _ in range(1000)]
+    verification = Verification(mailbox.heads, EVERY_S)
+    for each in [*gone, session]:
+        verification.add(each)
+    for each in gone:
+        each.is_closed = True
+    await run(verification, EVERY_S + GRACE_S + 1)
+    assert session.pokes == [8]
+
+
 async def test_a_poke_that_is_only_late_is_not_lost() -> None:
     """A session that is told within the grace gets no second poke and is not counted."""
     mailbox, session = Mailbox(bob=8), Session("bob", told=7)
@@ -97,13 +128,14 @@ async def test_an_empty_mailbox_pokes_nobody() -> None:
 @given(st.integers(1, 2500))
 async def test_everyone_has_a_turn_within_the_interval(count: int) -> None:
     """However many there are, each is looked up once an interval, a slice of them a second."""
+    round_s = EVERY_S - 2 * STEP_S
     mailbox = Mailbox()
     verification = Verification(mailbox.heads, EVERY_S)
     for n in range(count):
         verification.add(Session(f"r{n}"))
-    await run(verification, EVERY_S)
+    await run(verification, round_s)
     assert count - 1 <= sum(mailbox.asked) <= count + 1
-    assert max(mailbox.asked) <= -(-count // EVERY_S) + 1
+    assert max(mailbox.asked) <= -(-count // round_s) + 1
 
 
 async def test_doubt_quickens_it() -> None:

@@ -175,6 +175,11 @@ def young_generation_deletes(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(memory, "is_young", lambda _base, _now_ms: False)
 
 
+def deaf_instance_keeps_shards(patch: pytest.MonkeyPatch) -> None:
+    """An instance that hears nothing says that it is well."""
+    patch.setattr(Gateway, "is_deaf", property(lambda _self: False))
+
+
 PLANTS: list[tuple[Plant, str]] = [
     (break_before_make, "no silence"),
     (ready_before_live, "ready only when live"),
@@ -191,6 +196,7 @@ PLANTS: list[tuple[Plant, str]] = [
     (no_verification, "no silence"),
     (unversioned_pokes_believed, "no silence"),
     (generation_at_the_restored_head, "no version twice"),
+    (deaf_instance_keeps_shards, "a deaf instance lets go"),
     (young_generation_deletes, "no message lost or doubled"),
 ]
 """Each bug, and the invariant that it breaks."""

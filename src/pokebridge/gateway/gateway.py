@@ -25,7 +25,7 @@ from pokebridge.gateway.recall import Recall
 from pokebridge.gateway.session_map import SessionMap
 from pokebridge.gateway.shard_routing import Reach, ShardRouting
 from pokebridge.gateway.subscriptions import SubscriptionManager
-from pokebridge.gateway.verification import Heads, Verification
+from pokebridge.gateway.verification import STEP_S, Heads, Verification
 from pokebridge.gateway.wheel import Wheel
 from pokebridge.placement import Placement, ShardMap
 from pokebridge.sharding import shard_of
@@ -315,7 +315,7 @@ class Gateway:
 
     async def _keep_verifying(self, verification: Verification) -> None:
         while True:
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(STEP_S)
             in_doubt = self.subscriptions.is_in_doubt or self.beacons.silent_members > 0
             await verification.step(self.now(), in_doubt=in_doubt)
 

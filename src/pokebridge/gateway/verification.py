@@ -24,6 +24,8 @@ DOUBT_EVERY_S = 10.0
 """While the transport is in doubt: it may stay away for long, and pulls must go on."""
 GRACE_S = 3.0
 """How long the poke of a new commit may still be on its way."""
+STEP_S = 1.0
+"""The time between two steps."""
 BATCH = 1000
 
 
@@ -79,7 +81,7 @@ class Verification:
         self._queue.append(session)
 
     async def step(self, now: float, *, in_doubt: bool) -> None:
-        """Verify the sessions whose turn has come; to be called about once a second.
+        """Verify the sessions whose turn has come; to be called once in ``STEP_S``.
 
         A session that is not open yet keeps its turn: its pull at ``ready`` comes first. When the
         mailbox does not answer the same sessions are first in line at the next step.
@@ -100,14 +102,20 @@ class Verification:
 
     def _take_due(self, now: float, *, in_doubt: bool) -> list[Verified]:
         every_s = min(self._every_s, DOUBT_EVERY_S) if in_doubt else self._every_s
+        # A turn may come a step late, and so may the second look after the grace.
+        every_s = max(every_s - 2 * STEP_S, every_s / 2)
         elapsed_s = 0.0 if self._stepped_at is None else now - self._stepped_at
         self._stepped_at = now
         total = len(self._queue)
         self._budget = min(self._budget + total * elapsed_s / every_s, total)
         turns = int(self._budget)
         self._budget -= turns
-        taken = (self._queue.popleft() for _ in range(turns))
-        return [session for session in taken if not session.is_closed]
+        due: list[Verified] = []
+        while self._queue and len(due) < turns:
+            session = self._queue.popleft()
+            if not session.is_closed:  # a closed one costs no turn, or it would delay the others
+                due.append(session)
+        return due
 
     async def _verify(self, sessions: Sequence[Verified], now: float) -> None:
         heads = await self._heads(list({session.recipient for session in sessions}))
