@@ -3,12 +3,14 @@
 import asyncio
 import json
 import re
+import secrets
 import textwrap
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import pytest
 from nats.js.api import StreamConfig
 from structlog.testing import capture_logs
@@ -22,6 +24,7 @@ from pokebridge.ingress.ingress import Ingress
 from pokebridge.ingress.nats import NatsSource
 from pokebridge.mailbox.base import Limits
 from pokebridge.mailbox.memory import MemoryMailbox
+from pokebridge.mailbox.postgres import PostgresMailbox
 from pokebridge.model import NewMessage, Receipt
 from pokebridge.submission import read_queued
 from pokebridge.testing.mailbox_kit import ALICE, BOB, EVE, head, versions
@@ -449,3 +452,30 @@ async def test_an_outage_that_nobody_foresaw_buries_nothing(
         sender.defect_in = ""
         await wait_until(lambda: ingress.results["committed"] == 1)
     assert await queue.dead_letters() == []
+
+
+async def test_a_database_that_refuses_is_waited_out(
+    nats_queue: NatsQueue, postgres_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A role that may not log in for a while loses nothing, and buries nothing."""
+    monkeypatch.setattr(ingress_module, "RETRY_DELAY_S", 0.0)
+    role = f"role_{secrets.token_hex(8)}"
+    by_hand = await asyncpg.connect(postgres_database)
+    await by_hand.execute(f"CREATE ROLE {role} LOGIN")
+    await by_hand.execute(f"CREATE SCHEMA {role} AUTHORIZATION {role}")
+    url = postgres_database.replace("postgres@", f"{role}@")
+    mailbox = await PostgresMailbox.open(f"{url}?schema={role}")
+    ingress = Ingress(await nats_queue.source(), read_queued, mailbox.append)
+    await ingress.start()
+    await by_hand.execute(f"ALTER ROLE {role} NOLOGIN")
+    await by_hand.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = $1", role
+    )
+    await nats_queue.publish(*(order(body=n) for n in range(20)))
+    await wait_until(lambda: ingress.results["retried"] > 20 * ingress_module.MAX_DEFECTS)
+    await by_hand.execute(f"ALTER ROLE {role} LOGIN")
+    await wait_until(lambda: ingress.results["committed"] == 20)
+    assert await nats_queue.dead_letters() == []
+    await ingress.close()
+    await mailbox.close()
+    await by_hand.close()
