@@ -91,16 +91,19 @@ def test_handle_poke_and_the_session_map_know_nothing_of_phases() -> None:
     result = subprocess.run([sys.executable, "-c", ask], check=True, capture_output=True, text=True)
     imported = {name.removeprefix("pokebridge.") for name in result.stdout.split()}
     assert imported <= {
+        "backoff",
         "errors",
         "framing",
         "gateway",
         "gateway.bridge",
         "gateway.connection",
+        "gateway.disconnects",
         "gateway.meter",
         "gateway.session_map",
         "gateway.wheel",
         "model",
         "session",
+        "supervisor",
         "telemetry",
         "wire",
     }

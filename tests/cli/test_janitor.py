@@ -102,19 +102,16 @@ def test_what_a_killed_instance_left_is_deleted(
 def test_a_dry_run_only_names_it(small_server: Daemon, use: Callable[[str], Serve]) -> None:
     """Of the cluster that was asked for; and nothing is deleted."""
     serve = use(small_server.address)
-    own: dict[str, Any] = {
-        "transport": "pubsub://test/pokes",
-        "mailbox": "memory://",
-        "cluster": "blue",
-    }
-    serve(instance="killed", **own).kill()
-    assert impatient("--transport", own["transport"]).out == "0 examined, 0 that nobody reads\n"
+    own: dict[str, Any] = {"transport": "pubsub://test/pokes", "mailbox": "memory://"}
+    serve(instance="living", **own)
+    serve(instance="killed", cluster="blue", **own).kill()
+    assert impatient("--transport", own["transport"]).out == "1 examined, 0 that nobody reads\n"
 
     result = impatient("--transport", own["transport"], "--cluster", "blue", "--dry-run")
     first, second = result.out.splitlines()
     assert (result.status, first) == (0, "1 examined, 1 that nobody reads")
     assert second.startswith("would be deleted: poke-sub-killed (unread for ")
-    assert subscriptions(small_server.address, "test") == {"poke-sub-killed"}
+    assert subscriptions(small_server.address, "test") == {"poke-sub-living", "poke-sub-killed"}
 
 
 @pytest.mark.parametrize("scheme", ["nats", "tls", "redis", "rediss", "memory"])
