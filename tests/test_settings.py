@@ -124,6 +124,22 @@ def test_client_variables_and_empty_ones_are_no_settings() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "value", "meant"),
+    [
+        ("advertise_url", "wss://b1/", "wss://b1"),
+        ("advertise_url", "wss://b1/v1/connect", "wss://b1"),
+        ("advertise_url", "wss://b1:8443/i/one/v1/connect/", "wss://b1:8443/i/one"),
+        ("advertise_url", "ws://[::1]:8080", "ws://[::1]:8080"),
+        ("allowed_origins", "HTTPS://A.example:443", ("https://a.example",)),
+        ("allowed_origins", "https://*.a.example,*", ("https://*.a.example", "*")),
+    ],
+)
+def test_a_value_is_brought_into_its_normal_form(name: str, value: str, meant: Any) -> None:
+    """What can only mean one thing is accepted as that."""
+    assert getattr(load_settings(None, {"dev": True, name: value}, {}), name) == meant
+
+
+@pytest.mark.parametrize(
     ("name", "value", "meaning"),
     [
         ("port", "http", "integer"),
@@ -140,12 +156,24 @@ def test_client_variables_and_empty_ones_are_no_settings() -> None:
         ("instance", "", "lower-case"),
         ("instance", "x" * 64, "1 to 63"),
         ("advertise_url", "https://x", "ws:// or wss://"),
+        ("advertise_url", "wss://b1:abc", "ws:// or wss://"),
+        ("advertise_url", "wss://b1:70000", "ws:// or wss://"),
+        ("advertise_url", "wss://", "ws:// or wss://"),
+        ("advertise_url", "wss://:8080", "ws:// or wss://"),
+        ("advertise_url", "wss://[::1", "ws:// or wss://"),
+        ("advertise_url", "wss://b1?x", "without user, query or fragment"),
+        ("advertise_url", "wss://b1?", "without user, query or fragment"),
+        ("advertise_url", "wss://b1#f", "without user, query or fragment"),
+        ("advertise_url", "wss://me:secret@b1", "without user, query or fragment"),
         ("transport", "nats", "URL"),
         ("mailbox", "pokebridge.db", "URL"),
         ("jwt_secret", "hunter2", "32 bytes"),
         ("jwt_previous_secret", "hunter2", "32 bytes"),
         ("jwks_url", "file:///etc/passwd", "http"),
         ("allowed_origins", "https://a.example/path", "origins like"),
+        ("allowed_origins", "https://a.example/", "without a path"),
+        ("allowed_origins", "https://a.*.example", "origins like"),
+        ("allowed_origins", "wss://a.example", "not wss://"),
         ("trusted_proxies", "10.0.0.1/8", "networks like"),
         ("handshakes_per_s", -1, "0"),
         ("max_sessions", 0, "1"),

@@ -31,11 +31,13 @@ from pokebridge.errors import ConfigError
 from pokebridge.mailbox.base import Limits
 from pokebridge.mailbox.pushes import PushTiming
 from pokebridge.model import Mode
+from pokebridge.origins import normal_origin
 from pokebridge.red_line import MIGRATE_RULES, RED_LINE_OPS_PER_S
 from pokebridge.session import Timing
 from pokebridge.sharding import DEFAULT_SHARD_COUNT, MAX_SHARD_COUNT
 from pokebridge.submission import MAX_BODY_BYTES
 from pokebridge.transport.base import Carrier
+from pokebridge.wire import CONNECT_PATH
 
 __all__ = ["Settings", "load_settings"]
 
@@ -83,9 +85,35 @@ def _check_webhook_secret(secret: SecretStr) -> SecretStr:
 
 
 def _check_origin(origin: str) -> str:
-    if origin != "*" and re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin) is None:
-        raise ValueError("must be origins like https://app.example.com, or * for any")
-    return origin
+    if origin == "*":
+        return origin
+    try:
+        normal = normal_origin(origin)
+    except ValueError:
+        raise ValueError(
+            "must be origins like https://app.example.com or https://*.example.com, without a path,"
+            " or * for any"
+        ) from None
+    if normal.startswith(("ws://", "wss://")):
+        raise ValueError(
+            "must be origins of pages, which begin with https:// or http://, not wss://"
+        )
+    return normal
+
+
+def _check_advertise_url(text: str) -> str:
+    try:
+        url = urlsplit(text)
+        is_valid = url.port != 0 and bool(url.hostname)  # a port that is no number raises
+    except ValueError:
+        is_valid = False
+    # The text itself is searched too, because an empty query or fragment is not in the parts.
+    if not is_valid or url.scheme not in {"ws", "wss"} or re.search(r"[?#@\s]", text):
+        raise ValueError(
+            "must be a ws:// or wss:// URL like wss://b1.example.com,"
+            " without user, query or fragment"
+        )
+    return text.rstrip("/").removesuffix(CONNECT_PATH).rstrip("/")
 
 
 def _unless_dev(limit: int) -> Any:
@@ -165,7 +193,7 @@ class Settings(BaseModel):
     All four by default."""
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Relative capacity. An instance of weight 2 owns twice as many shards as one of weight 1."""
-    advertise_url: Annotated[str, _matching(r"wss?://\S+", "a ws:// or wss:// URL")] | None = None
+    advertise_url: Annotated[str, AfterValidator(_check_advertise_url)] | None = None
     """WebSocket URL at which clients reach this instance and no other, like wss://b1.example.com.
     Needed to lead clients to the owner of their shard. Unset: clients are not redirected."""
 
@@ -280,8 +308,9 @@ class Settings(BaseModel):
     allowed_origins: Annotated[
         tuple[Annotated[str, AfterValidator(_check_origin)], ...], BeforeValidator(_split)
     ] = Field(default_factory=lambda given: ("*",) if given.get("dev") else ())
-    """Origins whose web pages may connect, separated by commas. * allows every origin. Unset: web
-    pages cannot connect from another origin."""
+    """Origins whose web pages may connect, separated by commas, like https://app.example.com or
+    https://*.example.com for all its subdomains. * allows every origin. The instance's own origin
+    is always allowed. Unset: no other is."""
 
     # --- Limits ---
 

@@ -779,6 +779,8 @@ class TestProblems:
             (["*"], "https://x.example", "*"),
             (["https://x.example"], "https://x.example", "https://x.example"),
             (["https://x.example"], "https://y.example", None),
+            (["https://*.x.example"], "https://a.x.example", "https://a.x.example"),
+            (["https://*.x.example"], "https://x.example", None),
             ([], "https://x.example", None),
         ],
     )
@@ -792,7 +794,9 @@ class TestProblems:
                 response = await http.get("/v1/messages", headers={**headers, "Origin": origin})
                 assert response.headers.get("access-control-allow-origin") == allowed
             preflight = {"Origin": origin, "Access-Control-Request-Method": "GET"}
-            preflight["Access-Control-Request-Headers"] = "authorization,if-none-match"
+            preflight["Access-Control-Request-Headers"] = (
+                "authorization,if-none-match,traceparent,tracestate,baggage"
+            )
             response = await http.options("/v1/messages", headers=preflight)
         assert (response.status_code == 200) == (allowed is not None)
 

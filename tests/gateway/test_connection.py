@@ -175,8 +175,32 @@ async def test_no_origin_is_allowed_by_default() -> None:
     """Outside --dev every Origin must be listed."""
     async with running() as server:
         client = await server.dial()
-        headers = (f"Authorization: Bearer {token()}", "Origin: http://localhost")
+        headers = (f"Authorization: Bearer {token()}", "Origin: http://a.example")
         assert await client.handshake(headers=headers) == 403
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        (("Origin: http://localhost",), 101),  # the Host that the client asks for
+        (("Origin: HTTPS://LOCALHOST:443",), 101),
+        (("Origin: http://localhost:8080",), 403),
+        (("Origin: https://a.app.example",), 101),
+        (("Origin: https://app.example",), 403),
+        (("Origin: null",), 403),
+        (("Origin:",), 403),
+        (("Origin: http://b.example", "Host: b.example"), 403),
+        (("Origin: http://localhost", "Origin: http://a.example"), 400),
+    ],
+)
+async def test_the_own_origin_and_patterns_are_allowed(
+    headers: tuple[str, ...], status: int
+) -> None:
+    """A page of this host connects without a setting, and so does one that a pattern matches."""
+    async with running(allowed_origins=frozenset({"https://*.app.example"})) as server:
+        client = await server.dial()
+        bearer = f"Authorization: Bearer {token()}"
+        assert await client.handshake(headers=(bearer, *headers)) == status
 
 
 async def test_a_huge_head_is_refused() -> None:

@@ -28,12 +28,28 @@ from pokebridge.cluster.watchers import Watchers
 from pokebridge.durations import RequestDurations
 from pokebridge.gateway.handshake import Network
 from pokebridge.model import check_recipient
+from pokebridge.origins import is_allowed
 from pokebridge.tokens import SignToken, TokenVerifier
 from pokebridge.wire import CONNECT_PATH
 
 # A whole request body: a message of 64 KiB and its envelope, or a thousand recipients.
 BODY_CAP_BYTES = 96 * 1024
 POKES_CAP_BYTES = 384 * 1024
+
+
+# What pages may send. The last three are what tracing adds to a page's requests by itself.
+_REQUEST_HEADERS = (
+    *("Authorization", "Content-Type", "If-None-Match"),
+    *("traceparent", "tracestate", "baggage"),
+)
+
+
+class _Cors(CORSMiddleware):
+    """Starlette's middleware, with patterns among the allowed origins."""
+
+    def is_allowed_origin(self, origin: str) -> bool:
+        """Whether pages of ``origin`` may call."""
+        return self.allow_all_origins or is_allowed(origin, self.allow_origins)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,10 +135,10 @@ def _middleware(parts: Parts) -> Sequence[Middleware]:
             durations=parts.operations.requests,
         ),
         Middleware(
-            CORSMiddleware,
+            _Cors,
             allow_origins=parts.allowed_origins,
             allow_methods=["GET", "POST", "PUT", "DELETE"],
-            allow_headers=["Authorization", "Content-Type", "If-None-Match"],
+            allow_headers=_REQUEST_HEADERS,
             expose_headers=["ETag", "Retry-After"],
         ),
         Middleware(

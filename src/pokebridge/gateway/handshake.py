@@ -15,6 +15,7 @@ from websockets.server import ServerProtocol
 
 from pokebridge.errors import AuthError, InputError, RefusedError
 from pokebridge.model import DEFAULT_DEVICE, check_device
+from pokebridge.origins import is_allowed, is_own
 from pokebridge.wire import CONNECT_PATH
 
 SUBPROTOCOL = "pokebridge.v1"
@@ -86,8 +87,7 @@ def read_handshake(
         raise RefusedError(
             HTTPStatus.BAD_REQUEST, str(error), {"Sec-WebSocket-Version": "13"}
         ) from None
-    origin = headers.get("Origin")
-    if allowed_origins is not None and origin is not None and origin not in allowed_origins:
+    if allowed_origins is not None and not _may_connect(headers, allowed_origins):
         raise RefusedError(HTTPStatus.FORBIDDEN, "the Origin is not in allowed_origins")
     try:
         device = check_device(query.get("device", [DEFAULT_DEVICE])[-1])
@@ -105,6 +105,15 @@ def read_handshake(
         moved=query.get("moved", [""])[-1] == "1",
         response=_accept_response(accept, SUBPROTOCOL if SUBPROTOCOL in offered else None),
     )
+
+
+def _may_connect(headers: Headers, allowed_origins: frozenset[str]) -> bool:
+    """Whether the page that connects is allowed to. The server's own pages always are."""
+    origin = headers.get("Origin")
+    if origin is None:  # no browser
+        return True
+    own = any(is_own(origin, host) for host in headers.get_all("Host")[:1])
+    return own or is_allowed(origin, allowed_origins)
 
 
 def _find_token(headers: Headers, offered: Sequence[str], in_query: Sequence[str]) -> str:

@@ -55,7 +55,13 @@ def listen(host: str, port: int) -> socket.socket:
     """
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+        return socket.create_server(
+            (host, port),
+            family=family,
+            backlog=_BACKLOG,
+            # Otherwise "::" would be every interface, but for IPv6 alone.
+            dualstack_ipv6=host == "::" and socket.has_dualstack_ipv6(),
+        )
     except OSError as error:
         raise ConfigError(
             f"host, port: cannot listen on {_url_host(host)}:{port} ({error.strerror})"
