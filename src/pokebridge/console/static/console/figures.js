@@ -34,7 +34,13 @@ export function loadOf({ traffic, instances }) {
     sessions: sum(instances, (each) => each.sessions),
     instances: instances.length,
     draining: instances.filter((each) => each.state === "draining").length,
+    deaf: instances.filter((each) => each.state === "deaf").length,
   };
+}
+
+function noteOnInstances(load) {
+  if (load.deaf) return `${load.deaf} deaf`;
+  return load.draining ? `${plural(load.draining, "one")} draining` : "all active";
 }
 
 const FIGURES = [
@@ -90,7 +96,7 @@ const FIGURES = [
     key: "instances",
     name: "Instances",
     value: (load) => formatCount(load.instances),
-    note: (load) => (load.draining ? `${plural(load.draining, "one")} draining` : "all active"),
+    note: noteOnInstances,
   },
 ];
 
