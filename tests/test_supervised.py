@@ -14,6 +14,8 @@ JUSTIFIED = {
     ("engines/addresses.py", "waiting.pop(0)"): "one attempt to connect, which the dialling awaits",
     ("fallback/push.py", "_push"): "records one outcome, for as long as its lease lasts",
     ("gateway/entrance.py", "(coroutine)"): "one handshake or one new token",
+    ("gateway/recall.py", "(self._answer)"): "repeats what it knows once",
+    ("gateway/recall.py", "(self._ask)"): "asks a few times",
     ("transport/google_pubsub_subscription.py", "(part)"): "the supervised stream awaits its parts",
     ("transport/reconnecting_link.py", "(work)"): "one call on the connection, which ends with it",
 }

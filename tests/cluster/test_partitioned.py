@@ -302,7 +302,7 @@ async def _poke_untagged(nats_server: Daemon, sockets: Mapping[str, Socket]) -> 
     await nats.connect(nats_server.url)
     for recipient in sockets:
         body = json.dumps({"recipient": recipient, "version": 7}).encode()
-        await nats.publish("push-notifications", body)
+        await nats.publish("push-notifications~operated", body)
     await nats.close()
     for socket in sockets.values():
         assert json.loads(await socket.recv()) == {"type": "poke", "version": 7}

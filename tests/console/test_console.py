@@ -192,7 +192,7 @@ async def _poke_untagged(trio: Trio) -> None:
     nats = NatsClient()
     await nats.connect(trio.nats.url)
     for _ in range(200):
-        await nats.publish("push-notifications", b'{"recipient":"urn:user:nobody"}')
+        await nats.publish("push-notifications~console", b'{"recipient":"urn:user:nobody"}')
     await nats.close()
 
     async def is_measured() -> bool:

@@ -628,7 +628,7 @@ async def test_auth_renews_the_token() -> None:
         ("garbage", 4401),
         (token(ttl_s=-10), 4401),
         (token(secret="f" * 64), 4401),
-        (token("urn:user:eve"), 4403),
+        (token("urn:user:eve", ttl_s=86_400), 4403),
     ],
     ids=["garbage", "expired", "foreign", "of somebody else"],
 )
