@@ -153,9 +153,11 @@ async def test_a_subscription_is_live_only_once_its_probe_came_back() -> None:
         assert not world.manager.covers(BOB)
         assert not world.manager.settled
         assert world.manager.trouble == "the subscription did not deliver a probe in time"
+        assert world.manager.hears_nothing
         world.bus.deaf.clear()
         await wait_until(lambda: world.manager.covers(BOB))
         assert world.manager.settled
+        assert not world.manager.hears_nothing
         assert world.lives == 1
         # It was never live before, so nobody was promised anything.
         assert not world.missed

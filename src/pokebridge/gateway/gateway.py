@@ -302,7 +302,9 @@ class Gateway:
     def _watch_doubt(self) -> None:
         """Count the seconds in doubt. Without a mailbox, poke everybody now and then meanwhile."""
         was_deaf = self.is_deaf
-        self._doubt_s = self._doubt_s + 1 if self.subscriptions.is_in_doubt else 0
+        # An instance that was cut off before it ever heard has missed nothing, and is deaf too.
+        in_doubt = self.subscriptions.is_in_doubt or self.subscriptions.hears_nothing
+        self._doubt_s = self._doubt_s + 1 if in_doubt else 0
         if self.is_deaf and not was_deaf:
             log.warning(
                 "instance_deaf", reason=self.subscriptions.trouble, sessions=len(self.sessions)

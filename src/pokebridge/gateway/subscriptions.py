@@ -125,6 +125,11 @@ class SubscriptionManager:
         return any(managed.missed for managed in self._managed.values())
 
     @property
+    def hears_nothing(self) -> bool:
+        """Whether something is wanted, and no subscription at all is proven live."""
+        return bool(self._wanted) and not any(map(self._is_live, self._managed))
+
+    @property
     def selections(self) -> frozenset[Selection]:
         """What this instance is subscribed to, live or not."""
         return frozenset(self._managed)
