@@ -66,6 +66,11 @@ class Handle:
         """Whether it is cancelled."""
         return self._cancelled
 
+    @property
+    def is_turn(self) -> bool:
+        """Whether it lets a task run on."""
+        return isinstance(getattr(self._callback, "__self__", None), asyncio.Task)
+
     def when(self) -> float:
         """When it is due, by its loop's clock."""
         return self._when
@@ -150,10 +155,8 @@ class Scheduler:
                 self.now = max(self.now, deadline_s if timers else self.now)
                 return
             loop = handle.loop
-            if loop.paused:
+            if loop.paused or loop.dead:
                 loop.backlog.append(handle)
-                continue
-            if loop.dead:
                 continue
             if loop is not running:
                 enter(None)
@@ -270,7 +273,6 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         """SIGKILL."""
         self.dead = True
         self.paused = False
-        self.backlog.clear()
 
     def reap(self) -> None:
         """Unwind what still runs, when the simulation is over and nobody looks any more.
@@ -285,6 +287,11 @@ class VirtualLoop(asyncio.AbstractEventLoop):
                 break
             for task in tasks:
                 task.cancel()
+            # A task whose turn came after its process was killed still waits for that turn.
+            for handle in self.backlog:
+                if handle.is_turn:
+                    self.scheduler.soon(handle)
+            self.backlog.clear()
             self.scheduler.run(self.scheduler.now)
         for task in asyncio.all_tasks(self):
             task._log_destroy_pending = False  # type: ignore[attr-defined] # noqa: SLF001 - asyncio has no other way to say so

@@ -62,6 +62,27 @@ def test_a_killed_process_does_nothing_more() -> None:
     assert did == ["cleaned up"]
 
 
+def test_what_was_killed_before_its_turn_unwinds_at_the_end() -> None:
+    """A task that was to run on when its process was killed cleans up too, awaits included."""
+    scheduler = Scheduler()
+    process = scheduler.process("process")
+    did = []
+
+    async def work() -> None:
+        try:
+            await asyncio.sleep(0)
+        finally:
+            await asyncio.sleep(0)
+            did.append("cleaned up")
+
+    process.create_task(work())
+    process.call_soon(process.kill)
+    scheduler.run()
+    assert did == []
+    process.reap()
+    assert did == ["cleaned up"]
+
+
 def test_standing_still_is_noticed() -> None:
     """Code that calls itself back for ever does not hang the simulation."""
     process = Scheduler().process("process")
