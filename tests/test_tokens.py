@@ -170,6 +170,8 @@ def test_the_leeway_is_for_tokens_of_the_near_future() -> None:
     assert TokenVerifier(secret=SECRET).verify_now(ahead).subject == BOB
     with pytest.raises(AuthError, match="not yet valid"):
         TokenVerifier(secret=SECRET, leeway_s=5).verify_now(ahead)
+    with pytest.raises(AuthError, match="not yet valid"):
+        TokenVerifier(secret=SECRET).verify_now(hs256(nbf=time.time() + 90))
     with pytest.raises(AuthError, match="expired"):
         TokenVerifier(secret=SECRET, leeway_s=600).verify_now(hs256(exp=time.time() - 1))
 
@@ -197,11 +199,10 @@ def test_both_secrets_are_accepted_during_a_rotation() -> None:
         ({"sub": "two words"}, "recipient"),
         ({"sub": "x" * 257}, "recipient"),
         ({"sub": "bj\u00f6rn"}, "recipient"),
-        ({"nbf": time.time() + 600}, "not yet valid"),
+        ({"nbf": time.time() + 86_400}, "not yet valid"),
         ({"scope": 7}, "scope"),
         ({"scope": ["send", 7]}, "scope"),
         ({"scp": {"send": True}}, "scp"),
-        ({"nbf": time.time() + 90}, "not yet valid"),
         ({"iss": "mallory"}, "issuer"),
         ({"iss": None}, "iss"),
         ({"aud": "elsewhere"}, "Audience"),

@@ -37,10 +37,17 @@ async def chromium() -> AsyncIterator[Browser]:
         await browser.close()
 
 
+# A colour is not its own while it fades in; an animation without an end is never waited for.
+_ANIMATIONS_END = """Promise.allSettled(document.getAnimations()
+  .filter((each) => each.effect.getComputedTiming().endTime !== Infinity)
+  .map((each) => each.finished))"""
+
+
 async def axe_violations(page: Page) -> list[str]:
     """What axe-core finds wrong with a page: each rule with the elements that break it."""
     if not AXE.exists():
         missing("axe-core (npm ci in tests/node)")
     await page.evaluate(await asyncio.to_thread(AXE.read_text))
+    await page.evaluate(_ANIMATIONS_END)
     found = await page.evaluate("axe.run().then(({ violations }) => violations)")
     return [f"{each['id']}: {[node['html'] for node in each['nodes']]}" for each in found]
