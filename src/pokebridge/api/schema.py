@@ -165,7 +165,7 @@ class Instance(Struct):
         0.0
     )
     gaps: int = 0
-    lost: Annotated[int, Meta(description="Lost pokes that verification made up for.")] = 0
+    lost: Annotated[int, Meta(description="Lost pokes that verification sent again.")] = 0
     doubt_s: Annotated[
         float,
         Meta(

@@ -34,7 +34,7 @@ class Report:
     gaps: int = 0
     """Number of gaps since the member's start."""
     lost: int = 0
-    """Number of lost pokes that verification has made up for since the member's start."""
+    """Number of lost pokes that verification has sent again since the member's start."""
     doubt_s: float = 0.0
     """Seconds since the member's start in which pokes for its sessions may have been lost."""
     pulls_per_s: float = 0.0

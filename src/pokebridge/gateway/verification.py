@@ -2,7 +2,7 @@
 
 Probes, gaps and the outbox depend on what an engine says. Verification does not: it asks the
 mailbox for the newest version of each connected recipient in turn. So a poke that was lost anywhere
-between the publisher and the socket is made up for within ``verify_every_s``: a bound that no
+between the publisher and the socket is sent again within ``verify_every_s``: a bound that no
 transport can break.
 """
 

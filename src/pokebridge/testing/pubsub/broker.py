@@ -94,7 +94,7 @@ class Stream:
         return response
 
     def request(self, request: Any) -> None:
-        """Do what a request after the first one asks for."""
+        """Apply a request that follows the first one."""
         if request.subscription:
             raise invalid("subscription may only be set in first message")
         if request.max_outstanding_messages or request.max_outstanding_bytes:
@@ -112,17 +112,17 @@ class Stream:
             self._queue.modify([ack_id], seconds)
 
     def close(self) -> None:
-        """The client is gone: what was sent stays leased to it until the ack deadline."""
+        """Handle that the client has left. Sent messages stay leased to it until the ack deadline."""
         self._queue.remove(self, [ack_id for ack_id, _ in self._unsent])
         self._unsent.clear()
 
     def put(self, ack_id: str, message: _Message) -> None:
-        """Have ``message`` sent."""
+        """Queue ``message`` for sending."""
         self._unsent.append((ack_id, message))
         self.wake()
 
     def end(self, error: ApiError) -> None:
-        """Have the stream end with ``error``."""
+        """End the stream with ``error``."""
         self.error = error
         self.wake()
 
@@ -144,7 +144,7 @@ class _Queue:
 
     @property
     def has_expired(self) -> bool:
-        """Whether nobody has used it for as long as its expiration policy allows."""
+        """Whether it has been unused for longer than its expiration policy allows."""
         policy = self.config.expiration_policy
         if self.streams or not policy.HasField("ttl"):
             return False
@@ -152,24 +152,24 @@ class _Queue:
         return idle_s >= float(policy.ttl.seconds)
 
     def touch(self) -> None:
-        """Somebody uses the subscription."""
+        """Record that the subscription is in use."""
         self._active_s = self._clock()
 
     def offer(self, message: _Message, attributes: dict[str, str]) -> None:
-        """Take in ``message`` if it passes the filter and the subscription receives already."""
+        """Queue ``message`` if it passes the filter and the subscription already receives."""
         if message.published_s < self.receives_from_s:
             return
         if self._passes is None or matches(self._passes, attributes):
             self._waiting.append(message)
 
     def dispatch(self) -> None:
-        """Hand what waits to the streams, in turn."""
+        """Hand the waiting messages to the streams, in turn."""
         while self._waiting and (stream := self._next_stream()):
             for message in self._pop(1):
                 stream.put(self._lease(message, stream.ack_deadline_s, stream), message)
 
     def pull(self, max_messages: int) -> list[Any]:
-        """Hand out up to ``max_messages`` at once."""
+        """Return up to ``max_messages`` without waiting."""
         self.touch()
         return [
             ReceivedMessage(
@@ -187,9 +187,9 @@ class _Queue:
         self.dispatch()
 
     def modify(self, ack_ids: Sequence[str], seconds: int) -> None:
-        """Move the deadlines; 0 gives the messages back."""
+        """Move the ack deadlines. 0 returns the messages to the queue."""
         self.touch()
-        for ack_id in reversed(ack_ids):  # so that what is given back keeps its order
+        for ack_id in reversed(ack_ids):  # so that returned messages keep their order
             lease = self._leases.get(ack_id)
             if lease is None:
                 continue
@@ -200,7 +200,7 @@ class _Queue:
         self.dispatch()
 
     def remove(self, stream: Stream, unsent: Sequence[str]) -> None:
-        """``stream`` ends; what it has not sent goes to the others."""
+        """Remove ``stream``. Its unsent messages go to the other streams."""
         self.touch()
         if stream in self.streams:
             self.streams.remove(stream)
@@ -209,7 +209,7 @@ class _Queue:
         self.dispatch()
 
     def tick(self) -> None:
-        """Give back what was not acknowledged in time."""
+        """Return to the queue each message that was not acknowledged in time."""
         now_s = self._clock()
         while self._deadlines and self._deadlines[0][0] <= now_s:
             deadline_s, ack_id = heapq.heappop(self._deadlines)
@@ -226,7 +226,7 @@ class _Queue:
         return None
 
     def _pop(self, limit: int) -> list[_Message]:
-        """Up to ``limit`` messages; those past the retention are dropped on the way."""
+        """Take up to ``limit`` messages. Those past their retention are dropped."""
         oldest_s = self._clock() - self.config.message_retention_duration.seconds
         popped: list[_Message] = []
         while self._waiting and len(popped) < limit:
@@ -273,8 +273,8 @@ class Broker:
     """The state of the service, under ``clock`` (Unix time in seconds).
 
     Only ``projects`` exist; with ``None``, every project does.
-    ``liveness_delay_s`` is how long a new subscription receives nothing, as was measured of
-    Google's service.
+    ``liveness_delay_s``: how long a new subscription receives nothing. Google's service was
+    measured to have such a delay.
     """
 
     def __init__(self, clock: Callable[[], float], projects: Container[str] | None = None) -> None:
@@ -314,7 +314,7 @@ class Broker:
         return api.ListTopicSubscriptionsResponse.pb()(subscriptions=page, next_page_token=token)
 
     def delete_topic(self, request: Any) -> Any:
-        """DeleteTopic; its subscriptions stay, attached to nothing."""
+        """DeleteTopic. Its subscriptions remain, without a topic."""
         topic = self._topic(request.topic)
         del self._topics[request.topic]
         for queue in topic.queues.values():

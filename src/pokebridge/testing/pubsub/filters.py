@@ -89,10 +89,10 @@ def matches(expression: Filter, attributes: Mapping[str, str]) -> bool:
 
 
 def parse_filter(text: str) -> Filter:
-    """The filter that ``text`` spells.
+    """Parse ``text`` as a filter.
 
     Raises:
-        FilterError: it spells none, or is longer than 256 bytes.
+        FilterError: ``text`` is no valid filter, or is longer than 256 bytes.
     """
     if len(text.encode()) > MAX_FILTER_SIZE_BYTES:
         raise FilterError(f"longer than {MAX_FILTER_SIZE_BYTES} bytes")
@@ -192,7 +192,7 @@ class _Parser:
         if letter in _LITERALS:
             return str(letter)
         if letter not in _CONTROLS:
-            raise self._error(f"no escape is \\{letter}")
+            raise self._error(f"\\{letter} is not a valid escape")
         return _CONTROLS[letter]
 
     def _take_word(self, *words: str) -> str | None:

@@ -82,7 +82,7 @@ const FIGURES = [
     value: (load) => formatCount(load.gaps),
     note: (load) =>
       load.lost
-        ? `${plural(load.lost, "lost poke")} made up for`
+        ? `${plural(load.lost, "lost poke")} sent again`
         : `${formatDuration(load.doubtS)} in doubt`,
     isBad: (load) => load.gaps + load.lost > 0,
   },
