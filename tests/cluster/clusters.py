@@ -68,14 +68,16 @@ def clusters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clusters]:
     """Three instances, which share a mailbox, on each engine."""
     with ExitStack() as stack, ThreadPoolExecutor() as threads:
 
-        def start(name: str) -> Cluster:
-            directory = tmp_path_factory.mktemp(name)
+        def start(name: str, directory: Path) -> Cluster:
             engine = stack.enter_context(ENGINES[name](directory))
             return _start(stack, threads, name, engine, directory)
 
         # Not the pool that the instances start in: it would wait for itself.
         with ThreadPoolExecutor() as starters:
-            started = [starters.submit(start, name) for name in ENGINES]
+            # Not in threads: two first calls of `mktemp` delete each other's directory.
+            started = [
+                starters.submit(start, name, tmp_path_factory.mktemp(name)) for name in ENGINES
+            ]
         yield {cluster.name: cluster for each in started if (cluster := _unless_missing(each))}
 
 

@@ -5,7 +5,7 @@ client's endpoint, to ``server.address``. On a laptop run ``python -m pokebridge
 
 The server has topics, and pull subscriptions with labels, filters, ack deadlines, retention and
 expiry. It answers Publish, Pull, Acknowledge, ModifyAckDeadline and StreamingPull with flow
-control. It refuses features that it lacks: push, ordering keys, exactly-once delivery, dead letters,
+control. It refuses what it lacks: push, ordering keys, exactly-once delivery, dead letters,
 snapshots and schemas. One conformance suite (``tests/testing/test_pubsub_conformance.py``) runs
 over it and over Google's emulator.
 """

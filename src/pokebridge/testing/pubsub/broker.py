@@ -112,7 +112,7 @@ class Stream:
             self._queue.modify([ack_id], seconds)
 
     def close(self) -> None:
-        """Handle that the client has left. Sent messages stay leased to it until the ack deadline."""
+        """The client has left. Sent messages stay leased to it until the ack deadline."""
         self._queue.remove(self, [ack_id for ack_id, _ in self._unsent])
         self._unsent.clear()
 
