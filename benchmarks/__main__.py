@@ -21,6 +21,7 @@ from benchmarks import (
     noise,
     pokes,
     profiled,
+    tokens,
     transports,
     verification,
 )
@@ -31,6 +32,7 @@ MEASURES: dict[str, Callable[[], Awaitable[list[Figure]]]] = {
     "memory": memory.measure,
     "pokes": pokes.measure,
     "handshakes": handshakes.measure,
+    "tokens": tokens.measure,
     "noise": noise.measure,
     "profiled": profiled.measure,
     "transports": transports.measure,

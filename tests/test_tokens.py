@@ -5,6 +5,7 @@ import base64
 import json
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from typing import Any
 
 import jwt
@@ -17,7 +18,9 @@ from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 
 from pokebridge import tokens
 from pokebridge.errors import AuthError, ConfigError, InputError, KeysUnavailableError
+from pokebridge.gateway.disconnects import Disconnects
 from pokebridge.tokens import TokenVerifier, sign_token
+from pokebridge.wire import Disconnect
 
 SECRET = "a-secret-of-more-than-32-bytes-for-tests"
 OTHER = "another-secret-of-more-than-32-bytes-too"
@@ -342,6 +345,170 @@ def test_no_message_holds_the_token_or_the_secret() -> None:
     with pytest.raises(ConfigError) as short:
         TokenVerifier(secret="hunter2")
     assert "hunter2" not in str(short.value)
+
+
+# --- What is remembered --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The tokens whose signatures were checked, in order, each as often as it was."""
+    checked: list[str] = []
+    check = TokenVerifier._check_signature
+
+    def spy(self: TokenVerifier, token: str) -> tokens.Claims:
+        checked.append(token)
+        return check(self, token)
+
+    monkeypatch.setattr(TokenVerifier, "_check_signature", spy)
+    return checked
+
+
+def test_a_signature_is_checked_once(checks: list[str]) -> None:
+    """The second call finds the same claims without a look at the signature."""
+    verifier = TokenVerifier(secret=SECRET)
+    token = hs256(scope="send poke", iat=1)
+    first = verifier.verify_now(token)
+    assert verifier.verify_now(token) is first
+    assert first.scopes == {"send", "poke"}
+    assert checks == [token]
+
+
+def test_a_remembered_token_expires(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is accepted until the moment that ``exp`` names, and not in it."""
+    verifier = TokenVerifier(secret=SECRET, leeway_s=600)
+    expires_at = time.time() + 1000
+    token = hs256(exp=expires_at)
+    verifier.verify_now(token)
+    monkeypatch.setattr("pokebridge.tokens.time.time", lambda: expires_at - 0.001)
+    assert verifier.verify_now(token).expires_at == expires_at
+    monkeypatch.setattr("pokebridge.tokens.time.time", lambda: expires_at)
+    with pytest.raises(AuthError, match="expired"):
+        verifier.verify_now(token)
+
+
+def test_a_remembered_token_is_revoked() -> None:
+    """The recipient's old tokens are refused from then on, and those issued later are not."""
+    now = time.time()
+    disconnects = Disconnects()
+    verifier = TokenVerifier(secret=SECRET)
+    verifier.refuses = lambda subject, issued_at: disconnects.refuses(subject, issued_at, now)
+    old, undated, new = hs256(iat=now - 60), hs256(), hs256(iat=now + 1)
+    eve = hs256(sub="urn:user:eve", iat=now - 60)
+    for token in (old, undated, new, eve):
+        verifier.verify_now(token)
+    at_ms = int(now * 1000)
+    disconnects.note(Disconnect(BOB, at_ms, at_ms + 60_000), now)
+    for token in (old, undated, old):
+        with pytest.raises(AuthError, match="revoked"):
+            verifier.verify_now(token)
+    assert verifier.verify_now(new).subject == BOB
+    assert verifier.verify_now(eve).subject == "urn:user:eve"
+
+
+def test_a_rotated_secret_ends_what_was_remembered() -> None:
+    """What one verifier remembers, another that has only the new secret does not know."""
+    token = hs256()
+    during = TokenVerifier(secret=OTHER, previous_secret=SECRET)
+    assert [during.verify_now(token).subject for _ in range(2)] == [BOB, BOB]
+    after = TokenVerifier(secret=OTHER)
+    for _ in range(2):
+        with pytest.raises(AuthError, match="signature"):
+            after.verify_now(token)
+
+
+async def test_a_token_that_is_not_valid_yet_is_not_remembered(checks: list[str]) -> None:
+    """It is checked again each time, and accepted when its ``nbf`` has come."""
+    verifier = TokenVerifier(secret=SECRET, leeway_s=0)
+    token = hs256(nbf=int(time.time()) + 2)
+    for _ in range(2):
+        with pytest.raises(AuthError, match="not yet valid"):
+            verifier.verify_now(token)
+    assert len(checks) == 2
+
+    def accepted() -> bool:
+        with suppress(AuthError):
+            verifier.verify_now(token)
+            return True
+        return False
+
+    await _until(accepted)
+
+
+def test_few_tokens_are_remembered(checks: list[str]) -> None:
+    """The newest are kept. One that was pushed out is checked again, and accepted."""
+    verifier = TokenVerifier(secret=SECRET, max_verified=3)
+    issued = [hs256(sub=f"urn:user:{number}") for number in range(10)]
+    for number, token in enumerate(issued):
+        assert verifier.verify_now(token).subject == f"urn:user:{number}"
+        assert len(verifier._verified._claims) == len(verifier._verified._order) <= 3
+    checks.clear()
+    for token in issued[7:]:
+        verifier.verify_now(token)
+    assert checks == []
+    assert verifier.verify_now(issued[0]).subject == "urn:user:0"
+    assert checks == issued[:1]
+
+
+@given(st.lists(st.integers(0, 9), min_size=20, max_size=60), st.integers(1, 10))
+def test_recipients_are_never_mixed_up(order: list[int], size: int) -> None:
+    """In any order of tokens, and with any room, each gives its own recipient and scopes."""
+    verifier = TokenVerifier(secret=SECRET, max_verified=size)
+    for number in order:
+        found = verifier.verify_now(ISSUED[number])
+        assert found.subject == f"urn:user:{number}"
+        assert found.scopes == {f"scope-{number}"}
+
+
+ISSUED = [sign_token(SECRET, f"urn:user:{n}", [f"scope-{n}"], ttl_s=10**6) for n in range(10)]
+
+
+def test_a_remembered_token_helps_no_other() -> None:
+    """One changed character anywhere, and a token is refused as it was before."""
+    verifier = TokenVerifier(secret=SECRET)
+    token = ISSUED[0]
+    verifier.verify_now(token)
+    for at, character in enumerate(token):
+        changed = token[:at] + ("A" if character != "A" else "B") + token[at + 1 :]
+        with pytest.raises(AuthError):
+            verifier.verify_now(changed)
+    for changed in (token[:-1], f"{token}A", f" {token}"):
+        with pytest.raises(AuthError):
+            verifier.verify_now(changed)
+
+
+async def test_an_unchanged_key_set_forgets_no_token(
+    jwks: TokenVerifier, issuer: Issuer, clock: Clock, checks: list[str]
+) -> None:
+    """Keys are fetched again although no token needs a check, and nothing is lost by it."""
+    token = signed(EC_KEY, "ES256", "e")
+    await jwks.verify(token)
+    checks.clear()
+    clock.now += tokens.KEYS_FRESH_S
+    jwks.verify_now(token)
+    assert jwks._key_set is not None
+    await jwks._key_set.fetched()
+    assert issuer.requests == 2
+    jwks.verify_now(token)
+    assert checks == []
+
+
+async def test_a_token_of_a_withdrawn_key_is_forgotten(
+    jwks: TokenVerifier, issuer: Issuer, clock: Clock, checks: list[str]
+) -> None:
+    """Whatever made the verifier fetch the keys, it checks the remembered tokens anew."""
+    token, other = signed(EC_KEY, "ES256", "e"), signed(RSA_KEY, "RS256", "r")
+    for each in (token, other):
+        await jwks.verify(each)
+    clock.now += tokens.KEYS_RETRY_S
+    issuer.answer = {"keys": [RSA_JWK]}
+    with pytest.raises(AuthError):
+        await jwks.verify(signed(EC_KEY, "ES256", "unknown"))
+    checks.clear()
+    with pytest.raises(AuthError, match="not one of the issuer's"):
+        jwks.verify_now(token)
+    assert jwks.verify_now(other).subject == BOB
+    assert checks == [token, other]
 
 
 # --- JWKS ----------------------------------------------------------------------------------------

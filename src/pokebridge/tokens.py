@@ -8,11 +8,15 @@ PyJWT's own client for key sets is not used: it blocks, and it forgets its keys 
 """
 
 import asyncio
+import functools
+import hashlib
 import math
+import secrets
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -38,6 +42,8 @@ KEYS_FRESH_S = 300.0
 # The least time between two fetches, so that made-up key ids do not flood the endpoint.
 KEYS_RETRY_S = 10.0
 KEYS_TIMEOUT_S = 5.0
+MAX_VERIFIED = 32_768
+"""The tokens that a verifier remembers. Each takes about 0.3 KB: 10 MB in all."""
 
 # The members of a public key (RFC 7517, RFC 7518). Private members are not read.
 _PUBLIC_TYPES = ("RSA", "EC", "OKP")
@@ -51,11 +57,15 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Claims:
-    """What a valid token says: ``subject`` has ``scopes`` until ``expires_at`` (Unix seconds)."""
+    """What a valid token says: ``subject`` has ``scopes`` until ``expires_at`` (Unix seconds).
+
+    ``issued_at`` is in Unix seconds too, and ``None`` when the token does not say it.
+    """
 
     subject: str
     scopes: frozenset[str]
     expires_at: float
+    issued_at: float | None = field(default=None, compare=False)
 
 
 class _Payload(msgspec.Struct):
@@ -77,6 +87,11 @@ class TokenVerifier:
     in the future. Raises
     :class:`~pokebridge.errors.ConfigError` for a secret under 32 bytes.
 
+    A signature is verified once: the verifier remembers the last ``max_verified`` tokens that were
+    valid. Whether one of them has expired or was revoked is looked up at every call, and all are
+    forgotten when the key set changes. What is not valid is not remembered, so it costs a
+    verification each time, and a key that appears later is found.
+
     Its calls belong on one event loop's thread. ``clock`` is monotonic and ages the key set.
     """
 
@@ -89,10 +104,12 @@ class TokenVerifier:
         issuer: str | None = None,
         audience: str | None = None,
         leeway_s: float = LEEWAY_S,
+        max_verified: int = MAX_VERIFIED,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._verified = _Verified(max_verified)
         self._secrets = [_secret_key(s) for s in (secret, previous_secret) if s is not None]
-        self._key_set = _KeySet(jwks_url, clock) if jwks_url is not None else None
+        self._key_set = None if jwks_url is None else _KeySet(jwks_url, clock, self._verified.clear)
         self.refuses: Callable[[str, float | None], bool] = lambda _subject, _issued_at: False
         """Whether a token of this subject, issued at this time (Unix seconds) or at an unknown one,
         was revoked."""
@@ -106,7 +123,7 @@ class TokenVerifier:
             )
 
     def verify_now(self, token: str) -> Claims:
-        """The claims of ``token``, without waiting for anything.
+        """The claims of ``token``, without waiting for anything; at once when it is remembered.
 
         Raises :class:`~pokebridge.errors.AuthError` when it is not valid, and
         :class:`~pokebridge.errors.KeysUnavailableError` when the key that it names is not known:
@@ -114,13 +131,18 @@ class TokenVerifier:
         """
         if len(token) > MAX_TOKEN_BYTES or not token.isascii():
             raise AuthError("the token is not valid: it is too long, or not ASCII")
-        try:
-            for key in self._keys_for(token):
-                with suppress(jwt.InvalidSignatureError):
-                    return self._claims(self._decode(token, key))
-        except jwt.PyJWTError as error:
-            raise AuthError(f"the token is not valid: {error}") from None
-        raise AuthError("the token's signature is not valid")
+        digest = self._verified.digest(token)
+        claims = self._verified.find(digest)
+        if claims is None:
+            claims = self._check_signature(token)
+            self._verified.add(digest, claims)
+        elif self._key_set is not None:
+            self._key_set.keep_fresh()  # or a key that was withdrawn would stay in use
+        if not claims.expires_at > time.time():
+            raise AuthError("the token has expired")
+        if self.refuses(claims.subject, claims.issued_at):
+            raise AuthError("the token was revoked")
+        return claims
 
     async def verify(self, token: str) -> Claims:
         """Like :meth:`verify_now`, but fetches a key that is not known yet.
@@ -150,13 +172,14 @@ class TokenVerifier:
         if self._key_set is not None:
             await self._key_set.close()
 
-    def _claims(self, payload: dict[str, Any]) -> Claims:
-        claims = _claims(payload)
-        issued_at = payload.get("iat")
-        is_time = isinstance(issued_at, int | float) and not isinstance(issued_at, bool)
-        if self.refuses(claims.subject, issued_at if is_time else None):
-            raise AuthError("the token was revoked")
-        return claims
+    def _check_signature(self, token: str) -> Claims:
+        try:
+            for key in self._keys_for(token):
+                with suppress(jwt.InvalidSignatureError):
+                    return _claims(self._decode(token, key))
+        except jwt.PyJWTError as error:
+            raise AuthError(f"the token is not valid: {error}") from None
+        raise AuthError("the token's signature is not valid")
 
     def _keys_for(self, token: str) -> Sequence[jwt.PyJWK]:
         if self._key_set is None:
@@ -191,25 +214,77 @@ def _claims(payload: dict[str, Any]) -> Claims:
         raise AuthError("the token has expired")
     if not is_recipient(used.sub):
         raise AuthError("the token's subject is not a recipient: 1 to 256 visible ASCII characters")
-    # JSON numbers are exact up to here.
-    return Claims(used.sub, _scopes(used.scope, used.scp), min(used.exp, MAX_VERSION))
+    issued_at = payload.get("iat")
+    is_time = isinstance(issued_at, int | float) and not isinstance(issued_at, bool)
+    return Claims(
+        used.sub,
+        _scopes(used.scope, used.scp),
+        min(used.exp, MAX_VERSION),  # JSON numbers are exact up to here
+        issued_at if is_time else None,
+    )
 
 
 def _scopes(*given: str | list[str] | None) -> frozenset[str]:
     texts = [[each] if isinstance(each, str) else each or [] for each in given]
-    return frozenset(scope for each in texts for text in each for scope in text.split())
+    return _scope_set(" ".join(text for each in texts for text in each))
+
+
+@functools.lru_cache(maxsize=256)
+def _scope_set(text: str) -> frozenset[str]:
+    """The scopes in ``text``: one object for all tokens that grant the same."""
+    return frozenset(text.split())
+
+
+class _Verified:
+    """The claims of the tokens that were verified last: at most ``size``, the oldest go first.
+
+    A token is kept as a keyed hash, under a random key that never leaves the process. So no memory
+    dump has tokens in it, a long token needs no more room than a short one, and nobody can choose
+    tokens whose hashes resemble that of another's: how long a look-up takes says nothing about the
+    tokens that are here.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._key = secrets.token_bytes(32)
+        self._claims: dict[bytes, Claims] = {}
+        # The keys of ``_claims``: a dict finds its own oldest key only behind all deleted ones.
+        self._order: deque[bytes] = deque()
+
+    def digest(self, token: str) -> bytes:
+        """The key of ``token`` here."""
+        return hashlib.blake2b(token.encode(), digest_size=16, key=self._key).digest()
+
+    def find(self, digest: bytes) -> Claims | None:
+        """The claims that were added for ``digest``."""
+        return self._claims.get(digest)
+
+    def add(self, digest: bytes, claims: Claims) -> None:
+        """Remember the claims of a token that is not here yet."""
+        if len(self._claims) == self._size:
+            del self._claims[self._order.popleft()]
+        self._claims[digest] = claims
+        self._order.append(digest)
+
+    def clear(self) -> None:
+        """Forget all tokens."""
+        self._claims.clear()
+        self._order.clear()
 
 
 class _KeySet:
     """The public keys at a URL (RFC 7517), fetched when needed, by one request at a time.
 
     A key that was seen once stays usable while the endpoint can't be read; it goes when a newer
-    key set no longer has it.
+    key set no longer has it. ``on_change`` is called when the endpoint has a different key set.
     """
 
-    def __init__(self, url: str, clock: Callable[[], float]) -> None:
+    def __init__(self, url: str, clock: Callable[[], float], on_change: Callable[[], None]) -> None:
         self._url = url
         self._clock = clock
+        self._on_change = on_change
+        # What the endpoint answered, and the keys in it.
+        self._document = b""
         self._http = httpx.AsyncClient(timeout=KEYS_TIMEOUT_S)
         self._keys: Sequence[jwt.PyJWK] = ()
         self._fetch: asyncio.Task[None] | None = None
@@ -238,12 +313,16 @@ class _KeySet:
         found = [key for key in usable if key_id in (None, key.key_id)]
         found = found or [key for key in usable if key.key_id is None]
         if found:
-            if self._clock() - self._fetched_at >= KEYS_FRESH_S:
-                self._start()
+            self.keep_fresh()
             return found[:MAX_CANDIDATE_KEYS]
         if self._fetch is not None or self._last_failed or self._may_fetch():
             raise KeysUnavailableError("the issuer's keys are unavailable, try again")
         raise AuthError("the token's key is not one of the issuer's")
+
+    def keep_fresh(self) -> None:
+        """Begin to fetch the keys again if they are old. Call it whenever they are relied on."""
+        if self._clock() - self._fetched_at >= KEYS_FRESH_S:
+            self._start()
 
     async def fetched(self) -> None:
         """Wait for a fetch, the one under way or a new one; return at once when it is too soon."""
@@ -275,7 +354,9 @@ class _KeySet:
             # Neither the error's text nor the URL, because both may contain a secret query.
             log.warning("jwks_fetch_failed", error=type(error).__name__)
         else:
-            self._keys = keys
+            if response.content != self._document:
+                self._document, self._keys = response.content, keys
+                self._on_change()
             self._last_failed = False
             self._fetched_at = self._clock()
         finally:
@@ -322,8 +403,23 @@ def _checked_secret(secret: str) -> bytes:
     return encoded
 
 
+class _CheckedHmac(HMACAlgorithm):
+    """HMAC with a secret that was checked before.
+
+    PyJWT would look at every token whether the secret is a key of another kind. That is a quarter
+    of a verification.
+    """
+
+    def prepare_key(self, key: str | bytes) -> bytes:
+        """Return ``key``, the secret's bytes."""
+        assert isinstance(key, bytes), "the key of a JWK"  # noqa: S101 - narrows the type
+        return key
+
+
 def _secret_key(secret: str) -> jwt.PyJWK:
-    return jwt.PyJWK(HMACAlgorithm.to_jwk(_checked_secret(secret), as_dict=True), "HS256")
+    key = jwt.PyJWK(HMACAlgorithm.to_jwk(_checked_secret(secret), as_dict=True), "HS256")
+    key.Algorithm = _CheckedHmac(HMACAlgorithm.SHA256)
+    return key
 
 
 def _public_keys(key_set: Any) -> list[jwt.PyJWK]:

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import __main__ as bench
 from benchmarks import handshakes, latency, mailbox, memory, noise, pokes, verification
+from benchmarks import tokens as token_measure
 from benchmarks.harness import (
     BenchmarkError,
     Figure,
@@ -56,6 +57,13 @@ async def test_verification() -> None:
     figures = await taken(verification.measure(sessions=1000))
     assert {"memory", "SQLite", "PostgreSQL"} < figures.keys()
     assert all(between(0, figures[kind], 5) for kind in ("memory", "SQLite", "PostgreSQL"))
+
+
+async def test_tokens() -> None:
+    """A remembered token costs less than one that was pushed out."""
+    remembered, forgotten = await token_measure.measure(clients=200, rounds=1)
+    assert between(0.001, remembered, 0.9)
+    assert remembered.value < forgotten.value
 
 
 async def test_noise() -> None:
