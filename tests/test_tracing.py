@@ -14,11 +14,8 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, ParentBased, Sampler
 from opentelemetry.trace import StatusCode
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
 
+from pokebridge.asgi import Receive, Scope, Send
 from pokebridge.errors import TransportError
 from pokebridge.mailbox.memory import MemoryMailbox
 from pokebridge.model import Feed, NewMessage, Poke, Selection
@@ -252,11 +249,12 @@ async def test_the_callers_trace_goes_on(header: str | None) -> None:
     async def nothing(_: Sequence[Poke]) -> None:
         """Publish nowhere."""
 
-    async def call(_: Request) -> Response:
+    async def call(_scope: Scope, _receive: Receive, send: Send) -> None:
         await traced.tracing.poking(nothing)([])
-        return Response()
+        await send({"type": "http.response.start", "status": HTTPStatus.OK, "headers": []})
+        await send({"type": "http.response.body"})
 
-    app = TraceContextMiddleware(Starlette(routes=[Route("/", call, methods=["POST"])]))
+    app = TraceContextMiddleware(call)
     headers = {"traceparent": header} if header else {}
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:

@@ -28,8 +28,8 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Span, SpanKind, StatusCode, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-from starlette.types import ASGIApp, Receive, Scope, Send
 
+from pokebridge.asgi import ASGIApp, Receive, Scope, Send
 from pokebridge.errors import SignalError
 from pokebridge.model import NewMessage, Poke, Receipt, Selection
 from pokebridge.transport.base import HasLimit, Receiver, Signal, Subscription, Transport

@@ -5,11 +5,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
 import httpx
-from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from pokebridge.api.app import Operations, Parts
 from pokebridge.api.messages import MailboxSide
+from pokebridge.asgi import ASGIApp
 from pokebridge.cluster.history import HistoryEntry
 from pokebridge.cluster.load import ClusterLoad, ClusterStatus, InstanceStatus
 from pokebridge.cluster.node import Home
@@ -152,7 +152,7 @@ def bearer(subject: str, scopes: str = "") -> dict[str, str]:
 
 
 @asynccontextmanager
-async def http_client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+async def http_client(app: ASGIApp) -> AsyncIterator[httpx.AsyncClient]:
     """A client of ``app`` that sees its 500s, as one over a socket does."""
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url=BASE_URL) as client:

@@ -11,10 +11,10 @@ from urllib.parse import quote
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from starlette.types import Message
 
 from pokebridge.api.app import BODY_CAP_BYTES, create_api
 from pokebridge.api.metrics import Value, expose
+from pokebridge.asgi import Message
 from pokebridge.cluster.node import Home
 from pokebridge.mailbox.base import Limits
 from pokebridge.mailbox.memory import MemoryMailbox

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import uvicorn
-from starlette.types import Receive, Scope, Send
 
+from pokebridge.asgi import Receive, Scope, Send
 from pokebridge.bench import load_generator
 from tests.cli.conftest import Result, Run
 from tests.support.serving import JWT_SECRET

@@ -4,23 +4,28 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import asdict
 from http import HTTPStatus
 from typing import Protocol
-
-from fastapi import Request, Response
+from urllib.parse import urlsplit
 
 from pokebridge.api import schema
-from pokebridge.api.exchange import authorize, body_reader, json_response, read_query
-from pokebridge.api.openapi import Api
+from pokebridge.api.exchange import (
+    Request,
+    Response,
+    Route,
+    body_reader,
+    json_response,
+    no_content,
+    read_query,
+)
+from pokebridge.api.openapi import Call
 from pokebridge.api.pokes import Signaller
-from pokebridge.api.problems import problem
 from pokebridge.cluster.history import HistoryEntry
 from pokebridge.cluster.load import ClusterStatus, InstanceStatus
 from pokebridge.cluster.node import Home
 from pokebridge.cluster.watchers import Watchers
-from pokebridge.errors import NotFoundError
+from pokebridge.errors import NotFoundError, RefusedError
 from pokebridge.gateway.handshake import Network, is_trusted
 from pokebridge.model import Mode, check_recipient
 from pokebridge.submission import Recipient
-from pokebridge.tokens import TokenVerifier
 from pokebridge.wire import CONNECT_PATH
 
 
@@ -49,13 +54,11 @@ class SessionCalls:
 
     def __init__(
         self,
-        verifier: TokenVerifier,
         cluster: ClusterControl,
         signaller: Signaller,
         trusted_proxies: Sequence[Network],
         revoke: Callable[[str], Awaitable[None]] | None,
     ) -> None:
-        self._verifier = verifier
         self._cluster = cluster
         self._signaller = signaller
         self._trusted_proxies = trusted_proxies
@@ -63,51 +66,55 @@ class SessionCalls:
 
     async def connect(self, _: Request) -> Response:
         """GET /v1/connect without a WebSocket handshake: the gateway answers those with one."""
-        return problem(
+        raise RefusedError(
             HTTPStatus.UPGRADE_REQUIRED,
             "connect here by WebSocket, version 13",
-            headers={"Upgrade": "websocket", "Connection": "Upgrade"},
+            {"Upgrade": "websocket", "Connection": "Upgrade"},
         )
 
     async def connect_info(self, request: Request) -> Response:
         """GET /v1/connect-info."""
-        caller = (await authorize(self._verifier, request)).subject
+        caller = request.caller.subject
         home = self._cluster.home_of(caller)
         url = home.url or self._requested_url(request)
         return json_response(schema.ConnectInfo(url, home.shard, home.instance))
 
     def _requested_url(self, request: Request) -> str:
         """The host that was asked, in the scheme that the client used with a trusted proxy."""
-        scheme = request.url.scheme
-        if request.client is not None and is_trusted(request.client.host, self._trusted_proxies):
-            scheme = request.headers.get("x-forwarded-proto", scheme)
+        scheme: str = request.scope["scheme"]
+        peer = request.scope.get("client")
+        if peer is not None and is_trusted(peer[0], self._trusted_proxies):
+            scheme = request.header(b"x-forwarded-proto") or scheme
         scheme = "wss" if scheme == "https" else "ws"
-        return f"{scheme}://{request.url.netloc}{CONNECT_PATH}"
+        try:
+            host = urlsplit(f"//{request.header(b'host')}").netloc
+        except ValueError:
+            raise RefusedError(HTTPStatus.BAD_REQUEST, "the Host is not valid") from None
+        return f"{scheme}://{host}{CONNECT_PATH}"
 
     async def disconnect(self, request: Request) -> Response:
         """DELETE /v1/sessions/{recipient}."""
-        await authorize(self._verifier, request, "admin")
-        recipient = check_recipient(request.path_params["recipient"])
+        recipient = check_recipient(request.rest)
         if not read_query(request, schema.DisconnectQuery).revoke:
             await self._signaller.disconnect(recipient)
         elif self._revoke is None:
             raise NotFoundError("this instance can't revoke tokens")
         else:
             await self._revoke(recipient)
-        return Response(status_code=HTTPStatus.NO_CONTENT)
+        return no_content()
 
-    def add_to(self, app: Api) -> None:
-        """Add these calls to ``app``."""
+    def routes(self) -> Iterable[Route]:
+        """These calls."""
         # OpenAPI can't describe a WebSocket.
-        app.add_route(CONNECT_PATH, self.connect, include_in_schema=False)
-        app.call(
+        yield Route("GET", CONNECT_PATH, self.connect, scope=None)
+        yield Call(
             "GET",
             "/v1/connect-info",
             self.connect_info,
             "Where to connect",
             answers={200: schema.ConnectInfo},
         )
-        app.call(
+        yield Call(
             "DELETE",
             "/v1/sessions/{recipient:path}",
             self.disconnect,
@@ -123,23 +130,18 @@ class SessionCalls:
 class ClusterCalls:
     """Look at the cluster, watch it, migrate it, drain an instance."""
 
-    def __init__(
-        self, verifier: TokenVerifier, cluster: ClusterControl, watchers: Watchers
-    ) -> None:
-        self._verifier = verifier
+    def __init__(self, cluster: ClusterControl, watchers: Watchers) -> None:
         self._cluster = cluster
         self._watchers = watchers
         self._read_mode = body_reader(schema.ModeRequest)
         self._read_drain = body_reader(schema.DrainRequest)
 
-    async def cluster(self, request: Request) -> Response:
+    async def cluster(self, _: Request) -> Response:
         """GET /v1/cluster."""
-        await authorize(self._verifier, request, "admin")
         return json_response(_cluster(self._cluster.status()))
 
-    async def events(self, request: Request) -> Response:
+    async def events(self, _: Request) -> Response:
         """GET /v1/cluster/events."""
-        await authorize(self._verifier, request, "admin")
         status = self._cluster.status()
         events = [
             schema.Event(entry.id, entry.at_ms, entry.kind, entry.instance, entry.text)
@@ -149,26 +151,24 @@ class ClusterCalls:
 
     async def watch(self, request: Request) -> Response:
         """PUT /v1/cluster/watch."""
-        caller = (await authorize(self._verifier, request, "admin")).subject
+        caller = request.caller.subject
         return json_response(schema.Watch(self._watchers.add(caller)))
 
     async def migrate(self, request: Request) -> Response:
         """PUT /v1/cluster/mode."""
-        await authorize(self._verifier, request, "admin")
         wanted = await self._read_mode(request)
         await self._cluster.migrate(wanted.mode, force=wanted.force)
         return json_response(wanted, HTTPStatus.ACCEPTED)
 
     async def drain(self, request: Request) -> Response:
         """POST /v1/cluster/drain."""
-        await authorize(self._verifier, request, "admin")
         wanted = await self._read_drain(request)
         await self._cluster.drain(wanted.instance)
         return json_response(wanted, HTTPStatus.ACCEPTED)
 
-    def add_to(self, app: Api) -> None:
-        """Add these calls to ``app``."""
-        app.call(
+    def routes(self) -> Iterable[Route]:
+        """These calls."""
+        yield Call(
             "GET",
             "/v1/cluster",
             self.cluster,
@@ -176,7 +176,7 @@ class ClusterCalls:
             scope="admin",
             answers={200: schema.Cluster},
         )
-        app.call(
+        yield Call(
             "GET",
             "/v1/cluster/events",
             self.events,
@@ -184,7 +184,7 @@ class ClusterCalls:
             scope="admin",
             answers={200: schema.Events},
         )
-        app.call(
+        yield Call(
             "PUT",
             "/v1/cluster/watch",
             self.watch,
@@ -192,7 +192,7 @@ class ClusterCalls:
             scope="admin",
             answers={200: schema.Watch},
         )
-        app.call(
+        yield Call(
             "PUT",
             "/v1/cluster/mode",
             self.migrate,
@@ -202,7 +202,7 @@ class ClusterCalls:
             answers={202: schema.ModeRequest},
             problems=[409],
         )
-        app.call(
+        yield Call(
             "POST",
             "/v1/cluster/drain",
             self.drain,

@@ -1,55 +1,38 @@
 """The HTTP API of one instance (protocol.md section 4).
 
-Every handler follows its row of the contract: authorize, read, act, answer. What it acts on is in
+Every handler follows its row of the contract: read, act, answer. What it acts on is in
 :class:`Parts`, so the whole API runs in a test without a socket. msgspec decodes bodies and queries
-into the types that also describe them (``schema``). FastAPI routes and serves the description.
+into the types that also describe them (``schema``). What all calls share is in ``dispatch``.
 """
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from http import HTTPStatus
 
-from fastapi import FastAPI, Request, Response
+import msgspec
 from prometheus_client import CollectorRegistry
-from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
-from starlette.types import ASGIApp
 
-from pokebridge import console
-from pokebridge.api import docs, problems, schema
+from pokebridge.api import pages, schema
 from pokebridge.api.administration import ClusterCalls, ClusterControl, SessionCalls
-from pokebridge.api.exchange import body_reader, json_response
-from pokebridge.api.limits import BodyLimit
+from pokebridge.api.dispatch import Api
+from pokebridge.api.exchange import Request, Response, Route, body_reader, json_response
 from pokebridge.api.messages import MailboxSide, MessageCalls
 from pokebridge.api.metrics import RequestMetrics, exposition
-from pokebridge.api.openapi import Api
+from pokebridge.api.openapi import Call, describe
 from pokebridge.api.pokes import PokeCalls, Signaller
+from pokebridge.asgi import ASGIApp
 from pokebridge.cluster.watchers import Watchers
 from pokebridge.durations import RequestDurations
+from pokebridge.errors import UnavailableError
 from pokebridge.gateway.handshake import Network
 from pokebridge.model import check_recipient
-from pokebridge.origins import is_allowed
 from pokebridge.tokens import SignToken, TokenVerifier
 from pokebridge.wire import CONNECT_PATH
 
-# A whole request body: a message of 64 KiB and its envelope, or a thousand recipients.
 BODY_CAP_BYTES = 96 * 1024
-POKES_CAP_BYTES = 384 * 1024
-
-
-# What pages may send. The last three are what tracing adds to a page's requests by itself.
-_REQUEST_HEADERS = (
-    *("Authorization", "Content-Type", "If-None-Match"),
-    *("traceparent", "tracestate", "baggage"),
-)
-
-
-class _Cors(CORSMiddleware):
-    """Starlette's middleware, with patterns among the allowed origins."""
-
-    def is_allowed_origin(self, origin: str) -> bool:
-        """Whether pages of ``origin`` may call."""
-        return self.allow_all_origins or is_allowed(origin, self.allow_origins)
+"""A whole request body, where its call has no other limit: a message of 64 KiB and its envelope."""
+_DESCRIPTION = f"Clients sleep on one WebSocket (`{CONNECT_PATH}`), hear a poke, and pull here."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,82 +77,71 @@ class Parts:
     """Makes a token for anybody who asks. Given with ``--dev`` only."""
 
 
-def create_api(parts: Parts) -> FastAPI:
+def create_api(parts: Parts) -> ASGIApp:
     """The ASGI app that serves the API."""
-    app = Api(
-        title="pokebridge",
-        description=(
-            f"Clients sleep on one WebSocket (`{CONNECT_PATH}`), hear a poke, and pull here."
-        ),
-        middleware=_middleware(parts),
+    parts.operations.registry.register(RequestMetrics(parts.operations.requests))
+    routes = [*_routes(parts)]
+    calls = [route for route in routes if isinstance(route, Call)]
+    app: ASGIApp = Api(
+        [*routes, *pages.docs_routes(), _description(calls)],
+        parts.verifier,
+        parts.operations.requests,
+        allowed_origins=parts.allowed_origins,
+        limit_bytes=BODY_CAP_BYTES,
     )
-    problems.install(app)
-    docs.install(app)
-    if parts.has_calls:
-        _add_calls(app, parts)
-        console.install(app)
-    _add_operations(app, parts.operations)
-    if parts.sign_dev_token is not None:
-        _add_dev_token(app, parts.sign_dev_token)
-        console.install_playground(app)
+    for wrap in reversed(parts.middleware):
+        app = wrap(app)
     return app
 
 
-def _add_calls(app: Api, parts: Parts) -> None:
-    PokeCalls(parts.verifier, parts.signaller).add_to(app)
-    if parts.mailbox is not None:
-        MessageCalls(parts.verifier, parts.mailbox).add_to(app)
-    SessionCalls(
-        parts.verifier, parts.cluster, parts.signaller, parts.trusted_proxies, parts.revoke
-    ).add_to(app)
-    ClusterCalls(parts.verifier, parts.cluster, parts.watchers).add_to(app)
+def _routes(parts: Parts) -> Iterable[Route]:
+    if parts.has_calls:
+        yield from PokeCalls(parts.signaller).routes()
+        if parts.mailbox is not None:
+            yield from MessageCalls(parts.mailbox).routes()
+        yield from SessionCalls(
+            parts.cluster, parts.signaller, parts.trusted_proxies, parts.revoke
+        ).routes()
+        yield from ClusterCalls(parts.cluster, parts.watchers).routes()
+    yield from _operations(parts.operations)
+    if parts.sign_dev_token is not None:
+        yield _dev_token(parts.sign_dev_token)
+    if parts.has_calls:
+        yield from pages.console_routes(has_playground=parts.sign_dev_token is not None)
 
 
-def _middleware(parts: Parts) -> Sequence[Middleware]:
-    """The middleware, outermost first."""
-    return [
-        *(Middleware(each) for each in parts.middleware),
-        Middleware(
-            RequestMetrics,
-            registry=parts.operations.registry,
-            durations=parts.operations.requests,
-        ),
-        Middleware(
-            _Cors,
-            allow_origins=parts.allowed_origins,
-            allow_methods=["GET", "POST", "PUT", "DELETE"],
-            allow_headers=_REQUEST_HEADERS,
-            expose_headers=["ETag", "Retry-After"],
-        ),
-        Middleware(
-            BodyLimit,
-            default_bytes=BODY_CAP_BYTES,
-            bytes_by_path={"/v1/pokes": POKES_CAP_BYTES},
-        ),
-    ]
+def _description(calls: Sequence[Call]) -> Route:
+    @cache
+    def text() -> bytes:
+        return msgspec.json.encode(describe("pokebridge", _DESCRIPTION, calls))
+
+    async def openapi(_: Request) -> Response:
+        return Response(HTTPStatus.OK, [(b"content-type", b"application/json")], text())
+
+    return Route("GET", "/openapi.json", openapi, scope=None)
 
 
-def _add_operations(app: Api, operations: Operations) -> None:
+def _operations(operations: Operations) -> Iterable[Route]:
     async def healthz(_: Request) -> Response:
         return json_response(schema.Health())
 
     async def readyz(_: Request) -> Response:
         reasons = await operations.not_ready()
         if reasons:
-            return problems.problem(HTTPStatus.SERVICE_UNAVAILABLE, "; ".join(reasons))
+            raise UnavailableError("; ".join(reasons))
         return json_response(schema.Health())
 
     async def metrics(_: Request) -> Response:
         return exposition(operations.registry)
 
     ok = {200: schema.Health}
-    app.call("GET", "/healthz", healthz, "Is it alive", scope=None, answers=ok)
-    app.call("GET", "/readyz", readyz, "Can it serve", scope=None, answers=ok, problems=[503])
+    yield Call("GET", "/healthz", healthz, "Is it alive", scope=None, answers=ok)
+    yield Call("GET", "/readyz", readyz, "Can it serve", scope=None, answers=ok, problems=[503])
     text = {200: "Prometheus's text format."}
-    app.call("GET", "/metrics", metrics, "Prometheus metrics", scope=None, answers=text)
+    yield Call("GET", "/metrics", metrics, "Prometheus metrics", scope=None, answers=text)
 
 
-def _add_dev_token(app: Api, sign: SignToken) -> None:
+def _dev_token(sign: SignToken) -> Route:
     read_wanted = body_reader(schema.TokenRequest)
 
     async def dev_token(request: Request) -> Response:
@@ -177,7 +149,7 @@ def _add_dev_token(app: Api, sign: SignToken) -> None:
         token = sign(check_recipient(wanted.sub), wanted.scope.split(), wanted.ttl_s)
         return json_response(schema.Token(token))
 
-    app.call(
+    return Call(
         "POST",
         "/v1/dev/token",
         dev_token,

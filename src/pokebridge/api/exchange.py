@@ -1,40 +1,146 @@
-"""What every call of the HTTP API does: authorize the caller, read the request, answer."""
+"""One request and its response, and what the handlers do with them: read, decode, answer."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import KW_ONLY, dataclass
 from http import HTTPStatus
 from typing import TypeVar
+from urllib.parse import parse_qsl
 
 import msgspec
-from fastapi import Request, Response
-from starlette.exceptions import HTTPException
 
-from pokebridge.errors import AuthError, ForbiddenError, InputError
+from pokebridge.asgi import Receive, Scope
+from pokebridge.errors import InputError, RefusedError, TooLargeError
 from pokebridge.submission import decode_json
-from pokebridge.tokens import Claims, TokenVerifier
+from pokebridge.tokens import Claims
 
 BODY_DEADLINE_S = 30.0
 
-# An answer belongs to the caller whose token asked for it.
-NEVER_CACHED = {"Cache-Control": "private, no-store"}
+Header = tuple[bytes, bytes]
+"""The name, in lower case, and the value."""
+NEVER_CACHED: Header = (b"cache-control", b"private, no-store")
+"""An answer belongs to the caller whose token asked for it."""
+_JSON = ((b"content-type", b"application/json"), NEVER_CACHED)
 
 T = TypeVar("T")
 
+_encode = msgspec.json.Encoder().encode
 
-async def authorize(verifier: TokenVerifier, request: Request, scope: str = "") -> Claims:
-    """The caller, from the bearer token (RFC 6750, section 2.1), which must grant ``scope``.
 
-    Raises:
-        AuthError: there is no valid token.
-        ForbiddenError: the token lacks the scope.
+class Request:
+    """One request, as its ASGI scope describes it.
+
+    - ``scope``: the ASGI scope
+    - ``method``, ``path``: the path is decoded
+    - ``headers``: the value of each header, by its name in lower case; the first of repeated ones
+    - ``route``: the route in metrics
+    - ``rest``: the part of the path that stands for the parameter of the template
+    - ``limit_bytes``: the largest body that is read
+    - ``caller``: who calls; set for calls that need a token
     """
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer":
-        raise AuthError("this call needs a token: Authorization: Bearer …")
-    claims = await verifier.verify(token.strip())
-    if scope and scope not in claims.scopes:
-        raise ForbiddenError(f"the token lacks the scope {scope!r}")
-    return claims
+
+    __slots__ = (
+        *("_receive", "caller", "headers", "limit_bytes", "method"),
+        *("path", "rest", "route", "scope"),
+    )
+    caller: Claims
+
+    def __init__(self, scope: Scope, receive: Receive, limit_bytes: int) -> None:
+        self.scope = scope
+        self.method: str = scope["method"]
+        self.path: str = scope["path"]
+        self.headers: dict[bytes, bytes] = dict(scope["headers"][::-1])
+        self.route = "none"
+        self.rest = ""
+        self.limit_bytes = limit_bytes
+        self._receive = receive
+
+    def header(self, name: bytes) -> str:
+        """The value of a header, and an empty string for one that is missing."""
+        return self.headers.get(name, b"").decode("latin-1")
+
+    async def body(self) -> bytes:
+        """Read the body. At most ``limit_bytes`` and one piece of it are held in memory.
+
+        Raises:
+            TooLargeError: the body is larger than ``limit_bytes``.
+            RefusedError: it did not arrive in time, or not whole.
+        """
+        try:
+            async with asyncio.timeout(BODY_DEADLINE_S):
+                return await self._whole_body()
+        except TimeoutError:
+            raise RefusedError(
+                HTTPStatus.REQUEST_TIMEOUT, "the body took too long to arrive"
+            ) from None
+
+    async def _whole_body(self) -> bytes:
+        pieces, left_bytes, is_whole = [], self.limit_bytes, False
+        while not is_whole:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise RefusedError(HTTPStatus.BAD_REQUEST, "the request ended before its body did")
+            pieces.append(message.get("body", b""))
+            left_bytes -= len(pieces[-1])
+            if left_bytes < 0:
+                raise self._too_large()
+            is_whole = not message.get("more_body", False)
+        return b"".join(pieces)
+
+    def check_declared_length(self) -> None:
+        """Raise :class:`~pokebridge.errors.TooLargeError` if the declared length is too large."""
+        declared = self.headers.get(b"content-length")
+        if declared is not None and declared.isdigit() and int(declared) > self.limit_bytes:
+            raise self._too_large()
+
+    def _too_large(self) -> TooLargeError:
+        return TooLargeError(f"a body may have at most {self.limit_bytes} bytes here")
+
+
+class Response:
+    """A complete answer. ``headers`` lack the length of ``body`` and what CORS adds."""
+
+    __slots__ = ("body", "headers", "status")
+
+    def __init__(self, status: int, headers: Iterable[Header] = (), body: bytes = b"") -> None:
+        self.status = int(status)
+        self.headers = [*headers]
+        self.body = body
+        if status not in {HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED}:
+            self.headers.append((b"content-length", b"%d" % len(body)))
+
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """``handler`` answers ``method`` at ``path``.
+
+    A path may end in a parameter, ``{name:path}``, which stands for the rest of it. ``scope`` is
+    the scope that the token must grant; ``""`` accepts any token, ``None`` needs no token.
+    ``limit_bytes`` is the largest body, ``None`` the usual one. A route for GET answers HEAD too
+    (RFC 9110, section 9.1).
+    """
+
+    method: str
+    path: str
+    handler: Handler
+    _: KW_ONLY
+    scope: str | None = ""
+    limit_bytes: int | None = None
+
+    @property
+    def label(self) -> str:
+        """The route in metrics. Pages share one."""
+        return "none"
+
+
+def header_list(headers: Mapping[str, str]) -> list[Header]:
+    """``headers`` in the form of ASGI."""
+    return [
+        (name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()
+    ]
 
 
 def body_reader(kind: type[T]) -> Callable[[Request], Awaitable[T]]:
@@ -42,36 +148,31 @@ def body_reader(kind: type[T]) -> Callable[[Request], Awaitable[T]]:
     decode = msgspec.json.Decoder(kind).decode
 
     async def read(request: Request) -> T:
-        try:
-            async with asyncio.timeout(BODY_DEADLINE_S):
-                text = await request.body()
-        except TimeoutError:
-            raise HTTPException(
-                HTTPStatus.REQUEST_TIMEOUT, "the body took too long to arrive"
-            ) from None
-        return decode_json(decode, text)
+        return decode_json(decode, await request.body())
 
     return read
 
 
 def read_query(request: Request, kind: type[T]) -> T:
     """The query as ``kind``. Raises :class:`~pokebridge.errors.InputError` when it is invalid."""
-    given = request.query_params
-    if len(given) != len(given.multi_items()):
+    text = request.scope["query_string"].decode("latin-1")
+    pairs = parse_qsl(text, keep_blank_values=True) if text else []
+    given = dict(pairs)
+    if len(given) != len(pairs):
         raise InputError("query: a parameter is given twice")
     try:
-        return msgspec.convert(dict(given), kind, strict=False)
+        return msgspec.convert(given, kind, strict=False)
     except msgspec.ValidationError as error:
         raise InputError(f"query: {error}") from None
 
 
 def json_response(
-    answer: msgspec.Struct, status: int = HTTPStatus.OK, *, headers: dict[str, str] | None = None
+    answer: msgspec.Struct, status: int = HTTPStatus.OK, *, headers: Iterable[Header] = ()
 ) -> Response:
     """The response with ``answer`` as its JSON body. No cache may store it."""
-    return Response(
-        msgspec.json.encode(answer),
-        status,
-        headers={**NEVER_CACHED, **(headers or {})},
-        media_type="application/json",
-    )
+    return Response(status, [*_JSON, *headers], _encode(answer))
+
+
+def no_content() -> Response:
+    """The response without a body."""
+    return Response(HTTPStatus.NO_CONTENT, [NEVER_CACHED])

@@ -4,22 +4,24 @@ import hashlib
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from http import HTTPStatus
 
-from fastapi import Request, Response
 from msgspec import UNSET, Raw
 
 from pokebridge.api import schema
 from pokebridge.api.exchange import (
     NEVER_CACHED,
-    authorize,
+    Request,
+    Response,
+    Route,
     body_reader,
     json_response,
+    no_content,
     read_query,
 )
-from pokebridge.api.openapi import Api
+from pokebridge.api.openapi import Call
 from pokebridge.mailbox.base import Mailbox
 from pokebridge.mailbox.devices import KnownDevices
 from pokebridge.model import (
@@ -30,7 +32,6 @@ from pokebridge.model import (
     check_device,
 )
 from pokebridge.submission import SendRequest, new_message
-from pokebridge.tokens import TokenVerifier
 
 _TAG = re.compile(r'(?:W/)?"(0|[1-9]\d{0,15})-([0-9a-f]{32})"')
 
@@ -50,8 +51,7 @@ class MailboxSide:
 class MessageCalls:
     """The handlers of ``/v1/messages``."""
 
-    def __init__(self, verifier: TokenVerifier, side: MailboxSide) -> None:
-        self._verifier = verifier
+    def __init__(self, side: MailboxSide) -> None:
         self._mailbox = side.mailbox
         self._send = side.send
         self._on_pulled = side.on_pulled
@@ -61,19 +61,19 @@ class MessageCalls:
 
     async def send(self, request: Request) -> Response:
         """POST /v1/messages."""
-        claims = await authorize(self._verifier, request, "send")
         wanted = await self._read_message(request)
-        receipt = await self._send(new_message(wanted, claims.subject, uuid.uuid4().hex))
+        sender = request.caller.subject
+        receipt = await self._send(new_message(wanted, sender, uuid.uuid4().hex))
         status = HTTPStatus.OK if receipt.duplicate else HTTPStatus.ACCEPTED
         return json_response(schema.Sent(receipt.id, receipt.version), status)
 
     async def pull(self, request: Request) -> Response:
         """GET /v1/messages: one read of the mailbox, whatever the answer."""
-        reader = (await authorize(self._verifier, request)).subject
+        reader = request.caller.subject
         query = read_query(request, schema.PullQuery)
         if query.device is not UNSET:
             await self._devices.see(reader, check_device(query.device))
-        if_none_match = request.headers.get("if-none-match", "")
+        if_none_match = request.header(b"if-none-match")
         page = await self._mailbox.read(
             reader,
             after=query.after,
@@ -81,26 +81,27 @@ class MessageCalls:
             unless_head=_known_head(if_none_match, reader),
         )
         self._on_pulled(reader, page.version if page.more else page.head)
-        headers = {"ETag": _tag(page.head, reader), "Vary": "Authorization", **NEVER_CACHED}
-        if _matches(if_none_match, headers["ETag"]):
-            return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)
+        etag = _tag(page.head, reader)
+        headers = [(b"etag", etag.encode()), (b"vary", b"Authorization")]
+        if _matches(if_none_match, etag):
+            return Response(HTTPStatus.NOT_MODIFIED, [*headers, NEVER_CACHED])
         messages = [_pulled(message) for message in page.messages]
         return json_response(schema.Pulled(messages, page.version, page.more), headers=headers)
 
     async def ack(self, request: Request) -> Response:
         """POST /v1/messages/ack."""
-        reader = (await authorize(self._verifier, request)).subject
+        reader = request.caller.subject
         query = read_query(request, schema.AckQuery)
         acked = await self._read_ack(request)
         given = (acked.device, query.device)
         devices = [check_device(device) for device in given if device is not UNSET]
         await self._mailbox.ack(reader, [*devices, DEFAULT_DEVICE][0], acked.version)
         self._on_pulled(reader, acked.version)
-        return Response(status_code=HTTPStatus.NO_CONTENT)
+        return no_content()
 
-    def add_to(self, app: Api) -> None:
-        """Add these calls to ``app``."""
-        app.call(
+    def routes(self) -> Iterable[Route]:
+        """These calls."""
+        yield Call(
             "POST",
             "/v1/messages",
             self.send,
@@ -110,7 +111,7 @@ class MessageCalls:
             answers={202: schema.Sent, 200: schema.Sent},
             problems=[507],
         )
-        app.call(
+        yield Call(
             "GET",
             "/v1/messages",
             self.pull,
@@ -119,7 +120,7 @@ class MessageCalls:
             has_etag=True,
             answers={200: schema.Pulled, 304: "Nothing new: `If-None-Match` has the `ETag`."},
         )
-        app.call(
+        yield Call(
             "POST",
             "/v1/messages/ack",
             self.ack,

@@ -6,9 +6,7 @@ a list, and the collectors here turn them into metric families at a scrape.
 
 from collections.abc import Callable, Iterable, Mapping
 from http import HTTPStatus
-from time import perf_counter
 
-from fastapi import Response
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -20,9 +18,8 @@ from prometheus_client.core import (
 )
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import Collector
-from starlette.types import ASGIApp, Receive, Scope, Send
-from starlette.types import Message as AsgiMessage
 
+from pokebridge.api.exchange import Response
 from pokebridge.durations import RequestDurations
 from pokebridge.telemetry import Metric
 
@@ -35,7 +32,6 @@ _LABELS = {
     Metric.TASK_FAILURES: ("task",),
     Metric.HTTP_SECONDS: ("method", "route", "status"),
 }
-_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS"})
 
 
 Value = float | Mapping[tuple[str, ...], float]
@@ -49,8 +45,8 @@ def expose(registry: CollectorRegistry, read: Callable[[], Mapping[Metric, Value
 
 def exposition(registry: CollectorRegistry) -> Response:
     """All of ``registry`` in Prometheus's text format."""
-    headers = {"Content-Type": CONTENT_TYPE_PLAIN_0_0_4}
-    return Response(generate_latest(registry), headers=headers)
+    headers = [(b"content-type", CONTENT_TYPE_PLAIN_0_0_4.encode())]
+    return Response(HTTPStatus.OK, headers, generate_latest(registry))
 
 
 class _Numbers(Collector):
@@ -71,41 +67,14 @@ def _family(metric: Metric, value: Value) -> Family:
 
 
 class RequestMetrics(Collector):
-    """ASGI middleware that times HTTP requests.
+    """The durations of the HTTP requests, as a histogram.
 
     The route is the template, never the path (``none`` outside the API), and an unknown method is
-    ``other``, so that callers can't make up labels. A request that fails with an exception counts
-    as the 500 that it becomes.
+    ``other``, so that callers can't make up labels.
     """
 
-    def __init__(
-        self, app: ASGIApp, *, registry: CollectorRegistry, durations: RequestDurations
-    ) -> None:
-        self._app = app
+    def __init__(self, durations: RequestDurations) -> None:
         self._durations = durations
-        registry.register(self)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve the request and count how long it took."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        started_at = perf_counter()
-        status = int(HTTPStatus.INTERNAL_SERVER_ERROR)
-
-        async def send_noting_status(message: AsgiMessage) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            await self._app(scope, receive, send_noting_status)
-        finally:
-            route = getattr(scope.get("route"), "path", "none")
-            method = scope["method"] if scope["method"] in _METHODS else "other"
-            duration_s = perf_counter() - started_at
-            self._durations.by_labels[method, route, str(status)].add(duration_s)
 
     def collect(self) -> Iterable[Family]:
         """The histogram as it stands."""

@@ -1,20 +1,17 @@
-"""The FastAPI app of the HTTP API, and its OpenAPI description made from the structs of ``schema``.
+"""The calls of the HTTP API, and their OpenAPI description made from the structs of ``schema``.
 
-Handlers take the plain request and return the finished response. That avoids FastAPI's own
-validation and keeps a message's body as it was written. What FastAPI would read off a signature is
-given here, by the structs that decode. The version is OpenAPI 3.0, because the bundled Swagger UI
-reads nothing newer.
+The structs that decode a request also describe it, so that the description can't drift from the
+code. The version is OpenAPI 3.0, because the bundled Swagger UI reads nothing newer.
 """
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import msgspec
-from fastapi import FastAPI, Request, Response
-from fastapi.openapi.utils import get_openapi
 from msgspec import Struct
-from starlette.middleware import Middleware
 
+from pokebridge.api.exchange import Route
 from pokebridge.api.problems import MEDIA_TYPE, Problem
 from pokebridge.api.schema import PokeRequest
 
@@ -46,92 +43,80 @@ _ETAG = {
 _REF = "#/components/schemas/{name}"
 
 
-class Api(FastAPI):
-    """FastAPI for handlers that decode and encode by themselves."""
+@dataclass(frozen=True, slots=True)
+class Call(Route):
+    """A route that the description lists.
 
-    def __init__(self, *, title: str, description: str, middleware: Sequence[Middleware]) -> None:
-        super().__init__(
-            title=title,
-            version="1",
-            description=description,
-            middleware=middleware,
-            docs_url=None,
-            redoc_url=None,
-            redirect_slashes=False,
-            generate_unique_id_function=lambda route: route.name,
-        )
-        self._structs: set[type[Struct]] = {Problem}
+    ``answers`` maps a status to the struct of its body, or to a description when it has no JSON
+    body. ``problems`` are the errors that are peculiar to the call. ``has_etag``: answers carry an
+    ``ETag``, and ``If-None-Match`` is honoured.
+    """
 
-    def call(
-        self,
-        method: str,
-        path: str,
-        handler: Callable[[Request], Awaitable[Response]],
-        summary: str,
-        *,
-        answers: Mapping[int, type[Struct] | str],
-        problems: Iterable[int] = (),
-        scope: str | None = "",
-        body: type[Struct] | None = None,
-        query: type[Struct] | None = None,
-        path_types: Mapping[str, Any] | None = None,
-        has_etag: bool = False,
-    ) -> None:
-        """Have ``handler`` answer ``method`` at ``path``, and describe it.
+    summary: str
+    _: KW_ONLY
+    answers: Mapping[int, type[Struct] | str]
+    problems: Iterable[int] = ()
+    body: type[Struct] | None = None
+    query: type[Struct] | None = None
+    path_types: Mapping[str, Any] = field(default_factory=dict)
+    has_etag: bool = False
 
-        ``answers`` maps a status to the struct of its body, or to a description when it has no
-        JSON body. ``scope`` is the scope that the token must grant; ``""`` accepts any token,
-        ``None`` needs no token. ``has_etag``: answers carry an ``ETag``, and ``If-None-Match`` is
-        honoured. A handler for GET answers HEAD too (RFC 9110, section 9.1).
-        """
-        bodies = [body, *answers.values()]
-        self._structs.update(struct for struct in bodies if isinstance(struct, type))
-        failures = {*problems, 413, *(_OF_A_BODY if body else ()), *((422,) if query else ())}
-        if scope is not None:
-            failures |= {401, 503, *((403,) if scope else ())}
-        parameters = [*_query_parameters(query), *_path_parameters(path_types or {})]
-        self.add_api_route(
-            path,
-            handler,
-            methods=[method],
-            summary=summary,
-            description=f"Needs the scope `{scope}`." if scope else "",
-            status_code=next(iter(answers)),
-            response_class=Response,
-            responses={
-                **{
-                    status: _answer(answer, has_etag=has_etag) for status, answer in answers.items()
-                },
-                **{status: _failure(status) for status in sorted(failures)},
-            },
-            openapi_extra={
-                "parameters": [*parameters, *([_IF_NONE_MATCH] if has_etag else [])],
-                **({"requestBody": {"required": True, "content": _json(body)}} if body else {}),
-                **({"security": [{"bearer": []}]} if scope is not None else {}),
-            },
-        )
-        if method == "GET":
-            self.add_api_route(path, handler, methods=["HEAD"], include_in_schema=False)
+    @property
+    def label(self) -> str:
+        """The route in metrics."""
+        return self.path
 
-    def openapi(self) -> dict[str, Any]:
-        """The OpenAPI description, built once."""
-        if self.openapi_schema is None:
-            self.openapi_schema = get_openapi(
-                title=self.title,
-                version=self.version,
-                description=self.description,
-                openapi_version="3.0.3",
-                routes=self.routes,
-            ) | {"components": self._components()}
-        return self.openapi_schema
+    def describe(self) -> dict[str, Any]:
+        """Return the call as an operation of OpenAPI."""
+        failures = {*self.problems, 413}
+        failures |= {*(_OF_A_BODY if self.body else ()), *((422,) if self.query else ())}
+        if self.scope is not None:
+            failures |= {401, 503, *((403,) if self.scope else ())}
+        parameters = [*_query_parameters(self.query), *_path_parameters(self.path_types)]
+        answers = {
+            status: _answer(answer, has_etag=self.has_etag)
+            for status, answer in self.answers.items()
+        }
+        responses = {**answers, **{status: _failure(status) for status in sorted(failures)}}
+        return {
+            "summary": self.summary,
+            **({"description": f"Needs the scope `{self.scope}`."} if self.scope else {}),
+            "operationId": self.handler.__name__,
+            "parameters": [*parameters, *([_IF_NONE_MATCH] if self.has_etag else [])],
+            **(
+                {"requestBody": {"required": True, "content": _json(self.body)}}
+                if self.body
+                else {}
+            ),
+            "responses": {str(status): response for status, response in responses.items()},
+            **({"security": [{"bearer": []}]} if self.scope is not None else {}),
+        }
 
-    def _components(self) -> dict[str, Any]:
-        structs = sorted(self._structs, key=lambda struct: struct.__name__)
-        _, schemas = msgspec.json.schema_components(structs, ref_template=_REF)
-        # Exactly one of the two fields, which msgspec can't express.
+
+def describe(title: str, description: str, calls: Sequence[Call]) -> dict[str, Any]:
+    """Return the OpenAPI description of an API that has ``calls``."""
+    paths: dict[str, dict[str, Any]] = {}
+    for call in calls:
+        path = paths.setdefault(call.path.replace(":path}", "}"), {})
+        path[call.method.lower()] = call.describe()
+    return {
+        "openapi": "3.0.3",
+        "info": {"title": title, "description": description, "version": "1"},
+        "paths": paths,
+        "components": _components(calls),
+    }
+
+
+def _components(calls: Sequence[Call]) -> dict[str, Any]:
+    bodies = {body for call in calls for body in (call.body, *call.answers.values())}
+    structs = {Problem, *(body for body in bodies if isinstance(body, type))}
+    _, schemas = msgspec.json.schema_components(
+        sorted(structs, key=lambda struct: struct.__name__), ref_template=_REF
+    )
+    if PokeRequest in structs:  # exactly one of its two fields, which msgspec can't express
         schemas[PokeRequest.__name__] |= {"minProperties": 1, "maxProperties": 1}
-        bearer = {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}
-        return {"schemas": schemas, "securitySchemes": {"bearer": bearer}}
+    bearer = {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}
+    return {"schemas": schemas, "securitySchemes": {"bearer": bearer}}
 
 
 def _query_parameters(query: type[Struct] | None) -> list[dict[str, Any]]:
@@ -147,6 +132,10 @@ def _path_parameters(types: Mapping[str, Any]) -> list[dict[str, Any]]:
         {"name": name, "in": "path", "required": True, "schema": msgspec.json.schema(kind)}
         for name, kind in types.items()
     ]
+
+
+def _request_body(struct: type[Struct]) -> dict[str, Any]:
+    return {"required": True, "content": _json(struct)}
 
 
 def _json(struct: type[Struct]) -> dict[str, Any]:

@@ -1,18 +1,19 @@
 """The call that pokes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from http import HTTPStatus
 from typing import Protocol
 
-from fastapi import Request, Response
 from msgspec import UNSET
 
 from pokebridge.api import schema
-from pokebridge.api.exchange import authorize, body_reader, json_response
-from pokebridge.api.openapi import Api
+from pokebridge.api.exchange import Request, Response, Route, body_reader, json_response
+from pokebridge.api.openapi import Call
 from pokebridge.errors import InputError
 from pokebridge.model import Poke, check_recipient
-from pokebridge.tokens import TokenVerifier
+
+POKES_CAP_BYTES = 384 * 1024
+"""A whole request body: a thousand recipients."""
 
 
 class Signaller(Protocol):
@@ -28,27 +29,26 @@ class Signaller(Protocol):
 class PokeCalls:
     """Poke recipients, wherever their messages are kept."""
 
-    def __init__(self, verifier: TokenVerifier, signaller: Signaller) -> None:
-        self._verifier = verifier
+    def __init__(self, signaller: Signaller) -> None:
         self._signaller = signaller
         self._read_pokes = body_reader(schema.PokeRequest)
 
     async def poke(self, request: Request) -> Response:
         """POST /v1/pokes."""
-        await authorize(self._verifier, request, "poke")
         wanted = await self._read_pokes(request)
         pokes = [Poke(check_recipient(recipient)) for recipient in _recipients(wanted)]
         await self._signaller.publish(pokes)
         return json_response(schema.PokesAccepted(len(pokes)), HTTPStatus.ACCEPTED)
 
-    def add_to(self, app: Api) -> None:
-        """Add this call to ``app``."""
-        app.call(
+    def routes(self) -> Iterable[Route]:
+        """This call."""
+        yield Call(
             "POST",
             "/v1/pokes",
             self.poke,
             "Poke recipients",
             scope="poke",
+            limit_bytes=POKES_CAP_BYTES,
             body=schema.PokeRequest,
             answers={202: schema.PokesAccepted},
         )

@@ -5,14 +5,10 @@ from http import HTTPStatus
 from typing import Annotated
 
 import msgspec
-from fastapi import FastAPI, Request, Response
 from msgspec import Meta
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
-from starlette.routing import Match
 
-from pokebridge.api.exchange import NEVER_CACHED
-from pokebridge.errors import PokebridgeError
+from pokebridge.api.exchange import NEVER_CACHED, Request, Response, header_list
+from pokebridge.errors import PokebridgeError, RefusedError
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_S = 2
@@ -29,63 +25,33 @@ class Problem(msgspec.Struct):
     )
 
 
-def problem(status: int, detail: str, *, headers: Mapping[str, str] | None = None) -> Response:
+def problem(status: int, detail: str, headers: Mapping[str, str] | None = None) -> Response:
     """The response for an error; a 503 also has a ``Retry-After``."""
-    answer = Response(
-        msgspec.json.encode(Problem(HTTPStatus(status).phrase, status, detail)),
-        status_code=status,
-        # Some errors are cached unless they forbid it (RFC 9110, section 15.1).
-        headers={**NEVER_CACHED, **(headers or {})},
-        media_type=MEDIA_TYPE,
-    )
+    # Some errors are cached unless they forbid it (RFC 9110, section 15.1).
+    added = [(b"content-type", MEDIA_TYPE.encode()), NEVER_CACHED, *header_list(headers or {})]
     if status == HTTPStatus.SERVICE_UNAVAILABLE:
-        answer.headers.setdefault("Retry-After", str(RETRY_AFTER_S))
-    return answer
+        added.append((b"retry-after", b"%d" % RETRY_AFTER_S))
+    body = Problem(HTTPStatus(status).phrase, int(status), detail)
+    return Response(status, added, msgspec.json.encode(body))
 
 
-def install(app: FastAPI) -> None:
-    """Make ``app`` answer every error as a problem.
-
-    Starlette raises an unexpected exception again after the answer, so the server logs it.
-    """
-    for kind in (PokebridgeError, HTTPException, ClientDisconnect, Exception):
-        app.add_exception_handler(kind, _answer)
+def refusal(error: PokebridgeError, request: Request) -> Response:
+    """The response for an ``error`` that ``request`` has led to."""
+    headers = error.headers if isinstance(error, RefusedError) else {}
+    return problem(error.status, str(error), {**_challenge(error.status, request), **headers})
 
 
-async def _answer(request: Request, error: Exception) -> Response:
-    match error:
-        case PokebridgeError():
-            return problem(error.status, str(error), headers=_challenge(request, error.status))
-        case HTTPException(status_code=HTTPStatus.METHOD_NOT_ALLOWED):
-            return _method_not_allowed(request)
-        case HTTPException(status_code=HTTPStatus.NOT_FOUND, detail="Not Found"):
-            return problem(HTTPStatus.NOT_FOUND, "there is nothing at this path")
-        case HTTPException():
-            return problem(error.status_code, error.detail, headers=error.headers)
-        case ClientDisconnect():
-            return problem(HTTPStatus.BAD_REQUEST, "the request ended before its body did")
+def defect() -> Response:
+    """The response for an error that nobody foresaw. It gives nothing away."""
     return problem(HTTPStatus.INTERNAL_SERVER_ERROR, "a defect of the server: see its log")
 
 
-def _challenge(request: Request, status: HTTPStatus) -> dict[str, str]:
+def _challenge(status: HTTPStatus, request: Request) -> dict[str, str]:
     """The challenge that tells the caller how to authenticate (RFC 6750, section 3)."""
     if status == HTTPStatus.FORBIDDEN:
         return {"WWW-Authenticate": 'Bearer error="insufficient_scope"'}
-    if status == HTTPStatus.UNAUTHORIZED and "authorization" in request.headers:
+    if status == HTTPStatus.UNAUTHORIZED and b"authorization" in request.headers:
         return {"WWW-Authenticate": 'Bearer error="invalid_token"'}
     if status == HTTPStatus.UNAUTHORIZED:
         return {"WWW-Authenticate": "Bearer"}
     return {}
-
-
-def _method_not_allowed(request: Request) -> Response:
-    """A 405 that names all methods of the path, of which the router names one route's only."""
-    allowed: set[str] = set()
-    for route in request.app.routes:
-        if route.matches(request.scope)[0] is not Match.NONE:
-            # Only a mount of files has no methods of its own.
-            allowed |= getattr(route, "methods", {"GET", "HEAD"})
-    methods = ", ".join(sorted(allowed))
-    return problem(
-        HTTPStatus.METHOD_NOT_ALLOWED, f"this path takes {methods}", headers={"Allow": methods}
-    )

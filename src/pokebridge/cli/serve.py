@@ -56,7 +56,7 @@ def serve(config: Path | None, **overrides: Any) -> None:
 
 def run_instance(settings: Settings) -> None:
     """Run an instance with ``settings`` until SIGTERM."""
-    # The web framework takes half a second to import, and `serve --help` does not need it.
+    # The server takes half a second to import, and `serve --help` does not need it.
     from pokebridge.server.assemble import serve as serve_instance  # noqa: PLC0415
 
     configure_logging(settings.log_format, settings.log_level)

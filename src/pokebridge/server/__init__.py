@@ -1,7 +1,7 @@
 """One instance on one port, which serves the HTTP API and the WebSockets.
 
 :func:`serve` runs one. It is imported on first use, so that a command which needs only an adapter
-does not import the web framework.
+does not import the server.
 """
 
 from typing import TYPE_CHECKING, Any

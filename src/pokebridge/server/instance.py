@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from pokebridge.api import app as api
 from pokebridge.api import metrics
 from pokebridge.api.messages import MailboxSide
 from pokebridge.api.pokes import Signaller
+from pokebridge.asgi import ASGIApp
 from pokebridge.cluster.node import Cluster
 from pokebridge.cluster.watchers import Watchers
 from pokebridge.coordination.base import Coordination
@@ -121,7 +121,7 @@ class Instance:
         self._pacer: asyncio.Task[None] | None = None
         self._draining: asyncio.Task[None] | None = None
 
-    def create_app(self) -> FastAPI:
+    def create_app(self) -> ASGIApp:
         """Create the ASGI app that serves this instance's API."""
         parts, mailbox = self.parts, None
         registry = CollectorRegistry()

@@ -1,0 +1,69 @@
+"""Cross-origin requests: which pages may call from a browser (the Fetch standard's CORS)."""
+
+from collections.abc import Sequence
+from http import HTTPStatus
+
+from pokebridge.api.exchange import Header, Request, Response, header_list
+from pokebridge.api.problems import problem
+from pokebridge.origins import is_allowed
+
+VARY_BY_ORIGIN: Header = (b"vary", b"Origin")
+"""Every answer has it, because one to another origin has other headers."""
+
+_METHODS = ("GET", "POST", "PUT", "DELETE")
+# The last three are what tracing adds to a page's requests by itself.
+_REQUEST_HEADERS = (
+    *("Accept", "Accept-Language", "Authorization", "Content-Language", "Content-Type"),
+    *("If-None-Match", "baggage", "traceparent", "tracestate"),
+)
+_KNOWN_HEADERS = frozenset(name.lower() for name in _REQUEST_HEADERS)
+_EXPOSED: Header = (b"access-control-expose-headers", b"ETag, Retry-After")
+_PREFLIGHT = {
+    "Access-Control-Allow-Methods": ", ".join(_METHODS),
+    "Access-Control-Allow-Headers": ", ".join(_REQUEST_HEADERS),
+    "Access-Control-Max-Age": "600",
+    "Vary": "Access-Control-Request-Method, Access-Control-Request-Headers, "
+    "Access-Control-Request-Private-Network",
+}
+
+
+class Cors:
+    """Lets pages of the ``allowed`` origins call, which are normal, or patterns; ``"*"``: any."""
+
+    def __init__(self, allowed: Sequence[str]) -> None:
+        self._allowed = frozenset(allowed)
+        self._allows_any = "*" in self._allowed
+
+    def headers_for(self, origin: bytes) -> list[Header]:
+        """What an answer to a page of ``origin`` has in addition."""
+        if self._allows_any:
+            return [(b"access-control-allow-origin", b"*"), _EXPOSED]
+        if is_allowed(origin.decode("latin-1"), self._allowed):
+            return [(b"access-control-allow-origin", origin), _EXPOSED]
+        return [_EXPOSED]
+
+    def preflight(self, request: Request) -> Response | None:
+        """The answer to ``request`` if it asks whether a page may call; otherwise ``None``."""
+        method = request.headers.get(b"access-control-request-method")
+        if request.method != "OPTIONS" or method is None or b"origin" not in request.headers:
+            return None
+        asked = request.header(b"access-control-request-headers").lower()
+        allowed = {
+            "origin": self._allows_any or self._allows(request),
+            "method": method.decode("latin-1") in _METHODS,
+            "headers": _are_known(asked),
+            "private-network": b"access-control-request-private-network" not in request.headers,
+        }
+        wrong = [name for name, is_allowed in allowed.items() if not is_allowed]
+        if wrong:
+            detail = f"Disallowed CORS {', '.join(wrong)}"
+            return problem(HTTPStatus.BAD_REQUEST, detail, _PREFLIGHT)
+        headers = {"Content-Type": "text/plain; charset=utf-8", **_PREFLIGHT}
+        return Response(HTTPStatus.OK, header_list(headers), b"OK")
+
+    def _allows(self, request: Request) -> bool:
+        return is_allowed(request.header(b"origin"), self._allowed)
+
+
+def _are_known(names: str) -> bool:
+    return not names or all(name.strip() in _KNOWN_HEADERS for name in names.split(","))
