@@ -179,6 +179,10 @@ class Settings(BaseModel):
     has no limits on addresses and handshakes, and serves POST /v1/dev/token, which gives anyone a
     token."""
 
+    dev_on_network: bool = False
+    """Allow dev together with a host that other machines reach. Whoever reaches it can make tokens
+    for anybody, also such that may administrate."""
+
     # Loopback, because an instance that nobody has looked at yet must not be open to the network;
     # a container sets 0.0.0.0.
     host: str = "127.0.0.1"
@@ -356,6 +360,11 @@ class Settings(BaseModel):
     """json: one JSON object a line. console: for people. The default is console with dev."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Lowest level that is logged: debug, info, warning or error."""
+
+    @property
+    def is_on_loopback(self) -> bool:
+        """Whether only this machine reaches ``host``."""
+        return _is_loopback(self.host)
 
     @property
     def initial_mode(self) -> Mode:

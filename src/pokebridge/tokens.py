@@ -392,6 +392,19 @@ def sign_token(
     return jwt.encode(present, _checked_secret(secret), "HS256")
 
 
+def unverified_subject(token: str) -> str | None:
+    """Return the subject that ``token`` claims to have, for messages only: nothing is verified.
+
+    ``None``: the token is malformed, or has no subject.
+    """
+    try:
+        claims: dict[str, Any] = jwt.decode(token, options={"verify_signature": False})
+    except jwt.InvalidTokenError:
+        return None
+    subject = claims.get("sub")
+    return subject if isinstance(subject, str) else None
+
+
 def _checked_secret(secret: str) -> bytes:
     encoded = secret.encode()
     if len(encoded) < MIN_SECRET_BYTES:

@@ -162,6 +162,14 @@ def test_what_is_wrong_at_the_start_is_one_line(
     assert result.err.count("\n") == 1
 
 
+def test_somebody_elses_token_is_refused(instance: Instance, ask: Run) -> None:
+    """It would show, and acknowledge, another mailbox than the one that was named."""
+    token = instance.token("urn:user:bob")
+    result = ask("listen", "urn:user:eve", "--token", token)
+    assert (result.status, result.out, result.err.count("\n")) == (2, "", 1)
+    assert "the token is for urn:user:bob, not for urn:user:eve" in result.err
+
+
 def test_a_given_token_that_is_revoked_ends_it(
     instance: Instance, listeners: list[Listener]
 ) -> None:

@@ -147,6 +147,14 @@ def test_a_port_that_is_taken_is_one_line_and_status_2(run: Run) -> None:
     assert result.err.count("\n") == 1
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "bridge.example"])
+def test_dev_is_not_opened_to_the_network_by_accident(run: Run, host: str) -> None:
+    """Whoever connects would get tokens for everything; a second flag allows it."""
+    result = run("serve", "--dev", "--host", host, "--mailbox", "memory://")
+    assert (result.status, result.err.count("\n")) == (2, 1)
+    assert "--dev-on-network" in result.err
+
+
 def test_an_interrupt_is_quiet(clean_environment: None) -> None:
     """Ctrl-C while a command waits for an instance that does not answer: status 130, no words."""
     with socket.create_server(("127.0.0.1", 0)) as silent:

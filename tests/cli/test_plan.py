@@ -222,7 +222,7 @@ def test_what_is_measured_comes_after_flags_and_before_settings(
     """A flag is a what-if; the cluster knows its own red line better than our settings."""
     monkeypatch.setenv("POKEBRIDGE_RED_LINE_OPS_PER_S", "1")
     figures = {"messages_per_s": 30.0, "instances": 3, "red_line_ops_per_s": 2.0}
-    measured = _Measured("fanout", 0.5, 3.0, figures)
+    measured = _Measured("nats", "fanout", 0.5, 3.0, figures)
     load = _load({"instances": 7, "sessions": None}, measured, None)
     assert load == Workload(30.0, 7, red_line_ops_per_s=2.0)
 

@@ -63,6 +63,18 @@ def test_a_body_is_json_or_else_a_string(
         assert bodies(instance, bob) == [body]
 
 
+@pytest.mark.parametrize(
+    ("text", "warnings"), [('{"text": hello}', 1), ("[1,", 1), ("hello", 0), ("1", 0)]
+)
+def test_what_looks_like_json_and_is_not_is_said(
+    ask: Run, bob: str, text: str, warnings: int
+) -> None:
+    """A forgotten quote sends a string, where an object was meant."""
+    result = ask("send", bob, text)
+    assert result.status == 0
+    assert result.err.count("not valid JSON, so it is sent as a string") == warnings
+
+
 def test_a_message_has_id_and_ttl(ask: Run, bob: str) -> None:
     """The same id again is the same message; both answers are shown."""
     first = json.loads(ask("send", bob, "1", "--id", "a", "--ttl-s", "60", "--json").out)

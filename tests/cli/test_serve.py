@@ -1,16 +1,18 @@
 """The command serve, as an operator starts and stops it."""
 
 import json
+import os
 import signal
 import subprocess
 from pathlib import Path
 
 import httpx
+from websockets.asyncio.client import connect
 
 from pokebridge.settings import Settings
 from tests.cli.conftest import Run
-from tests.support import block_until, free_port
-from tests.support.serving import JWT_SECRET, POKEBRIDGE
+from tests.support import block_until, free_port, wait_until
+from tests.support.serving import JWT_SECRET, POKEBRIDGE, Serve
 
 
 def test_a_configured_instance_serves_and_stops(clean_environment: None, tmp_path: Path) -> None:
@@ -58,3 +60,21 @@ def _answers(url: str) -> bool:
         return httpx.get(f"{url}/readyz").is_success
     except httpx.TransportError:
         return False
+
+
+async def test_a_second_ctrl_c_does_not_wait_for_the_drain(serve: Serve) -> None:
+    """The first one spreads the closing of the sessions, here over an hour."""
+    instance = serve("--drain-s", "3600", mailbox="memory://")
+    headers = instance.headers("bob")
+    async with (
+        connect(instance.ws_url, additional_headers=headers) as one,
+        connect(instance.ws_url, additional_headers=headers) as other,
+    ):
+        for socket in (one, other):
+            assert json.loads(await socket.recv())["type"] == "ready"
+        os.kill(instance.pid, signal.SIGINT)
+        async with instance.async_http() as http:
+            while (await http.get("/readyz")).is_success:
+                pass
+        os.kill(instance.pid, signal.SIGINT)
+        await wait_until(lambda: not instance.is_running(), 60)

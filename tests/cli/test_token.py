@@ -8,7 +8,8 @@ import pytest
 from pokebridge.errors import AuthError
 from pokebridge.tokens import TokenVerifier
 from tests.cli.conftest import Run
-from tests.support.serving import JWT_SECRET
+from tests.support.daemon import free_port
+from tests.support.serving import JWT_SECRET, Serve
 
 BOB = "urn:user:bob"
 
@@ -44,7 +45,6 @@ def test_issuer_and_audience_are_those_of_the_configuration(run: Run, tmp_path: 
 @pytest.mark.parametrize(
     ("args", "secret", "text"),
     [
-        ([BOB], "", "jwt_secret is not configured"),
         (["two words"], JWT_SECRET, "a recipient is"),
         ([BOB, "--ttl-s", "0"], JWT_SECRET, "--ttl-s"),
         ([BOB, "--config", "/no/such/file"], "", "/no/such/file"),
@@ -58,3 +58,20 @@ def test_what_can_not_be_signed_is_status_2(
     assert (result.status, result.out) == (2, "")
     assert text in result.err
     assert result.err.count("\n") == 1
+
+
+def test_a_dev_instance_signs_where_no_secret_is_configured(serve: Serve, run: Run) -> None:
+    """As `send` and `listen` do it: the page's sign-in advises this command."""
+    instance = serve(mailbox="memory://")
+    result = run("token", BOB, "--scope", "admin", "--url", instance.url)
+    claims = TokenVerifier(secret=JWT_SECRET).verify_now(result.out.strip())
+    assert claims.subject == BOB
+    assert claims.scopes == {"admin"}
+
+
+def test_neither_a_secret_nor_an_instance_is_one_line(run: Run) -> None:
+    """It names both ways to a token."""
+    result = run("token", BOB, "--url", f"http://127.0.0.1:{free_port()}")
+    assert (result.status, result.out, result.err.count("\n")) == (2, "", 1)
+    assert "jwt_secret is not configured" in result.err
+    assert "--dev" in result.err

@@ -61,6 +61,7 @@ class Nodes:
         """Start one, with an end of the shared store unless another ``coordination`` is given."""
         url = f"ws://{name}.example"
         config = ClusterConfig(
+            engine="memory",
             instance=name,
             weight=1.0,
             advertise_url=url,

@@ -294,7 +294,20 @@ async def test_an_operator_migrates_and_drains_by_command(
         await _poke_untagged(nats_server, sockets)
         await _migrate(cluster, "partitioned", "--force")
         await _poke_untagged(nats_server, sockets)
+        await _bench(one)
         await _drain_two(cluster, sockets)
+
+
+async def _bench(one: Instance) -> None:
+    """Put load on the cluster through ``one``: its clients follow their shards' owners."""
+    done = await asyncio.to_thread(
+        run_command,
+        one,
+        *["bench", "--clients", "20", "--ramp-s", "0", "--duration-s", "1", "--json"],
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["connected"], report["failures"], report["lost"]) == (20, {}, 0)
 
 
 async def _poke_untagged(nats_server: Daemon, sockets: Mapping[str, Socket]) -> None:
@@ -324,6 +337,7 @@ async def _drain_two(cluster: Cluster, sockets: Mapping[str, Socket]) -> None:
     before = await cluster.owners()
     done = await asyncio.to_thread(run_command, one, "cluster", "drain", "two")
     assert done.returncode == 0, done.stderr
+    assert "two is drained, and safe to stop" in done.stderr
     assert set((await cluster.owners()).values()) == {"one"}
     for recipient, socket in sockets.items():
         if before[shard_of(recipient, SHARDS)] == "two":

@@ -227,6 +227,7 @@ def _cluster(status: ClusterStatus) -> schema.Cluster:
             noise_ratio=status.noise_ratio,
             over_red_line=status.is_over_red_line,
         ),
+        engine=status.engine,
         seen_by=status.seen_by,
         events=status.history_count,
         trouble=status.trouble,

@@ -198,6 +198,9 @@ class Cluster(Struct):
     shard_count: int
     instances: list[Instance]
     traffic: Traffic
+    engine: Annotated[
+        str, Meta(description="What carries the pokes: `memory`, `nats`, `redis` or `pubsub`.")
+    ] = ""
     seen_by: str = ""
     events: int = 0
     trouble: Annotated[

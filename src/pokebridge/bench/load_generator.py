@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from time import perf_counter
+from typing import Any
 
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
@@ -59,6 +60,8 @@ class Tally:
 
     handshakes_s: list[float] = field(default_factory=list)
     latencies_s: list[float] = field(default_factory=list)
+    present: int = 0
+    """Clients with a session at the end of the run."""
     sent: int = 0
     sending_s: float = 0
     failures: Counter[str] = field(default_factory=Counter)
@@ -119,6 +122,7 @@ class LoadGenerator:
             if self._idle:
                 await self._send_at_rate(token)
                 await self._stragglers()
+            self.tally.present = self.connected
         finally:
             for session in sessions:
                 session.cancel()
@@ -149,30 +153,44 @@ class LoadGenerator:
     async def _listen(self, client: _Client, on_ready: Callable[[], None]) -> None:
         token = await self._api.token_for(client.recipient, [], self._ttl_s)
         started_at = perf_counter()
-        async with connect(
-            self._ws_url,
+        url = self._ws_url
+        while True:
+            async with self._connect(url, token) as socket:
+                async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
+                    frame = await _frame(socket, "ready", "move")
+                if frame["type"] == "move":
+                    url = _moved(frame)
+                    continue
+                if not client.connected:
+                    self.tally.handshakes_s.append(perf_counter() - started_at)
+                    client.connected = True
+                    self._idle.append(client)
+                    on_ready()
+                elif client.poked_at is not None:
+                    self._take_back([client])  # its poke may have come between the two sessions
+                try:
+                    url = await self._hear(client, socket)
+                except asyncio.CancelledError:
+                    await socket.close()  # with 1000: the context manager would close with 1011
+                    raise
+
+    def _connect(self, url: str, token: str) -> connect:
+        return connect(
+            url,
             additional_headers={"Authorization": f"Bearer {token}"},
             compression=None,
             open_timeout=HANDSHAKE_TIMEOUT_S,
             close_timeout=CLOSE_TIMEOUT_S,
             ping_interval=None,
-            ssl=self._tls,
-        ) as socket:
-            async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
-                await _frame(socket, "ready")
-            self.tally.handshakes_s.append(perf_counter() - started_at)
-            client.connected = True
-            self._idle.append(client)
-            on_ready()
-            try:
-                await self._hear(client, socket)
-            except asyncio.CancelledError:
-                await socket.close()  # with 1000: the context manager would close with 1011
-                raise
+            ssl=self._tls if url.startswith("wss:") else None,
+        )
 
-    async def _hear(self, client: _Client, socket: ClientConnection) -> None:
+    async def _hear(self, client: _Client, socket: ClientConnection) -> str:
+        """Count pokes until the server moves the session. Return the URL to go to."""
         while True:
-            await _frame(socket, "poke")
+            frame = await _frame(socket, "poke", "move")
+            if frame["type"] == "move":
+                return _moved(frame)
             if client.poked_at is not None:
                 self.tally.latencies_s.append(perf_counter() - client.poked_at)
                 client.poked_at = None
@@ -240,10 +258,17 @@ class LoadGenerator:
                     await asyncio.sleep(TICK_S)
 
 
-async def _frame(socket: ClientConnection, wanted: str) -> None:
-    """Wait for a frame of the type ``wanted``, and ignore others."""
-    while json.loads(await socket.recv())["type"] != wanted:
-        pass
+async def _frame(socket: ClientConnection, *wanted: str) -> dict[str, Any]:
+    """Wait for a frame of a ``wanted`` type, and ignore others."""
+    while True:
+        frame: dict[str, Any] = json.loads(await socket.recv())
+        if frame["type"] in wanted:
+            return frame
+
+
+def _moved(frame: dict[str, Any]) -> str:
+    """The URL of a client that follows a ``move`` frame."""
+    return f"{frame['url']}?moved=1"
 
 
 def _reason(error: Exception) -> str:

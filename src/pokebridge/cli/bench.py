@@ -72,7 +72,7 @@ def bench(
     It measures the time from connecting to `ready`, the time from sending a poke to receiving it,
     and what is lost. It needs the instance's jwt_secret (POKEBRIDGE_JWT_SECRET or --config), or an
     instance that runs with --dev. The load generator itself uses CPU. To find the limits of an
-    instance, run it on another machine.
+    instance, run it on another machine. Exit status 1: not all clients had a session at the end.
     """
     if ctx.invoked_subcommand is not None:
         _refuse_own_options(ctx)
@@ -92,6 +92,8 @@ def bench(
     tally = uvloop.run(_bench(Access(**access), plan))
     report = _report(plan, tally)
     click.echo(json.dumps(report) if as_json else _table(report))
+    if missing := clients - tally.present:
+        raise UnavailableError(f"{missing} of {clients} clients had no session at the end")
 
 
 bench.add_command(storm)

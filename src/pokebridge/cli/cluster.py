@@ -4,6 +4,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
+from itertools import islice
 from types import TracebackType
 from typing import Any, Self, get_args
 
@@ -24,6 +25,23 @@ WIDTH = 120
 
 View = Mapping[str, Any]
 """What GET /v1/cluster answers."""
+
+# The columns of the table of instances, the most important first.
+COLUMNS: Mapping[str, Callable[[View], str]] = {
+    "instance": lambda each: str(each["id"]),
+    "state": lambda each: each["state"] if each["settled"] else f"{each['state']}, settling",
+    "sessions": lambda each: f"{each['sessions']:,}",
+    "shards": lambda each: str(len(each["shards"])),
+    "msg/s": lambda each: f"{each['messages_per_s']:,.1f}",
+    "noise": lambda each: f"{each['noise_ratio']:.1%}",
+    "held": lambda each: str(each["subscriptions"]),
+    "pokes/s": lambda each: f"{each['pokes_per_s']:,.1f}",
+    "CPU": lambda each: f"{each['cpu_share']:.0%}",
+    "MiB": lambda each: f"{each['memory_bytes'] / 2**20:,.0f}",
+    "age": lambda each: _age(time.time() - each["joined_at_ms"] / 1000),
+}
+WIDE_ENOUGH = 90
+NARROW_COLUMNS = 6
 
 _timeout_option = click.option(
     "--timeout",
@@ -58,9 +76,11 @@ async def _status(access: Access, *, watch: bool, as_json: bool) -> None:
             async for view in looker.views():
                 click.echo(json.dumps(view))
             return
-        with Live(_drawn(view), console=_console(), auto_refresh=False, screen=False) as live:
+        console = _console()
+        drawn = _drawn(view, console.width)
+        with Live(drawn, console=console, auto_refresh=False, screen=False) as live:
             async for view in looker.views():
-                live.update(_drawn(view), refresh=True)
+                live.update(_drawn(view, console.width), refresh=True)
 
 
 @cluster.command(
@@ -95,7 +115,7 @@ async def _migrate(
             _tell_progress(view, mode, done)
             return view["mode"] == mode and len(done) == len(view["instances"])
 
-        await looker.wait(is_done, timeout_s, f"not every instance is in mode {mode} yet")
+        await looker.wait(is_done, timeout_s, lambda: f"not every instance is in mode {mode} yet")
         _print(await looker.look(), as_json=as_json)
 
 
@@ -122,7 +142,7 @@ def drain(instance: str, *, timeout_s: float, as_json: bool, **access: Any) -> N
     """Make INSTANCE give up its shards and then its sessions, which move to the new owners.
 
     The instance keeps running, without sessions and not ready, until it is stopped. Exit status 1:
-    it still has sessions.
+    it still has sessions or shards.
     """
     asyncio.run(_drain(Access(**access), instance, timeout_s, as_json=as_json))
 
@@ -130,18 +150,21 @@ def drain(instance: str, *, timeout_s: float, as_json: bool, **access: Any) -> N
 async def _drain(access: Access, instance: str, timeout_s: float, *, as_json: bool) -> None:
     async with _Looker(access) as looker:
         await looker.drain(instance)
-        told = -1
+        left = ""
 
         def is_done(view: View) -> bool:
-            nonlocal told
-            left = [each for each in view["instances"] if each["id"] == instance]
-            sessions = sum(each["sessions"] for each in left)
-            if sessions != told:
-                told = sessions
-                click.echo(f"{instance} has {sessions} sessions", err=True)
-            return all(each["state"] == "draining" and not each["sessions"] for each in left)
+            nonlocal left
+            seen = [each for each in view["instances"] if each["id"] == instance]
+            sessions = sum(each["sessions"] for each in seen)
+            shards = sum(len(each["shards"]) for each in seen)
+            if (now := f"{sessions} sessions and {shards} shards") != left:
+                left = now
+                click.echo(f"{instance} has {left}", err=True)
+            return not sessions + shards and all(each["state"] == "draining" for each in seen)
 
-        await looker.wait(is_done, timeout_s, f"{instance} still has sessions")
+        await looker.wait(is_done, timeout_s, lambda: f"{instance} still has {left}")
+        if timeout_s:
+            click.echo(f"{instance} is drained, and safe to stop", err=True)
         _print(await looker.look(), as_json=as_json)
 
 
@@ -183,11 +206,13 @@ class _Looker:
                 click.echo(str(error), err=True)
             await asyncio.sleep(LOOK_EVERY_S)
 
-    async def wait(self, is_done: Callable[[View], bool], timeout_s: float, what: str) -> None:
+    async def wait(
+        self, is_done: Callable[[View], bool], timeout_s: float, undone: Callable[[], str]
+    ) -> None:
         """Look until ``is_done``. A ``timeout_s`` of 0 does not wait.
 
         Raises:
-            UnavailableError: it was not done within ``timeout_s`` seconds.
+            UnavailableError: it was not done within ``timeout_s`` seconds. ``undone`` says what.
         """
         if not timeout_s:
             return
@@ -197,7 +222,7 @@ class _Looker:
                     if is_done(view):
                         return
         except TimeoutError:
-            raise UnavailableError(f"{what}, after {timeout_s:g} s") from None
+            raise UnavailableError(f"{undone()}, after {timeout_s:g} s") from None
 
 
 def _console() -> Console:
@@ -209,30 +234,20 @@ def _print(view: View, *, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(view))
     else:
-        _console().print(_drawn(view))
+        console = _console()
+        console.print(_drawn(view, console.width))
 
 
-def _drawn(view: View) -> Group:
+def _drawn(view: View, width: int) -> Group:
     """The cluster for people: a table of its instances, and its load below."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("instance")
-    table.add_column("state")
-    for name in ("sessions", "shards", "held", "msg/s", "pokes/s", "noise", "CPU", "MiB", "age"):
-        table.add_column(name, justify="right")
+    # A narrow terminal shows the first columns only: a table that wraps is unreadable.
+    columns = COLUMNS if width >= WIDE_ENOUGH else dict(islice(COLUMNS.items(), NARROW_COLUMNS))
+    for name in columns:
+        is_text = name in {"instance", "state"}
+        table.add_column(name, justify="left" if is_text else "right", no_wrap=not is_text)
     for each in view["instances"]:
-        table.add_row(
-            each["id"],
-            each["state"] if each["settled"] else f"{each['state']}, settling",
-            f"{each['sessions']:,}",
-            str(len(each["shards"])),
-            str(each["subscriptions"]),
-            f"{each['messages_per_s']:,.1f}",
-            f"{each['pokes_per_s']:,.1f}",
-            f"{each['noise_ratio']:.1%}",
-            f"{each['cpu_share']:.0%}",
-            f"{each['memory_bytes'] / 2**20:,.0f}",
-            _age(time.time() - each["joined_at_ms"] / 1000),
-        )
+        table.add_row(*(form(each) for form in columns.values()))
     return Group(table, _load(view))
 
 

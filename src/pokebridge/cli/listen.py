@@ -14,7 +14,8 @@ from pokebridge.cli.options import json_option
 from pokebridge.client import PokeClient, ReceivedMessage
 from pokebridge.client.core import CLOSE_TOKEN, parse_frame
 from pokebridge.client.events import AnyAction, AnyEvent, Closed, Refused, Text
-from pokebridge.errors import AuthError, ForbiddenError, UnavailableError
+from pokebridge.errors import AuthError, ForbiddenError, InputError, UnavailableError
+from pokebridge.tokens import unverified_subject
 
 
 @click.command(
@@ -54,7 +55,12 @@ async def _listen(
             return await api.token_for(recipient, [])
 
         # Once before: the client would retry, and not report the error in one line.
-        await new_token()
+        subject = unverified_subject(await new_token())
+        if subject not in {None, recipient}:
+            raise InputError(
+                f"the token is for {subject}, not for {recipient}:"
+                f" listen to {subject}, or give a token for {recipient}"
+            )
         terminal = _Terminal(api.url, as_json=as_json, token_is_fixed=access.token is not None)
         async with PokeClient(
             api.url,

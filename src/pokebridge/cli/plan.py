@@ -3,7 +3,8 @@
 import asyncio
 import json
 import math
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -56,6 +57,19 @@ TITLES = {
 }
 
 
+COLUMNS: Mapping[str, Callable[[Outcome], str]] = {
+    "deliveries\n/s": lambda it: f"{it.deliveries_per_s:,.0f}{'*' if it.over_red_line else ' '}",
+    "dis-\ncarded": lambda it: format_share(it.discarded_share),
+    "fil-\ntered": lambda it: format_share(it.filtered_share),
+    "CPU cores\nwasted": lambda it: _span(it.cpu_cores_wasted, ",.2f"),
+    "subs": lambda it: f"{it.subscriptions:,}",
+    "deploy\ncalls": lambda it: f"{it.admin_ops_to_deploy:,}",
+    "$ a month": lambda it: _span(it.usd_a_month, ",.0f"),
+}
+_DECISIVE = ("deliveries\n/s", "dis-\ncarded", "CPU cores\nwasted", "$ a month")
+_TABLE_WIDTH = 80
+
+
 class _Number(click.FloatRange):
     """A finite number."""
 
@@ -72,6 +86,8 @@ class _Number(click.FloatRange):
 class _Measured(NamedTuple):
     """What a running cluster reports."""
 
+    engine: Engine | None
+    """The engine in use. ``None``: none, or one that this command does not know."""
     mode: Mode
     noise_ratio: float
     copies: float
@@ -131,9 +147,8 @@ class _Measured(NamedTuple):
 @click.option(
     "--engine",
     type=click.Choice(get_args(Engine)),
-    default="pubsub",
-    show_default=True,
-    help="Engine that the advice and the plot are for.",
+    help="Engine that the advice and the plot are for. [default: pubsub; with --from the one in"
+    " use, and only its costs are shown]",
 )
 @click.option(
     "--plot", type=PlotFile(), metavar="FILE", help="Draw the costs into FILE, .svg or .png."
@@ -149,7 +164,7 @@ class _Measured(NamedTuple):
 @json_option
 def plan(
     *,
-    engine: Engine,
+    engine: Engine | None,
     plot: Path | None,
     usd_per_tib: float,
     url: str | None,
@@ -168,6 +183,9 @@ def plan(
     measured = asyncio.run(_measure(Access(url, config, token))) if url else None
     load = _load(given, measured, config)
     prices = replace(PRICES, usd_per_tib=usd_per_tib)
+    in_use = measured.engine if measured else None
+    is_shown = {engine or in_use} if in_use else set(get_args(Engine))
+    engine = engine or in_use or "pubsub"
     outcomes = {strategy: evaluate(load, strategy, prices) for strategy in Strategy}
     advice = advise(load, engine, measured.mode if measured else "fanout", prices)
     if plot is not None:
@@ -177,10 +195,11 @@ def plan(
         report = _as_json(load, outcomes, advice, engine, measured)
         click.echo(json.dumps(report | {"prices": asdict(prices)}))
         return
-    for line in _headlines(load, measured, prices):
+    shown = [outcome for outcome in outcomes.values() if outcome.strategy.engine in is_shown]
+    for line in _headlines(load, measured, prices if "pubsub" in is_shown else None):
         click.echo(line)
-    _print_table(list(outcomes.values()))
-    for outcome in outcomes.values():
+    _print_table(shown)
+    for outcome in shown:
         for obstacle in outcome.obstacles:
             engine_title = _ENGINE_TITLES[outcome.strategy.engine]
             click.echo(f"{engine_title}, {TITLES[outcome.strategy]}: {obstacle}")
@@ -206,7 +225,9 @@ async def _measure(access: Access) -> _Measured:
         }
         if mode == "partitioned":
             load["misplaced_share"] = misplaced_share(Workload(**load), copies)
-        return _Measured(mode, float(traffic["noise_ratio"]), copies, load)
+        engine = cluster.get("engine")
+        known: Engine | None = engine if engine in get_args(Engine) else None
+        return _Measured(known, mode, float(traffic["noise_ratio"]), copies, load)
     except (KeyError, TypeError, ValueError):
         raise UnavailableError(
             f"{access.url} answered, but not as an instance of pokebridge"
@@ -272,13 +293,15 @@ def _figures(outcome: Outcome) -> dict[str, Any]:
     return {"global_ops_per_s": figures.pop("deliveries_per_s")} | figures
 
 
-def _headlines(load: Workload, measured: _Measured | None, prices: Prices) -> Sequence[str]:
+def _headlines(load: Workload, measured: _Measured | None, prices: Prices | None) -> Sequence[str]:
     pokes = f"{load.pokes_per_message:g} poke{'' if load.pokes_per_message == 1 else 's'} each"
     asked = (
-        f"{load.messages_per_s:,.6g} messages/s ({pokes}), {load.instances:,} instances,"
-        f" {load.shards:,} shards, red line at {load.red_line_ops_per_s:,.6g} deliveries/s"
+        f"{_round(load.messages_per_s)} messages/s ({pokes}), {load.instances:,} instances,"
+        f" {load.shards:,} shards, red line at {_round(load.red_line_ops_per_s)} deliveries/s"
     )
-    data = f"prices as of {prices.as_of}; costs of CPU time as measured, see docs/redline.md"
+    data = "costs of CPU time as measured, see docs/redline.md"
+    if prices is not None:
+        data = f"prices as of {prices.as_of}; {data}"
     if measured is None:
         return [asked, data]
     noise = (
@@ -288,18 +311,18 @@ def _headlines(load: Workload, measured: _Measured | None, prices: Prices) -> Se
     return [asked, noise, data]
 
 
+def _round(rate: float) -> str:
+    """A rate with two digits, or all those before the point."""
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+
+
 def _print_table(outcomes: Sequence[Outcome]) -> None:
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("", no_wrap=True)
-    for heading in (
-        "deliveries\n/s",
-        "dis-\ncarded",
-        "fil-\ntered",
-        "CPU cores\nwasted",
-        "subs",
-        "deploy\ncalls",
-        "$ a month",
-    ):
+    # The whole table needs 76 columns. A narrow terminal shows what decides.
+    is_wide = shutil.get_terminal_size((_WIDE_ENOUGH, 0)).columns >= _TABLE_WIDTH
+    columns = COLUMNS if is_wide else {name: COLUMNS[name] for name in _DECISIVE}
+    for heading in columns:
         table.add_column(heading, justify="right", no_wrap=True)
     engine = ""
     for outcome in outcomes:
@@ -308,16 +331,10 @@ def _print_table(outcomes: Sequence[Outcome]) -> None:
             table.add_row(_ENGINE_TITLES[outcome.strategy.engine])
         table.add_row(
             f"  {TITLES[outcome.strategy]}",
-            f"{outcome.deliveries_per_s:,.0f}{'*' if outcome.over_red_line else ' '}",
-            format_share(outcome.discarded_share),
-            format_share(outcome.filtered_share),
-            _span(outcome.cpu_cores_wasted, ",.2f"),
-            f"{outcome.subscriptions:,}",
-            f"{outcome.admin_ops_to_deploy:,}",
-            _span(outcome.usd_a_month, ",.0f"),
+            *(form(outcome) for form in columns.values()),
             style="bold red" if outcome.over_red_line else "",
         )
-    # Where the window is too narrow lines break; rich, if it knew, would leave out digits.
+    # A narrow terminal breaks the lines of the table. If rich knew, it would leave out digits.
     Console(highlight=False, width=_WIDE_ENOUGH).print(table)
     if any(outcome.over_red_line for outcome in outcomes):
         click.echo("* over the red line")

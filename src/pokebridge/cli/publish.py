@@ -86,6 +86,8 @@ def _body(text: str) -> Any:
     try:
         return json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError):
+        if text[:1] in {"{", "[", '"'}:
+            click.echo("BODY is not valid JSON, so it is sent as a string", err=True)
         return text
 
 

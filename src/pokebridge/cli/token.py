@@ -1,13 +1,14 @@
 """``pokebridge token``: sign a token."""
 
+import asyncio
 import json
-from pathlib import Path
+from typing import Any
 
 import click
 
-from pokebridge.cli.api import configured_signer
-from pokebridge.cli.options import config_option, json_option
-from pokebridge.errors import ConfigError
+from pokebridge.cli.api import Access, api_options, configured_signer
+from pokebridge.cli.options import json_option
+from pokebridge.errors import ConfigError, UnavailableError
 
 
 @click.command(
@@ -25,14 +26,29 @@ from pokebridge.errors import ConfigError
     show_default=True,
     help="Seconds until the token expires.",
 )
-@config_option
+@api_options(token=False)
 @json_option
-def token(recipient: str, scope: str, ttl_s: float, config: Path | None, *, as_json: bool) -> None:
-    """Sign a token for RECIPIENT with the configured jwt_secret."""
-    sign = configured_signer(config)
+def token(recipient: str, scope: str, ttl_s: float, *, as_json: bool, **access: Any) -> None:
+    """Sign a token for RECIPIENT with the configured jwt_secret.
+
+    Without a jwt_secret the command asks the instance at --url, which must run with --dev.
+    """
+    reach = Access(**access)
+    sign = configured_signer(reach.config)
+    scopes = scope.split()
     if sign is None:
-        raise ConfigError(
-            "jwt_secret is not configured: set POKEBRIDGE_JWT_SECRET, or use --config"
-        )
-    signed = sign(recipient, scope.split(), ttl_s)
+        signed = asyncio.run(_ask(reach, recipient, scopes, ttl_s))
+    else:
+        signed = sign(recipient, scopes, ttl_s)
     click.echo(json.dumps({"token": signed}) if as_json else signed)
+
+
+async def _ask(access: Access, recipient: str, scopes: list[str], ttl_s: float) -> str:
+    async with access.open() as api:
+        try:
+            return await api.token_for(recipient, scopes, ttl_s)
+        except UnavailableError as error:
+            raise ConfigError(
+                "jwt_secret is not configured: set POKEBRIDGE_JWT_SECRET, use --config, or give"
+                f" the --url of a --dev instance ({error})"
+            ) from None

@@ -75,6 +75,8 @@ class ClusterStatus:
     """Share of this instance's CPU time that others' pokes cost, 0 to 1."""
     red_line_ops_per_s: float
     is_over_red_line: bool
+    engine: str
+    """What carries the signals: the scheme of the transport's URL."""
     seen_by: str
     """The instance that sees it."""
     history_count: int

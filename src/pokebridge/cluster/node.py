@@ -52,6 +52,8 @@ class ClusterConfig:
 
     instance: str
     """This instance's id."""
+    engine: str
+    """What carries the signals: the scheme of the transport's URL."""
     weight: float
     """This instance's capacity, relative to the others'."""
     advertise_url: str
@@ -314,6 +316,7 @@ class Cluster:
             noise_ratio=self._gateway.bridge.traffic.noise_ratio,
             red_line_ops_per_s=self._config.red_line_ops_per_s,
             is_over_red_line=self.red_line.is_over,
+            engine=self._config.engine,
             seen_by=self._config.instance,
             history_count=self.history.count,
             trouble="; ".join(self._troubles()),

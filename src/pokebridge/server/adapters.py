@@ -73,6 +73,12 @@ class _Adapter(Generic[_Part]):
     open_sweeper: _Open[Sweeper] | None = None
 
 
+def engine_of(url: str) -> str:
+    """Return the name of the engine that ``url`` leads to: its scheme, without regard to TLS."""
+    scheme = url.partition("://")[0]
+    return {"tls": "nats", "rediss": "redis", "postgres": "postgresql"}.get(scheme, scheme)
+
+
 def transport_class(url: str) -> type[Transport]:
     """The class of the transport that ``url`` names; it tells what that transport can do.
 
@@ -314,7 +320,10 @@ def _sqlite_mailbox() -> tuple[type[Mailbox], _Open[Mailbox]]:
         if path in {choice.url, "", ":memory:"}:
             _refuse("mailbox", "sqlite:///FILE, or sqlite:////FILE for an absolute path")
         if choice.must_exist and not await asyncio.to_thread(Path(path).is_file):
-            raise ConfigError(f"mailbox: there is no file {path}")
+            raise ConfigError(
+                f"mailbox: there is no file {path}; name the instance's own with --mailbox, as in"
+                " --mailbox sqlite:///var/pokebridge.db after `make run`"
+            )
         return await SqliteMailbox.open(path, limits=choice.limits, push_timing=choice.push_timing)
 
     return SqliteMailbox, open_it

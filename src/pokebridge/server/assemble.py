@@ -28,7 +28,7 @@ from pokebridge.model import NewMessage, Poke, Receipt
 from pokebridge.processor import Processor
 from pokebridge.publisher import Publisher
 from pokebridge.red_line import MIGRATE_RULES
-from pokebridge.server import uvicorn_server
+from pokebridge.server import adapters, uvicorn_server
 from pokebridge.server.from_settings import Adapters, check, open_adapters, token_signer
 from pokebridge.server.instance import Instance, Parts
 from pokebridge.server.revocations import Revocations
@@ -204,6 +204,7 @@ def _gateway_config(settings: Settings) -> GatewayConfig:
 def _cluster_config(settings: Settings) -> ClusterConfig:
     return ClusterConfig(
         instance=settings.instance,
+        engine=adapters.engine_of(settings.transport),
         weight=settings.weight,
         advertise_url=settings.advertise_url or "",
         is_member="gateway" in settings.roles,

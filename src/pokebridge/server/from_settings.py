@@ -45,12 +45,17 @@ class Adapters:
 
 
 def check(settings: Settings) -> None:
-    """Check that the chosen adapters can do together what the settings ask of them.
+    """Check that the settings are safe, and that the chosen adapters can do what they ask for.
 
     Raises:
-        ConfigError: they can't.
-        MissingExtraError: the driver of one is not installed.
+        ConfigError: they aren't.
+        MissingExtraError: the driver of an adapter is not installed.
     """
+    if settings.dev and not (settings.is_on_loopback or settings.dev_on_network):
+        raise ConfigError(
+            f"host {settings.host} is open to other machines, and with dev anyone who reaches it"
+            " gets tokens for everything: use host 127.0.0.1, or allow it with --dev-on-network"
+        )
     _check_transport(settings)
     if adapters.coordination_class(settings.coordination).is_shared:
         return

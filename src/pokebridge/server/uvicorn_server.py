@@ -7,6 +7,7 @@ import gc
 import signal
 import socket
 from collections.abc import Iterator
+from types import FrameType
 
 import structlog
 import uvicorn
@@ -86,6 +87,7 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, instance: Instance) -> None:
         super().__init__(config)
         self._instance = instance
+        self._drain: asyncio.Task[None] | None = None
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -111,10 +113,19 @@ class _Server(uvicorn.Server):
             host, port = listener.getsockname()[:2]
             log.info("listening", url=f"http://{_url_host(host)}:{port}")
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop. A second SIGINT stops at once."""
+        super().handle_exit(sig, frame)
+        if self.force_exit and self._drain is not None:
+            self._drain.cancel()
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drain while pulls are still answered, then stop listening and finish requests."""
         if not self.force_exit:
-            await self._instance.drain()
+            self._drain = asyncio.ensure_future(self._instance.drain())
+            await asyncio.wait({self._drain})
+            if not self._drain.cancelled():
+                self._drain.result()
         await super().shutdown(sockets)
 
 
