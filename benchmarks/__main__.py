@@ -14,6 +14,7 @@ import psutil
 import uvloop
 
 from benchmarks import (
+    cycle,
     handshakes,
     latency,
     mailbox,
@@ -37,6 +38,7 @@ MEASURES: dict[str, Callable[[], Awaitable[list[Figure]]]] = {
     "profiled": profiled.measure,
     "transports": transports.measure,
     "latency": latency.measure,
+    "cycle": cycle.measure,
     "mailbox": mailbox.measure,
     "verification": verification.measure,
 }
@@ -58,6 +60,7 @@ def main() -> None:
     except BenchmarkError as error:
         sys.exit(f"bench: {error}")
     print(table(figures))
+    print("\n" + ", ".join(f"{name}: {value}" for name, value in machine().items()))
     if given.json:
         given.json.write_text(_as_json(figures))
 
@@ -92,15 +95,22 @@ def table(figures: Sequence[Figure]) -> str:
     )
 
 
-def _as_json(figures: Sequence[Figure]) -> str:
-    machine = {
-        "cores": os.cpu_count(),
+def machine() -> dict[str, str | int]:
+    """What the figures were taken on."""
+    info = Path("/proc/cpuinfo").read_text()
+    models = [line.partition(": ")[2] for line in info.splitlines() if "model name" in line]
+    return {
+        "cpu": models[0] if models else platform.machine(),
+        "cores": os.cpu_count() or 1,
         "memory_bytes": psutil.virtual_memory().total,
         "kernel": platform.release(),
         "python": platform.python_version(),
     }
+
+
+def _as_json(figures: Sequence[Figure]) -> str:
     taken = [{**asdict(figure), "met": figure.met} for figure in figures]
-    return json.dumps({"machine": machine, "figures": taken}, indent=2) + "\n"
+    return json.dumps({"machine": machine(), "figures": taken}, indent=2) + "\n"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,96 @@
+"""What carries messages from a sender to clients, for ``cycle``: a process, and its clients."""
+
+import asyncio
+import itertools
+from collections.abc import Awaitable, Callable, Sequence
+from typing import NamedTuple, Protocol
+
+from benchmarks.harness import Server
+
+CALLERS = 32
+"""Connections on which requests are made, each when the last is answered."""
+# A server is quiet when it uses less than 1% of a core. It is looked at so often at most.
+_LOOK_S, _QUIET_SHARE, _LOOKS = 0.1, 0.01, 50
+
+
+class Cost(NamedTuple):
+    """CPU of a request or a message in µs; that of the engines is told apart."""
+
+    server_us: float
+    engines_us: float
+
+
+Measured = Callable[[], Awaitable[Cost]]
+
+
+class Receiver(Protocol):
+    """A client that hears of a message, fetches it and acknowledges it."""
+
+    async def cycle(self) -> float:
+        """Send it a message, and wait until it has acknowledged it.
+
+        Returns the seconds from the send until the client heard of it.
+        """
+
+
+class Carrier:
+    """A server that carries messages, and its clients.
+
+    - ``name``: how the table calls it
+    - ``server``: its process
+    - ``engines``: those of the engines that it uses, a database for example
+    - ``receivers``: its clients
+    - ``_messages``: how many are carried in a round
+    """
+
+    def __init__(
+        self,
+        name: str,
+        server: Server,
+        receivers: Sequence[Receiver],
+        messages: int,
+        engines: Sequence[Server] = (),
+    ) -> None:
+        self.name = name
+        self.server = server
+        self.engines = engines
+        self.receivers = receivers
+        self._messages = messages
+
+    def parts(self) -> dict[str, Measured]:
+        """What is measured in every round, in this order, by name."""
+        return {f"whole message, {self.name}": self._carry_all}
+
+    async def carry(self, messages: int) -> list[float]:
+        """Send ``messages``, with one under way for each client; the latencies in seconds."""
+        each = messages // len(self.receivers)
+
+        async def send_some(receiver: Receiver) -> list[float]:
+            return [await receiver.cycle() for _ in range(each)]
+
+        return list(itertools.chain(*await asyncio.gather(*map(send_some, self.receivers))))
+
+    async def cost(self, work: Callable[[], Awaitable[int]]) -> Cost:
+        """CPU of ``work``, which returns how much of it there was, and of all that follows it."""
+        server_s, engines_s = self._cpu_s()
+        count = await work()
+        await self._quiet()
+        server_after_s, engines_after_s = self._cpu_s()
+        each_us = 1e6 / count
+        return Cost((server_after_s - server_s) * each_us, (engines_after_s - engines_s) * each_us)
+
+    def _cpu_s(self) -> tuple[float, float]:
+        return self.server.cpu_s(), sum(engine.cpu_s() for engine in self.engines)
+
+    async def _carry_all(self) -> Cost:
+        async def work() -> int:
+            return len(await self.carry(self._messages))
+
+        return await self.cost(work)
+
+    async def _quiet(self) -> None:
+        for _ in range(_LOOKS):
+            before_s = self.server.cpu_s()
+            await asyncio.sleep(_LOOK_S)
+            if self.server.cpu_s() - before_s < _LOOK_S * _QUIET_SHARE:
+                return
