@@ -16,7 +16,7 @@ from benchmarks.harness import (
     websockets_server,
 )
 
-AT_MOST_KB = 2.5
+AT_MOST_KB = 2.1
 
 
 async def measure(*, clients: int = 10_000, warm_up: int = 300) -> list[Figure]:

@@ -102,11 +102,16 @@ class Admission:
                 retry_within(30, 60),
             )
 
-    def enter(self, address: str) -> None:
-        """Count a session that begins. A call of ``leave`` must follow."""
+    def enter(self, address: str) -> str:
+        """Count a session that begins. ``leave`` must be called with what this returns.
+
+        That is the address, or nothing to keep if there is no limit on addresses.
+        """
         self._sessions += 1
-        if self._max_per_address is not None:
-            self._by_address[address] = self._by_address.get(address, 0) + 1
+        if self._max_per_address is None:
+            return ""
+        self._by_address[address] = self._by_address.get(address, 0) + 1
+        return address
 
     def leave(self, address: str) -> None:
         """Count a session that has ended."""

@@ -7,6 +7,7 @@ bytes are pending, and a poke goes to the kernel in the call that brings it.
 
 import asyncio
 import contextlib
+import functools
 import socket
 import time
 from typing import Protocol
@@ -24,6 +25,12 @@ log = structlog.get_logger(__name__)
 # The kernel would buffer megabytes of pokes for a peer that reads nothing. With this limit it
 # reports a full buffer early, and the session merges further pokes (tcp(7), TCP_NOTSENT_LOWAT).
 _UNSENT_BYTES_AT_MOST = 256
+
+
+@functools.lru_cache(maxsize=1)
+def _whole_second(second: int) -> int:
+    """``second`` as one object for all connections that begin in it: an int takes 32 bytes."""
+    return second
 
 
 def _socket_under(transport: asyncio.Transport) -> socket.SocketType | None:
@@ -80,9 +87,9 @@ class Connection(asyncio.Protocol):
     ) -> None:
         self.session = session
         self.address = address
-        """The client's address, which the session counts against."""
-        self.began_at = time.time()
-        """When the session began, in Unix seconds."""
+        """The address that the session counts against; empty when there is no such limit."""
+        self.began_at = _whole_second(int(time.time()))
+        """When the session began, in Unix seconds, rounded down."""
         self.wheel_slot = 0
         """A note of the wheel's; see :class:`~pokebridge.gateway.wheel.Timed`."""
         self._host = host

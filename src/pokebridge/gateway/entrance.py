@@ -186,9 +186,9 @@ class Entrance:
             timing=self._config.timing,
             ends_at=self._end_of_session(now),
         )
-        connection = Connection(self._host, transport, session, handshake.address)
+        counted = self._admission.enter(handshake.address)
+        connection = Connection(self._host, transport, session, counted)
         self.handshakes["101"] += 1
-        self._admission.enter(handshake.address)
         hand_over()
         connection.begin(handshake.response)
         log.debug("session_accepted", session=session.id, device=session.device)

@@ -96,9 +96,9 @@ class Gateway:
         # For how many seconds without a break the transport has been in doubt. Seconds in which
         # this process stood still do not count.
         self._doubt_s = 0
-        # Every connection until its socket is closed, so those that are closing as well.
-        self._connections: set[Connection] = set()
-        # Set while there are none.
+        # The connections that are not, or no longer, in ``sessions``: they are closing.
+        self._leaving: set[Connection] = set()
+        # Set while there is no connection in either.
         self._all_gone = asyncio.Event()
         # The connections that wait for ``ready``, in order, and the timer of their next batch.
         self._waiting: dict[Connection, None] = {}
@@ -132,7 +132,7 @@ class Gateway:
             self._opener.cancel()
         for task in self._tasks:
             task.cancel()
-        for connection in list(self._connections):
+        for connection in self._connections:
             connection.abort()
         if self._tasks:
             await self._send_beacon(self.beacons.farewell(self.now()))
@@ -164,7 +164,7 @@ class Gateway:
         Returns when all connections are closed, or when the last had its time to answer.
         """
         self.refuse()
-        connections = list(self._connections)
+        connections = self._connections
         if not connections:
             return
         random.shuffle(connections)
@@ -241,12 +241,17 @@ class Gateway:
 
     # --- sessions -----------------------------------------------------------------------------
 
+    @property
+    def _connections(self) -> list[Connection]:
+        """Every connection whose socket is not closed yet, those that are closing included."""
+        return [*self.sessions, *self._leaving]
+
     def _add(self, connection: Connection, handshake: Handshake) -> None:
         """Add a connection that was just admitted, or send it to the owner of its shard."""
-        self._connections.add(connection)
         self._all_gone.clear()
         recipient = connection.recipient
         if not handshake.moved and self.shard_routing.url_for(recipient) is not None:
+            self._leaving.add(connection)
             self._send_away(connection, 1012)
             return
         replaced = self.sessions.add(connection)
@@ -255,6 +260,7 @@ class Gateway:
             self._update_subscriptions()
         if replaced is not None:
             self.shard_routing.leave(recipient)
+            self._leaving.add(replaced)
             replaced.close(4409, "replaced: the recipient has too many sessions")
         if self.subscriptions.covers(recipient):
             self._open(connection)
@@ -348,12 +354,12 @@ class Gateway:
 
     def forget(self, connection: Connection) -> None:
         """The socket of ``connection`` is closed."""
-        self._connections.discard(connection)
-        if not self._connections:
-            self._all_gone.set()
-        self._waiting.pop(connection, None)
         if self.sessions.remove(connection):
             self.shard_routing.leave(connection.recipient)
+        self._leaving.discard(connection)
+        if not self.sessions and not self._leaving:
+            self._all_gone.set()
+        self._waiting.pop(connection, None)
         self.wheel.cancel(connection)
         self.entrance.left(connection)
         log.debug("session_ended", session=connection.session.id)

@@ -25,12 +25,16 @@ class Timed(Protocol):
         """The deadline has passed, by less than a tick. The item is off the wheel."""
 
 
+_NOTHING: tuple[int, dict[Timed, None]] = (0, {})
+
+
 class Wheel:
     """Deadlines with a resolution of ``tick_s`` seconds; never early, at most one tick late."""
 
     def __init__(self, tick_s: float = TICK_S) -> None:
         self._tick_s = tick_s
-        self._slots: dict[int, set[Timed]] = {}
+        # By its number, a slot's number and items. A dict of few items is half as large as a set.
+        self._slots: dict[int, tuple[int, dict[Timed, None]]] = {}
         self._last_slot = 0
         self._timer: asyncio.TimerHandle | None = None
 
@@ -50,15 +54,15 @@ class Wheel:
         if slot == item.wheel_slot:
             return
         self.cancel(item)
-        item.wheel_slot = slot
-        self._slots.setdefault(slot, set()).add(item)
+        # The slot's own object of its number: an int takes 32 bytes, and there are many items.
+        item.wheel_slot, items = self._slots.get(slot) or self._slots.setdefault(slot, (slot, {}))
+        items[item] = None
 
     def cancel(self, item: Timed) -> None:
         """Take ``item`` off the wheel."""
         if item.wheel_slot:
-            slot = self._slots.get(item.wheel_slot)
-            if slot is not None:
-                slot.discard(item)
+            _, items = self._slots.get(item.wheel_slot, _NOTHING)
+            items.pop(item, None)
             item.wheel_slot = 0
 
     def advance(self, now: float) -> None:
@@ -66,7 +70,8 @@ class Wheel:
         current = int(now / self._tick_s)
         for slot in range(self._last_slot + 1, current + 1):
             self._last_slot = slot
-            for item in self._slots.pop(slot, ()):
+            _, items = self._slots.pop(slot, _NOTHING)
+            for item in items:
                 if item.wheel_slot == slot:  # not cancelled by one woken before it
                     item.wheel_slot = 0
                     try:

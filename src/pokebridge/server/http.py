@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httptools
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from pokebridge.gateway.gateway import Gateway
@@ -41,7 +42,13 @@ class HttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the deadline of the first request."""
-        super().connection_made(transport)
+        self.connections.add(self)
+        self.transport = transport
+        self.flow = FlowControl(transport)
+        # uvicorn asks the transport's socket object, which keeps the answers, 360 bytes, for as
+        # long as a WebSocket lives. The transport does not.
+        self.server, self.client = _address(transport, "sockname"), _address(transport, "peername")
+        self.scheme = "http"
         self._arm()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -177,6 +184,7 @@ class HttpProtocol(HttpToolsProtocol):
     def _leave(self) -> None:
         self._gateway.wheel.cancel(self)
         self.connections.discard(self)
+        self.parser = None  # type: ignore[assignment] # as uvicorn does: it refers to this object
 
     def _hang_up(self, status: int, detail: str) -> None:
         if not self.transport.is_closing():
@@ -185,6 +193,12 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _arm(self) -> None:
         self._gateway.wheel.schedule(self, self._gateway.now() + REQUEST_TIMEOUT_S)
+
+
+def _address(transport: asyncio.Transport, name: str) -> tuple[str, int] | None:
+    """The host and port of one end of ``transport``; ``None`` if it has none."""
+    address = transport.get_extra_info(name)
+    return (address[0], address[1]) if isinstance(address, tuple) else None
 
 
 def _tokens(value: bytes) -> list[bytes]:
