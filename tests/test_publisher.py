@@ -4,6 +4,7 @@ import asyncio
 import gc
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
+from urllib.parse import urlsplit
 
 import pytest
 from aiohttp import web
@@ -24,6 +25,7 @@ from pokebridge.sharding import shard_of
 from pokebridge.transport.base import Feed, Selection, Signal
 from pokebridge.transport.memory import MemoryTransport
 from pokebridge.wire import Disconnect, decode_signal
+from tests.client.between import DRIPS, STRANGERS, Between, answer
 from tests.support import wait_until
 
 BOB = "urn:user:bob"
@@ -293,8 +295,16 @@ class Endpoint:
         """Keep the request and say what the test wants."""
         body = await request.json()
         self.requests.append((request.headers["Authorization"], body["recipients"]))
-        answer = {"accepted": len(body["recipients"]), "detail": "as the test wants it"}
-        return web.json_response(answer, status=self.status)
+        if self.status == 202:
+            return web.json_response({"accepted": len(body["recipients"])}, status=202)
+        told = {"type": "about:blank", "title": "No", "status": self.status, "detail": "as asked"}
+        return web.json_response(told, status=self.status, content_type="application/problem+json")
+
+
+def accepted(count: int) -> list[bytes]:
+    """The bridge's answer to so many pokes."""
+    body = f'{{"accepted":{count}}}'
+    return answer(202, body=body, media_type="application/json")
 
 
 @pytest.fixture
@@ -348,9 +358,70 @@ async def test_http_answers_become_errors(
     """Each kind of refusal has its own error, which tells what the server said."""
     endpoint.status = status
     async with HttpPublisher(endpoint.url, "token") as publisher:
-        with pytest.raises(error, match=f"{status}: as the test wants it") as caught:
+        with pytest.raises(error, match=f"{status}: as asked") as caught:
             await publisher.poke(BOB)
     assert type(caught.value) is error
+
+
+@pytest.mark.parametrize("stranger", STRANGERS)
+async def test_http_strangers_have_accepted_nothing(endpoint: Endpoint, stranger: str) -> None:
+    """What stands between answers: the poke may not have been accepted, and a retry is right."""
+    async with Between(urlsplit(endpoint.url).port or 0).run() as between:
+        between.answers["/v1/pokes"] = [STRANGERS[stranger]]
+        async with HttpPublisher(between.url, "token") as publisher:
+            with pytest.raises(TransportError):
+                await publisher.poke(BOB)
+            await publisher.poke(BOB)
+    assert endpoint.requests == [("Bearer token", [BOB])]
+
+
+@pytest.mark.parametrize("drip", DRIPS)
+async def test_http_answers_that_drip_hold_up_nobody(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch, drip: str
+) -> None:
+    """Eight such answers are given up, the pokes behind them are sent, and closing ends."""
+    monkeypatch.setattr(publisher_module, "HTTP_TIMEOUT_S", 0.5)
+    async with Between(urlsplit(endpoint.url).port or 0).run() as between:
+        between.answers["/v1/pokes"] = [DRIPS[drip]] * 8
+        async with HttpPublisher(between.url, "token", linger_s=0) as publisher:
+            stuck = []
+            for number in range(8):
+                stuck.append(asyncio.create_task(publisher.poke(f"u{number}")))
+                await wait_until(lambda: len(between.asked) == len(stuck))
+            await publisher.poke(BOB)
+            outcomes = await asyncio.gather(*stuck, return_exceptions=True)
+    assert all(isinstance(outcome, TransportError) for outcome in outcomes)
+    assert endpoint.requests == [("Bearer token", [BOB])]
+
+
+async def test_http_closing_does_not_wait_for_ever(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who still waits for a token or an answer gets an error soon after ``close``."""
+    monkeypatch.setattr(publisher_module, "CLOSE_TIMEOUT_S", 0.3)
+
+    async def never() -> str:
+        await asyncio.Event().wait()
+        return ""
+
+    publisher = HttpPublisher(endpoint.url, never, linger_s=0, max_pending=10)
+    calls = [asyncio.create_task(publisher.poke(f"u{number}")) for number in range(20)]
+    await asyncio.sleep(0)
+    await publisher.close()
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    assert all(isinstance(outcome, TransportError) for outcome in outcomes)
+
+
+async def test_http_a_slow_line_has_its_time(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large request may take as long as 16 kB a second take."""
+    monkeypatch.setattr(publisher_module, "HTTP_TIMEOUT_S", 0.2)
+    answer = [*[b""] * 20, *accepted(1000)]  # a second later
+    async with Between(urlsplit(endpoint.url).port or 0).run() as between:
+        between.answers["/v1/pokes"] = [answer]
+        async with HttpPublisher(between.url, "token") as publisher:
+            await publisher.publish([Poke(f"u{n}".ljust(200, "x")) for n in range(1000)])
 
 
 async def test_http_nobody_there() -> None:

@@ -3,6 +3,7 @@
 Every failure is a :class:`~pokebridge.errors.PokebridgeError` whose text fits on a line.
 """
 
+import asyncio
 import json
 import re
 from collections.abc import Iterable
@@ -14,9 +15,22 @@ from typing import Any, Self
 import httpx
 
 from pokebridge.errors import AuthError, ConfigError, PokebridgeError, UnavailableError
+from pokebridge.outgoing import http_client
 from pokebridge.tokens import SignToken
+from pokebridge.wire import problem_detail, refusal_text
 
 TIMEOUT_S = 30.0
+"""For a whole call, however its answer drips."""
+
+# What only the bridge's answers have: a login page may answer 200 as well.
+_MEMBERS = {
+    "/v1/pokes": "accepted",
+    "/v1/messages": "version",
+    "/v1/cluster": "instances",
+    "/v1/cluster/mode": "mode",
+    "/v1/cluster/drain": "instance",
+    "/v1/dev/token": "token",
+}
 
 
 class ApiClient:
@@ -28,7 +42,8 @@ class ApiClient:
         sign: makes tokens. Without it, a --dev instance is asked for them.
 
     Raises:
-        ConfigError: ``url`` is no HTTP URL, or ``token`` is no JWT.
+        ConfigError: ``url`` is no HTTP URL, ``token`` is no JWT, or the environment names a proxy
+            that can't be used.
     """
 
     def __init__(self, url: str, token: str | None = None, sign: SignToken | None = None) -> None:
@@ -43,7 +58,7 @@ class ApiClient:
         self.url = str(parsed).rstrip("/")
         self._token = token
         self._sign = sign
-        self._http = httpx.AsyncClient(timeout=TIMEOUT_S)
+        self._http = http_client(self.url, timeout=TIMEOUT_S)
 
     async def __aenter__(self) -> Self:
         """Open nothing: the first call connects."""
@@ -69,30 +84,29 @@ class ApiClient:
             return self._sign(subject, scopes, ttl_s)
         body = {"sub": subject, "scope": " ".join(scopes), "ttl_s": ttl_s}
         response = await self._send_json("POST", "/v1/dev/token", {}, body)
-        if response.status_code == HTTPStatus.NOT_FOUND:
+        if response.status_code == HTTPStatus.NOT_FOUND and _detail(response):
             raise ConfigError(
                 "no token: give --token, or configure jwt_secret (POKEBRIDGE_JWT_SECRET);"
                 f" {self.url} hands none out, for it does not run with --dev"
             )
-        return str(self._result(response)["token"])
+        return str(self._result("/v1/dev/token", response)["token"])
 
     async def get(self, path: str, token: str) -> dict[str, Any]:
         """GET and return the JSON of the answer."""
-        return self._result(await self._request("GET", path, _bearer(token)))
+        return self._result(path, await self._request("GET", path, _bearer(token)))
 
     async def post(self, path: str, token: str, body: Any) -> dict[str, Any]:
-        """POST ``body`` as JSON and return the JSON of the answer."""
-        return self._result(await self._send_json("POST", path, _bearer(token), body))
+        """POST ``body`` as JSON, which bytes are already, and return the JSON of the answer."""
+        return self._result(path, await self._send_json("POST", path, _bearer(token), body))
 
     async def put(self, path: str, token: str, body: Any) -> dict[str, Any]:
         """PUT ``body`` as JSON and return the JSON of the answer."""
-        return self._result(await self._send_json("PUT", path, _bearer(token), body))
+        return self._result(path, await self._send_json("PUT", path, _bearer(token), body))
 
     async def _send_json(
         self, method: str, path: str, headers: dict[str, str], body: Any
     ) -> httpx.Response:
-        # ASCII, because an argument of a command may hold lone surrogates, which UTF-8 refuses.
-        content = json.dumps(body).encode("ascii")
+        content = body if isinstance(body, bytes) else encode_json(body)
         return await self._request(
             method, path, {"Content-Type": "application/json"} | headers, content
         )
@@ -101,27 +115,45 @@ class ApiClient:
         self, method: str, path: str, headers: dict[str, str], content: bytes | None = None
     ) -> httpx.Response:
         try:
-            return await self._http.request(
-                method, self.url + path, headers=headers, content=content
-            )
+            async with asyncio.timeout(TIMEOUT_S):
+                return await self._http.request(
+                    method, self.url + path, headers=headers, content=content
+                )
+        except TimeoutError:
+            raise UnavailableError(f"{self.url} did not answer within {TIMEOUT_S:g} s") from None
         except httpx.HTTPError as error:
             reason = str(error) or type(error).__name__
             raise UnavailableError(f"{self.url} can't be reached: {reason}") from error
 
-    def _result(self, response: httpx.Response) -> dict[str, Any]:
-        answer: Any = None
-        with suppress(ValueError):
-            answer = json.loads(response.content)
-        if response.is_success and isinstance(answer, dict):
-            return answer
-        detail = answer.get("detail") if isinstance(answer, dict) else None
+    def _result(self, path: str, response: httpx.Response) -> dict[str, Any]:
+        """Return the answer, or raise the refusal. What stands between may answer anything."""
+        status, answer = response.status_code, None
+        if response.is_success:
+            with suppress(ValueError, RecursionError):
+                answer = json.loads(response.content)
+            if isinstance(answer, dict) and _MEMBERS[path] in answer:
+                return answer
+        detail = _detail(response)
         if detail is None:
-            raise UnavailableError(
-                f"{self.url} answered {response.status_code}, but not as an instance of pokebridge"
-            )
-        if response.status_code in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
-            raise AuthError(f"the token was refused ({response.status_code}): {detail}")
-        raise PokebridgeError(f"{self.url} answered {response.status_code}: {detail}")
+            raise UnavailableError(refusal_text(self.url, status, None))
+        if status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
+            raise AuthError(f"the token was refused ({status}): {detail}")
+        raise PokebridgeError(refusal_text(self.url, status, detail))
+
+
+def _detail(response: httpx.Response) -> str | None:
+    media_type = response.headers.get("Content-Type")
+    return problem_detail(response.status_code, media_type, response.content)
+
+
+def encode_json(value: Any) -> bytes:
+    """Encode ``value`` compactly.
+
+    An argument of a command may hold lone surrogates, which UTF-8 can't encode. They are escaped,
+    and the instance says what is wrong with them.
+    """
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return text.encode("utf-8", "backslashreplace")
 
 
 def _bearer(token: str) -> dict[str, str]:

@@ -29,9 +29,10 @@ from pokebridge.errors import (
     TransportError,
 )
 from pokebridge.model import MAX_VERSION, Poke, check_recipient
+from pokebridge.outgoing import http_client
 from pokebridge.sharding import DEFAULT_SHARD_COUNT, check_shard_count, shard_of
 from pokebridge.transport.base import HasLimit, Signal, Transport
-from pokebridge.wire import encode_disconnect, encode_pokes
+from pokebridge.wire import encode_disconnect, encode_pokes, problem_detail, refusal_text
 
 __all__ = ["HttpPublisher", "Publisher"]
 
@@ -47,7 +48,13 @@ MAX_PENDING_RECIPIENTS = 10_000
 MAX_CONCURRENT_SENDS = 8
 # The limit of one POST /v1/pokes (docs/protocol.md, section 4).
 MAX_RECIPIENTS_PER_REQUEST = 1000
+# For a whole call, and longer by what a large one takes on a slow line.
 HTTP_TIMEOUT_S = 10.0
+SLOW_LINE_BYTES_PER_S = 16_000
+# The answer is one number, or one problem.
+MAX_ANSWER_BYTES = 64 * 1024
+# How long close() waits for what is under way. Then the callers get an error.
+CLOSE_TIMEOUT_S = 15.0
 # An engine that fails within this time is there, and its signals are tried one by one. After so
 # many errors more than successes it counts as away.
 SOON_S = 1.0
@@ -85,7 +92,10 @@ class _PokeCalls:
         await self._merger.publish(pokes)
 
     async def close(self) -> None:
-        """Send the gathered pokes and wait until they are accepted. May be called twice."""
+        """Send the gathered pokes and wait until they are accepted, 15 s at most.
+
+        Then calls that are still waiting raise TransportError. May be called twice.
+        """
         await self._merger.close()
 
     async def __aenter__(self) -> Self:
@@ -284,10 +294,13 @@ class HttpPublisher(_PokeCalls):
             raise ConfigError(f"the publisher's url must start with http:// or https://: {url!r}")
         self._url = f"{url.rstrip('/')}/v1/pokes"
         self._token = token
-        self._http = httpx.AsyncClient(timeout=HTTP_TIMEOUT_S)
+        self._http = http_client(self._url, timeout=None)  # _post has a deadline
 
     async def close(self) -> None:
-        """Send the gathered pokes, wait until they are accepted, and close the connections."""
+        """Send the gathered pokes, wait until they are accepted, and close the connections.
+
+        As the other publisher's, it takes 15 s at most.
+        """
         await super().close()
         await self._http.aclose()
 
@@ -297,17 +310,31 @@ class HttpPublisher(_PokeCalls):
             await self._post(some)
 
     async def _post(self, recipients: Sequence[str]) -> None:
-        token = self._token if isinstance(self._token, str) else await self._token()
+        content = msgspec.json.encode({"recipients": recipients})
+        timeout_s = HTTP_TIMEOUT_S + len(content) / SLOW_LINE_BYTES_PER_S
         try:
-            response = await self._http.post(
-                self._url,
-                content=msgspec.json.encode({"recipients": recipients}),
-                headers={"Authorization": f"Bearer {token}", "Content-Type": "application/json"},
-            )
+            # httpx limits each step only, so an answer that drips would never end.
+            async with asyncio.timeout(timeout_s):
+                await self._call(content)
+        except TimeoutError:
+            raise TransportError(f"{self._url} did not answer within {timeout_s:.0f} s") from None
         except httpx.HTTPError as error:
             raise TransportError(f"{self._url} can't be reached: {error!r}") from error
-        if not response.is_success:
-            raise _error_of(response)
+
+    async def _call(self, content: bytes) -> None:
+        token = self._token if isinstance(self._token, str) else await self._token()
+        headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+        request = self._http.build_request("POST", self._url, content=content, headers=headers)
+        response = await self._http.send(request, stream=True)
+        try:
+            body = await _read(response)
+        finally:
+            await response.aclose()
+        _check_accepted(response, body)
+
+
+class _Accepted(msgspec.Struct):
+    accepted: int
 
 
 class _Batch:
@@ -321,6 +348,11 @@ class _Batch:
         self.done: asyncio.Future[NotPublishedError | None] = (
             asyncio.get_running_loop().create_future()
         )
+
+    def fail(self, reason: str) -> None:
+        """Raise TransportError to all callers, who may all be gone."""
+        self.done.set_exception(TransportError(reason))
+        self.done.exception()  # marks it as retrieved
 
 
 class _Merger:
@@ -367,6 +399,18 @@ class _Merger:
     async def close(self) -> None:
         self._closed = True
         self._room.set()
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await self._finish()
+        except TimeoutError:
+            if self._gathering:
+                self._gathering.fail("the publisher is closed")
+                self._gathering = None
+            for send in self._sends:
+                send.cancel()
+            await asyncio.gather(*self._sends, return_exceptions=True)
+
+    async def _finish(self) -> None:
         while self._gathering or self._sends:
             self._start_send()
             await asyncio.wait(self._sends)
@@ -411,8 +455,7 @@ class _Merger:
             batch.done.set_result(None)
         finally:
             if not batch.done.done():  # this task was cancelled, and perhaps by the driver
-                batch.done.set_exception(TransportError("the publish was cancelled"))
-                batch.done.exception()
+                batch.fail("the publish was cancelled")
             self._pending -= len(batch.versions)
             self._room.set()
 
@@ -440,16 +483,33 @@ def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
         yield items[start : start + size]
 
 
-def _error_of(response: httpx.Response) -> Exception:
-    """The error for an unsuccessful response."""
-    said = f"{response.url} answered {response.status_code}"
-    with suppress(ValueError, AttributeError):
-        if detail := response.json().get("detail"):  # RFC 9457
-            said = f"{said}: {detail}"
-    if response.status_code == HTTPStatus.UNAUTHORIZED:
-        return AuthError(said)
-    if response.status_code == HTTPStatus.FORBIDDEN:
-        return ForbiddenError(said)
-    if response.is_client_error and response.status_code != HTTPStatus.TOO_MANY_REQUESTS:
-        return InputError(said)
-    return TransportError(said)
+async def _read(response: httpx.Response) -> bytes:
+    body = bytearray()
+    async for chunk in response.aiter_bytes():
+        body += chunk
+        if len(body) > MAX_ANSWER_BYTES:
+            raise TransportError(f"{response.url} answered more than {MAX_ANSWER_BYTES} bytes")
+    return bytes(body)
+
+
+def _check_accepted(response: httpx.Response, body: bytes) -> None:
+    """Raise unless an instance has accepted the pokes.
+
+    What stands between, a proxy or a login page, may answer anything. Then a retry may succeed.
+    """
+    status = response.status_code
+    if status == HTTPStatus.ACCEPTED:
+        with suppress(ValueError, RecursionError):
+            msgspec.json.decode(body, type=_Accepted)
+            return
+    detail = problem_detail(status, response.headers.get("Content-Type"), body)
+    said = refusal_text(str(response.url), status, detail)
+    if detail is None:
+        raise TransportError(said)
+    if status == HTTPStatus.UNAUTHORIZED:
+        raise AuthError(said)
+    if status == HTTPStatus.FORBIDDEN:
+        raise ForbiddenError(said)
+    if response.is_client_error and status != HTTPStatus.TOO_MANY_REQUESTS:
+        raise InputError(said)
+    raise TransportError(said)

@@ -27,6 +27,7 @@ from jwt.algorithms import HMACAlgorithm
 
 from pokebridge.errors import AuthError, ConfigError, KeysUnavailableError
 from pokebridge.model import MAX_VERSION, check_recipient, is_recipient
+from pokebridge.outgoing import http_client
 from pokebridge.supervisor import run_once
 
 MAX_TOKEN_BYTES = 8192
@@ -288,7 +289,7 @@ class _KeySet:
         self._on_change = on_change
         # What the endpoint answered, and the keys in it.
         self._document = b""
-        self._http = httpx.AsyncClient(timeout=KEYS_TIMEOUT_S)
+        self._http = http_client(url, timeout=KEYS_TIMEOUT_S)
         self._keys: Sequence[jwt.PyJWK] = ()
         self._fetch: asyncio.Task[None] | None = None
         self._tried_at = -KEYS_RETRY_S

@@ -16,6 +16,38 @@ from pokebridge.model import MAX_VERSION, Poke, Version
 CONNECT_PATH = "/v1/connect"
 """The path at which every instance accepts WebSockets."""
 
+PROBLEM_TYPE = "application/problem+json"
+"""The media type of every refusal over HTTP (RFC 9457)."""
+
+
+class _Problem(msgspec.Struct):
+    type: str
+    title: str
+    status: int
+    detail: str
+
+
+def problem_detail(status: int, media_type: str | None, body: bytes) -> str | None:
+    """Return why an instance refused with ``status``; ``None`` if no instance sent the answer.
+
+    Proxies, firewalls and login pages answer as well, and know nothing of our tokens.
+    """
+    if (media_type or "").partition(";")[0].strip().lower() != PROBLEM_TYPE:
+        return None
+    try:
+        problem = msgspec.json.decode(body, type=_Problem)
+    except (ValueError, RecursionError):
+        return None
+    return problem.detail if problem.status == status else None
+
+
+def refusal_text(url: str, status: int, detail: str | None) -> str:
+    """Return what happened, for people; ``detail`` is what :func:`problem_detail` returned."""
+    said = f"{url} answered {status}"
+    stranger = f"{said}, but not as an instance of pokebridge"
+    return stranger if detail is None else f"{said}: {detail}"
+
+
 # --- signals --------------------------------------------------------------------------------
 
 

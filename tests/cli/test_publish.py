@@ -8,6 +8,7 @@ import pytest
 from websockets.asyncio.client import connect
 
 from tests.cli.conftest import Run
+from tests.client.between import STRANGERS, Between
 from tests.support.serving import JWT_SECRET, Instance, Serve
 
 
@@ -75,6 +76,30 @@ def test_what_looks_like_json_and_is_not_is_said(
     assert result.err.count("not valid JSON, so it is sent as a string") == warnings
 
 
+@pytest.mark.parametrize(
+    ("text", "sent"),
+    [
+        ("\u00e9" * 32_000, '"' + "\u00e9" * 32_000 + '"'),
+        ('["' + "\u00e9" * 32_000 + '"]', '["' + "\u00e9" * 32_000 + '"]'),
+        ('"' + "\\u00e9" * 16_000 + '"', '"' + "\u00e9" * 16_000 + '"'),
+        ('"' + "\\ud83d\\ude00" * 10_000 + '"', '"' + "\U0001f600" * 10_000 + '"'),
+        ('{"\u20ac":"\U0001f600"}', '{"\u20ac":"\U0001f600"}'),
+        ("[" + "1e5," * 16_000 + "1]", "[" + "1e5," * 16_000 + "1]"),
+        ("[" + "1, " * 30_000 + "1]", "[" + "1," * 30_000 + "1]"),
+        ("[1.10, 12345678901234567890123]", "[1.10,12345678901234567890123]"),
+        ('["a, b : c", "\\"", "\\\\", "\\n", 1]', '["a, b : c","\\"","\\\\","\\n",1]'),
+    ],
+    ids=range(9),
+)
+def test_a_body_grows_no_longer_on_its_way(
+    instance: Instance, ask: Run, bob: str, text: str, sent: str
+) -> None:
+    """It is sent as UTF-8, numbers as they were written, without what makes it longer only."""
+    assert ask("send", bob, text).status == 0
+    with instance.http(bob) as http:
+        assert f'"body":{sent}' in http.get("/v1/messages").text
+
+
 def test_a_message_has_id_and_ttl(ask: Run, bob: str) -> None:
     """The same id again is the same message; both answers are shown."""
     first = json.loads(ask("send", bob, "1", "--id", "a", "--ttl-s", "60", "--json").out)
@@ -135,3 +160,41 @@ def test_what_the_instance_refuses_is_one_line(
     assert (result.status, result.out) == (1, "")
     assert text in result.err
     assert result.err.count("\n") == 1
+
+
+STRANGE_PROXIES = ["socks5://hunter2@proxy:1", "socks://proxy", "http://u:hunter2#@proxy:1"]
+
+
+@pytest.mark.parametrize("proxy", STRANGE_PROXIES)
+@pytest.mark.parametrize(
+    "args", [["poke", "bob"], ["listen", "bob"], ["cluster", "status"], ["send", "bob", "1"]]
+)
+def test_a_proxy_that_can_not_be_used_is_one_line(run: Run, args: list[str], proxy: str) -> None:
+    """It names the variable and shows nothing of a password."""
+    environ = {"POKEBRIDGE_JWT_SECRET": JWT_SECRET, "ALL_PROXY": proxy}
+    result = run(*args, "--url", "http://bridge.example", **environ)
+    assert (result.status, result.out) == (2, "")
+    assert result.err.startswith("pokebridge: ALL_PROXY: ")
+    assert result.err.count("\n") == 1
+    assert "hunter2" not in result.err
+
+
+@pytest.mark.parametrize("proxy", STRANGE_PROXIES)
+def test_this_machine_needs_no_proxy(instance: Instance, ask: Run, bob: str, proxy: str) -> None:
+    """An instance on this machine is reached directly, whatever the variables say."""
+    assert instance.url.startswith("http://127.0.0.1:")
+    assert ask("poke", bob, ALL_PROXY=proxy, HTTP_PROXY=proxy).out == "1 poked\n"
+
+
+@pytest.mark.parametrize("stranger", STRANGERS)
+async def test_what_is_not_the_bridge_is_one_line(
+    instance: Instance, ask: Run, bob: str, stranger: str
+) -> None:
+    """A login page or a proxy that answers is not taken for an instance, nor for its refusal."""
+    async with Between(instance.port).run() as between:
+        between.answers["/v1/messages"] = [STRANGERS[stranger]]
+        result = await asyncio.to_thread(ask, "send", bob, "1", POKEBRIDGE_URL=between.url)
+    assert (result.status, result.out) == (1, "")
+    assert result.err.startswith(f"pokebridge: {between.url} ")
+    assert result.err.count("\n") == 1
+    assert "token" not in result.err

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import httpx
+import pytest
 from websockets.asyncio.client import connect
 
 from pokebridge.settings import Settings
@@ -53,6 +54,26 @@ def test_every_setting_but_the_secrets_has_a_flag(run: Run) -> None:
         assert has_flag == (
             name not in {"jwt_secret", "jwt_previous_secret", "push_webhook_secret"}
         )
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--jwks-url", "https://issuer.example/jwks"], ["--push-webhook-url", "https://push.example"]],
+)
+def test_a_proxy_that_can_not_be_used_is_one_line(run_process: Run, flags: list[str]) -> None:
+    """The start ends with the name of the variable, and shows nothing of its password."""
+    environ = {
+        "POKEBRIDGE_JWT_SECRET": JWT_SECRET,
+        "POKEBRIDGE_PUSH_WEBHOOK_SECRET": f"whsec_{'QUJD' * 10}",
+        "POKEBRIDGE_MAILBOX": "memory://",
+        "https_proxy": "socks5://hunter2@proxy.example:1080",
+    }
+    result = run_process("serve", "--port", "0", *flags, **environ)
+    assert (result.status, result.out) == (2, "")
+    last = result.err.splitlines()[-1]
+    assert last.startswith("pokebridge: https_proxy: SOCKS proxies are not supported")
+    assert "Traceback" not in result.err
+    assert "hunter2" not in result.err
 
 
 def _answers(url: str) -> bool:

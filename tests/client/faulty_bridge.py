@@ -26,6 +26,13 @@ class Bad(NamedTuple):
         return web.Response(status=self.status, headers=self.headers, body=self.body)
 
 
+def problem(status: int, detail: str = "as asked") -> Bad:
+    """A refusal as the bridge writes it (RFC 9457)."""
+    body = {"type": "about:blank", "title": "No", "status": status, "detail": detail}
+    headers = {"Content-Type": "application/problem+json"}
+    return Bad(status, headers, json.dumps(body).encode())
+
+
 class FaultyBridge:
     """One recipient's mailbox and sockets.
 

@@ -13,7 +13,7 @@ import pytest
 from pokebridge.client import OnPoke, PokeClient, Policy, ReceivedMessage, core, opening, pulling
 from pokebridge.client.events import Closed, Connect, Pull, Pulled, PullFailed, Refused, Text, Tick
 from pokebridge.errors import ConfigError, ForbiddenError, InputError
-from tests.client.faulty_bridge import Bad, FaultyBridge
+from tests.client.faulty_bridge import Bad, FaultyBridge, problem
 from tests.support import CutProxy, wait_until
 from tests.support.mute import LIVE, MUTE, Names, mute_listener
 from tests.transport.certificates import make_certificates
@@ -349,7 +349,7 @@ async def test_it_stops_when_it_is_told_to(
 
 async def test_a_forbidden_handshake_stops_it(bridge: FaultyBridge, handler: Handler) -> None:
     """403 is for good."""
-    bridge.refusals = [Bad(403)]
+    bridge.refusals = [problem(403)]
     async with PokeClient(bridge.url, "token", handler) as client:
         with pytest.raises(ForbiddenError, match="4403"):
             await client.wait_ready(5)
@@ -366,7 +366,7 @@ async def test_stopping_waits_for_no_token(bridge: FaultyBridge, handler: Handle
             await asyncio.Event().wait()
         return "token"
 
-    bridge.bad_pulls = [Bad(401)]
+    bridge.bad_pulls = [problem(401)]
     async with PokeClient(bridge.url, once, handler) as client:
         await wait_until(lambda: calls == 2)
         await bridge.close(4403)
@@ -589,7 +589,7 @@ async def test_a_refused_token_is_replaced(
 ) -> None:
     """401 and 4401 get a new token first; a provider that keeps giving bad ones is not hurried."""
     if how == "handshake":
-        bridge.refusals = [Bad(401)] * 3
+        bridge.refusals = [problem(401)] * 3
     async with PokeClient(bridge.url, Tokens(), handler, policy=QUICK) as client:
         await client.wait_ready(5)
         if how == "close":
@@ -623,7 +623,7 @@ async def test_a_token_is_renewed_before_it_runs_out(
 async def test_a_pull_s_refused_token_is_replaced(bridge: FaultyBridge, handler: Handler) -> None:
     """A pull that is answered with 401 is made again with a new token, which the socket gets."""
     bridge.commit("a")
-    bridge.bad_pulls = [Bad(401)]
+    bridge.bad_pulls = [problem(401)]
     async with PokeClient(bridge.url, Tokens(), handler):
         await handler.has("a")
         await wait_until(lambda: bridge.heard == [{"type": "auth", "token": "token-2"}])
@@ -787,8 +787,8 @@ async def test_no_token_is_logged(
 ) -> None:
     """Not in the client's own log, whatever goes wrong."""
     caplog.set_level(logging.DEBUG, "pokebridge.client")
-    bridge.refusals = [Bad(401), Bad(503)]
-    bridge.bad_pulls = [Bad(401), Bad(500)]
+    bridge.refusals = [problem(401), Bad(503)]
+    bridge.bad_pulls = [problem(401), Bad(500)]
     async with PokeClient(bridge.url, "s3cret", handler, policy=QUICK) as client:
         await client.wait_ready(5)
         await wait_until(lambda: len(bridge.pulls) >= 3)

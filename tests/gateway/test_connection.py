@@ -42,6 +42,15 @@ async def test_a_token_may_come_as_sub_protocol() -> None:
         assert (await client.message())["type"] == "ready"
 
 
+async def test_the_token_may_come_as_the_only_sub_protocol() -> None:
+    """Some proxies keep only the first. A browser then wants that one in the answer."""
+    async with running() as server:
+        client = await server.dial()
+        offer = f"Sec-WebSocket-Protocol: bearer.{token()}"
+        assert await client.handshake(headers=(offer,)) == 101
+        assert client.headers["sec-websocket-protocol"] == f"bearer.{token()}"
+
+
 async def test_a_token_may_come_in_the_query() -> None:
     """``access_token`` serves where nothing else can be set; no sub-protocol is forced on it."""
     async with running() as server:

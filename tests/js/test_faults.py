@@ -2,11 +2,14 @@
 
 import json
 from collections.abc import AsyncIterator
+from urllib.parse import urlsplit
 
 import pytest
 import pytest_asyncio
 
-from tests.client.faulty_bridge import Bad, FaultyBridge
+from tests.client.between import STRANGERS, Between, FirstProtocolOnly
+from tests.client.between import problem as refused
+from tests.client.faulty_bridge import Bad, FaultyBridge, problem
 from tests.js.driving import QUICK, Client, NodeRuntime, run_node
 from tests.support import Instance, free_port, wait_until
 
@@ -232,9 +235,72 @@ async def test_a_refused_token_is_told_at_once(client: Client, instance: Instanc
     await client.close()
 
 
+@pytest_asyncio.fixture(loop_scope="session")
+async def between(bridge: FaultyBridge) -> AsyncIterator[Between]:
+    """What stands before the bridge."""
+    async with Between(urlsplit(bridge.url).port or 0).run() as between:
+        yield between
+
+
+@pytest.mark.parametrize("stranger", STRANGERS)
+async def test_what_is_not_the_bridge_ends_nothing(
+    node: NodeRuntime, bridge: FaultyBridge, between: Between, stranger: str
+) -> None:
+    """Whatever it answers to sockets, pulls and acks, the client comes through."""
+    bridge.commit("a")
+    strange = STRANGERS[stranger]
+    between.answers |= {"/v1/connect": [strange] * 2, "/v1/messages": [strange] * 2}
+    between.answers["/v1/connect-info"] = [strange]
+    if stranger != "an empty 204":  # this is how the bridge answers an ack
+        between.answers["/v1/messages/ack"] = [strange] * 2
+    client = Client(node)
+    await client.begin(between.url, "", token=TOKEN)
+    await wait_until(lambda: bridge.acks == [1])
+    await client.wait_state("connected")
+    assert await client.count("fetch_token") == 1
+    assert not any(between.answers.values())
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/ack", "/v1/connect-info"])
+async def test_the_bridges_own_401_is_about_the_token(
+    node: NodeRuntime, bridge: FaultyBridge, between: Between, path: str
+) -> None:
+    """Its problem has the client fetch a new token, also with parameters in the media type."""
+    bridge.commit("a")
+    refusal = refused(401, media_type='Application/Problem+JSON; charset="utf-8"')
+    between.answers[path] = [refusal]
+    if path == "/v1/connect-info":
+        between.answers["/v1/connect"] = [refusal]
+    client = Client(node)
+    await client.begin(between.url, "", token=TOKEN)
+    await wait_until(lambda: bridge.acks == [1])
+    await client.wait_state("connected")
+    assert await client.count("fetch_token") == 2
+
+
+async def test_a_proxy_that_keeps_the_first_sub_protocol(
+    client: Client, instance: Instance
+) -> None:
+    """The token is in the first of them, so it arrives."""
+    async with FirstProtocolOnly(instance.port).run() as proxy:
+        await client.start(proxy.url, "urn:user:first-only", token=instance.token("urn:user:one"))
+        await client.wait_state("connected")
+    assert proxy.handshakes == 1
+    await client.close()
+
+
+async def test_a_proxy_that_drops_the_sub_protocols(client: Client, instance: Instance) -> None:
+    """The token can't arrive, and the client says at once what is wrong."""
+    async with FirstProtocolOnly(instance.port, kept=0).run() as proxy:
+        await client.begin(proxy.url, "", token=instance.token("urn:user:one"))
+        await client.wait_errors(1)
+    assert "Sec-WebSocket-Protocol" in (await client.errors())[0]
+    await client.close()
+
+
 async def test_a_problem_is_told(node: NodeRuntime, bridge: FaultyBridge) -> None:
     """The error of a pull holds the URL, the status and the server's detail."""
-    bridge.bad_pulls = [Bad(507, body=b'{"title": "x", "detail": "the disk is full"}')]
+    bridge.bad_pulls = [problem(507, "the disk is full")]
     client = await start(node, bridge)
     await client.wait_errors(1)
     expected = f"Error: {bridge.url}/v1/messages answered 507: the disk is full"
@@ -280,4 +346,4 @@ async def test_after_an_incomplete_page_a_smaller_one(
     assert [pull["limit"] for pull in bridge.pulls] == ["50", "12", "3", "6", "12"]
     errors = await client.errors()
     assert len(errors) == 2
-    assert all(error.startswith(f"Error: {bridge.url}/v1/messages: the answer") for error in errors)
+    assert all(error.startswith(f"Error: {bridge.url}/v1/messages") for error in errors)

@@ -304,7 +304,8 @@ export class Client {
       const target = new URL(url);
       target.searchParams.set("device", this.#device);
       if (moved) target.searchParams.set("moved", "1");
-      socket = new WebSocket(target.href, ["pokebridge.v1", `bearer.${this.#token}`]);
+      // The token first: some proxies keep only the first of them.
+      socket = new WebSocket(target.href, [`bearer.${this.#token}`, "pokebridge.v1"]);
     } catch (error) {
       // The address of a move is invalid, or the page's policy forbids it. Not now: an action is running.
       setTimeout(() => this.#lose(String(error)));
@@ -336,16 +337,18 @@ export class Client {
   /** Tell the application why a handshake at `url` failed. Returns whether its token was refused. */
   async #askWhyRefused(url: string): Promise<boolean> {
     let why: unknown = new Error(
-      `${url} takes no WebSocket, though the bridge answers over HTTP:` +
-        " check that proxies on the way, and the page's content security policy, allow WebSockets",
+      `${url} takes no WebSocket, though the bridge answers over HTTP: check that proxies on the way, and` +
+        " the page's content security policy, allow WebSockets, and that proxies do not change" +
+        " Sec-WebSocket-Protocol, which carries the token",
     );
     try {
-      await this.#http.request("/v1/connect-info", this.#token);
+      const { body } = await this.#http.request("/v1/connect-info", this.#token, [200]);
+      if (typeof body?.url !== "string") why = new Error(`${this.#url} does not answer as pokebridge does`);
     } catch (error) {
       why = error;
     }
     if (!this.#ended) this.#emit("error", why);
-    return why instanceof HttpError && why.status === 401;
+    return why instanceof HttpError && why.status === 401 && why.isTheBridges;
   }
 
   /** Drop the socket; no event of it follows. */

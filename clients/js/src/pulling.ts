@@ -6,6 +6,9 @@ import type { Event } from "./events.js";
 // An answer may take as long as it needs, but each KiB of it must come within this time.
 const PROGRESS_WITHIN_MS = 10_000;
 const PROGRESS_BYTES = 1024;
+// The longest that a whole answer may take, and its largest size. The bodies of a page have 1 MiB.
+const ANSWER_WITHIN_MS = 120_000;
+const MAX_ANSWER_CHARS = 8 * 1024 * 1024;
 const PAGE_LIMIT = 50;
 // After an answer that did not come to its end, the next page is this much smaller.
 const SMALLER_PAGE = 4;
@@ -57,15 +60,23 @@ export interface Sharing {
   relay(note: Relayed): void;
 }
 
-/** An HTTP answer that is not a success, with the reason that the server gave (RFC 9457). */
+/**
+ * An HTTP answer with another status than expected, with the reason that the bridge gave (RFC 9457).
+ *
+ * What stands between, a proxy or a login page, may answer with any status. Only what `isTheBridges` says
+ * anything about the token.
+ */
 export class HttpError extends Error {
+  readonly isTheBridges: boolean;
+
   constructor(
     url: string,
     readonly status: number,
     readonly retry_after_s: number | undefined,
-    detail: string,
+    detail: string | undefined,
   ) {
-    super(`${url} answered ${status}${detail && `: ${detail}`}`);
+    super(`${url} answered ${status}${detail === undefined ? ", but not as an instance of pokebridge" : `: ${detail}`}`);
+    this.isTheBridges = detail !== undefined;
   }
 }
 
@@ -133,7 +144,7 @@ export class MailboxPuller implements Puller {
       if (messages.length) await this.onMessages(messages);
       handled = page.version;
       if (this.sharing.leads() && page.version > this.#acked) {
-        await this.http.request("/v1/messages/ack", token, { version: page.version });
+        await this.http.request("/v1/messages/ack", token, [204], { version: page.version });
         this.#acked = page.version;
       }
       return { event: { type: "pulled", cursor: page.version, more: page.more } };
@@ -155,7 +166,7 @@ export class MailboxPuller implements Puller {
     const path = `/v1/messages?after=${after}&limit=${this.#limit}`;
     let answer;
     try {
-      answer = await this.http.request(path, token, undefined, etag);
+      answer = await this.http.request(path, token, etag ? [200, 304] : [200], undefined, etag);
     } catch (error) {
       if (error instanceof IncompleteError) {
         this.#limit = Math.max(Math.floor(this.#limit / SMALLER_PAGE), 1);
@@ -166,7 +177,7 @@ export class MailboxPuller implements Puller {
     let page: Page = { messages: [], version: after, more: false };
     if (answer.status !== 304) {
       page = answer.body;
-      if (!Number.isInteger(page?.version)) {
+      if (!Number.isInteger(page?.version) || !Array.isArray(page.messages)) {
         throw new TypeError("the answer to a pull is not a page of messages");
       }
       if (!page.more) this.#head = { after: page.version, etag: answer.etag };
@@ -189,13 +200,14 @@ export class Http {
   }
 
   /**
-   * POST `body`, or GET without one. Any status but 2xx and 304 throws an HttpError.
+   * POST `body`, or GET without one. Any status but those `expected` throws an HttpError.
    *
    * What else it throws names the URL as well: a server that can't be reached, an answer that stands still.
    */
   async request(
     path: string,
     token: string,
+    expected: number[],
     body?: unknown,
     etag?: string,
   ): Promise<{ status: number; etag: string; body: any }> {
@@ -215,6 +227,7 @@ export class Http {
           method: body ? "POST" : "GET",
           headers,
           cache: "no-store",
+          redirect: "manual", // only a login page would redirect
           signal: progress.signal,
           ...(body ? { body: JSON.stringify(body) } : {}),
         },
@@ -222,7 +235,7 @@ export class Http {
       text = await read(response, progress);
     } catch (error: any) {
       if (progress.signal.aborted) {
-        throw new IncompleteError(`${url}: the answer has stood still for ${PROGRESS_WITHIN_MS} ms`);
+        throw new IncompleteError(`${url} does not get on with its answer`);
       }
       // Node puts what happened into `cause`, with a code when several addresses were tried.
       const why = error?.cause?.message || error?.cause?.code || error?.message;
@@ -231,28 +244,26 @@ export class Http {
     } finally {
       progress.end();
     }
-    const { status } = response;
-    if (!response.ok && status !== 304) {
+    const { status, headers: got } = response;
+    if (!expected.includes(status)) {
       // The header's other form, a date, is ignored.
-      const wait = Number(response.headers.get("Retry-After") ?? NaN);
-      throw new HttpError(url, status, wait >= 0 ? wait : undefined, problemDetail(text));
+      const wait = Number(got.get("Retry-After") ?? NaN);
+      const detail = problemDetail(status, got.get("Content-Type"), text);
+      throw new HttpError(url, status, wait >= 0 ? wait : undefined, detail);
     }
-    return {
-      status,
-      etag: response.headers.get("ETag") ?? "",
-      body: text ? JSON.parse(text) : undefined,
-    };
+    return { status, etag: got.get("ETag") ?? "", body: text ? JSON.parse(text) : undefined };
   }
 }
 
 /** Aborts a request whose answer has stopped coming. */
 class Progress {
   readonly #controller = new AbortController();
+  readonly #endsAt = performance.now() + ANSWER_WITHIN_MS;
   #timer: ReturnType<typeof setTimeout> | undefined;
   #bytes = 0;
 
   constructor() {
-    this.#restart();
+    this.#abortIn(PROGRESS_WITHIN_MS);
   }
 
   get signal(): AbortSignal {
@@ -264,23 +275,32 @@ class Progress {
     this.#bytes += bytes;
     if (this.#bytes < PROGRESS_BYTES) return;
     this.#bytes = 0;
-    this.#restart();
+    this.#abortIn(PROGRESS_WITHIN_MS);
+  }
+
+  /** The rest of the answer comes in one piece, so nobody sees its progress. */
+  isUnseen(): void {
+    this.#abortIn(ANSWER_WITHIN_MS);
   }
 
   end(): void {
     clearTimeout(this.#timer);
   }
 
-  #restart(): void {
+  #abortIn(delayMs: number): void {
     clearTimeout(this.#timer);
-    this.#timer = setTimeout(() => this.#controller.abort(), PROGRESS_WITHIN_MS);
+    const leftMs = this.#endsAt - performance.now();
+    this.#timer = setTimeout(() => this.#controller.abort(), Math.min(delayMs, leftMs));
   }
 }
 
 /** The whole body as text. */
 async function read(response: Response, progress: Progress): Promise<string> {
   const reader = response.body?.getReader?.();
-  if (!reader) return response.text(); // an empty body, or a `fetch` that can't stream
+  if (!reader) {
+    progress.isUnseen(); // an empty body, or a `fetch` that can't stream
+    return response.text();
+  }
   const decoder = new TextDecoder();
   let text = "";
   for (;;) {
@@ -288,15 +308,22 @@ async function read(response: Response, progress: Progress): Promise<string> {
     if (done) return text + decoder.decode();
     progress.add(value.length);
     text += decoder.decode(value, { stream: true });
+    if (text.length > MAX_ANSWER_CHARS) {
+      void reader.cancel();
+      throw new Error(`more than ${MAX_ANSWER_CHARS} characters`);
+    }
   }
 }
 
-/** The `detail` of a problem (RFC 9457); empty when `text` is something else. */
-function problemDetail(text: string): string {
+/** Why the bridge refused with `status` (RFC 9457); undefined if the answer is not the bridge's. */
+function problemDetail(status: number, type: string | null, text: string): string | undefined {
+  if (type?.split(";")[0]!.trim().toLowerCase() !== "application/problem+json") return undefined;
   try {
-    return String(JSON.parse(text).detail ?? "");
+    const problem = JSON.parse(text);
+    const isProblem = ["type", "title", "detail"].every((name) => typeof problem[name] === "string");
+    return isProblem && problem.status === status ? problem.detail : undefined;
   } catch {
-    return "";
+    return undefined;
   }
 }
 
@@ -308,7 +335,7 @@ function failed(error: any, cursor?: number): PullResult {
   return {
     event: {
       type: "pull_failed",
-      unauthorized: error?.status === 401,
+      unauthorized: error?.status === 401 && (error.isTheBridges ?? true),
       retry_after_s: error?.retry_after_s ?? null,
       cursor: cursor ?? null,
       reason: String(error),

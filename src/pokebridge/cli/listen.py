@@ -106,8 +106,8 @@ class _Terminal:
         match event:
             case Text(text=text):
                 self._on_frame(parse_frame(text))
-            case Refused(status=status):
-                self._on_loss(status == HTTPStatus.UNAUTHORIZED, f"the answer was {status}")
+            case Refused(status=status, reason=reason):
+                self._on_loss(status == HTTPStatus.UNAUTHORIZED, reason)
             case Closed(code=code, reason=reason):
                 self._on_loss(code == CLOSE_TOKEN, f"closed with {code} {reason}".rstrip())
             case _:

@@ -6,13 +6,14 @@ from functools import partial
 from ssl import SSLContext
 from typing import Any
 
-from websockets.asyncio.client import ClientConnection, connect
+from websockets.asyncio.client import ClientConnection
+from websockets.asyncio.client import connect as connect_and_follow
 from websockets.exceptions import InvalidStatus
-from websockets.proxy import get_proxy
 from websockets.typing import Subprotocol
 from websockets.uri import parse_uri
 
 from pokebridge.engines.addresses import addresses_of, first_of
+from pokebridge.outgoing import proxy_for
 
 SUBPROTOCOL = Subprotocol("pokebridge.v1")
 CLOSE_TIMEOUT_S = 1.0
@@ -21,6 +22,14 @@ MAX_MESSAGE_BYTES = 16 * 1024
 # How long an address that has accepted the connection may take for the handshake before another is
 # tried as well. A server that many clients come back to at once must not see each of them twice.
 UNANSWERED_S = 3.0
+
+
+class connect(connect_and_follow):  # noqa: N801 - as websockets names it
+    """websockets' ``connect``, which follows no redirect. Only a login page would send one."""
+
+    def process_redirect(self, exc: Exception) -> Exception | str:
+        """Return the refusal that the redirect is."""
+        return exc
 
 
 class Opener:
@@ -41,6 +50,7 @@ class Opener:
 
         Raises:
             InvalidStatus: the server refuses.
+            ConfigError: the proxy in the environment can't be used.
             OSError, WebSocketException, ValueError: it can't be reached, or speaks no WebSocket.
         """
         options: dict[str, Any] = {
@@ -52,10 +62,11 @@ class Opener:
             "ping_interval": None,  # and its own pings
             "close_timeout": CLOSE_TIMEOUT_S,
             "max_size": MAX_MESSAGE_BYTES,
+            "proxy": None,
         }
         where = parse_uri(url)
-        if get_proxy(where) is not None:  # which resolves the name
-            return await connect(url, **options)
+        if proxy := proxy_for(url):  # which resolves the name
+            return await connect(url, **(options | {"proxy": proxy}))
         addresses = await addresses_of(where.host, where.port)
         if len(addresses) == 1:
             return await connect(url, **options)
@@ -81,10 +92,6 @@ async def _open(
         return await connect(url, sock=accepted, **options)
     except InvalidStatus as refusal:
         return refusal
-    except ValueError as error:
-        if not isinstance(error.__cause__, InvalidStatus):
-            raise
-        return await connect(url, **options)  # a redirect: it is not followed on a given socket
 
 
 async def _connect(address: str, port: int) -> socket.socket:

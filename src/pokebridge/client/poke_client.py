@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from http import HTTPStatus
 from ssl import SSLContext, create_default_context
 from types import TracebackType
 from typing import Self
@@ -12,6 +13,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 import msgspec
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
+from websockets.http11 import Response
 
 from pokebridge.client.core import ClientCore, Policy
 from pokebridge.client.driver import Driver
@@ -40,7 +42,8 @@ from pokebridge.client.pulling import (
 )
 from pokebridge.errors import ConfigError, ForbiddenError
 from pokebridge.model import DEFAULT_DEVICE, check_device
-from pokebridge.wire import CONNECT_PATH
+from pokebridge.outgoing import proxy_for
+from pokebridge.wire import CONNECT_PATH, problem_detail, refusal_text
 
 TOKEN_TIMEOUT_S = 30.0
 ABNORMAL_CLOSURE = 1006  # RFC 6455, section 7.4.1: no close frame came
@@ -82,7 +85,8 @@ class PokeClient(Driver):
         tls: for ``https``. By default, the system's certificate authorities are trusted.
 
     Raises:
-        ConfigError: the url does not start with http:// or https://.
+        ConfigError: the url does not start with http:// or https://, or the environment names a
+            proxy that can't be used.
         InputError: the device's name is invalid.
     """
 
@@ -104,6 +108,7 @@ class PokeClient(Driver):
         url = url.rstrip("/")
         if tls is None and url.startswith("https:"):
             tls = create_default_context()
+        proxy_for(url)
         self._opener = Opener(tls)
         self._puller: Puller
         if on_messages is not None and on_poke is None:
@@ -301,11 +306,10 @@ class PokeClient(Driver):
         try:
             socket = await self._opener.open(_with_query(url, query), self._token)
         except InvalidStatus as error:
-            response = error.response
-            asked_s = retry_after_s(response.headers.get("Retry-After"))
-            _log.warning("the server refused the connection with status %d", response.status_code)
-            self._feed(Refused(response.status_code, asked_s, str(error)))
-        except (OSError, WebSocketException, ValueError) as error:
+            event = _refused(url, error.response)
+            _log.warning("%s", event.reason)
+            self._feed(event)
+        except (OSError, WebSocketException, ValueError, ConfigError) as error:
             self._feed(Closed(ABNORMAL_CLOSURE, repr(error)))
         else:
             try:
@@ -332,6 +336,20 @@ class PokeClient(Driver):
         if self._socket is not None:
             with suppress(ConnectionClosed):
                 await self._socket.send(msgspec.json.encode(message).decode())
+
+
+def _refused(url: str, response: Response) -> Refused | Closed:
+    """The answer to a handshake that was not accepted. Only the bridge's own can be about a token.
+
+    What stands between, a proxy or a login page, may answer with any status.
+    """
+    status, headers = response.status_code, response.headers
+    types, waits = headers.get_all("Content-Type"), headers.get_all("Retry-After")
+    detail = problem_detail(status, types[0] if types else None, bytes(response.body))
+    reason = refusal_text(url, status, detail)
+    if detail is None and status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
+        return Closed(ABNORMAL_CLOSURE, reason)
+    return Refused(status, retry_after_s(waits[0] if waits else None), reason)
 
 
 def _with_query(url: str, query: dict[str, str]) -> str:

@@ -2,23 +2,27 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
 from datetime import datetime
 from http import HTTPStatus
 from ssl import SSLContext
 from typing import Any, Protocol
-from urllib.request import getproxies
 
 import httpx
 import msgspec
 
 from pokebridge.client.events import Pulled, PullFailed
 from pokebridge.engines.addresses import addresses_of
+from pokebridge.outgoing import http_client, proxy_for
+from pokebridge.wire import problem_detail, refusal_text
 
 # An answer may take as long as it needs, but each KiB of it must come within this time.
 PROGRESS_WITHIN_S = 10.0
 PROGRESS_BYTES = 1024
+# The longest that a whole answer may take, and its largest size. The bodies of a page have 1 MiB.
+ANSWER_WITHIN_S = 120.0
+MAX_ANSWER_BYTES = 8 * 1024 * 1024
 # Servers close an idle connection after 5 s. A pull must not be sent into a closed one.
 KEEPALIVE_S = 3.0
 PAGE_LIMIT = 50
@@ -99,11 +103,11 @@ class MailboxPuller:
         self._unanswered = 0
         # The mailbox's head as of the last page that left nothing to pull: cursor and ETag.
         self._etag: tuple[int, str] | None = None
-        self._http = httpx.AsyncClient(
+        self._http = http_client(
+            url,
+            tls=tls,
             base_url=url,
-            # Without TLS there is nothing to verify, and the default would load a hundred roots.
-            verify=tls or False,
-            timeout=None,  # _request has a deadline of its own  # noqa: S113
+            timeout=None,  # _request has a deadline of its own
             limits=httpx.Limits(keepalive_expiry=KEEPALIVE_S),
         )
 
@@ -140,8 +144,11 @@ class MailboxPuller:
         if self._etag and self._etag[0] == after:
             headers["If-None-Match"] = self._etag[1]
         query = {"after": str(after), "limit": str(self._limit)}
+        expected = {HTTPStatus.OK, HTTPStatus.NOT_MODIFIED} if headers else {HTTPStatus.OK}
         try:
-            response, body = await self._request("GET", "/v1/messages", query, token, headers)
+            response, body = await self._request(
+                "GET", "/v1/messages", query, token, expected, headers=headers
+            )
         except _IncompleteError:
             self._limit = max(self._limit // SMALLER_PAGE, 1)
             raise
@@ -154,11 +161,15 @@ class MailboxPuller:
             raise _RequestError(
                 f"the answer to a pull is not a page of messages: {error}"
             ) from None
-        self._etag = None if page.more else (page.version, response.headers.get("ETag", ""))
+        etag = response.headers.get("ETag")
+        self._etag = (page.version, etag) if etag and not page.more else None
         return page
 
     async def _ack(self, version: int, token: str) -> None:
-        await self._request("POST", "/v1/messages/ack", {}, token, json={"version": version})
+        body = {"version": version}
+        await self._request(
+            "POST", "/v1/messages/ack", {}, token, {HTTPStatus.NO_CONTENT}, json=body
+        )
         self._acked = version
 
     async def _request(
@@ -167,10 +178,12 @@ class MailboxPuller:
         path: str,
         query: dict[str, str],
         token: str,
+        expected: Collection[int],
+        *,
         headers: dict[str, str] | None = None,
         json: object = None,
     ) -> tuple[httpx.Response, bytes]:
-        """The answer and its body; its status is 2xx or 304."""
+        """The answer and its body; its status is one of those ``expected``."""
         request = self._http.build_request(
             method,
             path,
@@ -189,22 +202,21 @@ class MailboxPuller:
                     await response.aclose()
         except TimeoutError:
             self._unanswered += response is None
-            reason = f"{request.url} has stood still for {PROGRESS_WITHIN_S} s"
-            raise _IncompleteError(reason) from None
+            raise _IncompleteError(f"{request.url} does not get on with its answer") from None
         except httpx.HTTPError as error:
             if response is not None:
                 raise _IncompleteError(f"{request.url} broke off: {error!r}") from error
             raise _RequestError(f"{self._http.base_url} can't be reached: {error!r}") from error
-        if response.is_success or response.status_code == HTTPStatus.NOT_MODIFIED:
+        if response.status_code in expected:
             return response, body
-        raise _RequestError(f"{path} answered {response.status_code}", response)
+        raise _RefusedError(str(request.url.copy_with(query=None)), response, body)
 
     async def _redirect(self, request: httpx.Request) -> None:
         """After a request that was not answered, go to the next address of the server's name.
 
         httpx tries them all, but is content with one that accepts the connection.
         """
-        if not self._unanswered or getproxies():  # a proxy resolves the name
+        if not self._unanswered or proxy_for(str(request.url)):  # a proxy resolves the name
             return
         name, port = request.url.host, request.url.port or DEFAULT_PORTS[request.url.scheme]
         with suppress(OSError):  # the request will fail in the same way
@@ -216,30 +228,47 @@ class MailboxPuller:
 
 async def _read(response: httpx.Response, deadline: asyncio.Timeout) -> bytes:
     """The whole body. Each KiB of it moves ``deadline``: an answer that drips would never end."""
+    loop = asyncio.get_running_loop()
+    ends_at = loop.time() + ANSWER_WITHIN_S
     body = bytearray()
     awaited = PROGRESS_BYTES
     async for chunk in response.aiter_bytes():
         body += chunk
+        if len(body) > MAX_ANSWER_BYTES:
+            raise _RequestError(f"{response.url} answered more than {MAX_ANSWER_BYTES} bytes")
         if len(body) >= awaited:
             awaited = len(body) + PROGRESS_BYTES
-            deadline.reschedule(asyncio.get_running_loop().time() + PROGRESS_WITHIN_S)
+            deadline.reschedule(min(loop.time() + PROGRESS_WITHIN_S, ends_at))
     return bytes(body)
 
 
 class _RequestError(Exception):
-    """A request that failed: no answer, or none that is a success."""
-
-    def __init__(self, reason: str, response: httpx.Response | None = None) -> None:
-        super().__init__(reason)
-        self._response = response
+    """A request that failed: no answer, or not the expected one."""
 
     def as_event(self, cursor: int | None = None) -> PullFailed:
         """The same for the core; ``cursor`` if the pull got somewhere nonetheless."""
-        if self._response is None:
-            return PullFailed(cursor=cursor, reason=str(self))
+        return PullFailed(cursor=cursor, reason=str(self))
+
+
+class _RefusedError(_RequestError):
+    """An answer with another status than expected.
+
+    Only the bridge's own says anything about the token. What stands between, a proxy or a login
+    page, may answer with any status.
+    """
+
+    def __init__(self, url: str, response: httpx.Response, body: bytes) -> None:
+        status = response.status_code
+        detail = problem_detail(status, response.headers.get("Content-Type"), body)
+        super().__init__(refusal_text(url, status, detail))
+        self._is_token_refused = detail is not None and status == HTTPStatus.UNAUTHORIZED
+        self._retry_after_s = retry_after_s(response.headers.get("Retry-After"))
+
+    def as_event(self, cursor: int | None = None) -> PullFailed:
+        """The same for the core."""
         return PullFailed(
-            unauthorized=self._response.status_code == HTTPStatus.UNAUTHORIZED,
-            retry_after_s=retry_after_s(self._response.headers.get("Retry-After")),
+            unauthorized=self._is_token_refused,
+            retry_after_s=self._retry_after_s,
             cursor=cursor,
             reason=str(self),
         )

@@ -14,6 +14,7 @@ from typing import Final
 import httpx
 
 from pokebridge.errors import UnavailableError
+from pokebridge.outgoing import http_client
 
 TIMEOUT_S: Final = 10.0
 # So much of a response is read, so that its connection can be reused. A larger one closes it.
@@ -55,9 +56,9 @@ class Webhook:
         self._url = url
         self._key = key
         self._clock = clock
-        self._http = httpx.AsyncClient(
+        self._http = http_client(
+            url,
             timeout=timeout_s,
-            follow_redirects=False,
             headers={"user-agent": "pokebridge", "content-type": "application/json"},
         )
 

@@ -103,7 +103,7 @@ def read_handshake(
         device=device,
         address=client_address(request.peer, headers.get_all("X-Forwarded-For"), trusted_proxies),
         moved=query.get("moved", [""])[-1] == "1",
-        response=_accept_response(accept, SUBPROTOCOL if SUBPROTOCOL in offered else None),
+        response=_accept_response(accept, _chosen(offered)),
     )
 
 
@@ -114,6 +114,18 @@ def _may_connect(headers: Headers, allowed_origins: frozenset[str]) -> bool:
         return True
     own = any(is_own(origin, host) for host in headers.get_all("Host")[:1])
     return own or is_allowed(origin, allowed_origins)
+
+
+def _chosen(offered: Sequence[str]) -> str | None:
+    """Return the sub-protocol to answer with.
+
+    A browser wants one of those that it has offered. Some proxies keep only the first of them, and
+    then that is the one that carries the token.
+    """
+    if SUBPROTOCOL in offered:
+        return SUBPROTOCOL
+    bearers = (name for name in offered if name.startswith(_BEARER_SUBPROTOCOL) and name.isascii())
+    return next(bearers, None)
 
 
 def _find_token(headers: Headers, offered: Sequence[str], in_query: Sequence[str]) -> str:

@@ -1,0 +1,145 @@
+"""HTTP and WebSocket calls to other servers, and the proxies that the environment names for them.
+
+``HTTPS_PROXY``, ``HTTP_PROXY``, ``ALL_PROXY`` and ``NO_PROXY``, also in lower case, are read as
+curl reads them. One that can't be used is a :class:`~pokebridge.errors.ConfigError` that names it.
+A server on this machine is always reached directly.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from ssl import SSLContext
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from pokebridge.errors import ConfigError
+
+_DEFAULT_PORTS = {"http": 80, "ws": 80, "https": 443, "wss": 443}
+_VARIABLES = {
+    "http": ("http_proxy", "all_proxy"),
+    "ws": ("http_proxy", "all_proxy"),
+    "https": ("https_proxy", "all_proxy"),
+    "wss": ("https_proxy", "all_proxy"),
+}
+_EXEMPTION = re.compile(r"(?:\[([^\]]*)\]|([^:]*))(?::(\d+))?")
+
+
+def http_client(url: str, *, tls: SSLContext | None = None, **options: Any) -> httpx.AsyncClient:
+    """Return a client for calls to the server of ``url`` and no other.
+
+    Redirects are not followed. ``tls`` is for https; by default httpx's certificate authorities, or
+    those that ``SSL_CERT_FILE`` and ``SSL_CERT_DIR`` name, are trusted. ``options`` are httpx's.
+
+    Raises:
+        ConfigError: the proxy in the environment can't be used.
+    """
+    proxy = proxy_for(url)
+    if tls is None and urlsplit(url).scheme == "https":
+        tls = httpx.create_ssl_context()
+    # Without TLS there is nothing to verify, and the default would load a hundred roots.
+    return httpx.AsyncClient(verify=tls or False, proxy=proxy, trust_env=False, **options)
+
+
+def proxy_for(url: str, environ: Mapping[str, str] | None = None) -> str | None:
+    """Return the proxy for ``url`` (http, https, ws or wss) as a URL; ``None``: there is none.
+
+    Raises:
+        ConfigError: the variable that names the proxy has a value that can't be used.
+    """
+    environ = os.environ if environ is None else environ
+    parts = urlsplit(url)
+    host, port = (parts.hostname or "").rstrip("."), parts.port or _DEFAULT_PORTS[parts.scheme]
+    if _is_here(host) or _is_exempt(host, port, _value("no_proxy", environ)[1]):
+        return None
+    for variable in _VARIABLES[parts.scheme]:
+        name, value = _value(variable, environ)
+        if name:
+            return _checked_proxy(name, value, host) if value else None
+    return None
+
+
+def _value(variable: str, environ: Mapping[str, str]) -> tuple[str, str]:
+    """Return the name, in lower or upper case, that is set, and its value."""
+    upper = variable.upper()
+    if variable in environ:
+        return variable, environ[variable].strip()
+    # In a CGI script it is a header of the request (CVE-2016-5385).
+    if upper in environ and not (upper == "HTTP_PROXY" and "REQUEST_METHOD" in environ):
+        return upper, environ[upper].strip()
+    return "", ""
+
+
+def _is_here(host: str) -> bool:
+    address = _address(host)
+    if address is None:
+        return host == "localhost" or host.endswith(".localhost")
+    return address.is_loopback or address.is_unspecified
+
+
+def _is_exempt(host: str, port: int, no_proxy: str) -> bool:
+    """Whether ``no_proxy`` has ``host``: a name with all below it, an address, or a network.
+
+    Each may have a port. ``*`` has every host.
+    """
+    address = _address(host)
+    for entry in re.split(r"[,\s]+", no_proxy.lower()):
+        if entry == "*":
+            return True
+        if "/" in entry:
+            if address is not None and _is_in(address, entry):
+                return True
+            continue
+        # An IPv6 address may be without brackets, and then has no port.
+        found = _EXEMPTION.fullmatch(entry if _address(entry) is None else f"[{entry}]")
+        if found is None or (found[3] is not None and int(found[3]) != port):
+            continue
+        name = (found[1] or found[2] or "").removeprefix("*").strip(".")
+        if address is not None:
+            if address == _address(name):
+                return True
+        elif name and (host == name or host.endswith(f".{name}")):
+            return True
+    return False
+
+
+def _is_in(address: IPv4Address | IPv6Address, network: str) -> bool:
+    try:
+        return address in ip_network(network.replace("[", "").replace("]", ""), strict=False)
+    except ValueError:
+        return False
+
+
+def _address(host: str) -> IPv4Address | IPv6Address | None:
+    try:
+        return ip_address(host)
+    except ValueError:
+        return None
+
+
+def _checked_proxy(variable: str, value: str, host: str) -> str:
+    """Return ``value`` as a URL with every part. No error shows it: it may have a password."""
+    way_out = f"or add {host} to NO_PROXY"
+    if value.lower().startswith("socks"):
+        raise ConfigError(
+            f"{variable}: SOCKS proxies are not supported: set it to http://HOST:PORT, {way_out}"
+        )
+    try:
+        parts = urlsplit(value if "://" in value else f"http://{value}")
+        port = parts.port or _DEFAULT_PORTS[parts.scheme]
+        is_valid = parts.scheme in {"http", "https"} and bool(parts.hostname)
+    except (ValueError, KeyError):
+        is_valid = False
+    if not is_valid or parts.path.strip("/") or re.search(r"[?#\s]", value):
+        raise ConfigError(
+            f"{variable}: must be a proxy like http://HOST:PORT, with user and password"
+            f" percent-encoded if it needs them, {way_out}"
+        )
+    user, at, server = parts.netloc.rpartition("@")
+    if at and ":" not in user:  # websockets would refuse it
+        user += ":"
+    if parts.port is None:
+        server = f"{server.removesuffix(':')}:{port}"
+    return f"{parts.scheme}://{user}{at}{server}"
