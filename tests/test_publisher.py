@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 import pytest
 from aiohttp import web
 
+from pokebridge import poke_merger
 from pokebridge import publisher as publisher_module
 from pokebridge.errors import (
     AuthError,
@@ -211,7 +212,7 @@ async def test_a_slow_send_does_not_hold_up_the_next() -> None:
     transport.open.clear()
     async with Publisher(transport, linger_s=0) as publisher:
         callers: list[asyncio.Task[None]] = []
-        limit = publisher_module.MAX_CONCURRENT_SENDS
+        limit = poke_merger.MAX_CONCURRENT_SENDS
         for number in range(limit):
             callers.append(asyncio.create_task(publisher.poke(f"u{number}")))
             await wait_until(lambda: len(transport.calls) == len(callers))
@@ -398,7 +399,7 @@ async def test_http_closing_does_not_wait_for_ever(
     endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who still waits for a token or an answer gets an error soon after ``close``."""
-    monkeypatch.setattr(publisher_module, "CLOSE_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(poke_merger, "CLOSE_TIMEOUT_S", 0.3)
 
     async def never() -> str:
         await asyncio.Event().wait()

@@ -1,0 +1,154 @@
+"""Merging pokes of many callers into few sends."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+
+from pokebridge.errors import NotPublishedError, TransportError
+from pokebridge.model import Poke
+
+# Several at once, so that a slow answer does not delay the pokes behind it; limited, so that
+# requests do not pile up.
+MAX_CONCURRENT_SENDS = 8
+# How long close() waits for what is under way. Then the callers get an error.
+CLOSE_TIMEOUT_S = 15.0
+
+
+class _Batch:
+    """Pokes that are sent together.
+
+    ``done`` is resolved for all callers who brought them, with the refusal of some, if any.
+    """
+
+    def __init__(self) -> None:
+        self.versions: dict[str, int | None] = {}
+        self.done: asyncio.Future[NotPublishedError | None] = (
+            asyncio.get_running_loop().create_future()
+        )
+
+    def fail(self, reason: str) -> None:
+        """Raise TransportError to all callers, who may all be gone."""
+        self.done.set_exception(TransportError(reason))
+        self.done.exception()  # marks it as retrieved
+
+
+class PokeMerger:
+    """Gathers pokes for ``linger_s`` seconds and sends them as one batch.
+
+    It has one timer and at most :data:`MAX_CONCURRENT_SENDS` tasks, however many callers there
+    are. While that many sends are under way, the next batch goes on gathering.
+
+    - ``_gathering``: the batch that takes new pokes, if there is one.
+    - ``_timer``: starts that batch. ``None`` while a batch gathers: the batch is overdue, and
+      starts when a send has ended.
+    - ``_sends``: the batches that are being sent.
+    - ``_pending``: recipients in all these batches; ``_room`` is set when it has fallen.
+    """
+
+    def __init__(
+        self, send: Callable[[Sequence[Poke]], Awaitable[None]], linger_s: float, max_pending: int
+    ) -> None:
+        self._send = send
+        self._linger_s = linger_s
+        self._max_pending = max_pending
+        self._gathering: _Batch | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._sends: set[asyncio.Task[None]] = set()
+        self._pending = 0
+        self._room = asyncio.Event()
+        self._closed = False
+
+    async def publish(self, pokes: Sequence[Poke]) -> None:
+        """Return when all of ``pokes`` are sent.
+
+        Raises:
+            NotPublishedError: some of them were refused.
+            TransportError: the merger is closed.
+            Exception: whatever ``send`` raised.
+        """
+        waiting_for: set[asyncio.Future[NotPublishedError | None]] = set()
+        for poke in pokes:
+            while not (batch := self._add(poke)):
+                self._room.clear()
+                await self._room.wait()
+            waiting_for.add(batch.done)
+        if waiting_for:
+            await asyncio.wait(waiting_for)
+        refusals = [refusal for done in waiting_for if (refusal := done.result())]
+        mine = {poke.recipient for poke in pokes}
+        for refusal in refusals:  # of another caller's pokes, perhaps
+            if recipients := refusal.recipients & mine:
+                raise NotPublishedError(str(refusal), recipients, refusal.too_large & mine)
+
+    async def close(self) -> None:
+        """Send what is gathered, and refuse further pokes. Ends within :data:`CLOSE_TIMEOUT_S`."""
+        self._closed = True
+        self._room.set()
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await self._finish()
+        except TimeoutError:
+            if self._gathering:
+                self._gathering.fail("the publisher is closed")
+                self._gathering = None
+            for send in self._sends:
+                send.cancel()
+            await asyncio.gather(*self._sends, return_exceptions=True)
+
+    async def _finish(self) -> None:
+        while self._gathering or self._sends:
+            self._start_send()
+            await asyncio.wait(self._sends)
+
+    def _add(self, poke: Poke) -> _Batch | None:
+        """Merge ``poke`` into a batch and return the batch; ``None`` when there is no room."""
+        if self._closed:
+            raise TransportError("the publisher is closed")
+        batch = self._gathering
+        if batch and poke.recipient in batch.versions:
+            batch.versions[poke.recipient] = _newest(batch.versions[poke.recipient], poke.version)
+            return batch
+        if self._pending >= self._max_pending:
+            return None
+        if batch is None:
+            batch = self._gathering = _Batch()
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(self._linger_s, self._start_send)
+        batch.versions[poke.recipient] = poke.version
+        self._pending += 1
+        return batch
+
+    def _start_send(self) -> None:
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None
+        if self._gathering and len(self._sends) < MAX_CONCURRENT_SENDS:
+            batch, self._gathering = self._gathering, None
+            task = asyncio.get_running_loop().create_task(self._send_batch(batch))
+            self._sends.add(task)
+            task.add_done_callback(self._send_ended)
+
+    async def _send_batch(self, batch: _Batch) -> None:
+        try:
+            await self._send([Poke(*item) for item in batch.versions.items()])
+        except NotPublishedError as refusal:
+            batch.done.set_result(refusal)
+        except Exception as error:  # noqa: BLE001 - any error belongs to the callers
+            batch.done.set_exception(error)
+            batch.done.exception()  # marks it as retrieved: every caller may have been cancelled
+        else:
+            batch.done.set_result(None)
+        finally:
+            if not batch.done.done():  # this task was cancelled, and perhaps by the driver
+                batch.fail("the publish was cancelled")
+            self._pending -= len(batch.versions)
+            self._room.set()
+
+    def _send_ended(self, task: asyncio.Task[None]) -> None:
+        self._sends.discard(task)
+        if self._timer is None:
+            self._start_send()
+
+
+def _newest(one: int | None, other: int | None) -> int | None:
+    """The newer version. ``None`` is unknown and wins, since it may be newer than any other."""
+    return None if one is None or other is None else max(one, other)
