@@ -20,6 +20,7 @@
         │   ├── SignalRefusedError  the engine works, and refuses one signal
         │   └── NotPublishedError   some pokes were not accepted, and the others were
         ├── MailboxError
+        │   └── MailboxRefusedError the store works, and refuses one call
         └── CoordinationError
 
 Each class has the HTTP status and the WebSocket close code of its answer, so that no caller needs a
@@ -39,6 +40,7 @@ __all__ = [
     "KeysUnavailableError",
     "MailboxError",
     "MailboxFullError",
+    "MailboxRefusedError",
     "MissingExtraError",
     "NotFoundError",
     "NotJsonError",
@@ -207,6 +209,10 @@ class MailboxError(UnavailableError):
     If it failed during a write, the write may be committed or not. A message with an idempotency
     key can be sent again, and is committed once.
     """
+
+
+class MailboxRefusedError(MailboxError):
+    """The store works, and refuses a call. It may accept others: the data may be the reason."""
 
 
 class CoordinationError(UnavailableError):

@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 import secrets
+import socket
 import textwrap
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -22,6 +23,7 @@ from pokebridge.ingress.base import Delivery, Source
 from pokebridge.ingress.google_pubsub import GooglePubSubSource
 from pokebridge.ingress.ingress import Ingress
 from pokebridge.ingress.nats import NatsSource
+from pokebridge.mailbox import postgres_pool
 from pokebridge.mailbox.base import Limits
 from pokebridge.mailbox.memory import MemoryMailbox
 from pokebridge.mailbox.postgres import PostgresMailbox
@@ -417,6 +419,9 @@ async def test_a_permission_that_is_missing_is_named(
         {"Nats-Rollup": "sub"},
         {"Nats-Expected-Last-Subject-Sequence": "0"},
         {"Large": "x" * 60_000},
+        {"Status": "503"},
+        {"Status": "404", "Description": "No Messages"},
+        {"Status": "100"},
     ],
     ids=lambda headers: next(iter(headers)),
 )
@@ -439,6 +444,76 @@ async def test_headers_of_the_publisher_do_not_hold_up_a_burial(
         assert not ingress.is_down
 
 
+@pytest.mark.parametrize(
+    ("subject", "header"),
+    [
+        (b"\xff\xfe", b""),
+        (b"a\x0bb", b""),
+        (b"a\x0c1", b""),
+        (
+            b"x",
+            b"NATS/1.0\r\n\xff: 1\r\na b: 2\r\na(b): 3\r\n: 4\r\nno colon\r\nKept: \xff\r\n\r\n",
+        ),
+        (b"x", b"NATS/1.0 503\r\n\r\n"),
+        (b"x", b"NATS/1.0 404 No Messages\r\n\r\n"),
+        (b"x", b"NATS/1.0 100 Idle Heartbeat\r\n\r\n"),
+        (b"x", b"NATS/1.0 \xff\r\n\r\n"),
+        (b"x", b"NATS/1.0"),
+        (b"x", b"x"),
+    ],
+)
+async def test_odd_subjects_and_headers_hold_nobody_up(
+    nats_server: Daemon, nats_queue: NatsQueue, subject: bytes, header: bytes
+) -> None:
+    """The server accepts them: what they belong to is committed, or buried once if it is poison."""
+    prefix = nats_queue.subject.removesuffix("paid").encode()
+    source = NatsSource(f"{nats_server.url}/{nats_queue.stream}", cluster=nats_queue.cluster)
+    try:
+        async with reading(source, Sender()) as ingress:
+            for body in (order(), b"no JSON"):
+                publish_raw(nats_server, prefix + subject, header, body)
+            await nats_queue.publish(order())
+            await wait_until(lambda: ingress.results["committed"] == 2)
+            [letter] = await buried(nats_queue, 1)
+            assert letter.body == b"no JSON"
+            assert ingress.results["refused"] == 1
+            assert not ingress.is_down
+    finally:
+        await source.close()
+
+
+def publish_raw(server: Daemon, subject: bytes, header: bytes, body: bytes) -> None:
+    """Publish as no client would."""
+    with socket.create_connection(("127.0.0.1", server.port)) as raw:
+        sizes = b"%d %d" % (len(header), len(header) + len(body))
+        command = (
+            b"HPUB %b %b" % (subject, sizes) if header else b"PUB %b %d" % (subject, len(body))
+        )
+        raw.sendall(b'CONNECT {"headers":true}\r\n%b\r\n%b%b\r\nPING\r\n' % (command, header, body))
+        answer = b""
+        while not answer.endswith(b"PONG\r\n"):
+            answer += raw.recv(4096)
+        assert b"-ERR" not in answer
+
+
+async def test_a_dead_letter_that_is_not_accepted_holds_nobody_up(
+    nats_queue: NatsQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others are buried and committed meanwhile, and it is itself once there is room for it."""
+    monkeypatch.setattr(ingress_module, "RETRY_DELAY_S", 0.0)
+    jetstream, name = nats_queue._jetstream, f"pokebridge-{nats_queue.cluster}-dead-letters"
+    subjects = [f"pokebridge.{nats_queue.cluster}.dead-letters"]
+    await jetstream.add_stream(StreamConfig(name=name, subjects=subjects, max_msg_size=1000))
+    async with reading(await nats_queue.source(), Sender()) as ingress:
+        await nats_queue.publish(b"large" * 1000, *(b"no JSON %d" % n for n in range(20)), order())
+        assert len(await buried(nats_queue, 20)) == 20
+        await wait_until(lambda: ingress.results["committed"] == 1)
+        await wait_until(lambda: ingress.is_down)
+        await jetstream.update_stream(StreamConfig(name=name, subjects=subjects))
+        [letter] = await buried(nats_queue, 1)
+        assert letter.body == b"large" * 1000
+
+
 async def test_an_outage_that_nobody_foresaw_buries_nothing(
     queue: Queue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -454,27 +529,63 @@ async def test_an_outage_that_nobody_foresaw_buries_nothing(
     assert await queue.dead_letters() == []
 
 
+REFUSALS = {
+    "no login": ("ALTER ROLE {role} NOLOGIN", "ALTER ROLE {role} LOGIN"),
+    "no room for connections": (
+        "ALTER ROLE {role} CONNECTION LIMIT 0",
+        "ALTER ROLE {role} CONNECTION LIMIT -1",
+    ),
+    "read-only": (
+        "ALTER ROLE {role} SET default_transaction_read_only = on",
+        "ALTER ROLE {role} RESET default_transaction_read_only",
+    ),
+    "no privilege": ("REVOKE INSERT ON messages FROM {role}", "GRANT INSERT ON messages TO {role}"),
+    "no table": ("ALTER TABLE receipts RENAME TO away", "ALTER TABLE away RENAME TO receipts"),
+    "no function": (
+        "ALTER FUNCTION append_above_heads RENAME TO away",
+        "ALTER FUNCTION away RENAME TO append_above_heads",
+    ),
+} | {
+    f"error {state}": (
+        f"""CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+            RAISE 'not now' USING ERRCODE = '{state}'; END $$;
+        CREATE TRIGGER refuse BEFORE INSERT ON messages EXECUTE FUNCTION refuse();
+        GRANT ALL ON FUNCTION refuse() TO PUBLIC""",
+        "DROP FUNCTION refuse CASCADE",
+    )
+    # A full disk, a stop, a lock, a defect of the server; what a trigger or a cast may say.
+    for state in ("53100", "57P01", "55P03", "XX000", "P0001", "22P02")
+}
+
+
+@pytest.mark.parametrize(("refuse", "permit"), REFUSALS.values(), ids=REFUSALS)
 async def test_a_database_that_refuses_is_waited_out(
-    nats_queue: NatsQueue, postgres_database: str, monkeypatch: pytest.MonkeyPatch
+    nats_queue: NatsQueue,
+    postgres_database: str,
+    monkeypatch: pytest.MonkeyPatch,
+    refuse: str,
+    permit: str,
 ) -> None:
-    """A role that may not log in for a while loses nothing, and buries nothing."""
+    """However PostgreSQL words it, nothing is lost or buried, and it recovers by itself."""
     monkeypatch.setattr(ingress_module, "RETRY_DELAY_S", 0.0)
+    monkeypatch.setattr(postgres_pool, "CALL_TIMEOUT_S", 0.5)
     role = f"role_{secrets.token_hex(8)}"
     by_hand = await asyncpg.connect(postgres_database)
     await by_hand.execute(f"CREATE ROLE {role} LOGIN")
     await by_hand.execute(f"CREATE SCHEMA {role} AUTHORIZATION {role}")
     url = postgres_database.replace("postgres@", f"{role}@")
     mailbox = await PostgresMailbox.open(f"{url}?schema={role}")
+    await by_hand.execute(f"SET search_path = {role}")
     ingress = Ingress(await nats_queue.source(), read_queued, mailbox.append)
     await ingress.start()
-    await by_hand.execute(f"ALTER ROLE {role} NOLOGIN")
+    await by_hand.execute(refuse.format(role=role))
     await by_hand.execute(
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = $1", role
     )
-    await nats_queue.publish(*(order(body=n) for n in range(20)))
-    await wait_until(lambda: ingress.results["retried"] > 20 * ingress_module.MAX_DEFECTS)
-    await by_hand.execute(f"ALTER ROLE {role} LOGIN")
-    await wait_until(lambda: ingress.results["committed"] == 20)
+    await nats_queue.publish(*(order(body=n) for n in range(5)))
+    await wait_until(lambda: ingress.results["retried"] > 5 * ingress_module.MAX_DEFECTS)
+    await by_hand.execute(permit.format(role=role))
+    await wait_until(lambda: ingress.results["committed"] == 5)
     assert await nats_queue.dead_letters() == []
     await ingress.close()
     await mailbox.close()

@@ -12,7 +12,7 @@ import asyncpg
 import pytest
 from structlog.testing import capture_logs
 
-from pokebridge.errors import ConfigError, InputError, MailboxError
+from pokebridge.errors import ConfigError, InputError, MailboxError, MailboxRefusedError
 from pokebridge.mailbox import base, postgres, postgres_pool
 from pokebridge.mailbox.base import Limits, Mailbox
 from pokebridge.mailbox.postgres import PostgresMailbox
@@ -103,6 +103,26 @@ class TestAppending:
         answers = await asyncio.gather(*calls, return_exceptions=True)
         assert isinstance(answers.pop(7), InputError)
         assert all(isinstance(answer, Receipt) for answer in answers)
+
+    @pytest.mark.parametrize("state", ["22023", "23514", "54000", "P0001"])
+    async def test_what_the_database_refuses_fails_alone(
+        self, mailbox: PostgresMailbox, by_hand: Any, state: str
+    ) -> None:
+        """Whatever it finds wrong with some messages, the others of the batch are committed."""
+        await by_hand.execute(f"""
+            CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+                IF new.body = 'bad' THEN RAISE 'not this' USING ERRCODE = '{state}'; END IF;
+                RETURN new;
+            END $$;
+            CREATE TRIGGER refuse BEFORE INSERT ON messages FOR EACH ROW EXECUTE FUNCTION refuse();
+        """)
+        bad = {7, 8, 40}
+        calls = [mailbox.append(message(body=b"bad" if n in bad else b"1")) for n in range(50)]
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        refused = {n for n, answer in enumerate(answers) if isinstance(answer, Exception)}
+        assert refused == bad
+        assert {type(answers[n]) for n in bad} == {MailboxRefusedError}
+        assert await versions(mailbox) == list(range(1, 48))
 
     async def test_nobody_waits_for_another_recipient(
         self, mailbox: PostgresMailbox, by_hand: Any
@@ -310,8 +330,12 @@ class TestOpening:
         mailbox = await PostgresMailbox.open(url.replace("postgres@", f"{role}@"))
         end = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{role}'"
         tables, whole = f"ALL ON ALL TABLES IN SCHEMA {schema}", f"ALL ON SCHEMA {schema}"
+        functions = f"EXECUTE ON ALL FUNCTIONS IN SCHEMA {schema}"
         for refuse, permit in (
             (f"REVOKE {tables} FROM {role}", f"GRANT {tables} TO {role}"),
+            (f"REVOKE INSERT ON receipts FROM {role}", f"GRANT INSERT ON receipts TO {role}"),
+            (f"REVOKE UPDATE ON generation FROM {role}", f"GRANT UPDATE ON generation TO {role}"),
+            (f"REVOKE {functions} FROM PUBLIC, {role}", f"GRANT {functions} TO {role}"),
             (f"REVOKE {whole} FROM {role}", f"GRANT {whole} TO {role}"),
             (f"ALTER ROLE {role} NOLOGIN", f"ALTER ROLE {role} LOGIN"),
         ):

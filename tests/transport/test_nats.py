@@ -200,9 +200,11 @@ class TestByHand(ByHandContract):
                 send(b"HPUB garbage %d %d\r\n%bok\r\n" % (size, size + 2, header))
             send(b"PUB garbage.\xff\xfe 2\r\nok\r\n")
             send(b"PUB garbage.no-shard _INBOX.x 2\r\nok\r\n")
+            send(b"PUB garbage.\x0b1 2\r\nok\r\n")
+            send(b"PUB garbage.\x0c _INBOX.\x0b 2\r\nok\r\n")
             send(b"PUB garbage 0\r\n\r\n")
-        await receiver.wait_for(lambda heard: len(heard.payloads) == 7)
-        assert sorted(receiver.payloads) == [b"", *[b"ok"] * 6]
+        await receiver.wait_for(lambda heard: len(heard.payloads) == 9)
+        assert sorted(receiver.payloads) == [b"", *[b"ok"] * 8]
         await assert_hears(transport, receiver, 1)
         assert receiver.gaps == []
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import valkey
@@ -16,7 +16,7 @@ from pokebridge.testing.transport import RecordingReceiver, subscribe_live
 from pokebridge.transport.base import Feed, Signal
 from pokebridge.transport.redis import PUBLISH_CONNECTIONS, RedisTransport
 from tests.support import CutProxy, Daemon, wait_until
-from tests.support.engines import run_valkey
+from tests.support.engines import ask, has_role, run_valkey
 from tests.transport.certificates import Certificates
 from tests.transport.engines import (
     ByHandContract,
@@ -172,8 +172,8 @@ class TestReplica:
             replica = await asyncio.to_thread(
                 running.enter_context, run_valkey(tmp_path / "replica")
             )
-            await _ask(replica, "REPLICAOF", "127.0.0.1", primary.port)
-            await wait_until(partial(_has_role, replica, b"connected"))
+            await ask(replica, "REPLICAOF", "127.0.0.1", primary.port)
+            await wait_until(partial(has_role, replica, b"connected"))
             yield primary, replica
 
     async def test_a_demoted_server_is_left(
@@ -184,8 +184,8 @@ class TestReplica:
         async with CutProxy("127.0.0.1", primary.port) as address:
             stays = await connect_url(f"redis://{address.address}")
             receivers = {which: (await subscribe_live(stays, which))[1] for which in SELECTIONS}
-            await _ask(primary, "FAILOVER")
-            await wait_until(partial(_has_role, replica, b"master"))
+            await ask(primary, "FAILOVER")
+            await wait_until(partial(has_role, replica, b"master"))
             address.lead_to(replica.port)
             with pytest.raises(TransportError, match="replica"):
                 await stays.publish([Signal(b'{"recipient":"a"}', 42)])
@@ -203,17 +203,6 @@ class TestReplica:
         """What would be published there would reach nobody else, so a start says so."""
         with pytest.raises(TransportError, match=f"{servers[1].address}.*a replica.*a primary"):
             await connect_url(servers[1].url)
-
-
-async def _ask(server: Daemon, *words: object) -> object:
-    """What ``server`` answers."""
-    with valkey.Valkey(port=server.port) as client:
-        return await asyncio.to_thread(client.execute_command, *words)
-
-
-async def _has_role(server: Daemon, role: bytes) -> bool:
-    """Whether ``server`` says so: ``master``, or ``connected`` to its primary."""
-    return role in cast("list[object]", await _ask(server, "ROLE"))
 
 
 class TestStart(StartContract):

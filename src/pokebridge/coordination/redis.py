@@ -17,11 +17,11 @@ import time
 from contextlib import suppress
 from functools import partial
 from typing import Any, Self
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 import msgspec
 from redis.asyncio import Redis
-from redis.exceptions import MovedError, RedisError
+from redis.exceptions import MovedError, RedisError, ResponseError
 
 from pokebridge.coordination.base import Document, Member
 from pokebridge.coordination.store_connection import (
@@ -33,7 +33,16 @@ from pokebridge.coordination.store_connection import (
     encode,
 )
 from pokebridge.engines import text_of
-from pokebridge.engines.redis import connection_pool, node_address
+from pokebridge.engines.addresses import first_of
+from pokebridge.engines.redis import (
+    REPLICA,
+    connection_pool,
+    hello_fields,
+    is_replica,
+    node_address,
+    nodes_in,
+    url_of,
+)
 from pokebridge.engines.urls import without_secrets
 from pokebridge.errors import CoordinationError
 
@@ -140,8 +149,8 @@ class RedisCoordination:
         """Connect to the server in ``url``.
 
         Args:
-            url: the server, as described in :mod:`pokebridge.engines.redis`. On a Redis Cluster,
-                any node.
+            url: the servers, as described in :mod:`pokebridge.engines.redis`. On a Redis Cluster,
+                any nodes.
             cluster: the cluster's name.
 
         Raises:
@@ -255,14 +264,17 @@ class _Keys:
 
 
 async def _dial(url: str, cluster: str) -> Redis:
+    dials = [partial(_dial_node, url_of(node, url), cluster) for node in nodes_in(url)]
+    return await first_of(dials, _hang_up)
+
+
+async def _dial_node(url: str, cluster: str) -> Redis:
     try:
         return await _connect(url, cluster)
     except MovedError as elsewhere:  # another node of the Redis Cluster has the keys
-        parts = urlsplit(url)
-        credentials, at, _ = parts.netloc.rpartition("@")
-        node = node_address(elsewhere.host, elsewhere.port, parts.hostname or "")
-        moved = parts._replace(netloc=f"{credentials}{at}{node}")
-        return await _connect(urlunsplit(moved), cluster)
+        asked = urlsplit(url).hostname or ""
+        node = node_address(elsewhere.host, elsewhere.port, asked)
+        return await _connect(url_of(node, url), cluster)
 
 
 async def _connect(url: str, cluster: str) -> Redis:
@@ -278,6 +290,11 @@ async def _connect(url: str, cluster: str) -> Redis:
     redis = Redis.from_pool(pool)
     try:
         await redis.exists(_Keys(cluster).document)
+        with suppress(ResponseError):  # for example a proxy that does not know HELLO
+            said = await redis.execute_command("HELLO")  # type: ignore[no-untyped-call]  # theirs
+            hello = hello_fields(said)
+            if is_replica(hello) and hello.get(b"mode") != b"cluster":
+                raise CoordinationError(f"{without_secrets(url)}: {REPLICA}")  # noqa: TRY301
     except BaseException:
         await _hang_up(redis)
         raise

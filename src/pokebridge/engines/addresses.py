@@ -12,8 +12,10 @@ from typing import Any, TypeVar
 
 C = TypeVar("C")
 
-# How long a host may take before the next is dialled as well.
+# How long a host may take before the next is dialled as well: less when there are many, so that
+# all of them are dialled within ALL_WITHIN_S.
 STAGGER_S = 0.5
+ALL_WITHIN_S = 2.0
 
 
 async def first_of(
@@ -30,12 +32,13 @@ async def first_of(
     Args:
         dials: in order of preference; at least one. A dial that is cancelled must clean up.
         discard: closes a connection that came too late.
-        stagger_s: by default :data:`STAGGER_S`.
+        stagger_s: by default :data:`STAGGER_S`, less when there are many.
 
     Raises:
         Exception: what the first dial that failed raised, when all have failed.
     """
-    stagger_s = STAGGER_S if stagger_s is None else stagger_s
+    if stagger_s is None:
+        stagger_s = min(STAGGER_S, ALL_WITHIN_S / len(dials))
     waiting = list(dials)
     dialling: set[asyncio.Task[C]] = set()
     failures: list[BaseException] = []

@@ -8,6 +8,7 @@ connection, since they may have changed.
 """
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable, Coroutine
 from collections.abc import Set as AbstractSet
 from functools import partial
@@ -17,6 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 from nats import errors
 from nats.aio.client import Client, RawCredentials
+from nats.protocol import parser
 
 from pokebridge.engines import text_of
 from pokebridge.engines.addresses import addresses_of, first_of
@@ -26,6 +28,17 @@ from pokebridge.errors import ConfigError, MissingExtraError
 URL_OPTIONS = TLS_OPTIONS | {"creds_file", "nkey_file", "password_file"}
 DEFAULT_PORT = 4222
 CLOSE_TIMEOUT_S = 1.0
+
+_HEADERS_BEGIN = b"NATS/1.0"
+_STATUS = ("Status", "Description")
+# The subject that acks a message of a stream.
+_ACK = b"$JS.ACK."
+
+# nats-py takes a vertical tab or a form feed for white space, and would end the connection at a
+# subject that has one. The server accepts such subjects.
+_ARGUMENTS = rb"[ \t]+([^ \t\r\n]+)[ \t]+([^ \t\r\n]+)[ \t]+(([^ \t\r\n]+)[ \t]+)?"
+parser.MSG_RE = re.compile(rb"\AMSG" + _ARGUMENTS + rb"(\d+)[ \t]*\r\n")
+parser.HMSG_RE = re.compile(rb"\AHMSG" + _ARGUMENTS + rb"(\d+)[ \t]+(\d+)[ \t]*\r\n")
 
 C = TypeVar("C")
 
@@ -109,6 +122,34 @@ class NatsClient(Client):
         self._pending_data_size = 0
         await super()._close(status, do_cbs)
 
+    async def _read_loop(self) -> None:
+        """Report the end, whatever it was: nats-py goes on without reading after some errors."""
+        await super()._read_loop()
+        self._on_lost()
+
+    async def _process_msg(
+        self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes
+    ) -> None:
+        """Accept names that are not UTF-8, and take no message of a stream for a status.
+
+        Anybody may publish those. nats-py would stop reading at the former, and never hand out the
+        latter, so that they would come again for ever.
+        """
+        if headers and reply.startswith(_ACK):
+            headers = _HEADERS_BEGIN + b"\r\n" + headers.partition(b"\r\n")[2]
+        await super()._process_msg(sid, _as_utf8(subject), _as_utf8(reply), data, headers)
+
+    async def _process_headers(self, headers: bytes) -> dict[str, str] | None:
+        """Without headers that are invalid. Only the first line tells a status."""
+        try:
+            found: dict[str, str] | None = await super()._process_headers(headers)
+        except (ValueError, IndexError):
+            return None
+        if found and not headers.startswith(_HEADERS_BEGIN + b" "):
+            for name in _STATUS:
+                found.pop(name, None)
+        return found
+
     async def _process_info(
         self,
         info: dict[str, Any],
@@ -120,6 +161,10 @@ class NatsClient(Client):
                 raise errors.SecureConnWantedError
             info["tls_required"] = True
         await super()._process_info(info, initial_connection)
+
+
+def _as_utf8(name: bytes) -> bytes:
+    return name.decode(errors="backslashreplace").encode()
 
 
 def servers_in(part: str, url: str) -> list[str]:

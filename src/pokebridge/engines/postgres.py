@@ -1,16 +1,17 @@
 """Dialling PostgreSQL: the URL, its hosts, their addresses, and the password.
 
-The URL is ``postgresql://USER:PASSWORD@HOST:PORT,HOST:PORT/DATABASE``. Its options are libpq's,
-such as ``sslmode``, ``sslrootcert`` and ``passfile``, and ``password_file``. Both files are read at
-each connection, since they may have changed.
+The URL is ``postgresql://USER:PASSWORD@HOST:PORT,HOST:PORT/DATABASE``. The hosts may also be given
+as ``?host=HOST,HOST&port=PORT,PORT``, or by the variables PGHOST and PGPORT. Its options are
+libpq's, such as ``sslmode``, ``sslrootcert`` and ``passfile``, and ``password_file``. Both files
+are read at each connection, since they may have changed.
 """
 
 import asyncio
 import os
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit, urlunsplit
 
 import asyncpg
 
@@ -52,12 +53,34 @@ class PostgresDialler:
         self._is_choice_given = (
             "target_session_attrs" in given or "PGTARGETSESSIONATTRS" in os.environ
         )
-        credentials, at, hosts = parts.netloc.rpartition("@")
         self._urls = [
-            urlunsplit(parts._replace(netloc=f"{credentials}{at}{host}"))
-            for host in hosts.split(",")
+            urlunsplit(parts._replace(netloc=netloc, query=query))
+            for netloc, query in self._places(parts, given)
         ]
         self._last: _Target | None = None
+
+    def _places(self, parts: SplitResult, given: dict[str, str]) -> Iterator[tuple[str, str]]:
+        """Each host of the URL, as a network location with its port, and the URL's query."""
+        credentials, at, hosts = parts.netloc.rpartition("@")
+        if hosts or "service" in given or "PGSERVICE" in os.environ:
+            for host in hosts.split(","):
+                yield f"{credentials}{at}{host}", parts.query
+            return
+        names = (given.get("host") or os.environ.get("PGHOST", "")).split(",")
+        ports = (given.get("port") or os.environ.get("PGPORT", "")).split(",")
+        if len(ports) == 1:
+            ports *= len(names)
+        if len(ports) != len(names):
+            raise self._invalid()
+        for name, port in zip(names, ports, strict=True):
+            if not name or name.startswith("/"):  # the default, or the directory of a socket
+                place = {"host": name, "port": port}
+                query = urlencode(given | {key: value for key, value in place.items() if value})
+                yield parts.netloc, query
+                continue
+            rest = {key: value for key, value in given.items() if key not in {"host", "port"}}
+            host = f"[{name}]" if name.count(":") > 1 else name
+            yield f"{credentials}{at}{host}{port and f':{port}'}", urlencode(rest)
 
     async def connect(self) -> Connection:
         """Connect to the first host that answers.
@@ -100,6 +123,8 @@ class PostgresDialler:
             options["target_session_attrs"] = "read-write"
         if target.address:
             options["loop"] = _LoopTo(target.address)
+        if port := urlsplit(target.url).port:  # else PGPORT must fit as well
+            options["port"] = port
         try:
             return _Made(target, await asyncpg.connect(target.url, **options))
         except OSError:  # an invalid certificate is both an OSError and a ValueError

@@ -1,8 +1,9 @@
 """Connections to Redis or Valkey.
 
-The URL is ``redis://USER:PASSWORD@HOST:PORT/DB``, or ``rediss://`` for TLS. Credentials, port and
-database are optional. Options: ``ca_file``, ``cert_file`` and ``key_file`` (PEM), and
-``password_file``, which is read at each connection, so that a password may be changed.
+The URL is ``redis://USER:PASSWORD@HOST:PORT,HOST:PORT/DB``, or ``rediss://`` for TLS. Credentials,
+ports and database are optional. Several hosts are a primary and its replicas, of which the primary
+is used, or nodes of one Redis Cluster. Options: ``ca_file``, ``cert_file`` and ``key_file`` (PEM),
+and ``password_file``, which is read at each connection, so that a password may be changed.
 """
 
 import asyncio
@@ -22,6 +23,7 @@ from pokebridge.engines.urls import TLS_OPTIONS, read_secret, tls_context, url_o
 from pokebridge.errors import ConfigError
 
 RESP2, RESP3 = 2, 3
+REPLICA = "the server is a replica, and a primary is needed"
 
 _Stream: TypeAlias = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
@@ -102,6 +104,18 @@ async def _close_stream(stream: _Stream) -> None:
     stream[1].transport.abort()
 
 
+def nodes_in(url: str) -> list[str]:
+    """Return the hosts in ``url``, each as it is written: ``HOST:PORT`` or ``HOST``."""
+    return urlsplit(url).netloc.rpartition("@")[2].split(",")
+
+
+def url_of(node: str, url: str) -> str:
+    """Return ``url`` with ``node`` as its only host."""
+    parts = urlsplit(url)
+    credentials, at, _ = parts.netloc.rpartition("@")
+    return urlunsplit(parts._replace(netloc=f"{credentials}{at}{node}"))
+
+
 def node_address(announced: str, port: int, asked: str) -> str:
     """Return ``HOST:PORT`` of a node of a Redis Cluster, as a URL has it.
 
@@ -127,7 +141,7 @@ def connection_pool(
 
     Args:
         part: the setting that holds the URL, for errors: "transport", "coordination".
-        url: see this module.
+        url: see this module. It has one host.
         client_name: the connections' name in ``CLIENT LIST``.
         connections: the largest number of connections.
         dial_timeout_s: how long dialling may take.

@@ -1,13 +1,19 @@
 """Commits messages from a queue, and acks each after its commit."""
 
 import asyncio
+import random
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final, Literal
 
 import structlog
 
-from pokebridge.errors import InputError, MailboxFullError, UnavailableError
+from pokebridge.errors import (
+    InputError,
+    MailboxFullError,
+    MailboxRefusedError,
+    UnavailableError,
+)
 from pokebridge.ingress.base import Delivery, Source
 from pokebridge.model import NewMessage, Receipt
 from pokebridge.supervisor import Attempts, Part, supervise
@@ -15,9 +21,11 @@ from pokebridge.supervisor import Attempts, Part, supervise
 # Messages that are taken at once. The next are taken after these were settled.
 BATCH: Final = 256
 RETRY_DELAY_S: Final = 1.0
-# A message that raised an unexpected error so often is buried, if others were committed meanwhile.
-# When none is, the error is an outage that nobody foresaw, and all messages stay in the queue.
+# A message that raised an unexpected error, or was refused, so often is buried, if others were
+# committed meanwhile. When none is, it is an outage that nobody foresaw: all stay in the queue.
 MAX_DEFECTS: Final = 5
+# After so many dead letters that were not accepted the queue counts as away.
+MAX_UNBURIED: Final = 3
 _MAX_REMEMBERED = 1_000
 
 Result = Literal["committed", "duplicate", "refused", "retried"]
@@ -40,7 +48,7 @@ class Ingress:
 
     - ``results``: messages by what happened to them
     - ``_source``, ``_read``, ``_send``: as above
-    - ``_queue``, ``_mailbox``: whether the queue and the mailbox work
+    - ``_queue``, ``_dead_letters``, ``_mailbox``: whether these work
     - ``_defects``: unexpected errors by delivery id, the latest last, and ``_settled`` at the first
     - ``_settled``: messages that were committed when the batch under way began
     - ``_reading``: the task that takes messages
@@ -59,6 +67,7 @@ class Ingress:
         self._read = read
         self._send = send
         self._queue = Part("ingress")
+        self._dead_letters = Part("dead letters")
         self._mailbox = Part("mailbox")
         self._defects: dict[str, tuple[int, int]] = {}
         self._settled = 0
@@ -68,8 +77,8 @@ class Ingress:
 
     @property
     def is_down(self) -> bool:
-        """Whether the last call to the queue failed."""
-        return self._queue.is_down
+        """Whether the last call to the queue failed, or the last message was not buried."""
+        return self._queue.is_down or self._dead_letters.is_down
 
     async def start(self) -> None:
         """Start to read. While the queue is unavailable it is retried."""
@@ -123,25 +132,47 @@ class Ingress:
                     done.append(delivery)
         with self._queue.watched():
             await self._source.ack(done)
-            for delivery, reason in refused:
-                await self._source.bury(delivery, reason)
-                log.warning("ingress_message_refused", id=delivery.id, reason=reason)
-                self.results["refused"] += 1
+        unburied = await self._bury(refused)
+        with self._queue.watched():
             await self._source.retry(later, delay_s=RETRY_DELAY_S)
         self.results["retried"] += len(later)
         with self._mailbox.watched():
             if failure is not None:
                 raise failure
+        if unburied is not None:
+            raise unburied
+
+    async def _bury(self, refused: list[tuple[Delivery, str]]) -> UnavailableError | None:
+        """Bury each, in any order: one that can't be must not keep the others back for ever.
+
+        What is left after MAX_UNBURIED failures is delivered again. Returns the last failure.
+        """
+        random.shuffle(refused)
+        failure: UnavailableError | None = None
+        failures = 0
+        for delivery, reason in refused:
+            try:
+                with self._dead_letters.watched():
+                    await self._source.bury(delivery, reason)
+            except UnavailableError as error:
+                failure = error
+                failures += 1
+                if failures == MAX_UNBURIED:
+                    break
+            else:
+                log.warning("ingress_message_refused", id=delivery.id, reason=reason)
+                self.results["refused"] += 1
+        return failure
 
     async def _commit(self, delivery: Delivery) -> None:
         try:
             receipt = await self._send(self._read(delivery.body, delivery.id))
         except (InputError, MailboxFullError) as error:
             raise _RefusedError(" ".join(str(error).split())) from None
-        except UnavailableError:
-            raise
         except Exception as error:
-            if self._is_hopeless(delivery.id):
+            is_outage = isinstance(error, UnavailableError)
+            may_be_its_own = isinstance(error, MailboxRefusedError) or not is_outage
+            if may_be_its_own and self._is_hopeless(delivery.id):
                 raise _RefusedError(f"unexpected error: {error!r}") from error
             raise
         self.results["duplicate" if receipt.duplicate else "committed"] += 1

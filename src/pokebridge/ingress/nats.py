@@ -9,6 +9,7 @@ The consumer and that stream are created when they are missing.
 
 import asyncio
 import random
+import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
@@ -46,6 +47,8 @@ DEAD_BODY_BYTES: Final = 512 * 1024
 DEAD_HEADERS_BYTES: Final = 32 * 1024
 # Headers by which a publisher controls the server: for a dead letter they are not meant.
 _CONTROL: Final = ("nats-", "pokebridge-")
+# The names that the client can send.
+_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _MAX_REASON = 500
 
 
@@ -216,6 +219,10 @@ def _delivery(message: Msg) -> Delivery:
 
 def _kept(headers: Mapping[str, str]) -> Mapping[str, str]:
     """The headers that a dead letter keeps; none when they are very large."""
-    kept = {name: value for name, value in headers.items() if not name.lower().startswith(_CONTROL)}
+    kept = {
+        name: value
+        for name, value in headers.items()
+        if _NAME.fullmatch(name) and not name.lower().startswith(_CONTROL)
+    }
     size_bytes = sum(len(name) + len(value) for name, value in kept.items())
     return kept if size_bytes <= DEAD_HEADERS_BYTES else {}

@@ -89,6 +89,8 @@ class Mailbox(Protocol):
       transaction and survive the death of the process.
     - **Off the loop**: no call blocks the event loop.
     - **Atomic**: a call that is cancelled or fails was done completely or not at all.
+    - **Apart**: a call whose data the store can't take raises
+      :class:`~pokebridge.errors.InputError`, and harms no other call.
     - **Bounded**: every call ends in bounded time, and each recipient's mailbox has its
       :class:`Limits`.
 
@@ -202,6 +204,15 @@ def admit(*, waiting: int, closed: bool) -> None:
         raise MailboxError("the mailbox is closed")
     if waiting >= MAX_WAITING:
         raise MailboxError(f"the mailbox is overloaded: {MAX_WAITING} calls are waiting")
+
+
+def is_utf8(text: str) -> bool:
+    """Whether ``text`` can be stored: a lone surrogate has no encoding."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def next_base(old: int, now_s: float) -> int:

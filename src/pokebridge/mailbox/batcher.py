@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
-from pokebridge.errors import MailboxError
+from pokebridge.errors import MailboxError, MailboxRefusedError
 from pokebridge.mailbox.base import admit
 from pokebridge.supervisor import supervise
 
@@ -25,7 +25,8 @@ class _Call(NamedTuple, Generic[Job, Result]):
 class Batcher(Generic[Job, Result]):
     """Does jobs by ``do``, many at a time, in the order in which they came.
 
-    ``do`` returns a result or an error for each job. What it raises is the error of every job.
+    ``do`` returns a result or an error for each job. What it raises is the error of every job, but
+    for MailboxRefusedError: then the batch is split, so that one bad job fails alone.
     A batch has at most ``max_count`` jobs with a total ``cost`` of at most ``max_cost``, or a
     single job that costs more. Up to ``workers`` batches run at once. Each takes its share of the
     waiting jobs, so that one is prepared here while the store works on another.
@@ -78,16 +79,8 @@ class Batcher(Generic[Job, Result]):
 
     async def _work(self) -> None:
         while batch := self._take():
-            outcomes: Sequence[tuple[_Call[Job, Result], Result | Exception]]
-            try:
-                results = await self._do([call.job for call in batch])
-                outcomes = list(zip(batch, results, strict=True))
-            except asyncio.CancelledError:  # a driver's, as nobody cancels a worker
-                given_up = MailboxError("the mailbox gave up the call, try again")
-                outcomes = [(call, given_up) for call in batch]
-            except Exception as error:  # noqa: BLE001 - any error belongs to the callers
-                outcomes = [(call, error) for call in batch]
-            for call, result in outcomes:
+            outcomes = await self._outcomes_of([call.job for call in batch])
+            for call, result in zip(batch, outcomes, strict=True):
                 if call.done.done():  # the caller was cancelled
                     continue
                 if isinstance(result, Exception):
@@ -95,6 +88,24 @@ class Batcher(Generic[Job, Result]):
                 else:
                     call.done.set_result(result)
         self._idle_workers += 1  # before anything can suspend, so that the next call finds it
+
+    async def _outcomes_of(self, jobs: Sequence[Job]) -> list[Result | Exception]:
+        """The result or the error of each of ``jobs``."""
+        try:
+            results = await self._do(jobs)
+            if len(results) == len(jobs):
+                return list(results)
+            raise AssertionError("a batch needs as many results as it has jobs")  # noqa: TRY301
+        except asyncio.CancelledError:  # a driver's, as nobody cancels a worker
+            return [MailboxError("the mailbox gave up the call, try again")] * len(jobs)
+        except MailboxRefusedError as error:
+            if len(jobs) == 1:
+                return [error]
+            middle = len(jobs) // 2
+            first = await self._outcomes_of(jobs[:middle])
+            return first + await self._outcomes_of(jobs[middle:])
+        except Exception as error:  # noqa: BLE001 - any error belongs to the callers
+            return [error] * len(jobs)
 
     def _take(self) -> list[_Call[Job, Result]]:
         now_s = asyncio.get_running_loop().time()

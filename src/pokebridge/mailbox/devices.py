@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
-from pokebridge.errors import MailboxError
+from pokebridge.errors import InputError, MailboxError
 from pokebridge.mailbox.base import SEEN_EVERY_MS, Mailbox
 from pokebridge.supervisor import supervise
 
@@ -83,5 +83,5 @@ class KnownDevices:
         self._telling = None
 
     async def _try_to_see(self, key: tuple[str, str]) -> None:
-        with suppress(MailboxError):  # the device's next pull or session tries again
+        with suppress(InputError, MailboxError):  # the device's next pull or session tries again
             await self.see(*key)

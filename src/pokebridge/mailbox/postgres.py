@@ -19,6 +19,7 @@ from pokebridge.mailbox.base import (
     SEEN_EVERY_MS,
     Limits,
     MailboxStats,
+    is_utf8,
     page_of,
     ttl_ms,
 )
@@ -139,12 +140,22 @@ class _Pull(NamedTuple):
     head: int
 
 
+# Whether writes are possible, and whether all that they need is there and permitted.
 CHECK: Final = """
-SELECT current_setting('transaction_read_only') = 'on', count(*) = 3 AND bool_and(
-    has_table_privilege(oid, 'SELECT') AND has_table_privilege(oid, 'INSERT')
-    AND has_table_privilege(oid, 'UPDATE') AND has_table_privilege(oid, 'DELETE'))
-FROM pg_class WHERE relnamespace = to_regnamespace(quote_ident(current_schema()))
-    AND relname IN ('heads', 'messages', 'outbox')
+WITH ours AS (SELECT to_regnamespace(quote_ident(current_schema())) AS namespace)
+SELECT current_setting('transaction_read_only') = 'on', (
+    SELECT count(*) = 9 AND bool_and(has_table_privilege(oid, 'SELECT')
+        AND has_table_privilege(oid, 'INSERT') AND has_table_privilege(oid, 'UPDATE')
+        AND (relname = 'generation' OR has_table_privilege(oid, 'DELETE')))
+    FROM pg_class JOIN ours ON relnamespace = namespace
+    WHERE relname IN ('heads', 'messages', 'receipts', 'batches', 'outbox', 'devices', 'pushes',
+        'dead_pushes', 'generation')
+), (
+    SELECT count(DISTINCT proname) = 8 AND bool_and(has_function_privilege(pg_proc.oid, 'EXECUTE'))
+    FROM pg_proc JOIN ours ON pronamespace = namespace
+    WHERE proname IN ('append', 'append_above_heads', 'generation_base', 'current_history',
+        'see_devices', 'ack', 'delete_acked', 'purge_messages')
+)
 """
 
 
@@ -244,6 +255,7 @@ class PostgresMailbox:
         unless_head: int | None = None,
     ) -> Page:
         """See the port."""
+        _check_texts(recipient)
         head = await self._head(recipient)
         if after >= head or head == unless_head:
             return page_of((), head=head, limit=limit, max_bytes=max_bytes)
@@ -261,6 +273,7 @@ class PostgresMailbox:
 
     async def ack(self, recipient: str, device: str, version: int) -> None:
         """See the port."""
+        _check_texts(recipient, device)
         acked = max(0, min(version, MAX_VERSION))
         parameters = (recipient, device, acked, self._now_ms(), SEEN_EVERY_MS)
         await self._pool.run(lambda connection: connection.execute(ACK, *parameters))
@@ -308,11 +321,13 @@ class PostgresMailbox:
         """See the port."""
 
         async def check(connection: Connection) -> None:
-            ((is_read_only, may_all),) = await connection.fetch(CHECK)
+            ((is_read_only, has_tables, has_functions),) = await connection.fetch(CHECK)
             if is_read_only:
                 raise MailboxError("PostgreSQL: it is read-only, as a standby is")
-            if not may_all:
+            if not has_tables:
                 raise MailboxError("PostgreSQL: tables, or privileges on them, are missing")
+            if not has_functions:
+                raise MailboxError("PostgreSQL: functions, or privileges on them, are missing")
 
         await self._pool.run(check)
 
@@ -433,9 +448,8 @@ class PostgresMailbox:
 def _check_texts(*texts: str) -> None:
     """Refuse texts that PostgreSQL can't store, since one would fail its whole batch."""
     for text in texts:
-        text.encode()
-        if "\0" in text:
-            raise InputError("a recipient, sender, id or device must not contain a NUL character")
+        if "\0" in text or not is_utf8(text):
+            raise InputError("a recipient, sender, id or device must be UTF-8 without NUL")
 
 
 # -- opening --------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import structlog
 
 from pokebridge.backoff import backoff_s
 from pokebridge.engines.postgres import Connection, PostgresDialler
-from pokebridge.errors import ConfigError, MailboxError
+from pokebridge.errors import ConfigError, MailboxError, MailboxRefusedError
 from pokebridge.mailbox.base import admit
 
 T = TypeVar("T")
@@ -55,6 +55,14 @@ _REFUSED: Final = (
     "3D000",  # no such database
     "42501",  # no permission
     "3F000",  # no such schema
+)
+# What may be wrong with the data of one call.
+_OF_DATA: Final = (
+    "22",  # no such character, out of range
+    "23",  # a constraint
+    "44",  # WITH CHECK OPTION of a view
+    "54",  # too long for an index
+    "P0",  # an error that a trigger raised
 )
 
 
@@ -110,6 +118,7 @@ class PostgresPool:
         Raises:
             ConfigError: the URL or the credentials are wrong, or a privilege is missing, before the
                 mailbox is open.
+            MailboxRefusedError: PostgreSQL refuses, perhaps for the data of this call.
             MailboxError: no attempt succeeded in that time, or PostgreSQL refuses.
         """
         admit(waiting=self._under_way, closed=self._closed)
@@ -177,13 +186,16 @@ class PostgresPool:
                 return
             if state.startswith(_REFUSED) and not self.is_open:
                 raise ConfigError(f"mailbox: PostgreSQL refuses: {_reason(error)}") from error
-        elif not isinstance(error, ValueError):  # the driver's error about an invalid parameter
+        elif isinstance(error, ValueError):  # the driver's error about an invalid parameter
+            state = "22"
+        else:
             return
         now_s = asyncio.get_running_loop().time()
         if now_s >= self._log_again_s:
             self._log_again_s = now_s + LOG_EVERY_S
             log.error("mailbox_refused", sqlstate=state, reason=_reason(error))
-        raise MailboxError("the mailbox's PostgreSQL refuses: see this instance's log") from error
+        kind = MailboxRefusedError if state.startswith(_OF_DATA) else MailboxError
+        raise kind("the mailbox's PostgreSQL refuses: see this instance's log") from error
 
     def _pop_idle(self) -> Connection | None:
         while self._idle:

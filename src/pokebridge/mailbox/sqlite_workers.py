@@ -14,7 +14,7 @@ from threading import Thread
 from typing import Any, Final, NamedTuple, TypeVar
 
 from pokebridge.backoff import spread
-from pokebridge.errors import MailboxError
+from pokebridge.errors import InputError, MailboxError
 from pokebridge.mailbox.base import admit
 
 T = TypeVar("T")
@@ -78,6 +78,8 @@ class WorkerPool:
             result: T = await job.done
         except sqlite3.Error as error:
             raise MailboxError(f"the mailbox's SQLite file is unavailable: {error}") from error
+        except (UnicodeEncodeError, OverflowError) as error:
+            raise InputError("the mailbox's SQLite file can't store this") from error
         return result
 
     async def close(self) -> None:

@@ -15,8 +15,8 @@ from collections import deque
 from collections.abc import Awaitable, Collection, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, NamedTuple, Self
-from urllib.parse import urlsplit, urlunsplit
 
 from redis.asyncio import Redis
 from redis.asyncio.connection import AbstractConnection
@@ -24,13 +24,17 @@ from redis.crc import key_slot
 from redis.exceptions import AskError, NoPermissionError, RedisError, ResponseError
 
 from pokebridge.engines import text_of
+from pokebridge.engines.addresses import first_of
 from pokebridge.engines.redis import (
+    REPLICA,
     RESP2,
     RESP3,
     connection_pool,
     hello_fields,
     is_replica,
     node_address,
+    nodes_in,
+    url_of,
 )
 from pokebridge.engines.urls import without_secrets
 from pokebridge.errors import SignalRefusedError, TransportError
@@ -50,7 +54,6 @@ from pokebridge.transport.reconnecting_link import (
 # More than one, so that a slow round trip does not delay every other publish.
 PUBLISH_CONNECTIONS = 4
 _MOVED = "a slot has moved"
-_REPLICA = "the server is a replica; the transport needs a primary"
 _SHARDED = "sharded "  # channel names contain no space
 _PLAIN_MESSAGES = frozenset({b"message", b"pmessage"})
 
@@ -68,8 +71,9 @@ class RedisTransport:
         self._url = url
         # The URL without credentials, for messages.
         self._name = without_secrets(url)
-        # The node that the URL names, as HOST:PORT.
-        self._home = urlsplit(url).netloc.rpartition("@")[2]
+        # The nodes that the URL names, as HOST:PORT, and the one that answered last.
+        self._named = nodes_in(url)
+        self._home = self._named[0]
         self._channel = channel
         self._client_name = client_name
         self._shard_count = shard_count
@@ -183,19 +187,19 @@ class RedisTransport:
                 raise TransportError(f"{self._name}: {result}")
         if is_replica(hello_fields(said)):  # new connections may lead to its primary
             await pipeline.connection_pool.disconnect(inuse_connections=False)
-            raise TransportError(f"{self._name}: {_REPLICA}")
+            with suppress(TransportError):
+                self._link.connection.lose(REPLICA)
+            raise TransportError(f"{self._name}: {REPLICA}")
 
     # --- servers --------------------------------------------------------------------------------
 
     async def _client(self, node: str) -> Redis:
         """A client of ``node`` (``HOST:PORT``), with the credentials and TLS of the URL."""
         if node not in self._clients:
-            parts = urlsplit(self._url)
-            user, at, _ = parts.netloc.rpartition("@")
             pool = await asyncio.to_thread(
                 connection_pool,
                 "transport",
-                urlunsplit(parts._replace(netloc=f"{user}{at}{node}")),
+                url_of(node, self._url),
                 client_name=self._client_name,
                 connections=PUBLISH_CONNECTIONS,
                 dial_timeout_s=DIAL_TIMEOUT_S,
@@ -206,31 +210,42 @@ class RedisTransport:
 
     async def _dial(self, deliver: Deliver) -> "_Listener | _ClusterListener":
         """Connect to a known server, and on a Redis Cluster from there to all nodes."""
-        known = [self._home, *self._clients] if self._slots else [self._home]
-        seed = random.choice(known)  # noqa: S311 - spreads load
-        connection, hello = await self._connect(seed)
-        try:
-            if hello.get(b"mode") == b"cluster":
-                self._slots = await _read_slots(self._name, connection)
-            elif is_replica(hello):
-                raise TransportError(f"{self._name}: {_REPLICA}")  # noqa: TRY301 - closed below
-            else:
-                self._slots = None
-        except BaseException:
-            await connection.disconnect(nowait=True)
-            raise
         if self._slots is None:
-            return _Listener(self._name, connection, deliver)
-        await connection.disconnect(nowait=True)
+            nodes = sorted(self._named, key=lambda node: node != self._home)
+        else:
+            known = list(dict.fromkeys([*self._named, *self._clients]))
+            nodes = random.sample(known, len(known))  # spreads load
+        found = await first_of([partial(self._visit, node) for node in nodes], _leave)
+        self._home, self._slots = found.node, found.slots
+        if found.slots is None:
+            return _Listener(self._name, found.connection, deliver)
+        await _leave(found)
         listeners: dict[str, _Listener] = {}
         try:
-            for node in dict.fromkeys(self._slots.nodes):
+            for node in dict.fromkeys(found.slots.nodes):
                 connection, _ = await self._connect(node)
                 listeners[node] = _Listener(node, connection, deliver)
         except BaseException:
             await asyncio.gather(*(listener.close() for listener in listeners.values()))
             raise
-        return _ClusterListener(self._slots, listeners)
+        return _ClusterListener(found.slots, listeners)
+
+    async def _visit(self, node: str) -> "_Found":
+        """Connect to ``node``, and ask what it is.
+
+        Raises:
+            TransportError: it does not answer, or is a replica outside a Redis Cluster.
+        """
+        connection, hello = await self._connect(node)
+        try:
+            if hello.get(b"mode") == b"cluster":
+                return _Found(node, connection, await _read_slots(self._name, connection))
+            if is_replica(hello):
+                raise TransportError(f"{self._name}: {REPLICA}")  # noqa: TRY301 - closed below
+        except BaseException:
+            await connection.disconnect(nowait=True)
+            raise
+        return _Found(node, connection, None)
 
     async def _connect(self, node: str) -> tuple[AbstractConnection, Mapping[bytes, object]]:
         """Connect to ``node`` to listen. Returns what the node says of itself as well.
@@ -239,7 +254,8 @@ class RedisTransport:
         used if the server knows it.
         """
         pool = (await self._client(node)).connection_pool
-        with _translated(self._name if node == self._home else f"{self._name} ({node})"):
+        is_only = node == self._name.partition("://")[2]
+        with _translated(self._name if is_only else f"{self._name} ({node})"):
             try:
                 return await _open(pool, protocol=RESP3)
             except ResponseError:  # for example a proxy that does not know HELLO
@@ -387,7 +403,7 @@ class _Listener:
     def _take(self, response: Any) -> None:
         if not isinstance(response, list) or response[0] == b"pong":
             if is_replica(hello_fields(response)):
-                self.lose(_REPLICA)
+                self.lose(REPLICA)
             if self._pongs and not (pong := self._pongs.popleft()).done():
                 pong.set_result(None)
             return
@@ -410,6 +426,18 @@ class _Slots(NamedTuple):
         """``HOST:PORT`` of the node that serves the sharded channel ``channel``."""
         slot: int = key_slot(channel.encode())
         return self.nodes[bisect(self.starts, slot) - 1]
+
+
+class _Found(NamedTuple):
+    """A node that answered, the connection to it, and the slot map if it has one."""
+
+    node: str
+    connection: AbstractConnection
+    slots: _Slots | None
+
+
+async def _leave(found: _Found) -> None:
+    await found.connection.disconnect(nowait=True)
 
 
 class _ClusterListener:
