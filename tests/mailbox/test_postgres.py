@@ -334,7 +334,6 @@ class TestOpening:
         for refuse, permit in (
             (f"REVOKE {tables} FROM {role}", f"GRANT {tables} TO {role}"),
             (f"REVOKE INSERT ON receipts FROM {role}", f"GRANT INSERT ON receipts TO {role}"),
-            (f"REVOKE UPDATE ON generation FROM {role}", f"GRANT UPDATE ON generation TO {role}"),
             (f"REVOKE {functions} FROM PUBLIC, {role}", f"GRANT {functions} TO {role}"),
             (f"REVOKE {whole} FROM {role}", f"GRANT {whole} TO {role}"),
             (f"ALTER ROLE {role} NOLOGIN", f"ALTER ROLE {role} LOGIN"),

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from pokebridge.errors import ConfigError, MailboxError, MailboxFullError
+from pokebridge.errors import ConfigError, InputError, MailboxError, MailboxFullError
 from pokebridge.mailbox import base, sqlite, sqlite_file, sqlite_workers
 from pokebridge.mailbox.base import Limits, Mailbox
 from pokebridge.mailbox.sqlite import SqliteMailbox

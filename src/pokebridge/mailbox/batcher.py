@@ -93,9 +93,7 @@ class Batcher(Generic[Job, Result]):
         """The result or the error of each of ``jobs``."""
         try:
             results = await self._do(jobs)
-            if len(results) == len(jobs):
-                return list(results)
-            raise AssertionError("a batch needs as many results as it has jobs")  # noqa: TRY301
+            return [result for _, result in zip(jobs, results, strict=True)]
         except asyncio.CancelledError:  # a driver's, as nobody cancels a worker
             return [MailboxError("the mailbox gave up the call, try again")] * len(jobs)
         except MailboxRefusedError as error:

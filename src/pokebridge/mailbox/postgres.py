@@ -27,7 +27,7 @@ from pokebridge.mailbox.batcher import Batcher
 from pokebridge.mailbox.postgres_additions import ADDITIONS
 from pokebridge.mailbox.postgres_pool import PostgresPool, Record
 from pokebridge.mailbox.postgres_pushes import PostgresPushes
-from pokebridge.mailbox.postgres_schema import MIGRATION_LOCK, MIGRATIONS
+from pokebridge.mailbox.postgres_schema import CHECK, MIGRATION_LOCK, MIGRATIONS
 from pokebridge.mailbox.pushes import PushTiming
 from pokebridge.model import MAX_VERSION, Message, NewMessage, Page, Poke, Receipt
 
@@ -138,25 +138,6 @@ class _Pull(NamedTuple):
     limit: int
     max_bytes: int
     head: int
-
-
-# Whether writes are possible, and whether all that they need is there and permitted.
-CHECK: Final = """
-WITH ours AS (SELECT to_regnamespace(quote_ident(current_schema())) AS namespace)
-SELECT current_setting('transaction_read_only') = 'on', (
-    SELECT count(*) = 9 AND bool_and(has_table_privilege(oid, 'SELECT')
-        AND has_table_privilege(oid, 'INSERT') AND has_table_privilege(oid, 'UPDATE')
-        AND (relname = 'generation' OR has_table_privilege(oid, 'DELETE')))
-    FROM pg_class JOIN ours ON relnamespace = namespace
-    WHERE relname IN ('heads', 'messages', 'receipts', 'batches', 'outbox', 'devices', 'pushes',
-        'dead_pushes', 'generation')
-), (
-    SELECT count(DISTINCT proname) = 8 AND bool_and(has_function_privilege(pg_proc.oid, 'EXECUTE'))
-    FROM pg_proc JOIN ours ON pronamespace = namespace
-    WHERE proname IN ('append', 'append_above_heads', 'generation_base', 'current_history',
-        'see_devices', 'ack', 'delete_acked', 'purge_messages')
-)
-"""
 
 
 class PostgresMailbox:

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from pokebridge.errors import MailboxFullError
+from pokebridge.errors import InputError, MailboxFullError
 from pokebridge.mailbox.base import (
     DAY_MS,
     FORGET_BATCH,
@@ -210,6 +210,33 @@ class LimitsContract:
         assert (await mailbox.append(message())).version == 4
         await mailbox.ack(BOB, "phone", 4)
         assert await kept(mailbox) == (1, 2)
+
+    @pytest.mark.parametrize("odd", ["a\0b", "\ud800"])
+    async def test_what_can_not_be_stored_harms_nobody(self, mailbox: Mailbox, odd: str) -> None:
+        """A call with such a name works or raises InputError; calls beside it work."""
+        await mailbox.append(message())
+        odd_calls = (
+            mailbox.append(message(odd)),
+            mailbox.append(message(id=odd)),
+            mailbox.append(message(sender=odd)),
+            mailbox.read(odd, after=0, limit=1),
+            mailbox.see_device(odd, "d"),
+            mailbox.see_device(EVE, odd),
+            mailbox.ack(EVE, odd, 1),
+        )
+        good_calls = [
+            call
+            for _ in range(20)
+            for call in (
+                mailbox.append(message()),
+                mailbox.read(BOB, after=0, limit=1),
+                mailbox.see_device(BOB, "d"),
+            )
+        ]
+        outcomes = await asyncio.gather(*odd_calls, *good_calls, return_exceptions=True)
+        failures = [each for each in outcomes if isinstance(each, BaseException)]
+        assert {type(failure) for failure in failures} <= {InputError}
+        assert len(failures) <= len(odd_calls)
 
     async def test_stats_count_what_there_is(self, mailbox: Mailbox, clock: ManualClock) -> None:
         """Statistics count recipients, messages, bytes, devices and outbox entries, with ages."""

@@ -10,7 +10,6 @@ In a cluster that is not called ``default`` both begin with ``push-notifications
 import asyncio
 import math
 import random
-from bisect import bisect
 from collections import deque
 from collections.abc import Awaitable, Collection, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -20,7 +19,6 @@ from typing import Any, NamedTuple, Self
 
 from redis.asyncio import Redis
 from redis.asyncio.connection import AbstractConnection
-from redis.crc import key_slot
 from redis.exceptions import AskError, NoPermissionError, RedisError, ResponseError
 
 from pokebridge.engines import text_of
@@ -32,7 +30,6 @@ from pokebridge.engines.redis import (
     connection_pool,
     hello_fields,
     is_replica,
-    node_address,
     nodes_in,
     url_of,
 )
@@ -50,6 +47,7 @@ from pokebridge.transport.reconnecting_link import (
     ReconnectingLink,
     check_topic,
 )
+from pokebridge.transport.redis_slots import Slots, read_slots
 
 # More than one, so that a slow round trip does not delay every other publish.
 PUBLISH_CONNECTIONS = 4
@@ -80,7 +78,7 @@ class RedisTransport:
         # The clients that publish, by node.
         self._clients: dict[str, Redis] = {}
         # The slot map of a Redis Cluster; None on a single server.
-        self._slots: _Slots | None = None
+        self._slots: Slots | None = None
         self._link: ReconnectingLink[_Listener | _ClusterListener] = ReconnectingLink(
             self._name, [self._dial], channel
         )
@@ -239,7 +237,8 @@ class RedisTransport:
         connection, hello = await self._connect(node)
         try:
             if hello.get(b"mode") == b"cluster":
-                return _Found(node, connection, await _read_slots(self._name, connection))
+                with _translated(self._name):
+                    return _Found(node, connection, await read_slots(connection))
             if is_replica(hello):
                 raise TransportError(f"{self._name}: {REPLICA}")  # noqa: TRY301 - closed below
         except BaseException:
@@ -416,24 +415,12 @@ class _Listener:
             self.lose(_MOVED)
 
 
-class _Slots(NamedTuple):
-    """The slot map of a Redis Cluster: the first slot of each range, and the range's node."""
-
-    starts: Sequence[int]
-    nodes: Sequence[str]
-
-    def node_of(self, channel: str) -> str:
-        """``HOST:PORT`` of the node that serves the sharded channel ``channel``."""
-        slot: int = key_slot(channel.encode())
-        return self.nodes[bisect(self.starts, slot) - 1]
-
-
 class _Found(NamedTuple):
     """A node that answered, the connection to it, and the slot map if it has one."""
 
     node: str
     connection: AbstractConnection
-    slots: _Slots | None
+    slots: Slots | None
 
 
 async def _leave(found: _Found) -> None:
@@ -448,7 +435,7 @@ class _ClusterListener:
 
     spread_s = 0.0  # a node forwards what it is given whether or not anybody has subscribed
 
-    def __init__(self, slots: _Slots, listeners: Mapping[str, _Listener]) -> None:
+    def __init__(self, slots: Slots, listeners: Mapping[str, _Listener]) -> None:
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._slots = slots
         self._listeners = listeners
@@ -493,25 +480,6 @@ async def _all(calls: Iterable[Awaitable[None]]) -> None:
     for outcome in await asyncio.gather(*calls, return_exceptions=True):
         if outcome is not None:
             raise outcome
-
-
-async def _read_slots(name: str, connection: AbstractConnection) -> _Slots:
-    """Ask the server for its cluster's slot map.
-
-    Raises:
-        TransportError: the server refuses to answer, or its cluster serves no slots.
-    """
-    asked = str(getattr(connection, "host", ""))
-    with _translated(name):
-        await connection.send_command("CLUSTER", "SLOTS")
-        ranges = sorted(await connection.read_response())
-    if not ranges:
-        raise TransportError(f"{name}: this cluster serves no slots")
-    nodes = [
-        node_address((primary[0] or b"").decode(), primary[1], asked)
-        for _, _, primary, *_ in ranges
-    ]
-    return _Slots([first for first, *_ in ranges], nodes)
 
 
 @contextmanager
