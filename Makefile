@@ -9,6 +9,7 @@ SPREAD := --dist loadfile --no-loadscope-reorder
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
+RUN_STAMP := $(VENV)/.run-done
 CODE := src tests $(wildcard benchmarks simulation examples deploy tools)
 NODE := tests/node clients/js examples/replicache/web
 
@@ -21,8 +22,7 @@ help:  ## list these commands
 
 setup: $(STAMP)  ## put everything the project needs into .venv
 
-# Only pip comes with Python. It brings the one uv that the lock names, by its hash; uv does the rest.
-$(STAMP): requirements.lock pyproject.toml
+$(BIN)/python:
 	@if ! $(BIN)/python -c 'import pip' 2>/dev/null; then \
 	  for python in python3 python3.14 python3.13 python3.12 python3.11; do \
 	    $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; \
@@ -31,15 +31,25 @@ $(STAMP): requirements.lock pyproject.toml
 	  test -n "$$python" || { echo "setup: needs Python 3.11 or newer with its venv module (Debian: apt-get install python3-venv)" >&2; exit 1; }; \
 	  $$python -m venv --clear $(VENV); \
 	fi
+
+# Only pip comes with Python. It brings the one uv that the lock names, by its hash; uv does the rest.
+$(STAMP): requirements.lock pyproject.toml | $(BIN)/python
 	@awk '/^[^ #]/ {wanted = /^uv==/} wanted' requirements.lock > $(VENV)/uv.lock
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --require-hashes -r $(VENV)/uv.lock
 	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip sync --quiet --compile-bytecode --require-hashes requirements.lock
 	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
-run: setup  ## start a development instance on PORT (8080)
+# An instance needs a tenth of what the tests need.
+$(RUN_STAMP): requirements-run.lock pyproject.toml | $(BIN)/python
+	@echo "Installing pokebridge and its dependencies into $(VENV), once: about 100 MB." >&2
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --require-hashes -r requirements-run.lock
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+run: $(if $(wildcard $(STAMP)),$(STAMP),$(RUN_STAMP))  ## start a development instance on PORT (8080)
 	@mkdir -p var
-	@exec $(BIN)/pokebridge serve --dev --port $(PORT) --mailbox sqlite:///var/pokebridge.db
+	@exec $(BIN)/pokebridge serve --dev --port $(PORT) --mailbox sqlite:///var/pokebridge.db --log-level warning
 
 test: setup test-deps  ## run the test suite, real engines included
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -q --numprocesses $(WORKERS) $(SPREAD)
@@ -90,9 +100,11 @@ chaos: setup test-deps  ## five instances and 2,000 clients through every misfor
 bench: setup  ## run the benchmarks
 	@$(BIN)/python -m benchmarks
 
-lock: setup  ## compile requirements.lock anew from pyproject.toml (UPGRADE=1: newest releases)
+lock: setup  ## compile the requirements locks anew from pyproject.toml (UPGRADE=1: newest releases)
 	@$(BIN)/uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --all-extras --group dev \
 	  --generate-hashes --no-header $(if $(UPGRADE),--upgrade) --output-file requirements.lock
+	@$(BIN)/uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --group build \
+	  --constraint requirements.lock --generate-hashes --no-header --output-file requirements-run.lock
 
 clean:  ## delete all that these commands made, the development mailbox in var/ included
 	@rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis var node_modules $(NODE:=/node_modules) $(NODE:=/dist) clients/js/build

@@ -133,15 +133,27 @@ def test_the_forbidden_is_recognised(line: str) -> None:
     assert FORBIDDEN.search(line)
 
 
-def test_the_lock_is_hashed_and_names_no_index() -> None:
+@pytest.mark.parametrize(
+    ("name", "at_least"), [("requirements.lock", 50), ("requirements-run.lock", 20)]
+)
+def test_a_lock_is_hashed_and_names_no_index(name: str, at_least: int) -> None:
     """Every locked release is pinned, with hashes, and the lock works with any mirror."""
-    lock = (ROOT / "requirements.lock").read_text()
+    lock = (ROOT / name).read_text()
     assert "://" not in lock
     requirements = re.split(r"\n(?=\S)", lock.strip())
-    assert len(requirements) > 50
+    assert len(requirements) > at_least
     unpinned = [
         requirement.splitlines()[0]
         for requirement in requirements
         if not re.match(r"[a-z0-9-]+==\S+ ", requirement) or "--hash=sha256:" not in requirement
     ]
     assert not unpinned
+
+
+def test_both_locks_name_the_same_releases() -> None:
+    """What `make run` installs is what is tested."""
+    every, run = (
+        set(re.findall(r"^\S+==\S+", (ROOT / name).read_text(), re.MULTILINE))
+        for name in ("requirements.lock", "requirements-run.lock")
+    )
+    assert run < every

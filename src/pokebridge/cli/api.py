@@ -16,12 +16,14 @@ from pokebridge.tokens import SignToken
 SUBJECT = "urn:pokebridge:cli"
 """The subject of a token that a command makes for itself."""
 
+DEFAULT_URL = "http://127.0.0.1:8080"
+
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 _url_option = click.option(
     "--url",
     envvar="POKEBRIDGE_URL",
-    default="http://127.0.0.1:8080",
+    default=DEFAULT_URL,
     show_default=True,
     help="Address of the instance. Variable: POKEBRIDGE_URL.",
 )

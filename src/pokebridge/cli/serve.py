@@ -1,5 +1,6 @@
 """``pokebridge serve``: run an instance."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -8,6 +9,7 @@ import click
 import uvloop
 from pydantic.fields import FieldInfo
 
+from pokebridge.cli.api import DEFAULT_URL
 from pokebridge.cli.options import config_option
 from pokebridge.settings import Settings, load_settings
 from pokebridge.telemetry import configure_logging
@@ -60,4 +62,26 @@ def run_instance(settings: Settings) -> None:
     from pokebridge.server.assemble import serve as serve_instance  # noqa: PLC0415
 
     configure_logging(settings.log_format, settings.log_level)
-    uvloop.run(serve_instance(settings))
+    greet = _greet if settings.dev else _say_nothing
+    uvloop.run(serve_instance(settings, on_listening=greet))
+
+
+def _greet(url: str) -> None:
+    """Tell a person at a terminal where to go from here."""
+    command, at = sys.argv[0], "" if url == DEFAULT_URL else f" --url {url}"
+    click.echo(
+        f"""
+pokebridge runs in development mode. Ctrl-C stops it.
+
+  page      {url}/
+  console   {url}/console
+  API       {url}/docs
+  listen    {command} listen urn:user:bob{at}
+  send      {command} send urn:user:bob '{{"text": "hello"}}'{at}
+""",
+        err=True,
+    )
+
+
+def _say_nothing(_: str) -> None:
+    """The log says that the instance listens."""

@@ -47,8 +47,12 @@ _Send = Callable[[NewMessage], Awaitable[Receipt]]
 _RESERVED_DESCRIPTORS = 1000
 
 
-async def serve(settings: Settings) -> None:
+async def serve(
+    settings: Settings, *, on_listening: Callable[[str], None] = lambda _: None
+) -> None:
     """Run an instance until SIGTERM or SIGINT, then drain it, finish what is under way and return.
+
+    ``on_listening`` is called with the instance's URL once it can be reached.
 
     Example::
 
@@ -66,7 +70,9 @@ async def serve(settings: Settings) -> None:
         listener = uvicorn_server.listen(settings.host, settings.port)
         url = uvicorn_server.own_url(settings.advertise_url, listener, dev=settings.dev)
         instance = assemble(settings, opened, url=url)
-        await uvicorn_server.run(instance, listener, grace_s=settings.grace_s)
+        await uvicorn_server.run(
+            instance, listener, grace_s=settings.grace_s, on_listening=on_listening
+        )
 
 
 def assemble(settings: Settings, opened: Adapters, *, url: str = "") -> Instance:

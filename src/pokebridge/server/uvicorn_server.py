@@ -6,7 +6,7 @@ import functools
 import gc
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 import structlog
@@ -22,10 +22,17 @@ _KEEP_ALIVE_S = 75  # longer than load balancers use, so that they close first
 _BACKLOG = 4096
 
 
-async def run(instance: Instance, listener: socket.socket, *, grace_s: float) -> None:
+async def run(
+    instance: Instance,
+    listener: socket.socket,
+    *,
+    grace_s: float,
+    on_listening: Callable[[str], None],
+) -> None:
     """Serve ``instance`` on ``listener`` until SIGTERM or SIGINT, then drain it and close both.
 
-    Requests that are under way then have ``grace_s`` seconds to finish.
+    Requests that are under way then have ``grace_s`` seconds to finish. ``on_listening`` is called
+    with the address, once the server listens.
     """
     try:
         await instance.start()
@@ -42,7 +49,7 @@ async def run(instance: Instance, listener: socket.socket, *, grace_s: float) ->
             timeout_graceful_shutdown=int(grace_s),
             backlog=_BACKLOG,
         )
-        await _Server(config, instance).serve(sockets=[listener])
+        await _Server(config, instance, on_listening).serve(sockets=[listener])
     finally:
         listener.close()
         await instance.close()
@@ -84,9 +91,12 @@ def own_url(advertise_url: str | None, listener: socket.socket, *, dev: bool) ->
 class _Server(uvicorn.Server):
     """uvicorn that drains the sessions before it stops, and exits with status 0."""
 
-    def __init__(self, config: uvicorn.Config, instance: Instance) -> None:
+    def __init__(
+        self, config: uvicorn.Config, instance: Instance, on_listening: Callable[[str], None]
+    ) -> None:
         super().__init__(config)
         self._instance = instance
+        self._on_listening = on_listening
         self._drain: asyncio.Task[None] | None = None
 
     @contextlib.contextmanager
@@ -111,7 +121,9 @@ class _Server(uvicorn.Server):
         gc.freeze()
         for listener in sockets or []:
             host, port = listener.getsockname()[:2]
-            log.info("listening", url=f"http://{_url_host(host)}:{port}")
+            url = f"http://{_url_host(host)}:{port}"
+            log.info("listening", url=url)
+            self._on_listening(url)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop. A second SIGINT stops at once."""
