@@ -1,5 +1,6 @@
 """Brings the fixtures of ``tests.support``, and the servers' logs into the report of a failure."""
 
+import signal
 from collections.abc import Generator
 
 import pytest
@@ -42,6 +43,10 @@ __all__ = [
     "valkey_server",
 ]
 
+
+# A shell's background job ignores SIGINT, and so would every program that the tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How fast a busy machine runs an example proves nothing.
 settings.register_profile("suite", deadline=None)

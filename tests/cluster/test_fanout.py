@@ -108,10 +108,10 @@ async def test_signals_that_others_publish_are_understood(clusters: Clusters) ->
                 ]
                 (malformed,) = await metrics(instance, Metric.SIGNALS_MALFORMED)
                 await publish(cluster, [*GARBAGE, *pokes])
-                heard = [json.loads(await socket.recv()) for socket in sessions]
-            versions = list(recipients.values())
-            assert [frame["type"] for frame in heard] == ["poke"] * len(sessions), publish.__name__
-            assert [frame.get("version") for frame in heard] == versions, publish.__name__
+                # On a busy machine a gap may poke all sessions first, and names no version.
+                for socket, version in zip(sessions, recipients.values(), strict=True):
+                    while json.loads(await socket.recv()).get("version") != version:
+                        pass
 
             async def is_counted(enough: float = malformed + len(GARBAGE)) -> bool:
                 return (await metrics(instance, Metric.SIGNALS_MALFORMED))[0] >= enough

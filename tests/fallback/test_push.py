@@ -78,15 +78,15 @@ async def test_who_does_not_pull_is_told_of(receiver: Receiver) -> None:
 
 async def test_a_pull_in_the_grace_cancels(receiver: Receiver) -> None:
     """What was pulled in time is never told of; what was not, is."""
-    mailbox = MemoryMailbox(push_timing=PushTiming(grace_s=0.3))
+    mailbox = MemoryMailbox(push_timing=PushTiming(grace_s=0.1))
     pulls = Pulls(pushes_of(mailbox), tell_every_s=0.01)
     await pulls.start()
     await mailbox.append(message(BOB))
     await mailbox.append(message(EVE))
     pulls.note(BOB, 1)
+    await pulls.close()  # tells the mailbox
     async with pushing(mailbox, receiver):
         await wait_until(lambda: receiver.requests)
-        await pulls.close()
     assert receiver.arrived == {EVE: 1}
     assert (await mailbox.stats()).pushes == 0
 
