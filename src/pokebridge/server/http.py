@@ -14,10 +14,10 @@ from urllib.parse import urlsplit
 
 import httptools
 from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from pokebridge.gateway.gateway import Gateway
 from pokebridge.gateway.handshake import UpgradeRequest, refusal_response
+from pokebridge.server.exchange import ExchangeProtocol
 
 MAX_HEAD_BYTES = 16 * 1024
 """The most bytes of the target, the header fields and the trailer fields of a request together."""
@@ -26,7 +26,7 @@ _CHUNK_BYTES = 16
 REQUEST_TIMEOUT_S = 10.0
 
 
-class HttpProtocol(HttpToolsProtocol):
+class HttpProtocol(ExchangeProtocol):
     """One HTTP connection, until it closes or becomes a WebSocket."""
 
     def __init__(self, *args: Any, gateway: Gateway, **kwargs: Any) -> None:

@@ -1,0 +1,242 @@
+"""The ASGI side of an HTTP connection: one request and its response.
+
+uvicorn's own ``RequestResponseCycle`` costs more than our application. :class:`Exchange` takes its
+place. It does the same for an application, so that any ASGI middleware may be around that, but
+
+- it makes an event only if the application waits for a body that is still on its way;
+- it writes head and body together when the body has one piece, as all of ours have;
+- it looks for line ends in the head as a whole, where uvicorn matches each name and value.
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import unquote
+
+import httptools
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from pokebridge.asgi import IN_TIME, ASGIApp, Message, Scope
+from pokebridge.gateway.handshake import refusal_response
+from pokebridge.supervisor import note_failure
+
+_EXTENSIONS: dict[str, dict[str, str]] = {IN_TIME: {}}
+_NO_BODY = frozenset({204, 304})
+
+_Headers = list[tuple[bytes, bytes]]
+
+
+class Exchange:
+    """One request, and the response of the application to it.
+
+    - ``scope``: the ASGI scope
+    - ``body``, ``more_body``: of the request what has arrived, and whether there is more to come
+    - ``keep_alive``: whether the connection stays open
+    - ``disconnected``: whether the client has gone away
+    - ``response_started``, ``response_complete``: what the application has sent
+    - ``on_response``: called when the response is complete
+    - ``_transport``, ``_flow``: of the connection
+    - ``_default_headers``: what the server adds to each response
+    - ``_waits_for_100``: whether the client waits for a word before it sends the body
+    - ``_is_read``: whether the application has received the whole body
+    - ``_arrived``: set when something arrives; made when the application waits for that
+    - ``_head``: the head of the response, until the first piece of the body is written with it
+    - ``_left_bytes``: what the body must still have; ``None`` if it is sent in chunks
+    """
+
+    __slots__ = (
+        *("_arrived", "_default_headers", "_flow", "_head", "_is_read", "_left_bytes"),
+        *("_transport", "_waits_for_100", "body", "disconnected", "keep_alive", "more_body"),
+        *("on_response", "response_complete", "response_started", "scope"),
+    )
+
+    def __init__(
+        self,
+        scope: Scope,
+        transport: asyncio.Transport,
+        flow: FlowControl,
+        default_headers: _Headers,
+        on_response: Callable[[], None],
+        *,
+        keep_alive: bool,
+        waits_for_100: bool,
+    ) -> None:
+        self.scope = scope
+        self.body = bytearray()
+        self.more_body = True
+        self.keep_alive = keep_alive
+        self.disconnected = False
+        self.response_started = False
+        self.response_complete = False
+        self.on_response = on_response
+        self._transport = transport
+        self._flow = flow
+        self._default_headers = default_headers
+        self._waits_for_100 = waits_for_100
+        self._is_read = False
+        self._arrived: asyncio.Event | None = None
+        self._head = b""
+        self._left_bytes: int | None = None
+
+    async def run_asgi(self, app: ASGIApp) -> None:
+        """Have ``app`` answer."""
+        try:
+            await app(self.scope, self.receive, self.send)
+        except Exception as error:  # noqa: BLE001 - the guard of a request: the client must hear
+            note_failure("http_request", error)
+        if self.response_complete or self.disconnected:
+            return
+        if self._head or not self.response_started:  # nothing is written yet
+            self._transport.write(refusal_response(500, "a defect of the server: see its log"))
+        self.response_complete = True
+        self._transport.close()  # of a response that has begun the client sees that it is not whole
+
+    @property
+    def message_event(self) -> "Exchange":
+        """What uvicorn's protocol sets when something arrives."""
+        return self
+
+    def set(self) -> None:
+        """Something has arrived, or nothing will any more."""
+        if self._arrived is not None:
+            self._arrived.set()
+
+    async def receive(self) -> Message:
+        """ASGI's ``receive``."""
+        if self._waits_for_100 and not self._transport.is_closing():
+            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._waits_for_100 = False
+        while not (self.disconnected or self.response_complete):
+            if self.body or not (self.more_body or self._is_read):
+                body, self.body = bytes(self.body), bytearray()
+                self._is_read = not self.more_body
+                return {"type": "http.request", "body": body, "more_body": self.more_body}
+            self._flow.resume_reading()
+            if self._arrived is None:
+                self._arrived = asyncio.Event()
+            await self._arrived.wait()
+            self._arrived = None
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Message) -> None:
+        """ASGI's ``send``."""
+        if self._flow.write_paused and not self.disconnected:
+            await self._flow.drain()
+        if self.disconnected:
+            return
+        if message["type"] == "http.response.start" and not self.response_started:
+            self._head = self._encode_head(message["status"], message.get("headers", ()))
+            self.response_started, self._waits_for_100 = True, False
+        elif message["type"] == "http.response.body" and self.response_started:
+            self._send_body(message.get("body", b""), is_last=not message.get("more_body", False))
+        else:
+            raise RuntimeError(f"{message['type']!r} is out of order")
+
+    def _encode_head(self, status: int, headers: _Headers) -> bytes:
+        is_empty = status in _NO_BODY or self.scope["method"] == "HEAD"
+        length: bytes | None = None
+        lines = [STATUS_LINE[status]]
+        for name, value in (*self._default_headers, *headers):
+            if name == b"content-length":
+                length = value
+            elif name == b"connection" and b"close" in value.lower():
+                self.keep_alive = False
+                continue
+            lines.append(b"%s: %s\r\n" % (name, value))
+        if not self.keep_alive:
+            lines.append(b"connection: close\r\n")
+        if is_empty:
+            self._left_bytes = 0
+        elif length is not None:
+            self._left_bytes = int(length)
+        else:
+            lines.append(b"transfer-encoding: chunked\r\n")
+        head = b"".join(lines)
+        if not head.count(b"\n") == head.count(b"\r") == len(lines):
+            raise RuntimeError("a header has a line end")
+        return head + b"\r\n"
+
+    def _send_body(self, body: bytes, *, is_last: bool) -> None:
+        if self.response_complete:
+            raise RuntimeError("the response is complete")
+        if self._left_bytes is None:
+            body = b"%x\r\n%s\r\n" % (len(body), body) if body else b""
+            body += b"0\r\n\r\n" if is_last else b""
+        elif self.scope["method"] == "HEAD":
+            body = b""
+        else:
+            self._left_bytes -= len(body)
+            if self._left_bytes < 0 or (is_last and self._left_bytes > 0):
+                raise RuntimeError("the response's body has not the length that its head says")
+        head, self._head = self._head, b""
+        if head or body:
+            self._transport.write(head + body)
+        if is_last:
+            self.response_complete = True
+            self.set()
+            if not self.keep_alive:
+                self._transport.close()
+            on_response, self.on_response = self.on_response, _nothing  # refers to us in turn
+            on_response()
+
+
+def _nothing() -> None:
+    pass
+
+
+class ExchangeProtocol(HttpToolsProtocol):
+    """uvicorn's HTTP protocol, with an :class:`Exchange` for each request."""
+
+    def on_message_begin(self) -> None:
+        """A request begins. Its scope is made when its head is complete."""
+        self.url = b""
+        self.headers = []
+        self.expect_100_continue = False
+
+    def on_headers_complete(self) -> None:
+        """Begin to serve the request, or have it wait for those ahead of it."""
+        parser, config = self.parser, self.config
+        version = parser.get_http_version()
+        raw_path, _, query = self._split_target()
+        path = raw_path.decode("ascii")
+        scope: Any = {
+            "type": "http",
+            "asgi": {"version": self.asgi_version, "spec_version": "2.3"},
+            "http_version": version,
+            "method": parser.get_method().decode("ascii"),
+            "scheme": self.scheme,
+            "path": self.root_path + (unquote(path) if "%" in path else path),
+            "raw_path": self.root_path.encode("ascii") + raw_path,
+            "query_string": query,
+            "root_path": self.root_path,
+            "headers": self.headers,
+            "server": self.server,
+            "client": self.client,
+            "extensions": _EXTENSIONS,
+        }
+        self.scope = scope
+        if parser.should_upgrade() and self._should_upgrade():
+            return
+        before: Any = self.cycle
+        exchange: Any = Exchange(
+            scope,
+            self.transport,
+            self.flow,
+            self.server_state.default_headers,
+            self.on_response_complete,
+            keep_alive=version != "1.0" and parser.should_keep_alive(),
+            waits_for_100=self.expect_100_continue,
+        )
+        self.cycle = exchange
+        if before is None or before.response_complete:
+            self._start_asgi_task(exchange, config.loaded_app)
+        else:
+            self.flow.pause_reading()
+            self.pipeline.appendleft((exchange, config.loaded_app))
+
+    def _split_target(self) -> tuple[bytes, bytes, bytes]:
+        if self.url.startswith(b"/") and b"#" not in self.url:
+            return self.url.partition(b"?")
+        parsed = httptools.parse_url(self.url)
+        return parsed.path, b"?", parsed.query or b""
