@@ -153,11 +153,10 @@ async def test_a_subscription_is_live_only_once_its_probe_came_back() -> None:
         assert not world.manager.covers(BOB)
         assert not world.manager.settled
         assert world.manager.trouble == "the subscription did not deliver a probe in time"
-        assert world.manager.hears_nothing
+        assert world.manager.is_in_doubt
         world.bus.deaf.clear()
         await wait_until(lambda: world.manager.covers(BOB))
         assert world.manager.settled
-        assert not world.manager.hears_nothing
         assert world.lives == 1
         # It was never live before, so nobody was promised anything.
         assert not world.missed
@@ -226,6 +225,31 @@ async def test_a_gap_is_not_forgotten_when_its_subscription_retires() -> None:
         (affected,) = world.missed
         assert affected(BOB)
         assert affected(ALICE)
+
+
+async def test_a_new_subscription_that_fails_raises_doubt() -> None:
+    """Pokes for its shard are lost, although the others deliver."""
+    async with managing(ALICES, Feed.UNTAGGED) as world:
+        world.bus.deaf.add(BOBS)
+        world.manager.want(FOR_BOB | {ALICES})
+        await wait_until(lambda: world.manager.is_in_doubt)
+        assert world.manager.covers(ALICE)
+        world.bus.deaf.clear()
+        await wait_until(lambda: world.manager.covers(BOB))
+        assert not world.manager.is_in_doubt
+        assert not world.missed
+
+
+async def test_what_is_covered_still_is_not_in_doubt() -> None:
+    """While the change to single shards can't be finished, the one for everything delivers."""
+    async with managing(Feed.ALL) as world:
+        world.bus.deaf.add(BOBS)
+        world.manager.want(FOR_BOB)
+        await world.failed_probes(4)
+        assert world.manager.trouble is not None
+        assert not world.manager.is_in_doubt
+        assert world.manager.covers(BOB)
+        world.manager.want(EVERYTHING)
 
 
 async def test_silence_raises_doubt() -> None:

@@ -154,9 +154,11 @@ async def test_a_mailbox_that_is_away_costs_nobody_a_turn() -> None:
     verification.add(session)
     mailbox.is_away = True
     await run(verification, 2 * EVERY_S)
+    assert verification.is_blind
     mailbox.is_away = False
     for now in (2 * EVERY_S + 1, 2 * EVERY_S + 2 + GRACE_S):
         await verification.step(now, in_doubt=False)
+    assert not verification.is_blind
     assert session.pokes == [8]
 
 

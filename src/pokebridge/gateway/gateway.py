@@ -306,11 +306,9 @@ class Gateway:
             self._watch_doubt()
 
     def _watch_doubt(self) -> None:
-        """Count the seconds in doubt. Without a mailbox, poke everybody now and then meanwhile."""
+        """Count the seconds in doubt. Poke everybody now and then if no mailbox can tell whom."""
         was_deaf = self.is_deaf
-        # An instance that was cut off before it ever heard has missed nothing, and is deaf too.
-        in_doubt = self.subscriptions.is_in_doubt or self.subscriptions.hears_nothing
-        self._doubt_s = self._doubt_s + 1 if in_doubt else 0
+        self._doubt_s = self._doubt_s + 1 if self.subscriptions.is_in_doubt else 0
         if self.is_deaf and not was_deaf:
             log.warning(
                 "instance_deaf", reason=self.subscriptions.trouble, sessions=len(self.sessions)
@@ -318,7 +316,8 @@ class Gateway:
         elif was_deaf and not self.is_deaf:
             log.info("instance_hears_again", sessions=len(self.sessions))
             self.let_go(lets_go=False)
-        if self.verification is None and self._doubt_s and self._doubt_s % _DOUBT_POKE_EVERY_S == 0:
+        is_blind = self.verification is None or self.verification.is_blind
+        if is_blind and self._doubt_s and self._doubt_s % _DOUBT_POKE_EVERY_S == 0:
             self._wake(lambda _: True)
 
     async def _keep_verifying(self, verification: Verification) -> None:

@@ -121,13 +121,16 @@ class SubscriptionManager:
 
     @property
     def is_in_doubt(self) -> bool:
-        """Whether a subscription that was live may have missed signals, and is not proven again."""
-        return any(managed.missed for managed in self._managed.values())
+        """Whether signals that are wanted may be lost now.
 
-    @property
-    def hears_nothing(self) -> bool:
-        """Whether something is wanted, and no subscription at all is proven live."""
-        return bool(self._wanted) and not any(map(self._is_live, self._managed))
+        Either a subscription that was live may have missed signals and is not proven again, or one
+        that is new fails its probes and nothing else covers it. While a new one has not failed,
+        nobody was promised anything of it.
+        """
+        return any(managed.missed for managed in self._managed.values()) or (
+            not self._is_live(Feed.ALL)
+            and any(self._managed[selection].failed for selection in self._wanted)
+        )
 
     @property
     def selections(self) -> frozenset[Selection]:
@@ -254,6 +257,8 @@ class _ManagedSubscription:
         """Why it is not live. ``None`` when it is."""
         self.missed = False
         """Whether it was live, and may have missed signals since."""
+        self.failed = False
+        """Whether it could not be opened, or its last probe was not delivered."""
         self._manager = manager
         self._subscription: Subscription | None = None
         # Proves the subscription, again and again.
@@ -348,7 +353,7 @@ class _ManagedSubscription:
             self._doubt.clear()
             while not await self._prove():  # noqa: ASYNC110 - it is the probe that waits
                 await asyncio.sleep(spread(self._manager.timing.retry_s))
-            missed, self.missed, self.trouble = self.missed, False, None
+            missed, self.missed, self.failed, self.trouble = self.missed, False, False, None
             if missed:
                 log.warning("subscription_restored", selection=str(self.selection))
             self._manager.became_live(self, missed=missed)
@@ -388,7 +393,7 @@ class _ManagedSubscription:
         if self.trouble is None:
             log.warning("subscription_in_doubt", selection=str(self.selection), reason=trouble)
             self.missed = True
-        self.trouble = trouble
+        self.failed, self.trouble = True, trouble
 
     async def _until_doubt(self) -> None:
         """Return after a gap, or when no signal has arrived for a while.

@@ -63,6 +63,7 @@ class Verification:
 
     Attributes:
         verified: sessions compared with the mailbox so far.
+        is_blind: whether the mailbox did not answer last time.
         lost: sessions that were behind: their pokes were lost on the way.
     """
 
@@ -74,6 +75,7 @@ class Verification:
         self._budget = 0.0
         self._stepped_at: float | None = None
         self.verified = 0
+        self.is_blind = False
         self.lost = 0
 
     def add(self, session: Verified) -> None:
@@ -92,9 +94,11 @@ class Verification:
             for start in range(0, len(due), BATCH):
                 await self._verify(due[start : start + BATCH], now)
         except MailboxError:  # its own readiness check reports it
+            self.is_blind = True
             self._budget += len(due)
             self._queue.extendleft(reversed(due))
         else:
+            self.is_blind = self.is_blind and not due
             self._queue.extend(due)
         if lost:
             self.lost += lost
