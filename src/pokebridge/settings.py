@@ -255,7 +255,9 @@ class Settings(BaseModel):
 
     mailbox: _PartUrl = "sqlite:///pokebridge.db"
     """Where messages are stored: sqlite:///FILE (one machine), postgresql://HOST/DB, or memory://
-    (one process, lost at exit)."""
+    (one process, lost at exit). An instance with the role gateway alone stores none. Set it there
+    all the same: it verifies its sessions and reads revocations, and runs on while that is
+    unavailable."""
     no_mailbox: bool = False
     """Store no messages. Clients pull from your own API, and your backend pokes after each
     commit."""

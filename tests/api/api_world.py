@@ -52,7 +52,8 @@ class World:
         """The parts of an instance without ``--dev``."""
         return Parts(
             verifier=TokenVerifier(secret=SECRET),
-            signaller=self,
+            publish=self.publish,
+            disconnect=self.disconnect,
             mailbox=self.mailbox_side(self.mailbox),
             cluster=self,
             watchers=_Watchers(self),

@@ -10,6 +10,7 @@ import jwt
 import pytest
 import websockets
 
+from pokebridge.sharding import shard_of
 from tests.cluster.traffic import session
 from tests.support import CutProxy, Daemon, Instance, Serve, wait_until
 from tests.support.serving import JWT_SECRET
@@ -40,6 +41,33 @@ async def test_a_disconnect_survives_a_gap(
             line.heal()
             assert await close_code(bob) == 4401
             await (await eve.ping())
+
+
+async def test_a_disconnect_that_nobody_heard_survives_a_gap(
+    nats_server: Daemon, serve: Serve
+) -> None:
+    """Partitioned, the instance that is asked does not subscribe to that shard, and still knows."""
+    bob = next(each for each in map("urn:user:{}".format, range(9)) if shard_of(each) % 2)
+    common: dict[str, Any] = {"cluster": "unheard", "mode": "partitioned", "no_mailbox": True}
+    async with asyncio.timeout(TIMEOUT_S), CutProxy("127.0.0.1", nats_server.port) as line:
+        one, two = await asyncio.gather(
+            *(
+                asyncio.to_thread(
+                    serve,
+                    transport=url,
+                    coordination=f"static://?ordinal={ordinal}&replicas=2",
+                    **common,
+                )
+                for ordinal, url in enumerate((nats_server.url, f"nats://{line.address}"))
+            )
+        )
+        async with session(two, bob) as socket:
+            line.cut()
+            line.reset()
+            async with one.async_http("urn:admin", "admin") as http:
+                assert (await http.delete(f"/v1/sessions/{bob}")).status_code == 204
+            line.heal()
+            assert await close_code(socket) == 4401
 
 
 async def close_code(socket: websockets.ClientConnection) -> int | None:

@@ -8,10 +8,12 @@ from functools import partial
 from pathlib import Path
 
 import httpx
+import websockets
 
 from pokebridge.client import PokeClient
 from pokebridge.mailbox.postgres import PostgresMailbox
 from pokebridge.mailbox.sqlite import SqliteMailbox
+from pokebridge.model import Poke
 from pokebridge.testing.mailbox_kit import ALICE, BOB, message
 from tests.support import Daemon, Instance, Serve, wait_until
 
@@ -133,7 +135,7 @@ async def test_only_a_processor_looks_after_the_mailbox(
     await long_ago.close()
 
 
-async def test_a_gateway_alone_opens_no_mailbox(
+async def test_a_gateway_alone_needs_no_mailbox(
     nats_server: Daemon, serve: Serve, tmp_path: Path
 ) -> None:
     """It runs where the mailbox can't be reached at all."""
@@ -142,6 +144,44 @@ async def test_a_gateway_alone_opens_no_mailbox(
         serve, "--roles", "gateway", transport=nats_server.url, mailbox=nowhere
     )
     assert await readiness(gateway) == ""
+
+
+async def test_a_gateway_alone_reads_the_mailbox_that_it_is_told(
+    nats_server: Daemon, serve: Serve, tmp_path: Path
+) -> None:
+    """It finds pokes that were lost, and revocations: also when the mailbox comes after it."""
+    path = tmp_path / "mailbox.db"
+    start = partial(
+        serve,
+        transport=nats_server.url,
+        mailbox=f"sqlite:///{path}",
+        cluster=f"c{time.time_ns()}",
+        verify_every_s=2,
+    )
+    gateway = await asyncio.to_thread(start, "--roles", "gateway")
+    async with awake(gateway) as poked:
+        mailbox = await SqliteMailbox.open(path)
+        seen = len(poked)
+        receipt = await mailbox.append(message())
+        # As if the poke had been published, and lost on its way.
+        await mailbox.confirm_outbox([Poke(BOB, receipt.version)])
+        await wait_until(lambda: len(poked) > seen)
+        await mailbox.close()
+    api = await asyncio.to_thread(start, "--roles", "api")
+    async with api.async_http("urn:admin", "admin") as http:
+        answer = await http.delete(f"/v1/sessions/{ALICE}", params={"revoke": "true"})
+        assert answer.status_code == httpx.codes.NO_CONTENT
+    later = await asyncio.to_thread(start, "--roles", "gateway")
+
+    async def refuses_alice() -> bool:
+        try:
+            await (await websockets.connect(later.ws_url, additional_headers=headers)).close()
+        except websockets.InvalidStatus as refusal:
+            return refusal.response.status_code == httpx.codes.UNAUTHORIZED
+        return False
+
+    headers = later.headers(ALICE)  # a token that does not say when it was issued counts as old
+    await wait_until(refuses_alice)
 
 
 async def test_a_processor_tells_that_its_pokes_are_stuck(

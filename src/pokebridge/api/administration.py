@@ -17,7 +17,6 @@ from pokebridge.api.exchange import (
     read_query,
 )
 from pokebridge.api.openapi import Call
-from pokebridge.api.pokes import Signaller
 from pokebridge.cluster.history import HistoryEntry
 from pokebridge.cluster.load import ClusterStatus, InstanceStatus
 from pokebridge.cluster.node import Home
@@ -55,12 +54,12 @@ class SessionCalls:
     def __init__(
         self,
         cluster: ClusterControl,
-        signaller: Signaller,
+        disconnect: Callable[[str], Awaitable[None]],
         trusted_proxies: Sequence[Network],
         revoke: Callable[[str], Awaitable[None]] | None,
     ) -> None:
         self._cluster = cluster
-        self._signaller = signaller
+        self._disconnect = disconnect
         self._trusted_proxies = trusted_proxies
         self._revoke = revoke
 
@@ -96,7 +95,7 @@ class SessionCalls:
         """DELETE /v1/sessions/{recipient}."""
         recipient = check_recipient(request.rest)
         if not read_query(request, schema.DisconnectQuery).revoke:
-            await self._signaller.disconnect(recipient)
+            await self._disconnect(recipient)
         elif self._revoke is None:
             raise NotFoundError("this instance can't revoke tokens")
         else:

@@ -20,7 +20,7 @@ from pokebridge.api.exchange import Request, Response, Route, body_reader, json_
 from pokebridge.api.messages import MailboxSide, MessageCalls
 from pokebridge.api.metrics import RequestMetrics, exposition
 from pokebridge.api.openapi import Call, describe
-from pokebridge.api.pokes import PokeCalls, Signaller
+from pokebridge.api.pokes import PokeCalls, PublishPokes
 from pokebridge.asgi import ASGIApp
 from pokebridge.cluster.watchers import Watchers
 from pokebridge.durations import RequestDurations
@@ -55,8 +55,9 @@ class Parts:
     """
 
     verifier: TokenVerifier
-    signaller: Signaller
-    """Publishes pokes and disconnects."""
+    publish: PublishPokes
+    disconnect: Callable[[str], Awaitable[None]]
+    """Closes a recipient's sessions, on all instances."""
     mailbox: MailboxSide | None
     """``None``: there are no calls about messages."""
     cluster: ClusterControl
@@ -96,11 +97,11 @@ def create_api(parts: Parts) -> ASGIApp:
 
 def _routes(parts: Parts) -> Iterable[Route]:
     if parts.has_calls:
-        yield from PokeCalls(parts.signaller).routes()
+        yield from PokeCalls(parts.publish).routes()
         if parts.mailbox is not None:
             yield from MessageCalls(parts.mailbox).routes()
         yield from SessionCalls(
-            parts.cluster, parts.signaller, parts.trusted_proxies, parts.revoke
+            parts.cluster, parts.disconnect, parts.trusted_proxies, parts.revoke
         ).routes()
         yield from ClusterCalls(parts.cluster, parts.watchers).routes()
     yield from _operations(parts.operations)

@@ -1,8 +1,7 @@
 """The call that pokes."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from http import HTTPStatus
-from typing import Protocol
 
 from msgspec import UNSET
 
@@ -16,28 +15,22 @@ POKES_CAP_BYTES = 384 * 1024
 """A whole request body: a thousand recipients."""
 
 
-class Signaller(Protocol):
-    """Sends signals to all instances; :class:`~pokebridge.publisher.Publisher` is one."""
-
-    async def publish(self, pokes: Sequence[Poke]) -> None:
-        """Return when the transport has accepted ``pokes``, or raise TransportError."""
-
-    async def disconnect(self, recipient: str) -> None:
-        """Close every session of ``recipient``, on all instances."""
+PublishPokes = Callable[[Sequence[Poke]], Awaitable[None]]
+"""Returns when the transport has accepted the pokes, or raises TransportError."""
 
 
 class PokeCalls:
     """Poke recipients, wherever their messages are kept."""
 
-    def __init__(self, signaller: Signaller) -> None:
-        self._signaller = signaller
+    def __init__(self, publish: PublishPokes) -> None:
+        self._publish = publish
         self._read_pokes = body_reader(schema.PokeRequest)
 
     async def poke(self, request: Request) -> Response:
         """POST /v1/pokes."""
         wanted = await self._read_pokes(request)
         pokes = [Poke(check_recipient(recipient)) for recipient in _recipients(wanted)]
-        await self._signaller.publish(pokes)
+        await self._publish(pokes)
         return json_response(schema.PokesAccepted(len(pokes)), HTTPStatus.ACCEPTED)
 
     def routes(self) -> Iterable[Route]:

@@ -6,10 +6,9 @@ declared, documented and checked in ``settings.py``, and handed here to the part
 
 import resource
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from math import inf
-from typing import TYPE_CHECKING
 
 from pydantic import SecretStr
 
@@ -21,10 +20,9 @@ from pokebridge.gateway.config import GatewayConfig
 from pokebridge.gateway.gateway import Gateway
 from pokebridge.ingress.base import Source
 from pokebridge.ingress.ingress import Ingress
-from pokebridge.mailbox.base import Mailbox
 from pokebridge.mailbox.devices import KnownDevices
 from pokebridge.mailbox.pushes import PushQueue, pushes_of
-from pokebridge.model import NewMessage, Poke, Receipt
+from pokebridge.model import NewMessage, Receipt
 from pokebridge.processor import Processor
 from pokebridge.publisher import Publisher
 from pokebridge.red_line import MIGRATE_RULES
@@ -36,10 +34,6 @@ from pokebridge.session import Timing
 from pokebridge.settings import Settings
 from pokebridge.submission import read_queued
 from pokebridge.tokens import TokenVerifier
-
-if TYPE_CHECKING:
-    from pokebridge.api.pokes import Signaller
-    from pokebridge.tracing import Tracing  # its libraries are an extra
 
 _Send = Callable[[NewMessage], Awaitable[Receipt]]
 
@@ -87,14 +81,12 @@ def assemble(settings: Settings, opened: Adapters, *, url: str = "") -> Instance
         does_upkeep = "processor" in settings.roles
         processor = Processor(mailbox, publisher, does_upkeep=does_upkeep)
     verifier = _verifier(settings)
-    heads = None if mailbox is None else mailbox.heads
-    gateway = Gateway(_gateway_config(settings), opened.transport, verifier, heads)
+    gateway = Gateway(_gateway_config(settings), opened.transport, verifier, opened.heads)
     send: _Send | None = None if processor is None else processor.send
-    signaller: Signaller = publisher
+    publish = publisher.publish if tracing is None else tracing.poking(publisher.publish)
     if tracing is not None:
         tracing.is_here = lambda recipient: bool(gateway.sessions.find(recipient))
         send = send and tracing.sending(send)
-        signaller = _TracedPublisher(publisher, tracing)
     queue = pushes_of(mailbox)
     requests = RequestDurations()
     cluster = Cluster(
@@ -119,9 +111,10 @@ def assemble(settings: Settings, opened: Adapters, *, url: str = "") -> Instance
             publisher=publisher,
             processor=processor,
             send=send,
-            signaller=signaller,
-            revocations=_revocations(settings, mailbox, publisher, gateway, verifier),
+            publish=publish,
+            revocations=_revocations(settings, opened, publisher, gateway, verifier),
             requests=requests,
+            late_mailbox=opened.late_mailbox,
             devices=None if mailbox is None else KnownDevices(mailbox),
             pulls=None if queue is None else Pulls(queue),
             pusher=None if queue is None else _pusher(settings, queue),
@@ -139,7 +132,7 @@ def assemble(settings: Settings, opened: Adapters, *, url: str = "") -> Instance
 
 def _revocations(
     settings: Settings,
-    mailbox: Mailbox | None,
+    opened: Adapters,
     publisher: Publisher,
     gateway: Gateway,
     verifier: TokenVerifier,
@@ -148,22 +141,17 @@ def _revocations(
     verifier.refuses = lambda recipient, issued_at: bridge.disconnects.refuses(
         recipient, issued_at, time.time()
     )
-    return Revocations(mailbox, publisher, bridge.disconnect, settings.revoke_for_s)
+    return Revocations(
+        opened.mailbox,
+        publisher,
+        bridge.disconnect,
+        settings.revoke_for_s,
+        late_mailbox=opened.late_mailbox,
+    )
 
 
 def _ingress(source: Source | None, send: _Send | None) -> Ingress | None:
     return None if source is None or send is None else Ingress(source, read_queued, send)
-
-
-class _TracedPublisher:
-    """The publisher, whose pokes begin traces."""
-
-    def __init__(self, publisher: Publisher, tracing: "Tracing") -> None:
-        self._publish = tracing.poking(publisher.publish)
-        self.disconnect = publisher.disconnect
-
-    async def publish(self, pokes: Sequence[Poke]) -> None:
-        await self._publish(pokes)
 
 
 def _verifier(settings: Settings) -> TokenVerifier:

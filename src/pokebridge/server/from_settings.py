@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING
 
 from pokebridge.coordination.base import Coordination
 from pokebridge.errors import ConfigError
+from pokebridge.gateway.verification import Heads
 from pokebridge.ingress.base import Source
 from pokebridge.mailbox.base import Limits, Mailbox
 from pokebridge.mailbox.pushes import PushTiming
 from pokebridge.server import adapters
+from pokebridge.server.late_mailbox import LateMailbox
 from pokebridge.settings import Settings
 from pokebridge.tokens import SignToken, sign_token
 from pokebridge.transport.base import Transport
@@ -33,6 +35,8 @@ class Adapters:
         transport: carries signals between instances.
         coordination: where the instances of the cluster meet.
         mailbox: keeps the messages; ``None`` on an instance that keeps none.
+        late_mailbox: what a gateway without other roles reads of the mailbox, if it knows where
+            that is.
         ingress: a queue whose messages are sent; ``None`` without one.
         tracing: records traces; it is around the transport already.
     """
@@ -40,8 +44,15 @@ class Adapters:
     transport: Transport
     coordination: Coordination
     mailbox: Mailbox | None
+    late_mailbox: LateMailbox | None = None
     ingress: Source | None = None
     tracing: "Tracing | None" = None
+
+    @property
+    def heads(self) -> Heads | None:
+        """Looks up the newest versions in the mailbox, if this instance knows where that is."""
+        read_from = self.mailbox or self.late_mailbox
+        return None if read_from is None else read_from.heads
 
 
 def check(settings: Settings) -> None:
@@ -127,6 +138,10 @@ async def open_adapters(settings: Settings) -> AsyncIterator[Adapters]:
         if not settings.no_mailbox and settings.roles & {"api", "processor"}:
             mailbox = await open_mailbox(settings)
             opened.push_async_callback(mailbox.close)
+        late_mailbox = None
+        if mailbox is None and _reads_mailbox(settings):
+            late_mailbox = LateMailbox(partial(open_mailbox, settings, must_exist=True))
+            opened.push_async_callback(late_mailbox.close)
         ingress = None
         if settings.ingress is not None and "processor" in settings.roles:
             ingress = await adapters.open_ingress(settings.ingress, cluster=signal_cluster)
@@ -135,9 +150,16 @@ async def open_adapters(settings: Settings) -> AsyncIterator[Adapters]:
             transport=transport if tracing is None else tracing.over(transport),
             coordination=coordination,
             mailbox=mailbox,
+            late_mailbox=late_mailbox,
             ingress=ingress,
             tracing=tracing,
         )
+
+
+def _reads_mailbox(settings: Settings) -> bool:
+    """Whether a gateway that keeps no messages is told where they are."""
+    is_told = "mailbox" in settings.model_fields_set and not settings.mailbox.startswith("memory:")
+    return is_told and not settings.no_mailbox and "gateway" in settings.roles
 
 
 async def open_mailbox(settings: Settings, *, must_exist: bool = False) -> Mailbox:

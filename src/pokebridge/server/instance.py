@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry
 from pokebridge.api import app as api
 from pokebridge.api import metrics
 from pokebridge.api.messages import MailboxSide
-from pokebridge.api.pokes import Signaller
+from pokebridge.api.pokes import PublishPokes
 from pokebridge.asgi import ASGIApp
 from pokebridge.cluster.node import Cluster
 from pokebridge.cluster.watchers import Watchers
@@ -34,6 +34,7 @@ from pokebridge.model import DEFAULT_DEVICE, NewMessage, Receipt
 from pokebridge.processor import Processor
 from pokebridge.publisher import Publisher
 from pokebridge.server.capacity import PullCapacity
+from pokebridge.server.late_mailbox import LateMailbox
 from pokebridge.server.revocations import Revocations
 from pokebridge.supervisor import failing_tasks, run_once, supervise, task_failures
 from pokebridge.telemetry import Metric
@@ -56,13 +57,14 @@ class Parts:
         transport: carries signals between instances.
         coordination: where the instances of the cluster meet.
         mailbox: keeps the messages; ``None`` on an instance that keeps none.
+        late_mailbox: what a gateway without other roles reads of the mailbox.
         gateway: the sessions.
         cluster: the instance's place in its cluster.
         verifier: verifies the tokens of callers.
         publisher: publishes pokes.
         processor: commits messages and pokes their recipients; ``None`` without a mailbox.
         send: sends a message through the processor; ``None`` without a mailbox.
-        signaller: publishes pokes for the API.
+        publish: publishes pokes for the API.
         revocations: revokes tokens, and follows what others revoke.
         requests: how long requests take.
         devices: the devices that messages wait for; ``None`` without a mailbox.
@@ -88,9 +90,10 @@ class Parts:
     publisher: Publisher
     processor: Processor | None
     send: Callable[[NewMessage], Awaitable[Receipt]] | None
-    signaller: Signaller
+    publish: PublishPokes
     revocations: Revocations
     requests: RequestDurations
+    late_mailbox: LateMailbox | None
     devices: KnownDevices | None
     pulls: Pulls | None
     pusher: Pusher | None
@@ -136,7 +139,8 @@ class Instance:
         return api.create_api(
             api.Parts(
                 verifier=parts.verifier,
-                signaller=parts.signaller,
+                publish=parts.publish,
+                disconnect=parts.revocations.disconnect,
                 mailbox=mailbox,
                 cluster=parts.cluster,
                 watchers=self._watchers,
@@ -223,6 +227,7 @@ class Instance:
             parts.coordination,
             parts.transport,
             parts.mailbox,
+            parts.late_mailbox,
             parts.tracing,
         ):
             if part is not None:

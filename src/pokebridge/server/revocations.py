@@ -1,7 +1,7 @@
-"""Revocations in the mailbox: every instance finds them there, also after a restart.
+"""The end of a recipient's sessions, and revocations: every instance finds these in the mailbox.
 
-They are messages of one reserved recipient. So every mailbox keeps them, and deletes them when they
-have run out.
+Revocations are messages of one reserved recipient. So every mailbox keeps them, and deletes them
+when they have run out.
 """
 
 import asyncio
@@ -16,6 +16,7 @@ from pokebridge.errors import MailboxError
 from pokebridge.mailbox.base import Mailbox
 from pokebridge.model import REVOCATIONS, NewMessage
 from pokebridge.publisher import Publisher
+from pokebridge.server.late_mailbox import LateMailbox
 from pokebridge.supervisor import keep_doing
 from pokebridge.wire import Disconnect
 
@@ -33,25 +34,31 @@ _decode = msgspec.json.Decoder(_Entry).decode
 
 
 class Revocations:
-    """Revokes tokens, and follows what other instances revoke.
+    """Ends sessions, revokes tokens, and follows what other instances revoke.
 
     Args:
         mailbox: keeps the revocations; ``None``: only the instances that hear of one know it.
         publisher: tells the instances at once.
-        on_read: called with each revocation that is found in the mailbox.
+        on_known: called with each disconnect that is asked for here, and with each revocation that
+            is found in the mailbox.
         keep_s: how long a revocation lasts: as long as the longest-lived token, or longer.
+        late_mailbox: where revocations are read on an instance without a ``mailbox``, as soon as it
+            is available.
     """
 
     def __init__(
         self,
         mailbox: Mailbox | None,
         publisher: Publisher,
-        on_read: Callable[[Disconnect], None],
+        on_known: Callable[[Disconnect], None],
         keep_s: float,
+        *,
+        late_mailbox: LateMailbox | None = None,
     ) -> None:
         self._mailbox = mailbox
+        self._read_from = mailbox or late_mailbox
         self._publisher = publisher
-        self._on_read = on_read
+        self._on_known = on_known
         self._keep_s = keep_s
         # The version up to which the mailbox was read.
         self._cursor = 0
@@ -59,8 +66,9 @@ class Revocations:
 
     async def start(self) -> None:
         """Read what is in force. Raises MailboxError when that is not possible."""
-        await self._read()
         if self._mailbox is not None:
+            await self._read(self._mailbox)
+        if self._read_from is not None:
             self._reader = keep_doing("revocations", self._read_if_possible, READ_EVERY_S)
 
     async def close(self) -> None:
@@ -68,6 +76,19 @@ class Revocations:
         if self._reader is not None:
             self._reader.cancel()
             await asyncio.gather(self._reader, return_exceptions=True)
+
+    async def disconnect(self, recipient: str) -> None:
+        """Close the recipient's sessions, on all instances.
+
+        This instance keeps it, although it may not be subscribed to that shard: an instance in a
+        gap asks it later, and perhaps nobody else has heard.
+
+        Raises:
+            TransportError: the instances could not be told.
+        """
+        at_ms = int(time.time() * 1000)
+        self._on_known(Disconnect(recipient, at_ms, is_repeated=True))
+        await self._publisher.disconnect(recipient, at_ms=at_ms)
 
     async def revoke(self, recipient: str) -> None:
         """Close the recipient's sessions, and refuse its tokens that were issued before now.
@@ -83,20 +104,21 @@ class Revocations:
             await self._mailbox.append(
                 NewMessage(REVOCATIONS, REVOCATIONS, id_, body, ttl_s=self._keep_s)
             )
-        self._on_read(_disconnect(entry))
+        self._on_known(_disconnect(entry))
         await self._publisher.disconnect(recipient, at_ms=entry.at_ms, until_ms=entry.until_ms)
 
     async def _read_if_possible(self) -> None:
         with suppress(MailboxError):  # the mailbox's own readiness check reports it
-            await self._read()
+            assert self._read_from is not None  # noqa: S101 - or nothing would be read
+            await self._read(self._read_from)
 
-    async def _read(self) -> None:
-        more = self._mailbox is not None
-        while more and self._mailbox is not None:
-            page = await self._mailbox.read(REVOCATIONS, after=self._cursor, limit=_PAGE)
+    async def _read(self, mailbox: Mailbox | LateMailbox) -> None:
+        more = True
+        while more:
+            page = await mailbox.read(REVOCATIONS, after=self._cursor, limit=_PAGE)
             for message in page.messages:
                 if message.sender == REVOCATIONS:
-                    self._on_read(_disconnect(_decode(message.body)))
+                    self._on_known(_disconnect(_decode(message.body)))
             self._cursor, more = page.version, page.more
 
 
