@@ -74,9 +74,9 @@ test-deps:
 	  for directory in $(NODE); do (cd $$directory && npm ci --silent --no-audit --no-fund) || exit; done; \
 	else echo "test: npm is missing, so the tests of the JavaScript client won't run" >&2; fi
 
-simulate: setup  ## run SEEDS (1000) simulated clusters, FROM=0, JOBS=1 processes; JSON=1, TRACE=1
+simulate: setup  ## run SEEDS (1000) simulated clusters, FROM=0, JOBS=1 processes; FAULTS=kill,…, JSON=1, TRACE=1
 	@$(BIN)/python -m simulation --seeds $(or $(SEEDS),1000) --from $(or $(FROM),0) \
-	  --jobs $(or $(JOBS),1) $(if $(JSON),--json) $(if $(TRACE),--trace)
+	  --jobs $(or $(JOBS),1) $(if $(FAULTS),--faults $(FAULTS)) $(if $(JSON),--json) $(if $(TRACE),--trace)
 
 check: setup  ## formatting, lint, types, layers, docstrings, style rules
 	@$(BIN)/ruff format --check --quiet $(CODE)

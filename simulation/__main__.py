@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 
+from simulation import faults
 from simulation.runner import outcomes, simulate
 from simulation.summary import Summary, report
 from simulation.world import Outcome
@@ -40,21 +41,32 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=200, help="how many (default %(default)s)")
     parser.add_argument("--from", type=int, default=0, dest="first", help="the first seed")
     parser.add_argument("--jobs", type=int, default=1, help="processes (default %(default)s)")
+    parser.add_argument(
+        "--faults",
+        type=lambda names: names.split(","),
+        default=[],
+        help="the only kinds of faults, separated by commas (default all)",
+    )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.add_argument("--trace", action="store_true", help="print all that happens in one seed")
-    return parser.parse_args()
+    asked = parser.parse_args()
+    if unknown := set(asked.faults) - faults.ALL.keys():
+        parser.error(
+            f"there is no fault {', '.join(sorted(unknown))}; there are {', '.join(faults.ALL)}"
+        )
+    return asked
 
 
 def main() -> int:
     """Run what was asked for; 1 when an invariant did not hold."""
     asked = _arguments()
     if asked.trace:
-        outcome = simulate(asked.first, lines_kept=_WHOLE_TRACE)
+        outcome = simulate(asked.first, kinds=asked.faults, lines_kept=_WHOLE_TRACE)
         sys.stdout.writelines(f"{line}\n" for line in outcome.last)
         return 0
     summary = Summary()
     seeds = range(asked.first, asked.first + asked.seeds)
-    for outcome in _told(outcomes(seeds, asked.jobs), asked.seeds):
+    for outcome in _told(outcomes(seeds, asked.jobs, asked.faults), asked.seeds):
         summary.add(outcome)
         for line in report(outcome):
             _say(line)

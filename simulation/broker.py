@@ -8,16 +8,18 @@ signals are lost and nobody reports it.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from random import Random
 from typing import NamedTuple
 
-from pokebridge.errors import TransportError
+from pokebridge.errors import SignalRefusedError, TransportError
 from pokebridge.transport.base import Feed, Receiver, Selection, Signal
 from simulation.loop import VirtualLoop
 from simulation.network import Peer, Server
 from simulation.servers import Route, Servers
 from simulation.trace import Trace
+
+_UNLIMITED_BYTES = 1_000_000
 
 
 class Broker(Server):
@@ -30,6 +32,8 @@ class Broker(Server):
         self.servers = Servers(outside, rng, servers)
         self.max_signal_bytes: int | None = None
         """The largest signal that it takes. It refuses a larger one with all that comes with it."""
+        self.tells_limit = False
+        """Whether it tells that limit, as NATS does, or only refuses, as others do."""
         self.ordered = True
         """Whether signals that are not late arrive in the order in which they were published."""
         self.late_share = 0.0
@@ -43,6 +47,7 @@ class Broker(Server):
         self.lost = 0
         self.doubled = 0
         self.subscriptions: list[Link] = []
+        self.on_delivered: Callable[[Peer, bytes], None] = lambda _peer, _body: None
 
     def connect(self, peer: Peer) -> "SimTransport":
         """The end of ``peer``."""
@@ -52,7 +57,9 @@ class Broker(Server):
         """Deliver the ``signals`` of ``peer`` to every subscription that selects them."""
         limit = self.max_signal_bytes
         if limit is not None and any(len(body) > limit for body, _ in signals):
-            raise TransportError(f"the simulated broker takes no signal above {limit} bytes")
+            raise SignalRefusedError(
+                f"the simulated broker takes no signal above {limit} bytes", is_too_large=True
+            )
         home = self.servers.home_of(peer)
         broken_off = self.forgetful and self.rng.random() < self.forgetful
         for number, (body, shard) in enumerate(signals):
@@ -112,6 +119,17 @@ class Broker(Server):
     def links_of(self, peer: Peer) -> "list[Link]":
         """The subscriptions of ``peer``."""
         return [link for link in self.subscriptions if link.peer is peer]
+
+    def deny(self, peer: Peer, selections: frozenset[Selection]) -> None:
+        """Refuse ``selections`` to ``peer``, and end its subscriptions to them."""
+        peer.denied = selections
+        for link in self.links_of(peer):
+            if link.selection in selections:
+                link.break_off("no permission")
+
+    def lets_subscribe(self, peer: Peer, selection: Selection) -> bool:
+        """Whether ``peer`` gets here, and may have ``selection``."""
+        return self.is_reached_by(peer) and selection not in peer.denied
 
     def has_covered(self, peer: Peer, shard: int) -> bool:
         """Whether ``peer`` has a subscription for ``shard`` that delivers, or will report a gap.
@@ -173,6 +191,8 @@ class Link:
         if self._ended:
             return
         broker = self._broker
+        if self.selection in self.peer.denied:
+            raise TransportError(f"the simulated broker does not permit {self.selection}")
         broker.subscriptions.append(self)
         if broker.slow_starts_s:
             delay_s = broker.rng.uniform(0, broker.slow_starts_s)
@@ -197,6 +217,7 @@ class Link:
             self._broker.lost += 1
             return
         self._broker.delivered += 1
+        self._broker.on_delivered(self.peer, sent.body)
         self._receiver.on_signal(sent.body, sent.tag)
 
     def break_off(self, reason: str, after_s: float = 0.0) -> None:
@@ -215,7 +236,7 @@ class Link:
         if self._ended:
             return
         broker = self._broker
-        if not broker.is_reached_by(self.peer):
+        if not broker.lets_subscribe(self.peer, self.selection):
             self.peer.loop.deliver(broker.rng.uniform(0.2, 1.0), self._restore, reason)
             return
         self.home = broker.servers.home_of(self.peer)
@@ -257,6 +278,12 @@ class SimTransport:
         self._peer = peer
         self._own: list[Link] = []
         self._closed = False
+
+    @property
+    def max_signal_bytes(self) -> int:
+        """See the port."""
+        limit = self._broker.max_signal_bytes
+        return limit if limit is not None and self._broker.tells_limit else _UNLIMITED_BYTES
 
     async def publish(self, signals: Sequence[Signal]) -> None:
         """See the port."""

@@ -144,9 +144,8 @@ class SimClient(Driver):
         if self.token_trouble:
             self._feed(TokenFailed())
             return
-        self._token = issue_token(
-            self.recipient, self._scene.outside.wall() + self.rng.uniform(*TOKEN_LIFE_S)
-        )
+        now = self._scene.outside.wall()
+        self._token = issue_token(self.recipient, now, self.rng.uniform(*TOKEN_LIFE_S))
         self._feed(Token())
 
     def _ping(self) -> None:

@@ -11,6 +11,7 @@ import secrets
 import sys
 import time
 import types
+import uuid
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -49,6 +50,7 @@ def under_control(seed: int, on_log: OnLog = lambda _where, _what: None) -> Iter
 
 def _replacements() -> Iterator[tuple[Any, str, Any]]:
     yield secrets, "token_hex", _token_hex
+    yield uuid, "uuid4", lambda: uuid.UUID(int=random.getrandbits(128))
     yield from _clocks()
     # An object's hash is its address, a string's hash has a seed of its own: the order of sets
     # would follow them.

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from pokebridge.errors import PokebridgeError
-from pokebridge.model import Mode
+from pokebridge.model import Feed, Mode
 from simulation.client import HOME_URL, SimClient
 from simulation.instance import SimInstance
 from simulation.network import Server, Trouble
@@ -137,19 +137,22 @@ async def remove_instance(world: World) -> None:
         victim.stop()
 
 
-async def _ask(world: World, through: SimInstance, call: Callable[[], Awaitable[None]]) -> None:
-    """Have an instance carry out what an operator asks; it may fail."""
-    done: asyncio.Future[None] = world.outside.create_future()
+async def _ask(world: World, through: SimInstance, call: Callable[[], Awaitable[None]]) -> bool:
+    """Have an instance carry out what an operator asks. Returns whether it says that it has."""
+    done: asyncio.Future[bool] = world.outside.create_future()
 
     async def carry_out() -> None:
         try:
             await call()
         except PokebridgeError as error:
             world.trace.note(through.name, f"can't: {error}")
-        done.set_result(None)
+            done.set_result(False)
+        else:
+            done.set_result(True)
 
     through.loop.deliver(0.0, lambda: through.loop.create_task(carry_out()))
     await asyncio.wait([done], timeout=20.0)
+    return done.done() and done.result()
 
 
 # --- servers --------------------------------------------------------------------------------------
@@ -185,6 +188,20 @@ async def deafen(world: World) -> None:
     """An instance loses its line to the broker for long; its clients and its mailbox are well."""
     if victim := _victim(world):
         await _cut(world, victim, world.broker, victim.line, world.rng.uniform(20.0, 45.0))
+
+
+async def deny_subscriptions(world: World) -> None:
+    """The broker refuses an instance some of the subscriptions, also after a restart."""
+    victim = _victim(world)
+    if victim is None or victim.base in world.denials:
+        return
+    everything = [*Feed, *range(world.config.shard_count)]
+    denied = frozenset(each for each in everything if world.rng.random() < 0.3)
+    world.trace.note(victim.name, f"may not subscribe to {sorted(map(str, denied))}")
+    world.deny(victim.base, denied)
+    await world.nap(world.rng.uniform(20.0, 45.0))
+    world.trace.note(victim.name, "may subscribe to everything again")
+    world.permit(victim.base)
 
 
 async def lose_broker(world: World) -> None:
@@ -246,15 +263,15 @@ async def _break(world: World, routes: Sequence[Route]) -> None:
 async def limit_signals(world: World) -> None:
     """The broker refuses signals of more than one poke, and many pokes come together."""
     broker = world.broker
-    broker.servers.lies.begin()  # for want of it: a batch that fails is not split yet
     broker.max_signal_bytes = _ONE_POKE_BYTES
+    broker.tells_limit = world.rng.random() < 0.5
+    broker.slow_s = 0.05  # so that pokes are gathered meanwhile
     for _ in range(world.rng.randint(1, 5)):
         through = world.route(HOME_URL)
         for client in world.clients:
             world.send_soon(client.recipient, through=through)
         await world.nap(world.rng.uniform(0.5, 8.0))
-    broker.max_signal_bytes = None
-    broker.servers.lies.end()
+    broker.max_signal_bytes, broker.slow_s = None, 0.0
 
 
 async def restore_mailbox(world: World) -> None:
@@ -271,6 +288,7 @@ async def restore_mailbox(world: World) -> None:
     world.trace.note("mailbox", "is restored")
     post.mailbox.restore(snapshot)
     world.oracle.on_restored(post.mailbox.newest())
+    world.witnesses.restores += 1
     post.up, post.restoring = True, False
     post.trouble.end()
 
@@ -465,7 +483,21 @@ async def disconnect(world: World) -> None:
         return
     through = world.rng.choice(world.well_instances)
     world.trace.note(through.name, f"is to disconnect {client.recipient}")
-    await _ask(world, through, lambda: through.disconnect(client.recipient))
+    sessions = [each for each in world.clients_of(client.recipient) if each.ready]
+    if await _ask(world, through, lambda: through.disconnect(client.recipient)):
+        world.witnesses.disconnected(through, sessions, revoked=False)
+
+
+async def revoke(world: World) -> None:
+    """An administrator revokes all tokens of a recipient: its clients get new ones."""
+    client = _client(world)
+    if client is None or not world.well_instances:
+        return
+    through = world.rng.choice(world.well_instances)
+    world.trace.note(through.name, f"is to revoke the tokens of {client.recipient}")
+    sessions = [each for each in world.clients_of(client.recipient) if each.ready]
+    if await _ask(world, through, lambda: through.revoke(client.recipient)):
+        world.witnesses.disconnected(through, sessions, revoked=True)
 
 
 async def come_and_go(world: World) -> None:
@@ -493,6 +525,7 @@ ALL: Mapping[str, Fault] = {
         break_subscription,
         cut_from_broker,
         deafen,
+        deny_subscriptions,
         lose_broker,
         break_route,
         lag_route,
@@ -516,6 +549,7 @@ ALL: Mapping[str, Fault] = {
         slow_reader,
         no_tokens,
         disconnect,
+        revoke,
         come_and_go,
     )
 }

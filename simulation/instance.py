@@ -13,7 +13,7 @@ from pokebridge.settings import Settings
 from simulation.http import Answer, Call
 from simulation.invariants import Oracle
 from simulation.loop import VirtualLoop
-from simulation.network import Peer
+from simulation.network import Peer, Trouble
 from simulation.scene import Scene
 from simulation.sockets import Network, Socket, Wire
 
@@ -41,6 +41,8 @@ class SimInstance(Peer):
         self.calls: dict[Call, None] = {}
         """The HTTP requests under way."""
         self.ended: asyncio.Future[None] = scene.outside.create_future()
+        self.denial = Trouble(scene.outside)
+        """When the broker does not let it subscribe to everything."""
         self._sockets: list[Socket] = []
         config = scene.config
         settings = Settings(
@@ -169,20 +171,33 @@ class SimInstance(Peer):
 
     async def disconnect(self, recipient: str) -> None:
         """``DELETE /v1/sessions/{recipient}``."""
-        await self.real.parts.publisher.disconnect(recipient)
+        await self.real.parts.revocations.disconnect(recipient)
+
+    async def revoke(self, recipient: str) -> None:
+        """``DELETE /v1/sessions/{recipient}?revoke=true``."""
+        await self.real.parts.revocations.revoke(recipient)
 
     # --- its state --------------------------------------------------------------------
 
     @property
     def is_well(self) -> bool:
         """Whether it serves and has no trouble."""
-        serves = self.listens and not self.stopping and not self.real.gateway.draining
-        return serves and not self.trouble.active and not self.line.active
+        return self.serves and self.hears_since < float("inf")
+
+    @property
+    def serves(self) -> bool:
+        """Whether it takes clients, and is not to stop."""
+        return self.listens and not self.stopping and not self.real.gateway.draining
 
     @property
     def hears_since(self) -> float:
         """Since when it hears the broker and has no other trouble; infinity while it does not."""
-        return max(self.began_at, self.line.over_at, self.trouble.over_at)
+        return max(self.began_at, self.line.over_at, self.denial.over_at, self.trouble.over_at)
+
+    @property
+    def gaps(self) -> int:
+        """How many gaps it has noticed."""
+        return self.real.gateway.subscriptions.gaps
 
     @property
     def sockets(self) -> Sequence[Socket]:

@@ -54,6 +54,9 @@ class _Seen(NamedTuple):
     since_s: float
     read_s: float
     deaf_since_s: Mapping[str, float]
+    """Since when each deaf member is one, without a break."""
+    deaf_at_least_since_s: Mapping[str, float]
+    """The same for a process to which a read that lacked the member did not get through."""
 
 
 class WatchedClient(Protocol):
@@ -120,6 +123,8 @@ class Oracle:
         self._seen: dict[Peer, _Seen] = {}
         self._map: ShardMap | None = None
         self._maps: dict[int, ShardMap] = {}
+        self._owned_since: dict[int, float] = {}
+        self._mapped_at = 0.0
         self._losses = 0
         self._settle_s = 2 * scene.config.lease_s
         self._remembering_until = 0.0
@@ -318,8 +323,18 @@ class Oracle:
         now = self._scene.scheduler.now
         since_s = before.since_s if before and before.standing == standing else now
         known = before.deaf_since_s if before else {}
-        deaf_since_s = {id_: known.get(id_, now) for id_, _, is_deaf in standing if is_deaf}
-        self._seen[peer] = _Seen(members, standing, since_s, now, deaf_since_s)
+        earliest = before.deaf_at_least_since_s if before else {}
+        deaf = [id_ for id_, _, is_deaf in standing if is_deaf]
+        present = {member.id for member in members}
+        self._seen[peer] = _Seen(
+            members,
+            standing,
+            since_s,
+            now,
+            {id_: known.get(id_, now) for id_ in deaf},
+            {id_: since_s for id_, since_s in earliest.items() if id_ not in present}
+            | {id_: earliest.get(id_, now) for id_ in deaf},
+        )
 
     def knowledge_of(self, peer: Peer) -> object:
         """What ``peer`` has read of the members."""
@@ -341,6 +356,11 @@ class Oracle:
             self.fail("epochs only grow", f"{shard_map.epoch} was written after {before.epoch}")
         elif before is not None and not self._is_remembering():
             self._check_moves(written.known, before, shard_map)
+        for shard, owner in enumerate(shard_map.owners):
+            if before is None or owner != before.owners[shard]:
+                self._owned_since[shard] = now
+        if before is None or before.mode != shard_map.mode:
+            self._mapped_at = now
         self._map = self._maps[shard_map.epoch] = shard_map
 
     def _check_moves(self, seen: object, before: ShardMap, after: ShardMap) -> None:
@@ -355,8 +375,8 @@ class Oracle:
         staying = {each.id for each in seen.members if each.state in {"active", "deaf"}}
         staying -= before.draining | after.draining
         now = self._scene.scheduler.now
-        can_own = staying - self._let_go(seen, staying, seen.read_s - 1.1 * self._settle_s)
-        keep = staying - self._let_go(seen, staying, now - 0.9 * self._settle_s)
+        can_own = staying - _deaf(seen.deaf_since_s, staying, seen.read_s - 1.1 * self._settle_s)
+        keep = staying - _deaf(seen.deaf_at_least_since_s, staying, now - 0.9 * self._settle_s)
         for shard in moved:
             if after.owners[shard] not in can_own and can_own:
                 self.fail("a shard moves to who can own it", f"{shard} to {after.owners[shard]}")
@@ -374,13 +394,6 @@ class Oracle:
             if kept < fair:
                 self.fail("a shard moves only when it must", f"{owner} is left with {kept}")
 
-    def _let_go(self, seen: _Seen, staying: AbstractSet[str], before_s: float) -> AbstractSet[str]:
-        """Those of ``staying`` that are deaf since ``before_s``, if another one hears."""
-        deaf = seen.deaf_since_s
-        if staying <= deaf.keys():
-            return frozenset()
-        return {id_ for id_ in staying & deaf.keys() if deaf[id_] <= before_s}
-
     def look_at_views(self, views: Iterable[tuple[Peer, ShardMap]]) -> None:
         """Check the map of each running instance; called several times a second."""
         for instance, shard_map in views:
@@ -396,15 +409,43 @@ class Oracle:
             if known is not None and known != shard_map:
                 self.fail("one map an epoch", f"{instance.name} has another {shard_map.epoch}")
 
-    def look_at_deaf(self, instance: Peer) -> None:
-        """``instance`` has heard nothing for so long that others must have its shards."""
+    def look_at_deaf(
+        self, instance: Peer, clients: Iterable[WatchedClient], since_s: float
+    ) -> None:
+        """``instance`` hears nothing since ``since_s``: others must have its shards and clients."""
+        if self._owned_for_long(instance, since_s):
+            self.fail("a deaf instance lets go", f"{instance.name} still owns shards")
+        for client in clients:
+            ready_at = self._ready_at.get(client, float("inf"))
+            disturbed_at = max(ready_at, client.trouble.over_at)
+            if client.instance is instance and disturbed_at < since_s:
+                self.fail("a deaf instance lets go", f"{instance.name} still has {client.name}")
+
+    def look_at_denied(self, instance: Peer, since_s: float) -> None:
+        """``instance`` may not hear some shards since ``since_s``: others must own those."""
+        if shards := self._owned_for_long(instance, since_s) & instance.denied:
+            self.fail("a deaf instance lets go", f"{instance.name} still owns {sorted(shards)}")
+
+    def _owned_for_long(self, instance: Peer, since_s: float) -> frozenset[int]:
+        """The shards that ``instance`` has owned since ``since_s``, where a leader gives them."""
         shard_map = self._map
         if shard_map is None or shard_map.mode == "fanout" or self._is_remembering():
-            return
-        if self._scene.config.assignment == "coordinator" and instance.name in shard_map.owners:
-            self.fail("a deaf instance lets go", f"{instance.name} still owns shards")
+            return frozenset()
+        if self._scene.config.assignment != "coordinator" or self._mapped_at > since_s:
+            return frozenset()
+        owned = shard_map.owned_by(instance.name)
+        return frozenset(shard for shard in owned if self._owned_since.get(shard, 0.0) <= since_s)
 
     def _is_remembering(self) -> bool:
         """Whether the store has lost its data, and instances may still restore the map."""
         has_lost = self._losses != self._scene.store.losses
         return has_lost or self._scene.scheduler.now < self._remembering_until
+
+
+def _deaf(
+    since_s: Mapping[str, float], staying: AbstractSet[str], before_s: float
+) -> AbstractSet[str]:
+    """Those of ``staying`` that are deaf since ``before_s``, if another one hears."""
+    if staying <= since_s.keys():
+        return frozenset()
+    return {id_ for id_ in staying & since_s.keys() if since_s[id_] <= before_s}

@@ -10,6 +10,7 @@ from random import Random
 from typing import TypeVar
 
 from pokebridge.errors import PokebridgeError, UnavailableError
+from pokebridge.model import Selection
 from simulation.loop import VirtualLoop
 from simulation.trace import Trace
 
@@ -64,6 +65,9 @@ class Trouble:
 
 class Peer:
     """A process as the servers know it."""
+
+    denied: frozenset[Selection] = frozenset()
+    """What the broker does not let it subscribe to."""
 
     def __init__(self, loop: VirtualLoop, name: str) -> None:
         self.loop = loop

@@ -2,7 +2,8 @@
 
 import gc
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from functools import partial
 
 from simulation import faults
 from simulation.determinism import under_control
@@ -11,22 +12,27 @@ from simulation.trace import Trace
 from simulation.world import Outcome, World
 
 
-def simulate(seed: int, *, lines_kept: int = 60) -> Outcome:
-    """Run the world of ``seed`` to its end, or to the first invariant that does not hold."""
+def simulate(seed: int, *, kinds: Collection[str] = (), lines_kept: int = 60) -> Outcome:
+    """Run the world of ``seed`` to its end, or to the first invariant that does not hold.
+
+    Only ``kinds`` of faults occur in it, or all if none are given.
+    """
     scheduler = Scheduler()
     trace = Trace(scheduler, lines_kept)
+    possible = {kind: faults.ALL[kind] for kind in kinds or faults.ALL}
     with under_control(seed, trace.note):
-        return World(seed, scheduler, trace, faults.ALL).run()
+        return World(seed, scheduler, trace, possible).run()
 
 
-def outcomes(seeds: range, jobs: int) -> Iterator[Outcome]:
+def outcomes(seeds: range, jobs: int, kinds: Collection[str] = ()) -> Iterator[Outcome]:
     """What comes of ``seeds``, as they are done, on ``jobs`` processes."""
+    run = partial(simulate, kinds=kinds)
     if jobs == 1:
         _collect_rarely()
-        yield from map(simulate, seeds)
+        yield from map(run, seeds)
         return
     with multiprocessing.get_context("spawn").Pool(jobs, _collect_rarely) as pool:
-        yield from pool.imap_unordered(simulate, seeds, chunksize=4)
+        yield from pool.imap_unordered(run, seeds, chunksize=4)
 
 
 def _collect_rarely() -> None:

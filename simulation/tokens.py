@@ -1,6 +1,7 @@
 """Tokens without signatures, which would take time."""
 
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 from pokebridge.errors import AuthError
@@ -14,14 +15,19 @@ class Claims(NamedTuple):
 
 
 class SimVerifier:
-    """Verifies tokens of the form ``recipient~expiry``, by the clock of its process."""
+    """Verifies tokens of the form ``recipient~issued~expiry``, by the clock of its process."""
+
+    refuses: Callable[[str, float | None], bool]
+    """Whether a token of that recipient, issued then, is revoked."""
 
     def verify_now(self, token: str) -> Claims:
         """Whose ``token`` is, and until when."""
-        subject, _, expires_at = token.partition("~")
+        subject, issued_at, expires_at = token.split("~")
         claims = Claims(subject, float(expires_at))
         if claims.expires_at <= time.time():
             raise AuthError("the token has expired")
+        if self.refuses(subject, float(issued_at)):
+            raise AuthError("the token is revoked")
         return claims
 
     async def verify(self, token: str) -> Claims:
@@ -35,6 +41,6 @@ class SimVerifier:
         """Do nothing."""
 
 
-def issue_token(recipient: str, expires_at: float) -> str:
-    """What :class:`SimVerifier` takes."""
-    return f"{recipient}~{expires_at:.3f}"
+def issue_token(recipient: str, issued_at: float, life_s: float) -> str:
+    """What :class:`SimVerifier` takes. Times are Unix times in seconds."""
+    return f"{recipient}~{issued_at:.3f}~{issued_at + life_s:.3f}"

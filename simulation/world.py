@@ -9,7 +9,7 @@ from typing import TypeVar
 from uuid import UUID
 
 from pokebridge.errors import UnavailableError
-from pokebridge.model import NewMessage, Poke, Receipt
+from pokebridge.model import NewMessage, Poke, Receipt, Selection
 from pokebridge.sharding import shard_of
 from pokebridge.transport.base import Signal
 from pokebridge.wire import encode_pokes
@@ -22,6 +22,7 @@ from simulation.network import Peer
 from simulation.scene import Config, Scene
 from simulation.sockets import Network
 from simulation.trace import Trace
+from simulation.witness import WitnessOracle
 
 T = TypeVar("T")
 
@@ -97,10 +98,13 @@ class World(Scene):
         super().__init__(draw_config(rng, faults), rng, scheduler, trace)
         self._possible_faults = faults
         self.oracle = Oracle(self)
+        self.witnesses = WitnessOracle(self, self.oracle.fail)
         self.names: dict[str, SimInstance | None] = {}
         """The instances that the supervisor keeps running, by name; None while one is down."""
         self.clients: list[SimClient] = []
         self.faults: Counter[str] = Counter()
+        self.denials: dict[str, frozenset[Selection]] = {}
+        """What the broker does not let an instance subscribe to, by the name that stays."""
         self.kills_next_committer = False
         self.pauses_next_writer = False
         self._all: list[SimInstance] = []
@@ -114,6 +118,7 @@ class World(Scene):
         self._launches = 0
         self._client_loops = 0
         scheduler.on_error = lambda what: self.oracle.fail("no error goes uncaught", what)
+        self.broker.on_delivered = self.witnesses.heard
         self.store.on_writes = self._on_writes
         self.store.knowledge_of = self.oracle.knowledge_of
         self.store.on_members = self.oracle.on_members
@@ -154,12 +159,33 @@ class World(Scene):
             life += 1
             name = f"{base}-{life}" if self.config.fresh_names else base
             instance = SimInstance(self, self.oracle, self._process(name), base)
+            if base in self.denials:
+                self._deny(instance)
             self.names[base] = self._by_name[name] = instance
             self._all.append(instance)
             instance.start()
             await instance.ended
             self.trace.note(name, "has ended")
             await asyncio.sleep(self.rng.choice((0.3, 6.0)) * self.rng.uniform(0.5, 1.5))
+
+    def deny(self, base: str, selections: frozenset[Selection]) -> None:
+        """Have the broker refuse ``selections`` to an instance and to those that replace it."""
+        self.denials[base] = selections
+        for instance in self.running:
+            if instance.base == base:
+                self._deny(instance)
+
+    def _deny(self, instance: SimInstance) -> None:
+        instance.denial.begin()
+        self.broker.deny(instance, self.denials[instance.base])
+
+    def permit(self, base: str) -> None:
+        """End a ``deny``."""
+        del self.denials[base]
+        for instance in self._all:
+            if instance.base == base and instance.denial.active:
+                instance.denial.end()
+                self.broker.deny(instance, frozenset())
 
     def add_client(self, recipient: str) -> None:
         """One more device of ``recipient``."""
@@ -343,15 +369,22 @@ class World(Scene):
             await asyncio.sleep(_LOOK_EVERY_S)
 
     def _look_at_the_deaf(self) -> None:
-        """Check that an instance without a line to the broker has given up its shards."""
-        now, bound_s = self.scheduler.now, DEAF_BOUND_S + 3 * self.config.lease_s
+        """Check that an instance that misses signals has given up its shards and sessions."""
+        bound_s = DEAF_BOUND_S + 3 * self.config.lease_s
+        long_ago = self.scheduler.now - bound_s
         calm_at = max(self.store.trouble.over_at, self.broker.trouble.over_at)
-        hearing_at = min((each.hears_since for each in self.running), default=float("inf"))
-        if max(calm_at, hearing_at) > now - bound_s:
+        hearing_at = min(
+            (each.hears_since for each in self.running if each.serves), default=float("inf")
+        )
+        if max(calm_at, hearing_at) > long_ago:
             return
         for each in self.running:
-            if each.line.lasts_s > bound_s and each.trouble.over_at <= now - bound_s:
-                self.oracle.look_at_deaf(each)
+            if each.trouble.over_at > long_ago:
+                continue
+            if each.line.lasts_s > bound_s and each.denial.lasts_s == 0:
+                self.oracle.look_at_deaf(each, self.clients, long_ago)
+            if each.denial.lasts_s > bound_s:
+                self.oracle.look_at_denied(each, long_ago)
 
     async def _keep_sending(self, everyone: Sequence[str]) -> None:
         while True:

@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 
+from pokebridge import publisher
 from pokebridge.cluster.membership import Membership
 from pokebridge.coordination.base import Document
 from pokebridge.errors import UnavailableError
-from pokebridge.gateway import subscriptions
+from pokebridge.gateway import beacons, subscriptions
 from pokebridge.gateway.connection import Connection
 from pokebridge.gateway.gateway import Gateway
+from pokebridge.gateway.recall import Recall
 from pokebridge.gateway.session_map import SessionMap
 from pokebridge.gateway.shard_routing import ShardRouting
 from pokebridge.gateway.subscriptions import SubscriptionManager
@@ -20,6 +22,7 @@ from pokebridge.mailbox.memory import MemoryMailbox
 from pokebridge.model import MAX_VERSION, Feed, NewMessage, Poke, Receipt
 from pokebridge.placement import Placement, ShardMap, Steps
 from pokebridge.processor import Processor
+from pokebridge.server.revocations import Revocations
 from pokebridge.session import Session, State
 from pokebridge.sharding import shard_of
 from simulation import faults
@@ -197,6 +200,64 @@ def deaf_instance_keeps_shards(patch: pytest.MonkeyPatch) -> None:
     only(patch, faults.deafen)
 
 
+def deaf_instance_keeps_sessions(patch: pytest.MonkeyPatch) -> None:
+    """An instance that hears nothing sends no session elsewhere."""
+    patch.setattr(Gateway, "let_go", lambda _self, *, lets_go: None)
+    only(patch, faults.deafen)
+
+
+def deaf_to_some_shards_is_well(patch: pytest.MonkeyPatch) -> None:
+    """A new subscription that fails raises no doubt while others deliver."""
+    missed_something = property(lambda self: any(each.missed for each in self._managed.values()))
+    patch.setattr(SubscriptionManager, "is_in_doubt", missed_something)
+    only(patch, faults.deny_subscriptions)
+
+
+def holes_unnoticed(patch: pytest.MonkeyPatch) -> None:
+    """Beacons that are missing are nothing to worry about."""
+    patch.setattr(beacons._Peer, "take_lost", lambda _self, _now: 0)
+    only(patch, faults.break_route, faults.demote_server)
+
+
+def batch_not_split(patch: pytest.MonkeyPatch) -> None:
+    """One signal that is refused takes all others of its batch along."""
+
+    async def publish(self: publisher._Attempt) -> None:
+        await self._transport.publish([signal for signal, _ in self._signals])
+        self.published = sum(len(pokes) for _, pokes in self._signals)
+
+    patch.setattr(publisher._Attempt, "publish", publish)
+    only(patch, faults.limit_signals)
+
+
+def too_large_not_halved(patch: pytest.MonkeyPatch) -> None:
+    """The pokes of a signal that is too large are set aside, and not tried one by one."""
+
+    def halve(self: publisher._Attempt, pokes: Any, _shard: int, reason: str) -> None:
+        self.too_large.update(poke.recipient for poke in pokes)
+        self._refuse(pokes, reason)
+
+    patch.setattr(publisher._Attempt, "_halve", halve)
+    only(patch, faults.limit_signals)
+
+
+def gap_forgets_disconnects(patch: pytest.MonkeyPatch) -> None:
+    """After a gap nobody asks for the disconnects that were lost in it."""
+    patch.setattr(Recall, "on_missed", lambda _self: None)
+    only(patch, faults.disconnect, faults.cut_from_broker, faults.break_subscription)
+
+
+def revocations_unread(patch: pytest.MonkeyPatch) -> None:
+    """After a gap nobody reads in the mailbox what was revoked, nor asks."""
+
+    async def nothing(_self: Revocations) -> None:
+        pass
+
+    patch.setattr(Revocations, "_read_if_possible", nothing)
+    patch.setattr(Recall, "on_missed", lambda _self: None)
+    only(patch, faults.revoke, faults.cut_from_broker, faults.break_subscription)
+
+
 PLANTS: list[tuple[Plant, str]] = [
     (break_before_make, "no silence"),
     (ready_before_live, "ready only when live"),
@@ -214,6 +275,13 @@ PLANTS: list[tuple[Plant, str]] = [
     (unversioned_pokes_believed, "no silence"),
     (generation_at_the_restored_head, "no version twice"),
     (deaf_instance_keeps_shards, "a deaf instance lets go"),
+    (deaf_instance_keeps_sessions, "a deaf instance lets go"),
+    (deaf_to_some_shards_is_well, "a deaf instance lets go"),
+    (holes_unnoticed, "a hole is a gap"),
+    (batch_not_split, "no silence"),
+    (too_large_not_halved, "no silence"),
+    (gap_forgets_disconnects, "a disconnect reaches every session"),
+    (revocations_unread, "a disconnect reaches every session"),
     (young_generation_deletes, "no message lost or doubled"),
 ]
 """Each bug, and the invariant that it breaks."""
