@@ -448,6 +448,23 @@ class TestOutages:
         assert sender.stats.poke_failures == 4
         assert sender.stats.pokes_published >= 1
 
+    async def test_a_transport_that_refuses_all_is_told_once(
+        self, mailbox: WatchedMailbox, publisher: Recorder, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As for lack of a permission: one line, and readiness, until a poke is accepted."""
+        monkeypatch.setattr(processor, "REFUSED_FIRST_S", 0.001)
+        publisher.error = NotPublishedError("not permitted", frozenset({BOB, EVE}))
+        with capture_logs() as logs:
+            async with sweeping(mailbox, publisher) as sender:
+                await sender.send(message())
+                await sender.send(message(EVE))
+                await wait_until(lambda: sender.stats.poke_failures >= 5)
+                assert sender.is_cut_off
+                publisher.error = None
+                await confirmed(mailbox)
+                assert not sender.is_cut_off
+        assert [line["event"] for line in logs] == ["pokes_refused"]
+
     async def test_a_defect_ends_no_loop(
         self, mailbox: WatchedMailbox, publisher: Recorder
     ) -> None:

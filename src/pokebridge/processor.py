@@ -7,9 +7,10 @@ finds the entry: here or in any other process that shares the mailbox.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from math import inf
 from time import monotonic
 from types import TracebackType
 from typing import Final, Protocol, Self
@@ -87,6 +88,8 @@ class Processor:
     - ``_unpublished``: pokes of committed messages, for the publish loop.
     - ``_unconfirmed``: published pokes, for the confirm loop.
     - ``_refused``: recipients whose poke the transport refused.
+    - ``_refused_since``: some of those for whom it refused a poke since it accepted one.
+    - ``_refused_s``: when it last did so for several; ``-inf`` once it accepted a poke.
     - ``_transport``, ``_store``: whether the publisher and the mailbox work.
     - ``_tasks``: the loops, publish and confirm first; empty while the processor does not run.
     """
@@ -111,18 +114,23 @@ class Processor:
         self._unpublished = _PokeQueue()
         self._unconfirmed = _PokeQueue()
         self._refused = _Refused()
+        self._refused_since: set[str] = set()
+        self._refused_s = -inf
         self._transport = Part("transport")
         self._store = Part("mailbox")
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
     def is_cut_off(self) -> bool:
-        """Whether the transport refused the last publish, within the last CUT_OFF_S seconds.
+        """Whether the last publish failed, CUT_OFF_S seconds ago at most, or several were refused.
 
         After that nobody knows: another processor may have published the pokes, so that this one
         has nothing to try again.
         """
-        return self._transport.failed_within(CUT_OFF_S)
+        return (
+            self._transport.failed_within(CUT_OFF_S)
+            or monotonic() - self._refused_s < REFUSED_CAP_S
+        )
 
     async def send(self, message: NewMessage) -> Receipt:
         """Commit ``message``. Its poke is published in the background; a duplicate gets none.
@@ -228,9 +236,22 @@ class Processor:
         self.stats.pokes_published += len(done)
         self.stats.poke_failures += len(pokes) - len(done)
         self._refused.forget(done)
+        if done:
+            self._refused_since.clear()
+            self._refused_s = -inf
         if refusal is not None:
+            if not done:
+                self._note_refusal(refused - refusal.too_large, str(refusal))
             done += self._set_aside([poke for poke in pokes if poke.recipient in refused], refusal)
         return done
+
+    def _note_refusal(self, recipients: Iterable[str], reason: str) -> None:
+        """Note that none was accepted. With several recipients, the reason is not one of them."""
+        self._refused_since.update(islice(recipients, 2))
+        if len(self._refused_since) > 1:
+            if self._refused_s == -inf:
+                log.warning("pokes_refused", reason=reason)
+            self._refused_s = monotonic()
 
     def _set_aside(self, refused: Sequence[Poke], refusal: NotPublishedError) -> Sequence[Poke]:
         """Note a refusal. Returns those of ``refused`` that are not tried again."""

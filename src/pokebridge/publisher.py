@@ -41,6 +41,8 @@ __all__ = ["HttpPublisher", "Publisher"]
 LINGER_S = 0.003
 # At 256 bytes a recipient a signal stays under 160 KB, far below NATS's limit of 1 MB.
 MAX_POKES_PER_SIGNAL = 500
+# More than a signal with a single poke has beside the recipient.
+MAX_OVERHEAD_BYTES = 64
 # Recipients whose poke is gathered or being sent. At the limit callers wait, which slows them to
 # the transport's pace and bounds the memory to about 3 MB.
 MAX_PENDING_RECIPIENTS = 10_000
@@ -134,6 +136,24 @@ class Publisher(_PokeCalls):
         self._max_pokes_per_signal = max_pokes_per_signal
         self.published = 0
         """Pokes that the transport has accepted, after merging."""
+
+    async def publish(self, pokes: Sequence[Poke]) -> None:
+        """As in the base class. A poke that no signal can carry is an InputError too."""
+        _check(pokes)
+        self._check_size(pokes)
+        await super().publish(pokes)
+
+    def _check_size(self, pokes: Sequence[Poke]) -> None:
+        limit = self._transport.max_signal_bytes if isinstance(self._transport, HasLimit) else inf
+        for poke in pokes:
+            if len(poke.recipient) < limit / 2 - MAX_OVERHEAD_BYTES:  # an escape has two bytes
+                continue
+            if (size_bytes := len(encode_pokes([poke]))) > limit:
+                raise InputError(
+                    f"the poke for {poke.recipient} has {size_bytes} bytes, and the transport"
+                    f" accepts {limit}: use a shorter recipient, or raise the engine's limit"
+                    " (max_payload of NATS)"
+                )
 
     async def publish_now(self, pokes: Sequence[Poke]) -> None:
         """Publish ``pokes`` at once, without merging. Returns when all are accepted.

@@ -1,5 +1,6 @@
 """A real instance finds what no transport brought: its mailbox is asked, not the engine."""
 
+import asyncio
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -10,7 +11,8 @@ from pokebridge.mailbox.sqlite import SqliteMailbox
 from pokebridge.model import Poke
 from pokebridge.telemetry import Metric
 from pokebridge.testing.mailbox_kit import BOB, message
-from tests.support import Serve, wait_until
+from tests.support import Instance, Serve, wait_until
+from tests.support.engines import run_configured_nats
 
 
 async def _commit_without_a_poke(path: Path, number: int) -> None:
@@ -41,8 +43,45 @@ async def test_a_lost_poke_is_made_up_for(serve: Serve, tmp_path: Path) -> None:
             await _commit_without_a_poke(path, n)
             await wait_until(partial(_has_all, received, n + 1))
     assert received == ["lost 0", "lost 1", "lost 2"]
+    assert await _count(instance, Metric.POKES_LOST) in {1, 2}
+
+
+async def _count(instance: Instance, metric: Metric) -> int:
     async with instance.async_http() as http:
-        metrics = (await http.get("/metrics")).text
-    lost = re.search(rf"^{Metric.POKES_LOST} (\d+)", metrics, re.MULTILINE)
-    assert lost is not None
-    assert int(lost[1]) in {1, 2}
+        found = re.search(rf"^{metric} (\d+)", (await http.get("/metrics")).text, re.MULTILINE)
+    assert found is not None
+    return int(found[1])
+
+
+async def test_a_poke_that_can_not_be_published_is_made_up_for(
+    serve: Serve, tmp_path: Path
+) -> None:
+    """The message is taken and pulled in time. A poke alone is refused, and says what to change."""
+    long, other = "r" * 236 + '"' * 20, "urn:user:other"
+    with run_configured_nats(tmp_path, "max_payload: 280") as nats:
+        mailbox = f"sqlite:///{tmp_path}/mailbox.db"
+        instance = await asyncio.to_thread(
+            serve, transport=nats.url, mailbox=mailbox, verify_every_s=1
+        )
+        received: list[str] = []
+
+        async def take(messages: Sequence[ReceivedMessage]) -> None:
+            received.extend(each.id for each in messages)
+
+        async with (
+            instance.async_http("urn:backend", "send poke") as http,
+            PokeClient(instance.url, instance.token(long), take) as one,
+            PokeClient(instance.url, instance.token(other), take) as another,
+        ):
+            await one.wait_ready()
+            await another.wait_ready()
+            for recipient in (long, other):
+                message = {"recipient": recipient, "body": 1, "id": recipient[:8]}
+                assert (await http.post("/v1/messages", json=message)).status_code == 202
+            await wait_until(lambda: set(received) == {long[:8], other[:8]})
+            refused = await http.post("/v1/pokes", json={"recipients": [other, long]})
+            assert refused.status_code == 422
+            assert long in refused.json()["detail"]
+            assert "max_payload" in refused.json()["detail"]
+            assert (await http.post("/v1/pokes", json={"recipient": other})).status_code == 202
+        assert await _count(instance, Metric.POKES_UNPUBLISHABLE) == 1

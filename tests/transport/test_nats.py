@@ -448,6 +448,28 @@ async def test_what_the_server_refuses_for_its_size_is_halved(
     await receiver.wait_for(lambda heard: _poked(heard.payloads) == recipients)
 
 
+async def test_a_limit_that_is_lowered_is_learnt(
+    run_server: RunServer, connect_url: ConnectUrl
+) -> None:
+    """The server ends the connection for a signal above it, which is a gap. The next one knows."""
+    server = run_server("max_payload: 1MB")
+    transport = await connect_url(server.url)
+    _, receiver = await subscribe_live(transport, Feed.ALL)
+    path = server._directory / "nats.conf"
+    await asyncio.to_thread(path.write_text, "max_payload: 1KB")
+    os.kill(server.pid, signal.SIGHUP)
+    await wait_until(lambda: "Reloaded: max_payload" in server.log())
+    names = {f"{n:0200}" for n in range(50)}
+    mailbox = MemoryMailbox()
+    publisher = Publisher(transport, shard_count=2)
+    async with Processor(mailbox, publisher, sweep_after_s=0.1) as processor:
+        await asyncio.gather(*(processor.send(NewMessage(n, "me", "1", b"1")) for n in names))
+        await receiver.wait_for(lambda heard: _poked(heard.payloads) == names)
+        await wait_until(partial(_is_empty, mailbox))
+    assert receiver.gaps
+    assert transport.max_signal_bytes == 1024
+
+
 def _poked(bodies: Sequence[bytes]) -> set[str]:
     pokes = [decode_signal(body) for body in bodies if not is_probe(body)]
     return {poke.recipient for some in pokes if isinstance(some, list) for poke in some}
