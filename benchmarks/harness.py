@@ -109,9 +109,9 @@ def progress(text: str) -> None:
     print(f"bench: {text}", file=sys.stderr, flush=True)
 
 
-def tokens(count: int, scopes: Sequence[str] = ()) -> list[str]:
-    """A token for each of ``count`` recipients."""
-    return [sign_token(SECRET, recipient(number), scopes) for number in range(count)]
+def tokens(count: int, scopes: Sequence[str] = (), *, first: int = 0) -> list[str]:
+    """A token for each of ``count`` recipients, from number ``first`` on."""
+    return [sign_token(SECRET, recipient(first + number), scopes) for number in range(count)]
 
 
 def recipient(number: int) -> str:
@@ -251,7 +251,7 @@ async def peer(kind: str) -> AsyncIterator[tuple[Server, Child]]:
 
 @contextlib.asynccontextmanager
 async def websockets_server() -> AsyncIterator[Server]:
-    """The reference: the server of the ``websockets`` library, with the same token check."""
+    """The reference: the server of the ``websockets`` library, which checks tokens too."""
     async with peer("websockets") as (server, _):
         yield server
 

@@ -123,8 +123,8 @@ class Connection(asyncio.Protocol):
         """The newest version that the client was poked for."""
         return self.session.told
 
-    def begin(self, response: bytes) -> None:
-        """Take the transport over from the HTTP protocol and accept the handshake."""
+    def begin(self) -> None:
+        """Take the transport over from the HTTP protocol."""
         transport = self._transport
         transport.set_protocol(self)
         transport.set_write_buffer_limits(high=0)
@@ -132,17 +132,25 @@ class Connection(asyncio.Protocol):
         if sock is not None:
             with contextlib.suppress(OSError, AttributeError):  # not TCP, or not Linux
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES_AT_MOST)
-        transport.pause_reading()  # until ``ready`` is sent
-        transport.write(response)
+
+    def answer(self, response: bytes) -> None:
+        """Accept the handshake, and read nothing until ``ready`` is sent."""
+        self._transport.pause_reading()
+        self._transport.write(response)
         self._follow()
 
-    def open(self, first_ping_s: float) -> None:
-        """Send ``ready``: the recipient's subscription is live."""
+    def open(self, first_ping_s: float, response: bytes = b"") -> None:
+        """Send ``ready``: the recipient's subscription is live.
+
+        ``response`` accepts the handshake, if that was not answered before. With ``ready`` behind
+        it, it costs one system call for both ends.
+        """
         if self.session.state is State.WAITING:
             host = self._host
-            self._transport.write(
-                self.session.open(instance=host.instance, now=host.now(), first_ping_s=first_ping_s)
+            ready = self.session.open(
+                instance=host.instance, now=host.now(), first_ping_s=first_ping_s
             )
+            self._transport.write(response + ready)
             self._transport.resume_reading()
             self._follow()
 

@@ -1,6 +1,6 @@
 """The entrance of an instance: it admits sessions, and renews their tokens.
 
-HTTP upgrade → ``upgrade`` → [token] → ``Connection`` → ``on_admitted``, which gives it a place
+HTTP upgrade → ``upgrade`` → [token] → ``Connection`` → ``on_admitted``: an answer and a place
 """
 
 import asyncio
@@ -76,7 +76,7 @@ class Entrance:
         host: ConnectionHost,
         on_admitted: Callable[[Connection, Handshake], None],
     ) -> None:
-        """``on_admitted`` is called with each new connection; its handshake is already answered."""
+        """``on_admitted`` is called with each new connection, and answers its handshake."""
         self.handshakes: Counter[str] = Counter()
         """Handshakes by the HTTP status that they were answered with."""
         self._config = config
@@ -190,8 +190,7 @@ class Entrance:
         connection = Connection(self._host, transport, session, counted)
         self.handshakes["101"] += 1
         hand_over()
-        connection.begin(handshake.response)
-        log.debug("session_accepted", session=session.id, device=session.device)
+        connection.begin()
         self._on_admitted(connection, handshake)
 
     def _end_of_session(self, now: float) -> float:

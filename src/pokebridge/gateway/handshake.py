@@ -1,17 +1,15 @@
 """The opening handshake: RFC 6455, section 4.2, and protocol.md, section 3."""
 
+import base64
+import binascii
+import hashlib
 import ipaddress
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from urllib.parse import parse_qs, urlsplit
-
-from websockets.datastructures import Headers
-from websockets.exceptions import InvalidHandshake, InvalidUpgrade
-from websockets.http11 import Request
-from websockets.server import ServerProtocol
 
 from pokebridge.errors import AuthError, InputError, RefusedError
 from pokebridge.model import DEFAULT_DEVICE, check_device
@@ -27,8 +25,17 @@ _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 # [2001:db8::1], [2001:db8::1]:443 or 203.0.113.7:51001
 _WITH_PORT = re.compile(r"\[([^]]*)\](?::\d*)?|([\d.]+):\d*")
 
-# Only its checks are used. They keep no state between requests.
-_rfc6455 = ServerProtocol()
+# The fields that are read. The others, most of a browser's, are not even decoded.
+_READ = frozenset(
+    (
+        *(b"authorization", b"connection", b"host", b"origin", b"upgrade", b"x-forwarded-for"),
+        *(b"sec-websocket-key", b"sec-websocket-protocol", b"sec-websocket-version"),
+    )
+)
+_TOKEN = re.compile(r"[-!#$%&'*+.^_`|~0-9a-zA-Z]+")
+_KEY_SUFFIX = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, section 1.3
+
+_Fields = Mapping[bytes, Sequence[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,56 +71,98 @@ def read_handshake(
         RefusedError: with the status that protocol.md section 3 names.
         AuthError: there is no token.
     """
-    headers = Headers(
-        (name.decode("latin-1"), value.decode("latin-1")) for name, value in request.headers
-    )
+    fields = _read_fields(request.headers)
     try:
         url = urlsplit(request.target)
-        query = parse_qs(url.query)
+        query = parse_qs(url.query) if url.query else {}
     except ValueError:
         raise RefusedError(HTTPStatus.BAD_REQUEST, "the target is not a valid URL") from None
     if url.path != CONNECT_PATH:
         raise RefusedError(HTTPStatus.NOT_FOUND, f"WebSockets are served at {CONNECT_PATH} only")
-    try:
-        # httptools has already refused every HTTP version except 1.x.
-        accept, _, _ = _rfc6455.process_request(
-            Request(request.target, headers, method=request.method)
-        )
-    except InvalidUpgrade as error:
-        raise RefusedError(
-            HTTPStatus.UPGRADE_REQUIRED, str(error), {"Upgrade": "websocket"}
-        ) from None
-    except InvalidHandshake as error:
-        raise RefusedError(
-            HTTPStatus.BAD_REQUEST, str(error), {"Sec-WebSocket-Version": "13"}
-        ) from None
-    if allowed_origins is not None and not _may_connect(headers, allowed_origins):
+    accept = _check_upgrade(request.method, fields)
+    if allowed_origins is not None and not _may_connect(fields, allowed_origins):
         raise RefusedError(HTTPStatus.FORBIDDEN, "the Origin is not in allowed_origins")
     try:
         device = check_device(query.get("device", [DEFAULT_DEVICE])[-1])
     except InputError as error:
         raise RefusedError(HTTPStatus.BAD_REQUEST, str(error)) from None
-    offered = [
-        name.strip()
-        for value in headers.get_all("Sec-WebSocket-Protocol")
-        for name in value.split(",")
-    ]
+    offered = _list_of(fields, b"sec-websocket-protocol")
     return Handshake(
-        token=_find_token(headers, offered, query.get("access_token", ())),
+        token=_find_token(fields, offered, query.get("access_token", ())),
         device=device,
-        address=client_address(request.peer, headers.get_all("X-Forwarded-For"), trusted_proxies),
+        address=client_address(request.peer, fields.get(b"x-forwarded-for", ()), trusted_proxies),
         moved=query.get("moved", [""])[-1] == "1",
         response=_accept_response(accept, _chosen(offered)),
     )
 
 
-def _may_connect(headers: Headers, allowed_origins: frozenset[str]) -> bool:
+def _read_fields(headers: Sequence[tuple[bytes, bytes]]) -> _Fields:
+    fields: dict[bytes, list[str]] = {}
+    for name, value in headers:
+        if name in _READ:
+            fields.setdefault(name, []).append(value.decode("latin-1"))
+    return fields
+
+
+def _list_of(fields: _Fields, name: bytes) -> list[str]:
+    """The members of a field that is a list of tokens (RFC 9110, section 5.6.1)."""
+    members = [each.strip(" \t") for value in fields.get(name, ()) for each in value.split(",")]
+    members = [member for member in members if member]
+    if not all(map(_TOKEN.fullmatch, members)):
+        raise _bad_request(f"{name.decode()} must be a list of tokens, separated by commas")
+    return members
+
+
+def _check_upgrade(method: str, fields: _Fields) -> str:
+    """Check what RFC 6455 demands, in section 4.2.1. Returns ``Sec-WebSocket-Accept``.
+
+    httptools has already refused every HTTP version except 1.x.
+    """
+    if method != "GET":
+        raise _bad_request("a WebSocket handshake must be a GET request")
+    upgrades = [each.lower() for each in _list_of(fields, b"upgrade")]
+    connection = [each.lower() for each in _list_of(fields, b"connection")]
+    if upgrades != ["websocket"] or "upgrade" not in connection:
+        raise RefusedError(
+            HTTPStatus.UPGRADE_REQUIRED,
+            "a WebSocket handshake must have Upgrade: websocket and Connection: Upgrade",
+            {"Upgrade": "websocket"},
+        )
+    key = _only(fields, b"sec-websocket-key")
+    if not _is_key(key):
+        raise _bad_request("Sec-WebSocket-Key must be given once, and be 16 bytes in Base64")
+    if _only(fields, b"sec-websocket-version") != "13":
+        raise _bad_request("Sec-WebSocket-Version must be given once, and be 13")
+    if len(fields.get(b"origin", ())) > 1:
+        raise _bad_request("Origin must be given once at most")
+    digest = hashlib.sha1(key.encode() + _KEY_SUFFIX, usedforsecurity=False).digest()
+    return base64.b64encode(digest).decode()
+
+
+def _only(fields: _Fields, name: bytes) -> str:
+    """The value of a field that is given exactly once; otherwise nothing."""
+    values = fields.get(name, ())
+    return values[0] if len(values) == 1 else ""
+
+
+def _is_key(text: str) -> bool:
+    try:
+        return len(binascii.a2b_base64(text, strict_mode=True)) == 16
+    except ValueError:
+        return False
+
+
+def _bad_request(detail: str) -> RefusedError:
+    return RefusedError(HTTPStatus.BAD_REQUEST, detail, {"Sec-WebSocket-Version": "13"})
+
+
+def _may_connect(fields: _Fields, allowed_origins: frozenset[str]) -> bool:
     """Whether the page that connects is allowed to. The server's own pages always are."""
-    origin = headers.get("Origin")
-    if origin is None:  # no browser
+    origins = fields.get(b"origin")
+    if not origins:  # no browser
         return True
-    own = any(is_own(origin, host) for host in headers.get_all("Host")[:1])
-    return own or is_allowed(origin, allowed_origins)
+    own = any(is_own(origins[0], host) for host in fields.get(b"host", ())[:1])
+    return own or is_allowed(origins[0], allowed_origins)
 
 
 def _chosen(offered: Sequence[str]) -> str | None:
@@ -124,13 +173,13 @@ def _chosen(offered: Sequence[str]) -> str | None:
     """
     if SUBPROTOCOL in offered:
         return SUBPROTOCOL
-    bearers = (name for name in offered if name.startswith(_BEARER_SUBPROTOCOL) and name.isascii())
+    bearers = (name for name in offered if name.startswith(_BEARER_SUBPROTOCOL))
     return next(bearers, None)
 
 
-def _find_token(headers: Headers, offered: Sequence[str], in_query: Sequence[str]) -> str:
+def _find_token(fields: _Fields, offered: Sequence[str], in_query: Sequence[str]) -> str:
     """Return the token from the first of the three places that has one."""
-    for value in headers.get_all("Authorization"):
+    for value in fields.get(b"authorization", ()):
         scheme, _, token = value.partition(" ")
         if scheme.lower() == "bearer" and token.strip():
             return token.strip()
@@ -153,6 +202,8 @@ def client_address(
     ``X-Forwarded-For`` is read from the right, for as long as each hop is a trusted proxy. A hop
     that is no address, like ``unknown``, ends the reading.
     """
+    if not trusted_proxies and ":" not in peer:
+        return peer  # an IPv4 address already
     hops = [hop for value in forwarded_for for hop in value.split(",")] if trusted_proxies else []
     address = _parse_address(peer)
     if address is None:
@@ -192,15 +243,11 @@ def _parse_address(text: str) -> _Address | None:
 
 
 def _accept_response(accept: str, subprotocol: str | None) -> bytes:
-    lines = [
-        "HTTP/1.1 101 Switching Protocols",
-        "Upgrade: websocket",
-        "Connection: Upgrade",
-        f"Sec-WebSocket-Accept: {accept}",
-    ]
-    if subprotocol is not None:
-        lines.append(f"Sec-WebSocket-Protocol: {subprotocol}")
-    return "\r\n".join([*lines, "", ""]).encode("ascii")
+    chosen = "" if subprotocol is None else f"Sec-WebSocket-Protocol: {subprotocol}\r\n"
+    return (
+        "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        f"Sec-WebSocket-Accept: {accept}\r\n{chosen}\r\n"
+    ).encode("ascii")
 
 
 def refusal_response(status: int, detail: str, headers: dict[str, str] | None = None) -> bytes:
