@@ -7,9 +7,6 @@ from pokebridge.api.exchange import Header, Request, Response, header_list
 from pokebridge.api.problems import problem
 from pokebridge.origins import is_allowed
 
-VARY_BY_ORIGIN: Header = (b"vary", b"Origin")
-"""Every answer has it, because one to another origin has other headers."""
-
 _METHODS = ("GET", "POST", "PUT", "DELETE")
 # The last three are what tracing adds to a page's requests by itself.
 _REQUEST_HEADERS = (

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from http import HTTPStatus
 from time import perf_counter
 
-from pokebridge.api.cors import VARY_BY_ORIGIN, Cors
+from pokebridge.api.cors import Cors
 from pokebridge.api.exchange import Request, Response, Route
 from pokebridge.api.problems import defect, refusal
 from pokebridge.asgi import Receive, Scope, Send
@@ -69,7 +69,7 @@ class Api:
         began_s = perf_counter()
         request = Request(scope, receive, self._limit_bytes)
         response = await self._answer(request)
-        headers = [*response.headers, VARY_BY_ORIGIN]
+        headers = response.headers
         origin = request.headers.get(b"origin")
         if origin is not None:
             headers += self._cors.headers_for(origin)

@@ -20,6 +20,8 @@ Header = tuple[bytes, bytes]
 """The name, in lower case, and the value."""
 NEVER_CACHED: Header = (b"cache-control", b"private, no-store")
 """An answer belongs to the caller whose token asked for it."""
+VARY_BY_ORIGIN: Header = (b"vary", b"Origin")
+"""Every answer has it, because one to another origin has other headers."""
 _JSON = ((b"content-type", b"application/json"), NEVER_CACHED)
 
 T = TypeVar("T")
@@ -100,13 +102,13 @@ class Request:
 
 
 class Response:
-    """A complete answer. ``headers`` lack the length of ``body`` and what CORS adds."""
+    """A complete answer. It has the length of ``body``, and varies by origin."""
 
     __slots__ = ("body", "headers", "status")
 
     def __init__(self, status: int, headers: Iterable[Header] = (), body: bytes = b"") -> None:
         self.status = int(status)
-        self.headers = [*headers]
+        self.headers = [*headers, VARY_BY_ORIGIN]
         self.body = body
         if status not in {HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED}:
             self.headers.append((b"content-length", b"%d" % len(body)))
@@ -157,8 +159,7 @@ def body_reader(kind: type[T]) -> Callable[[Request], Awaitable[T]]:
 
 def read_query(request: Request, kind: type[T]) -> T:
     """The query as ``kind``. Raises :class:`~pokebridge.errors.InputError` when it is invalid."""
-    text = request.scope["query_string"].decode("latin-1")
-    pairs = parse_qsl(text, keep_blank_values=True) if text else []
+    pairs = _pairs(request.scope["query_string"].decode("latin-1"))
     given = dict(pairs)
     if len(given) != len(pairs):
         raise InputError("query: a parameter is given twice")
@@ -166,6 +167,14 @@ def read_query(request: Request, kind: type[T]) -> T:
         return msgspec.convert(given, kind, strict=False)
     except msgspec.ValidationError as error:
         raise InputError(f"query: {error}") from None
+
+
+def _pairs(query: str) -> list[tuple[str, str]]:
+    if "%" in query or "+" in query:
+        return parse_qsl(query, keep_blank_values=True)
+    # What is left of that when nothing is encoded, at a third of the cost.
+    parts = [part.partition("=") for part in query.split("&") if part]
+    return [(name, value) for name, _, value in parts]
 
 
 def json_response(

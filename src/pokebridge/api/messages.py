@@ -73,15 +73,15 @@ class MessageCalls:
         query = read_query(request, schema.PullQuery)
         if query.device is not UNSET:
             await self._devices.see(reader, check_device(query.device))
-        if_none_match = request.header(b"if-none-match")
+        own, if_none_match = _readers_own(reader), request.header(b"if-none-match")
         page = await self._mailbox.read(
             reader,
             after=query.after,
             limit=query.limit,
-            unless_head=_known_head(if_none_match, reader),
+            unless_head=_known_head(if_none_match, own),
         )
         self._on_pulled(reader, page.version if page.more else page.head)
-        etag = _tag(page.head, reader)
+        etag = f'"{page.head}-{own}"'
         headers = [(b"etag", etag.encode()), (b"vary", b"Authorization")]
         if _matches(if_none_match, etag):
             return Response(HTTPStatus.NOT_MODIFIED, [*headers, NEVER_CACHED])
@@ -142,30 +142,28 @@ def _pulled(message: Message) -> schema.PulledMessage:
     )
 
 
-def _reader_part(reader: str) -> str:
-    return hashlib.blake2s(reader.encode(), digest_size=16).hexdigest()
-
-
-def _tag(head: int, reader: str) -> str:
-    """The entity tag of a page for ``reader``. No other reader's page ever has it.
+def _readers_own(reader: str) -> str:
+    """The part of an entity tag that no other reader's page ever has.
 
     One URL serves every reader, so a cache on the way, or the browser's own, may validate the page
     of one reader with the token of another. Tags of release 0.1.0 were the head alone. They match
     nothing.
     """
-    return f'"{head}-{_reader_part(reader)}"'
+    return hashlib.blake2s(reader.encode(), digest_size=16).hexdigest()
 
 
-def _known_head(if_none_match: str, reader: str) -> int | None:
-    """The head that the header names, when it names one and that is a tag for ``reader``.
+def _known_head(if_none_match: str, own: str) -> int | None:
+    """The head that the header names, when it names one in a tag of the reader.
 
     A mailbox reads no messages for a caller that has its head.
     """
     tag = _TAG.fullmatch(if_none_match.strip())
-    return int(tag[1]) if tag and tag[2] == _reader_part(reader) else None
+    return int(tag[1]) if tag and tag[2] == own else None
 
 
 def _matches(if_none_match: str, etag: str) -> bool:
     """Whether the header names ``etag``, compared weakly (RFC 9110, section 13.1.2)."""
+    if not if_none_match:
+        return False
     tags = [tag.strip().removeprefix("W/") for tag in if_none_match.split(",")]
     return etag in tags or tags == ["*"]
