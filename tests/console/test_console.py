@@ -211,8 +211,8 @@ async def test_a_drain(console: Page, trio: Trio) -> None:
     await expect(row(console, "three").get_by_role("button")).to_be_focused()
     await row(console, "three").get_by_role("button").click()
     await dialog.get_by_role("button", name="Drain").click()
-    await expect(cell(console, "three", "State")).to_have_text("draining")
     await expect(cell(console, "three", "Shards")).to_have_text("0")
+    await expect(cell(console, "three", "State")).to_have_text("drained")
     await expect(row(console, "three").get_by_role("button")).to_be_disabled()
     await expect(events(console, "draining").first).to_contain_text("three")
     assert await letter(console, "three") not in await letters(console)
@@ -333,3 +333,13 @@ async def test_a_development_token(console: Page) -> None:
     await console.get_by_role("button", name="Sign out").click()
     await console.get_by_role("button", name="development token").click()
     await expect(console.locator("tbody tr")).to_have_count(3)
+
+
+async def test_charts_that_fail_leave_the_rest(page: Page, trio: Trio) -> None:
+    """WebKitGTK under ``LANG=C`` says that its language is "C", which no formatter takes."""
+    await page.add_init_script("Object.defineProperty(navigator, 'language', {value: 'C'})")
+    await page.goto(f"{trio.one.url}/console")
+    await sign_in(page, await trio.admin_token())
+    await expect(status(page)).to_have_text("live")
+    await expect(row(page, NAMES[0])).to_be_visible()
+    await expect(page.locator(".charts")).to_contain_text("can't draw the charts")

@@ -1,4 +1,7 @@
-"""What the documentation shows of the JavaScript client, and the examples, run as they stand."""
+"""What the documentation shows of the JavaScript client, and the examples, run as they stand.
+
+They get messages of the form that the README sends.
+"""
 
 import asyncio
 import json
@@ -88,11 +91,11 @@ async def test_snippets(project: Path, instance: Instance) -> None:
         source.write_text(
             snippet.replace(BRIDGE, instance.url).replace(OWN_DATA, f"{instance.url}/healthz")
         )
-        await send(instance, recipient, "hello")
+        await send(instance, recipient, {"text": "hello"})
         prelude = f"--import={(project / 'prelude.mjs').as_uri()}"
         env = {"BRIDGE": instance.url, "RECIPIENT": recipient}
         async with running(prelude, source, **env) as process:
-            expected = '"hello"' if "onMessages" in snippet else ""
+            expected = '{"text":"hello"}' if "onMessages" in snippet else ""
             await line_with(process, f"shown: {expected}")
 
     modules = snippets("js")
@@ -126,7 +129,7 @@ async def test_the_hook(
     page = await open_with_token(context, f"{site}/tests/js/page.html", token)
     await page.add_script_tag(path=bundle(project / "main.jsx", project))
     await expect(page.locator("output")).to_have_text("connected")
-    await send(instance, "urn:user:react", "one", "two")
+    await send(instance, "urn:user:react", {"text": "one"}, {"text": "two"})
     await expect(page.locator("p")).to_have_text(["one", "two"])
 
 
@@ -138,7 +141,7 @@ async def test_the_page_without_a_build(
     token = instance.token("urn:user:plain")
     page = await open_with_token(context, f"{site}/clients/js/dist/", token)
     await page.set_content(html.replace(BRIDGE, instance.url))
-    await send(instance, "urn:user:plain", "hello")
+    await send(instance, "urn:user:plain", {"text": "hello"})
     await expect(page.locator("ul")).to_have_text("hello")
 
 
@@ -170,8 +173,8 @@ async def test_the_react_example(
     for user in ("bob", "alice"):
         await page.locator("select").select_option(user)
         await expect(page.locator("output")).to_have_text("connected")
-        await send(instance, f"urn:user:{user}", f"for {user}")
-        await expect(page.locator("li")).to_have_text(f'urn:backend: "for {user}"')
+        await send(instance, f"urn:user:{user}", {"text": f"for {user}"})
+        await expect(page.locator("li")).to_have_text(f"urn:backend: for {user}")
         await wait_sessions(instance, 1)
     await page.locator("select").select_option("")
     await expect(page.locator("output")).to_have_text("closed")

@@ -37,7 +37,7 @@ function Inbox({ url, user }) {
       <ol>
         {messages.map(({ version, sender, body }) => (
           <li key={version}>
-            {sender}: {JSON.stringify(body)}
+            {sender}: {body.text}
           </li>
         ))}
       </ol>

@@ -1,7 +1,6 @@
 // The console: sign in, then watch the cluster, migrate it, drain its instances.
 
 import { devToken, reach } from "../shared/api.js";
-import { Charts } from "./charts.js";
 import { confirm, withdraw } from "./confirm.js";
 import { EventLog } from "./events.js";
 import { Figures, loadOf } from "./figures.js";
@@ -23,10 +22,31 @@ let seenAt = 0;
 let connection = { state: "off" };
 
 const figures = new Figures(find(".figures"));
-const charts = new Charts(find(".charts"));
+let charts = null;
 const instances = new Instances(find("table"), askToDrain);
 const shards = new ShardGrid(find("section:has(.shards)"));
 const events = new EventLog(find(".events"));
+
+// The charts come from a library that some browsers can't run. The rest of the page works without them.
+try {
+  const { Charts } = await import("./charts.js");
+  charts = new Charts(find(".charts"));
+} catch (error) {
+  giveUpCharts(error);
+}
+
+function draw(what) {
+  try {
+    if (charts !== null) what(charts);
+  } catch (error) {
+    giveUpCharts(error);
+  }
+}
+
+function giveUpCharts(error) {
+  charts = null;
+  find(".charts").textContent = `This browser can't draw the charts: ${error.message}`;
+}
 
 // --- signing in ----------------------------------------------------------------------------------
 
@@ -93,7 +113,7 @@ function show(seen) {
   seenAt = Date.now();
   const load = loadOf(view);
   figures.show(load);
-  charts.add(load);
+  draw((charts) => charts.add(load));
   instances.show(view);
   shards.show(view);
   showMode();
@@ -165,7 +185,7 @@ setInterval(() => {
   if (live === null || document.hidden) return;
   instances.refresh();
   shards.refresh();
-  charts.extend();
+  draw((charts) => charts.extend());
   if (Date.now() - seenAt > STALE_MS) showConnection({});
 }, 1000);
 

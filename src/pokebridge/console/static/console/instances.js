@@ -33,7 +33,8 @@ const COLUMNS = [
   { name: "Age", of: (each) => formatDuration((Date.now() - each.joined_at_ms) / 1000) },
 ];
 
-function stateOf({ state, settled, epoch }, view) {
+function stateOf({ state, settled, epoch, sessions, shards }, view) {
+  if (state === "draining" && sessions === 0 && shards.length === 0) return "drained";
   if (state !== "active") return state;
   return settled && epoch >= view.epoch ? "active" : "settling";
 }
