@@ -27,7 +27,7 @@ from pokebridge.processor import Processor
 from pokebridge.publisher import Publisher
 from pokebridge.server.adapters import open_mailbox
 from pokebridge.testing.mailbox_kit import BOB, EVE, ManualClock, fill, message, unpoked, versions
-from pokebridge.transport.base import Feed, Selection
+from pokebridge.transport.base import Feed, Selection, Signal
 from pokebridge.transport.memory import MemoryTransport
 from pokebridge.wire import decode_signal
 from tests.support.waiting import wait_until
@@ -77,6 +77,22 @@ class Subscriber:
     def on_gap(self, selection: Selection, reason: str) -> None:
         """The in-process transport has none."""
         raise AssertionError((selection, reason))
+
+
+class SlowAtFirst(MemoryTransport):
+    """The in-process transport, whose first publish waits for a gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        self.gate = asyncio.Event()
+
+    async def publish(self, signals: Sequence[Signal]) -> None:
+        """Count, and wait if it is the first."""
+        self.calls += 1
+        if self.calls == 1:
+            await self.gate.wait()
+        await super().publish(signals)
 
 
 class WatchedMailbox(MemoryMailbox):
@@ -186,16 +202,19 @@ class TestSending:
         assert set(publisher.batches[-1]) == {Poke(f"r{n}", 100) for n in range(3)}
 
     async def test_pokes_are_merged_once(self, mailbox: WatchedMailbox) -> None:
-        """The publisher's own merging, here an hour long, does not delay the processor's pokes."""
-        transport = MemoryTransport()
-        heard = Subscriber()
+        """The publisher's own merging, here for an hour, does not delay the processor's pokes."""
+        transport, heard = SlowAtFirst(), Subscriber()
         await transport.subscribe(Feed.ALL, heard)
         publisher = Publisher(transport, linger_s=FOREVER_S)
+        first = asyncio.create_task(publisher.poke(EVE))  # others would wait for its end
+        await wait_until(lambda: transport.calls)
         async with Processor(mailbox, publisher, sweep_after_s=FOREVER_S) as sender:
             await sender.send(message())
             await confirmed(mailbox)
         assert heard.pokes == [Poke(BOB, 1)]
         assert publisher.published == 1
+        transport.gate.set()
+        await first
 
     async def test_an_entry_stays_until_its_poke_is_published(
         self, mailbox: WatchedMailbox, publisher: Recorder

@@ -242,15 +242,47 @@ async def test_callers_wait_when_too_much_is_pending() -> None:
     assert {poke.recipient for poke in transport.pokes} == {"a", "b", "c"}
 
 
+async def test_a_poke_waits_for_no_others_while_nothing_is_sent() -> None:
+    """However long the linger: it is for what is poked while other pokes are being sent."""
+    transport = Spy()
+    async with Publisher(transport, linger_s=3600) as publisher:
+        await publisher.poke(BOB)
+        await publisher.poke(EVE)
+    assert transport.pokes == [Poke(BOB), Poke(EVE)]
+
+
+async def test_pokes_merge_while_others_are_sent() -> None:
+    """What is poked during a send shares one batch, which goes out when the send has ended."""
+    transport = Spy()
+    transport.open.clear()
+    async with Publisher(transport, linger_s=3600, shard_count=1) as publisher:
+        callers = [asyncio.create_task(publisher.poke(BOB))]
+        await wait_until(lambda: transport.calls)
+        for version in (1, 2, 3):
+            callers += [asyncio.create_task(publisher.poke(each, version)) for each in (BOB, EVE)]
+            for _ in range(5):  # turns of the loop, in which a send would start
+                await asyncio.sleep(0)
+        assert len(transport.calls) == 1
+        transport.open.set()
+        await asyncio.gather(*callers)
+    assert transport.pokes == [Poke(BOB), Poke(BOB, 3), Poke(EVE, 3)]
+    assert len(transport.calls) == 2
+
+
 async def test_close_sends_what_has_gathered() -> None:
     """Closing flushes at once, however long the linger, and refuses what comes after."""
     transport = Spy()
+    transport.open.clear()
     publisher = Publisher(transport, linger_s=3600)
-    caller = asyncio.create_task(publisher.poke(BOB))
+    callers = [asyncio.create_task(publisher.poke(BOB))]
+    await wait_until(lambda: transport.calls)
+    callers.append(asyncio.create_task(publisher.poke(EVE)))
     await asyncio.sleep(0)
-    await publisher.close()
-    await caller
-    assert transport.pokes == [Poke(BOB)]
+    closing = asyncio.create_task(publisher.close())
+    await wait_until(lambda: len(transport.calls) == 2)  # beside the one that hangs
+    transport.open.set()
+    await asyncio.gather(closing, *callers)
+    assert transport.pokes == [Poke(BOB), Poke(EVE)]
     with pytest.raises(TransportError, match="closed"):
         await publisher.poke(BOB)
     await publisher.close()

@@ -32,14 +32,15 @@ class _Batch:
 
 
 class PokeMerger:
-    """Gathers pokes for ``linger_s`` seconds and sends them as one batch.
+    """Gathers pokes while others are being sent, and sends them as one batch.
 
-    It has one timer and at most :data:`MAX_CONCURRENT_SENDS` tasks, however many callers there
-    are. While that many sends are under way, the next batch goes on gathering.
+    A batch is sent at the end of the loop's turn while nothing else is being sent. Otherwise it is
+    sent when a send has ended, or ``linger_s`` after its first poke, so that a slow send holds up
+    no other. There are at most :data:`MAX_CONCURRENT_SENDS` sends: beyond that the batch goes on
+    gathering.
 
     - ``_gathering``: the batch that takes new pokes, if there is one.
-    - ``_timer``: starts that batch. ``None`` while a batch gathers: the batch is overdue, and
-      starts when a send has ended.
+    - ``_start``: the call that will send it; ``None`` once it was due, and had to go on gathering.
     - ``_sends``: the batches that are being sent.
     - ``_pending``: recipients in all these batches; ``_room`` is set when it has fallen.
     """
@@ -51,7 +52,7 @@ class PokeMerger:
         self._linger_s = linger_s
         self._max_pending = max_pending
         self._gathering: _Batch | None = None
-        self._timer: asyncio.TimerHandle | None = None
+        self._start: asyncio.Handle | None = None
         self._sends: set[asyncio.Task[None]] = set()
         self._pending = 0
         self._room = asyncio.Event()
@@ -112,15 +113,18 @@ class PokeMerger:
         if batch is None:
             batch = self._gathering = _Batch()
             loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(self._linger_s, self._start_send)
+            if self._sends:
+                self._start = loop.call_later(self._linger_s, self._start_send)
+            else:
+                self._start = loop.call_soon(self._start_send)
         batch.versions[poke.recipient] = poke.version
         self._pending += 1
         return batch
 
     def _start_send(self) -> None:
-        if self._timer:
-            self._timer.cancel()
-            self._timer = None
+        if self._start:
+            self._start.cancel()
+            self._start = None
         if self._gathering and len(self._sends) < MAX_CONCURRENT_SENDS:
             batch, self._gathering = self._gathering, None
             task = asyncio.get_running_loop().create_task(self._send_batch(batch))
@@ -145,8 +149,7 @@ class PokeMerger:
 
     def _send_ended(self, task: asyncio.Task[None]) -> None:
         self._sends.discard(task)
-        if self._timer is None:
-            self._start_send()
+        self._start_send()
 
 
 def _newest(one: int | None, other: int | None) -> int | None:

@@ -1,9 +1,10 @@
 """How a backend pokes: on the transport itself, or over an instance's HTTP API.
 
-Both publishers take pokes from any number of callers, merge them for a few milliseconds, and send
-few, large requests. Merging is safe because a poke is level-triggered: it says "you are behind
-version v", so the newest poke replaces the older ones. A call returns when its pokes have been
-accepted, and raises when they may not have been.
+Both publishers take pokes from any number of callers. A poke is sent at once while no other is
+being sent. Otherwise it waits a few milliseconds at most, and those that wait are merged into few,
+large requests. Merging is safe because a poke is level-triggered: it says "you are behind version
+v", so the newest poke replaces the older ones. A call returns when its pokes have been accepted,
+and raises when they may not have been.
 """
 
 import asyncio
@@ -37,7 +38,7 @@ from pokebridge.wire import encode_disconnect, encode_pokes, problem_detail, ref
 
 __all__ = ["HttpPublisher", "Publisher"]
 
-# How long the first poke of a batch waits for others.
+# How long a poke waits for others at most, while an earlier batch is being sent.
 LINGER_S = 0.003
 # At 256 bytes a recipient a signal stays under 160 KB, far below NATS's limit of 1 MB.
 MAX_POKES_PER_SIGNAL = 500
@@ -116,7 +117,7 @@ class Publisher(_PokeCalls):
     Args:
         transport: the transport to publish on. The caller closes it.
         shard_count: the cluster's (protocol.md section 1).
-        linger_s: how long the first poke of a batch waits for others.
+        linger_s: how long a poke waits for others at most, while earlier pokes are being sent.
         max_pokes_per_signal: pokes of one shard beyond this number go into further signals.
         max_pending: recipients that may be pending; at this limit callers wait.
     """
@@ -293,7 +294,7 @@ class HttpPublisher(_PokeCalls):
         url: the instance's HTTP address, ``https://bridge.example.org``.
         token: a JWT with the scope ``poke``, or a coroutine function that returns a fresh one. The
             function is called before every request.
-        linger_s: how long the first poke of a batch waits for others.
+        linger_s: how long a poke waits for others at most, while earlier pokes are being sent.
         max_pending: recipients that may be pending; at this limit callers wait.
     """
 
