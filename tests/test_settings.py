@@ -142,7 +142,13 @@ def test_a_value_is_brought_into_its_normal_form(name: str, value: str, meant: A
 @pytest.mark.parametrize(
     ("name", "value", "meaning"),
     [
+        ("host", "", "address or a name"),
+        ("host", "two words", "address or a name"),
+        ("host", "0.0.0.0:8080", "without a port"),
+        ("host", "http://b1", "address or a name"),
         ("port", "http", "integer"),
+        ("port", -1, "0"),
+        ("port", 80.5, "integer"),
         ("port", 70000, "65535"),
         ("shard_count", 0, "greater than or equal to 1"),
         ("shard_count", 10_001, "10000"),
@@ -150,7 +156,10 @@ def test_a_value_is_brought_into_its_normal_form(name: str, value: str, meant: A
         ("roles", "gateway,cook", "'gateway'"),
         ("coordination", "redis", "must be a URL"),
         ("lease_s", 0.1, "greater than or equal to 0.5"),
+        ("lease_s", "nan", "finite"),
+        ("lease_s", "inf", "300"),
         ("weight", 0, "greater than 0"),
+        ("weight", "nan", "finite"),
         ("carrier", "pigeon", "'filter' or 'topic'"),
         ("cluster", "My Cluster", "lower-case"),
         ("instance", "", "lower-case"),
@@ -169,7 +178,16 @@ def test_a_value_is_brought_into_its_normal_form(name: str, value: str, meant: A
         ("mailbox", "pokebridge.db", "URL"),
         ("jwt_secret", "hunter2", "32 bytes"),
         ("jwt_previous_secret", "hunter2", "32 bytes"),
+        ("jwt_secret", " " * 40, "32 bytes"),
+        ("jwt_issuer", "", "not empty"),
+        ("jwt_audience", " ", "not empty"),
+        ("jwt_leeway_s", -1, "0"),
+        ("jwt_leeway_s", "nan", "finite"),
         ("jwks_url", "file:///etc/passwd", "http"),
+        ("jwks_url", "https://", "http"),
+        ("jwks_url", "https:///jwks", "http"),
+        ("jwks_url", "https://issuer.example:jwks", "port"),
+        ("push_webhook_url", "https://push.example:0/", "port"),
         ("allowed_origins", "https://a.example/path", "origins like"),
         ("allowed_origins", "https://a.example/", "without a path"),
         ("allowed_origins", "https://a.*.example", "origins like"),
@@ -179,7 +197,17 @@ def test_a_value_is_brought_into_its_normal_form(name: str, value: str, meant: A
         ("max_sessions", 0, "1"),
         ("max_sessions_per_recipient", 0, "1"),
         ("ping_interval_s", 0, "greater than 0"),
+        ("ping_interval_s", "nan", "finite"),
+        ("ping_interval_s", 1e300, "less than"),
+        ("pong_timeout_s", -5, "greater than 0"),
+        ("verify_every_s", "nan", "finite"),
+        ("revoke_for_s", "inf", "finite"),
+        ("grace_s", -1, "greater than 0"),
+        ("max_session_s", -1, "0"),
+        ("max_messages_per_recipient", 10**30, "less than"),
         ("drain_s", "inf", "finite"),
+        ("drain_s", "nan", "finite"),
+        ("drain_s", -0.1, "0"),
         ("log_format", "xml", "'json' or 'console'"),
         ("log_level", "loud", "'debug'"),
     ],
@@ -195,9 +223,56 @@ def test_a_wrong_value_is_named_with_its_source(
     quoted = f'"{value}"' if isinstance(value, str) else value
     path = toml(tmp_path, f"{name} = {quoted}\n")
     assert refusal(config_file=path).startswith(f"{name} in {path}: ")
-    if value != "":
+    if str(value).strip():
         variable = f"POKEBRIDGE_{name.upper()}"
         assert refusal(environ={variable: str(value)}).startswith(f"{variable}: ")
+
+
+PASSWORDS = [f"hunter{each}2secret" for each in "#?/[]@%"]
+PASSWORDS += ["hunter%zz2secret", "12/34secret", "12?34secret", "12#34secret", "12@34secret"]
+URLS = [
+    ("transport", "redis://:{}@h:6379/0"),
+    ("transport", "rediss://u:{}@h"),
+    ("transport", "nats://u:{}@h:4222,h2:4222"),
+    ("transport", "tls://{}@h"),
+    ("coordination", "redis://u:{}@h:6379/0"),
+    ("coordination", "nats://u:{}@h"),
+    ("coordination", "postgresql://u:{}@h/d"),
+    ("mailbox", "postgresql://u:{}@h:1,h2:2/d?sslmode=require"),
+    ("mailbox", "postgres://u:{}@h/d"),
+    ("ingress", "nats://u:{}@h/s/t"),
+    ("jwks_url", "https://u:{}@h/jwks"),
+    ("push_webhook_url", "https://u:{}@h/push?a=b"),
+]
+
+
+@pytest.mark.parametrize("password", PASSWORDS)
+@pytest.mark.parametrize(("name", "url"), URLS)
+def test_a_password_must_be_percent_encoded(
+    tmp_path: Path, name: str, url: str, password: str
+) -> None:
+    """Wherever the URL comes from, the line says so, and shows no part of it."""
+    url = url.format(password)
+    path = toml(tmp_path, f"{name} = '{url}'\n")
+    variable = f"POKEBRIDGE_{name.upper()}"
+    lines = {
+        f"--{name.replace('_', '-')}: ": refusal({name: url}),
+        f"{variable}: ": refusal(environ={variable: url}),
+        f"{name} in {path}: ": refusal(config_file=path),
+    }
+    for source, line in lines.items():
+        assert line.startswith(source)
+        assert "percent-encode" in line
+        for part in ("hunter", "secret", "12", "34"):
+            assert part not in line.removeprefix(source)
+
+
+@pytest.mark.parametrize(("name", "url"), URLS)
+def test_a_password_that_is_percent_encoded_is_fine(name: str, url: str) -> None:
+    """With all that had to be encoded, and all that need not be."""
+    password = "%23%3F%2F%5B%5D%40%25%3a!$&'()*+,;=-._~\u00e9"
+    secret = {"push_webhook_secret": f"whsec_{base64.b64encode(b'x' * 24).decode()}"}
+    load_settings(None, {"dev": True, name: url.format(password)} | secret, {})
 
 
 def test_an_unknown_name_is_refused_with_a_guess(tmp_path: Path) -> None:

@@ -1,14 +1,21 @@
 """Write docs/settings.md: every setting of ``Settings`` with its default and its meaning.
 
-The groups are the ``# --- Title ---`` comments among the fields of ``Settings``.
+A table at the end shows what is refused or warned of. Its texts are what an instance says. The
+groups are the ``# --- Title ---`` comments among the fields of ``Settings``.
 """
 
 import inspect
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from pokebridge.settings import Settings
+from structlog.testing import capture_logs
+
+from pokebridge.errors import ConfigError
+from pokebridge.server.from_settings import check, log_warnings
+from pokebridge.settings import Settings, load_settings
 
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
 _HEAD = """# Settings
@@ -24,9 +31,76 @@ with `dev` neither. Names that end in `_s` are in seconds.
 _SHOWN = {"instance": "random", "roles": "all", "jwks_url": "-"}
 
 
+_ANSWERS_HEAD = """## What is refused, and what is warned of
+
+A setting that can't work stops the start with one line. One that is hardly ever meant is logged as
+a warning ([logging.md](logging.md)). No line shows the value of a setting that may have a secret.
+
+| example | what `pokebridge serve` says |
+|---|---|
+"""
+# One example of each kind, as the TOML file has them.
+_EXAMPLES: tuple[dict[str, object], ...] = (
+    {"host": ""},
+    {"port": 70000},
+    {"instance": "My Instance"},
+    {"roles": ["gateway", "cook"]},
+    {"roles": ["gateway", "api"], "transport": "nats://h:4222", "mailbox": "memory://"},
+    {"roles": ["gateway"]},
+    {"mode": "partitioned", "transport": "nats://h:4222"},
+    {"advertise_url": "https://b1.example.com/?x"},
+    {"lease_s": 0.1},
+    {"drain_s": float("nan")},
+    {"ping_interval_s": -1},
+    {"transport": "redis://:pa#ss@h:6379"},
+    {"mailbox": "postgresql://u:secret@h:port/d"},
+    {"ingress": "nats://h:4222/stream/subject", "no_mailbox": True},
+    {"push_webhook_url": "http://push.example.com"},
+    {"jwt_secret": "short"},
+    {"jwt_audience": ""},
+    {"jwks_url": "file:///keys.json"},
+    {"jwks_url": "http://issuer.example.com/jwks", "jwt_audience": "bridge"},
+    {"allowed_origins": ["https://app.example.com/path"]},
+    {"trusted_proxies": ["proxy.example.com"]},
+    {"trusted_proxies": ["0.0.0.0/0"]},
+    {"dev": True, "host": "0.0.0.0"},  # noqa: S104 - refused
+    {"jwt_secrets": "a"},
+)
+
+
 def render() -> str:
     """The page."""
-    return "\n".join([_HEAD, *(_table(title, names) for title, names in groups().items())])
+    tables = (_table(title, names) for title, names in groups().items())
+    answers = "".join(f"| {_toml(each)} | {_answer(each)} |\n" for each in _EXAMPLES)
+    return "\n".join([_HEAD, *tables, _ANSWERS_HEAD + answers])
+
+
+def _toml(given: dict[str, object]) -> str:
+    lines = (f"{name} = {_toml_value(value)}" for name, value in given.items())
+    return ", ".join(f"`{line}`" for line in lines)
+
+
+def _toml_value(value: object) -> str:
+    return str(value) if isinstance(value, float) else json.dumps(value)
+
+
+def _answer(given: dict[str, object]) -> str:
+    """What an instance says of a file with ``given``."""
+    file = "\n".join(f"{name} = {_toml_value(value)}" for name, value in given.items())
+    environ = {} if "jwks_url" in given or "dev" in given else {"POKEBRIDGE_JWT_SECRET": "x" * 32}
+    environ |= {} if "jwt_secret" not in given else {"POKEBRIDGE_JWT_SECRET": ""}
+    with TemporaryDirectory() as directory:
+        path = Path(directory) / "bridge.toml"
+        path.write_text(file)
+        try:
+            settings = load_settings(path, {}, environ)
+            check(settings)
+        except ConfigError as error:
+            return f"refused: {str(error).replace(str(path), 'bridge.toml')}"
+    with capture_logs() as logged:
+        log_warnings(settings)
+    assert logged, f"nothing is said of {given}"
+    return f"warning: `{logged[0]['event']}`"
 
 
 def groups() -> dict[str, list[str]]:

@@ -17,6 +17,7 @@ import httpx
 from pokebridge.errors import AuthError, ConfigError, PokebridgeError, UnavailableError
 from pokebridge.outgoing import http_client
 from pokebridge.tokens import SignToken
+from pokebridge.urls import check_bridge_url
 from pokebridge.wire import problem_detail, refusal_text
 
 TIMEOUT_S = 30.0
@@ -47,15 +48,9 @@ class ApiClient:
     """
 
     def __init__(self, url: str, token: str | None = None, sign: SignToken | None = None) -> None:
-        try:
-            parsed = httpx.URL(url)
-        except httpx.InvalidURL:
-            parsed = httpx.URL()
-        if parsed.scheme not in {"http", "https"} or not parsed.host:
-            raise ConfigError("--url: must be an http:// or https:// URL")
+        self.url = check_bridge_url("--url", url)
         if token is not None and re.fullmatch(r"[\w.-]+", token, re.ASCII) is None:
             raise ConfigError("--token: must be a JWT")
-        self.url = str(parsed).rstrip("/")
         self._token = token
         self._sign = sign
         self._http = http_client(self.url, timeout=TIMEOUT_S)

@@ -22,7 +22,6 @@ import msgspec
 
 from pokebridge.errors import (
     AuthError,
-    ConfigError,
     ForbiddenError,
     InputError,
     NotPublishedError,
@@ -34,6 +33,7 @@ from pokebridge.outgoing import http_client
 from pokebridge.poke_merger import PokeMerger
 from pokebridge.sharding import DEFAULT_SHARD_COUNT, check_shard_count, shard_of
 from pokebridge.transport.base import HasLimit, Signal, Transport
+from pokebridge.urls import check_bridge_url
 from pokebridge.wire import encode_disconnect, encode_pokes, problem_detail, refusal_text
 
 __all__ = ["HttpPublisher", "Publisher"]
@@ -307,9 +307,7 @@ class HttpPublisher(_PokeCalls):
         max_pending: int = MAX_PENDING_RECIPIENTS,
     ) -> None:
         super().__init__(self._send, linger_s, max_pending)
-        if not url.startswith(("http://", "https://")):
-            raise ConfigError(f"the publisher's url must start with http:// or https://: {url!r}")
-        self._url = f"{url.rstrip('/')}/v1/pokes"
+        self._url = check_bridge_url("the publisher's url", url) + "/v1/pokes"
         self._token = token
         self._http = http_client(self._url, timeout=None)  # _post has a deadline
 

@@ -11,13 +11,11 @@ import re
 import secrets
 import tomllib
 from collections.abc import Mapping
-from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 from urllib.parse import urlsplit
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -30,14 +28,32 @@ from pydantic import (
 from pokebridge.errors import ConfigError
 from pokebridge.mailbox.base import Limits
 from pokebridge.mailbox.pushes import PushTiming
-from pokebridge.model import Mode
-from pokebridge.origins import normal_origin
+from pokebridge.model import MAX_VERSION, Mode
 from pokebridge.red_line import MIGRATE_RULES, RED_LINE_OPS_PER_S
 from pokebridge.session import Timing
+from pokebridge.setting_types import (
+    WEBHOOK_SECRET,
+    AdvertiseUrl,
+    Claim,
+    Factor,
+    Host,
+    HttpUrl,
+    IngressUrl,
+    Limit,
+    Name,
+    Network,
+    Origin,
+    PartUrl,
+    Seconds,
+    Secret,
+    WebhookSecret,
+    is_loopback,
+    split_list,
+    unless_dev,
+)
 from pokebridge.sharding import DEFAULT_SHARD_COUNT, MAX_SHARD_COUNT
 from pokebridge.submission import MAX_BODY_BYTES
 from pokebridge.transport.base import Carrier
-from pokebridge.wire import CONNECT_PATH
 
 __all__ = ["Settings", "load_settings"]
 
@@ -52,112 +68,8 @@ _SERVICE_LINK_VALUE = re.compile(r"(tcp|udp|sctp)://.+")
 _LIMITS, _PUSH_TIMING, _SESSION_TIMING = Limits(), PushTiming(), Timing()
 _DAY_S = 24 * 3600
 
-_WEBHOOK_SECRET = "whsec_"  # noqa: S105 - a prefix
-
 _Role = Literal["gateway", "api", "processor", "coordinator"]
 _ALL_ROLES: frozenset[_Role] = frozenset(get_args(_Role))
-
-
-def _split(value: Any) -> Any:
-    """Split a list that came in a flag or a variable, where it is separated by commas."""
-    if not isinstance(value, str):
-        return value
-    return [part.strip() for part in value.split(",") if part.strip()]
-
-
-def _check_secret(secret: SecretStr) -> SecretStr:
-    if len(secret.get_secret_value().encode()) < 32:  # RFC 7518, section 3.2
-        raise ValueError("must have at least 32 bytes")
-    return secret
-
-
-def _check_webhook_secret(secret: SecretStr) -> SecretStr:
-    prefix, encoded = secret.get_secret_value()[:6], secret.get_secret_value()[6:]
-    try:
-        key = base64.b64decode(encoded, validate=True)
-    except ValueError:
-        key = b""
-    if (
-        prefix != _WEBHOOK_SECRET or not 24 <= len(key) <= 64
-    ):  # as the Standard Webhooks specification has it
-        raise ValueError(f"must be {_WEBHOOK_SECRET} and then 24 to 64 random bytes in base64")
-    return secret
-
-
-def _check_origin(origin: str) -> str:
-    if origin == "*":
-        return origin
-    try:
-        normal = normal_origin(origin)
-    except ValueError:
-        raise ValueError(
-            "must be origins like https://app.example.com or https://*.example.com, without a path,"
-            " or * for any"
-        ) from None
-    if normal.startswith(("ws://", "wss://")):
-        raise ValueError(
-            "must be origins of pages, which begin with https:// or http://, not wss://"
-        )
-    return normal
-
-
-def _check_advertise_url(text: str) -> str:
-    try:
-        url = urlsplit(text)
-        is_valid = url.port != 0 and bool(url.hostname)  # a port that is no number raises
-    except ValueError:
-        is_valid = False
-    # The text itself is searched too, because an empty query or fragment is not in the parts.
-    if not is_valid or url.scheme not in {"ws", "wss"} or re.search(r"[?#@\s]", text):
-        raise ValueError(
-            "must be a ws:// or wss:// URL like wss://b1.example.com,"
-            " without user, query or fragment"
-        )
-    return text.rstrip("/").removesuffix(CONNECT_PATH).rstrip("/")
-
-
-def _unless_dev(limit: int) -> Any:
-    """A limit that is ``limit`` by default, and off with ``dev``."""
-    return Field(default_factory=lambda given: None if given.get("dev") else limit, ge=0)
-
-
-def _matching(pattern: str, meaning: str) -> AfterValidator:
-    def check(value: str) -> str:
-        if re.fullmatch(pattern, value) is None:
-            raise ValueError(f"must be {meaning}")
-        return value
-
-    return AfterValidator(check)
-
-
-def _network(value: Any) -> IPv4Network | IPv6Network:
-    try:
-        return ip_network(value)
-    except ValueError:
-        raise ValueError("must be networks like 10.0.0.0/8, separated by commas") from None
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _zero_is_none(limit: int | None) -> int | None:
-    return limit or None
-
-
-_Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-_Network = Annotated[IPv4Network | IPv6Network, BeforeValidator(_network)]
-_Limit = Annotated[int | None, AfterValidator(_zero_is_none)]
-_Secret = Annotated[SecretStr, AfterValidator(_check_secret)]
-_PartUrl = Annotated[str, _matching(r"[a-z]+://\S*", "a URL, like memory://")]
-_INGRESS = "nats://HOST:PORT/STREAM/SUBJECT or pubsub://PROJECT/SUBSCRIPTION"
-# Such a name is a label, a part of a subscription's name and of a subject on every engine.
-_Name = Annotated[
-    str, _matching(r"[a-z0-9][a-z0-9-]{0,62}", "1 to 63 lower-case letters, digits and hyphens")
-]
 
 
 class Settings(BaseModel):
@@ -185,31 +97,33 @@ class Settings(BaseModel):
 
     # Loopback, because an instance that nobody has looked at yet must not be open to the network;
     # a container sets 0.0.0.0.
-    host: str = "127.0.0.1"
+    host: Host = "127.0.0.1"
     """Address to listen on. 0.0.0.0 or :: listens on every interface."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8080
     """TCP port to listen on. 0 picks a free port."""
-    instance: _Name = Field(default_factory=lambda: secrets.token_hex(4))
+    instance: Name = Field(default_factory=lambda: secrets.token_hex(4))
     """Name of this instance, unique in its cluster. Random by default."""
-    roles: Annotated[frozenset[_Role], BeforeValidator(_split), Field(min_length=1)] = _ALL_ROLES
+    roles: Annotated[frozenset[_Role], BeforeValidator(split_list), Field(min_length=1)] = (
+        _ALL_ROLES
+    )
     """What this instance does, separated by commas: gateway (holds the sockets), api (serves HTTP),
     processor (resends owed pokes, purges, pushes, reads the ingress), coordinator (can be elected).
     All four by default."""
-    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    weight: Factor = 1.0
     """Relative capacity. An instance of weight 2 owns twice as many shards as one of weight 1."""
-    advertise_url: Annotated[str, AfterValidator(_check_advertise_url)] | None = None
+    advertise_url: AdvertiseUrl | None = None
     """WebSocket URL at which clients reach this instance and no other, like wss://b1.example.com.
     Needed to lead clients to the owner of their shard. Unset: clients are not redirected."""
 
     # --- Cluster ---
 
-    cluster: _Name = "default"
+    cluster: Name = "default"
     """Name of the cluster. Instances with the same name, transport and mailbox form one cluster.
     Clusters with different names do not hear each other, even on one engine."""
-    signal_cluster: _Name | None = None
+    signal_cluster: Name | None = None
     """Name of the cluster whose subjects, channels or topics carry the signals. Unset: this
     cluster's own. Needed only to change the number of shards (docs/partitioned.md)."""
-    coordination: _PartUrl = "memory://"
+    coordination: PartUrl = "memory://"
     """Store through which instances agree who is alive and who owns which shard:
     postgresql://HOST/DB, nats://HOST:PORT (KV), redis://HOST:PORT/DB,
     static://?ordinal=0&replicas=3 (StatefulSet), or memory:// (one process)."""
@@ -228,23 +142,23 @@ class Settings(BaseModel):
     """How shards are assigned to instances. coordinator: an elected instance assigns them and moves
     as few as possible. ring: each instance computes a hash ring. Ignored with static://, where the
     ordinal decides."""
-    lease_s: Annotated[float, Field(ge=0.5, le=300)] = 5
+    lease_s: Annotated[float, Field(ge=0.5, le=300, allow_inf_nan=False)] = 5
     """Seconds without a sign of life after which an instance counts as dead and its shards move."""
-    deaf_after_s: _Seconds = 5
+    deaf_after_s: Seconds = 5
     """Seconds in which the transport delivers nothing to this instance, after which it reports
     itself deaf. Two leases later its shards and sessions go to instances that hear."""
-    red_line_ops_per_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = RED_LINE_OPS_PER_S
+    red_line_ops_per_s: Factor = RED_LINE_OPS_PER_S
     """The red line: deliveries per second in the whole cluster (messages per second times
     instances) above which fan-out is no longer advisable."""
-    auto_over_s: _Seconds = MIGRATE_RULES.over_for_s
+    auto_over_s: Seconds = MIGRATE_RULES.over_for_s
     """With mode = auto: seconds above the red line after which the cluster is partitioned."""
-    auto_under_s: _Seconds = MIGRATE_RULES.under_for_s
+    auto_under_s: Seconds = MIGRATE_RULES.under_for_s
     """With mode = auto: seconds below half of the red line after which the cluster returns to
     fan-out."""
 
     # --- Transport ---
 
-    transport: _PartUrl = "memory://"
+    transport: PartUrl = "memory://"
     """What carries pokes between instances: nats://HOST:PORT, redis://HOST:PORT/DB,
     pubsub://PROJECT/TOPIC, or memory:// (one process)."""
     carrier: Carrier = "filter"
@@ -253,7 +167,7 @@ class Settings(BaseModel):
 
     # --- Mailbox, ingress and push ---
 
-    mailbox: _PartUrl = "sqlite:///pokebridge.db"
+    mailbox: PartUrl = "sqlite:///pokebridge.db"
     """Where messages are stored: sqlite:///FILE (one machine), postgresql://HOST/DB, or memory://
     (one process, lost at exit). An instance with the role gateway alone stores none. Set it there
     all the same: it verifies its sessions and reads revocations, and runs on while that is
@@ -261,59 +175,61 @@ class Settings(BaseModel):
     no_mailbox: bool = False
     """Store no messages. Clients pull from your own API, and your backend pokes after each
     commit."""
-    max_messages_per_recipient: Annotated[int, Field(ge=1)] = _LIMITS.max_messages
+    max_messages_per_recipient: Annotated[int, Field(ge=1, le=MAX_VERSION)] = _LIMITS.max_messages
     """Most messages stored for one recipient. When it is reached, senders get status 507."""
     # At least the largest message fits.
-    max_bytes_per_recipient: Annotated[int, Field(ge=MAX_BODY_BYTES)] = _LIMITS.max_bytes
+    max_bytes_per_recipient: Annotated[int, Field(ge=MAX_BODY_BYTES, le=MAX_VERSION)] = (
+        _LIMITS.max_bytes
+    )
     """Most bytes of message bodies stored for one recipient. When it is reached, senders get
     status 507."""
     # That a device was seen is written down once a day.
-    forget_device_days: Annotated[float, Field(ge=2, allow_inf_nan=False)] = (
+    forget_device_days: Annotated[float, Field(ge=2, le=36500, allow_inf_nan=False)] = (
         _LIMITS.forget_device_s / _DAY_S
     )
     """Days after which a device that was not seen is forgotten. Until then its recipient's messages
     are kept for it."""
-    ingress: Annotated[str, _matching(r"(nats|tls|pubsub)://\S+", _INGRESS)] | None = None
+    ingress: IngressUrl | None = None
     """Queue from which messages are taken, in addition to HTTP: nats://HOST:PORT/STREAM/SUBJECT
     (JetStream) or pubsub://PROJECT/SUBSCRIPTION. Unset: none."""
-    push_webhook_url: Annotated[str, _matching(r"https?://\S+", "an https:// URL")] | None = None
+    push_webhook_url: HttpUrl | None = None
     """Webhook notified by a signed POST when a recipient has not pulled. Must be the same on all
     instances of a cluster. Unset: disabled."""
-    push_webhook_secret: Annotated[SecretStr, AfterValidator(_check_webhook_secret)] | None = None
+    push_webhook_secret: WebhookSecret | None = None
     """Secret that signs the webhook's requests (Standard Webhooks): whsec_, then 24 to 64 random
     bytes in base64."""
-    push_grace_s: _Seconds = _PUSH_TIMING.grace_s
+    push_grace_s: Seconds = _PUSH_TIMING.grace_s
     """Seconds that a message may wait for a pull before push_webhook_url is notified."""
-    push_quiet_s: _Seconds = _PUSH_TIMING.quiet_s
+    push_quiet_s: Seconds = _PUSH_TIMING.quiet_s
     """Seconds after a notification in which push_webhook_url is not notified of the same recipient
     again."""
 
     # --- Tokens and origins ---
 
-    jwt_secret: _Secret | None = Field(
+    jwt_secret: Secret | None = Field(
         default_factory=lambda given: (
             SecretStr(secrets.token_urlsafe(48)) if given.get("dev") else None
         )
     )
     """Secret that verifies HS256 tokens, at least 32 bytes. Required unless jwks_url is set."""
-    jwt_previous_secret: _Secret | None = None
+    jwt_previous_secret: Secret | None = None
     """Previous secret, still accepted while a new one is rolled out."""
-    jwks_url: Annotated[str, _matching(r"https?://\S+", "an http(s):// URL")] | None = None
+    jwks_url: HttpUrl | None = None
     """URL of the JWKS with the token issuer's public keys (RS256, ES256, EdDSA)."""
-    jwt_issuer: str | None = None
+    jwt_issuer: Claim | None = None
     """Required value of a token's `iss` claim. Unset: not checked."""
-    jwt_audience: str | None = None
+    jwt_audience: Claim | None = None
     """Required value of a token's `aud` claim. Set it when you set jwks_url. Otherwise tokens that
     the issuer made for other services are accepted too."""
-    revoke_for_s: _Seconds = 30 * 24 * 3600
+    revoke_for_s: Seconds = 30 * 24 * 3600
     """Seconds for which a revocation of tokens lasts (DELETE /v1/sessions/{recipient}?revoke=true).
     Set it to the lifetime of your longest-lived tokens, or longer. The default is 30 days."""
-    jwt_leeway_s: Annotated[float, Field(ge=0, le=600)] = 60
+    jwt_leeway_s: Annotated[float, Field(ge=0, le=600, allow_inf_nan=False)] = 60
     """Seconds by which a token's `nbf` may be in the future, because the issuer's clock may be
     ahead. `exp` has no leeway."""
-    allowed_origins: Annotated[
-        tuple[Annotated[str, AfterValidator(_check_origin)], ...], BeforeValidator(_split)
-    ] = Field(default_factory=lambda given: ("*",) if given.get("dev") else ())
+    allowed_origins: Annotated[tuple[Origin, ...], BeforeValidator(split_list)] = Field(
+        default_factory=lambda given: ("*",) if given.get("dev") else ()
+    )
     """Origins whose web pages may connect, separated by commas, like https://app.example.com or
     https://*.example.com for all its subdomains. * allows every origin. The instance's own origin
     is always allowed. Unset: no other is."""
@@ -324,31 +240,31 @@ class Settings(BaseModel):
     """Most open sessions of this process. By default what its file descriptor limit allows."""
     max_sessions_per_recipient: Annotated[int, Field(ge=1)] = 64
     """Most open sessions of one recipient on this instance. One more closes the oldest."""
-    max_sessions_per_address: _Limit = _unless_dev(1000)
+    max_sessions_per_address: Limit = unless_dev(1000)
     """Most open sessions from one client address, or from one /64 network of IPv6. 0: no limit. Set
     trusted_proxies if clients come through a proxy."""
-    handshakes_per_s: _Limit = _unless_dev(500)
+    handshakes_per_s: Limit = unless_dev(500)
     """Most WebSocket handshakes accepted per second. A client above the limit gets a Retry-After
     that covers the queue ahead of it. 0: no limit."""
-    trusted_proxies: Annotated[tuple[_Network, ...], BeforeValidator(_split)] = ()
+    trusted_proxies: Annotated[tuple[Network, ...], BeforeValidator(split_list)] = ()
     """Networks (CIDR) of proxies whose X-Forwarded-For header is believed, separated by commas."""
 
     # --- Timing ---
 
-    ping_interval_s: _Seconds = _SESSION_TIMING.ping_interval_s
+    ping_interval_s: Seconds = _SESSION_TIMING.ping_interval_s
     """Seconds between two pings of a session."""
-    pong_timeout_s: _Seconds = _SESSION_TIMING.pong_timeout_s
+    pong_timeout_s: Seconds = _SESSION_TIMING.pong_timeout_s
     """Seconds without a pong after which a session is closed."""
-    max_session_s: _Limit = Field(default=None, ge=0)
+    max_session_s: Limit = Field(default=None, ge=0)
     """Longest life of a session in seconds. Then it is closed and its client reconnects. Each
     session's life is shortened at random by up to a fifth, so that they do not end at once. Set it
     below the limit of your platform, for example 3300 on Cloud Run. 0: no limit."""
-    verify_every_s: Annotated[float, Field(ge=1, le=3600)] = 60
+    verify_every_s: Annotated[float, Field(ge=1, le=3600, allow_inf_nan=False)] = 60
     """Seconds in which every session is compared once with its recipient's mailbox. A client whose
     poke was lost anywhere on its way pulls within this time."""
-    drain_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5
+    drain_s: Annotated[float, Field(ge=0, le=86400, allow_inf_nan=False)] = 5
     """Seconds over which a stopping instance spreads the closing of its sessions."""
-    grace_s: _Seconds = 10
+    grace_s: Seconds = 10
     """Seconds that a stopping instance gives to requests under way."""
 
     # --- Observability ---
@@ -366,7 +282,7 @@ class Settings(BaseModel):
     @property
     def is_on_loopback(self) -> bool:
         """Whether only this machine reaches ``host``."""
-        return _is_loopback(self.host)
+        return is_loopback(self.host)
 
     @property
     def initial_mode(self) -> Mode:
@@ -378,7 +294,7 @@ class Settings(BaseModel):
         """The key in ``push_webhook_secret``."""
         assert self.push_webhook_secret is not None, "it was checked"  # noqa: S101
         secret = self.push_webhook_secret.get_secret_value()
-        return base64.b64decode(secret.removeprefix(_WEBHOOK_SECRET))
+        return base64.b64decode(secret.removeprefix(WEBHOOK_SECRET))
 
     @model_validator(mode="after")
     def _check_push(self) -> Self:
@@ -388,7 +304,7 @@ class Settings(BaseModel):
         if self.push_webhook_url is None:
             return self
         url = urlsplit(self.push_webhook_url)
-        if url.scheme != "https" and not (self.dev and _is_loopback(url.hostname or "")):
+        if url.scheme != "https" and not (self.dev and is_loopback(url.hostname or "")):
             raise ValueError(
                 "push_webhook_url must be an https:// URL (with --dev also http://localhost)"
             )

@@ -291,8 +291,8 @@ class TestOpening:
             (("postgres@", "nobody:hunter2@"), "nobody"),
             (("?schema=", "?schema=DROP TABLE "), "schema must be"),
             (("?schema=", "?sslmode=perhaps&schema="), "the URL is invalid"),
-            (("127.0.0.1:", "127.0.0.1:port"), "the URL is invalid"),
-            (("postgres@", "postgres:hunter2/@"), "the URL is invalid"),
+            (("127.0.0.1:", "127.0.0.1:port"), "a port must be"),
+            (("postgres@", "postgres:hunter2/@"), "percent-encode"),
         ],
     )
     async def test_a_wrong_url(self, url: str, change: tuple[str, str], said: str) -> None:

@@ -1,9 +1,10 @@
 """From settings to single parts."""
 
 import pytest
+from structlog.testing import capture_logs
 
 from pokebridge.errors import ConfigError
-from pokebridge.server.from_settings import check
+from pokebridge.server.from_settings import check, log_warnings
 from pokebridge.settings import load_settings
 
 
@@ -66,3 +67,39 @@ def test_a_transport_of_this_process_only_is_refused_where_pokes_would_be_lost(
 def test_one_process_needs_no_engine(given: dict[str, object]) -> None:
     """The default transport reaches every gateway there is."""
     check_given(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [
+        ({"mailbox": "memory://", "roles": "gateway,api"}, "processor"),
+        ({"mailbox": "memory://", "roles": "gateway,processor"}, "api"),
+        ({"mode": "auto", "roles": "gateway,api,processor"}, "coordinator"),
+        ({"no_mailbox": True, "roles": "processor"}, "mailbox"),
+    ],
+)
+def test_a_role_that_nobody_can_fill_is_refused(given: dict[str, object], missing: str) -> None:
+    """What is in this process only needs its roles in this process."""
+    if "coordinator" not in missing:
+        given = {"transport": "nats://h:1", **given}
+    with pytest.raises(ConfigError, match=f"^roles: .*{missing}") as said:
+        check_given(**given)
+    assert "\n" not in str(said.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "event"),
+    [
+        ({"trusted_proxies": "0.0.0.0/0"}, "trusted_proxies_too_wide"),
+        ({"trusted_proxies": "10.0.0.0/8,::/0"}, "trusted_proxies_too_wide"),
+        ({"jwks_url": "http://issuer.example/jwks"}, "jwks_url_unencrypted"),
+        ({"trusted_proxies": "10.0.0.0/8,fd00::/16"}, None),
+        ({"jwks_url": "http://127.0.0.1/jwks"}, None),
+        ({"jwks_url": "https://issuer.example/jwks"}, None),
+    ],
+)
+def test_what_is_hardly_ever_meant_is_logged(given: dict[str, object], event: str | None) -> None:
+    """It works, and is said at the start."""
+    with capture_logs() as logged:
+        log_warnings(load_settings(None, {"dev": True} | given, {}))
+    assert [entry["event"] for entry in logged] == ([event] if event else [])

@@ -43,6 +43,7 @@ from pokebridge.client.pulling import (
 from pokebridge.errors import ConfigError, ForbiddenError
 from pokebridge.model import DEFAULT_DEVICE, check_device
 from pokebridge.outgoing import proxy_for
+from pokebridge.urls import check_bridge_url
 from pokebridge.wire import CONNECT_PATH, problem_detail, refusal_text
 
 TOKEN_TIMEOUT_S = 30.0
@@ -85,8 +86,8 @@ class PokeClient(Driver):
         tls: for ``https``. By default, the system's certificate authorities are trusted.
 
     Raises:
-        ConfigError: the url does not start with http:// or https://, or the environment names a
-            proxy that can't be used.
+        ConfigError: the url is not an HTTP URL, or the environment names a proxy that can't be
+            used.
         InputError: the device's name is invalid.
     """
 
@@ -103,9 +104,7 @@ class PokeClient(Driver):
         policy: Policy | None = None,
         tls: SSLContext | None = None,
     ) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise ConfigError(f"the client's url must start with http:// or https://: {url!r}")
-        url = url.rstrip("/")
+        url = check_bridge_url("the client's url", url)
         if tls is None and url.startswith("https:"):
             tls = create_default_context()
         proxy_for(url)

@@ -16,7 +16,7 @@ from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit, urlunsplit
 import asyncpg
 
 from pokebridge.engines.addresses import addresses_of, first_of
-from pokebridge.engines.urls import read_secret
+from pokebridge.engines.urls import check_engine_url, read_secret
 from pokebridge.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -38,9 +38,13 @@ class PostgresDialler:
         url: see this module.
         timeout_s: how long dialling one address may take.
         options: further arguments of :func:`asyncpg.connect`.
+
+    Raises:
+        ConfigError: the URL is invalid.
     """
 
     def __init__(self, part: str, url: str, *, timeout_s: float, **options: Any) -> None:
+        check_engine_url(part, url)
         self._part = part
         self._options = {"timeout": timeout_s, **options}
         parts = urlsplit(url)

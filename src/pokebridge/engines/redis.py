@@ -181,5 +181,8 @@ def connection_pool(
             connection_class=_FirstToAnswerTLS if parts.scheme == "rediss" else _FirstToAnswer,
             **(tls if parts.scheme == "rediss" else {}),
         )
-    except ValueError as error:
-        raise ConfigError(f"the {part} URL is invalid: {error}") from None
+    except ValueError:  # its text is left out, since it may quote a password
+        raise ConfigError(
+            f"the {part} URL is invalid: expected redis://USER:PASSWORD@HOST:PORT/DB, each part"
+            " percent-encoded"
+        ) from None

@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
 from pokebridge.errors import ConfigError
+from pokebridge.urls import check_url
 
 TLS_OPTIONS = frozenset({"ca_file", "cert_file", "key_file"})
 
@@ -19,8 +20,21 @@ def without_secrets(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
 
 
+def check_engine_url(part: str, url: str) -> None:
+    """Check the form of ``url``. Raises ConfigError, which shows nothing of it."""
+    try:
+        check_url(url, (url.partition("://")[0],))
+    except ValueError as error:
+        raise ConfigError(f"{part}: {error}") from None
+
+
 def url_options(part: str, url: str, allowed: AbstractSet[str]) -> dict[str, str]:
-    """Return the options in ``url``'s query. Raises ConfigError unless all are ``allowed``."""
+    """Return the options in ``url``'s query.
+
+    Raises:
+        ConfigError: an option is not ``allowed``, or the URL is invalid.
+    """
+    check_engine_url(part, url)
     options = dict(parse_qsl(urlsplit(url).query, keep_blank_values=True))
     if unknown := sorted(options.keys() - allowed):
         raise ConfigError(

@@ -27,7 +27,13 @@ from pokebridge.processor import Processor
 from pokebridge.publisher import Publisher
 from pokebridge.red_line import MIGRATE_RULES
 from pokebridge.server import adapters, uvicorn_server
-from pokebridge.server.from_settings import Adapters, check, open_adapters, token_signer
+from pokebridge.server.from_settings import (
+    Adapters,
+    check,
+    log_warnings,
+    open_adapters,
+    token_signer,
+)
 from pokebridge.server.instance import Instance, Parts
 from pokebridge.server.revocations import Revocations
 from pokebridge.session import Timing
@@ -60,6 +66,7 @@ async def serve(
         MailboxError: the mailbox is unavailable.
     """
     check(settings)
+    log_warnings(settings)
     async with open_adapters(settings) as opened:
         listener = uvicorn_server.listen(settings.host, settings.port)
         url = uvicorn_server.own_url(settings.advertise_url, listener, dev=settings.dev)

@@ -10,6 +10,9 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+import structlog
 
 from pokebridge.coordination.base import Coordination
 from pokebridge.errors import ConfigError
@@ -19,12 +22,16 @@ from pokebridge.mailbox.base import Limits, Mailbox
 from pokebridge.mailbox.pushes import PushTiming
 from pokebridge.server import adapters
 from pokebridge.server.late_mailbox import LateMailbox
+from pokebridge.setting_types import is_loopback, is_too_wide
 from pokebridge.settings import Settings
 from pokebridge.tokens import SignToken, sign_token
 from pokebridge.transport.base import Transport
 
 if TYPE_CHECKING:  # its libraries are an extra
     from pokebridge.tracing import Tracing
+
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,6 +75,7 @@ def check(settings: Settings) -> None:
             " gets tokens for everything: use host 127.0.0.1, or allow it with --dev-on-network"
         )
     _check_transport(settings)
+    _check_roles(settings)
     if adapters.coordination_class(settings.coordination).is_shared:
         return
     need = "coordination must be a store that the instances share, like nats://HOST:PORT, for"
@@ -99,6 +107,42 @@ def _check_transport(settings: Settings) -> None:
             "transport must be an engine that the instances share, like nats://HOST:PORT, for"
             f" {reason}; memory:// is this process only, and pokes would be lost"
         )
+
+
+def _check_roles(settings: Settings) -> None:
+    """Check that every role that is needed has an instance that may have it.
+
+    Raises:
+        ConfigError: a part is in this process only, and the role that it needs is not.
+    """
+    roles = settings.roles
+    if settings.no_mailbox and roles == {"processor"}:
+        raise ConfigError("roles: a processor alone needs a mailbox: unset no_mailbox")
+    is_mailbox_own = (
+        not settings.no_mailbox and not adapters.mailbox_class(settings.mailbox).is_shared
+    )
+    if is_mailbox_own and len(roles & {"api", "processor"}) == 1:
+        missing = "processor" if "api" in roles else "api"
+        raise ConfigError(
+            f"roles: must have {missing} too, because the mailbox {settings.mailbox} is this"
+            " process only; or use a mailbox that instances share, like postgresql://HOST/DB"
+        )
+    is_store_own = not adapters.coordination_class(settings.coordination).is_shared
+    if is_store_own and settings.mode != "fanout" and "coordinator" not in roles:
+        raise ConfigError(
+            f"roles: must have coordinator too for mode {settings.mode}, because nobody else can"
+            f" lead with coordination {settings.coordination.partition('?')[0]}"
+        )
+
+
+def log_warnings(settings: Settings) -> None:
+    """Log what is allowed, and hardly ever meant."""
+    for network in settings.trusted_proxies:
+        if is_too_wide(network):
+            log.warning("trusted_proxies_too_wide", network=str(network))
+    url = urlsplit(settings.jwks_url or "")
+    if url.scheme == "http" and not is_loopback(url.hostname or ""):
+        log.warning("jwks_url_unencrypted", host=url.hostname)
 
 
 @asynccontextmanager

@@ -1,0 +1,64 @@
+"""Which URLs are valid where a user and a password may be in them. No error shows any part of one.
+
+A character that ends a part of a URL ends the password too. What is left of it would then be taken
+for a host, a port, a path or an option, and be shown in an error about that.
+"""
+
+import re
+from collections.abc import Collection
+
+from pokebridge.errors import ConfigError
+
+_USER_AND_PASSWORD = re.compile(r"(?:[^#?/\[\]@%\s]|%[0-9A-Fa-f]{2})*")
+_HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+(?:%[^\]]+)?\]|[^:\[\]]*)(?::(\d{1,5}))?")
+_ENCODE = (
+    "percent-encode the user and the password:"
+    " write # ? / [ ] @ : % in them as %23 %3F %2F %5B %5D %40 %3A %25"
+)
+
+
+def check_url(url: str, schemes: Collection[str]) -> None:
+    """Check that ``url`` has one of ``schemes``, and a user, a password, hosts and ports.
+
+    All but the scheme may be missing. There may be several hosts, separated by commas.
+
+    Raises:
+        ValueError: it has not. The text is for people, and shows nothing of the URL.
+    """
+    scheme, separator, rest = url.partition("://")
+    if not separator or scheme not in schemes:
+        expected = " or ".join(f"{each}://" for each in sorted(schemes))
+        raise ValueError(f"must be an {expected} URL")
+    authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    after = rest[len(authority) :]
+    credentials, _, hosts = authority.rpartition("@")
+    if _USER_AND_PASSWORD.fullmatch(credentials) is None or re.search(r"[@#]", after):
+        raise ValueError(_ENCODE)
+    for host in hosts.split(","):
+        found = _HOST.fullmatch(host)
+        if found is None or (found[1] is not None and not 0 < int(found[1]) < 65536):
+            raise ValueError(
+                "a port must be a number from 1 to 65535."
+                f" If that is a part of a password, {_ENCODE}"
+            )
+    if re.search(r"\s", url):
+        raise ValueError("must be a URL without white space: write a space as %20")
+
+
+def check_bridge_url(name: str, url: str) -> str:
+    """Return ``url``, where a bridge is, without a slash at its end. It may have a path.
+
+    Raises:
+        ConfigError: it is not an HTTP URL. The text begins with ``name``.
+    """
+    try:
+        check_url(url, ("http", "https"))
+        is_valid = re.fullmatch(r"https?://[^/?#@,\s]+(/[^?#]*)?", url) is not None
+    except ValueError as error:
+        raise ConfigError(f"{name}: {error}") from None
+    if not is_valid:
+        raise ConfigError(
+            f"{name}: must be an http:// or https:// URL without user, query and fragment:"
+            " the token says who calls"
+        )
+    return url.rstrip("/")
