@@ -41,8 +41,6 @@ def check_url(url: str, schemes: Collection[str]) -> None:
                 "a port must be a number from 1 to 65535."
                 f" If that is a part of a password, {_ENCODE}"
             )
-    if re.search(r"\s", url):
-        raise ValueError("must be a URL without white space: write a space as %20")
 
 
 def check_bridge_url(name: str, url: str) -> str:

@@ -89,7 +89,7 @@ def test_the_module_is_the_command() -> None:
         (["poke", "bob", "--url", "http://"], "--url: must be an http:// or https:// URL"),
         (
             ["poke", "bob", "--url", "http://127.0.0.1:x"],
-            "--url: must be an http:// or https:// URL",
+            "--url: a port must be a number",
         ),
         (["poke", "bob", "--token", "two words"], "--token: must be a JWT"),
         (["poke", "bob", "--config", "/no/such/file"], "config /no/such/file: No such file"),

@@ -30,7 +30,7 @@ from pokebridge.coordination.store_connection import (
 )
 from pokebridge.engines import text_of
 from pokebridge.engines.postgres import Connection, PostgresDialler
-from pokebridge.engines.urls import without_secrets
+from pokebridge.engines.urls import check_engine_url, without_secrets
 from pokebridge.errors import ConfigError
 
 # How late a change is noticed.
@@ -123,6 +123,7 @@ class PostgresCoordination:
             ConfigError: the URL is invalid.
             CoordinationError: the database is unavailable, or refuses.
         """
+        check_engine_url("coordination", url)
         if urlsplit(url).scheme not in {"postgresql", "postgres"}:
             raise ConfigError("the coordination URL must be postgresql://USER@HOST:PORT/DATABASE")
         dialler = PostgresDialler(

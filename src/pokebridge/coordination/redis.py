@@ -43,7 +43,7 @@ from pokebridge.engines.redis import (
     nodes_in,
     url_of,
 )
-from pokebridge.engines.urls import without_secrets
+from pokebridge.engines.urls import check_engine_url, without_secrets
 from pokebridge.errors import CoordinationError
 
 _CLOSE_TIMEOUT_S = 1.0
@@ -157,6 +157,7 @@ class RedisCoordination:
             ConfigError: the URL is invalid.
             CoordinationError: the server is unavailable, or refuses.
         """
+        check_engine_url("coordination", url)
         connections = [
             StoreConnection(
                 without_secrets(url),

@@ -22,7 +22,13 @@ from nats.protocol import parser
 
 from pokebridge.engines import text_of
 from pokebridge.engines.addresses import addresses_of, first_of
-from pokebridge.engines.urls import TLS_OPTIONS, read_secret, tls_context, url_options
+from pokebridge.engines.urls import (
+    TLS_OPTIONS,
+    check_engine_url,
+    read_secret,
+    tls_context,
+    url_options,
+)
 from pokebridge.errors import ConfigError, MissingExtraError
 
 URL_OPTIONS = TLS_OPTIONS | {"creds_file", "nkey_file", "password_file"}
@@ -169,6 +175,7 @@ def _as_utf8(name: bytes) -> bytes:
 
 def servers_in(part: str, url: str) -> list[str]:
     """Return the servers in ``url``, each as a URL without credentials."""
+    check_engine_url(part, url)
     parts = urlsplit(url)
     hosts = [host for host in parts.netloc.rpartition("@")[2].split(",") if host]
     if parts.scheme not in {"nats", "tls"} or not hosts or parts.path.strip("/"):

@@ -182,7 +182,4 @@ def connection_pool(
             **(tls if parts.scheme == "rediss" else {}),
         )
     except ValueError:  # its text is left out, since it may quote a password
-        raise ConfigError(
-            f"the {part} URL is invalid: expected redis://USER:PASSWORD@HOST:PORT/DB, each part"
-            " percent-encoded"
-        ) from None
+        raise ConfigError(f"the {part} URL is invalid: expected redis://HOST:PORT/DB") from None

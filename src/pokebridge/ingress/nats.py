@@ -30,7 +30,7 @@ from pokebridge.engines.nats import (
     refusal_of,
     servers_in,
 )
-from pokebridge.engines.urls import without_secrets
+from pokebridge.engines.urls import check_engine_url, without_secrets
 from pokebridge.errors import ConfigError, TransportError
 from pokebridge.ingress.base import Delivery
 
@@ -73,6 +73,7 @@ class NatsSource:
     """
 
     def __init__(self, url: str, *, cluster: str) -> None:
+        check_engine_url("ingress", url)
         parts = urlsplit(url)
         self._url = urlunsplit(parts._replace(path=""))
         self._servers = servers_in("ingress", self._url)

@@ -11,6 +11,7 @@ from typing import Final, NamedTuple
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from pokebridge.engines.postgres import Connection
+from pokebridge.engines.urls import check_engine_url
 from pokebridge.errors import ConfigError, InputError, MailboxError
 from pokebridge.mailbox.base import (
     FORGET_BATCH,
@@ -438,6 +439,7 @@ def _check_texts(*texts: str) -> None:
 
 def _split_schema(url: str) -> tuple[str, str]:
     """The URL for the driver, without our own parameter ``schema``, and that schema."""
+    check_engine_url("mailbox", url)
     parts = urlsplit(url)
     query = dict(parse_qsl(parts.query, keep_blank_values=True))
     schema = query.pop("schema", DEFAULT_SCHEMA)

@@ -33,7 +33,7 @@ from pokebridge.engines.redis import (
     nodes_in,
     url_of,
 )
-from pokebridge.engines.urls import without_secrets
+from pokebridge.engines.urls import check_engine_url, without_secrets
 from pokebridge.errors import SignalRefusedError, TransportError
 from pokebridge.sharding import DEFAULT_SHARD_COUNT
 from pokebridge.supervisor import supervise
@@ -108,6 +108,7 @@ class RedisTransport:
             ConfigError: the URL or the channel is invalid.
             TransportError: the server is unavailable, or the credentials are refused.
         """
+        check_engine_url("transport", url)
         channel = topic_of(cluster, check_topic("the Redis channel", channel))
         client_name = f"pokebridge:{cluster}:{instance}".strip(":")
         transport = cls(url, channel, client_name, shard_count)
