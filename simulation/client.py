@@ -154,6 +154,9 @@ class SimClient(Driver):
     def _authenticate(self) -> None:
         self._say(b'{"type":"auth","token":"%b"}' % self._token.encode())
 
+    def _ack(self, version: int) -> None:
+        self._say(b'{"type":"ack","version":%d}' % version)
+
     def _stop(self, code: int) -> None:
         self._scene.trace.note(self.name, f"told to stop: {code}")
         self._disconnect()
@@ -255,7 +258,10 @@ class SimClient(Driver):
         if self.pull_is_troubled:
             self.trouble.happen()  # until now it could not see all messages
         if not page.messages:
-            self._end_pull(Pulled(page.version, page.more))
+            self._end_pull(Pulled(page.version, page.more, self.core.acks_by_socket))
+            return
+        if self.core.acks_by_socket:
+            self._end_pull(Pulled(page.version, page.more, unacked=True))
             return
         recipient, device, version = self.recipient, self.device, page.version
         self._ask(

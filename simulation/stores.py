@@ -12,7 +12,7 @@ from pokebridge.coordination.base import Document, Member
 from pokebridge.errors import CoordinationError, MailboxError
 from pokebridge.mailbox.base import PAGE_BYTES, MailboxStats
 from pokebridge.mailbox.memory import MemoryMailbox
-from pokebridge.model import NewMessage, Page, Poke, Receipt
+from pokebridge.model import Ack, NewMessage, Page, Poke, Receipt
 from simulation.loop import VirtualLoop
 from simulation.network import Peer, Server
 from simulation.trace import Trace
@@ -310,6 +310,10 @@ class SimMailbox:
     async def ack(self, recipient: str, device: str, version: int) -> None:
         """See the port."""
         await self._call(lambda kept: kept.ack(recipient, device, version))
+
+    async def ack_all(self, acks: Sequence[Ack]) -> None:
+        """See the port."""
+        await self._call(lambda kept: kept.ack_all(acks))
 
     async def claim_outbox(self, *, older_than_s: float, limit: int) -> Sequence[Poke]:
         """See the port."""

@@ -13,7 +13,7 @@ from pokebridge.client.events import Opened, Start, Text, Token
 from pokebridge.errors import FrameError
 from pokebridge.framing import Opcode
 from pokebridge.session import Session, Timing
-from pokebridge.wire import Auth, Ping, decode_client_message, poke_frame
+from pokebridge.wire import Ack, Auth, Ping, decode_client_message, poke_frame
 
 # A client that does nothing of its own for a while.
 UNHURRIED = Policy(open_within_s=1e6, ready_within_s=1e6, poll_after_s=1e6, ping_after_s=1e6)
@@ -29,6 +29,7 @@ class Open(Event, frozen=True, tag="open"):
 
     instance: str
     first_ping_s: float
+    takes_acks: bool = False
 
 
 class Poke(Event, frozen=True, tag="poke"):
@@ -114,8 +115,10 @@ def carry_out(session: Session, event: Event, now: float) -> bytes:
     """Tell the session what happened; what it wants written."""
     sent = b""
     match event:
-        case Open(instance=instance, first_ping_s=first_ping_s):
-            sent = session.open(instance=instance, now=now, first_ping_s=first_ping_s)
+        case Open(instance=instance, first_ping_s=first_ping_s, takes_acks=takes_acks):
+            sent = session.open(
+                instance=instance, now=now, first_ping_s=first_ping_s, takes_acks=takes_acks
+            )
         case Poke(version=version):
             sent = poke_frame(version) if session.poke(version) else b""
         case Block():
@@ -174,8 +177,8 @@ def test_the_session_does_what_the_scenario_says(scenario: Scenario) -> None:
 
 @pytest.mark.parametrize("message", [pytest.param(m, id=m.text[:40]) for m in MESSAGES])
 def test_what_a_client_may_say(message: Message) -> None:
-    """``ping`` and ``auth``, with whatever a later client adds; all else closes with 1008."""
-    kinds = {"ping": Ping, "auth": Auth}
+    """``ping``, ``auth``, ``ack``, with whatever a later client adds; all else closes with 1008."""
+    kinds = {"ping": Ping, "auth": Auth, "ack": Ack}
     if message.message is None:
         with pytest.raises(FrameError) as refused:
             decode_client_message(message.text.encode())

@@ -88,6 +88,14 @@ class NewMessage:
     is_ephemeral: bool = False
 
 
+class Ack(NamedTuple):
+    """A ``device`` of ``recipient`` has everything up to ``version``."""
+
+    recipient: str
+    device: str
+    version: int
+
+
 class Receipt(NamedTuple):
     """What an append committed. ``duplicate``: an earlier append had committed the same id."""
 

@@ -105,15 +105,21 @@ class Session:
         """Whether a poke is written at once: the session is open, and the peer reads."""
         return self.state is State.OPEN and not self._blocked
 
-    def open(self, *, instance: str, now: float, first_ping_s: float) -> bytes:
+    def open(
+        self, *, instance: str, now: float, first_ping_s: float, takes_acks: bool = False
+    ) -> bytes:
         """The subscription is live. Returns the ``ready`` frame.
 
-        ``first_ping_s`` spreads the pings of sessions that began together.
+        ``first_ping_s`` spreads the pings of sessions that began together. With ``takes_acks`` the
+        client may ack over its socket.
         """
         self.state = State.OPEN
         self._due_at = now + first_ping_s
         return ready_frame(
-            session=self.id, instance=instance, expires_in_s=max(0, int(self._expires_at - now))
+            session=self.id,
+            instance=instance,
+            expires_in_s=max(0, int(self._expires_at - now)),
+            takes_acks=takes_acks,
         )
 
     def poke(self, version: int | None) -> bool:

@@ -40,6 +40,11 @@ class Metric(StrEnum):
     POKES_MERGED = "pokebridge_pokes_merged_total", "Pokes merged into a session's pending one"
     POKES_PUBLISHED = "pokebridge_pokes_published_total", "Pokes that the transport accepted"
     POKES_LOST = "pokebridge_pokes_lost_total", "Lost pokes that verification sent again"
+    ACKS_HEARD = "pokebridge_acks_heard_total", "Acks that came over WebSockets"
+    ACKS_RECORDED = (
+        "pokebridge_acks_recorded_total",
+        "Those that were recorded in the mailbox, after merging",
+    )
     GAPS = "pokebridge_gaps_total", "Gaps of the transport; the affected sessions were poked"
     PROBES = "pokebridge_probes_total", "Probes sent through the transport"
     BEACONS_LOST = "pokebridge_beacons_lost_total", "Other instances' beacons that did not arrive"

@@ -240,9 +240,17 @@ def poke_frame(version: int | None, within_ms: int = 0) -> bytes:
 
 
 def ready_frame(
-    *, session: str, instance: str, expires_in_s: int, version: int | None = None
+    *,
+    session: str,
+    instance: str,
+    expires_in_s: int,
+    version: int | None = None,
+    takes_acks: bool = False,
 ) -> bytes:
-    """Return the first frame of a session: its subscription delivers, so the client pulls now."""
+    """Return the first frame of a session: its subscription delivers, so the client pulls now.
+
+    With ``takes_acks`` the client may ack over its socket.
+    """
     message: dict[str, Any] = {
         "type": "ready",
         "session": session,
@@ -251,6 +259,8 @@ def ready_frame(
     }
     if version is not None:
         message["version"] = version
+    if takes_acks:
+        message["acks"] = True
     return _text_frame(message)
 
 
@@ -281,17 +291,25 @@ class Auth(msgspec.Struct, tag="auth", tag_field="type"):
     token: str
 
 
-_decode_client_message: Callable[[bytes], Ping | Auth] = msgspec.json.Decoder(Ping | Auth).decode
+class Ack(msgspec.Struct, tag="ack", tag_field="type", gc=False):
+    """The session's device has everything up to ``version``."""
+
+    version: Annotated[int, msgspec.Meta(ge=0, le=MAX_VERSION)]
 
 
-def decode_client_message(text: bytes) -> Ping | Auth:
+ClientMessage = Ping | Auth | Ack
+_decode_client_message: Callable[[bytes], ClientMessage]
+_decode_client_message = msgspec.json.Decoder(ClientMessage).decode
+
+
+def decode_client_message(text: bytes) -> ClientMessage:
     """Decode a client's text message.
 
     Raises:
         FrameError: with 1008, because a client may not send this message, or 1009, because it is
             too large and brings no token.
     """
-    message: Ping | Auth | None
+    message: ClientMessage | None
     try:
         message = _decode_client_message(text)
     except (msgspec.DecodeError, RecursionError):  # the latter when it is nested too deeply

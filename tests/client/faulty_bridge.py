@@ -57,6 +57,7 @@ class FaultyBridge:
         self.connects: list[dict[str, str]] = []
         self.pulls: list[dict[str, str]] = []
         self.acks: list[int] = []
+        self.socket_acks: list[int] = []
         self.heard: list[dict[str, Any]] = []
         self.closes: list[int | None] = []
         self.sockets: list[web.WebSocketResponse] = []
@@ -131,6 +132,8 @@ class FaultyBridge:
         self.heard.append(frame)
         if frame["type"] == "ping" and not self.silent:
             await socket.send_json({"type": "pong"})
+        if frame["type"] == "ack":
+            self.socket_acks.append(frame["version"])
         if frame["type"] == "auth":
             await socket.send_json({"type": "auth", "expires_in": 900})
 

@@ -187,6 +187,104 @@ async def test_an_ack_that_fails_is_repeated_without_its_messages(
     assert handler.bodies == ["a"]
 
 
+async def test_acks_go_over_a_socket_that_takes_them(
+    bridge: FaultyBridge, handler: Handler
+) -> None:
+    """No ack is a request, each comes after its messages, and those close together are merged."""
+    bridge.ready["acks"] = True
+    bridge.page_size = 2
+    bridge.commit("a", "b", "c", "d", "e")
+    async with PokeClient(bridge.url, "token", handler, policy=QUICK) as client:
+        await handler.has("a", "b", "c", "d", "e")
+        await wait_until(lambda: bridge.socket_acks[-1:] == [5])
+        assert client.cursor == 5
+        await bridge.say(type="poke", version=bridge.commit("f"))
+        await wait_until(lambda: bridge.socket_acks[-1:] == [6])
+    assert bridge.acks == []
+    assert bridge.socket_acks == sorted(set(bridge.socket_acks))
+
+
+async def test_an_ack_that_a_socket_lost_is_repeated_on_the_next(
+    bridge: FaultyBridge, handler: Handler
+) -> None:
+    """Nobody says what became of it, so each new socket carries the newest ack once more."""
+    bridge.ready["acks"] = True
+    bridge.commit("a")
+    async with PokeClient(bridge.url, "token", handler, policy=QUICK) as client:
+        await wait_until(lambda: bridge.socket_acks == [1])
+        bridge.cut()
+        await wait_until(lambda: bridge.socket_acks == [1, 1])
+        await bridge.say(type="poke", version=1)
+        await bridge.say(type="poke", version=bridge.commit("b"))
+        await wait_until(lambda: bridge.socket_acks == [1, 1, 2])
+        assert client.cursor == 2
+    assert bridge.acks == []
+    assert handler.bodies == ["a", "b"]
+
+
+async def test_without_its_socket_a_client_acks_over_http(
+    bridge: FaultyBridge, handler: Handler
+) -> None:
+    """What a lost socket had carried, and what is pulled meanwhile, is acked by a request."""
+    bridge.ready["acks"] = True
+    bridge.commit("a")
+    policy = Policy(base_s=600, cap_s=600, poll_after_s=0.05, poll_every_s=0.05)
+    async with PokeClient(bridge.url, "token", handler, policy=policy) as client:
+        await wait_until(lambda: bridge.socket_acks == [1])
+        bridge.cut()
+        await wait_until(lambda: bridge.acks == [1])
+        bridge.commit("b")
+        await wait_until(lambda: bridge.acks == [1, 2])
+        assert not client.connected
+    assert bridge.socket_acks == [1]
+
+
+async def test_a_server_that_takes_no_acks_any_more_gets_requests(
+    bridge: FaultyBridge, handler: Handler
+) -> None:
+    """A session after a rollback to an earlier release has no acks: they go over HTTP again."""
+    bridge.ready["acks"] = True
+    bridge.commit("a")
+    async with PokeClient(bridge.url, "token", handler, policy=QUICK):
+        await wait_until(lambda: bridge.socket_acks == [1])
+        del bridge.ready["acks"]
+        bridge.cut()
+        await wait_until(lambda: bridge.acks == [1])
+        await bridge.say(type="poke", version=bridge.commit("b"))
+        await wait_until(lambda: bridge.acks == [1, 2])
+    assert bridge.socket_acks == [1]
+
+
+async def test_who_leaves_sends_the_ack_that_waits(bridge: FaultyBridge, handler: Handler) -> None:
+    """A client that is closed before the time of its next ack has sent it when it is closed."""
+    bridge.ready["acks"] = True
+    bridge.commit("a")
+    policy = Policy(ack_every_s=600)
+    async with PokeClient(bridge.url, "token", handler, policy=policy) as client:
+        await wait_until(lambda: bridge.socket_acks == [1])
+        await bridge.say(type="poke", version=bridge.commit("b"))
+        await wait_until(lambda: client.cursor == 2)
+        assert bridge.socket_acks == [1]
+    await wait_until(lambda: bridge.socket_acks == [1, 2])
+
+
+async def test_own_data_is_not_acked(bridge: FaultyBridge) -> None:
+    """A client that pulls for itself has nothing to ack in the mailbox."""
+    bridge.ready["acks"] = True
+    calls = 0
+
+    async def pull(_: int) -> int:
+        nonlocal calls
+        calls += 1
+        return calls
+
+    async with PokeClient(bridge.url, "token", on_poke=pull) as client:
+        await wait_until(lambda: client.cursor == 1)
+        await bridge.say(type="poke")
+        await wait_until(lambda: client.cursor == 2)
+    assert bridge.heard == []
+
+
 @pytest.mark.parametrize(
     "answer",
     [

@@ -16,6 +16,7 @@ from uvicorn.server import ServerState
 from websockets.frames import Frame
 from websockets.frames import Opcode as TheirOpcode
 
+from pokebridge.gateway.acks import RecordAcks
 from pokebridge.gateway.config import GatewayConfig
 from pokebridge.gateway.gateway import Gateway
 from pokebridge.gateway.subscriptions import SubscriptionTiming
@@ -123,7 +124,10 @@ class Running:
 
 @contextlib.asynccontextmanager
 async def running(
-    timing: Timing = PATIENT, verifier: Any = None, **config: Any
+    timing: Timing = PATIENT,
+    verifier: Any = None,
+    record_acks: RecordAcks | None = None,
+    **config: Any,
 ) -> AsyncIterator[Running]:
     """Serve a gateway with ``config`` until the block ends."""
     transport = DeafTransport()
@@ -139,7 +143,8 @@ async def running(
         ),
         **config,
     )
-    gateway = Gateway(settings, transport, verifier or TokenVerifier(secret=SECRET))
+    verifier = verifier or TokenVerifier(secret=SECRET)
+    gateway = Gateway(settings, transport, verifier, record_acks=record_acks)
     await gateway.start()
     state = ServerState()
     server_config = uvicorn.Config(not_found, http=HttpProtocol, ws="none", log_config=None)

@@ -14,7 +14,7 @@ from pokebridge.mailbox.base import RECEIPT_KEPT_MS, Limits, Mailbox
 from pokebridge.mailbox.memory import MemoryMailbox
 from pokebridge.mailbox.postgres import PostgresMailbox
 from pokebridge.mailbox.sqlite import SqliteMailbox
-from pokebridge.model import NewMessage, Poke
+from pokebridge.model import Ack, NewMessage, Poke
 from pokebridge.testing.mailbox_kit import ManualClock
 from tests.support import Daemon
 
@@ -46,6 +46,11 @@ def heads(recipient: str) -> Operation:
 def ack(recipient: str, device: str, version: int) -> Operation:
     """Ack."""
     return lambda mailbox: mailbox.ack(recipient, device, version)
+
+
+def ack_all(acks: list[Ack]) -> Operation:
+    """Ack for several devices at once."""
+    return lambda mailbox: mailbox.ack_all(acks)
 
 
 def see_device(recipient: str, device: str) -> Operation:
@@ -92,6 +97,12 @@ messages = st.builds(
     has_idempotency_key=st.booleans(),
 )
 pokes = st.builds(Poke, recipients, st.none() | numbers)
+# In this order everywhere: what an ack deletes depends on which devices are known by then.
+acks = st.lists(
+    st.builds(Ack, recipients, devices, numbers),
+    min_size=1,
+    unique_by=lambda ack: (ack.recipient, ack.device),
+).map(sorted)
 operations: st.SearchStrategy[Operation | float] = st.one_of(
     st.builds(append, messages),
     st.builds(append, messages),
@@ -99,6 +110,7 @@ operations: st.SearchStrategy[Operation | float] = st.one_of(
         read, recipients, numbers, st.integers(1, 4), st.integers(0, 60), st.none() | numbers
     ),
     st.builds(ack, recipients, devices, numbers),
+    st.builds(ack_all, acks),
     st.builds(see_device, recipients, devices),
     st.builds(heads, recipients),
     st.builds(clear, recipients),

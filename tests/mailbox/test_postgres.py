@@ -16,7 +16,7 @@ from pokebridge.errors import ConfigError, InputError, MailboxError, MailboxRefu
 from pokebridge.mailbox import base, postgres, postgres_pool
 from pokebridge.mailbox.base import Limits, Mailbox
 from pokebridge.mailbox.postgres import PostgresMailbox
-from pokebridge.model import Receipt
+from pokebridge.model import Ack, Receipt
 from pokebridge.testing.mailbox import Connect, DurableMailboxContract
 from pokebridge.testing.mailbox_kit import (
     BOB,
@@ -418,6 +418,7 @@ class TestPlans:
             await mailbox.read(f"r{n}", after=0, limit=3)
             await mailbox.see_device(f"r{n}", "phone")
             await mailbox.ack(f"r{n}", "phone", 2)
+            await mailbox.ack_all([Ack(f"r{n}", "phone", 2), Ack(f"r{n}", "tablet", 1)])
             await mailbox.confirm_outbox(await mailbox.claim_outbox(older_than_s=0, limit=5))
             await mailbox.purge(limit=5)
             await mailbox.clear(f"r{n}")

@@ -115,6 +115,7 @@ export class Client {
     this.#http = new Http(this.#url, this.#device, options.fetch ?? fetch);
     const sharing: Sharing = {
       leads: () => this.#leads && !this.#ended,
+      acksBySocket: () => this.#core.acksBySocket,
       relay: (note) => this.#leads && this.#tabs?.tell(note),
     };
     const cursor = options.cursor ?? 0;
@@ -193,6 +194,9 @@ export class Client {
       case "authenticate":
         this.#send({ type: "auth", token: this.#token });
         break;
+      case "ack":
+        this.#send({ type: "ack", version: action.version });
+        break;
       case "pull":
         void this.#pull(action.after);
         break;
@@ -261,6 +265,8 @@ export class Client {
     clearTimeout(this.#leaderTimer);
     this.#listening.abort();
     this.#tabs?.leave(this.#stopCode);
+    const version = this.#core.waitingAck;
+    if (version !== undefined) this.#send({ type: "ack", version });
     this.#drop();
   }
 

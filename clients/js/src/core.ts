@@ -4,10 +4,12 @@
 // after each event `timer` says when it wants to hear a `tick`. No clock, no socket, no randomness.
 // It is pokebridge.client.core in TypeScript: both do what the scenarios of tests/vectors/client say.
 //
-// Three activities run side by side. The core keeps a socket open: when it is lost, the core connects again
+// Four activities run side by side. The core keeps a socket open: when it is lost, the core connects again
 // after a full-jitter delay. It fetches a token before the first connection, before the token expires and
 // when the token was refused. It pulls when a frame gives a reason to, never twice at once, and retries
-// until a pull succeeds. It also pulls by the timer: slowly without a socket, very slowly with one.
+// until a pull succeeds. It also pulls by the timer: slowly without a socket, very slowly with one. On a
+// socket that takes acks it acks the cursor after a pull, unless that socket has carried it already. So an ack
+// that was lost with its socket is repeated.
 
 import type { Action, Event } from "./events.js";
 
@@ -54,6 +56,8 @@ export interface Policy {
    * under everything that a server between the bridge and the client can get wrong.
    */
   idle_pull_s: number;
+  /** The shortest time between two acks over the socket, which count against the limit of frames. */
+  ack_every_s: number;
 }
 
 const DEFAULTS: Policy = {
@@ -69,6 +73,7 @@ const DEFAULTS: Policy = {
   poll_after_s: 10,
   poll_every_s: 30,
   idle_pull_s: 750,
+  ack_every_s: 0.25,
 };
 
 /** The message in `text`; an empty one when it is not a JSON object. */
@@ -151,6 +156,12 @@ export class Core {
   #pingAt = Infinity;
   #pongBy = Infinity;
   #pollAt = Infinity;
+  /** As the server said in `ready`. */
+  #takesAcks = false;
+  /** The version that this socket has carried. */
+  #acked = 0;
+  #ackedAt = -Infinity;
+  #ackAt = Infinity;
   /** Announced, for when the socket closes with 4307. */
   #moveUrl: string | undefined;
   /** Where to connect next, for once. */
@@ -197,6 +208,16 @@ export class Core {
     return this.#socket === "ready";
   }
 
+  /** Whether the socket takes acks, so that a pull leaves its ack to it. */
+  get acksBySocket(): boolean {
+    return this.ready && this.#takesAcks;
+  }
+
+  /** The version of an ack whose time has not come: a client that leaves should send it. */
+  get waitingAck(): number | undefined {
+    return this.#ackAt < Infinity ? this.cursor : undefined;
+  }
+
   /** When the next `tick` is due, in seconds; Infinity when only other events can change things. */
   get timer(): number {
     if (this.stopped) return Infinity;
@@ -205,6 +226,7 @@ export class Core {
       this.#pingAt,
       this.#pongBy,
       this.#pollAt,
+      this.#ackAt,
       this.#fetching ? Infinity : this.#fetchAt,
       this.#hasToken ? Math.min(this.#connectAt, this.#pulls.dueAt) : Infinity,
     );
@@ -242,7 +264,7 @@ export class Core {
         this.#fetchFailures += 1;
         break;
       case "pulled":
-        this.#onPulled(event.cursor, event.more);
+        this.#onPulled(event);
         break;
       case "pull_failed":
         this.#onPullFailed(event);
@@ -267,6 +289,12 @@ export class Core {
       this.#actions.push({ type: "ping" });
       this.#pingAt = Infinity;
       this.#pongBy = now + this.#policy.pong_within_s;
+    }
+    if (this.#ackAt <= now) {
+      this.#actions.push({ type: "ack", version: this.cursor });
+      this.#acked = this.cursor;
+      this.#ackedAt = now;
+      this.#ackAt = Infinity;
     }
     if (this.#pollAt <= now) {
       this.#pulls.want(now);
@@ -317,6 +345,8 @@ export class Core {
   #onFrame(frame: Record<string, unknown>): void {
     switch (frame.type) {
       case "ready":
+        this.#takesAcks = frame.acks === true;
+        this.#acked = 0;
         this.#onReady();
         this.#renewTokenBefore(frame.expires_in);
         break;
@@ -377,7 +407,7 @@ export class Core {
     if (this.#isStable()) this.#failures = 0;
     if (this.ready) this.#pollSoon();
     this.#socket = "down";
-    this.#readySince = this.#giveUpAt = this.#pingAt = this.#pongBy = Infinity;
+    this.#readySince = this.#giveUpAt = this.#pingAt = this.#pongBy = this.#ackAt = Infinity;
   }
 
   #reconnectLater(askedS = 0, overload = false): void {
@@ -445,13 +475,17 @@ export class Core {
 
   // --- pulls ---
 
-  #onPulled(cursor: number, more?: boolean): void {
+  #onPulled({ cursor, more, unacked }: Event & { type: "pulled" }): void {
     if (more && cursor === this.cursor) {
       // `more` without progress is a fault of the server. It must not make a hot loop.
       this.#pulls.failed(this.#now, this.#backoff(this.#pulls.failures));
     } else {
       this.#pulls.succeeded(cursor);
       if (more) this.#pulls.want(this.#now);
+      this.#acked = Math.min(this.#acked, cursor); // the mailbox may have been started anew
+      if (unacked && this.acksBySocket && cursor > this.#acked) {
+        this.#ackAt = Math.max(this.#now, this.#ackedAt + this.#policy.ack_every_s);
+      }
     }
   }
 

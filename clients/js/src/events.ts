@@ -16,8 +16,11 @@ export type Event =
   | { type: "closed"; code: number; reason?: string }
   /** The handshake was answered with an HTTP status other than 101. */
   | { type: "refused"; status: number; retry_after_s?: number | null; reason?: string }
-  /** The pull succeeded: everything up to `cursor` is handled; `more`: more messages wait. */
-  | { type: "pulled"; cursor: number; more?: boolean }
+  /**
+   * The pull succeeded: everything up to `cursor` is handled; `more`: more messages wait. `unacked`: `cursor`
+   * is still to be acked, over the socket.
+   */
+  | { type: "pulled"; cursor: number; more?: boolean; unacked?: boolean }
   /**
    * The pull failed, or its handler did. `unauthorized`: its token was refused. `cursor`: how far it got
    * nonetheless.
@@ -46,6 +49,8 @@ export type Action =
   | { type: "ping" }
   /** Send the token in an `auth` message. */
   | { type: "authenticate" }
+  /** Send an `ack` message: this device has everything up to `version`. */
+  | { type: "ack"; version: number }
   /** Pull what is newer than `after`; answer with `pulled` or `pull_failed`. */
   | { type: "pull"; after: number }
   /** The bridge has stopped this client for good; no other action follows. */

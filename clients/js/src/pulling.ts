@@ -53,10 +53,12 @@ export interface Puller {
   pull(after: number, token: string): Promise<PullResult>;
 }
 
-/** What a puller needs to know about the other tabs. */
+/** What a puller needs to know about this tab and the others. */
 export interface Sharing {
   /** Whether this tab pulls for all tabs: then it acks, and relays what it pulls. */
   leads(): boolean;
+  /** Whether the core acks over this tab's socket, so that a pull does not. */
+  acksBySocket(): boolean;
   relay(note: Relayed): void;
 }
 
@@ -104,7 +106,8 @@ export class OwnPuller implements Puller {
  * Pulls a page, hands it over and acks it, in this order, so that no message is lost on the way.
  *
  * A page whose handler throws is not acked and comes again. When only the ack fails, only the ack is
- * repeated. A tab that does not lead uses the pages that the leading tab has relayed, if there are any.
+ * repeated. While the socket takes acks the core acks there instead. A tab that does not lead uses the pages
+ * that the leading tab has relayed, if there are any.
  */
 export class MailboxPuller implements Puller {
   #acked: number;
@@ -143,11 +146,13 @@ export class MailboxPuller implements Puller {
       const messages = page.messages.filter((message) => message.version > after);
       if (messages.length) await this.onMessages(messages);
       handled = page.version;
+      const pulled = { type: "pulled" as const, cursor: page.version, more: page.more };
+      if (this.sharing.acksBySocket()) return { event: { ...pulled, unacked: true } };
       if (this.sharing.leads() && page.version > this.#acked) {
         await this.http.request("/v1/messages/ack", token, [204], { version: page.version });
         this.#acked = page.version;
       }
-      return { event: { type: "pulled", cursor: page.version, more: page.more } };
+      return { event: pulled };
     } catch (error) {
       return failed(error, handled);
     }

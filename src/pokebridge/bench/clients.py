@@ -152,6 +152,9 @@ class StormClient(Driver):
     def _authenticate(self) -> None:
         self._send(b'{"type":"auth","token":"%b"}' % self._token.encode())
 
+    def _ack(self, version: int) -> None:
+        self._send(b'{"type":"ack","version":%d}' % version)
+
     def _send(self, text: bytes) -> None:
         if self._socket is not None:
             self._socket.send(Opcode.TEXT, text)
@@ -212,7 +215,7 @@ class StormClient(Driver):
         page = msgspec.json.decode(answer.body, type=_Page)
         self._pulled_after_ready = readies
         self._observer.on_pull(self, page.messages)
-        self._feed(Pulled(page.version, page.more))
+        self._feed(Pulled(page.version, page.more, unacked=self._core.acks_by_socket))
 
 
 class _Socket(asyncio.Protocol):

@@ -5,10 +5,12 @@ to carry out; after each event ``timer`` says when it wants to hear a :class:`Ti
 socket, no randomness: a simulator can run it on virtual time, and the JSON of ``tests/vectors`` is
 exactly these events and actions, so a client in another language can be held against the same.
 
-Three things go on side by side. The **socket** is kept open: after it is lost, a new one is opened
+Four things go on side by side. The **socket** is kept open: after it is lost, a new one is opened
 after a delay with full jitter. The **token** is fetched before the first connection, before it
 expires, and when it was refused. **Pulls** follow from pokes, one at a time, and are retried until
 one succeeds. The client also pulls by the timer: slowly without a socket, very slowly with one.
+**Acks** follow from pulls: on a socket that takes acks the cursor is acked after a pull, unless it
+has carried it already. So an ack that was lost with its socket is repeated.
 """
 
 from enum import Enum
@@ -18,6 +20,7 @@ from typing import Any
 import msgspec
 
 from pokebridge.client.events import (
+    Ack,
     AnyAction,
     AnyEvent,
     Authenticate,
@@ -81,6 +84,8 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     # With a socket: the mean time between two pulls without a poke, 20 % more or less. The last net
     # under everything that a server between the bridge and the client can get wrong.
     idle_pull_s: float = 750.0
+    # The shortest time between two acks over the socket, which count against the limit of frames.
+    ack_every_s: float = 0.25
 
 
 def parse_frame(text: str) -> dict[str, Any]:
@@ -172,9 +177,11 @@ class ClientCore:
         self._connect_at = inf
         self._give_up_at = inf
         self._ready_since = inf
-        self._ping_at = inf
-        self._pong_by = inf
+        self._ping_at = self._pong_by = inf
         self._poll_at = inf
+        self._takes_acks = False  # as the server said in ``ready``
+        self._acked, self._acked_at = 0, -inf  # the version that this socket has carried, and when
+        self._ack_at = inf
         self._move_url: str | None = None  # announced, for when the socket closes with 4307
         self._next_url: str | None = None  # where to connect next, for once
         self._moved = False
@@ -208,11 +215,21 @@ class ClientCore:
         return self._socket is _Socket.READY
 
     @property
+    def acks_by_socket(self) -> bool:
+        """Whether the socket takes acks, so that a pull leaves its ack to it."""
+        return self.ready and self._takes_acks
+
+    @property
+    def waiting_ack(self) -> int | None:
+        """The version of an ack whose time has not come: a client that leaves should send it."""
+        return None if self._ack_at == inf else self.cursor
+
+    @property
     def timer(self) -> float | None:
         """When the next :class:`Tick` is due, or ``None`` if another event has to come first."""
         if self.stopped:
             return None
-        times = [self._give_up_at, self._ping_at, self._pong_by, self._poll_at]
+        times = [self._give_up_at, self._ping_at, self._pong_by, self._poll_at, self._ack_at]
         if not self._fetching:
             times.append(self._fetch_at)
         if self._has_token:
@@ -257,6 +274,9 @@ class ClientCore:
             self._actions.append(Ping())
             self._ping_at = inf
             self._pong_by = now + self._policy.pong_within_s
+        if self._ack_at <= now:
+            self._actions.append(Ack(self.cursor))
+            self._acked, self._acked_at, self._ack_at = self.cursor, now, inf
         if self._poll_at <= now:
             self._pulls.want(now)
             self._poll_later()
@@ -295,6 +315,7 @@ class ClientCore:
     def _on_frame(self, frame: dict[str, Any]) -> None:
         match frame:
             case {"type": "ready"}:
+                self._takes_acks, self._acked = frame.get("acks") is True, 0
                 self._on_ready()
                 self._renew_token_before(frame.get("expires_in"))
             case {"type": "auth"}:
@@ -346,7 +367,7 @@ class ClientCore:
         if self.ready:
             self._poll_soon()
         self._socket = _Socket.DOWN
-        self._ready_since = self._give_up_at = self._ping_at = self._pong_by = inf
+        self._ready_since = self._give_up_at = self._ping_at = self._pong_by = self._ack_at = inf
 
     def _reconnect_later(self, *, asked_s: float = 0, overload: bool = False) -> None:
         if self._led:
@@ -417,10 +438,13 @@ class ClientCore:
             case Pulled(cursor=cursor, more=True) if cursor == self.cursor:
                 # More, and no way to get there: a server's fault that must not make a hot loop.
                 self._pulls.failed(self._now, self._backoff(self._pulls.failures))
-            case Pulled(cursor=cursor, more=more):
+            case Pulled(cursor=cursor, more=more, unacked=unacked):
                 self._pulls.succeeded(cursor)
                 if more:
                     self._pulls.want(self._now)
+                self._acked = min(self._acked, cursor)  # the mailbox may have been started anew
+                if unacked and self.acks_by_socket and cursor > self._acked:
+                    self._ack_at = max(self._now, self._acked_at + self._policy.ack_every_s)
             case PullFailed(cursor=cursor, retry_after_s=retry_after_s, unauthorized=unauthorized):
                 if cursor is not None:
                     self._pulls.cursor = cursor

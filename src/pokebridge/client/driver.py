@@ -9,6 +9,7 @@ from typing import assert_never
 
 from pokebridge.client.core import ClientCore
 from pokebridge.client.events import (
+    Ack,
     AnyAction,
     AnyEvent,
     Authenticate,
@@ -76,6 +77,8 @@ class Driver(ABC):
                 self._ping()
             case Authenticate():
                 self._authenticate()
+            case Ack(version=version):
+                self._ack(version)
             case Pull(after=after):
                 self._pull(after)
             case Stop(code=code):
@@ -101,6 +104,9 @@ class Driver(ABC):
 
     @abstractmethod
     def _authenticate(self) -> None: ...
+
+    @abstractmethod
+    def _ack(self, version: int) -> None: ...
 
     @abstractmethod
     def _pull(self, after: int) -> None: ...

@@ -53,10 +53,14 @@ class Refused(Event, frozen=True, tag="refused"):
 
 
 class Pulled(Event, frozen=True, tag="pulled"):
-    """The pull succeeded: everything up to ``cursor`` is dealt with; ``more`` is known to wait."""
+    """The pull succeeded: everything up to ``cursor`` is dealt with; ``more`` is known to wait.
+
+    ``unacked``: ``cursor`` is still to be acked, over the socket.
+    """
 
     cursor: int
     more: bool = False
+    unacked: bool = False
 
 
 class PullFailed(Event, frozen=True, tag="pull_failed"):
@@ -123,6 +127,12 @@ class Authenticate(Action, frozen=True, tag="authenticate"):
     """Send the token in an ``auth`` message."""
 
 
+class Ack(Action, frozen=True, tag="ack"):
+    """Send an ``ack`` message: this device has everything up to ``version``."""
+
+    version: int
+
+
 class Pull(Action, frozen=True, tag="pull"):
     """Pull what is newer than ``after``; answer with :class:`Pulled` or :class:`PullFailed`."""
 
@@ -135,4 +145,4 @@ class Stop(Action, frozen=True, tag="stop"):
     code: int
 
 
-AnyAction = FetchToken | Connect | Disconnect | Ping | Authenticate | Pull | Stop
+AnyAction = FetchToken | Connect | Disconnect | Ping | Authenticate | Ack | Pull | Stop

@@ -31,7 +31,7 @@ from pokebridge.client.events import (
     TokenFailed,
     Wake,
 )
-from pokebridge.client.opening import Opener
+from pokebridge.client.opening import CLOSE_TIMEOUT_S, Opener
 from pokebridge.client.pulling import (
     MailboxPuller,
     OnMessages,
@@ -111,7 +111,14 @@ class PokeClient(Driver):
         self._opener = Opener(tls)
         self._puller: Puller
         if on_messages is not None and on_poke is None:
-            self._puller = MailboxPuller(url, on_messages, device=device, cursor=cursor, tls=tls)
+            self._puller = MailboxPuller(
+                url,
+                on_messages,
+                device=device,
+                cursor=cursor,
+                tls=tls,
+                leaves_acks=lambda: self._core.acks_by_socket,
+            )
         elif on_poke is not None and on_messages is None:
             self._puller = OwnPuller(on_poke)
         else:
@@ -301,6 +308,9 @@ class PokeClient(Driver):
     def _authenticate(self) -> None:
         self._tasks.create_task(self._send({"type": "auth", "token": self._token}))
 
+    def _ack(self, version: int) -> None:
+        self._tasks.create_task(self._send({"type": "ack", "version": version}))
+
     async def _hold_socket(self, url: str, query: dict[str, str]) -> None:
         try:
             socket = await self._opener.open(_with_query(url, query), self._token)
@@ -314,7 +324,7 @@ class PokeClient(Driver):
             try:
                 await self._listen(socket)
             finally:
-                await socket.close()
+                await self._hang_up(socket)
 
     async def _listen(self, socket: ClientConnection) -> None:
         self._socket = socket
@@ -331,7 +341,15 @@ class PokeClient(Driver):
             else:
                 self._feed(Closed(close.code, close.reason))
 
-    async def _send(self, message: dict[str, str]) -> None:
+    async def _hang_up(self, socket: ClientConnection) -> None:
+        """Close the socket, after the ack that waits, if this client leaves."""
+        if (version := self._core.waiting_ack) is not None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                    await self._send({"type": "ack", "version": version})
+        await socket.close()
+
+    async def _send(self, message: dict[str, str | int]) -> None:
         if self._socket is not None:
             with suppress(ConnectionClosed):
                 await self._socket.send(msgspec.json.encode(message).decode())

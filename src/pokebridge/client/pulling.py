@@ -89,13 +89,21 @@ class MailboxPuller:
     """Pulls a page, hands it over and acks it, in this order, so that no message is lost.
 
     A page whose handler raises is not acked and comes again. When only the ack fails, only the ack
-    is repeated.
+    is repeated. While ``leaves_acks`` is true the core acks over the socket instead.
     """
 
     def __init__(
-        self, url: str, on_messages: OnMessages, *, device: str, cursor: int, tls: SSLContext | None
+        self,
+        url: str,
+        on_messages: OnMessages,
+        *,
+        device: str,
+        cursor: int,
+        tls: SSLContext | None,
+        leaves_acks: Callable[[], bool] = lambda: False,
     ) -> None:
         self._on_messages = on_messages
+        self._leaves_acks = leaves_acks
         self._device = device
         self._acked = cursor
         self._limit = PAGE_LIMIT
@@ -127,6 +135,8 @@ class MailboxPuller:
         except Exception as error:  # noqa: BLE001 - a user's code may raise anything
             _log.exception("on_messages failed; its messages will come again")
             return PullFailed(reason=repr(error))
+        if self._leaves_acks():
+            return Pulled(page.version, page.more, unacked=True)
         try:
             if page.version > self._acked:
                 await self._ack(page.version, token)

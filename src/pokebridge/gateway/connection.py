@@ -16,9 +16,10 @@ import structlog
 
 from pokebridge.errors import FrameError
 from pokebridge.framing import FrameEvent, FrameParser, Opcode, decode_close, encode_frame
+from pokebridge.gateway.acks import Acks
 from pokebridge.gateway.wheel import Wheel
 from pokebridge.session import UNKNOWN_VERSION, Session, State
-from pokebridge.wire import PONG_FRAME, Ping, decode_client_message, move_frame
+from pokebridge.wire import PONG_FRAME, Ack, Ping, decode_client_message, move_frame
 
 log = structlog.get_logger(__name__)
 
@@ -55,6 +56,8 @@ class ConnectionHost(Protocol):
     """The instance's id."""
     wheel: Wheel
     """Where the connection's deadline is kept."""
+    acks: Acks | None
+    """Where its acks go; ``None``: the instance takes none."""
 
     def now(self) -> float:
         """The time on the event loop's clock, in seconds."""
@@ -148,7 +151,10 @@ class Connection(asyncio.Protocol):
         if self.session.state is State.WAITING:
             host = self._host
             ready = self.session.open(
-                instance=host.instance, now=host.now(), first_ping_s=first_ping_s
+                instance=host.instance,
+                now=host.now(),
+                first_ping_s=first_ping_s,
+                takes_acks=host.acks is not None,
             )
             self._transport.write(response + ready)
             self._transport.resume_reading()
@@ -265,10 +271,18 @@ class Connection(asyncio.Protocol):
             self._transport.write(encode_frame(Opcode.PONG, event.payload))
         else:
             message = decode_client_message(event.payload)
-            if isinstance(message, Ping):
+            if isinstance(message, Ack):
+                self._on_ack(message.version)
+            elif isinstance(message, Ping):
                 self._transport.write(PONG_FRAME)
             else:
                 self._host.renew(self, message.token)
+
+    def _on_ack(self, version: int) -> None:
+        acks, session = self._host.acks, self.session
+        if acks is None:
+            raise FrameError(1008, "this instance keeps no messages: `ready` offered no acks")
+        acks.add(session.recipient, session.device, version)
 
     def _on_close(self, payload: bytes) -> None:
         """Answer the peer's close frame with its own code, unless it is the answer to ours."""

@@ -16,6 +16,7 @@ import structlog
 
 from pokebridge.backoff import spread
 from pokebridge.errors import TransportError
+from pokebridge.gateway.acks import RECORD_EVERY_S, Acks, RecordAcks
 from pokebridge.gateway.beacons import FASTEST_S, Beacons
 from pokebridge.gateway.bridge import Bridge
 from pokebridge.gateway.config import GatewayConfig
@@ -30,7 +31,7 @@ from pokebridge.gateway.verification import STEP_S, Heads, Verification
 from pokebridge.gateway.wheel import Wheel
 from pokebridge.placement import Placement, ShardMap
 from pokebridge.sharding import shard_of
-from pokebridge.supervisor import supervise
+from pokebridge.supervisor import keep_doing, supervise
 from pokebridge.transport.base import Signal, Transport
 from pokebridge.wire import Beacon, encode_beacon
 
@@ -55,8 +56,9 @@ class Gateway:
         transport: Transport,
         verifier: Verifier,
         heads: Heads | None = None,
+        record_acks: RecordAcks | None = None,
     ) -> None:
-        """``heads`` looks up the newest versions in the mailbox; ``None``: there is no mailbox."""
+        """``heads`` reads the mailbox, and ``record_acks`` writes to it, where there is one."""
         self.instance = config.instance
         """This instance's id."""
         self.sessions: SessionMap[Connection] = SessionMap(config.max_sessions_per_recipient)
@@ -84,6 +86,8 @@ class Gateway:
         """Admits new sessions."""
         self.verification = None if heads is None else Verification(heads, config.verify_every_s)
         """Pokes the sessions that are behind the mailbox."""
+        self.acks = None if record_acks is None else Acks(record_acks)
+        """The acks that come over the sockets."""
         self.beacons = Beacons(_identity(config))
         """What is heard of other instances."""
         self.wheel = Wheel()
@@ -91,13 +95,11 @@ class Gateway:
         self.pulls_per_s = 1000.0
         """The rate over which the pulls after a gap are spread."""
         self.on_ready: Callable[[str, str], None] = lambda _recipient, _device: None
-        """Called with the recipient and the device of each session that becomes ready. It must not
-        block."""
+        """Called with recipient and device of each session that becomes ready. Must not block."""
         self.moved = 0
         """How many sessions were sent after their shard."""
         self._config = config
-        # For how many seconds without a break the transport has been in doubt. Seconds in which
-        # this process stood still do not count.
+        # How many seconds the transport has been in doubt. When this process stands still, none.
         self._doubt_s = 0
         # The connections that are not, or no longer, in ``sessions``: they are closing.
         self._leaving: set[Connection] = set()
@@ -127,6 +129,8 @@ class Gateway:
         self._supervise("beacons", self._keep_beacons)
         if self.verification is not None:
             self._supervise("verification", partial(self._keep_verifying, self.verification))
+        if self.acks is not None:
+            self._keep(keep_doing("acks", self.acks.record, RECORD_EVERY_S))
 
     async def close(self) -> None:
         """Stop, and drop the connections that are still open."""
@@ -349,7 +353,9 @@ class Gateway:
                 self.beacons.sent(beacon)
 
     def _supervise(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
-        task = supervise(name, work)
+        self._keep(supervise(name, work))
+
+    def _keep(self, task: asyncio.Task[None]) -> None:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
 
 from pokebridge.errors import MailboxError, MailboxFullError
-from pokebridge.model import MAX_VERSION, Message, NewMessage, Page, Poke, Receipt
+from pokebridge.model import MAX_VERSION, Ack, Message, NewMessage, Page, Poke, Receipt
 
 DAY_MS: Final = 24 * 3600 * 1000
 RECEIPT_KEPT_MS: Final = 7 * DAY_MS
@@ -18,6 +18,8 @@ YOUNG_MS: Final = SEEN_EVERY_MS
 """How long after a generation began acks delete nothing, until all devices are known again."""
 HEADS_BATCH: Final = 1000
 """Recipients whose heads one call may ask for."""
+ACKS_BATCH: Final = 256
+"""Acks that one call records at most. Each may delete many messages."""
 FORGET_BATCH: Final = 10
 """Devices that one purge forgets at most. Each may free a whole mailbox of messages."""
 MAX_DEVICES: Final = 100
@@ -146,6 +148,12 @@ class Mailbox(Protocol):
         Makes the device known, as :meth:`see_device` does. Deletes the messages that every known
         device has acked, unless the generation is younger than YOUNG_MS: the store may have
         forgotten a device.
+        """
+
+    async def ack_all(self, acks: Sequence[Ack]) -> None:
+        """Record all of ``acks`` as :meth:`ack` does, in one transaction or round trip.
+
+        1 to ACKS_BATCH acks, one for each device of a recipient.
         """
 
     async def claim_outbox(self, *, older_than_s: float, limit: int) -> Sequence[Poke]:

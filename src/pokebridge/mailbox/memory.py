@@ -25,7 +25,7 @@ from pokebridge.mailbox.base import (
 )
 from pokebridge.mailbox.memory_pushes import MemoryPushes
 from pokebridge.mailbox.pushes import PushTiming
-from pokebridge.model import Message, NewMessage, Page, Poke, Receipt
+from pokebridge.model import Ack, Message, NewMessage, Page, Poke, Receipt
 
 
 class _Kept(NamedTuple):
@@ -169,6 +169,11 @@ class MemoryMailbox:
         log = self._logs[recipient]
         log.acked[device] = max(log.acked[device], min(version, log.head))
         self._delete_acked(log)
+
+    async def ack_all(self, acks: Sequence[Ack]) -> None:
+        """See the port."""
+        for ack in acks:
+            await self.ack(*ack)
 
     async def claim_outbox(self, *, older_than_s: float, limit: int) -> Sequence[Poke]:
         """See the port."""

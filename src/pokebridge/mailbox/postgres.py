@@ -30,7 +30,7 @@ from pokebridge.mailbox.postgres_pool import PostgresPool, Record
 from pokebridge.mailbox.postgres_pushes import PostgresPushes
 from pokebridge.mailbox.postgres_schema import CHECK, MIGRATION_LOCK, MIGRATIONS
 from pokebridge.mailbox.pushes import PushTiming
-from pokebridge.model import MAX_VERSION, Message, NewMessage, Page, Poke, Receipt
+from pokebridge.model import MAX_VERSION, Ack, Message, NewMessage, Page, Poke, Receipt
 
 DEFAULT_SCHEMA: Final = "pokebridge"
 # The largest batch of messages, and how many batches a process has under way.
@@ -78,7 +78,7 @@ JOIN heads USING (recipient) CROSS JOIN LATERAL (
 """
 HEADS: Final = "SELECT recipient, head FROM heads WHERE recipient = ANY ($1::text[])"
 SEE_DEVICES: Final = "SELECT see_devices($1, $2, $3, $4)"
-ACK: Final = "SELECT ack($1, $2, $3, $4, $5)"
+ACK_ALL: Final = "SELECT ack(unnest($1::text[]), unnest($2::text[]), unnest($3::bigint[]), $4, $5)"
 # Concurrent sweepers never claim the same entry, since each skips the rows that another has locked.
 CLAIM: Final = """
 WITH late AS MATERIALIZED (
@@ -128,7 +128,6 @@ SELECT EXISTS (
     WHERE nspname = $1 AND relname = $2
 )
 """
-
 
 _CHANGES: Final = {"migrations": MIGRATIONS, "additions": ADDITIONS}
 
@@ -255,10 +254,16 @@ class PostgresMailbox:
 
     async def ack(self, recipient: str, device: str, version: int) -> None:
         """See the port."""
-        _check_texts(recipient, device)
-        acked = max(0, min(version, MAX_VERSION))
-        parameters = (recipient, device, acked, self._now_ms(), SEEN_EVERY_MS)
-        await self._pool.run(lambda connection: connection.execute(ACK, *parameters))
+        await self.ack_all([Ack(recipient, device, version)])
+
+    async def ack_all(self, acks: Sequence[Ack]) -> None:
+        """See the port."""
+        # Sorted, so that calls of several processes take locks in the same order.
+        recipients, devices, versions = zip(*sorted(acks), strict=True)
+        _check_texts(*recipients, *devices)
+        acked = [max(0, min(version, MAX_VERSION)) for version in versions]
+        parameters = (list(recipients), list(devices), acked, self._now_ms(), SEEN_EVERY_MS)
+        await self._pool.run(lambda connection: connection.execute(ACK_ALL, *parameters))
 
     async def claim_outbox(self, *, older_than_s: float, limit: int) -> Sequence[Poke]:
         """See the port."""

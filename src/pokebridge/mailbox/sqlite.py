@@ -32,7 +32,7 @@ from pokebridge.mailbox.sqlite_file import open_file, pragma
 from pokebridge.mailbox.sqlite_guard import FileGuard
 from pokebridge.mailbox.sqlite_pushes import SqlitePushes, owe
 from pokebridge.mailbox.sqlite_workers import WorkerPool, commit_together, do_each
-from pokebridge.model import Message, NewMessage, Page, Poke, Receipt
+from pokebridge.model import Ack, Message, NewMessage, Page, Poke, Receipt
 
 # Jobs that a thread takes at once. A write batch is a transaction; a read batch saves wake-ups.
 WRITE_BATCH: Final = 512
@@ -153,6 +153,16 @@ class SqliteMailbox:
     async def ack(self, recipient: str, device: str, version: int) -> None:
         """See the port."""
         await self._writes.do(lambda db: _ack(db, recipient, device, version, self._now_ms()))
+
+    async def ack_all(self, acks: Sequence[Ack]) -> None:
+        """See the port."""
+
+        def ack_all(db: sqlite3.Connection) -> None:
+            now_ms = self._now_ms()
+            for ack in acks:
+                _ack(db, *ack, now_ms)
+
+        await self._writes.do(ack_all)
 
     async def claim_outbox(self, *, older_than_s: float, limit: int) -> Sequence[Poke]:
         """See the port."""

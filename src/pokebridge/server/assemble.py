@@ -83,12 +83,12 @@ def assemble(settings: Settings, opened: Adapters, *, url: str = "") -> Instance
     """
     mailbox, tracing = opened.mailbox, opened.tracing
     publisher = Publisher(opened.transport, shard_count=settings.shard_count)
-    processor = None
-    if mailbox is not None:
-        does_upkeep = "processor" in settings.roles
-        processor = Processor(mailbox, publisher, does_upkeep=does_upkeep)
+    upkeep = "processor" in settings.roles
+    processor = None if mailbox is None else Processor(mailbox, publisher, does_upkeep=upkeep)
     verifier = _verifier(settings)
-    gateway = Gateway(_gateway_config(settings), opened.transport, verifier, opened.heads)
+    gateway = Gateway(
+        _gateway_config(settings), opened.transport, verifier, opened.heads, opened.record_acks
+    )
     send: _Send | None = None if processor is None else processor.send
     publish = publisher.publish if tracing is None else tracing.poking(publisher.publish)
     if tracing is not None:

@@ -16,6 +16,7 @@ import structlog
 
 from pokebridge.coordination.base import Coordination
 from pokebridge.errors import ConfigError
+from pokebridge.gateway.acks import RecordAcks
 from pokebridge.gateway.verification import Heads
 from pokebridge.ingress.base import Source
 from pokebridge.mailbox.base import Limits, Mailbox
@@ -60,6 +61,11 @@ class Adapters:
         """Looks up the newest versions in the mailbox, if this instance knows where that is."""
         read_from = self.mailbox or self.late_mailbox
         return None if read_from is None else read_from.heads
+
+    @property
+    def record_acks(self) -> RecordAcks | None:
+        """Records acks. A gateway alone only reads the mailbox, and its clients ack over HTTP."""
+        return None if self.mailbox is None else self.mailbox.ack_all
 
 
 def check(settings: Settings) -> None:

@@ -117,6 +117,8 @@ class Instance:
         self.gateway = parts.gateway
         self.cluster = parts.cluster
         parts.gateway.on_ready = self._note_device
+        if parts.gateway.acks is not None:
+            parts.gateway.acks.on_recorded = self._note_pulled
         self._watchers = Watchers(
             parts.cluster.status, parts.publisher.publish, parts.gateway.bridge.handle_poke
         )
@@ -300,6 +302,9 @@ class Instance:
             Metric.TASK_FAILURES: {(task,): count for task, count in task_failures.items()},
             Metric.COORDINATION_UP: cluster.trouble is None,
         }
+        if gateway.acks is not None:
+            numbers[Metric.ACKS_HEARD] = gateway.acks.heard
+            numbers[Metric.ACKS_RECORDED] = gateway.acks.recorded
         if parts.processor is not None:
             numbers[Metric.MESSAGES_COMMITTED] = parts.processor.stats.messages_committed
             numbers[Metric.POKES_UNPUBLISHABLE] = parts.processor.stats.pokes_unpublishable

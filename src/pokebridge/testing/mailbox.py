@@ -18,7 +18,8 @@ import pytest
 
 from pokebridge.errors import MailboxError
 from pokebridge.mailbox.base import Mailbox
-from pokebridge.model import MAX_VERSION, Message, Poke
+from pokebridge.model import MAX_VERSION, Ack, Message, Poke
+from pokebridge.testing.mailbox_devices import DevicesContract
 from pokebridge.testing.mailbox_generations import GenerationsContract
 from pokebridge.testing.mailbox_kit import (
     ALICE,
@@ -41,7 +42,7 @@ DAY_S = 24 * 3600.0
 Connect = Callable[[], Awaitable[Mailbox]]
 
 
-class MailboxContract(OutboxContract, LimitsContract, GenerationsContract):
+class MailboxContract(OutboxContract, LimitsContract, GenerationsContract, DevicesContract):
     """What every mailbox promises (``pokebridge.mailbox.base``), except to survive its process."""
 
     # -- append and read ---------------------------------------------------------------------------
@@ -303,64 +304,6 @@ class MailboxContract(OutboxContract, LimitsContract, GenerationsContract):
         clock.now_s += 100 * 365 * DAY_S
         assert await versions(mailbox) == [1, 2]
 
-    # -- devices -----------------------------------------------------------------------------------
-
-    async def test_an_ack_of_the_only_device_deletes(self, mailbox: Mailbox) -> None:
-        """Messages acked by the only device are deleted; the head and the next version stay."""
-        await fill(mailbox, 3)
-        await mailbox.ack(BOB, "phone", 2)
-        assert await versions(mailbox) == [3]
-        await mailbox.ack(BOB, "phone", 3)
-        page = await mailbox.read(BOB, after=0, limit=50)
-        assert (page.messages, page.version, page.head, page.more) == ((), 3, 3, False)
-        assert await head(mailbox, BOB) == 3
-        assert (await mailbox.append(message())).version == 4
-
-    async def test_messages_wait_for_every_known_device(self, mailbox: Mailbox) -> None:
-        """A device that was seen or has acked holds what it has not acked yet."""
-        await fill(mailbox, 4)
-        await mailbox.see_device(BOB, "tablet")
-        await mailbox.ack(BOB, "phone", 4)
-        assert await versions(mailbox) == [1, 2, 3, 4]
-        await mailbox.ack(BOB, "tablet", 1)
-        assert await versions(mailbox) == [2, 3, 4]
-        await mailbox.ack(BOB, "laptop", 3)
-        await mailbox.ack(BOB, "tablet", 4)
-        assert await versions(mailbox) == [4]
-        await mailbox.ack(BOB, "laptop", 4)
-        assert await versions(mailbox) == []
-
-    async def test_devices_are_their_recipients_own(self, mailbox: Mailbox) -> None:
-        """One recipient's device of the same name acks nothing for another, and holds nothing."""
-        await fill(mailbox, 1, BOB)
-        await fill(mailbox, 1, EVE)
-        await mailbox.see_device(EVE, "tablet")
-        await mailbox.ack(BOB, "phone", 1)
-        assert await versions(mailbox, BOB) == []
-        assert await versions(mailbox, EVE) == [1]
-
-    async def test_an_ack_is_cut_to_the_head(self, mailbox: Mailbox) -> None:
-        """An ack above the head covers the messages that exist, and no later ones."""
-        await mailbox.ack(BOB, "phone", 5)
-        await fill(mailbox, 2)
-        await mailbox.ack(BOB, "phone", 1)
-        assert await versions(mailbox) == [2]
-        await mailbox.ack(BOB, "phone", 10**30)
-        await fill(mailbox, 1)
-        await mailbox.ack(BOB, "phone", 2)
-        assert await versions(mailbox) == [3]
-
-    async def test_an_ack_never_moves_back(self, mailbox: Mailbox) -> None:
-        """A late or repeated ack, also one at connect, undoes nothing."""
-        await fill(mailbox, 3)
-        await mailbox.see_device(BOB, "tablet")
-        await mailbox.ack(BOB, "phone", 3)
-        await mailbox.ack(BOB, "phone", 1)
-        await mailbox.ack(BOB, "phone", -7)
-        await mailbox.see_device(BOB, "phone")
-        await mailbox.ack(BOB, "tablet", 3)
-        assert await versions(mailbox) == []
-
     # -- life --------------------------------------------------------------------------------------
 
     async def test_check_returns_while_it_answers(self, mailbox: Mailbox) -> None:
@@ -387,6 +330,7 @@ class MailboxContract(OutboxContract, LimitsContract, GenerationsContract):
             mailbox.heads([BOB]),
             mailbox.see_device(BOB, "phone"),
             mailbox.ack(BOB, "phone", 1),
+            mailbox.ack_all([Ack(BOB, "phone", 1)]),
             mailbox.claim_outbox(older_than_s=0, limit=1),
             mailbox.confirm_outbox([Poke(BOB, 1)]),
             mailbox.purge(limit=1),
