@@ -55,8 +55,6 @@ class _Seen(NamedTuple):
     read_s: float
     deaf_since_s: Mapping[str, float]
     """Since when each deaf member is one, without a break."""
-    deaf_at_least_since_s: Mapping[str, float]
-    """The same for a process to which a read that lacked the member did not get through."""
 
 
 class WatchedClient(Protocol):
@@ -315,7 +313,7 @@ class Oracle:
     # --- the shard map ----------------------------------------------------------------------------
 
     def on_members(self, peer: Peer, members: Sequence[Member]) -> None:
-        """``peer`` has read who the members are."""
+        """``peer`` has read who the members are, and the shard map as well."""
         standing = frozenset(
             (member.id, member.incarnation, member.state == "deaf") for member in members
         )
@@ -323,18 +321,8 @@ class Oracle:
         now = self._scene.scheduler.now
         since_s = before.since_s if before and before.standing == standing else now
         known = before.deaf_since_s if before else {}
-        earliest = before.deaf_at_least_since_s if before else {}
-        deaf = [id_ for id_, _, is_deaf in standing if is_deaf]
-        present = {member.id for member in members}
-        self._seen[peer] = _Seen(
-            members,
-            standing,
-            since_s,
-            now,
-            {id_: known.get(id_, now) for id_ in deaf},
-            {id_: since_s for id_, since_s in earliest.items() if id_ not in present}
-            | {id_: earliest.get(id_, now) for id_ in deaf},
-        )
+        deaf_since_s = {id_: known.get(id_, now) for id_, _, is_deaf in standing if is_deaf}
+        self._seen[peer] = _Seen(members, standing, since_s, now, deaf_since_s)
 
     def knowledge_of(self, peer: Peer) -> object:
         """What ``peer`` has read of the members."""
@@ -376,7 +364,7 @@ class Oracle:
         staying -= before.draining | after.draining
         now = self._scene.scheduler.now
         can_own = staying - _deaf(seen.deaf_since_s, staying, seen.read_s - 1.1 * self._settle_s)
-        keep = staying - _deaf(seen.deaf_at_least_since_s, staying, now - 0.9 * self._settle_s)
+        keep = staying - _deaf(seen.deaf_since_s, staying, now - 0.9 * self._settle_s)
         for shard in moved:
             if after.owners[shard] not in can_own and can_own:
                 self.fail("a shard moves to who can own it", f"{shard} to {after.owners[shard]}")

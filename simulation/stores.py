@@ -150,6 +150,7 @@ class SimCoordination:
         self._store = store
         self._peer = peer
         self._noticed = store.changes
+        self._read_members: Sequence[Member] | None = None
         self._closed = False
 
     async def renew(self, member: Member, lease_s: float) -> None:
@@ -162,13 +163,16 @@ class SimCoordination:
 
     async def members(self) -> list[Member]:
         """See the port."""
-        members = await self._call(self._store.members)
-        self._store.on_members(self._peer, members)
+        members = self._read_members = await self._call(self._store.members)
         return members
 
     async def read(self) -> Document | None:
         """See the port."""
-        return await self._call(self._store.read)
+        stored = await self._call(self._store.read)
+        if self._read_members is not None:  # from here on its process takes them in
+            self._store.on_members(self._peer, self._read_members)
+            self._read_members = None
+        return stored
 
     async def write(self, body: bytes, revision: int | None) -> bool:
         """See the port."""
