@@ -483,7 +483,7 @@ async def disconnect(world: World) -> None:
         return
     through = world.rng.choice(world.well_instances)
     world.trace.note(through.name, f"is to disconnect {client.recipient}")
-    sessions = [each for each in world.clients_of(client.recipient) if each.ready]
+    sessions = _sessions_of(world, client.recipient)
     if await _ask(world, through, lambda: through.disconnect(client.recipient)):
         world.witnesses.disconnected(through, sessions, revoked=False)
 
@@ -495,9 +495,14 @@ async def revoke(world: World) -> None:
         return
     through = world.rng.choice(world.well_instances)
     world.trace.note(through.name, f"is to revoke the tokens of {client.recipient}")
-    sessions = [each for each in world.clients_of(client.recipient) if each.ready]
+    sessions = _sessions_of(world, client.recipient)
     if await _ask(world, through, lambda: through.revoke(client.recipient)):
         world.witnesses.disconnected(through, sessions, revoked=True)
+
+
+def _sessions_of(world: World, recipient: str) -> Sequence[tuple[SimClient, object]]:
+    """The clients of ``recipient`` that are ready, and their connections."""
+    return [(each, each.wire) for each in world.clients_of(recipient) if each.ready]
 
 
 async def come_and_go(world: World) -> None:

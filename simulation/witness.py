@@ -149,15 +149,15 @@ class WitnessOracle:
     # --- disconnects ------------------------------------------------------------------------------
 
     def disconnected(
-        self, through: Witness, clients: Iterable[Connected], *, revoked: bool
+        self, through: Witness, sessions: Iterable[tuple[Connected, object]], *, revoked: bool
     ) -> None:
-        """An administrator has asked ``through`` to end the sessions of ``clients``.
+        """``through`` has confirmed to an administrator that it ends ``sessions``.
 
-        It has confirmed that.
+        They are the clients that were ready when it was asked, and their connections then.
         """
-        for client in clients:
+        for client, wire in sessions:
             self._knowing.setdefault(client.recipient, {})[through] = self._now
-            session = _Session(client, client.wire, self._now, revoked, self.restores)
+            session = _Session(client, wire, self._now, revoked, self.restores)
             bound_s = REVOCATION_BOUND_S if revoked else DISCONNECT_BOUND_S
             self._scene.outside.deliver(bound_s, self._look_at, session)
 

@@ -1,6 +1,7 @@
 """Five instances, a crowd of clients, and one misfortune after the other.
 
-``python -m tests.cluster.chaos`` plays it at full size; ``test_chaos.py`` a small one.
+``python -m tests.cluster.chaos`` plays it at full size, on NATS and then on Valkey.
+``test_chaos.py`` plays a small one.
 """
 
 import argparse
@@ -10,15 +11,16 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import cycle
 from math import inf
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import Any, Literal
 
 import asyncpg
 import httpx
@@ -27,7 +29,14 @@ import uvloop
 
 from tests.cluster.crowd import Act, Crowd
 from tests.support import CutProxy, Daemon, Instance, free_port, wait_until
-from tests.support.engines import run_postgres, run_standby, running_nats_cluster
+from tests.support.engines import (
+    ask,
+    has_role,
+    run_postgres,
+    run_standby,
+    run_valkey,
+    running_nats_cluster,
+)
 from tests.support.missing import require
 from tests.support.serving import JWT_SECRET
 
@@ -76,6 +85,7 @@ class Size:
     store_cut_s: float
     verify_every_s: float
     route_cut_s: float
+    lag_s: float
     deaf_s: float
 
 
@@ -87,6 +97,7 @@ SMALL = Size(
     store_cut_s=4,
     verify_every_s=5,
     route_cut_s=8,
+    lag_s=4,
     deaf_s=15,
 )
 FULL = Size(
@@ -97,15 +108,24 @@ FULL = Size(
     store_cut_s=30,
     verify_every_s=30,
     route_cut_s=45,
+    lag_s=20,
     deaf_s=60,
 )
 
 
+Kind = Literal["nats", "redis"]
+"""What carries the signals, by the scheme of its URL."""
+
+
 @dataclass(frozen=True)
 class Engines:
-    """What the instances share: a cluster of NATS servers, and PostgreSQL with a standby."""
+    """What the instances share: what carries the signals, and PostgreSQL with a standby."""
 
-    nats: Sequence[Daemon]
+    kind: Kind
+    servers: Sequence[Daemon]
+    """Three NATS servers, or a Valkey server and what becomes its replica."""
+    entries: Sequence[Daemon]
+    """Those of them that instances connect to."""
     routes: Sequence[CutProxy]
     """Between the NATS servers."""
     postgres: Daemon
@@ -114,13 +134,24 @@ class Engines:
 
 
 @asynccontextmanager
-async def engines(directory: Path) -> AsyncIterator[Engines]:
+async def engines(directory: Path, kind: Kind = "nats") -> AsyncIterator[Engines]:
     """Start all engines."""
+    routes: Sequence[CutProxy] = ()
     async with AsyncExitStack() as opened:
-        nats, routes = await opened.enter_async_context(running_nats_cluster(directory, 3))
+        if kind == "nats":
+            servers, routes = await opened.enter_async_context(running_nats_cluster(directory, 3))
+            entries = servers
+        else:
+            servers = [await _valkey(opened, directory, name) for name in ("primary", "replica")]
+            entries = servers[:1]
         postgres = opened.enter_context(run_postgres())
         standby = opened.enter_context(run_standby(postgres))
-        yield Engines(nats, routes, postgres, standby)
+        yield Engines(kind, servers, entries, routes, postgres, standby)
+
+
+async def _valkey(opened: AsyncExitStack, directory: Path, name: str) -> Daemon:
+    (directory / name).mkdir()
+    return await asyncio.to_thread(opened.enter_context, run_valkey(directory / name))
 
 
 @dataclass
@@ -150,7 +181,7 @@ class Stage:
     size: Size
     engines: Engines
     lines: Mapping[str, CutProxy]
-    """The line of each instance to its NATS server."""
+    """The line of each instance to its NATS or Valkey server."""
     store: CutProxy
     instances: dict[str, Instance]
     http: httpx.AsyncClient
@@ -229,7 +260,7 @@ async def stage(
         postgres, standby = engines.postgres, engines.standby
         store = await opened.enter_async_context(CutProxy("127.0.0.1", postgres.port))
         lines = {}
-        for name, server in zip(NAMES, cycle(engines.nats), strict=False):
+        for name, server in zip(NAMES, cycle(engines.entries), strict=False):
             line = CutProxy("127.0.0.1", server.port)
             lines[name] = await opened.enter_async_context(line)
         urls = {
@@ -237,7 +268,9 @@ async def stage(
             "mailbox": f"postgresql://postgres@{postgres.address},{standby.address}/postgres",
         }
         instances = {
-            name: _instance(name, urls | {"transport": f"nats://{line.address}"}, size, directory)
+            name: _instance(
+                name, urls | {"transport": f"{engines.kind}://{line.address}"}, size, directory
+            )
             for name, line in lines.items()
         }
         for instance in instances.values():
@@ -348,9 +381,9 @@ async def restart_broker(stage: Stage) -> None:
     """The broker dies and comes back with nothing it knew."""
     async with stage.act("the broker is restarted", others_s=BROKER_LIMIT_S) as act:
         down_s = monotonic()
-        for server in stage.engines.nats:
+        for server in stage.engines.servers:
             await asyncio.to_thread(server.kill)
-        for server in stage.engines.nats:
+        for server in stage.engines.servers:
             await asyncio.to_thread(server.start)
         act.excused = (down_s, monotonic())
         await stage.settled("partitioned")
@@ -387,8 +420,34 @@ async def cut_route(stage: Stage) -> None:
         await stage.settled("partitioned")
 
 
+async def lag_route(stage: Stage) -> None:
+    """A route between two NATS servers takes half a second, each way, for a while."""
+    limit_s = stage.size.verify_every_s + BROKER_LIMIT_S
+    route = stage.engines.routes[0]
+    async with stage.act("the route between two NATS servers lags", others_s=limit_s):
+        route.lag(0.5)
+        route.reset()
+        await asyncio.sleep(stage.size.lag_s)
+        route.lag(0.0)
+        await stage.settled("partitioned")
+
+
+async def demote_primary(stage: Stage) -> None:
+    """Valkey fails over; connections to the old primary stay, which delivers to nobody else."""
+    primary, replica = stage.engines.servers
+    await ask(replica, "REPLICAOF", "127.0.0.1", primary.port)
+    await wait_until(partial(has_role, replica, b"connected"), what="the replica following")
+    limit_s = stage.size.verify_every_s + BROKER_LIMIT_S
+    async with stage.act("Valkey fails over, and connections stay", others_s=limit_s):
+        await ask(primary, "FAILOVER")
+        await wait_until(partial(has_role, replica, b"master"), what="the replica taking over")
+        for line in stage.lines.values():
+            line.lead_to(replica.port)
+        await stage.settled("partitioned")
+
+
 async def deafen_one(stage: Stage) -> None:
-    """An instance loses its line to NATS for long; its clients and its mailbox are well."""
+    """An instance loses its line to the broker for long; its clients and its mailbox are well."""
     limit_s = stage.size.verify_every_s + BROKER_LIMIT_S
     line = stage.lines["four"]
     async with stage.act("an instance is deaf", "four", others_s=BROKER_LIMIT_S, struck_s=limit_s):
@@ -433,9 +492,11 @@ ACTS: Sequence[Play] = (
     drain_one,
     migrate,
     cut_route,
+    lag_route,
     deafen_one,
     fail_over,
 )
+VALKEY_ACTS: Sequence[Play] = (kill_one, restart_broker, deafen_one, demote_primary, fail_over)
 
 
 async def play(stage: Stage, acts: Sequence[Play] = ACTS) -> Sequence[Outcome]:
@@ -448,14 +509,19 @@ async def play(stage: Stage, acts: Sequence[Play] = ACTS) -> Sequence[Outcome]:
     return stage.outcomes
 
 
-async def _main(size: Size) -> int:
+async def _main(size: Size, kinds: Collection[Kind]) -> int:
     def tell(line: str) -> None:
         print(line, flush=True)  # noqa: T201 - a program's output
 
-    with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
-        async with engines(directory) as started, stage(directory, started, size, tell) as played:
-            outcomes = await play(played)
+    outcomes: list[Outcome] = []
+    for kind in kinds:
+        with tempfile.TemporaryDirectory() as name:
+            directory = Path(name)
+            async with (
+                engines(directory, kind) as started,
+                stage(directory, started, size, tell) as played,
+            ):
+                outcomes += await play(played, ACTS if kind == "nats" else VALKEY_ACTS)
     missed = [outcome for outcome in outcomes if not outcome.kept]
     for outcome in missed:
         tell(f"over its limit: {outcome}")
@@ -465,4 +531,7 @@ async def _main(size: Size) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clients", type=int, default=FULL.clients, help="sessions in all")
-    sys.exit(uvloop.run(_main(replace(FULL, clients=parser.parse_args().clients))))
+    parser.add_argument("--on", choices=["nats", "redis"], help="only with this transport")
+    asked = parser.parse_args()
+    on: Sequence[Kind] = [asked.on] if asked.on else ["nats", "redis"]
+    sys.exit(uvloop.run(_main(replace(FULL, clients=asked.clients), on)))

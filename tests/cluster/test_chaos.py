@@ -8,6 +8,8 @@ import pytest
 from tests.cluster.chaos import (
     ACTS,
     SMALL,
+    VALKEY_ACTS,
+    Kind,
     Play,
     cut_route,
     engines,
@@ -23,20 +25,25 @@ PATIENCE_S = 30
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    "acts",
+    ("kind", "acts"),
     [
-        pytest.param([kill_one, cut_route, fail_over], id="three acts"),
-        pytest.param(ACTS, id="all acts", marks=pytest.mark.long),
+        pytest.param("nats", [kill_one, cut_route, fail_over], id="three acts"),
+        pytest.param("nats", ACTS, id="all acts", marks=pytest.mark.long),
+        pytest.param("redis", VALKEY_ACTS, id="on Valkey", marks=pytest.mark.long),
     ],
 )
 async def test_five_instances_through_every_misfortune(
+    kind: Kind,
     acts: Sequence[Play],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """All that was answered 202 is pulled by every connected client, act after act, in time."""
     with capsys.disabled():
-        async with engines(tmp_path) as started, stage(tmp_path, started, SMALL, print) as played:
+        async with (
+            engines(tmp_path, kind) as started,
+            stage(tmp_path, started, SMALL, print) as played,
+        ):
             outcomes = await play(played, acts)
     for outcome in outcomes:
         assert outcome.others_s <= outcome.limit_others_s + PATIENCE_S, outcome

@@ -17,7 +17,7 @@ class CutProxy:
     A cut holds everything back, closes included, as a network does that drops packets: both sides
     stay connected and hear nothing, and new connections are accepted and stay silent. ``heal``
     delivers what was held. ``reset`` is the other way to lose a connection, and the loud one.
-    ``delay_s`` is how long whatever it reads is on its way.
+    ``delay_s`` is how long whatever it reads is on its way; ``lag`` changes that.
     The test's event loop drives it, so it forwards only while that loop runs.
     """
 
@@ -77,6 +77,10 @@ class CutProxy:
     def heal(self) -> None:
         """Let everything through again, what was held first."""
         self._flowing.set()
+
+    def lag(self, delay_s: float) -> None:
+        """Let whatever is read from now on be on its way for so long."""
+        self._delay_s = delay_s
 
     def reset(self) -> None:
         """Break every connection at once; new ones are served unless the proxy is cut as well."""
