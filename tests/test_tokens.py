@@ -311,6 +311,46 @@ def test_a_changed_token_is_refused_or_means_the_same(data: st.DataObject) -> No
     assert changed.rstrip("=") == token
 
 
+# Numbers only: PyJWT takes "4000000000" for one, and we do not.
+TIMES = st.sampled_from([4 * 10**9, 4e9, 10**30, -10, 0, 10**9])
+NAMES: st.SearchStrategy[object] = st.sampled_from(
+    ["us", "else", "", None, 7, ["us"], ["else", "us"], [7], {}]
+)
+HEADERS = st.fixed_dictionaries(
+    {"alg": st.sampled_from(["HS256", "HS256", "HS256", "HS384", "none", 7])},
+    optional={
+        "typ": st.sampled_from(["JWT", "at+jwt", 7]),
+        "kid": st.sampled_from(["k", "", 7]),
+        "crit": st.sampled_from([["x"], [], "b64"]),
+        "b64": st.sampled_from([True, False]),
+    },
+)
+PAYLOADS = st.fixed_dictionaries(
+    {"sub": st.sampled_from([BOB, BOB, BOB, 7, None]), "exp": TIMES},
+    optional={"nbf": TIMES, "iat": TIMES, "iss": NAMES, "aud": NAMES},
+)
+
+
+@given(HEADERS, PAYLOADS, st.sampled_from([SECRET, SECRET, OTHER]), st.sampled_from(["us", None]))
+def test_the_verdict_is_that_of_pyjwt(
+    header: dict[str, Any], payload: dict[str, Any], secret: str, us: str | None
+) -> None:
+    """Whatever header, claims and key a token has, PyJWT accepts it exactly if we do."""
+    parts = ".".join(b64(json.dumps(part).encode()) for part in (header, payload))
+    hmac = jwt.get_algorithm_by_name("HS256")
+    given_token = f"{parts}.{b64(hmac.sign(parts.encode(), secret.encode()))}"
+    verifier = TokenVerifier(secret=SECRET, issuer=us, audience=us)
+    with suppress(AuthError):
+        verifier.verify_now(given_token)
+    options: Any = {"require": ["sub", "exp"], "verify_iat": False, "verify_aud": us is not None}
+    try:
+        jwt.decode(given_token, SECRET, ["HS256"], options, leeway=60, issuer=us, audience=us)
+        is_valid = True
+    except (jwt.PyJWTError, TypeError):
+        is_valid = False
+    assert (len(verifier._verified._claims) == 1) == is_valid, (header, payload)
+
+
 @pytest.mark.parametrize("secret", ["", "short", "x" * 31])
 def test_a_short_secret_is_refused(secret: str) -> None:
     """RFC 7518 asks for 32 bytes, of the signer as of the verifier."""
