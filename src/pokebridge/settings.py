@@ -243,9 +243,12 @@ class Settings(BaseModel):
     max_sessions_per_address: Limit = unless_dev(1000)
     """Most open sessions from one client address, or from one /64 network of IPv6. 0: no limit. Set
     trusted_proxies if clients come through a proxy."""
+    max_connections_per_address: Limit = unless_dev(1000)
+    """Most HTTP connections from one client address, or /64 of IPv6, sessions not counted. At the
+    limit the one that has waited longest for a request is closed. 0: no limit."""
     handshakes_per_s: Limit = unless_dev(500)
-    """Most WebSocket handshakes accepted per second. A client above the limit gets a Retry-After
-    that covers the queue ahead of it. 0: no limit."""
+    """Most WebSocket handshakes with a valid token accepted per second. A client above the limit
+    gets a Retry-After that covers the queue ahead of it. 0: no limit."""
     trusted_proxies: Annotated[tuple[Network, ...], BeforeValidator(split_list)] = ()
     """Networks (CIDR) of proxies whose X-Forwarded-For header is believed, separated by commas."""
 

@@ -80,6 +80,15 @@ class Metric(StrEnum):
         "pokebridge_pokes_unpublishable_total",
         "Pokes that the transport refuses, set aside",
     )
+    CONNECTIONS = "pokebridge_connections", "Open HTTP connections, sessions not counted"
+    CONNECTIONS_LIMITED = (
+        "pokebridge_connections_limited_total",
+        "HTTP connections that were closed or refused because a limit was reached",
+    )
+    UNFORESEEN_INPUTS = (
+        "pokebridge_unforeseen_inputs_total",
+        "Inputs from outside that met an unforeseen error and were refused (border)",
+    )
     TASK_FAILURES = "pokebridge_task_failures_total", "Unforeseen errors in the background (task)"
     INGRESS_UP = "pokebridge_ingress_up", "1 while the queue can be read"
     HTTP_SECONDS = (

@@ -21,6 +21,7 @@ from jwt.algorithms import ECAlgorithm
 from pokebridge.gateway.admission import MOST_RETRY_AFTER_S, HandshakePace
 from pokebridge.tokens import TokenVerifier
 from tests.gateway.harness import TIMEOUT_S, Client, running
+from tests.gateway.harness import token as valid_token
 from tests.support import Daemon, free_port, wait_until
 
 KEY = ec.generate_private_key(ec.SECP256R1())
@@ -106,7 +107,8 @@ async def test_a_real_storm_is_spread_by_what_it_is_told() -> None:
     """Those refused at once are sent away for different times."""
     async with running(handshakes_per_s=5) as server:
         clients = [await server.dial() for _ in range(25)]
-        statuses = [await client.handshake() for client in clients]
+        bearer = f"Authorization: Bearer {valid_token()}"
+        statuses = [await client.handshake(headers=(bearer,)) for client in clients]
         told = [client.headers["retry-after"] for client in clients if client.status == 503]
     assert statuses.count(503) >= 15
     assert {"1", "2", "3"} <= set(told)

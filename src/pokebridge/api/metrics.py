@@ -29,6 +29,7 @@ _LABELS = {
     Metric.HANDSHAKES: ("status",),
     Metric.PUSHES: ("result",),
     Metric.INGRESS_MESSAGES: ("result",),
+    Metric.UNFORESEEN_INPUTS: ("border",),
     Metric.TASK_FAILURES: ("task",),
     Metric.HTTP_SECONDS: ("method", "route", "status"),
 }

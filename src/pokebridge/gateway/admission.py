@@ -2,13 +2,16 @@
 
 import math
 import random
-from collections import deque
+from collections import Counter, deque
 from http import HTTPStatus
 
 from pokebridge.errors import RefusedError
 
 MOST_RETRY_AFTER_S = 60
 """The longest Retry-After, however long the queue is: some of the clients never come back."""
+
+FAILED_HANDSHAKES_PER_ADDRESS = 100
+"""The handshakes without a valid token that an address may send in two seconds."""
 
 
 class HandshakePace:
@@ -31,12 +34,16 @@ class HandshakePace:
         self._queued = 0.0
         self._counted_at = -math.inf
 
+    def is_full(self, now: float) -> bool:
+        """Whether no handshake may pass now."""
+        passed = self._passed
+        return len(passed) == passed.maxlen and now - passed[0] < self._slice_s
+
     def take(self, now: float) -> bool:
         """Whether a handshake may pass. If so it is counted."""
-        passed = self._passed
-        if len(passed) == passed.maxlen and now - passed[0] < self._slice_s:
+        if self.is_full(now):
             return False
-        passed.append(now)
+        self._passed.append(now)
         return True
 
     def queue(self, now: float) -> int:
@@ -48,8 +55,41 @@ class HandshakePace:
         return math.ceil(self._queued / self._rate_per_s)
 
 
+class Strangers:
+    """Counts failed handshakes by address, in this second and the one before."""
+
+    def __init__(self) -> None:
+        self._second = 0
+        self._failed: Counter[str] = Counter()
+        self._failed_before: Counter[str] = Counter()
+
+    def note(self, address: str, now: float) -> None:
+        """A handshake from ``address`` had no valid token."""
+        self._move_to(int(now))
+        self._failed[address] += 1
+
+    def are_many(self, address: str, now: float) -> bool:
+        """Whether ``address`` has used up its budget."""
+        self._move_to(int(now))
+        failed = self._failed[address] + self._failed_before[address]
+        return failed > FAILED_HANDSHAKES_PER_ADDRESS
+
+    def _move_to(self, second: int) -> None:
+        if second != self._second:
+            is_next = second == self._second + 1
+            self._failed_before = self._failed if is_next else Counter()
+            self._failed, self._second = Counter(), second
+
+
 class Admission:
-    """Counts handshakes and sessions against their limits. ``None`` is no limit."""
+    """Counts handshakes and sessions against their limits. ``None`` is no limit.
+
+    Only a handshake with a valid token takes a share of the common pace. So strangers can't use it
+    up, however many they send.
+
+    - ``sessions``: those that are open, and the handshakes that wait for a key
+    - ``draining``: whether all new sessions are refused
+    """
 
     def __init__(
         self,
@@ -59,14 +99,15 @@ class Admission:
         max_sessions_per_address: int | None,
     ) -> None:
         self._pace = HandshakePace(handshakes_per_s) if handshakes_per_s else None
+        self._strangers = Strangers()
         self._max_sessions = max_sessions
         self._max_per_address = max_sessions_per_address
-        self._sessions = 0
+        self.sessions = 0
         self._by_address: dict[str, int] = {}
         self.draining = False
 
-    def check_handshake(self, now: float) -> None:
-        """Count a handshake that begins.
+    def check_handshake(self, address: str, now: float) -> None:
+        """Check whether a handshake that begins can pass at all, before its token is verified.
 
         Raises:
             RefusedError: 503 when this instance is draining, or the rate of handshakes is reached.
@@ -75,6 +116,17 @@ class Admission:
             raise RefusedError(
                 HTTPStatus.SERVICE_UNAVAILABLE, "this instance is draining", {"Retry-After": "1"}
             )
+        # Strangers would make the queue of the others longer: their tokens are verified first.
+        is_full = self._pace is not None and self._pace.is_full(now)
+        if is_full and not self._strangers.are_many(address, now):
+            self.pass_handshake(now)
+
+    def pass_handshake(self, now: float) -> None:
+        """Count a handshake, whose token is valid.
+
+        Raises:
+            RefusedError: 503 when the rate of handshakes is reached.
+        """
         if self._pace is not None and not self._pace.take(now):
             raise RefusedError(
                 HTTPStatus.SERVICE_UNAVAILABLE,
@@ -82,13 +134,23 @@ class Admission:
                 {"Retry-After": str(self._pace.queue(now))},
             )
 
+    def note_stranger(self, address: str, now: float) -> bool:
+        """Count a handshake without a valid token.
+
+        Returns whether ``address`` is within its budget. Off where addresses have no limit.
+        """
+        if self._max_per_address is None:
+            return True
+        self._strangers.note(address, now)
+        return not self._strangers.are_many(address, now)
+
     def check_session(self, address: str) -> None:
         """Check that another session from ``address`` is within the limits.
 
         Raises:
             RefusedError: 503 when the instance is full, 429 when the address has its limit.
         """
-        if self._max_sessions is not None and self._sessions >= self._max_sessions:
+        if self._max_sessions is not None and self.sessions >= self._max_sessions:
             raise RefusedError(
                 HTTPStatus.SERVICE_UNAVAILABLE,
                 "this instance has all the sessions it takes",
@@ -107,7 +169,7 @@ class Admission:
 
         That is the address, or nothing to keep if there is no limit on addresses.
         """
-        self._sessions += 1
+        self.sessions += 1
         if self._max_per_address is None:
             return ""
         self._by_address[address] = self._by_address.get(address, 0) + 1
@@ -115,7 +177,7 @@ class Admission:
 
     def leave(self, address: str) -> None:
         """Count a session that has ended."""
-        self._sessions -= 1
+        self.sessions -= 1
         if self._max_per_address is not None:
             left = self._by_address.get(address, 0) - 1
             if left > 0:

@@ -26,6 +26,10 @@ class GatewayConfig:
     """The values of ``Origin`` that are accepted. ``None`` accepts every Origin."""
     trusted_proxies: Sequence[Network] = ()
     """The proxies whose ``X-Forwarded-For`` is believed."""
+    max_sockets: int | None = None
+    """The most sessions and HTTP connections together."""
+    max_connections_per_address: int | None = None
+    """The most HTTP connections from one client address."""
     max_sessions: int | None = None
     max_sessions_per_address: int | None = None
     handshakes_per_s: float | None = None

@@ -14,6 +14,7 @@ from typing import Protocol
 
 import structlog
 
+from pokebridge.border import note_unforeseen
 from pokebridge.errors import FrameError
 from pokebridge.framing import FrameEvent, FrameParser, Opcode, decode_close, encode_frame
 from pokebridge.gateway.acks import Acks
@@ -227,6 +228,9 @@ class Connection(asyncio.Protocol):
                 self._on_frame(event)
         except FrameError as error:
             self._fail(error)
+        except Exception as error:  # noqa: BLE001 - the guard of this border
+            note_unforeseen("frames", error)
+            self._fail(FrameError(1011, "a defect of the server: see its log"))
         self._parser = None if parser.idle else parser
 
     def pause_writing(self) -> None:

@@ -15,6 +15,7 @@ from typing import Protocol
 import structlog
 
 from pokebridge.backoff import spread
+from pokebridge.border import note_unforeseen
 from pokebridge.errors import AuthError, KeysUnavailableError, PokebridgeError, RefusedError
 from pokebridge.gateway.admission import Admission, retry_within
 from pokebridge.gateway.config import GatewayConfig
@@ -22,6 +23,8 @@ from pokebridge.gateway.connection import Connection, ConnectionHost
 from pokebridge.gateway.handshake import (
     Handshake,
     UpgradeRequest,
+    client_address,
+    forwarded_for,
     read_handshake,
     refusal_response,
 )
@@ -29,6 +32,10 @@ from pokebridge.session import Session, State
 from pokebridge.supervisor import run_once
 
 log = structlog.get_logger(__name__)
+
+# Not the loop's clock, which stands still during a turn of the loop: after a long turn it would
+# jump, and let too many handshakes pass.
+_clock = time.monotonic
 
 
 class Identity(Protocol):
@@ -92,6 +99,11 @@ class Entrance:
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
+    def sessions(self) -> int:
+        """The sessions that count against the limits: those that are ending do, too."""
+        return self._admission.sessions
+
+    @property
     def draining(self) -> bool:
         """Whether new sessions are refused because this instance is about to stop."""
         return self._admission.draining
@@ -117,22 +129,28 @@ class Entrance:
         transport and the request's deadline are the caller's. That is at once, unless a key must
         be fetched first; reading is paused meanwhile.
         """
+        admission, config = self._admission, self._config
+        address = client_address(
+            request.peer, forwarded_for(request.headers), config.trusted_proxies
+        )
+        if not self.serves:
+            absent = RefusedError(HTTPStatus.NOT_FOUND, "this instance takes no sessions")
+            self._refuse(transport, address, absent)
+            return
         try:
-            if not self.serves:
-                raise RefusedError(HTTPStatus.NOT_FOUND, "this instance takes no sessions")
-            self._check_handshake()
+            admission.check_handshake(address, _clock())
             handshake = read_handshake(
-                request,
-                allowed_origins=self._config.allowed_origins,
-                trusted_proxies=self._config.trusted_proxies,
+                request, address=address, allowed_origins=config.allowed_origins
             )
-            self._admission.check_session(handshake.address)
+            admission.check_session(address)
             identity = self._verifier.verify_now(handshake.token)
+            admission.pass_handshake(_clock())
         except KeysUnavailableError:
             transport.pause_reading()
+            admission.enter(address)
             self._spawn("handshake", self._upgrade_later(transport, handshake, hand_over))
-        except PokebridgeError as error:
-            self._refuse(transport, error)
+        except Exception as error:  # noqa: BLE001 - the guard of this border
+            self._refuse(transport, address, error)
         else:
             self._accept(transport, handshake, identity, hand_over)
 
@@ -140,31 +158,41 @@ class Entrance:
         """A connection that was admitted has ended: it no longer counts against the limits."""
         self._admission.leave(connection.address)
 
-    def _check_handshake(self) -> None:
-        # Not the loop's clock, which stands still during a turn of the loop: after a long turn it
-        # would jump, and let too many handshakes pass.
-        self._admission.check_handshake(time.monotonic())
-
     async def _upgrade_later(
         self, transport: asyncio.Transport, handshake: Handshake, hand_over: Callable[[], None]
     ) -> None:
+        address = handshake.address
         try:
-            identity = await self._verifier.verify(handshake.token)
+            try:
+                identity = await self._verifier.verify(handshake.token)
+            finally:
+                self._admission.leave(address)
             # All clients that waited for the key continue at once, and a drain may have begun.
-            self._check_handshake()
-            self._admission.check_session(handshake.address)
-        except PokebridgeError as error:
-            self._refuse(transport, error)
+            self._admission.check_handshake(address, _clock())
+            self._admission.check_session(address)
+            self._admission.pass_handshake(_clock())
+        except Exception as error:  # noqa: BLE001 - the guard of this border
+            self._refuse(transport, address, error)
         else:
             if not transport.is_closing():
                 self._accept(transport, handshake, identity, hand_over)
 
-    def _refuse(self, transport: asyncio.Transport, error: PokebridgeError) -> None:
+    def _refuse(self, transport: asyncio.Transport, address: str, error: Exception) -> None:
+        if not isinstance(error, PokebridgeError):
+            note_unforeseen("handshakes", error)
+            error = PokebridgeError("a defect of the server: see its log")
         headers = error.headers if isinstance(error, RefusedError) else {}
         if isinstance(error, KeysUnavailableError):
             headers = retry_within(2, 10)
         elif isinstance(error, AuthError):
-            headers = {"WWW-Authenticate": "Bearer"}
+            if self._admission.note_stranger(address, _clock()):
+                headers = {"WWW-Authenticate": "Bearer"}
+            else:
+                error = RefusedError(
+                    HTTPStatus.TOO_MANY_REQUESTS,
+                    "too many handshakes without a valid token from this address",
+                )
+                headers = retry_within(5, 15)
         self.handshakes[str(int(error.status))] += 1
         transport.write(refusal_response(error.status, str(error), headers))
         transport.close()

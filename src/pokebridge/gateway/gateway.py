@@ -26,6 +26,7 @@ from pokebridge.gateway.handshake import Handshake
 from pokebridge.gateway.recall import Recall
 from pokebridge.gateway.session_map import SessionMap
 from pokebridge.gateway.shard_routing import Reach, ShardRouting
+from pokebridge.gateway.sockets import Sockets
 from pokebridge.gateway.subscriptions import SubscriptionManager
 from pokebridge.gateway.verification import STEP_S, Heads, Verification
 from pokebridge.gateway.wheel import Wheel
@@ -84,6 +85,14 @@ class Gateway:
         """Knows where each recipient belongs."""
         self.entrance = Entrance(config, verifier, self, self._add)
         """Admits new sessions."""
+        self.trusted_proxies = config.trusted_proxies
+        """The proxies whose ``X-Forwarded-For`` is believed."""
+        self.sockets = Sockets(
+            at_most=config.max_sockets,
+            at_most_per_address=config.max_connections_per_address,
+            sessions=lambda: self.entrance.sessions,
+        )
+        """The HTTP connections, which become sessions here or stay what they are."""
         self.verification = None if heads is None else Verification(heads, config.verify_every_s)
         """Pokes the sessions that are behind the mailbox."""
         self.acks = None if record_acks is None else Acks(record_acks)

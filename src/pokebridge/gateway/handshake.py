@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 from pokebridge.errors import AuthError, InputError, RefusedError
 from pokebridge.model import DEFAULT_DEVICE, check_device
@@ -60,25 +60,21 @@ class Handshake:
 
 
 def read_handshake(
-    request: UpgradeRequest,
-    *,
-    allowed_origins: frozenset[str] | None,
-    trusted_proxies: Sequence[Network],
+    request: UpgradeRequest, *, address: str, allowed_origins: frozenset[str] | None
 ) -> Handshake:
     """Check everything in ``request`` except the token. ``allowed_origins`` ``None`` allows any.
+
+    ``address`` is the one whose limits the session counts against.
 
     Raises:
         RefusedError: with the status that protocol.md section 3 names.
         AuthError: there is no token.
     """
-    fields = _read_fields(request.headers)
-    try:
-        url = urlsplit(request.target)
-        query = parse_qs(url.query) if url.query else {}
-    except ValueError:
-        raise RefusedError(HTTPStatus.BAD_REQUEST, "the target is not a valid URL") from None
-    if url.path != CONNECT_PATH:
+    path, _, query_string = request.target.partition("?")
+    if path != CONNECT_PATH:
         raise RefusedError(HTTPStatus.NOT_FOUND, f"WebSockets are served at {CONNECT_PATH} only")
+    query = parse_qs(query_string) if query_string else {}
+    fields = _read_fields(request.headers)
     accept = _check_upgrade(request.method, fields)
     if allowed_origins is not None and not _may_connect(fields, allowed_origins):
         raise RefusedError(HTTPStatus.FORBIDDEN, "the Origin is not in allowed_origins")
@@ -90,7 +86,7 @@ def read_handshake(
     return Handshake(
         token=_find_token(fields, offered, query.get("access_token", ())),
         device=device,
-        address=client_address(request.peer, fields.get(b"x-forwarded-for", ()), trusted_proxies),
+        address=address,
         moved=query.get("moved", [""])[-1] == "1",
         response=_accept_response(accept, _chosen(offered)),
     )
@@ -192,6 +188,11 @@ def _find_token(fields: _Fields, offered: Sequence[str], in_query: Sequence[str]
         "a token is required: send it as Authorization: Bearer, as a subprotocol bearer.TOKEN, or"
         " as access_token in the query"
     )
+
+
+def forwarded_for(headers: Iterable[tuple[bytes, bytes]]) -> list[str]:
+    """The values of ``X-Forwarded-For``, of headers as in :class:`UpgradeRequest`."""
+    return [value.decode("latin-1") for name, value in headers if name == b"x-forwarded-for"]
 
 
 def client_address(

@@ -4,7 +4,6 @@ This module and ``from_settings.py`` are the one place that reads the settings. 
 declared, documented and checked in ``settings.py``, and handed here to the part that it is for.
 """
 
-import resource
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -27,6 +26,7 @@ from pokebridge.processor import Processor
 from pokebridge.publisher import Publisher
 from pokebridge.red_line import MIGRATE_RULES
 from pokebridge.server import adapters, uvicorn_server
+from pokebridge.server.descriptors import make_room
 from pokebridge.server.from_settings import (
     Adapters,
     check,
@@ -42,9 +42,6 @@ from pokebridge.submission import read_queued
 from pokebridge.tokens import TokenVerifier
 
 _Send = Callable[[NewMessage], Awaitable[Receipt]]
-
-# Descriptors that are not sessions: the listener, the mailbox, the transport, HTTP connections.
-_RESERVED_DESCRIPTORS = 1000
 
 
 async def serve(
@@ -180,11 +177,14 @@ def _pusher(settings: Settings, queue: PushQueue) -> Pusher | None:
 
 def _gateway_config(settings: Settings) -> GatewayConfig:
     any_origin = "*" in settings.allowed_origins
+    room = make_room(settings.max_sessions)
     return GatewayConfig(
         instance=settings.instance,
         allowed_origins=None if any_origin else frozenset(settings.allowed_origins),
         trusted_proxies=settings.trusted_proxies,
-        max_sessions=settings.max_sessions or _sessions_that_fit(),
+        max_sockets=room.sockets,
+        max_connections_per_address=settings.max_connections_per_address,
+        max_sessions=room.sessions,
         max_sessions_per_recipient=settings.max_sessions_per_recipient,
         max_sessions_per_address=settings.max_sessions_per_address,
         handshakes_per_s=settings.handshakes_per_s,
@@ -220,13 +220,6 @@ def _cluster_config(settings: Settings) -> ClusterConfig:
             MIGRATE_RULES, over_for_s=settings.auto_over_s, under_for_s=settings.auto_under_s
         ),
     )
-
-
-def _sessions_that_fit() -> int:
-    """Raise this process's descriptor limit to the hard one, and count the sessions that fit."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return max(1, hard - _RESERVED_DESCRIPTORS)
 
 
 def _reveal(secret: SecretStr | None) -> str | None:

@@ -18,8 +18,8 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from pokebridge.asgi import IN_TIME, ASGIApp, Message, Scope
+from pokebridge.border import note_unforeseen
 from pokebridge.gateway.handshake import refusal_response
-from pokebridge.supervisor import note_failure
 
 _EXTENSIONS: dict[str, dict[str, str]] = {IN_TIME: {}}
 _NO_BODY = frozenset({204, 304})
@@ -84,13 +84,14 @@ class Exchange:
         try:
             await app(self.scope, self.receive, self.send)
         except Exception as error:  # noqa: BLE001 - the guard of a request: the client must hear
-            note_failure("http_request", error)
+            note_unforeseen("api", error)
         if self.response_complete or self.disconnected:
             return
         if self._head or not self.response_started:  # nothing is written yet
             self._transport.write(refusal_response(500, "a defect of the server: see its log"))
         self.response_complete = True
         self._transport.close()  # of a response that has begun the client sees that it is not whole
+        self._complete()
 
     @property
     def message_event(self) -> "Exchange":
@@ -134,6 +135,8 @@ class Exchange:
             raise RuntimeError(f"{message['type']!r} is out of order")
 
     def _encode_head(self, status: int, headers: _Headers) -> bytes:
+        if self._waits_for_100:  # what follows may be the body or another request
+            self.keep_alive = False
         is_empty = status in _NO_BODY or self.scope["method"] == "HEAD"
         length: bytes | None = None
         lines = [STATUS_LINE[status]]
@@ -177,8 +180,11 @@ class Exchange:
             self.set()
             if not self.keep_alive:
                 self._transport.close()
-            on_response, self.on_response = self.on_response, _nothing  # refers to us in turn
-            on_response()
+            self._complete()
+
+    def _complete(self) -> None:
+        on_response, self.on_response = self.on_response, _nothing  # refers to us in turn
+        on_response()
 
 
 def _nothing() -> None:

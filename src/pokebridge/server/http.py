@@ -1,29 +1,54 @@
-"""uvicorn's HTTP protocol with the limits that a server on the open internet needs.
+"""uvicorn's HTTP protocol with the limits and the rules that a server on the open internet needs.
 
-- A request must arrive within a deadline, and everything in it but its body has a largest size.
-  uvicorn's httptools protocol has neither limit, so a client could occupy a socket or memory for
-  ever.
-- Trailer fields are dropped. uvicorn adds them to the head, where they could authenticate a caller.
-- An upgrade to anything but WebSocket is ignored. httptools would drop the body of such a request.
-- WebSocket upgrades go to the gateway, which answers them itself.
+uvicorn's own class has no limit for a head, no deadline for a request and none for an answer that
+nobody reads. It checks no Host, and answers a mistake before the requests ahead of it. Here are
+
+- a deadline for each state of a connection: a request arrives, one is waited for, an answer is
+  read;
+- a limit for everything in a request but its body, which the app limits;
+- the checks of RFC 9112 that llhttp leaves to its user;
+- the order of the answers: a mistake is answered after the requests ahead of it;
+- trailer fields, which are dropped. uvicorn adds them to the head, where they could authenticate;
+- upgrades: to WebSocket they go to the gateway, others are ignored (RFC 9110, section 7.8).
 """
 
 import asyncio
+import re
+from functools import partial
+from http import HTTPStatus
 from typing import Any
 from urllib.parse import urlsplit
 
 import httptools
 from uvicorn.protocols.http.flow_control import FlowControl
 
+from pokebridge.border import note_unforeseen
+from pokebridge.errors import RefusedError
 from pokebridge.gateway.gateway import Gateway
-from pokebridge.gateway.handshake import UpgradeRequest, refusal_response
-from pokebridge.server.exchange import ExchangeProtocol
+from pokebridge.gateway.handshake import (
+    UpgradeRequest,
+    client_address,
+    is_trusted,
+    refusal_response,
+)
+from pokebridge.server.exchange import Exchange, ExchangeProtocol
 
 MAX_HEAD_BYTES = 16 * 1024
 """The most bytes of the target, the header fields and the trailer fields of a request together."""
 _CHUNK_BYTES = 16
 """What the framing of a chunk may take: its size in hexadecimal and two line ends."""
 REQUEST_TIMEOUT_S = 10.0
+"""How long a request may take to arrive."""
+KEEP_ALIVE_S = 75.0
+"""How long a connection may wait for its next request. Load balancers wait less."""
+UNREAD_TIMEOUT_S = 30.0
+"""How long a peer may read nothing of an answer."""
+
+# RFC 9112, section 3.2.2. The path may be empty.
+_ABSOLUTE_FORM = re.compile(rb"https?://([^/?#@]+)(/[^?#]*)?(\?[^#]*)?", re.IGNORECASE)
+_HOST = re.compile(rb"(\[[0-9a-f:.]+\]|[a-z0-9._~%-]*)(:[0-9]{0,5})?", re.IGNORECASE)
+# Of all paths these alone have a part that may need percent-encoding.
+_ENCODED_PATHS = b"/v1/sessions/"
 
 
 class HttpProtocol(ExchangeProtocol):
@@ -32,16 +57,28 @@ class HttpProtocol(ExchangeProtocol):
     def __init__(self, *args: Any, gateway: Gateway, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._gateway = gateway
+        self._peer = ""
+        # Whether the peer is a proxy, so that each request says whose it is.
+        self._is_proxied = False
         # Of the request that arrives: the bytes received that are neither body nor the framing of
         # chunks ...
         self._bytes = 0
         # ... and those of its target and fields so far, which are exact in a pipeline too.
         self._field_bytes = 0
+        # Whether a request has begun to arrive, and is not here as a whole ...
+        self._arriving = False
+        # ... and whether that is in its head.
         self._in_head = True
+        # The last thing to do, once all requests ahead are answered.
+        self._at_last: partial[None] | None = None
+        # The unread bytes of our answers when the peer last stopped reading, or was asked again.
+        self._unread = 0
         self.wheel_slot = 0
 
+    # --- called by asyncio ------------------------------------------------------------------------
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Start the deadline of the first request."""
+        """Count the connection, and start the deadline of its first request."""
         self.connections.add(self)
         self.transport = transport
         self.flow = FlowControl(transport)
@@ -49,45 +86,101 @@ class HttpProtocol(ExchangeProtocol):
         # long as a WebSocket lives. The transport does not.
         self.server, self.client = _address(transport, "sockname"), _address(transport, "peername")
         self.scheme = "http"
-        self._arm()
+        gateway = self._gateway
+        self._peer = self.client[0] if self.client else ""
+        trusted = gateway.trusted_proxies
+        self._is_proxied = bool(trusted) and is_trusted(self._peer, trusted)
+        address = "" if self._is_proxied else client_address(self._peer, (), ())
+        self._arm(REQUEST_TIMEOUT_S)
+        if not gateway.sockets.enter(self, address):
+            self._hang_up(503, "too many connections just now")
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Cancel the deadline."""
         self._gateway.wheel.cancel(self)
+        self._gateway.sockets.leave(self)
         super().connection_lost(exc)
-
-    def wake(self, now: float) -> None:  # noqa: ARG002 - the wheel's signature
-        """Close the connection: the request did not arrive in time."""
-        self._hang_up(408, "the request took too long to arrive")
 
     def data_received(self, data: bytes) -> None:
         """Feed the parser, within the limits."""
-        if self.transport.is_closing():
+        if self.transport.is_closing() or self._at_last is not None:
             return
-        self._unset_keepalive_if_required()
-        self._feed(data)
+        try:
+            self._feed(data)
+        except Exception as error:  # noqa: BLE001 - the guard of this border
+            note_unforeseen("http", error)
+            self._hang_up(500, "a defect of the server: see its log")
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """The peer sends nothing more. Returns whether a request is still to be answered."""
+        if not self._is_serving or (self._arriving and self._at_last is None):
+            return False
+        self.cycle.keep_alive = False
+        return True
+
+    def pause_writing(self) -> None:
+        """The peer does not read its answer: start the deadline for that."""
+        super().pause_writing()
+        self._watch_reader()
+
+    def resume_writing(self) -> None:
+        """The peer has read enough: go on with the deadline of the connection's state."""
+        super().resume_writing()
+        if not self.transport.is_closing():
+            self._follow()
+
+    def wake(self, now: float) -> None:  # noqa: ARG002 - the wheel's signature
+        """The deadline of the connection's state has passed."""
+        if self.transport.is_closing() or self.flow.write_paused:
+            if self.transport.get_write_buffer_size() < self._unread:
+                self._watch_reader()  # it reads, if slowly
+            else:
+                self.transport.abort()
+        elif self._arriving and self.flow.read_paused:
+            self._follow()  # by us: the requests ahead come first
+        elif self._arriving and (self._in_head or self._is_serving):
+            self._hang_up(408, "the request took too long to arrive")
+        elif not self._is_serving:
+            self._close()  # without a word: nothing was asked, or it is answered
+
+    def give_way(self) -> None:
+        """Close: another connection needs the descriptor."""
+        self._close()
+
+    # --- the parser's calls -----------------------------------------------------------------------
 
     def _feed(self, data: bytes) -> None:
         self._bytes += len(data)
+        rest = None
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            self._upgrade(data[upgrade.args[0] :])
-        except httptools.HttpParserError:
-            if self._field_bytes <= MAX_HEAD_BYTES:
-                self._hang_up(400, "not a valid HTTP request")
+            rest = data[upgrade.args[0] :]
+        except httptools.HttpParserError as error:
+            self._refuse(error)
+        if rest is not None:
+            self._upgrade(rest)
         self._bytes = max(self._bytes, 0)  # nothing is saved up for later
-        if max(self._bytes, self._field_bytes) > MAX_HEAD_BYTES:
+        if self._bytes > MAX_HEAD_BYTES:
             self._hang_up(431, f"head and trailer of a request have at most {MAX_HEAD_BYTES} bytes")
 
-    # --- the parser's calls -----------------------------------------------------------------------
+    def _refuse(self, error: httptools.HttpParserError) -> None:
+        """Answer what the parser, or a call of ours in it, did not accept."""
+        cause = error.__context__
+        if isinstance(cause, RefusedError):
+            self._hang_up(cause.status, str(cause))
+            return
+        if cause is not None and not isinstance(cause, httptools.HttpParserError):
+            note_unforeseen("http", cause)
+        self._hang_up(400, "not a valid HTTP request")
 
     def on_message_begin(self) -> None:
         """Start the deadline of a request that begins."""
         super().on_message_begin()
         self._field_bytes = 0
-        if not self.wheel_slot:
-            self._arm()
+        if not self._arriving:
+            self._arriving = True
+            self._follow()
 
     def on_url(self, url: bytes) -> None:
         """Count a piece of the target."""
@@ -101,11 +194,19 @@ class HttpProtocol(ExchangeProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """Stop counting the bytes of the head."""
+        """Check the head, and begin to serve the request."""
         self._in_head = False
-        urlsplit(self.url.decode("latin-1"))  # raises what would be raised deep in the application
-        if not self._ignores_upgrade():
-            super().on_headers_complete()
+        self._check_target()
+        self._check_fields()
+        self._attribute()
+        if self._ignores_upgrade():
+            return
+        super().on_headers_complete()
+        if self._is_handshake:
+            return
+        if b"%" in self.url and not self.url.startswith(_ENCODED_PATHS):
+            # What a filter in front of us did not recognise must be unknown here too.
+            self.scope["path"] = self.scope["raw_path"].decode("ascii")
 
     def on_chunk_header(self) -> None:
         """Do not count the usual framing of a chunk. Extensions are counted."""
@@ -119,15 +220,92 @@ class HttpProtocol(ExchangeProtocol):
     def on_message_complete(self) -> None:
         """Cancel the deadline: the request has arrived, and the app limits the time to answer."""
         self._in_head, self._bytes = True, 0
-        if self._ignores_upgrade():
+        if self._ignores_upgrade() or self._is_handshake:
             return
-        self._gateway.wheel.cancel(self)
+        self._arriving = False
         super().on_message_complete()
+        self._follow()  # it may be answered already
+
+    def on_response_complete(self) -> None:
+        """Go on with the next request, or wait for it."""
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            self._watch_reader()
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            cycle, app = self.pipeline.pop()
+            self._start_asgi_task(cycle, app)
+        elif self._at_last is not None:
+            self._at_last()
+        else:
+            self._follow()
+
+    # --- checks -----------------------------------------------------------------------------------
 
     def _count_field(self, size: int) -> None:
         self._field_bytes += size
         if self._field_bytes > MAX_HEAD_BYTES:
-            raise ValueError("too large")  # stops the parser
+            raise RefusedError(
+                HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+                f"head and trailer of a request have at most {MAX_HEAD_BYTES} bytes",
+            )
+
+    def _check_target(self) -> None:
+        """Bring the target into origin-form (RFC 9112, section 3.2)."""
+        if not self.url.startswith(b"/"):
+            if self.parser.get_method() == b"CONNECT":
+                raise RefusedError(HTTPStatus.NOT_IMPLEMENTED, "this server is no proxy")
+            if absolute := _ABSOLUTE_FORM.fullmatch(self.url):
+                self.url = (absolute[2] or b"/") + (absolute[3] or b"")
+                for number, (name, _) in enumerate(self.headers):
+                    if name == b"host":  # the target's authority counts
+                        self.headers[number] = (name, absolute[1])
+            elif self.url == b"*" and self.parser.get_method() == b"OPTIONS":
+                self.url = b"/"
+        try:
+            urlsplit(self.url.decode("ascii"))  # raises what would be raised deep in the app
+            is_valid = self.url.startswith(b"/") and b"#" not in self.url
+        except ValueError:
+            is_valid = False
+        if not is_valid:
+            raise RefusedError(HTTPStatus.BAD_REQUEST, "the target is not a valid URL")
+
+    def _check_fields(self) -> None:
+        """Check the version, Host and Transfer-Encoding (RFC 9112, sections 2.3, 3.2 and 6.1)."""
+        version = self.parser.get_http_version()
+        if version not in {"1.0", "1.1"}:
+            raise RefusedError(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, "only HTTP/1.1 is served")
+        hosts = [value for name, value in self.headers if name == b"host"]
+        if len(hosts) > 1 or (not hosts and version == "1.1"):
+            raise RefusedError(HTTPStatus.BAD_REQUEST, "a request needs exactly one Host")
+        if hosts and not _HOST.fullmatch(hosts[0].strip(b" \t")):
+            raise RefusedError(HTTPStatus.BAD_REQUEST, "the Host is not valid")
+        codings = [value for name, value in self.headers if name == b"transfer-encoding"]
+        if codings and version == "1.0":
+            raise RefusedError(HTTPStatus.BAD_REQUEST, "HTTP/1.0 has no Transfer-Encoding")
+        if any(coding.strip().lower() != b"chunked" for coding in codings):
+            raise RefusedError(HTTPStatus.NOT_IMPLEMENTED, "the only transfer coding is chunked")
+        if self._is_handshake and (
+            codings
+            or any(name == b"content-length" and size != b"0" for name, size in self.headers)
+        ):
+            raise RefusedError(HTTPStatus.BAD_REQUEST, "a handshake has no body")
+        if version == "1.0":
+            self.expect_100_continue = False  # RFC 9110, section 10.1.1
+
+    def _attribute(self) -> None:
+        """Count the connection for the client that the proxy names."""
+        if not self._is_proxied:
+            return
+        forwarded = [
+            value.decode("latin-1") for name, value in self.headers if name == b"x-forwarded-for"
+        ]
+        address = client_address(self._peer, forwarded, self._gateway.trusted_proxies)
+        if not self._gateway.sockets.attribute(self, address):
+            raise RefusedError(
+                HTTPStatus.TOO_MANY_REQUESTS, "too many connections from this address"
+            )
 
     def _get_upgrade(self) -> bytes | None:
         values = {b"connection": b"", b"upgrade": b""}
@@ -143,10 +321,16 @@ class HttpProtocol(ExchangeProtocol):
 
     def _ignores_upgrade(self) -> bool:
         """Whether the request asks for an upgrade to ignore (RFC 9110, section 7.8)."""
-        upgrade = self._get_upgrade() if self.parser.should_upgrade() else None
-        return upgrade not in {None, b"websocket"}
+        return self.parser.should_upgrade() and not self._is_handshake
 
-    # --- upgrades and errors ----------------------------------------------------------------------
+    @property
+    def _is_handshake(self) -> bool:
+        """Whether the request that arrives asks for a WebSocket."""
+        parser = self.parser
+        is_new = parser.should_upgrade() and parser.get_http_version() != "1.0"
+        return is_new and self._get_upgrade() == b"websocket"
+
+    # --- upgrades ---------------------------------------------------------------------------------
 
     def _upgrade(self, rest: bytes) -> None:
         """Hand a WebSocket upgrade to the gateway. Ignore that a request asks for another."""
@@ -156,17 +340,23 @@ class HttpProtocol(ExchangeProtocol):
             self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
             self._feed(head + rest)
             return
+        self._arriving = True  # until it is answered
         if rest:
             # RFC 6455, section 4.1: a client sends nothing before the answer to its handshake.
             self._hang_up(400, "bytes before the handshake was answered")
+            return
+        if self._is_serving:
+            self._hang_up(400, "an upgrade must be the only request under way")
             return
         request = UpgradeRequest(
             method=self.scope["method"],
             target=self.url.decode("latin-1"),
             headers=self.headers,
-            peer=self.client[0] if self.client else "",
+            peer=self._peer,
         )
-        self._arm()  # the gateway may have to fetch a key first
+        self._arm(REQUEST_TIMEOUT_S)  # the gateway may have to fetch a key first
+        # Refused it ends at once, and otherwise it counts as a session.
+        self._gateway.sockets.leave(self)
         self._gateway.entrance.upgrade(self.transport, request, self._leave)
 
     def _head_without_upgrade(self) -> bytes:
@@ -186,13 +376,62 @@ class HttpProtocol(ExchangeProtocol):
         self.connections.discard(self)
         self.parser = None  # type: ignore[assignment] # as uvicorn does: it refers to this object
 
-    def _hang_up(self, status: int, detail: str) -> None:
-        if not self.transport.is_closing():
-            self.transport.write(refusal_response(status, detail))
-            self.transport.close()
+    # --- the end ----------------------------------------------------------------------------------
 
-    def _arm(self) -> None:
-        self._gateway.wheel.schedule(self, self._gateway.now() + REQUEST_TIMEOUT_S)
+    @property
+    def _is_serving(self) -> bool:
+        """Whether an answer is owed. Answers keep the order of their requests."""
+        cycle: Exchange | None = self.cycle  # type: ignore[assignment]
+        return cycle is not None and not cycle.response_complete
+
+    def _hang_up(self, status: int, detail: str) -> None:
+        """Refuse the request that arrives and everything after it, when its turn has come."""
+        if self.transport.is_closing() or self._at_last is not None:
+            return
+        is_own = self._arriving and not self._in_head and self._is_serving
+        if is_own and self.pipeline and self.pipeline[0][0] is self.cycle:
+            self.pipeline.popleft()  # the app need not see it
+        elif is_own:
+            if self.cycle.response_started:
+                self._close()
+            else:
+                self._say_last(status, detail)
+            return
+        if is_own or self._is_serving:
+            self.flow.pause_reading()
+            self._at_last = partial(self._say_last, status, detail)
+        else:
+            self._say_last(status, detail)
+
+    def _say_last(self, status: int, detail: str) -> None:
+        self.transport.write(refusal_response(status, detail))
+        self._close()
+
+    def _close(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.close()
+            self._watch_reader()
+
+    # --- deadlines --------------------------------------------------------------------------------
+
+    def _follow(self) -> None:
+        """Start the deadline of the connection's state."""
+        if self._arriving:
+            self._arm(REQUEST_TIMEOUT_S)
+        elif self._is_serving:  # the app limits the time to answer
+            self._gateway.wheel.cancel(self)
+            self._gateway.sockets.serve(self)
+        else:
+            self._arm(KEEP_ALIVE_S)
+            self._gateway.sockets.wait(self)
+
+    def _watch_reader(self) -> None:
+        """Start the deadline of a peer that has something to read."""
+        self._unread = self.transport.get_write_buffer_size()
+        self._arm(UNREAD_TIMEOUT_S)
+
+    def _arm(self, span_s: float) -> None:
+        self._gateway.wheel.schedule(self, self._gateway.now() + span_s)
 
 
 def _address(transport: asyncio.Transport, name: str) -> tuple[str, int] | None:

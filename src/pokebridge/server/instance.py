@@ -19,6 +19,7 @@ from pokebridge.api import metrics
 from pokebridge.api.messages import MailboxSide
 from pokebridge.api.pokes import PublishPokes
 from pokebridge.asgi import ASGIApp
+from pokebridge.border import unforeseen
 from pokebridge.cluster.node import Cluster
 from pokebridge.cluster.watchers import Watchers
 from pokebridge.coordination.base import Coordination
@@ -33,6 +34,7 @@ from pokebridge.mailbox.devices import KnownDevices
 from pokebridge.model import DEFAULT_DEVICE, NewMessage, Receipt
 from pokebridge.processor import Processor
 from pokebridge.publisher import Publisher
+from pokebridge.server import descriptors
 from pokebridge.server.capacity import PullCapacity
 from pokebridge.server.late_mailbox import LateMailbox
 from pokebridge.server.revocations import Revocations
@@ -45,6 +47,7 @@ if TYPE_CHECKING:  # its libraries are an extra
     from pokebridge.tracing import Tracing
 
 _CHECK_TIMEOUT_S = 2.0
+_CONNECTIONS_TO_RELIEVE = 32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -190,6 +193,8 @@ class Instance:
         """Let the pulls after a gap spread to what this instance has shown to bear."""
         while True:
             await asyncio.sleep(1.0)
+            if descriptors.are_used_up():
+                self.gateway.sockets.relieve(_CONNECTIONS_TO_RELIEVE)
             self._capacity.settle(self.parts.requests.pulls())
             self.parts.gateway.pulls_per_s = self._capacity.per_s
 
@@ -299,6 +304,9 @@ class Instance:
             Metric.RED_LINE: parts.red_line_ops_per_s,
             Metric.OVER_RED_LINE: cluster.red_line.is_over,
             Metric.PULL_CAPACITY: self._capacity.per_s,
+            Metric.CONNECTIONS: len(gateway.sockets),
+            Metric.CONNECTIONS_LIMITED: gateway.sockets.limited,
+            Metric.UNFORESEEN_INPUTS: {(border,): count for border, count in unforeseen.items()},
             Metric.TASK_FAILURES: {(task,): count for task, count in task_failures.items()},
             Metric.COORDINATION_UP: cluster.trouble is None,
         }

@@ -18,7 +18,6 @@ from pokebridge.server.instance import Instance
 
 log = structlog.get_logger(__name__)
 
-_KEEP_ALIVE_S = 75  # longer than load balancers use, so that they close first
 _BACKLOG = 4096
 
 
@@ -45,7 +44,6 @@ async def run(
             access_log=False,
             proxy_headers=False,
             server_header=False,
-            timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=int(grace_s),
             backlog=_BACKLOG,
         )

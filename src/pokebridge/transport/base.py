@@ -7,6 +7,7 @@ are the same for every engine and live in the layers above (``bridge``, ``publis
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
+from pokebridge.border import note_unforeseen
 from pokebridge.model import Feed, Selection
 from pokebridge.supervisor import note_failure
 
@@ -57,8 +58,8 @@ def deliver(receiver: Receiver, body: bytes, tag: str | None) -> None:
     """Give ``receiver`` a signal. A defect there must not end the adapter's reading task."""
     try:
         receiver.on_signal(body, tag)
-    except Exception as error:  # noqa: BLE001 - it is counted and logged: the reader lives
-        note_failure("signal_receiver", error)
+    except Exception as error:  # noqa: BLE001 - the guard of this border: the reader lives
+        note_unforeseen("signals", error)
 
 
 def report_gap(receiver: Receiver, selection: Selection, reason: str) -> None:

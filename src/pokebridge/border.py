@@ -1,0 +1,58 @@
+"""What is said of an error that nobody foresaw where bytes from outside enter.
+
+HTTP, handshakes, frames, signals, the queue and key sets each have one guard. It answers or drops
+what raised such an error as the contract answers a mistake, and calls ``note_unforeseen``. Nobody
+else of the process suffers. There is no traceback, which a stranger could fill the log with.
+
+The counts belong to the process, as its metrics do.
+"""
+
+from collections import Counter
+from contextlib import suppress
+from time import monotonic
+from traceback import walk_tb
+from typing import Final
+
+import structlog
+
+LOG_AGAIN_S: Final = 1.0
+"""One line a second for errors of one kind at one border. The count is of all."""
+_MOST_KINDS = 1_000
+_FRAMES = 3
+
+log = structlog.get_logger(__name__)
+
+unforeseen: Counter[str] = Counter()
+"""Unforeseen errors since the start, by border."""
+_logged_s: dict[tuple[str, str, str], float] = {}
+
+
+def note_unforeseen(border: str, error: BaseException) -> None:
+    """Count an unforeseen ``error`` at ``border``, and log where it was raised. Never raises."""
+    unforeseen[border] += 1
+    with suppress(Exception):
+        place = _place(error)
+        kind = (border, type(error).__name__, place)
+        now_s = monotonic()
+        if now_s - _logged_s.get(kind, -LOG_AGAIN_S) < LOG_AGAIN_S:
+            return
+        if len(_logged_s) >= _MOST_KINDS:
+            _logged_s.clear()
+        _logged_s[kind] = now_s
+        # Not the error's text, which may repeat what the stranger sent.
+        log.error(
+            "unforeseen_input",
+            border=border,
+            error=type(error).__name__,
+            place=place,
+            count=unforeseen[border],
+        )
+
+
+def _place(error: BaseException) -> str:
+    """The innermost calls, the last one first, like ``wire.py:120 < bridge.py:80``."""
+    calls = [
+        f"{frame.f_code.co_filename.rpartition('/')[2]}:{line}"
+        for frame, line in walk_tb(error.__traceback__)
+    ]
+    return " < ".join(calls[: -_FRAMES - 1 : -1])

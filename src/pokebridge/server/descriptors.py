@@ -1,0 +1,81 @@
+"""How many sockets fit into this process: its limit of file descriptors, raised and shared out."""
+
+import errno
+import os
+import resource
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from pokebridge.errors import ConfigError
+
+# Where there is no limit. Linux takes no more either, unless it is told to (fs.nr_open).
+_ENDLESS = 1_048_576
+# For what the mailbox, the transport and the libraries open later.
+_LEAST_RESERVE, _MOST_RESERVE = 24, 256
+# Of the sockets, a quarter is for HTTP connections, which pulls need; but no more than this.
+_MOST_CONNECTIONS = 1_000
+_LEAST_SOCKETS = 16
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What fits.
+
+    Attributes:
+        descriptors: the limit of this process.
+        sockets: the sessions and HTTP connections that there may be together.
+        sessions: the sessions among them.
+    """
+
+    descriptors: int
+    sockets: int
+    sessions: int
+
+
+def make_room(max_sessions: int | None = None) -> Room:
+    """Raise the limit of descriptors to the hard one, and share them out.
+
+    ``max_sessions`` is lowered to what fits, and without it as many sessions as fit are taken. Call
+    it when everything else is open, because what is open counts.
+
+    Raises:
+        ConfigError: hardly any socket fits.
+    """
+    limit = _raise_limit()
+    reserve = min(_MOST_RESERVE, max(_LEAST_RESERVE, limit // 8))
+    sockets = limit - sum(1 for _ in Path("/dev/fd").iterdir()) - reserve
+    if sockets < _LEAST_SOCKETS:
+        raise ConfigError(
+            f"only {limit} files may be open, which is too few: raise the limit (ulimit -n,"
+            " LimitNOFILE) to 512 or more"
+        )
+    fits = sockets - min(_MOST_CONNECTIONS, sockets // 4)
+    sessions = min(max_sessions or fits, fits)
+    log.info("descriptors_shared", descriptors=limit, sockets=sockets, sessions=sessions)
+    if max_sessions is not None and max_sessions > fits:
+        log.warning("max_sessions_lowered", max_sessions=max_sessions, sessions=fits)
+    return Room(limit, sockets, sessions)
+
+
+def are_used_up() -> bool:
+    """Whether this process can open no other file now."""
+    try:
+        os.close(os.dup(2))
+    except OSError as error:
+        return error.errno in {errno.EMFILE, errno.ENFILE}
+    return False
+
+
+def _raise_limit() -> int:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _ENDLESS if hard == resource.RLIM_INFINITY else hard
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return wanted
+    with suppress(OSError, ValueError):  # not allowed: the soft limit stays
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
