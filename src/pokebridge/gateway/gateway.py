@@ -8,7 +8,7 @@ import contextlib
 import logging
 import random
 import secrets
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from itertools import islice
 
@@ -22,7 +22,7 @@ from pokebridge.gateway.bridge import Bridge
 from pokebridge.gateway.config import GatewayConfig
 from pokebridge.gateway.connection import Connection
 from pokebridge.gateway.entrance import Entrance, Verifier
-from pokebridge.gateway.handshake import Handshake
+from pokebridge.gateway.handshake import Handshake, Network
 from pokebridge.gateway.recall import Recall
 from pokebridge.gateway.session_map import SessionMap
 from pokebridge.gateway.shard_routing import Reach, ShardRouting
@@ -85,13 +85,7 @@ class Gateway:
         """Knows where each recipient belongs."""
         self.entrance = Entrance(config, verifier, self, self._add)
         """Admits new sessions."""
-        self.trusted_proxies = config.trusted_proxies
-        """The proxies whose ``X-Forwarded-For`` is believed."""
-        self.sockets = Sockets(
-            at_most=config.max_sockets,
-            at_most_per_address=config.max_connections_per_address,
-            sessions=lambda: self.entrance.sessions,
-        )
+        self.sockets = _sockets(config, self.entrance)
         """The HTTP connections, which become sessions here or stay what they are."""
         self.verification = None if heads is None else Verification(heads, config.verify_every_s)
         """Pokes the sessions that are behind the mailbox."""
@@ -159,6 +153,11 @@ class Gateway:
         """The time on the loop's clock in seconds. All deadlines here are on that clock."""
         assert self._loop is not None, "the gateway is not started"  # noqa: S101 - a caller's bug
         return self._loop.time()
+
+    @property
+    def trusted_proxies(self) -> Sequence[Network]:
+        """The proxies whose ``X-Forwarded-For`` is believed."""
+        return self._config.trusted_proxies
 
     @property
     def lost_pokes(self) -> int:
@@ -386,6 +385,14 @@ class Gateway:
         self.entrance.left(connection)
         if _logger.isEnabledFor(logging.DEBUG):
             log.debug("session_ended", session=connection.session.id)
+
+
+def _sockets(config: GatewayConfig, entrance: Entrance) -> Sockets:
+    return Sockets(
+        at_most=config.max_sockets,
+        at_most_per_address=config.max_connections_per_address,
+        sessions=lambda: entrance.sessions,
+    )
 
 
 def _identity(config: GatewayConfig) -> Beacon:
