@@ -14,6 +14,7 @@ from pokebridge.api.cors import Cors
 from pokebridge.api.exchange import Request, Response, Route
 from pokebridge.api.problems import defect, refusal
 from pokebridge.asgi import Receive, Scope, Send
+from pokebridge.border import note_unforeseen
 from pokebridge.durations import RequestDurations
 from pokebridge.errors import (
     AuthError,
@@ -22,7 +23,6 @@ from pokebridge.errors import (
     PokebridgeError,
     RefusedError,
 )
-from pokebridge.supervisor import note_failure
 from pokebridge.tokens import Claims, TokenVerifier
 
 # Callers can't make up labels.
@@ -89,9 +89,9 @@ class Api:
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
-            note_failure("http_request", error)  # a driver has cancelled what the handler awaits
+            note_unforeseen("api", error)  # a driver has cancelled what the handler awaits
         except Exception as error:  # noqa: BLE001 - a defect is answered too
-            note_failure("http_request", error)
+            note_unforeseen("api", error)
         return defect()
 
     async def _handle(self, request: Request) -> Response:
