@@ -157,7 +157,7 @@ async def test_the_continue_is_said_once_and_to_http_1_1_alone(server: Running) 
     client = await server.dial()
     assert await client.request(f"POST / HTTP/1.1\r\n{expecting}") == 100
     assert await client.request("{}") == 404
-    assert await client.gone()
+    assert await client.request(f"{GET}\r\n") == 404
     old = await server.dial()
     old.send_raw(f"POST / HTTP/1.0\r\n{expecting}".encode())
     assert await old.request("{}") == 404
