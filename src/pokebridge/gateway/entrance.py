@@ -28,6 +28,7 @@ from pokebridge.gateway.handshake import (
     read_handshake,
     refusal_response,
 )
+from pokebridge.gateway.sockets import Sockets
 from pokebridge.session import Session, State
 from pokebridge.supervisor import run_once
 
@@ -95,6 +96,12 @@ class Entrance:
             max_sessions=config.max_sessions,
             max_sessions_per_address=config.max_sessions_per_address,
         )
+        self.sockets = Sockets(
+            at_most=config.max_sockets,
+            at_most_per_address=config.max_connections_per_address,
+            sessions=lambda: self.sessions,
+        )
+        """The HTTP connections, of which some become sessions."""
         # Verifications that wait for a key.
         self._tasks: set[asyncio.Task[None]] = set()
 

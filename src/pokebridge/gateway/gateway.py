@@ -85,8 +85,6 @@ class Gateway:
         """Knows where each recipient belongs."""
         self.entrance = Entrance(config, verifier, self, self._add)
         """Admits new sessions."""
-        self.sockets = _sockets(config, self.entrance)
-        """The HTTP connections, which become sessions here or stay what they are."""
         self.verification = None if heads is None else Verification(heads, config.verify_every_s)
         """Pokes the sessions that are behind the mailbox."""
         self.acks = None if record_acks is None else Acks(record_acks)
@@ -153,6 +151,11 @@ class Gateway:
         """The time on the loop's clock in seconds. All deadlines here are on that clock."""
         assert self._loop is not None, "the gateway is not started"  # noqa: S101 - a caller's bug
         return self._loop.time()
+
+    @property
+    def sockets(self) -> Sockets:
+        """The HTTP connections, which become sessions here or stay what they are."""
+        return self.entrance.sockets
 
     @property
     def trusted_proxies(self) -> Sequence[Network]:
@@ -385,14 +388,6 @@ class Gateway:
         self.entrance.left(connection)
         if _logger.isEnabledFor(logging.DEBUG):
             log.debug("session_ended", session=connection.session.id)
-
-
-def _sockets(config: GatewayConfig, entrance: Entrance) -> Sockets:
-    return Sockets(
-        at_most=config.max_sockets,
-        at_most_per_address=config.max_connections_per_address,
-        sessions=lambda: entrance.sessions,
-    )
 
 
 def _identity(config: GatewayConfig) -> Beacon:

@@ -270,13 +270,9 @@ class Instance:
         counters, subscriptions = gateway.bridge.counters, gateway.subscriptions
         view, me = cluster.view, parts.name
         numbers: dict[Metric, metrics.Value] = {
+            **_doors(gateway),
             Metric.BUILD_INFO: {(version("pokebridge"), me): 1},
-            Metric.HANDSHAKES: {
-                (status,): count for status, count in gateway.entrance.handshakes.items()
-            },
             Metric.POKES_PUBLISHED: parts.publisher.published,
-            Metric.SESSIONS: len(gateway.sessions),
-            Metric.SESSIONS_MOVED: gateway.moved,
             Metric.SIGNALS: counters.signals,
             Metric.SIGNALS_MALFORMED: counters.malformed,
             Metric.SIGNALS_UNTAGGED: subscriptions.untagged,
@@ -304,9 +300,6 @@ class Instance:
             Metric.RED_LINE: parts.red_line_ops_per_s,
             Metric.OVER_RED_LINE: cluster.red_line.is_over,
             Metric.PULL_CAPACITY: self._capacity.per_s,
-            Metric.CONNECTIONS: len(gateway.sockets),
-            Metric.CONNECTIONS_LIMITED: gateway.sockets.limited,
-            Metric.UNFORESEEN_INPUTS: {(border,): count for border, count in unforeseen.items()},
             Metric.TASK_FAILURES: {(task,): count for task, count in task_failures.items()},
             Metric.COORDINATION_UP: cluster.trouble is None,
         }
@@ -327,6 +320,18 @@ class Instance:
                 (result,): count for result, count in parts.ingress.results.items()
             }
         return numbers
+
+
+def _doors(gateway: Gateway) -> dict[Metric, metrics.Value]:
+    handshakes = gateway.entrance.handshakes
+    return {
+        Metric.HANDSHAKES: {(status,): count for status, count in handshakes.items()},
+        Metric.SESSIONS: len(gateway.sessions),
+        Metric.SESSIONS_MOVED: gateway.moved,
+        Metric.CONNECTIONS: len(gateway.sockets),
+        Metric.CONNECTIONS_LIMITED: gateway.sockets.limited,
+        Metric.UNFORESEEN_INPUTS: {(border,): count for border, count in unforeseen.items()},
+    }
 
 
 async def _trouble_of(part: str, check: Callable[[], Awaitable[None]]) -> Sequence[str]:
