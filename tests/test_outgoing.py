@@ -5,14 +5,18 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from urllib.parse import urlsplit
 
+import httpx
 import pytest
 
+from pokebridge import publisher
 from pokebridge.client import PokeClient
-from pokebridge.errors import ConfigError
+from pokebridge.errors import ConfigError, TransportError
+from pokebridge.fallback.webhook import Webhook, WebhookError
 from pokebridge.outgoing import http_client, proxy_for
 from pokebridge.publisher import HttpPublisher
 from tests.client.faulty_bridge import FaultyBridge
 from tests.support import wait_until
+from tests.support.mute import LIVE, MUTE, Names, mute_listener
 
 ALL = {"ALL_PROXY": "http://proxy.example:3128"}
 PROXY = "http://proxy.example:3128"
@@ -210,3 +214,44 @@ async def test_socket_and_pulls_go_through_the_proxy(monkeypatch: pytest.MonkeyP
         "GET http://bridge.invalid:8080/v1/messages",
         "POST http://bridge.invalid:8080/v1/messages/ack",
     ]
+
+
+async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Answer a request with its host, as an instance that accepts one poke."""
+    await reader.readuntil(b"\r\n\r\n")
+    body = b'{"accepted":1}'
+    writer.write(b"HTTP/1.1 202 Accepted\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+    await writer.drain()
+    writer.close()
+
+
+@pytest.mark.parametrize("accepts", [False, True])
+async def test_a_mute_address_is_left(
+    names: Names, monkeypatch: pytest.MonkeyPatch, *, accepts: bool
+) -> None:
+    """The first address of the name does not accept, or accepts and never answers.
+
+    Then a publisher, a webhook and a client reach the second at once, or at the next try.
+    """
+    monkeypatch.setattr(publisher, "HTTP_TIMEOUT_S", 1.0)
+    names("bridge.test", [MUTE, LIVE])
+    server = await asyncio.start_server(_answer, LIVE, 0)
+    port = server.sockets[0].getsockname()[1]
+    url = f"http://bridge.test:{port}"
+    webhook = Webhook(url, b"key", timeout_s=1.0)
+    async with server, HttpPublisher(url, "t") as pokes, http_client(url, timeout=1.0) as http:
+        with mute_listener(accepts=accepts, port=port):
+            for call in (
+                lambda: pokes.poke("urn:user:bob"),
+                lambda: webhook.post("id", b"{}"),
+                lambda: http.get(url),
+            ):
+                for is_last in (False, True):
+                    try:
+                        await call()
+                        break
+                    except (TransportError, WebhookError, httpx.TimeoutException):
+                        assert accepts
+                        assert not is_last
+        await http.get(url)  # there is nobody at the first now, who refuses
+    await webhook.close()

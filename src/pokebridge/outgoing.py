@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from pokebridge.engines.addresses import addresses_of
 from pokebridge.errors import ConfigError
 
 _DEFAULT_PORTS = {"http": 80, "ws": 80, "https": 443, "wss": 443}
@@ -27,9 +28,16 @@ _VARIABLES = {
 _EXEMPTION = re.compile(r"(?:\[([^\]]*)\]|([^:]*))(?::(\d+))?")
 
 
-def http_client(url: str, *, tls: SSLContext | None = None, **options: Any) -> httpx.AsyncClient:
+def http_client(
+    url: str,
+    *,
+    tls: SSLContext | None = None,
+    limits: httpx.Limits | None = None,
+    **options: Any,
+) -> httpx.AsyncClient:
     """Return a client for calls to the server of ``url`` and no other.
 
+    After a call that nobody answered, the next goes to the next address of the server's name.
     Redirects are not followed. ``tls`` is for https; by default httpx's certificate authorities, or
     those that ``SSL_CERT_FILE`` and ``SSL_CERT_DIR`` name, are trusted. ``options`` are httpx's.
 
@@ -40,7 +48,53 @@ def http_client(url: str, *, tls: SSLContext | None = None, **options: Any) -> h
     if tls is None and urlsplit(url).scheme == "https":
         tls = httpx.create_ssl_context()
     # Without TLS there is nothing to verify, and the default would load a hundred roots.
-    return httpx.AsyncClient(verify=tls or False, proxy=proxy, trust_env=False, **options)
+    verify = tls or False
+    limits = limits or httpx.Limits(max_connections=100, max_keepalive_connections=20)
+    if proxy is not None:  # it resolves the name
+        transport = httpx.AsyncHTTPTransport(verify=verify, proxy=proxy, limits=limits)
+    else:
+        transport = _NextAddress(verify=verify, limits=limits)
+    return httpx.AsyncClient(transport=transport, trust_env=False, **options)
+
+
+class _NextAddress(httpx.AsyncHTTPTransport):
+    """Leaves an address of the server's name that accepts connections and does not answer.
+
+    httpx connects to the first address that accepts.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        # How many requests got no answer.
+        self._unanswered = 0
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Send ``request`` to the address whose turn it is."""
+        sent = await self._redirected(request) if self._unanswered else request
+        is_answered = False
+        try:
+            response = await super().handle_async_request(sent)
+            is_answered = True
+        except httpx.ConnectError:  # none of them accepts, or the one that was chosen does not
+            self._unanswered = -1
+            raise
+        finally:
+            self._unanswered += not is_answered
+        return response
+
+    async def _redirected(self, request: httpx.Request) -> httpx.Request:
+        name, port = request.url.host, request.url.port or _DEFAULT_PORTS[request.url.scheme]
+        try:
+            addresses = await addresses_of(name, port)
+        except OSError:  # the request will fail in the same way
+            return request
+        return httpx.Request(
+            request.method,
+            request.url.copy_with(host=addresses[self._unanswered % len(addresses)]),
+            headers=request.headers,  # the Host among them stays the name
+            stream=request.stream,
+            extensions={**request.extensions, "sni_hostname": name},
+        )
 
 
 def proxy_for(url: str, environ: Mapping[str, str] | None = None) -> str | None:

@@ -669,7 +669,7 @@ async def test_a_pull_at_another_address_wants_the_name_s_certificate(
             puller = pulling.MailboxPuller(
                 f"https://{name}:{port}", handler, device="d", cursor=0, tls=tls
             )
-            puller._unanswered = 1
+            puller._http._transport._unanswered = 1  # type: ignore[attr-defined]
             assert isinstance(await puller.pull(0, "token"), outcome)
             await puller.close()
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -11,8 +12,8 @@ from pokebridge.telemetry import Metric
 from pokebridge.testing.pubsub import PubSubServer
 from tests.cluster.clusters import metrics
 from tests.cluster.traffic import session
-from tests.support import Daemon, Instance, Serve, wait_until
-from tests.support.engines import running_nats_pair
+from tests.support import CutProxy, Daemon, Instance, Serve, wait_until
+from tests.support.engines import ask, has_role, run_valkey, running_nats_pair
 
 BOB = "urn:user:bob"
 SLOW_TO_VERIFY = 600
@@ -78,6 +79,36 @@ async def test_what_a_broken_route_lost_is_found(serve: Serve, tmp_path: Path) -
         lost, gaps = await metrics(y, Metric.BEACONS_LOST, Metric.GAPS)
         assert lost > 0
         assert gaps > 0
+
+
+async def test_a_failover_that_leaves_connections_open_is_found(
+    serve: Serve, tmp_path: Path
+) -> None:
+    """One instance stays at the demoted server and the next comes to the new primary."""
+    for name in ("primary", "replica"):
+        (tmp_path / name).mkdir()
+    async with CutProxy("127.0.0.1", 0) as address:
+        with run_valkey(tmp_path / "primary") as primary, run_valkey(tmp_path / "replica") as other:
+            address.lead_to(primary.port)
+            await ask(other, "REPLICAOF", "127.0.0.1", primary.port)
+            await wait_until(partial(has_role, other, b"connected"))
+            start = partial(
+                asyncio.to_thread,
+                serve,
+                transport=f"redis://{address.address}",
+                mailbox="sqlite:///shared.db",
+                verify_every_s=SLOW_TO_VERIFY,
+            )
+            stays = await start()
+            await ask(primary, "FAILOVER")
+            await wait_until(partial(has_role, other, b"master"))
+            address.lead_to(other.port)
+            comes = await start()
+            async with session(comes, BOB) as bob:
+                await _send(stays)
+                async with asyncio.timeout(30):
+                    assert json.loads(await bob.recv())["type"] == "poke"
+            assert (await metrics(stays, Metric.GAPS))[0] > 0
 
 
 async def test_ready_holds_for_what_another_server_is_given(serve: Serve, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 # ruff: noqa: ASYNC240 - what a test does to a file may block
 
 import asyncio
+import os
 import shutil
 import sqlite3
 import stat
@@ -225,6 +226,74 @@ async def test_a_file_that_is_gone(path: Path, suffix: str, is_replaced: bool) -
     assert line["event"] == "mailbox_file_gone"
     assert line["reason"] == ("replaced" if is_replaced else "deleted")
     await mailbox.close()
+
+
+def cut_to_nothing(path: Path) -> None:
+    """As ``> FILE`` does."""
+    os.truncate(path, 0)
+
+
+def cut_in_half(path: Path) -> None:
+    """As a copy onto it that broke off."""
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def move_the_directory(path: Path) -> None:
+    """Away, with all that is in it."""
+    path.parent.rename(path.parent.with_name("elsewhere"))
+
+
+@pytest.mark.parametrize(
+    "spoil", [cut_to_nothing, cut_in_half, move_the_directory], ids=lambda it: it.__name__
+)
+async def test_a_file_that_is_spoilt_in_use(path: Path, spoil: Callable[[Path], None]) -> None:
+    """Every call is refused from then on, with one log line, and no version is given twice."""
+    await send(path, 50)
+    mailbox = await SqliteMailbox.open(path)
+    await fill(mailbox, 50)
+    spoil(path)
+    with capture_logs() as logs:
+        for _ in range(2):
+            for call in (mailbox.append(message()), mailbox.read(BOB, after=0, limit=1)):
+                with pytest.raises(MailboxError, match="restart this instance"):
+                    await call
+    assert [line["event"] for line in logs] == ["mailbox_file_gone"]
+    await mailbox.close()
+    path.parent.mkdir(exist_ok=True)
+    assert await send(path, 1) > (0 if spoil is move_the_directory else 100)
+
+
+async def test_a_damaged_file_is_told_once(path: Path) -> None:
+    """What SQLite finds malformed is refused for good, with one log line."""
+    mailbox = await SqliteMailbox.open(path)
+    for _ in range(50):
+        await mailbox.append(message(body=b'"' + b"x" * 4000 + b'"'))
+    await mailbox.close()
+    with path.open("r+b") as file:
+        file.seek(50 * 4096)
+        file.write(b"garbage" * 20_000)
+    mailbox = await SqliteMailbox.open(path)
+    with capture_logs() as logs:
+        for _ in range(3):
+            with pytest.raises(MailboxError, match="damaged"):
+                await mailbox.read(BOB, after=0, limit=500)
+        with pytest.raises(MailboxError, match="damaged"):
+            await mailbox.check()
+    assert [(line["event"], line["reason"]) for line in logs] == [("mailbox_file_gone", "damaged")]
+    await mailbox.close()
+
+
+async def test_an_older_copy_over_the_file_in_use(path: Path, saved: Path) -> None:
+    """Its content is replaced, and the file stays: no version is given twice, then or later."""
+    await send(path, 10)
+    copy_the_file(path.parent, saved)
+    mailbox = await SqliteMailbox.open(path)
+    await fill(mailbox, 10)
+    copy_the_file(saved, path.parent)
+    await fill(mailbox, 1)
+    assert await head(mailbox, BOB) > 20
+    await mailbox.close()
+    assert await send(path, 1) > 21
 
 
 async def test_a_link_that_leads_elsewhere(path: Path) -> None:

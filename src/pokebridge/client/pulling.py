@@ -3,7 +3,6 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Collection, Sequence
-from contextlib import suppress
 from datetime import datetime
 from http import HTTPStatus
 from ssl import SSLContext
@@ -13,8 +12,7 @@ import httpx
 import msgspec
 
 from pokebridge.client.events import Pulled, PullFailed
-from pokebridge.engines.addresses import addresses_of
-from pokebridge.outgoing import http_client, proxy_for
+from pokebridge.outgoing import http_client
 from pokebridge.wire import problem_detail, refusal_text
 
 # An answer may take as long as it needs, but each KiB of it must come within this time.
@@ -26,7 +24,6 @@ MAX_ANSWER_BYTES = 8 * 1024 * 1024
 # Servers close an idle connection after 5 s. A pull must not be sent into a closed one.
 KEEPALIVE_S = 3.0
 PAGE_LIMIT = 50
-DEFAULT_PORTS = {"http": 80, "https": 443}
 # After an answer that did not come to its end, the next page is this much smaller.
 SMALLER_PAGE = 4
 
@@ -107,8 +104,6 @@ class MailboxPuller:
         self._device = device
         self._acked = cursor
         self._limit = PAGE_LIMIT
-        # How many requests got no answer.
-        self._unanswered = 0
         # The mailbox's head as of the last page that left nothing to pull: cursor and ETag.
         self._etag: tuple[int, str] | None = None
         self._http = http_client(
@@ -204,14 +199,12 @@ class MailboxPuller:
         response = None
         try:
             async with asyncio.timeout(PROGRESS_WITHIN_S) as deadline:
-                await self._redirect(request)
                 response = await self._http.send(request, stream=True)
                 try:
                     body = await _read(response, deadline)
                 finally:
                     await response.aclose()
         except TimeoutError:
-            self._unanswered += response is None
             raise _IncompleteError(f"{request.url} does not get on with its answer") from None
         except httpx.HTTPError as error:
             if response is not None:
@@ -220,20 +213,6 @@ class MailboxPuller:
         if response.status_code in expected:
             return response, body
         raise _RefusedError(str(request.url.copy_with(query=None)), response, body)
-
-    async def _redirect(self, request: httpx.Request) -> None:
-        """After a request that was not answered, go to the next address of the server's name.
-
-        httpx tries them all, but is content with one that accepts the connection.
-        """
-        if not self._unanswered or proxy_for(str(request.url)):  # a proxy resolves the name
-            return
-        name, port = request.url.host, request.url.port or DEFAULT_PORTS[request.url.scheme]
-        with suppress(OSError):  # the request will fail in the same way
-            addresses = await addresses_of(name, port)
-            address = addresses[self._unanswered % len(addresses)]
-            request.url = request.url.copy_with(host=address)  # the header Host stays the name
-            request.extensions = {**request.extensions, "sni_hostname": name}
 
 
 async def _read(response: httpx.Response, deadline: asyncio.Timeout) -> bytes:

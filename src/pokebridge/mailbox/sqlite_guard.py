@@ -3,6 +3,7 @@
 import sqlite3
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Final
 
@@ -14,12 +15,12 @@ from pokebridge.mailbox.sqlite_workers import Job, Outcome, result_code
 
 SUFFIXES: Final = ("", "-wal", "-shm")
 """The files that SQLite keeps while a mailbox is open, beside the file that a link leads to."""
+# What only another file can mend.
+_DAMAGED: Final = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 _UNWRITABLE: Final = {
     sqlite3.SQLITE_CANTOPEN,
-    sqlite3.SQLITE_CORRUPT,
     sqlite3.SQLITE_FULL,
     sqlite3.SQLITE_IOERR,
-    sqlite3.SQLITE_NOTADB,
     sqlite3.SQLITE_PERM,
     sqlite3.SQLITE_READONLY,
 }
@@ -33,10 +34,12 @@ class FileGuard:
     """Stands between the threads and the file. Made once the file is open, with its side file.
 
     When the file, or SQLite's log of it, was deleted or replaced, a commit would be lost with the
-    old one. So every call fails from then on, and only a new start opens the new file.
+    old one. So every call fails from then on, and only a new start opens the new file. The same
+    holds for a file that was cut or damaged.
 
     - ``trouble``: why the last write failed, until one is proven to work; ``None`` when well
     - ``_identities``: device and inode by path, as they were opened
+    - ``_real``: the file that a link leads to; ``_size_bytes``: its size at the last look
     - ``_gone``: what happened to the file; ``None`` while it is in its place
     - ``_is_recorded``: whether the side file could be written
     """
@@ -48,6 +51,8 @@ class FileGuard:
         real = path.resolve()
         paths = [path, *(real.with_name(real.name + suffix) for suffix in SUFFIXES)]
         self._identities = {it: found for it in paths if (found := _identity(it)) is not None}
+        self._real = real
+        self._size_bytes = real.stat().st_size
         self._gone: str | None = None
         self._is_recorded = True
         self._lock = threading.Lock()
@@ -56,7 +61,11 @@ class FileGuard:
         """``do_batch``, refused once the file is gone."""
 
         def do(db: sqlite3.Connection, jobs: Sequence[Job]) -> list[Outcome]:
-            return self._refusals(jobs) or do_batch(db, jobs)
+            if refusals := self._refusals(jobs):
+                return refusals
+            outcomes = do_batch(db, jobs)
+            self._note_damage(outcomes)
+            return self._refusals(jobs) or outcomes
 
         return do
 
@@ -67,6 +76,7 @@ class FileGuard:
             if refusals := self._refusals(jobs):
                 return refusals
             outcomes = do_batch(db, jobs)
+            self._note_damage(outcomes)
             for outcome in outcomes:
                 if isinstance(outcome.error, sqlite3.Error):
                     self._note(outcome.error)
@@ -89,16 +99,37 @@ class FileGuard:
     def _find_gone(self) -> str | None:
         for path, identity in self._identities.items():
             if (now := _identity(path)) != identity:
-                what = "deleted" if now is None else "replaced"
-                with self._lock:
-                    if self._gone is None:
-                        self._gone = (
-                            f"the mailbox's file {path} was {what} while it was in use:"
-                            " restart this instance with the file that it shall use"
-                        )
-                        log.error("mailbox_file_gone", path=str(path), reason=what)
-                return self._gone
+                return self._give_up(path, "deleted" if now is None else "replaced")
+        if self._was_cut():
+            return self._give_up(self._path, "cut")
         return None
+
+    def _give_up(self, path: Path, what: str) -> str:
+        with self._lock:
+            if self._gone is None:
+                self._gone = (
+                    f"the mailbox's file {path} is damaged: restore a backup and restart this"
+                    " instance"
+                    if what == "damaged"
+                    else f"the mailbox's file {path} was {what} while it was in use:"
+                    " restart this instance with the file that it shall use"
+                )
+                log.error("mailbox_file_gone", path=str(path), reason=what)
+            return self._gone
+
+    def _was_cut(self) -> bool:
+        """Whether the file has become shorter, and SQLite did not write into it that it would."""
+        try:
+            size_bytes = self._real.stat().st_size
+        except OSError:
+            return False  # it is just being deleted
+        was_bytes, self._size_bytes = self._size_bytes, size_bytes
+        return size_bytes < was_bytes and not _is_whole(self._real, size_bytes)
+
+    def _note_damage(self, outcomes: Sequence[Outcome]) -> None:
+        for outcome in outcomes:
+            if isinstance(outcome.error, sqlite3.Error) and result_code(outcome.error) in _DAMAGED:
+                self._give_up(self._path, "damaged")
 
     def _note(self, error: sqlite3.Error) -> None:
         if result_code(error) in _UNWRITABLE and self.trouble is None:
@@ -113,6 +144,17 @@ class FileGuard:
             if self._is_recorded:
                 log.warning("mailbox_state_unrecorded", path=str(self._path), reason=str(error))
             self._is_recorded = False
+
+
+def _is_whole(path: Path, size_bytes: int) -> bool:
+    """Whether the file has as many pages as it says. Its log is not looked at."""
+    try:
+        with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro&immutable=1", uri=True)) as db:
+            pages = int(db.execute("PRAGMA page_count").fetchone()[0])
+            page_bytes = int(db.execute("PRAGMA page_size").fetchone()[0])
+    except sqlite3.Error:
+        return False
+    return 0 < pages * page_bytes <= size_bytes
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
