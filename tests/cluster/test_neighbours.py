@@ -92,13 +92,15 @@ async def test_a_failover_that_leaves_connections_open_is_found(
             address.lead_to(primary.port)
             await ask(other, "REPLICAOF", "127.0.0.1", primary.port)
             await wait_until(partial(has_role, other, b"connected"))
-            start = partial(
-                asyncio.to_thread,
-                serve,
-                transport=f"redis://{address.address}",
-                mailbox="sqlite:///shared.db",
-                verify_every_s=SLOW_TO_VERIFY,
-            )
+
+            async def start() -> Instance:
+                return await asyncio.to_thread(
+                    serve,
+                    transport=f"redis://{address.address}",
+                    mailbox="sqlite:///shared.db",
+                    verify_every_s=SLOW_TO_VERIFY,
+                )
+
             stays = await start()
             await ask(primary, "FAILOVER")
             await wait_until(partial(has_role, other, b"master"))
