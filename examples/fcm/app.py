@@ -10,10 +10,12 @@ import hashlib
 import hmac
 import os
 import sqlite3
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 import google.auth
@@ -22,10 +24,13 @@ import httpx
 from fastapi import FastAPI, HTTPException, Request, Response
 from pydantic import BaseModel
 
-SECRET = os.environ["POKEBRIDGE_PUSH_WEBHOOK_SECRET"]
-PROJECT = os.environ["FCM_PROJECT"]
+try:
+    SECRET = os.environ["POKEBRIDGE_PUSH_WEBHOOK_SECRET"]
+    PROJECT = os.environ["FCM_PROJECT"]
+except KeyError as error:
+    sys.exit(f"set the environment variable {error.args[0]}: README.md shows it")
 FCM = os.environ.get("FCM_URL", "https://fcm.googleapis.com")
-DATABASE = os.environ.get("DEVICES_DB", "devices.db")
+DATABASE = Path(os.environ.get("DEVICES_DB", "var/devices.db"))
 SCOPE = "https://www.googleapis.com/auth/firebase.messaging"
 TABLES = """
 CREATE TABLE IF NOT EXISTS devices (
@@ -60,6 +65,7 @@ app = FastAPI(title="Pushes by FCM")
 @contextmanager
 def _database() -> Iterator[sqlite3.Connection]:
     """A connection, committed at the end of the block."""
+    DATABASE.parent.mkdir(parents=True, exist_ok=True)
     with closing(sqlite3.connect(DATABASE)) as connection, connection:
         connection.executescript(TABLES)
         yield connection

@@ -17,6 +17,10 @@ async function getToken() {
 }
 
 async function answer({ id, sender, body }) {
+  if (!Array.isArray(body?.numbers) || !body.numbers.every(Number.isFinite)) {
+    console.error(`${sender}: not a job: ${JSON.stringify(body)}`); // to throw would bring it back for ever
+    return;
+  }
   const sum = body.numbers.reduce((total, number) => total + number, 0);
   const response = await fetch(`${url}/v1/messages`, {
     method: "POST",

@@ -10,17 +10,18 @@ import os
 import sqlite3
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
+from pathlib import Path
 from typing import Annotated, Any
 
 import httpx
 from fastapi import FastAPI, Query
 from pydantic import BaseModel
 
-from pokebridge.errors import PokebridgeError
+from pokebridge.errors import PokebridgeError, UnavailableError
 from pokebridge.publisher import HttpPublisher
 
 BRIDGE = os.environ.get("BRIDGE_URL", "http://127.0.0.1:8080")
-DATABASE = os.environ.get("NOTES_DB", "notes.db")
+DATABASE = Path(os.environ.get("NOTES_DB", "var/notes.db"))
 TABLE = """
 CREATE TABLE IF NOT EXISTS notes (
     id INTEGER PRIMARY KEY AUTOINCREMENT, owner TEXT NOT NULL, text TEXT NOT NULL,
@@ -49,10 +50,13 @@ async def _token() -> str:
     """What allows to poke: a token that your own service signs, or a development instance's."""
     if given := os.environ.get("POKEBRIDGE_TOKEN"):
         return given
-    wanted = {"sub": "urn:service:notes", "scope": "poke", "ttl_s": 86_400}
-    async with httpx.AsyncClient() as http:
-        answer = await http.post(f"{BRIDGE}/v1/dev/token", json=wanted)
-        return str(answer.raise_for_status().json()["token"])
+    wanted = {"sub": "urn:service:notes", "scope": "poke"}
+    try:
+        async with httpx.AsyncClient() as http:
+            answer = await http.post(f"{BRIDGE}/v1/dev/token", json=wanted)
+            return str(answer.raise_for_status().json()["token"])
+    except httpx.HTTPError as error:
+        raise UnavailableError(f"no token from {BRIDGE}: {error}") from error
 
 
 async def _poke(publisher: HttpPublisher, owner: str, newest: int) -> None:
@@ -80,9 +84,11 @@ async def _sweep(publisher: HttpPublisher) -> None:
 
 @asynccontextmanager
 async def _life(app: FastAPI) -> AsyncIterator[None]:
+    DATABASE.parent.mkdir(parents=True, exist_ok=True)
     with _database() as database:
         database.executescript(TABLE)
-    async with HttpPublisher(BRIDGE, await _token()) as publisher:
+    # The bridge may start later: each poke asks for a token, and the sweep repeats what failed.
+    async with HttpPublisher(BRIDGE, _token) as publisher:
         app.state.publisher = publisher
         sweep = asyncio.create_task(_sweep(publisher))
         yield

@@ -19,7 +19,7 @@ from fastapi import FastAPI
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel, Field
 
-from pokebridge.errors import PokebridgeError
+from pokebridge.errors import PokebridgeError, UnavailableError
 from pokebridge.publisher import HttpPublisher
 
 BRIDGE = os.environ.get("BRIDGE_URL", "http://127.0.0.1:8080")
@@ -107,6 +107,19 @@ class Space:
 space = Space(born=time.time_ns() // 1_000_000)
 
 
+async def _token() -> str:
+    """What allows to poke: a token that your own service signs, or a development instance's."""
+    if given := os.environ.get("POKEBRIDGE_TOKEN"):
+        return given
+    wanted = {"sub": "urn:service:todos", "scope": "poke"}
+    try:
+        async with httpx.AsyncClient() as http:
+            answer = await http.post(f"{BRIDGE}/v1/dev/token", json=wanted)
+            return str(answer.raise_for_status().json()["token"])
+    except httpx.HTTPError as error:
+        raise UnavailableError(f"no token from {BRIDGE}: {error}") from error
+
+
 async def _poke_on_changes(publisher: HttpPublisher) -> None:
     """Poke until the bridge has taken it. What changes meanwhile needs no poke of its own."""
     while True:
@@ -121,13 +134,8 @@ async def _poke_on_changes(publisher: HttpPublisher) -> None:
 
 @asynccontextmanager
 async def _life(_app: FastAPI) -> AsyncIterator[None]:
-    token = os.environ.get("POKEBRIDGE_TOKEN")
-    if token is None:  # a development instance hands one out
-        async with httpx.AsyncClient() as http:
-            wanted = {"sub": "urn:service:todos", "scope": "poke", "ttl_s": 86_400}
-            answer = await http.post(f"{BRIDGE}/v1/dev/token", json=wanted)
-            token = str(answer.raise_for_status().json()["token"])
-    async with HttpPublisher(BRIDGE, token) as publisher:
+    # The bridge may start later: each poke asks for a token, and is repeated until it is taken.
+    async with HttpPublisher(BRIDGE, _token) as publisher:
         poking = asyncio.create_task(_poke_on_changes(publisher))
         yield
         poking.cancel()

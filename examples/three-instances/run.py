@@ -66,6 +66,7 @@ def start_instance(
 ) -> None:
     """An instance on ``port``. All three use one mailbox, in a file."""
     flags = ["--dev", "--instance", name, "--port", str(port), "--log-level", "warning"]
+    flags += ["--log-format", "json"]
     parts = ["--transport", transport, "--mailbox", f"sqlite:///{directory}/mailbox.db"]
     start(stack, [POKEBRIDGE, "serve", *flags, *parts], env)
 

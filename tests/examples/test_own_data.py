@@ -17,6 +17,7 @@ TIMEOUT_S = 120.0
 async def test_an_apps_own_table(serve: Serve, tmp_path: Path) -> None:
     """A note that is added shows up in the watching client, also after the bridge was away."""
     bob, bridge = "urn:user:bob", serve("--no-mailbox")
+    await asyncio.to_thread(bridge.kill)  # the app and the client wait for it
     with run_app("own-table", bridge, tmp_path) as app:
         watcher = await asyncio.create_subprocess_exec(
             sys.executable,
@@ -33,6 +34,7 @@ async def test_an_apps_own_table(serve: Serve, tmp_path: Path) -> None:
                 bridge.async_http() as api,
             ):
                 await http.post("/notes", json={"owner": bob, "text": "before it connects"})
+                await asyncio.to_thread(bridge.start)
                 assert await watcher.stdout.readline() == b"1 before it connects\n"
 
                 async def is_connected() -> bool:

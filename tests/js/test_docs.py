@@ -189,6 +189,7 @@ async def test_the_node_worker(project: Path, instance: Instance) -> None:
         instance.async_http("urn:user:boss", "send") as http,
     ):
         await line_with(process, "connected")
+        await send(instance, "urn:worker:test", {"numbers": "none"}, "no job")
         job = {"recipient": "urn:worker:test", "body": {"numbers": [1, 2, 3]}}
         (await http.post("/v1/messages", json=job)).raise_for_status()
         await line_with(process, "1 + 2 + 3 = 6")

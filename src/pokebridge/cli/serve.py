@@ -62,7 +62,8 @@ def run_instance(settings: Settings) -> None:
     from pokebridge.server.assemble import serve as serve_instance  # noqa: PLC0415
 
     configure_logging(settings.log_format, settings.log_level)
-    greet = _greet if settings.dev else _say_nothing
+    # JSON is for programs.
+    greet = _greet if settings.dev and settings.log_format == "console" else _say_nothing
     uvloop.run(serve_instance(settings, on_listening=greet))
 
 
