@@ -18,6 +18,7 @@ from pokebridge.errors import ConfigError, InputError, MailboxError, MailboxFull
 from pokebridge.mailbox import base, sqlite, sqlite_file, sqlite_workers
 from pokebridge.mailbox.base import Limits, Mailbox
 from pokebridge.mailbox.sqlite import SqliteMailbox
+from pokebridge.mailbox.sqlite_generation import state_of
 from pokebridge.mailbox.sqlite_workers import WorkerPool, commit_together
 from pokebridge.model import Receipt
 from pokebridge.testing.mailbox import Connect, DurableMailboxContract
@@ -104,6 +105,11 @@ class TestSeveralProcesses:
         await mailbox.close()
 
 
+async def appended(mailbox: SqliteMailbox) -> int:
+    """How many messages the file says that it ever got."""
+    return (await mailbox._reads.do(state_of)).appended
+
+
 class TestTheWriter:
     """One thread, one transaction for what waits."""
 
@@ -112,7 +118,11 @@ class TestTheWriter:
         statements: list[str] = []
         await mailbox._writes.do(lambda db: db.set_trace_callback(statements.append))
         await asyncio.gather(*(mailbox.append(message()) for _ in range(200)))
-        assert statements.count("COMMIT") < 20
+        commits = statements.count("COMMIT")
+        assert commits < 20
+        assert sum("SET appended" in statement for statement in statements) <= commits
+        assert not any("SAVEPOINT" in statement for statement in statements)
+        assert await appended(mailbox) == 200
 
     async def test_a_failing_append_fails_alone(self, mailbox: SqliteMailbox) -> None:
         """An append that breaks half-way is undone; its neighbours in the transaction commit."""
@@ -123,6 +133,7 @@ class TestTheWriter:
             range(1, 20)
         )
         assert await versions(mailbox) == list(range(1, 20))
+        assert await appended(mailbox) == 19
 
     async def test_a_full_disk_is_no_end(self, mailbox: SqliteMailbox) -> None:
         """While the disk is full appends raise MailboxError and reads work; then it goes on."""

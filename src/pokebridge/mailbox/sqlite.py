@@ -31,7 +31,7 @@ from pokebridge.mailbox.pushes import PushTiming
 from pokebridge.mailbox.sqlite_file import open_file, pragma
 from pokebridge.mailbox.sqlite_guard import FileGuard
 from pokebridge.mailbox.sqlite_pushes import SqlitePushes, owe
-from pokebridge.mailbox.sqlite_workers import WorkerPool, commit_together, do_each
+from pokebridge.mailbox.sqlite_workers import Job, Outcome, WorkerPool, commit_together, do_each
 from pokebridge.model import Ack, Message, NewMessage, Page, Poke, Receipt
 
 # Jobs that a thread takes at once. A write batch is a transaction; a read batch saves wake-ups.
@@ -77,7 +77,7 @@ class SqliteMailbox:
         self._clock = clock
         self._limits = limits
         self._push_timing = push_timing
-        commit = guard.writing(commit_together)
+        commit = guard.writing(_commit)
         self._writes = WorkerPool("mailbox-writer", [writer], commit, WRITE_BATCH)
         self._reads = WorkerPool("mailbox-reader", readers, guard.reading(do_each), READ_BATCH)
         self.pushes = (
@@ -224,12 +224,12 @@ def _append(db: sqlite3.Connection, message: NewMessage, limits: Limits, now_ms:
         ).fetchone()
         if first:
             return Receipt(message.id, first[0], duplicate=True)
-    (base,) = db.execute("UPDATE generation SET appended = appended + 1 RETURNING base").fetchone()
     row = db.execute(
-        "INSERT INTO heads VALUES (?1, ?3 + 1, 1, ?2) ON CONFLICT (recipient) DO UPDATE"
-        " SET head = max(head, ?3) + 1, kept_messages = kept_messages + 1,"
-        " kept_bytes = kept_bytes + ?2 RETURNING head, kept_messages, kept_bytes",
-        (message.recipient, len(message.body), base),
+        "INSERT INTO heads SELECT ?1, base + 1, 1, ?2 FROM generation WHERE true"
+        " ON CONFLICT (recipient) DO UPDATE SET head = max(head + 1, excluded.head),"
+        " kept_messages = kept_messages + 1, kept_bytes = kept_bytes + ?2"
+        " RETURNING head, kept_messages, kept_bytes",
+        (message.recipient, len(message.body)),
     ).fetchone()
     version, kept_messages, kept_bytes = row
     if kept_messages > limits.max_messages or kept_bytes > limits.max_bytes:
@@ -257,6 +257,17 @@ def _append(db: sqlite3.Connection, message: NewMessage, limits: Limits, now_ms:
             (message.sender, message.id, version, now_ms),
         )
     return Receipt(message.id, version)
+
+
+def _commit(db: sqlite3.Connection, jobs: Sequence[Job]) -> list[Outcome]:
+    """Do ``jobs`` in one transaction, and count the messages that it appends."""
+    return commit_together(db, jobs, _count_appended)
+
+
+def _count_appended(db: sqlite3.Connection, outcomes: Sequence[Outcome]) -> None:
+    receipts = (outcome.result for outcome in outcomes if isinstance(outcome.result, Receipt))
+    if appended := sum(not receipt.duplicate for receipt in receipts):
+        generation.count_appended(db, appended)
 
 
 def _head(db: sqlite3.Connection, recipient: str) -> int:
@@ -360,11 +371,12 @@ class _Old(NamedTuple):
 
 def _confirm_outbox(db: sqlite3.Connection, pokes: Sequence[Poke], now_ms: int) -> None:
     confirmed = [(poke.recipient, poke.version) for poke in pokes if poke.version is not None]
-    db.executemany("DELETE FROM outbox WHERE recipient = ? AND version <= ?", confirmed)
-    db.executemany(
-        "UPDATE outbox SET since_ms = ? WHERE recipient = ?",
-        [(now_ms, recipient) for recipient, _ in confirmed],
-    )
+    statement = "DELETE FROM outbox WHERE recipient = ? AND version <= ?"
+    if db.executemany(statement, confirmed).rowcount < len(confirmed):  # some have a newer version
+        db.executemany(
+            "UPDATE outbox SET since_ms = ? WHERE recipient = ?",
+            [(now_ms, recipient) for recipient, _ in confirmed],
+        )
 
 
 def _purge(db: sqlite3.Connection, limit: int, limits: Limits, now_ms: int) -> int:

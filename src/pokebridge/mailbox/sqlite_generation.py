@@ -54,6 +54,11 @@ def base_of(db: sqlite3.Connection) -> int:
     return int(db.execute("SELECT base FROM generation").fetchone()[0])
 
 
+def count_appended(db: sqlite3.Connection, messages: int) -> None:
+    """Note, within their transaction, that ``messages`` were appended."""
+    db.execute("UPDATE generation SET appended = appended + ?", (messages,))
+
+
 def begin(db: sqlite3.Connection, now_s: float) -> int:
     """Begin a new generation, within a transaction. Returns its base."""
     base = next_base(base_of(db), now_s)
