@@ -71,7 +71,7 @@ class Broker(Server):
                     self._send(link, body, shard, self.servers.route(home, link.home))
 
     def _send(self, link: "Link", body: bytes, shard: int | None, route: Route | None) -> None:
-        if not (link.live and self.servers.forwards(route, link.begun_at)):
+        if not (link.live and self.servers.forwards(route, link.known_at)):
             self.lost += link.was_live
             return
         breaks, way_s = (0, 0.0) if route is None else (route.breaks, route.delay_s)
@@ -160,8 +160,8 @@ class Link:
         self.selection = selection
         self.home = broker.servers.home_of(peer)
         """The server that it is on."""
-        self.begun_at = 0.0
-        """Since when that server delivers to it, and tells the others."""
+        self.known_at = 0.0
+        """Since when that server knows of it, and tells the others."""
         self.live = False
         """Whether it delivers now."""
         self.was_live = False
@@ -194,6 +194,7 @@ class Link:
         if self.selection in self.peer.denied:
             raise TransportError(f"the simulated broker does not permit {self.selection}")
         broker.subscriptions.append(self)
+        self.known_at = broker.outside.scheduler.now
         if broker.slow_starts_s:
             delay_s = broker.rng.uniform(0, broker.slow_starts_s)
             broker.outside.deliver(delay_s, self._begin, self.connection)
@@ -206,7 +207,6 @@ class Link:
 
     def _start(self) -> None:
         self.live = self.was_live = True
-        self.begun_at = self._broker.outside.scheduler.now
 
     def hear(self, sent: Sent) -> None:
         """A signal has come through the network."""
@@ -240,6 +240,7 @@ class Link:
             self.peer.loop.deliver(broker.rng.uniform(0.2, 1.0), self._restore, reason)
             return
         self.home = broker.servers.home_of(self.peer)
+        self.known_at = broker.outside.scheduler.now
         self._start()
         spread_s = broker.servers.spread_s
         self.peer.loop.deliver(spread_s, self._report_gap, reason, self.connection)

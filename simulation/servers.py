@@ -110,9 +110,12 @@ class Servers:
         route.delay_s -= more_s
         self._outside.deliver(more_s + 0.01, self.lies.end)
 
-    def forwards(self, route: Route | None, begun_at: float) -> bool:
-        """Whether ``route`` now carries signals to a subscription that began at ``begun_at``."""
+    def forwards(self, route: Route | None, known_at: float) -> bool:
+        """Whether ``route`` now carries signals to a subscription.
+
+        Its own server knows of it since ``known_at``.
+        """
         if route is None:
             return True
-        told_at = max(begun_at, route.healed_at) + route.delay_s
+        told_at = max(known_at, route.healed_at) + route.delay_s
         return not route.broken and told_at <= self._outside.scheduler.now

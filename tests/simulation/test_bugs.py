@@ -1,6 +1,8 @@
 """The simulation can fail: bugs planted in the real code are caught within its fixed seeds."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from random import Random
 from typing import Any
 
 import pytest
@@ -25,8 +27,9 @@ from pokebridge.processor import Processor
 from pokebridge.server.revocations import Revocations
 from pokebridge.session import Session, State
 from pokebridge.sharding import shard_of
-from simulation import faults
+from simulation import faults, world
 from simulation.runner import simulate
+from simulation.scene import Config
 from simulation.world import Fault
 
 SEEDS = 200
@@ -35,7 +38,16 @@ Plant = Callable[[pytest.MonkeyPatch], None]
 
 
 def only(patch: pytest.MonkeyPatch, *wanted: Fault) -> None:
-    """Let only these faults occur, and kills: among all faults, too few seeds show the bug."""
+    """Let only these faults occur, and kills, in every world.
+
+    Among all faults too few seeds show the bug.
+    """
+
+    def draw_config(rng: Random, kinds: Collection[str]) -> Config:
+        return replace(real(rng, kinds), faults=list(kinds))
+
+    real = world.draw_config
+    patch.setattr(world, "draw_config", draw_config)
     patch.setattr(faults, "ALL", {fault.__name__: fault for fault in (faults.kill, *wanted)})
 
 

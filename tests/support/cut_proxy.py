@@ -127,7 +127,7 @@ class CutProxy:
             if data is not None:
                 sink.write_eof()
                 return
-        except OSError:
+        except (OSError, RuntimeError):  # uvloop's, where the transport is closed already
             pass
         finally:
             reading.cancel()
