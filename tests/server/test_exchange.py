@@ -9,8 +9,8 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from pokebridge.asgi import ASGIApp, Message, Receive, Scope, Send
+from pokebridge.border import unforeseen
 from pokebridge.server.exchange import ExchangeProtocol
-from pokebridge.supervisor import task_failures
 from tests.support import wait_until
 
 TIMEOUT_S = 20.0
@@ -183,13 +183,13 @@ async def test_bodies(messages: list[Message], request_: bytes, expected: bytes)
 )
 async def test_a_wrong_application_is_a_500(messages: list[Message]) -> None:
     """Nothing of its answer gets out."""
-    before = task_failures["http_request"]
+    before = unforeseen["api"]
     async with serving(answering(*messages)) as ask:
         answer = await ask(GET)
     assert answer.startswith(b"HTTP/1.1 500 ")
     assert b"application/problem+json" in answer
     assert b"set-cookie" not in answer
-    assert task_failures["http_request"] - before == bool(messages)
+    assert unforeseen["api"] - before == bool(messages)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@
 
 import hashlib
 import re
+import secrets
 import time
-import uuid
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -63,7 +63,7 @@ class MessageCalls:
         """POST /v1/messages."""
         wanted = await self._read_message(request)
         sender = request.caller.subject
-        receipt = await self._send(new_message(wanted, sender, uuid.uuid4().hex))
+        receipt = await self._send(new_message(wanted, sender, secrets.token_hex(16)))
         status = HTTPStatus.OK if receipt.duplicate else HTTPStatus.ACCEPTED
         return json_response(schema.Sent(receipt.id, receipt.version), status)
 

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import unquote
 
-import httptools
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
@@ -21,6 +20,7 @@ from pokebridge.asgi import IN_TIME, ASGIApp, Message, Scope
 from pokebridge.border import note_unforeseen
 from pokebridge.gateway.handshake import refusal_response
 
+_ASGI = {"version": "3.0", "spec_version": "2.3"}
 _EXTENSIONS: dict[str, dict[str, str]] = {IN_TIME: {}}
 _NO_BODY = frozenset({204, 304})
 
@@ -64,17 +64,14 @@ class Exchange:
     ) -> None:
         self.scope = scope
         self.body = bytearray()
-        self.more_body = True
         self.keep_alive = keep_alive
-        self.disconnected = False
-        self.response_started = False
-        self.response_complete = False
+        self.more_body = True
+        self.disconnected = self.response_started = self.response_complete = self._is_read = False
         self.on_response = on_response
         self._transport = transport
         self._flow = flow
         self._default_headers = default_headers
         self._waits_for_100 = waits_for_100
-        self._is_read = False
         self._arrived: asyncio.Event | None = None
         self._head = b""
         self._left_bytes: int | None = None
@@ -194,36 +191,33 @@ def _nothing() -> None:
 class ExchangeProtocol(HttpToolsProtocol):
     """uvicorn's HTTP protocol, with an :class:`Exchange` for each request."""
 
-    def on_message_begin(self) -> None:
-        """A request begins. Its scope is made when its head is complete."""
-        self.url = b""
-        self.headers = []
-        self.expect_100_continue = False
-
     def on_headers_complete(self) -> None:
-        """Begin to serve the request, or have it wait for those ahead of it."""
-        parser, config = self.parser, self.config
-        version = parser.get_http_version()
-        raw_path, _, query = self._split_target()
+        """Serve the request."""
+        self.scope = self.create_scope(self.parser.get_http_version())
+        self.serve(self.scope, waits_for_100=self.expect_100_continue)
+
+    def create_scope(self, version: str) -> Any:
+        """The ASGI scope of the request whose head is complete. Its target is in origin-form."""
+        raw_path, _, query = self.url.partition(b"?")
         path = raw_path.decode("ascii")
-        scope: Any = {
+        return {
             "type": "http",
-            "asgi": {"version": self.asgi_version, "spec_version": "2.3"},
+            "asgi": _ASGI,
             "http_version": version,
-            "method": parser.get_method().decode("ascii"),
+            "method": self.parser.get_method().decode("ascii"),
             "scheme": self.scheme,
-            "path": self.root_path + (unquote(path) if "%" in path else path),
-            "raw_path": self.root_path.encode("ascii") + raw_path,
+            "path": unquote(path) if "%" in path else path,
+            "raw_path": raw_path,
             "query_string": query,
-            "root_path": self.root_path,
+            "root_path": "",
             "headers": self.headers,
             "server": self.server,
             "client": self.client,
             "extensions": _EXTENSIONS,
         }
-        self.scope = scope
-        if parser.should_upgrade() and self._should_upgrade():
-            return
+
+    def serve(self, scope: Any, *, waits_for_100: bool) -> None:
+        """Have the application answer, at once or after the requests ahead."""
         before: Any = self.cycle
         exchange: Any = Exchange(
             scope,
@@ -231,18 +225,17 @@ class ExchangeProtocol(HttpToolsProtocol):
             self.flow,
             self.server_state.default_headers,
             self.on_response_complete,
-            keep_alive=version != "1.0" and parser.should_keep_alive(),
-            waits_for_100=self.expect_100_continue,
+            keep_alive=scope["http_version"] != "1.0" and self.parser.should_keep_alive(),
+            waits_for_100=waits_for_100,
         )
         self.cycle = exchange
         if before is None or before.response_complete:
-            self._start_asgi_task(exchange, config.loaded_app)
+            self._start_asgi_task(exchange, self.app)
         else:
             self.flow.pause_reading()
-            self.pipeline.appendleft((exchange, config.loaded_app))
+            self.pipeline.appendleft((exchange, self.app))
 
-    def _split_target(self) -> tuple[bytes, bytes, bytes]:
-        if self.url.startswith(b"/") and b"#" not in self.url:
-            return self.url.partition(b"?")
-        parsed = httptools.parse_url(self.url)
-        return parsed.path, b"?", parsed.query or b""
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        task = self.loop.create_task(cycle.run_asgi(app))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)

@@ -14,6 +14,7 @@ nobody reads. It checks no Host, and answers a mistake before the requests ahead
 
 import asyncio
 import re
+from collections.abc import Mapping
 from functools import partial
 from http import HTTPStatus
 from typing import Any
@@ -67,8 +68,14 @@ class HttpProtocol(ExchangeProtocol):
         self._field_bytes = 0
         # Whether a request has begun to arrive, and is not here as a whole ...
         self._arriving = False
-        # ... and whether that is in its head.
+        # ... whether it began with the bytes that are being parsed ...
+        self._has_begun = False
+        # ... whether it is in its head ...
         self._in_head = True
+        # ... and what becomes of an upgrade that it asks for.
+        self._is_handshake = self._ignores_upgrade = False
+        # The last Host that was found valid.
+        self._host = b""
         # The last thing to do, once all requests ahead are answered.
         self._at_last: partial[None] | None = None
         # The unread bytes of our answers when the peer last stopped reading, or was asked again.
@@ -110,6 +117,11 @@ class HttpProtocol(ExchangeProtocol):
         except Exception as error:  # noqa: BLE001 - the guard of this border
             note_unforeseen("http", error)
             self._hang_up(500, "a defect of the server: see its log")
+        # Nearly every request is here as a whole by now, and needs no deadline.
+        if self._has_begun:
+            self._has_begun = False
+            if self._arriving and not self.transport.is_closing():
+                self._follow()
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """The peer sends nothing more. Returns whether a request is still to be answered."""
@@ -175,38 +187,50 @@ class HttpProtocol(ExchangeProtocol):
         self._hang_up(400, "not a valid HTTP request")
 
     def on_message_begin(self) -> None:
-        """Start the deadline of a request that begins."""
-        super().on_message_begin()
+        """A request begins."""
+        self.url, self.headers = b"", []
         self._field_bytes = 0
-        if not self._arriving:
-            self._arriving = True
-            self._follow()
+        self._is_handshake = self._ignores_upgrade = False
+        self._arriving = self._has_begun = True
 
     def on_url(self, url: bytes) -> None:
         """Count a piece of the target."""
-        self._count_field(len(url))
-        super().on_url(url)
+        self.url += url
+        self._field_bytes += len(url)
+        if self._field_bytes > MAX_HEAD_BYTES:
+            raise _too_large()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Count a field, and drop it if it belongs to the trailer."""
-        self._count_field(len(name) + len(value) + 4)  # with ": " and the line's end
+        self._field_bytes += len(name) + len(value) + 4  # with ": " and the line's end
+        if self._field_bytes > MAX_HEAD_BYTES:
+            raise _too_large()
         if self._in_head:
-            super().on_header(name, value)
+            self.headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         """Check the head, and begin to serve the request."""
         self._in_head = False
+        version = self.parser.get_http_version()
         self._check_target()
-        self._check_fields()
-        self._attribute()
-        if self._ignores_upgrade():
+        fields = dict(self.headers)
+        if self.parser.should_upgrade():
+            self._is_handshake = version != "1.0" and self._get_upgrade() == b"websocket"
+            self._ignores_upgrade = not self._is_handshake
+        self._check_fields(fields, version)
+        if self._is_proxied:
+            self._attribute()
+        if self._ignores_upgrade:
             return
-        super().on_headers_complete()
+        # RFC 9110, section 10.1.1: not from HTTP/1.0
+        expects = version != "1.0" and fields.get(b"expect", b"").lower() == b"100-continue"
+        self.scope = self.create_scope(version)
         if self._is_handshake:
             return
         if b"%" in self.url and not self.url.startswith(_ENCODED_PATHS):
             # What a filter in front of us did not recognise must be unknown here too.
             self.scope["path"] = self.scope["raw_path"].decode("ascii")
+        self.serve(self.scope, waits_for_100=expects)
 
     def on_chunk_header(self) -> None:
         """Do not count the usual framing of a chunk. Extensions are counted."""
@@ -220,7 +244,7 @@ class HttpProtocol(ExchangeProtocol):
     def on_message_complete(self) -> None:
         """Cancel the deadline: the request has arrived, and the app limits the time to answer."""
         self._in_head, self._bytes = True, 0
-        if self._ignores_upgrade() or self._is_handshake:
+        if self._ignores_upgrade or self._is_handshake:
             return
         self._arriving = False
         super().on_message_complete()
@@ -243,14 +267,6 @@ class HttpProtocol(ExchangeProtocol):
 
     # --- checks -----------------------------------------------------------------------------------
 
-    def _count_field(self, size: int) -> None:
-        self._field_bytes += size
-        if self._field_bytes > MAX_HEAD_BYTES:
-            raise RefusedError(
-                HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
-                f"head and trailer of a request have at most {MAX_HEAD_BYTES} bytes",
-            )
-
     def _check_target(self) -> None:
         """Bring the target into origin-form (RFC 9112, section 3.2)."""
         if not self.url.startswith(b"/"):
@@ -263,41 +279,46 @@ class HttpProtocol(ExchangeProtocol):
                         self.headers[number] = (name, absolute[1])
             elif self.url == b"*" and self.parser.get_method() == b"OPTIONS":
                 self.url = b"/"
-        try:
-            urlsplit(self.url.decode("ascii"))  # raises what would be raised deep in the app
-            is_valid = self.url.startswith(b"/") and b"#" not in self.url
-        except ValueError:
-            is_valid = False
-        if not is_valid:
+        if not (self.url.startswith(b"/") and self.url.isascii() and b"#" not in self.url):
             raise RefusedError(HTTPStatus.BAD_REQUEST, "the target is not a valid URL")
+        try:
+            if self.url.startswith(b"//"):
+                urlsplit(self.url.decode())  # raises what would be raised deep in the app
+        except ValueError:
+            raise RefusedError(HTTPStatus.BAD_REQUEST, "the target is not a valid URL") from None
 
-    def _check_fields(self) -> None:
+    def _check_fields(self, fields: Mapping[bytes, bytes], version: str) -> None:
         """Check the version, Host and Transfer-Encoding (RFC 9112, sections 2.3, 3.2 and 6.1)."""
-        version = self.parser.get_http_version()
         if version not in {"1.0", "1.1"}:
             raise RefusedError(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, "only HTTP/1.1 is served")
-        hosts = [value for name, value in self.headers if name == b"host"]
-        if len(hosts) > 1 or (not hosts and version == "1.1"):
-            raise RefusedError(HTTPStatus.BAD_REQUEST, "a request needs exactly one Host")
-        if hosts and not _HOST.fullmatch(hosts[0].strip(b" \t")):
-            raise RefusedError(HTTPStatus.BAD_REQUEST, "the Host is not valid")
-        codings = [value for name, value in self.headers if name == b"transfer-encoding"]
-        if codings and version == "1.0":
-            raise RefusedError(HTTPStatus.BAD_REQUEST, "HTTP/1.0 has no Transfer-Encoding")
-        if any(coding.strip().lower() != b"chunked" for coding in codings):
-            raise RefusedError(HTTPStatus.NOT_IMPLEMENTED, "the only transfer coding is chunked")
-        if self._is_handshake and (
-            codings
-            or any(name == b"content-length" and size != b"0" for name, size in self.headers)
+        host = fields.get(b"host")
+        if (host is None and version == "1.1") or (
+            len(fields) < len(self.headers)
+            and [name for name, _ in self.headers].count(b"host") > 1
         ):
+            raise RefusedError(HTTPStatus.BAD_REQUEST, "a request needs exactly one Host")
+        if host is not None and host != self._host:
+            if not _HOST.fullmatch(host.strip(b" \t")):
+                raise RefusedError(HTTPStatus.BAD_REQUEST, "the Host is not valid")
+            self._host = host
+        if b"transfer-encoding" in fields:
+            self._check_coding(version)
+        if self._is_handshake and fields.get(b"content-length", b"0") != b"0":
             raise RefusedError(HTTPStatus.BAD_REQUEST, "a handshake has no body")
+
+    def _check_coding(self, version: str) -> None:
         if version == "1.0":
-            self.expect_100_continue = False  # RFC 9110, section 10.1.1
+            raise RefusedError(HTTPStatus.BAD_REQUEST, "HTTP/1.0 has no Transfer-Encoding")
+        for name, coding in self.headers:
+            if name == b"transfer-encoding" and coding.strip().lower() != b"chunked":
+                raise RefusedError(
+                    HTTPStatus.NOT_IMPLEMENTED, "the only transfer coding is chunked"
+                )
+        if self._is_handshake:
+            raise RefusedError(HTTPStatus.BAD_REQUEST, "a handshake has no body")
 
     def _attribute(self) -> None:
         """Count the connection for the client that the proxy names."""
-        if not self._is_proxied:
-            return
         forwarded = [
             value.decode("latin-1") for name, value in self.headers if name == b"x-forwarded-for"
         ]
@@ -316,25 +337,12 @@ class HttpProtocol(ExchangeProtocol):
             return None
         return b",".join(_tokens(values[b"upgrade"]))
 
-    def _should_upgrade_to_ws(self) -> bool:
-        return True
-
-    def _ignores_upgrade(self) -> bool:
-        """Whether the request asks for an upgrade to ignore (RFC 9110, section 7.8)."""
-        return self.parser.should_upgrade() and not self._is_handshake
-
-    @property
-    def _is_handshake(self) -> bool:
-        """Whether the request that arrives asks for a WebSocket."""
-        parser = self.parser
-        is_new = parser.should_upgrade() and parser.get_http_version() != "1.0"
-        return is_new and self._get_upgrade() == b"websocket"
-
     # --- upgrades ---------------------------------------------------------------------------------
 
     def _upgrade(self, rest: bytes) -> None:
         """Hand a WebSocket upgrade to the gateway. Ignore that a request asks for another."""
-        if self._ignores_upgrade():
+        self._has_begun = False
+        if self._ignores_upgrade:  # RFC 9110, section 7.8
             head = self._head_without_upgrade()
             self.parser = httptools.HttpRequestParser(self)
             self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
@@ -419,7 +427,6 @@ class HttpProtocol(ExchangeProtocol):
         if self._arriving:
             self._arm(REQUEST_TIMEOUT_S)
         elif self._is_serving:  # the app limits the time to answer
-            self._gateway.wheel.cancel(self)
             self._gateway.sockets.serve(self)
         else:
             self._arm(KEEP_ALIVE_S)
@@ -438,6 +445,13 @@ def _address(transport: asyncio.Transport, name: str) -> tuple[str, int] | None:
     """The host and port of one end of ``transport``; ``None`` if it has none."""
     address = transport.get_extra_info(name)
     return (address[0], address[1]) if isinstance(address, tuple) else None
+
+
+def _too_large() -> RefusedError:
+    return RefusedError(
+        HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+        f"head and trailer of a request have at most {MAX_HEAD_BYTES} bytes",
+    )
 
 
 def _tokens(value: bytes) -> list[bytes]:
