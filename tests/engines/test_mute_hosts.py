@@ -139,7 +139,7 @@ async def test_the_second_host_is_used(
 
 
 @pytest.mark.parametrize("use", [use_mailbox, use_postgres_store])
-@pytest.mark.parametrize("given", ["url", "environment"])
+@pytest.mark.parametrize("given", ["url", "url without a user", "environment"])
 async def test_the_second_host_of_a_list_is_used(
     postgres_database: str,
     postgres_server: Daemon,
@@ -154,6 +154,9 @@ async def test_the_second_host_of_a_list_is_used(
         hosts, ports = f"{host},{LIVE}", f"{port},{postgres_server.port}"
         if given == "url":
             await use(f"{url}?host={hosts}&port={ports}")
+        elif given == "url without a user":
+            url = url.replace("postgres@", "")
+            await use(f"{url}?user=postgres&host={hosts}&port={ports}")
         else:
             monkeypatch.setenv("PGHOST", hosts)
             monkeypatch.setenv("PGPORT", ports)

@@ -11,12 +11,12 @@ import os
 from collections.abc import Callable, Coroutine, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
-from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
 
 import asyncpg
 
 from pokebridge.engines.addresses import addresses_of, first_of
-from pokebridge.engines.urls import check_engine_url, read_secret
+from pokebridge.engines.urls import check_engine_url, read_secret, unsplit
 from pokebridge.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class PostgresDialler:
             "target_session_attrs" in given or "PGTARGETSESSIONATTRS" in os.environ
         )
         self._urls = [
-            urlunsplit(parts._replace(netloc=netloc, query=query))
+            unsplit(parts._replace(netloc=netloc, query=query))
             for netloc, query in self._places(parts, given)
         ]
         self._last: _Target | None = None

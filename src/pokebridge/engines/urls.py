@@ -6,7 +6,7 @@
 import ssl
 from collections.abc import Set as AbstractSet
 from pathlib import Path
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 from pokebridge.errors import ConfigError
 from pokebridge.urls import check_url
@@ -26,6 +26,12 @@ def check_engine_url(part: str, url: str) -> None:
         check_url(url, (url.partition("://")[0],))
     except ValueError as error:
         raise ConfigError(f"{part}: {error}") from None
+
+
+def unsplit(parts: SplitResult) -> str:
+    """Return the URL of ``parts``. The standard function loses the ``//`` if there is no host."""
+    query = f"?{parts.query}" if parts.query else ""
+    return f"{parts.scheme}://{parts.netloc}{parts.path}{query}"
 
 
 def url_options(part: str, url: str, allowed: AbstractSet[str]) -> dict[str, str]:

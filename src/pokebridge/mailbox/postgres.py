@@ -8,10 +8,10 @@ import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NamedTuple
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from pokebridge.engines.postgres import Connection
-from pokebridge.engines.urls import check_engine_url
+from pokebridge.engines.urls import check_engine_url, unsplit
 from pokebridge.errors import ConfigError, InputError, MailboxError
 from pokebridge.mailbox.base import (
     FORGET_BATCH,
@@ -451,7 +451,7 @@ def _split_schema(url: str) -> tuple[str, str]:
     query["target_session_attrs"] = "read-write"  # of several hosts, the primary
     if re.fullmatch(r"[a-z_][a-z0-9_]{0,62}", schema) is None:
         raise ConfigError("mailbox: schema must be lower-case letters, digits and underscores")
-    return urlunsplit(parts._replace(query=urlencode(query))), schema
+    return unsplit(parts._replace(query=urlencode(query))), schema
 
 
 async def _migrate(connection: Connection, schema: str) -> None:
