@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -17,9 +18,10 @@ from tests.support import Daemon, Instance, Serve, free_port, wait_until
 from tests.support.engines import BIN
 
 USERS = """authorization { users = [
-    { user: bridge, password: pw %s }
+    { user: bridge, password: %s %s }
     { user: mute, password: pw, permissions: { subscribe: ["other"] } } ] }"""
 TAKEN_AWAY = ', permissions: { subscribe: ["other"] }'
+MAY_NOT_PUBLISH = ', permissions: { publish: ["other"] }'
 ACL = ("on", ">pw", "+@all", "resetchannels")
 CHANNELS = ("&push-notifications", "&push-notifications.*", "&push-notifications-all")
 TIMEOUT_S = 100.0
@@ -42,10 +44,10 @@ class Nats(Daemon):
         command = [str(BIN / "nats-server"), "--config", str(self._config)]
         super().__init__("nats", command, port=port, url="", directory=directory)
 
-    def configure(self, permissions: str) -> None:
+    def configure(self, permissions: str, password: str = "pw") -> None:
         """What the user ``bridge`` may do from the next start or reload on."""
         listen = f"listen: 127.0.0.1:{self.port}\n"
-        self._config.write_text(listen + USERS % permissions + "\n")
+        self._config.write_text(listen + USERS % (password, permissions) + "\n")
 
 
 @pytest.fixture
@@ -180,46 +182,91 @@ async def assert_red_then_green(
     await wait_until(lambda: says(200, ""), 40, "readiness")
 
 
+Fault = tuple[str, Callable[[], object], Callable[[], object]]
+"""What readiness says of it, what breaks something, and what mends it."""
+
+
+def nats_faults(server: Nats) -> list[Fault]:
+    """Permissions and the password."""
+
+    def reload(permissions: str = "", password: str = "pw") -> Callable[[], None]:
+        def reload() -> None:
+            server.configure(permissions, password)
+            os.kill(server.pid, signal.SIGHUP)
+
+        return reload
+
+    return [
+        ("no subscription permission", reload(TAKEN_AWAY), reload()),
+        ("no publish permission", reload(MAY_NOT_PUBLISH), reload()),
+        ("Authorization Violation", reload(password="other"), reload()),
+    ]
+
+
+def redis_faults(admin: Any) -> list[Fault]:
+    """Permissions, the password, and a server that becomes a replica."""
+
+    def ask(*words: object) -> Callable[[], object]:
+        return lambda: admin.execute_command(*words)
+
+    def acl(*rules: str) -> Callable[[], object]:
+        return ask("ACL", "SETUSER", "bridge", *rules)
+
+    def change_password() -> None:
+        acl("resetpass", ">other")()
+        ask("CLIENT", "KILL", "USER", "bridge")()
+
+    return [
+        ("permission", acl("resetchannels"), acl(*CHANNELS)),
+        ("permission", acl("-publish"), acl("+publish")),
+        ("password", change_password, acl("resetpass", ">pw")),
+        ("replica", ask("REPLICAOF", "127.0.0.1", free_port()), ask("REPLICAOF", "NO", "ONE")),
+    ]
+
+
+def pubsub_faults(server: PubSubServer) -> list[Fault]:
+    """Permissions."""
+    loop = asyncio.get_running_loop()
+
+    def in_loop(call: Callable[[], None]) -> Callable[[], object]:
+        return lambda: loop.call_soon_threadsafe(call)
+
+    def deny(method: str) -> Callable[[], object]:
+        def deny() -> None:
+            server.deny(method)
+            server.break_streams()
+
+        return in_loop(deny)
+
+    def allow(method: str) -> Callable[[], object]:
+        return in_loop(lambda: server.allow(method))
+
+    return [
+        ("pubsub.subscriptions.consume", deny("StreamingPull"), allow("StreamingPull")),
+        ("pubsub.topics.publish", deny("Publish"), allow("Publish")),
+    ]
+
+
 async def test_readiness_says_what_is_wrong_later(
     nats_with_users: Nats, own_valkey_server: Daemon, pubsub: PubSubServer, serve: Serve
 ) -> None:
-    """A permission that is taken away from a running instance, and given back."""
+    """What is taken away from a running instance and given back ends no task and fills no log."""
     admin: Any = valkey.Valkey(port=own_valkey_server.port)
     admin.execute_command("ACL", "SETUSER", "bridge", *ACL, *CHANNELS)
-    loop = asyncio.get_running_loop()
-
-    def reload(permissions: str) -> None:
-        nats_with_users.configure(permissions)
-        os.kill(nats_with_users.pid, 1)
-
-    def in_loop(call: Callable[[], None]) -> None:
-        loop.call_soon_threadsafe(call)
-
-    def deny() -> None:
-        pubsub.deny("StreamingPull")
-        pubsub.break_streams()
-
     faults = {
-        f"nats://bridge:pw@{nats_with_users.address}": (
-            "no subscription permission",
-            lambda: reload(TAKEN_AWAY),
-            lambda: reload(""),
-        ),
-        f"redis://bridge:pw@{own_valkey_server.address}/0": (
-            "permission",
-            lambda: admin.execute_command("ACL", "SETUSER", "bridge", "resetchannels"),
-            lambda: admin.execute_command("ACL", "SETUSER", "bridge", *CHANNELS),
-        ),
-        "pubsub://a-project": (
-            "pubsub.subscriptions.consume",
-            lambda: in_loop(deny),
-            lambda: in_loop(lambda: pubsub.allow("StreamingPull")),
-        ),
+        f"nats://bridge:pw@{nats_with_users.address}": nats_faults(nats_with_users),
+        f"redis://bridge:pw@{own_valkey_server.address}/0": redis_faults(admin),
+        "pubsub://a-project": pubsub_faults(pubsub),
     }
 
     async def act(transport: str) -> None:
         instance = await asyncio.to_thread(serve, transport=transport, mailbox="memory://")
-        await assert_red_then_green(instance, *faults[transport])
+        for fault in faults[transport]:
+            await assert_red_then_green(instance, *fault)
+        log = instance.log()
+        assert "Traceback" not in log
+        assert "task_failed" not in log
+        assert log.count("transport_reconnect_failed") <= 2 * len(faults[transport]), log
 
     async with asyncio.timeout(TIMEOUT_S), asyncio.TaskGroup() as group:
         for transport in faults:
