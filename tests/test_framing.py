@@ -18,6 +18,7 @@ from pokebridge.framing import (
     decode_close,
     encode_close,
     encode_frame,
+    whole_text,
 )
 
 
@@ -124,6 +125,54 @@ def test_each_broken_rule_has_its_close_code(data: bytes, code: int) -> None:
 def test_each_broken_rule_is_seen_byte_by_byte_too(data: bytes, code: int) -> None:
     """The same when the bytes trickle in one at a time."""
     assert feed_in_chunks(data, 1) == code
+
+
+def parsed(data: bytes) -> list[FrameEvent] | int:
+    """What a parser makes of ``data``: events, or a close code."""
+    try:
+        return FrameParser().feed(data)
+    except FrameError as error:
+        return error.close_code
+
+
+@given(
+    st.one_of(
+        st.builds(client_frame, st.sampled_from([1, 1, 9]), st.binary(max_size=130)),
+        st.builds(client_frame, st.just(1), texts, fin=st.booleans()),
+        conversations().map(lambda conversation: conversation[0]),
+        st.binary(max_size=20),
+        st.binary(max_size=140).map(lambda rest: b"\x81" + rest),
+    )
+)
+def test_a_whole_short_text_is_what_a_parser_finds(data: bytes) -> None:
+    """The short way reads one frame as the parser does, errors included, or leaves it to it."""
+    counted: list[bool] = []
+
+    def count() -> bool:
+        counted.append(True)
+        return True
+
+    try:
+        text = whole_text(data, count)
+    except FrameError as error:
+        assert parsed(data) == error.close_code
+        return
+    assert len(counted) == (text is not None)
+    if text is not None:
+        assert parsed(data) == [FrameEvent(Opcode.TEXT, text)]
+
+
+@pytest.mark.parametrize("size", [0, 1, 125])
+def test_a_whole_short_text_takes_the_short_way(size: int) -> None:
+    """One of up to 125 bytes does; one more byte, or one less of the frame, leaves it to a parser."""
+    data = client_frame(1, b"x" * size)
+    assert whole_text(data) == b"x" * size
+    assert whole_text(data + b"\x81") is None
+    assert whole_text(data[:-1]) is None
+    assert whole_text(client_frame(1, b"x" * 126)) is None
+    with pytest.raises(FrameError) as refused:
+        whole_text(data, lambda: False)
+    assert refused.value.close_code == 1008
 
 
 def test_an_oversize_message_is_refused_by_its_header() -> None:

@@ -82,6 +82,22 @@ def check_utf8(payload: bytes) -> None:
         raise FrameError(1007, "not UTF-8") from None
 
 
+def whole_text(data: bytes, count: Callable[[], bool] = lambda: True) -> bytes | None:
+    """The message in ``data``, if that is one short text frame and nothing else: the usual case.
+
+    ``None``: it is something else, so a parser has to look at it. ``count`` and the errors are
+    those of :meth:`FrameParser.feed`.
+    """
+    size = len(data) - 6
+    if not 0 <= size < 126 or data[0] != _FIN | Opcode.TEXT or data[1] != _MASKED | size:
+        return None
+    if not count():
+        raise _too_many_frames()
+    payload = _unmask(data[6:], data[2:6])
+    check_utf8(payload)
+    return payload
+
+
 class FrameParser:
     """Turns the bytes of one client into events, and raises at the first broken rule.
 
@@ -118,7 +134,7 @@ class FrameParser:
         start = 0
         while (frame := self._frame_at(start)) is not None:
             if not count():
-                raise FrameError(1008, "too many frames")
+                raise _too_many_frames()
             final, opcode, payload, start = frame
             event = self._take(final, opcode, payload)
             if event is not None:
@@ -197,7 +213,11 @@ class FrameParser:
         return FrameEvent(Opcode.TEXT, message)
 
 
-def _unmask(payload: bytearray, mask: bytearray) -> bytes:
+def _too_many_frames() -> FrameError:
+    return FrameError(1008, "too many frames")
+
+
+def _unmask(payload: bytes | bytearray, mask: bytes | bytearray) -> bytes:
     """XOR with the repeated mask (RFC 6455, section 5.3), as one wide integer operation."""
     size = len(payload)
     key = (mask * (size // 4 + 1))[:size]

@@ -16,7 +16,14 @@ import structlog
 
 from pokebridge.border import note_unforeseen
 from pokebridge.errors import FrameError
-from pokebridge.framing import FrameEvent, FrameParser, Opcode, decode_close, encode_frame
+from pokebridge.framing import (
+    FrameEvent,
+    FrameParser,
+    Opcode,
+    decode_close,
+    encode_frame,
+    whole_text,
+)
 from pokebridge.gateway.acks import Acks
 from pokebridge.gateway.wheel import Wheel
 from pokebridge.session import UNKNOWN_VERSION, Session, State
@@ -222,16 +229,17 @@ class Connection(asyncio.Protocol):
         """Bytes from the client."""
         if self._deaf:
             return
-        parser = self._parser or FrameParser()
         try:
-            for event in parser.feed(data, self.session.hear):
-                self._on_frame(event)
+            text = whole_text(data, self.session.hear) if self._parser is None else None
+            if text is None:
+                self._parse(data)
+            elif self.is_open:
+                self._on_text(text)
         except FrameError as error:
             self._fail(error)
         except Exception as error:  # noqa: BLE001 - the guard of this border
             note_unforeseen("frames", error)
             self._fail(FrameError(1011, "a defect of the server: see its log"))
-        self._parser = None if parser.idle else parser
 
     def pause_writing(self) -> None:
         """The peer does not read: merge pokes, and read nothing more from it."""
@@ -261,6 +269,12 @@ class Connection(asyncio.Protocol):
 
     # --- what the client sends --------------------------------------------------------------------
 
+    def _parse(self, data: bytes) -> None:
+        parser = self._parser or FrameParser()
+        for event in parser.feed(data, self.session.hear):
+            self._on_frame(event)
+        self._parser = None if parser.idle else parser
+
     def _on_frame(self, event: FrameEvent) -> None:
         session = self.session
         if event.opcode is Opcode.CLOSE:
@@ -274,18 +288,21 @@ class Connection(asyncio.Protocol):
         elif event.opcode is Opcode.PING:
             self._transport.write(encode_frame(Opcode.PONG, event.payload))
         else:
-            message = decode_client_message(event.payload)
-            if isinstance(message, Ack):
-                self._on_ack(message.version)
-            elif isinstance(message, Ping):
-                self._transport.write(PONG_FRAME)
-            else:
-                self._host.renew(self, message.token)
+            self._on_text(event.payload)
+
+    def _on_text(self, text: bytes) -> None:
+        message = decode_client_message(text)
+        if isinstance(message, Ack):
+            self._on_ack(message.version)
+        elif isinstance(message, Ping):
+            self._transport.write(PONG_FRAME)
+        else:
+            self._host.renew(self, message.token)
 
     def _on_ack(self, version: int) -> None:
         acks, session = self._host.acks, self.session
         if acks is None:
-            raise FrameError(1008, "this instance keeps no messages: `ready` offered no acks")
+            raise FrameError(1008, "this instance takes no acks: `ready` did not offer them")
         acks.add(session.recipient, session.device, version)
 
     def _on_close(self, payload: bytes) -> None:
@@ -302,6 +319,7 @@ class Connection(asyncio.Protocol):
         is reset, and the reset could overtake the reason.
         """
         self._deaf = True
+        self._parser = None
         self.close(error.close_code, str(error))
         if self._transport.can_write_eof() and not self._transport.is_closing():
             self._transport.write_eof()

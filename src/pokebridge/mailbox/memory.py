@@ -2,6 +2,7 @@
 
 import time
 from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
@@ -60,8 +61,10 @@ class _Log:
 
     def delete_acked(self) -> None:
         """Delete the messages that every known device has acked."""
-        if self.acked:
-            self.delete(0, self.index_after(min(self.acked.values())))
+        if self.acked and self.kept:
+            floor = min(self.acked.values())
+            if self.kept[0].message.version <= floor:
+                self.delete(0, self.index_after(floor))
 
 
 class MemoryMailbox:
@@ -89,7 +92,7 @@ class MemoryMailbox:
     ) -> None:
         self._clock = clock
         self._limits = limits or Limits()
-        self._logs: dict[str, _Log] = {}
+        self._logs: defaultdict[str, _Log] = defaultdict(_Log)
         self._base = 0
         self._receipts: dict[tuple[str, str], tuple[int, int]] = {}
         self._outbox: dict[str, tuple[int, int]] = {}
@@ -104,7 +107,7 @@ class MemoryMailbox:
         key = (message.sender, message.id)
         if message.has_idempotency_key and (first := self._receipts.get(key)):
             return Receipt(message.id, first[0], duplicate=True)
-        log = self._logs.setdefault(message.recipient, _Log())
+        log = self._logs[message.recipient]
         if not log.has_room(message.body, self._limits):
             raise self._limits.refuse()
         log.head = max(log.head, self._base) + 1
@@ -152,8 +155,10 @@ class MemoryMailbox:
 
     async def see_device(self, recipient: str, device: str) -> None:
         """See the port."""
-        now_ms = self._now_ms()
-        acked = self._logs.setdefault(recipient, _Log()).acked
+        self._see(recipient, device, self._now_ms())
+
+    def _see(self, recipient: str, device: str, now_ms: int) -> None:
+        acked = self._logs[recipient].acked
         acked.setdefault(device, 0)
         seen_ms = self._seen_ms.get((recipient, device))
         if seen_ms is None or seen_ms <= now_ms - SEEN_EVERY_MS:
@@ -165,15 +170,16 @@ class MemoryMailbox:
 
     async def ack(self, recipient: str, device: str, version: int) -> None:
         """See the port."""
-        await self.see_device(recipient, device)
-        log = self._logs[recipient]
-        log.acked[device] = max(log.acked[device], min(version, log.head))
-        self._delete_acked(log)
+        await self.ack_all([Ack(recipient, device, version)])
 
     async def ack_all(self, acks: Sequence[Ack]) -> None:
         """See the port."""
-        for ack in acks:
-            await self.ack(*ack)
+        now_ms = self._now_ms()
+        for recipient, device, version in acks:
+            self._see(recipient, device, now_ms)
+            log = self._logs[recipient]
+            log.acked[device] = max(log.acked[device], min(version, log.head))
+            self._delete_acked(log)
 
     async def claim_outbox(self, *, older_than_s: float, limit: int) -> Sequence[Poke]:
         """See the port."""
