@@ -29,6 +29,7 @@ import msgspec
 import structlog
 from jwt.algorithms import HMACAlgorithm
 
+from pokebridge.border import note_unforeseen
 from pokebridge.errors import AuthError, ConfigError, KeysUnavailableError
 from pokebridge.model import MAX_VERSION, check_recipient, is_recipient
 from pokebridge.outgoing import http_client
@@ -46,7 +47,14 @@ MAX_CANDIDATE_KEYS = 8
 KEYS_FRESH_S = 300.0
 # The least time between two fetches, so that made-up key ids do not flood the endpoint.
 KEYS_RETRY_S = 10.0
+# The whole answer of the endpoint must be here by then, and be no larger.
 KEYS_TIMEOUT_S = 5.0
+MAX_KEY_SET_BYTES = 256 * 1024
+MAX_KEYS = 100
+# When no fetch was tried for so long, one is tried before an old key is used: it may be withdrawn.
+KEYS_CHECKED_S = 900.0
+# How long keys stay in use while the endpoint can't be read.
+KEYS_KEPT_S = 24 * 3600.0
 MAX_VERIFIED = 32_768
 """The tokens that a verifier remembers. Each takes about 0.3 KB: 10 MB in all."""
 
@@ -324,8 +332,9 @@ class _Verified:
 class _KeySet:
     """The public keys at a URL (RFC 7517), fetched when needed, by one request at a time.
 
-    A key that was seen once stays usable while the endpoint can't be read; it goes when a newer
-    key set no longer has it. ``on_change`` is called when the endpoint has a different key set.
+    A key that was seen once stays usable while the endpoint can't be read, for a day. It goes when
+    a newer key set no longer has it. ``on_change`` is called when the endpoint has a different key
+    set.
     """
 
     def __init__(self, url: str, clock: Callable[[], float], on_change: Callable[[], None]) -> None:
@@ -343,7 +352,7 @@ class _KeySet:
 
     @property
     def has_keys(self) -> bool:
-        """Whether a fetch has ever succeeded."""
+        """Whether there are keys, from the last fetch that has succeeded."""
         return bool(self._keys)
 
     def find(self, algorithm: object, key_id: str | None) -> Sequence[jwt.PyJWK]:
@@ -369,9 +378,17 @@ class _KeySet:
         raise AuthError("the token's key is not one of the issuer's")
 
     def keep_fresh(self) -> None:
-        """Begin to fetch the keys again if they are old. Call it whenever they are relied on."""
-        if self._clock() - self._fetched_at >= KEYS_FRESH_S:
-            self._start()
+        """Begin to fetch the keys again if they are old. Call it whenever they are relied on.
+
+        Raises:
+            KeysUnavailableError: that must be tried before they are used.
+        """
+        now = self._clock()
+        if now - self._fetched_at < KEYS_FRESH_S:
+            return
+        self._start()
+        if now - self._tried_at >= KEYS_CHECKED_S:
+            raise KeysUnavailableError("the issuer's keys are old and must be fetched, try again")
 
     async def fetched(self) -> None:
         """Wait for a fetch, the one under way or a new one; return at once when it is too soon."""
@@ -397,20 +414,40 @@ class _KeySet:
     async def _refresh(self) -> None:
         self._last_failed = True
         try:
-            response = await self._http.get(self._url)
-            keys = _public_keys(response.raise_for_status().json())
-        except (httpx.HTTPError, ValueError, RecursionError, jwt.PyJWTError) as error:
+            async with asyncio.timeout(KEYS_TIMEOUT_S):
+                document = await self._read()
+            keys = _public_keys(json.loads(document))
+        except (httpx.HTTPError, ValueError, RecursionError, TimeoutError) as error:
             # Neither the error's text nor the URL, because both may contain a secret query.
             log.warning("jwks_fetch_failed", error=type(error).__name__)
+        except Exception as error:  # noqa: BLE001 - the guard of this border
+            note_unforeseen("key_sets", error)
         else:
-            if response.content != self._document:
-                self._document, self._keys = response.content, keys
+            if document != self._document:
+                self._document, self._keys = document, keys
                 self._on_change()
             self._last_failed = False
             self._fetched_at = self._clock()
         finally:
             self._tried_at = self._clock()
             self._fetch = None
+            if self._last_failed and self._tried_at - self._fetched_at >= KEYS_KEPT_S:
+                self._document, self._keys = b"", ()
+                self._on_change()
+
+    async def _read(self) -> bytes:
+        """The endpoint's answer. Not compressed, because a small one could become a huge one."""
+        document = bytearray()
+        headers = {"Accept": "application/json", "Accept-Encoding": "identity"}
+        async with self._http.stream("GET", self._url, headers=headers) as response:
+            response.raise_for_status()
+            if response.headers.get("content-encoding", "identity").lower() != "identity":
+                raise ValueError("the key set is compressed")
+            async for piece in response.aiter_raw():
+                document += piece
+                if len(document) > MAX_KEY_SET_BYTES:
+                    raise ValueError("the key set is too large")
+        return bytes(document)
 
 
 def sign_token(
@@ -472,24 +509,28 @@ def _secret_key(secret: str) -> jwt.PyJWK:
 def _public_keys(key_set: Any) -> list[jwt.PyJWK]:
     """The keys of a JWK set that are for signatures, of an algorithm of ours, and long enough.
 
-    Raises ``ValueError`` or :class:`jwt.PyJWTError` when there is none.
+    Raises ``ValueError`` when there is none, or too many.
     """
     members = key_set.get("keys") if isinstance(key_set, dict) else None
-    found = jwt.PyJWKSet(
-        [
-            {name: member[name] for name in _PUBLIC_MEMBERS if name in member}
-            for member in (members if isinstance(members, list) else [])
-            if isinstance(member, dict)
-            and member.get("kty") in _PUBLIC_TYPES
-            and member.get("use", "sig") == "sig"
-        ]
-    )
-    keys = [
-        key
-        for key in found
-        if key.algorithm_name in PUBLIC_ALGORITHMS
-        and key.Algorithm.check_key_length(key.key) is None
-    ]
+    if not isinstance(members, list) or len(members) > MAX_KEYS:
+        raise ValueError(f"a key set is a list of at most {MAX_KEYS} keys")
+    keys = [key for key in map(_public_key, members) if key is not None]
     if not keys:
         raise ValueError("no usable key")
     return keys
+
+
+def _public_key(member: Any) -> jwt.PyJWK | None:
+    if not isinstance(member, dict) or member.get("use", "sig") != "sig":
+        return None
+    if member.get("kty") not in _PUBLIC_TYPES:
+        return None
+    try:
+        key = jwt.PyJWK({name: member[name] for name in _PUBLIC_MEMBERS if name in member})
+        is_usable = (
+            key.algorithm_name in PUBLIC_ALGORITHMS
+            and key.Algorithm.check_key_length(key.key) is None
+        )
+    except Exception:  # noqa: BLE001 - whatever is wrong with one key, the others are used
+        return None
+    return key if is_usable else None
