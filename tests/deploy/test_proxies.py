@@ -319,13 +319,43 @@ async def test_a_message_wakes_sessions_on_every_instance(run: Run, site: Site) 
         await wait_until(lambda: seen.bodies == ["hello"], what="the message being pulled")
 
 
+HIDDEN_PATHS = (
+    *("/metrics", "/healthz", "/readyz", "/i/b1/metrics", "/s/1/metrics", "/i/b1/%6detrics"),
+    *("/%6detrics", "/%6Detrics", "/metric%73", "/%68ealthz", "/READYZ", "/%4detrics", "/metrics/"),
+    *(
+        "//metrics",
+        "/./metrics",
+        "/x/../metrics",
+        "/x/%2e%2e/metrics",
+        "/%2fmetrics",
+        "/metrics%2f",
+    ),
+    *("/v1/..%2fmetrics", "/v1/../metrics", "//x/metrics", "/%256detrics"),
+)
+
+
+async def status_of(port: int, path: str, trust: ssl.SSLContext | None = None) -> int:
+    """The status of a GET of ``path``, which no library has made tidy."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=trust)
+    writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+    status = int((await reader.readuntil(b"\r\n")).split()[1])
+    writer.close()
+    with suppress(OSError):
+        await writer.wait_closed()
+    return status
+
+
 @pytest.mark.parametrize("recipe", ["fanout", "partitioned"])
 async def test_what_is_the_operators_is_not_the_worlds(run: Run, site: Site, recipe: str) -> None:
-    """The proxy answers 404 for metrics and health, behind a prefix too."""
+    """The proxy answers 404 for metrics and health, behind a prefix too, however they are written.
+
+    An instance knows its paths in one form only, if something in front lets another one through.
+    """
     front = run(site, recipe)
-    async with front.http(BOB) as http:
-        for path in ("/metrics", "/healthz", "/readyz", "/i/b1/metrics", "/s/1/metrics"):
-            assert (await http.get(path)).status_code == httpx.codes.NOT_FOUND
+    for path in HIDDEN_PATHS:
+        assert await status_of(front.proxy.port, path, front.tls) == httpx.codes.NOT_FOUND, path
+        if path not in {"/metrics", "/healthz", "/readyz"}:
+            assert await status_of(site.instances[0].port, path) == httpx.codes.NOT_FOUND, path
 
 
 async def test_limits_count_the_clients_address(run: Run, site: Site) -> None:
