@@ -12,7 +12,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from jwt.algorithms import ECAlgorithm
 
-from pokebridge import tokens
+from pokebridge import key_set
 from pokebridge.errors import AuthError, KeysUnavailableError
 from pokebridge.tokens import TokenVerifier, sign_token
 
@@ -75,7 +75,7 @@ async def served(endpoint: Endpoint, **options: Any) -> AsyncIterator[TokenVerif
 
 async def test_a_dripping_answer_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     """However steadily it drips: a call waits for the whole answer no longer than that."""
-    monkeypatch.setattr(tokens, "KEYS_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(key_set, "KEYS_TIMEOUT_S", 0.5)
     endpoint = Endpoint()
     endpoint.drips = True
     async with asyncio.timeout(30), served(endpoint) as verifier:
@@ -86,7 +86,7 @@ async def test_a_dripping_answer_has_a_deadline(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     "said",
     [
-        answer(b'{"keys":[' + b" " * tokens.MAX_KEY_SET_BYTES + BODY[9:]),
+        answer(b'{"keys":[' + b" " * key_set.MAX_KEY_SET_BYTES + BODY[9:]),
         answer(gzip.compress(BODY), "Content-Encoding: gzip"),
         answer(gzip.compress(b" " * 60_000_000), "Content-Encoding: gzip"),
         answer(b"", "Location: http://127.0.0.1:1/keys", status=302),
@@ -97,7 +97,7 @@ async def test_a_dripping_answer_has_a_deadline(monkeypatch: pytest.MonkeyPatch)
         answer(b"\xff\xfe\x00"),
         answer(b'{"keys": 5}'),
         answer(b'{"keys": [' + b"9" * 5_000 + b"]}"),
-        answer(json.dumps({"keys": [JWK] * (tokens.MAX_KEYS + 1)}).encode()),
+        answer(json.dumps({"keys": [JWK] * (key_set.MAX_KEYS + 1)}).encode()),
         b"HTTP/1.1 200 X\r\n" + b"A: b\r\n" * 50_000,
         b"nonsense\r\n\r\n",
         b"",
@@ -110,7 +110,7 @@ async def test_what_is_no_key_set_changes_nothing(said: bytes) -> None:
     async with served(endpoint, clock=lambda: now[0]) as verifier:
         assert (await verifier.verify(TOKEN)).subject == "urn:user:bob"
         assert b"accept-encoding: identity" in endpoint.asked[0].lower()
-        endpoint.said, now[0] = said, now[0] + tokens.KEYS_CHECKED_S
+        endpoint.said, now[0] = said, now[0] + key_set.KEYS_CHECKED_S
         with pytest.raises(KeysUnavailableError):
             verifier.verify_now(TOKEN)
         assert (await verifier.verify(TOKEN)).subject == "urn:user:bob"
@@ -148,7 +148,7 @@ async def test_keys_outlive_an_outage_for_a_day() -> None:
         await verifier.verify(TOKEN)
         assert verifier._key_set is not None
         endpoint.said = answer(b"", status=503)
-        for _ in range(int(tokens.KEYS_KEPT_S // 800)):
+        for _ in range(int(key_set.KEYS_KEPT_S // 800)):
             await verifier.check()
             now[0] += 800
             verifier.verify_now(TOKEN)  # at once: there was an attempt lately

@@ -92,6 +92,7 @@ def test_handle_poke_and_the_session_map_know_nothing_of_phases() -> None:
     imported = {name.removeprefix("pokebridge.") for name in result.stdout.split()}
     assert imported <= {
         "backoff",
+        "border",
         "errors",
         "framing",
         "gateway",

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 
-from pokebridge import tokens
+from pokebridge import key_set, tokens
 from pokebridge.errors import AuthError, ConfigError, InputError, KeysUnavailableError
 from pokebridge.gateway.disconnects import Disconnects
 from pokebridge.tokens import TokenVerifier, sign_token
@@ -524,7 +524,7 @@ async def test_an_unchanged_key_set_forgets_no_token(
     token = signed(EC_KEY, "ES256", "e")
     await jwks.verify(token)
     checks.clear()
-    clock.now += tokens.KEYS_FRESH_S
+    clock.now += key_set.KEYS_FRESH_S
     jwks.verify_now(token)
     assert jwks._key_set is not None
     await jwks._key_set.fetched()
@@ -540,7 +540,7 @@ async def test_a_token_of_a_withdrawn_key_is_forgotten(
     token, other = signed(EC_KEY, "ES256", "e"), signed(RSA_KEY, "RS256", "r")
     for each in (token, other):
         await jwks.verify(each)
-    clock.now += tokens.KEYS_RETRY_S
+    clock.now += key_set.KEYS_RETRY_S
     issuer.answer = {"keys": [RSA_JWK]}
     with pytest.raises(AuthError):
         await jwks.verify(signed(EC_KEY, "ES256", "unknown"))
@@ -613,7 +613,7 @@ async def test_a_token_is_tried_with_a_few_keys_only(jwks: TokenVerifier, issuer
     issuer.answer = {"keys": [rsa_jwk(RSA_KEY, None)] * 100}
     await jwks.verify(signed(RSA_KEY, "RS256", None))
     assert jwks._key_set is not None
-    assert len(jwks._key_set.find("RS256", None)) == tokens.MAX_CANDIDATE_KEYS
+    assert len(jwks._key_set.find("RS256", None)) == key_set.MAX_CANDIDATE_KEYS
 
 
 async def test_a_public_key_is_no_hmac_secret(jwks: TokenVerifier) -> None:
@@ -675,7 +675,7 @@ async def test_garbage_key_ids_do_not_hammer_the_issuer(
             with pytest.raises(AuthError, match="not one of the issuer's"):
                 await jwks.verify(signed(EC_KEY, "ES256", f"made-up-{n}"))
         assert issuer.requests == round_
-        clock.now += tokens.KEYS_RETRY_S
+        clock.now += key_set.KEYS_RETRY_S
 
 
 async def test_a_rotated_key_is_found(jwks: TokenVerifier, issuer: Issuer, clock: Clock) -> None:
@@ -683,7 +683,7 @@ async def test_a_rotated_key_is_found(jwks: TokenVerifier, issuer: Issuer, clock
     new = ec.generate_private_key(ec.SECP256R1())
     await jwks.verify(signed(EC_KEY, "ES256", "e"))
     issuer.answer = {"keys": [ECAlgorithm.to_jwk(new.public_key(), as_dict=True) | {"kid": "new"}]}
-    clock.now += tokens.KEYS_RETRY_S
+    clock.now += key_set.KEYS_RETRY_S
     assert (await jwks.verify(signed(new, "ES256", "new"))).subject == BOB
     with pytest.raises(AuthError, match="not one of the issuer's"):
         await jwks.verify(signed(EC_KEY, "ES256", "e"))
@@ -695,7 +695,7 @@ async def test_an_old_key_set_is_renewed_without_a_wait(
     """A stale set verifies at once, and the new one replaces it behind the scenes."""
     token = signed(EC_KEY, "ES256", "e")
     await jwks.verify(token)
-    clock.now += tokens.KEYS_FRESH_S
+    clock.now += key_set.KEYS_FRESH_S
     issuer.answer = {"keys": [RSA_JWK]}
     assert jwks.verify_now(token).subject == BOB
 
@@ -721,7 +721,7 @@ async def test_keys_outlive_an_outage(
     token = signed(EC_KEY, "ES256", "e")
     await jwks.verify(token)
     issuer.status, issuer.answer = status, answer
-    clock.now += tokens.KEYS_FRESH_S
+    clock.now += key_set.KEYS_FRESH_S
     for _ in range(5):
         with pytest.raises(KeysUnavailableError):
             await jwks.verify(signed(EC_KEY, "ES256", "unknown"))

@@ -29,8 +29,8 @@ KEY_SET = {"keys": [ECAlgorithm.to_jwk(KEY.public_key(), as_dict=True) | {"kid":
 AUDIENCE = "pokes"
 # An instance that takes a key set for old after a moment, and asks for another as often.
 IMPATIENT = """
-from pokebridge import cli, tokens
-tokens.KEYS_FRESH_S = tokens.KEYS_RETRY_S = 0.1
+from pokebridge import cli, key_set
+key_set.KEYS_FRESH_S = key_set.KEYS_RETRY_S = 0.1
 cli.main()
 """
 
