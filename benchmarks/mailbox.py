@@ -27,11 +27,12 @@ from typing import Protocol
 import asyncpg
 
 from benchmarks.harness import BenchmarkError, Figure, compare, progress, recipient
-from pokebridge.mailbox import postgres, sqlite, sqlite_file
+from pokebridge.mailbox import postgres, sqlite
 from pokebridge.mailbox.base import PAGE_BYTES, Limits, Mailbox
 from pokebridge.mailbox.postgres import PostgresMailbox
 from pokebridge.mailbox.postgres_pool import CONNECTIONS, SERVER_SETTINGS
 from pokebridge.mailbox.sqlite import SqliteMailbox
+from pokebridge.mailbox.sqlite_checkpoints import CHECKPOINT_PAGES
 from pokebridge.model import MAX_VERSION, NewMessage
 from tests.support.engines import run_postgres
 
@@ -233,7 +234,7 @@ class SqliteDriver:
         self._thread = ThreadPoolExecutor(1)
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         self._db.execute("PRAGMA synchronous = FULL")
-        self._db.execute(f"PRAGMA wal_autocheckpoint = {sqlite_file.CHECKPOINT_PAGES}")
+        self._db.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
         self._loop = asyncio.get_running_loop()
 
     async def append(self, messages: Sequence[NewMessage]) -> None:

@@ -15,15 +15,16 @@ from typing import Any
 import pytest
 
 from pokebridge.errors import ConfigError, InputError, MailboxError, MailboxFullError
-from pokebridge.mailbox import base, sqlite, sqlite_file, sqlite_workers
+from pokebridge.mailbox import base, sqlite, sqlite_checkpoints, sqlite_file, sqlite_workers
 from pokebridge.mailbox.base import Limits, Mailbox
 from pokebridge.mailbox.sqlite import SqliteMailbox
+from pokebridge.mailbox.sqlite_checkpoints import Checkpointer
 from pokebridge.mailbox.sqlite_generation import state_of
 from pokebridge.mailbox.sqlite_workers import WorkerPool, commit_together
 from pokebridge.model import Receipt
 from pokebridge.testing.mailbox import Connect, DurableMailboxContract
 from pokebridge.testing.mailbox_kit import BOB, ManualClock, fill, kept, message, unpoked, versions
-from tests.support.waiting import wait_until
+from tests.support.waiting import block_until, wait_until
 
 APPENDER = Path(__file__).with_name("appender.py")
 
@@ -233,6 +234,39 @@ class TestTheWriter:
             await asyncio.gather(*calls, return_exceptions=True)
         await wait_until(lambda: mailbox._writes._waiting == 0)
         assert (await mailbox.append(message())).version == 4
+
+
+class TestCheckpoints:
+    """The write-ahead log is copied into the file without the writer."""
+
+    async def test_the_log_is_copied_before_a_commit_has_to(
+        self, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What was committed is in the file itself, though no commit ever found the log too long.
+
+        The log keeps it as well: a restart reads everything, whatever was copied.
+        """
+        monkeypatch.setattr(sqlite_file, "CHECKPOINT_PAGES", 1_000_000)
+        monkeypatch.setattr(sqlite_checkpoints, "COPY_PAGES", 20)
+        monkeypatch.setattr(sqlite_checkpoints, "COPY_AGAIN_PAGES", 20)
+        mailbox = await SqliteMailbox.open(path)
+        big = b"1" * 20_000
+        for copied_bytes in (100_000, 300_000):  # again and again
+            await asyncio.gather(*(mailbox.append(message(body=big)) for _ in range(20)))
+            await wait_until(lambda: path.stat().st_size > copied_bytes)  # noqa: B023
+        assert len(await versions(mailbox)) == 40
+        await mailbox.close()
+        assert not [it for it in threading.enumerate() if it.name == "mailbox-checkpointer"]
+
+    def test_a_copy_that_fails_is_not_the_last(self, path: Path) -> None:
+        """The thread goes on, since the writer's own checkpoint may succeed, and the next copy."""
+        path.write_text("no database" * 100)
+        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        checkpointer = Checkpointer(db)
+        for _ in range(2):
+            checkpointer._is_due.set()
+            block_until(lambda: not checkpointer._is_due.is_set())
+        checkpointer.close()
 
 
 class TestReading:

@@ -2,7 +2,8 @@
 
 All writes of a process go through one thread. Calls that arrive during a commit share the next
 transaction (group commit), so a flush of the disk serves many calls under load. Reads have a few
-threads of their own. In WAL mode they never wait for the writer.
+threads of their own. In WAL mode they never wait for the writer. Another thread copies the
+write-ahead log into the file.
 """
 
 import asyncio
@@ -28,6 +29,7 @@ from pokebridge.mailbox.base import (
     page_of,
 )
 from pokebridge.mailbox.pushes import PushTiming
+from pokebridge.mailbox.sqlite_checkpoints import Checkpointer
 from pokebridge.mailbox.sqlite_file import open_file, pragma
 from pokebridge.mailbox.sqlite_guard import FileGuard
 from pokebridge.mailbox.sqlite_pushes import SqlitePushes, owe
@@ -56,6 +58,7 @@ class SqliteMailbox:
 
     - ``pushes``: the pending pushes, or ``None``
     - ``_writes``, ``_reads``: the threads
+    - ``_checkpointer``: copies the write-ahead log into the file
     - ``_guard``: watches the file
     - ``_clock``: gives Unix time in seconds
     - ``_limits``: the limits of each recipient
@@ -67,6 +70,7 @@ class SqliteMailbox:
     def __init__(
         self,
         writer: sqlite3.Connection,
+        checkpointer: sqlite3.Connection,
         readers: Sequence[sqlite3.Connection],
         guard: FileGuard,
         clock: Callable[[], float],
@@ -77,7 +81,8 @@ class SqliteMailbox:
         self._clock = clock
         self._limits = limits
         self._push_timing = push_timing
-        commit = guard.writing(_commit)
+        self._checkpointer = Checkpointer(checkpointer)
+        commit = self._checkpointer.watching(guard.writing(_commit))
         self._writes = WorkerPool("mailbox-writer", [writer], commit, WRITE_BATCH)
         self._reads = WorkerPool("mailbox-reader", readers, guard.reading(do_each), READ_BATCH)
         self.pushes = (
@@ -103,8 +108,9 @@ class SqliteMailbox:
             ConfigError: the path can't be used, or the file is no mailbox.
             MailboxError: another process keeps the file locked.
         """
-        (writer, *readers), guard = await asyncio.to_thread(open_file, Path(path), clock())
-        return cls(writer, readers, guard, clock, limits or Limits(), push_timing)
+        connections, guard = await asyncio.to_thread(open_file, Path(path), clock())
+        writer, checkpointer, *readers = connections
+        return cls(writer, checkpointer, readers, guard, clock, limits or Limits(), push_timing)
 
     async def append(self, message: NewMessage) -> Receipt:
         """See the port."""
@@ -207,6 +213,7 @@ class SqliteMailbox:
 
     async def close(self) -> None:
         """See the port."""
+        await asyncio.to_thread(self._checkpointer.close)
         await self._reads.close()
         await self._writes.close()
 

@@ -12,16 +12,14 @@ import structlog
 
 from pokebridge.errors import ConfigError, MailboxError
 from pokebridge.mailbox import sqlite_generation as generation
+from pokebridge.mailbox.sqlite_checkpoints import CHECKPOINT_PAGES
 from pokebridge.mailbox.sqlite_generation import SideFile
 from pokebridge.mailbox.sqlite_guard import SUFFIXES, FileGuard
 from pokebridge.mailbox.sqlite_pushes import TABLES
 from pokebridge.mailbox.sqlite_workers import LOCK_TIMEOUT_S, result_code
 
 READERS: Final = 2
-# A checkpoint starts when the write-ahead log has so many pages (32 MiB). Messages of many
-# recipients touch many pages: with SQLite's default of 1,000 every second batch would start one.
-# After a checkpoint the log is cut back to WAL_SIZE_BYTES.
-CHECKPOINT_PAGES: Final = 8192
+# After a checkpoint the write-ahead log is cut back to this.
 WAL_SIZE_BYTES: Final = 64 * 1024 * 1024
 # For each connection. The look-up tables of a million recipients fit.
 CACHE_SIZE_BYTES: Final = 32 * 1024 * 1024
@@ -97,7 +95,7 @@ _creating = threading.Lock()
 def open_file(path: Path, now_s: float) -> tuple[list[sqlite3.Connection], FileGuard]:
     """Open the file and migrate its schema. ``now_s`` is the Unix time.
 
-    Returns the writer's connection, then the readers', and the file's guard.
+    Returns the connections of the writer, the checkpointer and the readers, and the file's guard.
     """
     try:
         path = path.absolute()  # so that ":memory:" is a file like any other
@@ -106,7 +104,7 @@ def open_file(path: Path, now_s: float) -> tuple[list[sqlite3.Connection], FileG
         _create(path)
         with ExitStack() as on_error:
             connections = [
-                on_error.enter_context(closing(_connect(path))) for _ in range(1 + READERS)
+                on_error.enter_context(closing(_connect(path))) for _ in range(2 + READERS)
             ]
             side_file = SideFile(path.resolve())
             _bring_up_to_date(connections[0], path, side_file, now_s)
