@@ -183,6 +183,9 @@ class Settings(BaseModel):
     )
     """Most bytes of message bodies stored for one recipient. When it is reached, senders get
     status 507."""
+    max_share_per_sender: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.5
+    """Largest share of a recipient's quota that the messages of one sender may use, so that none
+    can fill a mailbox for all others. A sender above it gets status 507. 1: no limit of its own."""
     # That a device was seen is written down once a day.
     forget_device_days: Annotated[float, Field(ge=2, le=36500, allow_inf_nan=False)] = (
         _LIMITS.forget_device_s / _DAY_S

@@ -6,6 +6,7 @@ from typing import Final, NamedTuple, Protocol
 
 from pokebridge.errors import MailboxError, MailboxFullError
 from pokebridge.model import MAX_VERSION, Ack, Message, NewMessage, Page, Poke, Receipt
+from pokebridge.submission import MAX_BODY_BYTES
 
 DAY_MS: Final = 24 * 3600 * 1000
 RECEIPT_KEPT_MS: Final = 7 * DAY_MS
@@ -33,19 +34,39 @@ class Limits:
     """The limits of each recipient's mailbox, and how long a device is remembered.
 
     ``max_messages`` and ``max_bytes`` (of bodies) count stored messages. An expired message counts
-    until it is purged. A device unseen for ``forget_device_s`` seconds is forgotten, so that
-    messages do not wait for its acks for ever.
+    until it is purged. One sender may use ``max_share`` of both, so that none can fill a mailbox
+    for all others. One message of any size is always within the share. A device unseen for
+    ``forget_device_s`` seconds is forgotten, so that messages do not wait for its acks for ever.
     """
 
     max_messages: int = 10_000
     max_bytes: int = 64 * 1024 * 1024
     forget_device_s: float = 90 * DAY_MS / 1000
+    max_share: float = 1.0
+
+    @property
+    def share_messages(self) -> int:
+        """The most messages of one sender."""
+        return max(1, int(self.max_messages * self.max_share))
+
+    @property
+    def share_bytes(self) -> int:
+        """The most bytes of one sender's bodies."""
+        return max(min(self.max_bytes, MAX_BODY_BYTES), int(self.max_bytes * self.max_share))
 
     def refuse(self) -> MailboxFullError:
         """The error for a message that exceeds the limits."""
         return MailboxFullError(
             f"the recipient's mailbox is full ({self.max_messages} messages or {self.max_bytes}"
             " bytes): it takes messages again when some are acked or have expired"
+        )
+
+    def refuse_share(self) -> MailboxFullError:
+        """The error for a message that exceeds its sender's share."""
+        return MailboxFullError(
+            f"the sender's share of the recipient's mailbox is used up ({self.share_messages}"
+            f" messages or {self.share_bytes} bytes): send again when some of them are acked or"
+            " have expired"
         )
 
     def unseen_since_ms(self, now_ms: int) -> int:
@@ -107,7 +128,8 @@ class Mailbox(Protocol):
         """Commit ``message`` as its recipient's next version, with an outbox entry for its poke.
 
         Raises :class:`~pokebridge.errors.MailboxFullError` when the message exceeds the
-        recipient's limits. Then nothing was committed. A duplicate is never refused.
+        recipient's limits, or its sender's share of them. Then nothing was committed. A duplicate
+        is never refused.
         """
 
     async def read(

@@ -36,25 +36,48 @@ class _Kept(NamedTuple):
 
 @dataclass(slots=True)
 class _Log:
-    """One recipient's messages, ``kept`` in version order, and its devices' acks, ``acked``."""
+    """One recipient's messages, ``kept`` in version order, and its devices' acks, ``acked``.
+
+    ``shares`` has the number of messages of each sender, and the bytes of their bodies.
+    """
 
     head: int = 0
     kept: list[_Kept] = field(default_factory=list)
     kept_bytes: int = 0
     acked: dict[str, int] = field(default_factory=dict)
+    shares: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def index_after(self, version: int) -> int:
         """The index in ``kept`` of the first version above ``version``."""
         return bisect_right(self.kept, version, key=attrgetter("message.version"))
 
-    def has_room(self, body: bytes, limits: Limits) -> bool:
-        """Whether a message with ``body`` fits."""
-        fits = self.kept_bytes + len(body) <= limits.max_bytes
-        return fits and len(self.kept) < limits.max_messages
+    def check_room(self, message: NewMessage, limits: Limits) -> None:
+        """Raise MailboxFullError unless ``message`` fits."""
+        size_bytes = len(message.body)
+        fits = self.kept_bytes + size_bytes <= limits.max_bytes
+        if not fits or len(self.kept) >= limits.max_messages:
+            raise limits.refuse()
+        messages, share_bytes = self.shares.get(message.sender, (0, 0))
+        fits = share_bytes + size_bytes <= limits.share_bytes
+        if not fits or messages >= limits.share_messages:
+            raise limits.refuse_share()
+
+    def keep(self, kept: _Kept) -> None:
+        """Add a message."""
+        self.kept.append(kept)
+        self._count(kept.message, 1)
+
+    def _count(self, message: Message, sign: int) -> None:
+        messages, share_bytes = self.shares.pop(message.sender, (0, 0))
+        size_bytes = sign * len(message.body)
+        self.kept_bytes += size_bytes
+        if messages + sign:
+            self.shares[message.sender] = (messages + sign, share_bytes + size_bytes)
 
     def delete(self, start: int, end: int) -> int:
         """Delete the messages from index ``start`` up to ``end``. Returns how many."""
-        self.kept_bytes -= sum(len(kept.message.body) for kept in self.kept[start:end])
+        for kept in self.kept[start:end]:
+            self._count(kept.message, -1)
         before = len(self.kept)
         del self.kept[start:end]
         return before - len(self.kept)
@@ -108,12 +131,10 @@ class MemoryMailbox:
         if message.has_idempotency_key and (first := self._receipts.get(key)):
             return Receipt(message.id, first[0], duplicate=True)
         log = self._logs[message.recipient]
-        if not log.has_room(message.body, self._limits):
-            raise self._limits.refuse()
+        log.check_room(message, self._limits)
         log.head = max(log.head, self._base) + 1
-        log.kept_bytes += len(message.body)
         expires_ms = expiry_ms(message, now_ms)
-        log.kept.append(
+        log.keep(
             _Kept(Message(log.head, message.id, message.sender, message.body, now_ms), expires_ms)
         )
         if expires_ms is not None:

@@ -51,11 +51,9 @@ MIGRATION_TIMEOUT_S: Final = 600.0
 
 # With the position after it, which is durable once the append is.
 APPEND: Final = """
-SELECT versions, wal_position() FROM append($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) AS versions
-"""
-APPEND_OWING_PUSHES: Final = """
-SELECT versions, wal_position()
-FROM append_owing_pushes($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12) AS versions
+SELECT versions, wal_position() FROM append_within_shares(
+    $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14
+) AS versions
 """
 # For each pull: the recipient's head, a page from the same snapshot, and the message after the
 # page, which shows that there is more.
@@ -334,8 +332,8 @@ class PostgresMailbox:
         for key, message in zip(keys, messages, strict=True):
             once.setdefault(key, message)
         new = once.values()
-        statement = APPEND
-        parameters: tuple[object, ...] = (
+        timing = None if self.pushes is None else self.pushes.timing
+        parameters = (
             uuid.uuid4(),
             [message.recipient for message in new],
             [message.sender for message in new],
@@ -346,20 +344,22 @@ class PostgresMailbox:
             self._limits.max_messages,
             self._limits.max_bytes,
             self._now_ms(),
+            [timing.concerns(message) for message in new] if timing else None,
+            timing.grace_ms if timing else None,
+            self._limits.share_messages,
+            self._limits.share_bytes,
         )
-        if self.pushes is not None:
-            statement, timing = APPEND_OWING_PUSHES, self.pushes.timing
-            concern = [timing.concerns(message) for message in new]
-            parameters = (*parameters, concern, timing.grace_ms)
         ((versions, position),) = await self._pool.run(
-            lambda connection: connection.fetch(statement, *parameters)
+            lambda connection: connection.fetch(APPEND, *parameters)
         )
         self._position = max(self._position, position or 0)
         outcome = dict(zip(once, versions, strict=True))
         answers: list[Receipt | Exception] = []
         for key, message in zip(keys, messages, strict=True):
             version = outcome[key]
-            if version == 0:
+            if version is None:
+                answers.append(self._limits.refuse_share())
+            elif version == 0:
                 answers.append(self._limits.refuse())
             else:
                 answers.append(Receipt(message.id, abs(version), duplicate=version < 0))

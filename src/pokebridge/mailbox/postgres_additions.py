@@ -164,5 +164,126 @@ CREATE TRIGGER limit_devices AFTER INSERT ON devices REFERENCING NEW TABLE AS ne
     FOR EACH STATEMENT EXECUTE FUNCTION limit_devices();
 """  # noqa: S608 - a constant of ours
 
-ADDITIONS: Final = (_GENERATIONS, _DEVICES_LIMIT)
+_SHARES = """
+-- How many messages of each sender are kept. By triggers, so that it is true of what instances of
+-- earlier releases do, with a search_path of their own, so that a restore runs them too.
+CREATE TABLE shares (
+    recipient text COLLATE "C" NOT NULL,
+    sender text COLLATE "C" NOT NULL,
+    messages bigint NOT NULL,
+    bytes bigint NOT NULL,
+    PRIMARY KEY (recipient, sender)
+) WITH (fillfactor = 80, autovacuum_vacuum_scale_factor = 0.05);
+
+CREATE FUNCTION grow_shares() RETURNS trigger LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+BEGIN
+    INSERT INTO shares
+        SELECT recipient, sender, count(*), sum(octet_length(body)) FROM added
+        GROUP BY recipient, sender ORDER BY recipient, sender
+    ON CONFLICT (recipient, sender) DO UPDATE SET
+        messages = shares.messages + excluded.messages, bytes = shares.bytes + excluded.bytes;
+    RETURN NULL;
+END $$;
+CREATE TRIGGER grow_shares AFTER INSERT ON messages REFERENCING NEW TABLE AS added
+    FOR EACH STATEMENT EXECUTE FUNCTION grow_shares();
+
+CREATE FUNCTION shrink_shares() RETURNS trigger LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+BEGIN
+    WITH gone AS MATERIALIZED (
+        SELECT recipient, sender, count(*) AS messages, sum(octet_length(body)) AS bytes
+        FROM removed GROUP BY recipient, sender
+    ), lowered AS (
+        UPDATE shares SET messages = shares.messages - gone.messages,
+            bytes = shares.bytes - gone.bytes
+        FROM gone WHERE shares.recipient = gone.recipient AND shares.sender = gone.sender
+            AND shares.messages > gone.messages
+    )
+    DELETE FROM shares USING gone
+    WHERE shares.recipient = gone.recipient AND shares.sender = gone.sender
+        AND shares.messages <= gone.messages;
+    RETURN NULL;
+END $$;
+CREATE TRIGGER shrink_shares AFTER DELETE ON messages REFERENCING OLD TABLE AS removed
+    FOR EACH STATEMENT EXECUTE FUNCTION shrink_shares();
+
+INSERT INTO shares
+    SELECT recipient, sender, count(*), sum(octet_length(body)) FROM messages
+    GROUP BY recipient, sender;
+
+-- What append does, or append_owing_pushes if a_concern is given, without the messages that exceed
+-- their senders' shares. For these the answer has NULL.
+CREATE FUNCTION append_within_shares(
+    a_batch uuid, a_recipients text[], a_senders text[], a_ids text[], a_ids_are_senders boolean[],
+    a_bodies bytea[], a_ttls_ms bigint[], a_max_messages bigint, a_max_bytes bigint,
+    a_now_ms bigint, a_concern boolean[], a_grace_ms bigint,
+    a_share_messages bigint, a_share_bytes bigint
+) RETURNS bigint[] LANGUAGE plpgsql AS $$
+DECLARE
+    answer bigint[];
+    fitting integer[];
+    batch uuid := a_batch;
+    a_count integer := cardinality(a_recipients);
+    a_bytes bigint := (SELECT sum(octet_length(body)) FROM unnest(a_bodies) AS given (body));
+BEGIN
+    SELECT outcome INTO answer FROM batches WHERE id = a_batch;
+    IF FOUND THEN
+        RETURN answer;
+    END IF;
+    INSERT INTO heads (recipient)
+        SELECT DISTINCT recipient COLLATE "C" AS name FROM unnest(a_recipients) AS given (recipient)
+        ORDER BY name ON CONFLICT DO NOTHING;
+    PERFORM FROM heads WHERE recipient = ANY (a_recipients) ORDER BY recipient FOR NO KEY UPDATE;
+    -- From here on a statement sees all that was committed to these recipients.
+    IF EXISTS (
+        SELECT FROM heads WHERE recipient = ANY (a_recipients)
+        AND (kept_messages + a_count > a_share_messages OR kept_bytes + a_bytes > a_share_bytes)
+    ) THEN
+        WITH given AS MATERIALIZED (
+            SELECT g.recipient, g.sender, g.n, receipts.version IS NOT NULL AS is_old,
+                count(*) OVER own AS messages, sum(octet_length(g.body)) OVER own AS bytes
+            FROM unnest(a_recipients, a_senders, a_ids, a_ids_are_senders, a_bodies)
+                WITH ORDINALITY AS g (recipient, sender, id, id_is_senders, body, n)
+            LEFT JOIN receipts
+                ON g.id_is_senders AND receipts.sender = g.sender AND receipts.id = g.id
+            WINDOW own AS (
+                PARTITION BY g.recipient, g.sender, receipts.version IS NOT NULL ORDER BY g.n
+            )
+        )
+        SELECT coalesce(array_agg(n::integer ORDER BY n), '{}') INTO fitting
+        FROM given LEFT JOIN shares USING (recipient, sender)
+        WHERE is_old OR (
+            coalesce(shares.messages, 0) + given.messages <= a_share_messages
+            AND coalesce(shares.bytes, 0) + given.bytes <= a_share_bytes
+        );
+    END IF;
+    IF cardinality(fitting) = 0 THEN
+        RETURN array_fill(NULL::bigint, ARRAY[a_count]);
+    END IF;
+    IF cardinality(fitting) < a_count THEN
+        batch := gen_random_uuid();
+        SELECT array_agg(a_recipients[n] ORDER BY i), array_agg(a_senders[n] ORDER BY i),
+            array_agg(a_ids[n] ORDER BY i), array_agg(a_ids_are_senders[n] ORDER BY i),
+            array_agg(a_bodies[n] ORDER BY i), array_agg(a_ttls_ms[n] ORDER BY i),
+            CASE WHEN a_concern IS NOT NULL THEN array_agg(a_concern[n] ORDER BY i) END
+        INTO a_recipients, a_senders, a_ids, a_ids_are_senders, a_bodies, a_ttls_ms, a_concern
+        FROM unnest(fitting) WITH ORDINALITY AS chosen (n, i);
+    END IF;
+    IF a_concern IS NULL THEN
+        answer := append(batch, a_recipients, a_senders, a_ids, a_ids_are_senders, a_bodies,
+            a_ttls_ms, a_max_messages, a_max_bytes, a_now_ms);
+    ELSE
+        answer := append_owing_pushes(batch, a_recipients, a_senders, a_ids, a_ids_are_senders,
+            a_bodies, a_ttls_ms, a_max_messages, a_max_bytes, a_now_ms, a_concern, a_grace_ms);
+    END IF;
+    IF batch <> a_batch THEN
+        SELECT array_agg(answer[place] ORDER BY n) INTO answer
+        FROM generate_series(1, a_count) AS given (n)
+        LEFT JOIN LATERAL (SELECT array_position(fitting, n) AS place) AS found ON true;
+        INSERT INTO batches VALUES (a_batch, answer, now_ms(a_now_ms));
+    END IF;
+    RETURN answer;
+END $$;
+"""
+
+ADDITIONS: Final = (_GENERATIONS, _DEVICES_LIMIT, _SHARES)
 """The statements of each addition, after the migrations of ``postgres_schema``."""

@@ -376,17 +376,17 @@ MIGRATIONS: Final = (_TABLES + _NOW + _APPEND + _DEVICES + _UPKEEP, _PUSHES)
 CHECK: Final = """
 WITH ours AS (SELECT to_regnamespace(quote_ident(current_schema())) AS namespace)
 SELECT current_setting('transaction_read_only') = 'on', (
-    SELECT count(*) = 9 AND bool_and(has_table_privilege(oid, 'SELECT')
+    SELECT count(*) = 10 AND bool_and(has_table_privilege(oid, 'SELECT')
         AND has_table_privilege(oid, 'INSERT') AND has_table_privilege(oid, 'UPDATE')
         AND (relname = 'generation' OR has_table_privilege(oid, 'DELETE')))
     FROM pg_class JOIN ours ON relnamespace = namespace
     WHERE relname IN ('heads', 'messages', 'receipts', 'batches', 'outbox', 'devices', 'pushes',
-        'dead_pushes', 'generation')
+        'dead_pushes', 'generation', 'shares')
 ), (
-    SELECT count(DISTINCT proname) = 8 AND bool_and(has_function_privilege(pg_proc.oid, 'EXECUTE'))
+    SELECT count(DISTINCT proname) = 9 AND bool_and(has_function_privilege(pg_proc.oid, 'EXECUTE'))
     FROM pg_proc JOIN ours ON pronamespace = namespace
-    WHERE proname IN ('append', 'append_above_heads', 'generation_base', 'current_history',
-        'see_devices', 'ack', 'delete_acked', 'purge_messages')
+    WHERE proname IN ('append', 'append_within_shares', 'append_above_heads', 'generation_base',
+        'current_history', 'see_devices', 'ack', 'delete_acked', 'purge_messages')
 )
 """
 """Whether writes are impossible, and whether all that they need is there and permitted."""

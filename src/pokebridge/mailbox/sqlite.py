@@ -241,6 +241,8 @@ def _append(db: sqlite3.Connection, message: NewMessage, limits: Limits, now_ms:
     version, kept_messages, kept_bytes = row
     if kept_messages > limits.max_messages or kept_bytes > limits.max_bytes:
         raise limits.refuse()  # which undoes the job
+    if kept_messages > limits.share_messages or kept_bytes > limits.share_bytes:
+        _check_share(db, message, limits)
     db.execute(
         "INSERT INTO messages VALUES (?, ?, ?, ?, ?, ?, ?)",
         (
@@ -275,6 +277,17 @@ def _count_appended(db: sqlite3.Connection, outcomes: Sequence[Outcome]) -> None
     receipts = (outcome.result for outcome in outcomes if isinstance(outcome.result, Receipt))
     if appended := sum(not receipt.duplicate for receipt in receipts):
         generation.count_appended(db, appended)
+
+
+def _check_share(db: sqlite3.Connection, message: NewMessage, limits: Limits) -> None:
+    row = db.execute(
+        "SELECT messages, bytes FROM shares WHERE recipient = ? AND sender = ?",
+        (message.recipient, message.sender),
+    ).fetchone()
+    messages, size_bytes = row or (0, 0)
+    fits = size_bytes + len(message.body) <= limits.share_bytes
+    if not fits or messages >= limits.share_messages:
+        raise limits.refuse_share()
 
 
 def _head(db: sqlite3.Connection, recipient: str) -> int:

@@ -79,6 +79,32 @@ MIGRATIONS: Final = (
 )
 """The statements of each schema version; the file's ``user_version`` counts those done."""
 
+SHARES: Final = (
+    """CREATE TABLE shares (
+        recipient TEXT NOT NULL,
+        sender TEXT NOT NULL,
+        messages INTEGER NOT NULL,
+        bytes INTEGER NOT NULL,
+        PRIMARY KEY (recipient, sender)
+    ) WITHOUT ROWID""",
+    """CREATE TRIGGER share_grows AFTER INSERT ON messages BEGIN
+        INSERT INTO shares VALUES (new.recipient, new.sender, 1, length(new.body))
+        ON CONFLICT (recipient, sender) DO UPDATE
+            SET messages = messages + 1, bytes = bytes + excluded.bytes;
+    END""",
+    """CREATE TRIGGER share_shrinks AFTER DELETE ON messages BEGIN
+        UPDATE shares SET messages = messages - 1, bytes = bytes - length(old.body)
+            WHERE recipient = old.recipient AND sender = old.sender;
+        DELETE FROM shares
+            WHERE recipient = old.recipient AND sender = old.sender AND messages <= 0;
+    END""",
+    """INSERT INTO shares
+        SELECT recipient, sender, count(*), sum(length(body)) FROM messages
+        GROUP BY recipient, sender""",
+)
+"""How many messages of each sender are kept. By triggers, so that it is true of what processes of
+release 0.1.0 do to the file, for which ``user_version`` stays."""
+
 _UNUSABLE: Final = {
     sqlite3.SQLITE_CANTOPEN,
     sqlite3.SQLITE_CORRUPT,
@@ -173,10 +199,7 @@ def _bring_up_to_date(
             raise ConfigError(
                 f"mailbox: {path} was written by a newer release of pokebridge: upgrade this one"
             )
-        for statements in MIGRATIONS[done:]:
-            for statement in statements:
-                db.execute(statement)
-        db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+        _migrate(db, done)
         known, exists = side_file.read()
         if (reason := generation.why_new(db, known, exists=exists)) is not None:
             generation.begin(db, now_s)
@@ -189,6 +212,17 @@ def _bring_up_to_date(
             db.execute("ROLLBACK")
     if db.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
         raise ConfigError(f"mailbox: {path} is on a file system without shared memory for SQLite")
+
+
+def _migrate(db: sqlite3.Connection, done: int) -> None:
+    """Do what is missing after the first ``done`` migrations."""
+    missing = list(MIGRATIONS[done:])
+    if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'shares'").fetchone():
+        missing.append(SHARES)
+    for statements in missing:
+        for statement in statements:
+            db.execute(statement)
+    db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
 
 
 def pragma(db: sqlite3.Connection, name: str) -> int:

@@ -224,6 +224,7 @@ async def open_mailbox(settings: Settings, *, must_exist: bool = False) -> Mailb
         max_messages=settings.max_messages_per_recipient,
         max_bytes=settings.max_bytes_per_recipient,
         forget_device_s=settings.forget_device_days * 24 * 3600,
+        max_share=settings.max_share_per_sender,
     )
     push_timing = None
     if settings.push_webhook_url is not None:

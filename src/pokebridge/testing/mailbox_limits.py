@@ -18,6 +18,7 @@ from pokebridge.model import Receipt
 from pokebridge.testing.mailbox_kit import BOB, EVE, ManualClock, fill, kept, message, versions
 
 LIMITS = Limits(max_messages=1500, max_bytes=2 * 1024 * 1024)
+SHARED = Limits(max_messages=600, max_bytes=2 * 1024 * 1024, max_share=0.5)
 DAY_S = DAY_MS / 1000
 BIG = b'"' + b"x" * 65_534 + b'"'
 
@@ -81,6 +82,56 @@ class LimitsContract:
         assert [poke.version for poke in pokes] == [LIMITS.max_messages]
         await mailbox.ack(BOB, "phone", 1)
         assert await mailbox.append(late) == ("late", LIMITS.max_messages + 1, False)
+
+    @pytest.mark.parametrize("limits", [SHARED])
+    async def test_one_sender_fills_no_mailbox(self, mailbox: Mailbox) -> None:
+        """Above its share a sender is refused, one message at a time or many; others are not.
+
+        An ack makes room again, and a duplicate needs none.
+        """
+        most = SHARED.share_messages
+        first = message(sender=EVE, id="first", has_idempotency_key=True)
+        await mailbox.append(first)
+        calls = [mailbox.append(message(sender=EVE)) for _ in range(most + 9)]
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        refused = [answer for answer in answers if not isinstance(answer, Receipt)]
+        assert len(refused) == 10
+        assert all(isinstance(error, MailboxFullError) for error in refused)
+        with pytest.raises(MailboxFullError, match=f"sender's share .*{most} messages"):
+            await mailbox.append(message(sender=EVE))
+        assert await mailbox.append(first) == ("first", 1, True)
+        mixed = [mailbox.append(message(sender=sender)) for sender in (EVE, BOB, EVE, BOB)]
+        outcomes = await asyncio.gather(*mixed, return_exceptions=True)
+        assert [isinstance(outcome, Receipt) for outcome in outcomes] == [False, True] * 2
+        assert await versions(mailbox) == list(range(1, most + 3))
+        await mailbox.ack(BOB, "phone", 3)
+        await mailbox.append(message(sender=EVE))
+        for _ in range(2):
+            await mailbox.append(message(sender=EVE))
+        with pytest.raises(MailboxFullError, match="sender's share"):
+            await mailbox.append(message(sender=EVE))
+        await mailbox.clear(BOB)
+        await mailbox.append(message(sender=EVE))
+
+    @pytest.mark.parametrize("limits", [SHARED])
+    async def test_shares_are_counted_in_bytes_too(self, mailbox: Mailbox) -> None:
+        """A few large messages use a share up. One that would fit the mailbox is refused."""
+        for _ in range(SHARED.share_bytes // len(BIG)):
+            await mailbox.append(message(sender=EVE, body=BIG))
+        with pytest.raises(MailboxFullError, match=f"sender's share .*{SHARED.share_bytes} bytes"):
+            await mailbox.append(message(sender=EVE, body=BIG))
+        await mailbox.append(message(sender=BOB, body=BIG))
+
+    @pytest.mark.parametrize("limits", [SHARED])
+    async def test_what_expires_is_given_back(self, mailbox: Mailbox, clock: ManualClock) -> None:
+        """Purged messages count against no share."""
+        most = SHARED.share_messages
+        await asyncio.gather(*(mailbox.append(message(sender=EVE, ttl_s=1)) for _ in range(most)))
+        clock.now_s += 2
+        with pytest.raises(MailboxFullError, match="sender's share"):
+            await mailbox.append(message(sender=EVE))
+        assert await mailbox.purge(limit=10 * most) == most
+        await mailbox.append(message(sender=EVE))
 
     async def test_what_is_purged_makes_room(self, mailbox: Mailbox, clock: ManualClock) -> None:
         """An expired message counts until it is purged."""
