@@ -216,7 +216,7 @@ def _bring_up_to_date(
 
 def _migrate(db: sqlite3.Connection, done: int) -> None:
     """Do what is missing after the first ``done`` migrations."""
-    missing = list(MIGRATIONS[done:])
+    missing: list[tuple[str, ...]] = list(MIGRATIONS[done:])
     if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'shares'").fetchone():
         missing.append(SHARES)
     for statements in missing:
