@@ -61,7 +61,7 @@ test-long: setup test-deps  ## run the tests that take minutes: long acts, large
 # skip, and in CI they fail.
 # Debian starts a server that it installs, unless policy-rc.d says 101 (invoke-rc.d(8)); the tests start their own.
 test-deps:
-	@missing=; for need in chromium nginx haproxy redis-cli:redis-tools promtool:prometheus; do \
+	@missing=; for need in chromium nginx haproxy pgbouncer redis-cli:redis-tools promtool:prometheus; do \
 	  PATH="$$PATH:/usr/sbin" command -v $${need%:*} >/dev/null || missing="$$missing $${need#*:}"; done; \
 	if [ -z "$$missing" ]; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \

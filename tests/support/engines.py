@@ -203,6 +203,33 @@ def run_postgres() -> Iterator[Daemon]:
 
 
 @contextmanager
+def run_pgbouncer(server: Daemon, mode: str, *settings: str) -> Iterator[Daemon]:
+    """Debian's PgBouncer before the PostgreSQL ``server``, in the pool ``mode``.
+
+    Its pools have few connections, so that clients do share them.
+    """
+    pgbouncer = require("pgbouncer")
+    port = free_port()
+    with tempfile.TemporaryDirectory(prefix="pokebridge-pgbouncer-") as name:
+        directory = Path(name)
+        directory.chmod(0o755)
+        to = f"host=127.0.0.1 port={server.port} user=postgres"
+        own = [f"pool_mode = {mode}", "auth_type = any", "unix_socket_dir ="]
+        listen = ["listen_addr = 127.0.0.1", f"listen_port = {port}"]
+        lines = ["[databases]", f"* = {to}", "[pgbouncer]", *listen, *own, *settings]
+        (directory / "pgbouncer.ini").write_text("\n".join([*lines, ""]))
+        run_as: list[str] = []
+        if os.geteuid() == 0:
+            nobody = pwd.getpwnam("nobody")
+            run_as = [*SETPRIV, f"--reuid={nobody.pw_uid}", f"--regid={nobody.pw_gid}"]
+        command = [*run_as, pgbouncer, str(directory / "pgbouncer.ini")]
+        url = f"postgresql://postgres@127.0.0.1:{port}/postgres"
+        daemon = Daemon("pgbouncer", command, port=port, url=url, directory=directory)
+        with _running(daemon):
+            yield daemon
+
+
+@contextmanager
 def run_standby(primary: Daemon) -> Iterator[Daemon]:
     """A copy of the PostgreSQL server ``primary`` that follows it, asynchronously."""
     options = ["--write-recovery-conf", "--checkpoint=fast", "--no-sync"]

@@ -14,8 +14,9 @@ listens, which poolers such as PgBouncer do not support.
 
 import asyncio
 import datetime as dt
+from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
 
 import asyncpg
@@ -32,6 +33,8 @@ from pokebridge.engines import text_of
 from pokebridge.engines.postgres import Connection, PostgresDialler
 from pokebridge.engines.urls import check_engine_url, without_secrets
 from pokebridge.errors import ConfigError
+
+T = TypeVar("T")
 
 # How late a change is noticed.
 POLL_S = 0.5
@@ -104,7 +107,10 @@ class PostgresCoordination:
     is_shared = True
     is_static = False
 
-    def __init__(self, connection: StoreConnection[Connection], cluster: str) -> None:
+    def __init__(
+        self, dialler: PostgresDialler, connection: StoreConnection[Connection], cluster: str
+    ) -> None:
+        self._dialler = dialler
         self._connection = connection
         self._cluster = cluster
         self._seen: asyncpg.Record | None = None
@@ -144,7 +150,7 @@ class PostgresCoordination:
             ),
             text_of=text_of,
         )
-        store = cls(connection, cluster)
+        store = cls(dialler, connection, cluster)
         try:
             store._seen = await store._row(_STATE)
         except BaseException:
@@ -166,9 +172,7 @@ class PostgresCoordination:
 
     async def members(self) -> list[Member]:
         """Return the members whose lease lasts, ordered by id."""
-        rows = await self._connection.call(
-            lambda connection: connection.fetch(_MEMBERS, self._cluster)
-        )
+        rows = await self._call(lambda connection: connection.fetch(_MEMBERS, self._cluster))
         return decode_all(_members, (row["record"] for row in rows))
 
     async def read(self) -> Document | None:
@@ -207,23 +211,30 @@ class PostgresCoordination:
 
     async def _row(self, statement: str, *values: Any) -> asyncpg.Record | None:
         """Return the first row of ``statement``, whose first parameter is the cluster."""
-        return await self._connection.call(
+        return await self._call(
             lambda connection: connection.fetchrow(statement, self._cluster, *values)
         )
+
+    async def _call(self, work: Callable[[Connection], Awaitable[T]]) -> T:
+        return await self._connection.call(lambda connection: self._dialler.run(connection, work))
 
 
 async def _dial(dialler: PostgresDialler, cluster: str) -> Connection:
     connection = await dialler.connect()
     try:
-        if await connection.fetchval(_MISSING):
-            async with connection.transaction():
-                await connection.execute(_LOCK)  # CREATE IF NOT EXISTS fails when two run at once
-                await connection.execute(_TABLES)
-        await connection.execute(_SWEEP, cluster)
+        await dialler.run(connection, partial(_prepare, cluster))
     except BaseException:
         connection.terminate()
         raise
     return connection
+
+
+async def _prepare(cluster: str, connection: Connection) -> None:
+    if await connection.fetchval(_MISSING):
+        async with connection.transaction():
+            await connection.execute(_LOCK)  # CREATE IF NOT EXISTS fails when two run at once
+            await connection.execute(_TABLES)
+    await connection.execute(_SWEEP, cluster)
 
 
 async def _hang_up(connection: Connection) -> None:

@@ -1,16 +1,22 @@
-"""Dialling PostgreSQL: the URL, its hosts, their addresses, and the password.
+"""Dialling PostgreSQL: the URL, its hosts, their addresses, the password, and poolers.
 
 The URL is ``postgresql://USER:PASSWORD@HOST:PORT,HOST:PORT/DATABASE``. The hosts may also be given
 as ``?host=HOST,HOST&port=PORT,PORT``, or by the variables PGHOST and PGPORT. Its options are
 libpq's, such as ``sslmode``, ``sslrootcert`` and ``passfile``, and ``password_file``. Both files
 are read at each connection, since they may have changed.
+
+A pooler such as PgBouncer may be between us and the server. It refuses or ignores settings among
+the startup parameters. In its transaction mode each transaction may be on another server
+connection, where neither settings nor prepared statements of the last one exist. So behind a pooler
+each piece of work is a transaction of its own, which begins with the settings. That works in its
+session mode as well.
 """
 
 import asyncio
 import os
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar, cast
 from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
 
 import asyncpg
@@ -26,6 +32,12 @@ else:
 
 DEFAULT_PORT = 5432
 
+T = TypeVar("T")
+
+
+class _Pooled(Connection):
+    """A connection to a pooler."""
+
 
 class PostgresDialler:
     """Dials the hosts of a URL. A host or an address that is mute costs half a second.
@@ -37,14 +49,26 @@ class PostgresDialler:
         part: the setting that holds the URL, for errors: "mailbox", "coordination".
         url: see this module.
         timeout_s: how long dialling one address may take.
+        settings: the session's settings.
         options: further arguments of :func:`asyncpg.connect`.
 
     Raises:
         ConfigError: the URL is invalid.
     """
 
-    def __init__(self, part: str, url: str, *, timeout_s: float, **options: Any) -> None:
+    def __init__(
+        self,
+        part: str,
+        url: str,
+        *,
+        timeout_s: float,
+        settings: Mapping[str, str] | None = None,
+        **options: Any,
+    ) -> None:
         check_engine_url(part, url)
+        self._settings = settings or {}
+        # The hosts where the last connection was to a pooler.
+        self._poolers: set[str] = set()
         self._part = part
         self._options = {"timeout": timeout_s, **options}
         parts = urlsplit(url)
@@ -104,6 +128,20 @@ class PostgresDialler:
         self._last = made.target
         return made.connection
 
+    async def run(self, connection: Connection, work: Callable[[Connection], Awaitable[T]]) -> T:
+        """Do ``work`` on ``connection``, with the settings. Raises what it raises."""
+        if not self.is_pooled(connection):
+            return await work(connection)
+        async with connection.transaction():
+            if self._settings:
+                await connection.execute(_assignments("SET LOCAL", self._settings))
+            return await work(connection)
+
+    @staticmethod
+    def is_pooled(connection: Connection) -> bool:
+        """Whether each :meth:`run` may be on another connection of a pooler to its server."""
+        return isinstance(connection, _Pooled)
+
     async def _dial_host(self, url: str) -> "_Made":
         try:
             parts = urlsplit(url)
@@ -130,11 +168,32 @@ class PostgresDialler:
         if port := urlsplit(target.url).port:  # else PGPORT must fit as well
             options["port"] = port
         try:
-            return _Made(target, await asyncpg.connect(target.url, **options))
+            return _Made(target, await self._connect(target.url, options))
         except OSError:  # an invalid certificate is both an OSError and a ValueError
             raise
         except ValueError:  # its text is left out, since it may quote a password
             raise self._invalid() from None
+
+    async def _connect(self, url: str, options: dict[str, Any]) -> Connection:
+        """Connect, and connect once more if what answers is a pooler, or no longer is one."""
+        while True:
+            expects_pooler = url in self._poolers
+            if expects_pooler:
+                options |= {"connection_class": _Pooled, "statement_cache_size": 0}
+            connection: Connection = await asyncpg.connect(url, **options)
+            try:
+                is_pooler = await _is_pooler(connection)
+                if is_pooler == expects_pooler:
+                    if not is_pooler and self._settings:
+                        await connection.execute(_assignments("SET", self._settings))
+                    return connection
+            except BaseException:
+                connection.terminate()
+                raise
+            connection.terminate()
+            self._poolers ^= {url}
+            options.pop("connection_class", None)
+            options.pop("statement_cache_size", None)
 
     def _invalid(self) -> ConfigError:
         return ConfigError(
@@ -183,6 +242,21 @@ class _LoopTo:
             "Coroutine[Any, Any, tuple[asyncio.Transport, asyncio.Protocol]]",
             self._loop.create_connection(protocol, self._address, port, **options),
         )
+
+
+async def _is_pooler(connection: Connection) -> bool:
+    """Whether something between us and the server has made up the process id in its greeting.
+
+    The simple protocol is used, because it prepares no statement.
+    """
+    answer = await connection.execute(
+        f"SELECT WHERE pg_backend_pid() = {connection.get_server_pid()}"
+    )
+    return answer == "SELECT 0"
+
+
+def _assignments(command: str, settings: Mapping[str, str]) -> str:
+    return "; ".join(f"{command} {name} = '{value}'" for name, value in settings.items())
 
 
 async def _discard(made: _Made) -> None:

@@ -462,6 +462,7 @@ async def _migrate(connection: Connection, schema: str) -> None:
 
     async with connection.transaction():
         await execute(f"SET LOCAL statement_timeout = '{MIGRATION_TIMEOUT_S:.0f}s'")
+        await execute(f"SET LOCAL search_path = {schema}")
         await execute("SELECT pg_advisory_xact_lock($1)", MIGRATION_LOCK)
         done = await _count_done(connection, schema, "migrations")
         if done > len(MIGRATIONS):
@@ -492,6 +493,6 @@ async def _is_up_to_date(connection: Connection, schema: str) -> bool:
 async def _count_done(connection: Connection, schema: str, table: str) -> int:
     if not await connection.fetchval(TABLE_EXISTS, schema, table):
         return 0
-    newest = f"SELECT coalesce(max(version), 0) FROM {table}"  # noqa: S608 - ours
+    newest = f"SELECT coalesce(max(version), 0) FROM {schema}.{table}"  # noqa: S608 - ours
     done: int = await connection.fetchval(newest)
     return done

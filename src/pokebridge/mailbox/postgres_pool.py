@@ -6,6 +6,7 @@ whether the attempt was committed.
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Final, TypeAlias, TypeVar
 
 import asyncpg
@@ -92,7 +93,7 @@ class PostgresPool:
             dsn,
             timeout_s=ATTEMPT_TIMEOUT_S,
             command_timeout=ATTEMPT_TIMEOUT_S,
-            server_settings=SERVER_SETTINGS | {"search_path": schema},
+            settings=SERVER_SETTINGS | {"search_path": schema},
         )
         self._free = asyncio.Semaphore(CONNECTIONS)
         self._idle: list[Connection] = []
@@ -163,7 +164,7 @@ class PostgresPool:
         async with self._free:
             connection = self._pop_idle() or await self._connect()
             try:
-                return await work(connection)
+                return await self._dialler.run(connection, partial(self._do, work))
             except BaseException as error:
                 if not isinstance(error, asyncpg.PostgresError):
                     connection.terminate()  # its state is unknown
@@ -176,6 +177,11 @@ class PostgresPool:
             finally:
                 if not connection.is_closed():
                     self._idle.append(connection)
+
+    async def _do(self, work: Callable[[Connection], Awaitable[T]], connection: Connection) -> T:
+        if self._dialler.is_pooled(connection) and self.on_connect is not None:
+            await self.on_connect(connection)  # it may be a new connection to the server
+        return await work(connection)
 
     def _raise_unless_transient(self, error: Exception) -> None:
         """Raise what the caller is to see. Only the log names roles and tables."""
@@ -210,7 +216,7 @@ class PostgresPool:
 
     async def _connect(self) -> Connection:
         connection = await self._dialler.connect()
-        if self.on_connect is not None:
+        if self.on_connect is not None and not self._dialler.is_pooled(connection):
             try:
                 await self.on_connect(connection)
             except BaseException:
