@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+import os
+import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +13,7 @@ from websockets.asyncio.client import ClientConnection
 
 from tests.cluster.traffic import session
 from tests.support import CutProxy, Daemon, Instance, Serve, wait_until
+from tests.support.engines import run_configured_nats
 from tests.support.serving import owners_in
 
 PEOPLE = [f"urn:user:{n}" for n in range(40)]
@@ -74,6 +78,58 @@ async def test_a_deaf_instance_lets_go(
         async with session(two, bob) as socket:
             await send(one, bob)
             assert json.loads(await next_frame(socket, "poke"))["version"] >= 1
+
+
+def permissions(*denied: int) -> str:
+    """The configuration of a NATS server whose user ``two`` may not subscribe to some shards."""
+    subjects = ", ".join(f'"push-notifications~partly.{shard}"' for shard in denied)
+    return f"""authorization {{ users: [
+        {{ user: one, password: p }},
+        {{ user: two, password: p, permissions: {{ subscribe: {{ deny: [{subjects}] }} }} }}
+    ] }}"""
+
+
+async def test_an_instance_that_cannot_hear_some_shards_lets_go(
+    valkey_server: Daemon, serve: Serve, tmp_path: Path
+) -> None:
+    """The others have all of its shards for as long as that lasts, and then share them again."""
+    common: dict[str, Any] = {
+        "mailbox": "sqlite:///shared.db",
+        "coordination": valkey_server.url,
+        "cluster": "partly",
+        "mode": "partitioned",
+        "shard_count": 8,
+        "lease_s": 2,
+        "deaf_after_s": 1,
+    }
+    with run_configured_nats(tmp_path, permissions(*range(7))) as nats:
+        async with asyncio.timeout(TIMEOUT_S):
+            one, _ = await asyncio.gather(
+                *(
+                    asyncio.to_thread(
+                        serve,
+                        instance=name,
+                        transport=nats.url.replace("nats://", f"nats://{name}:p@"),
+                        **common,
+                    )
+                    for name in ("one", "two")
+                )
+            )
+            for _ in range(2):  # it is not given them again
+                await wait_until(lambda: owns_all(one, "one"), what="the shards with the other")
+                assert (await states(one))["two"] == "deaf"
+                await asyncio.sleep(3 * common["lease_s"])
+            async with session(one, PEOPLE[0]) as socket:
+                await send(one, PEOPLE[0])
+                assert json.loads(await next_frame(socket, "poke"))["version"] >= 1
+            (tmp_path / "nats.conf").write_text(permissions())
+            os.kill(nats.pid, signal.SIGHUP)
+            await wait_until(lambda: hears(one, "two"), what="the instance hearing again")
+
+            async def divided() -> bool:
+                return list(owners_in(await cluster_of(one)).values()).count("two") == 4
+
+            await wait_until(divided, what="both owning their share")
 
 
 async def someone_served_by(instance: Instance, owner: str, mode: str) -> str:

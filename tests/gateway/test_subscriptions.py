@@ -240,6 +240,23 @@ async def test_a_new_subscription_that_fails_raises_doubt() -> None:
         assert not world.missed
 
 
+async def test_what_cannot_be_heard_is_remembered() -> None:
+    """Such a shard goes to another instance; this one stays in doubt until it could hear it."""
+    async with managing(ALICES, Feed.UNTAGGED) as world:
+        world.bus.deaf.add(BOBS)
+        world.manager.want(FOR_BOB | {ALICES})
+        await wait_until(lambda: world.manager.is_in_doubt)
+        world.manager.want({ALICES, Feed.UNTAGGED})
+        await world.failed_probes()
+        assert world.manager.is_in_doubt
+        assert world.manager.trouble is not None
+        assert world.manager.covers(ALICE)
+        world.bus.deaf.clear()
+        await wait_until(lambda: world.manager.settled)
+        assert not world.manager.is_in_doubt
+        assert BOBS not in world.manager.selections
+
+
 async def test_what_is_covered_still_is_not_in_doubt() -> None:
     """While the change to single shards can't be finished, the one for everything delivers."""
     async with managing(Feed.ALL) as world:

@@ -105,13 +105,14 @@ class SubscriptionManager:
 
     @property
     def trouble(self) -> str | None:
-        """Why a wanted subscription is not live. ``None`` when all of them are."""
+        """Why a subscription that is wanted or refused is not live. ``None`` when all are."""
         if not self._wanted:
             return "nothing is subscribed"
-        for selection in self._wanted:
-            trouble = self._managed[selection].trouble
-            if trouble is not None:
-                return trouble
+        for managed in self._managed.values():
+            if managed.trouble is not None and (
+                managed.selection in self._wanted or managed.is_refused
+            ):
+                return managed.trouble
         return None
 
     @property
@@ -121,15 +122,15 @@ class SubscriptionManager:
 
     @property
     def is_in_doubt(self) -> bool:
-        """Whether signals that are wanted may be lost now.
+        """Whether this instance can't hear all that it should.
 
         Either a subscription that was live may have missed signals and is not proven again, or one
-        that is new fails its probes and nothing else covers it. While a new one has not failed,
-        nobody was promised anything of it.
+        that is new can't be proven, and nothing else covers it.
         """
-        return any(managed.missed for managed in self._managed.values()) or (
-            not self._is_live(Feed.ALL)
-            and any(self._managed[selection].failed for selection in self._wanted)
+        if any(managed.missed for managed in self._managed.values()):
+            return True
+        return not self._is_live(Feed.ALL) and any(
+            managed.is_refused for managed in self._managed.values()
         )
 
     @property
@@ -234,7 +235,19 @@ class SubscriptionManager:
         return True
 
     def _next_steps(self) -> Steps:
-        return next_steps(self._wanted, {each: self._is_live(each) for each in self._managed})
+        """What to open, and what to close.
+
+        A refused subscription is kept until it is proven, wanted or not. Otherwise the
+        instance would soon seem to hear everything, be given that shard again, and lose it again.
+        """
+        return next_steps(
+            self._wanted,
+            {
+                selection: managed.trouble is None
+                for selection, managed in self._managed.items()
+                if selection in self._wanted or not managed.is_refused
+            },
+        )
 
     def _step(self) -> None:
         steps = self._next_steps()
@@ -257,8 +270,8 @@ class _ManagedSubscription:
         """Why it is not live. ``None`` when it is."""
         self.missed = False
         """Whether it was live, and may have missed signals since."""
-        self.failed = False
-        """Whether it could not be opened, or its last probe was not delivered."""
+        # Whether it could not be opened, or its last probe was not delivered.
+        self._failed = False
         self._manager = manager
         self._subscription: Subscription | None = None
         # Proves the subscription, again and again.
@@ -272,6 +285,11 @@ class _ManagedSubscription:
         # The probe under way, and whether it was delivered.
         self._probe = b""
         self._probe_back = asyncio.Event()
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether it was never live, and an attempt to prove it has failed."""
+        return self._failed and not self.missed
 
     async def subscribe(self) -> None:
         self._subscription = await self._manager.transport.subscribe(self.selection, self)
@@ -353,7 +371,7 @@ class _ManagedSubscription:
             self._doubt.clear()
             while not await self._prove():  # noqa: ASYNC110 - it is the probe that waits
                 await asyncio.sleep(spread(self._manager.timing.retry_s))
-            missed, self.missed, self.failed, self.trouble = self.missed, False, False, None
+            missed, self.missed, self._failed, self.trouble = self.missed, False, False, None
             if missed:
                 log.warning("subscription_restored", selection=str(self.selection))
             self._manager.became_live(self, missed=missed)
@@ -393,7 +411,7 @@ class _ManagedSubscription:
         if self.trouble is None:
             log.warning("subscription_in_doubt", selection=str(self.selection), reason=trouble)
             self.missed = True
-        self.failed, self.trouble = True, trouble
+        self._failed, self.trouble = True, trouble
 
     async def _until_doubt(self) -> None:
         """Return after a gap, or when no signal has arrived for a while.
