@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from pokebridge import publisher
+from pokebridge import http_publisher
 from pokebridge.client import PokeClient
 from pokebridge.errors import ConfigError, TransportError
 from pokebridge.fallback.webhook import Webhook, WebhookError
@@ -233,7 +233,7 @@ async def test_a_mute_address_is_left(
 
     Then a publisher, a webhook and a client reach the second at once, or at the next try.
     """
-    monkeypatch.setattr(publisher, "HTTP_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(http_publisher, "HTTP_TIMEOUT_S", 1.0)
     names("bridge.test", [MUTE, LIVE])
     server = await asyncio.start_server(_answer, LIVE, 0)
     port = server.sockets[0].getsockname()[1]

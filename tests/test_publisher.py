@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import pytest
 from aiohttp import web
 
-from pokebridge import poke_merger
+from pokebridge import http_publisher, poke_merger
 from pokebridge import publisher as publisher_module
 from pokebridge.errors import (
     AuthError,
@@ -413,7 +413,7 @@ async def test_http_answers_that_drip_hold_up_nobody(
     endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch, drip: str
 ) -> None:
     """Eight such answers are given up, the pokes behind them are sent, and closing ends."""
-    monkeypatch.setattr(publisher_module, "HTTP_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(http_publisher, "HTTP_TIMEOUT_S", 0.5)
     async with Between(urlsplit(endpoint.url).port or 0).run() as between:
         between.answers["/v1/pokes"] = [DRIPS[drip]] * 8
         async with HttpPublisher(between.url, "token", linger_s=0) as publisher:
@@ -449,7 +449,7 @@ async def test_http_a_slow_line_has_its_time(
     endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A large request may take as long as 16 kB a second take."""
-    monkeypatch.setattr(publisher_module, "HTTP_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(http_publisher, "HTTP_TIMEOUT_S", 0.2)
     answer = [*[b""] * 20, *accepted(1000)]  # a second later
     async with Between(urlsplit(endpoint.url).port or 0).run() as between:
         between.answers["/v1/pokes"] = [answer]

@@ -1,11 +1,18 @@
-"""Merging pokes of many callers into few sends."""
+"""Merging pokes of many callers into few sends, and the calls of a publisher that does so."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from types import TracebackType
+from typing import Self
 
-from pokebridge.errors import NotPublishedError, TransportError
-from pokebridge.model import Poke
+from pokebridge.errors import InputError, NotPublishedError, TransportError
+from pokebridge.model import MAX_VERSION, Poke, check_recipient
 
+# How long a poke waits for others at most, while an earlier batch is being sent.
+LINGER_S = 0.003
+# Recipients whose poke is gathered or being sent. At the limit callers wait, which slows them to
+# the transport's pace and bounds the memory to about 3 MB.
+MAX_PENDING_RECIPIENTS = 10_000
 # Several at once, so that a slow answer does not delay the pokes behind it; limited, so that
 # requests do not pile up.
 MAX_CONCURRENT_SENDS = 8
@@ -155,3 +162,60 @@ class PokeMerger:
 def _newest(one: int | None, other: int | None) -> int | None:
     """The newer version. ``None`` is unknown and wins, since it may be newer than any other."""
     return None if one is None or other is None else max(one, other)
+
+
+class PokeCalls:
+    """The calls that both publishers have. Each publisher merges on its own."""
+
+    def __init__(
+        self, send: Callable[[Sequence[Poke]], Awaitable[None]], linger_s: float, max_pending: int
+    ) -> None:
+        self._merger = PokeMerger(send, linger_s, max_pending)
+
+    async def poke(self, recipient: str, version: int | None = None) -> None:
+        """Tell ``recipient`` that it is behind ``version``, or behind some version when ``None``.
+
+        Returns and raises as :meth:`publish` does.
+        """
+        await self.publish([Poke(recipient, version)])
+
+    async def publish(self, pokes: Sequence[Poke]) -> None:
+        """Send ``pokes``, merged with those of other callers. Returns when all are accepted.
+
+        Waits while ``max_pending`` other recipients are pending.
+
+        Raises:
+            InputError: a poke has no valid recipient or version. None of the pokes is sent.
+            NotPublishedError: some of the pokes were refused, and the others are published.
+            TransportError: some or all of the pokes were not accepted. A retry is safe.
+        """
+        check_pokes(pokes)
+        await self._merger.publish(pokes)
+
+    async def close(self) -> None:
+        """Send the gathered pokes and wait until they are accepted, 15 s at most.
+
+        Then calls that are still waiting raise TransportError. May be called twice.
+        """
+        await self._merger.close()
+
+    async def __aenter__(self) -> Self:
+        """Return the publisher. The first poke opens what is needed."""
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close."""
+        await self.close()
+
+
+def check_pokes(pokes: Sequence[Poke]) -> None:
+    """Raise InputError for an invalid poke, which would fail the whole batch."""
+    for poke in pokes:
+        check_recipient(poke.recipient)
+        if poke.version is not None and not 1 <= poke.version <= MAX_VERSION:
+            raise InputError(f"a version is from 1 to {MAX_VERSION}, not {poke.version}")

@@ -7,53 +7,26 @@ v", so the newest poke replaces the older ones. A call returns when its pokes ha
 and raises when they may not have been.
 """
 
-import asyncio
 from collections import defaultdict, deque
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import suppress
-from http import HTTPStatus
+from collections.abc import Iterator, Sequence
 from math import inf
 from time import monotonic
-from types import TracebackType
-from typing import Self, TypeVar
+from typing import TypeVar
 
-import httpx
-import msgspec
-
-from pokebridge.errors import (
-    AuthError,
-    ForbiddenError,
-    InputError,
-    NotPublishedError,
-    SignalRefusedError,
-    TransportError,
-)
-from pokebridge.model import MAX_VERSION, Poke, check_recipient
-from pokebridge.outgoing import http_client
-from pokebridge.poke_merger import PokeMerger
+from pokebridge.errors import InputError, NotPublishedError, SignalRefusedError
+from pokebridge.http_publisher import HttpPublisher
+from pokebridge.model import Poke, check_recipient
+from pokebridge.poke_merger import LINGER_S, MAX_PENDING_RECIPIENTS, PokeCalls, check_pokes
 from pokebridge.sharding import DEFAULT_SHARD_COUNT, check_shard_count, shard_of
 from pokebridge.transport.base import HasLimit, Signal, Transport
-from pokebridge.urls import check_bridge_url
-from pokebridge.wire import encode_disconnect, encode_pokes, problem_detail, refusal_text
+from pokebridge.wire import encode_disconnect, encode_pokes
 
 __all__ = ["HttpPublisher", "Publisher"]
 
-# How long a poke waits for others at most, while an earlier batch is being sent.
-LINGER_S = 0.003
 # At 256 bytes a recipient a signal stays under 160 KB, far below NATS's limit of 1 MB.
 MAX_POKES_PER_SIGNAL = 500
 # More than a signal with a single poke has beside the recipient.
 MAX_OVERHEAD_BYTES = 64
-# Recipients whose poke is gathered or being sent. At the limit callers wait, which slows them to
-# the transport's pace and bounds the memory to about 3 MB.
-MAX_PENDING_RECIPIENTS = 10_000
-# The limit of one POST /v1/pokes (docs/protocol.md, section 4).
-MAX_RECIPIENTS_PER_REQUEST = 1000
-# For a whole call, and longer by what a large one takes on a slow line.
-HTTP_TIMEOUT_S = 10.0
-SLOW_LINE_BYTES_PER_S = 16_000
-# The answer is one number, or one problem.
-MAX_ANSWER_BYTES = 64 * 1024
 # An engine that fails within this time is there, and its signals are tried one by one. After so
 # many errors more than successes it counts as away.
 SOON_S = 1.0
@@ -62,56 +35,7 @@ MAX_ERRORS = 2
 T = TypeVar("T")
 
 
-class _PokeCalls:
-    """The calls that both publishers have. Each publisher merges on its own."""
-
-    def __init__(
-        self, send: Callable[[Sequence[Poke]], Awaitable[None]], linger_s: float, max_pending: int
-    ) -> None:
-        self._merger = PokeMerger(send, linger_s, max_pending)
-
-    async def poke(self, recipient: str, version: int | None = None) -> None:
-        """Tell ``recipient`` that it is behind ``version``, or behind some version when ``None``.
-
-        Returns and raises as :meth:`publish` does.
-        """
-        await self.publish([Poke(recipient, version)])
-
-    async def publish(self, pokes: Sequence[Poke]) -> None:
-        """Send ``pokes``, merged with those of other callers. Returns when all are accepted.
-
-        Waits while ``max_pending`` other recipients are pending.
-
-        Raises:
-            InputError: a poke has no valid recipient or version. None of the pokes is sent.
-            NotPublishedError: some of the pokes were refused, and the others are published.
-            TransportError: some or all of the pokes were not accepted. A retry is safe.
-        """
-        _check(pokes)
-        await self._merger.publish(pokes)
-
-    async def close(self) -> None:
-        """Send the gathered pokes and wait until they are accepted, 15 s at most.
-
-        Then calls that are still waiting raise TransportError. May be called twice.
-        """
-        await self._merger.close()
-
-    async def __aenter__(self) -> Self:
-        """Return the publisher. The first poke opens what is needed."""
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Close."""
-        await self.close()
-
-
-class Publisher(_PokeCalls):
+class Publisher(PokeCalls):
     """Publishes pokes on a transport, each tagged with its recipient's shard.
 
     Args:
@@ -140,7 +64,7 @@ class Publisher(_PokeCalls):
 
     async def publish(self, pokes: Sequence[Poke]) -> None:
         """As in the base class. A poke that no signal can carry is an InputError too."""
-        _check(pokes)
+        check_pokes(pokes)
         self._check_size(pokes)
         await super().publish(pokes)
 
@@ -161,7 +85,7 @@ class Publisher(_PokeCalls):
 
         For a caller that merges by itself, as the processor does. Raises as :meth:`publish` does.
         """
-        _check(pokes)
+        check_pokes(pokes)
         await self._send(pokes)
 
     async def disconnect(
@@ -283,115 +207,6 @@ class _Attempt:
         self.reason = reason
 
 
-class HttpPublisher(_PokeCalls):
-    """Pokes through an instance's ``POST /v1/pokes``, for a backend without a transport.
-
-    The HTTP call carries no versions, so clients pull on every poke. :meth:`publish` also raises
-    :class:`~pokebridge.errors.AuthError` when the token is refused and
-    :class:`~pokebridge.errors.ForbiddenError` when it lacks the scope ``poke``.
-
-    Args:
-        url: the instance's HTTP address, ``https://bridge.example.org``.
-        token: a JWT with the scope ``poke``, or a coroutine function that returns a fresh one. The
-            function is called before every request.
-        linger_s: how long a poke waits for others at most, while earlier pokes are being sent.
-        max_pending: recipients that may be pending; at this limit callers wait.
-    """
-
-    def __init__(
-        self,
-        url: str,
-        token: str | Callable[[], Awaitable[str]],
-        *,
-        linger_s: float = LINGER_S,
-        max_pending: int = MAX_PENDING_RECIPIENTS,
-    ) -> None:
-        super().__init__(self._send, linger_s, max_pending)
-        self._url = check_bridge_url("the publisher's url", url) + "/v1/pokes"
-        self._token = token
-        self._http = http_client(self._url, timeout=None)  # _post has a deadline
-
-    async def close(self) -> None:
-        """Send the gathered pokes, wait until they are accepted, and close the connections.
-
-        As the other publisher's, it takes 15 s at most.
-        """
-        await super().close()
-        await self._http.aclose()
-
-    async def _send(self, pokes: Sequence[Poke]) -> None:
-        recipients = [poke.recipient for poke in pokes]
-        for some in _chunks(recipients, MAX_RECIPIENTS_PER_REQUEST):
-            await self._post(some)
-
-    async def _post(self, recipients: Sequence[str]) -> None:
-        content = msgspec.json.encode({"recipients": recipients})
-        timeout_s = HTTP_TIMEOUT_S + len(content) / SLOW_LINE_BYTES_PER_S
-        try:
-            # httpx limits each step only, so an answer that drips would never end.
-            async with asyncio.timeout(timeout_s):
-                await self._call(content)
-        except TimeoutError:
-            raise TransportError(f"{self._url} did not answer within {timeout_s:.0f} s") from None
-        except httpx.HTTPError as error:
-            raise TransportError(f"{self._url} can't be reached: {error!r}") from error
-
-    async def _call(self, content: bytes) -> None:
-        token = self._token if isinstance(self._token, str) else await self._token()
-        headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
-        request = self._http.build_request("POST", self._url, content=content, headers=headers)
-        response = await self._http.send(request, stream=True)
-        try:
-            body = await _read(response)
-        finally:
-            await response.aclose()
-        _check_accepted(response, body)
-
-
-class _Accepted(msgspec.Struct):
-    accepted: int
-
-
-def _check(pokes: Sequence[Poke]) -> None:
-    """Raise InputError before merging, since an invalid poke would fail the whole batch."""
-    for poke in pokes:
-        check_recipient(poke.recipient)
-        if poke.version is not None and not 1 <= poke.version <= MAX_VERSION:
-            raise InputError(f"a version is from 1 to {MAX_VERSION}, not {poke.version}")
-
-
 def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
-
-
-async def _read(response: httpx.Response) -> bytes:
-    body = bytearray()
-    async for chunk in response.aiter_bytes():
-        body += chunk
-        if len(body) > MAX_ANSWER_BYTES:
-            raise TransportError(f"{response.url} answered more than {MAX_ANSWER_BYTES} bytes")
-    return bytes(body)
-
-
-def _check_accepted(response: httpx.Response, body: bytes) -> None:
-    """Raise unless an instance has accepted the pokes.
-
-    What stands between, a proxy or a login page, may answer anything. Then a retry may succeed.
-    """
-    status = response.status_code
-    if status == HTTPStatus.ACCEPTED:
-        with suppress(ValueError, RecursionError):
-            msgspec.json.decode(body, type=_Accepted)
-            return
-    detail = problem_detail(status, response.headers.get("Content-Type"), body)
-    said = refusal_text(str(response.url), status, detail)
-    if detail is None:
-        raise TransportError(said)
-    if status == HTTPStatus.UNAUTHORIZED:
-        raise AuthError(said)
-    if status == HTTPStatus.FORBIDDEN:
-        raise ForbiddenError(said)
-    if response.is_client_error and status != HTTPStatus.TOO_MANY_REQUESTS:
-        raise InputError(said)
-    raise TransportError(said)

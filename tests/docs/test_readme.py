@@ -117,16 +117,16 @@ def test_the_client_listens(instance: Instance) -> None:
         block_until(lambda: "2 urn:pokebridge:cli {'text': 'hello'}" in output())
 
 
-def test_the_backend_pokes(instance: Instance) -> None:
-    """The publisher's example gets its poke onto the transport."""
-    token = instance.token("urn:service:shop", "poke")
+def test_the_backend_sends(instance: Instance) -> None:
+    """The publisher's example commits its message, and gets both pokes onto the transport."""
+    token = instance.token("urn:service:shop", "send poke")
     _run(
         [sys.executable, "-c", _snippet("python", "HttpPublisher")],
         instance,
         POKEBRIDGE_TOKEN=token,
     )
     with instance.http() as http:
-        block_until(lambda: "\npokebridge_pokes_total 1.0\n" in http.get("/metrics").text)
+        block_until(lambda: "\npokebridge_pokes_total 2.0\n" in http.get("/metrics").text)
 
 
 def test_the_readme_is_short() -> None:

@@ -9,13 +9,13 @@ from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
+from pokebridge.http_publisher import MAX_RECIPIENTS_PER_REQUEST
 from pokebridge.model import (
     DEFAULT_DEVICE,
     MAX_DEVICE_LENGTH,
     MAX_VERSION,
     Mode,
 )
-from pokebridge.publisher import MAX_RECIPIENTS_PER_REQUEST
 from pokebridge.submission import MessageId, Recipient, visible_ascii
 
 MAX_PAGE = 500
