@@ -15,7 +15,7 @@ NODE := tests/node clients/js examples/replicache/web
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-long test-deps simulate check fix docs chaos bench lock clean
+.PHONY: help setup run test test-long test-deps simulate check fix docs chaos fuzz bench lock clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
@@ -96,6 +96,10 @@ docs: setup  ## write the pages that are generated from the sources
 
 chaos: setup test-deps  ## five instances and 2,000 clients through every misfortune, for some minutes
 	@$(BIN)/python -m tests.cluster.chaos
+
+fuzz: setup  ## send INPUTS (100000) that are almost valid to each border, SEED=1; ONLY=http for one
+	@$(BIN)/python -m tests.fuzz --inputs $(or $(INPUTS),100000) --seed $(or $(SEED),1) \
+	  $(if $(ONLY),--only $(ONLY))
 
 bench: setup  ## run the benchmarks
 	@$(BIN)/python -m benchmarks

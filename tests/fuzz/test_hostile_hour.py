@@ -1,0 +1,138 @@
+"""A hostile hour in miniature: floods of every kind at once, and good clients in the middle."""
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from statistics import quantiles
+
+import pytest
+
+from tests.fuzz import borders
+from tests.gateway.harness import Client
+from tests.support import Instance, wait_until
+from tests.support.serving import JWT_SECRET
+
+CLIENTS = 200
+ROUNDS = 15
+TIMEOUT_S = 120.0
+_HEAD = b"GET /v1/messages HTTP/1.1\r\nHost: x\r\n"
+
+
+class Crowd:
+    """The good clients: each has a session, and is poked again and again."""
+
+    def __init__(self, instance: Instance) -> None:
+        self._instance = instance
+        self._clients: list[Client] = []
+
+    async def enter(self) -> None:
+        """Open all sessions; one that is told to come back does."""
+        for number in range(CLIENTS):
+            bearer = f"Authorization: Bearer {self._instance.token(f'urn:user:{number}')}"
+            client = await Client.dial(self._instance.port)
+            while await client.handshake(headers=(bearer,)) == 503:
+                await client.close()
+                await asyncio.sleep(1)
+                client = await Client.dial(self._instance.port)
+            assert client.status == 101
+            assert (await client.message(TIMEOUT_S))["type"] == "ready"
+            self._clients.append(client)
+
+    async def poked(self, version: int) -> float:
+        """Poke all of them at once. Returns after how many seconds 99 in 100 had heard it."""
+        names = [f"urn:user:{number}" for number in range(CLIENTS)]
+        began_s = time.monotonic()
+
+        async def hears(client: Client) -> float:
+            assert (await client.message(TIMEOUT_S))["type"] == "poke", version
+            return time.monotonic() - began_s
+
+        async with self._instance.async_http("urn:backend", "poke") as http:
+            (await http.post("/v1/pokes", json={"recipients": names})).raise_for_status()
+        return quantiles(await asyncio.gather(*map(hears, self._clients)), n=100)[-1]
+
+    async def leave(self) -> None:
+        """Hang up."""
+        for client in self._clients:
+            await client.close()
+
+
+async def _idle(instance: Instance, said: bytes) -> None:
+    """A stranger with 100 connections that say this much and then one byte at a time."""
+    clients = [await Client.dial(instance.port) for _ in range(100)]
+    for client in clients:
+        client.send_raw(said)
+    for _ in range(50):
+        for client in clients:
+            client.send_raw(b"\r" if not said else b"x")
+        await asyncio.sleep(0.1)
+    for client in clients:
+        await client.close()
+
+
+async def _chunks(instance: Instance) -> None:
+    """A stranger with trailers without end."""
+    client = await Client.dial(instance.port)
+    client.send_raw(_HEAD + b"Transfer-Encoding: chunked\r\n\r\n0\r\n")
+    for _ in range(200):
+        client.send_raw(b"X: y\r\n" * 100)
+        await asyncio.sleep(0)
+    await client.close()
+
+
+async def _fragments(instance: Instance) -> None:
+    """A client with any token that sends fragments without end."""
+    client = await Client.dial(instance.port)
+    bearer = f"Authorization: Bearer {instance.token('urn:user:mallory')}"
+    if await client.handshake(headers=(bearer,)) == 101:
+        client.send_raw(b"\x01\x80" + bytes(4) + (b"\x00\x80" + bytes(4)) * 20_000)
+        with contextlib.suppress(TimeoutError):
+            await client.gone()
+    await client.close()
+
+
+@pytest.mark.long
+async def test_good_clients_lose_nothing_in_a_hostile_hour(tmp_path: Path) -> None:
+    """Every poke is delivered, before and during it, and new clients get in."""
+    env = {**os.environ, "POKEBRIDGE_JWT_SECRET": JWT_SECRET, "POKEBRIDGE_MAILBOX": "memory://"}
+    instance = Instance("instance", [], env, tmp_path)
+    await asyncio.to_thread(instance.start)
+    crowd, ended = Crowd(instance), asyncio.Event()
+    floods: list[Callable[[], Awaitable[None]]] = [
+        lambda: borders.http(instance, 1, 200),
+        lambda: borders.handshakes(instance, 2, 200),
+        lambda: borders.frames(instance, 3, 50),
+        lambda: _idle(instance, b""),
+        lambda: _idle(instance, _HEAD),
+        lambda: _chunks(instance),
+        lambda: _fragments(instance),
+    ]
+
+    async def keep(flood: Callable[[], Awaitable[None]]) -> None:
+        while not ended.is_set():
+            with contextlib.suppress(ConnectionError, AssertionError, asyncio.IncompleteReadError):
+                await flood()
+
+    await crowd.enter()
+    before_s = [await crowd.poked(version) for version in range(ROUNDS)]
+    strangers = [asyncio.create_task(keep(flood)) for flood in floods]
+    during_s = [await crowd.poked(version) for version in range(ROUNDS)]
+    late = Crowd(instance)
+    await late.enter()
+    await late.leave()
+    ended.set()
+    await asyncio.wait(strangers, timeout=TIMEOUT_S)
+    during_s.append(await crowd.poked(ROUNDS))
+    await crowd.leave()
+    print(f"99 of 100 pokes within {max(before_s):.3f} s before, {max(during_s):.3f} s during it")  # noqa: T201 - what it is for
+    async with instance.async_http() as http:
+
+        async def is_empty() -> bool:
+            return "\npokebridge_sessions 0.0\n" in (await http.get("/metrics")).text
+
+        await wait_until(is_empty, TIMEOUT_S, "no session being left")
+    assert "Traceback" not in instance.log()
+    await asyncio.to_thread(instance.kill)
