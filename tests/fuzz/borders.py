@@ -256,7 +256,7 @@ async def key_sets(seed: int, count: int) -> None:
     await server.wait_closed()
 
 
-async def read_settings(directory: Path, seed: int, count: int) -> None:
+def read_settings(directory: Path, seed: int, count: int) -> None:
     """Settings from the environment and from a file: settings, or one line that hides the value."""
     values: Mapping[str, Any] = {
         "jwt_secret": SECRET,
@@ -290,8 +290,6 @@ async def read_settings(directory: Path, seed: int, count: int) -> None:
         except ConfigError as error:
             said = str(error)
         assert "\n" not in said
-        if not number % 1000:
-            await asyncio.sleep(0)
 
 
 async def _many(send_one: Callable[[], Awaitable[None]], count: int) -> None:

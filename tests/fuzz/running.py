@@ -52,7 +52,7 @@ async def _in_this_process(border: str, count: int, seed: int, directory: Path) 
         elif border == "key_sets":
             await borders.key_sets(seed + first, inputs)
         else:
-            await borders.read_settings(directory, seed + first, inputs)
+            await asyncio.to_thread(borders.read_settings, directory, seed + first, inputs)
 
     await send(0, count // 5)
     before = psutil.Process().memory_info().rss
