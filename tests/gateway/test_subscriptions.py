@@ -257,6 +257,18 @@ async def test_what_cannot_be_heard_is_remembered() -> None:
         assert BOBS not in world.manager.selections
 
 
+async def test_what_everything_covers_is_not_remembered() -> None:
+    """Back in fan-out, no shard that was refused is missed."""
+    async with managing(ALICES, Feed.UNTAGGED) as world:
+        world.bus.deaf.add(BOBS)
+        world.manager.want(FOR_BOB | {ALICES})
+        await wait_until(lambda: world.manager.is_in_doubt)
+        world.manager.want(EVERYTHING)
+        await wait_until(lambda: world.manager.settled)
+        assert world.manager.selections == EVERYTHING
+        assert not world.manager.is_in_doubt
+
+
 async def test_what_is_covered_still_is_not_in_doubt() -> None:
     """While the change to single shards can't be finished, the one for everything delivers."""
     async with managing(Feed.ALL) as world:

@@ -96,6 +96,8 @@ class CutProxy:
             await self._flowing.wait()
             with suppress(OSError):
                 await self._forward(reader, writer)
+        except asyncio.CancelledError:
+            pass  # by __aexit__; Python 3.11 would report it as an error of the server's callback
         finally:
             self._drop(writer)
             self._connections.discard(connection)

@@ -108,10 +108,9 @@ class SubscriptionManager:
         """Why a subscription that is wanted or refused is not live. ``None`` when all are."""
         if not self._wanted:
             return "nothing is subscribed"
-        for managed in self._managed.values():
-            if managed.trouble is not None and (
-                managed.selection in self._wanted or managed.is_refused
-            ):
+        for selection, managed in self._managed.items():
+            is_needed = selection in self._wanted or self._is_unheard(managed)
+            if is_needed and managed.trouble is not None:
                 return managed.trouble
         return None
 
@@ -127,11 +126,7 @@ class SubscriptionManager:
         Either a subscription that was live may have missed signals and is not proven again, or one
         that is new can't be proven, and nothing else covers it.
         """
-        if any(managed.missed for managed in self._managed.values()):
-            return True
-        return not self._is_live(Feed.ALL) and any(
-            managed.is_refused for managed in self._managed.values()
-        )
+        return any(each.missed or self._is_unheard(each) for each in self._managed.values())
 
     @property
     def selections(self) -> frozenset[Selection]:
@@ -245,9 +240,13 @@ class SubscriptionManager:
             {
                 selection: managed.trouble is None
                 for selection, managed in self._managed.items()
-                if selection in self._wanted or not managed.is_refused
+                if selection in self._wanted or not self._is_unheard(managed)
             },
         )
+
+    def _is_unheard(self, managed: "_ManagedSubscription") -> bool:
+        """Whether ``managed`` was refused, and nothing else covers it."""
+        return managed.is_refused and not self._is_live(Feed.ALL)
 
     def _step(self) -> None:
         steps = self._next_steps()
