@@ -9,8 +9,9 @@ from benchmarks.harness import Server
 
 CALLERS = 32
 """Connections on which requests are made, each when the last is answered."""
-# A server is quiet when it uses less than 1% of a core. It is looked at so often at most.
-_LOOK_S, _QUIET_SHARE, _LOOKS = 0.1, 0.01, 50
+# A server is quiet when it uses less than 1% of a core for so long, which is longer than it puts
+# off confirmations and acks. It is looked at so often at most.
+_LOOK_S, _QUIET_SHARE, _LOOKS = 0.25, 0.01, 20
 
 
 class Cost(NamedTuple):

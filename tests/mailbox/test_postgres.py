@@ -393,6 +393,19 @@ class TestPlans:
             assert page.more == (len(shown) < len(there))
         assert len(statements) < 20
 
+    async def test_acks_share_a_round_trip(self, mailbox: PostgresMailbox) -> None:
+        """Acks that come at once are a few statements, and each deletes what its device has."""
+        await asyncio.gather(*(mailbox.append(message(f"r{n % 50}")) for n in range(150)))
+        statements: list[str] = []
+        for connection in mailbox._pool._idle:
+            connection.add_query_logger(lambda record: statements.append(record.query))
+        acks = ((f"r{n % 50}", n // 50) for n in range(150))  # 0 to 2 of each one's 3
+        await asyncio.gather(*(mailbox.ack(recipient, "phone", upto) for recipient, upto in acks))
+        assert len(statements) < 10
+        for n in range(50):
+            page = await mailbox.read(f"r{n}", after=0, limit=10)
+            assert [kept.version for kept in page.messages] == [3]
+
     async def test_a_page_is_read_in_order_by_its_key(
         self, mailbox: PostgresMailbox, by_hand: Any
     ) -> None:

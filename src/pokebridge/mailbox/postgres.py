@@ -14,6 +14,7 @@ from pokebridge.engines.postgres import Connection
 from pokebridge.engines.urls import check_engine_url, unsplit
 from pokebridge.errors import ConfigError, InputError, MailboxError
 from pokebridge.mailbox.base import (
+    ACKS_BATCH,
     FORGET_BATCH,
     PAGE_BYTES,
     RECEIPT_KEPT_MS,
@@ -25,10 +26,10 @@ from pokebridge.mailbox.base import (
     ttl_ms,
 )
 from pokebridge.mailbox.batcher import Batcher
-from pokebridge.mailbox.postgres_additions import ADDITIONS
+from pokebridge.mailbox.postgres_migration import MIGRATION_TIMEOUT_S, is_up_to_date, migrate
 from pokebridge.mailbox.postgres_pool import PostgresPool, Record
 from pokebridge.mailbox.postgres_pushes import PostgresPushes
-from pokebridge.mailbox.postgres_schema import CHECK, MIGRATION_LOCK, MIGRATIONS
+from pokebridge.mailbox.postgres_schema import CHECK
 from pokebridge.mailbox.pushes import PushTiming
 from pokebridge.model import MAX_VERSION, Ack, Message, NewMessage, Page, Poke, Receipt
 
@@ -47,7 +48,6 @@ BATCH_KEPT_MS: Final = 10 * 60 * 1000
 # Longer than other calls: a purge may delete several mailboxes of 64 MiB at once.
 UPKEEP_TIMEOUT_S: Final = 30.0
 STATS_TIMEOUT_S: Final = 300.0
-MIGRATION_TIMEOUT_S: Final = 600.0
 
 # With the position after it, which is durable once the append is.
 APPEND: Final = """
@@ -118,16 +118,6 @@ SELECT count(*) FILTER (WHERE head > 0), coalesce(sum(kept_messages), 0)::bigint
     (SELECT count(*) FROM dead_pushes)
 FROM heads
 """
-# From the catalogues, since to_regclass() may not see yet what another session has just created.
-SCHEMA_EXISTS: Final = "SELECT EXISTS (SELECT FROM pg_namespace WHERE nspname = $1)"
-TABLE_EXISTS: Final = """
-SELECT EXISTS (
-    SELECT FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace
-    WHERE nspname = $1 AND relname = $2
-)
-"""
-
-_CHANGES: Final = {"migrations": MIGRATIONS, "additions": ADDITIONS}
 
 
 class _Pull(NamedTuple):
@@ -146,7 +136,7 @@ class PostgresMailbox:
     - ``_position``: how far the server's write-ahead log was, at least (bytes)
     - ``_clock``: Unix time in seconds; ``None``: the database's clock counts
     - ``_limits``: the limits of each recipient
-    - ``_append``, ``_head``, ``_page``, ``_see``: batch concurrent calls of one kind
+    - ``_append``, ``_head``, ``_page``, ``_ack``, ``_see``: batch concurrent calls of one kind
     """
 
     is_shared = True
@@ -185,6 +175,13 @@ class PostgresMailbox:
             max_count=READ_BATCH,
             max_cost=0,
         )
+        self._ack = Batcher[Ack, None](
+            self._ack_together,
+            timeout_s=TURN_TIMEOUT_S,
+            workers=1,
+            max_count=ACKS_BATCH,
+            max_cost=0,
+        )
         self._see = Batcher[tuple[str, str], None](
             self._see_all, timeout_s=TURN_TIMEOUT_S, workers=1, max_count=BATCH, max_cost=0
         )
@@ -211,8 +208,8 @@ class PostgresMailbox:
         dsn, schema = _split_schema(url)
         pool = PostgresPool(dsn, schema=schema)
         try:
-            if not await pool.run(lambda it: _is_up_to_date(it, schema)):
-                await pool.run(lambda it: _migrate(it, schema), timeout_s=MIGRATION_TIMEOUT_S)
+            if not await pool.run(lambda it: is_up_to_date(it, schema)):
+                await pool.run(lambda it: migrate(it, schema), timeout_s=MIGRATION_TIMEOUT_S)
         except BaseException:
             await pool.close()
             raise
@@ -252,7 +249,8 @@ class PostgresMailbox:
 
     async def ack(self, recipient: str, device: str, version: int) -> None:
         """See the port."""
-        await self.ack_all([Ack(recipient, device, version)])
+        _check_texts(recipient, device)
+        await self._ack(Ack(recipient, device, version))
 
     async def ack_all(self, acks: Sequence[Ack]) -> None:
         """See the port."""
@@ -318,7 +316,7 @@ class PostgresMailbox:
 
     async def close(self) -> None:
         """See the port."""
-        for batcher in (self._append, self._head, self._page, self._see):
+        for batcher in (self._append, self._head, self._page, self._ack, self._see):
             await batcher.close()
         await self._pool.close()
 
@@ -400,6 +398,14 @@ class PostgresMailbox:
             for pull, head, messages in zip(pulls, heads, found, strict=True)
         ]
 
+    async def _ack_together(self, acks: Sequence[Ack]) -> list[Exception | None]:
+        newest: dict[tuple[str, str], int] = {}
+        for recipient, device, version in acks:
+            key = (recipient, device)
+            newest[key] = max(version, newest.get(key, 0))
+        await self.ack_all([Ack(*key, version) for key, version in newest.items()])
+        return [None] * len(acks)
+
     async def _see_all(self, seen: Sequence[tuple[str, str]]) -> list[Exception | None]:
         recipients, devices = zip(*seen, strict=True)
         parameters = (list(recipients), list(devices), self._now_ms(), SEEN_EVERY_MS)
@@ -452,47 +458,3 @@ def _split_schema(url: str) -> tuple[str, str]:
     if re.fullmatch(r"[a-z_][a-z0-9_]{0,62}", schema) is None:
         raise ConfigError("mailbox: schema must be lower-case letters, digits and underscores")
     return unsplit(parts._replace(query=urlencode(query))), schema
-
-
-async def _migrate(connection: Connection, schema: str) -> None:
-    """Apply the missing migrations in one transaction, under an advisory lock."""
-
-    async def execute(statement: str, *parameters: object) -> None:
-        await connection.execute(statement, *parameters, timeout=MIGRATION_TIMEOUT_S)
-
-    async with connection.transaction():
-        await execute(f"SET LOCAL statement_timeout = '{MIGRATION_TIMEOUT_S:.0f}s'")
-        await execute(f"SET LOCAL search_path = {schema}")
-        await execute("SELECT pg_advisory_xact_lock($1)", MIGRATION_LOCK)
-        done = await _count_done(connection, schema, "migrations")
-        if done > len(MIGRATIONS):
-            raise ConfigError(
-                f"mailbox: the schema {schema} was written by a newer release of pokebridge:"
-                " upgrade this one"
-            )
-        if done == 0 and not await connection.fetchval(SCHEMA_EXISTS, schema):
-            await execute(f"CREATE SCHEMA {schema}")
-        for table, all_statements in _CHANGES.items():
-            done = await _count_done(connection, schema, table)
-            if done == 0:
-                await execute(
-                    f"CREATE TABLE {table}"
-                    " (version integer PRIMARY KEY, done_at timestamptz NOT NULL)"
-                )
-            for version, statements in enumerate(all_statements[done:], done + 1):
-                await execute(statements)
-                await execute(f"INSERT INTO {table} VALUES ($1, now())", version)  # noqa: S608 - ours
-
-
-async def _is_up_to_date(connection: Connection, schema: str) -> bool:
-    if await _count_done(connection, schema, "migrations") != len(MIGRATIONS):
-        return False
-    return await _count_done(connection, schema, "additions") >= len(ADDITIONS)
-
-
-async def _count_done(connection: Connection, schema: str, table: str) -> int:
-    if not await connection.fetchval(TABLE_EXISTS, schema, table):
-        return 0
-    newest = f"SELECT coalesce(max(version), 0) FROM {schema}.{table}"  # noqa: S608 - ours
-    done: int = await connection.fetchval(newest)
-    return done
