@@ -112,6 +112,7 @@ class Oracle:
         """The versions that a restore of the mailbox has undone."""
         self._restores = 0
         """How often the mailbox was restored."""
+        self._restored_at = 0.0
         self._generations: dict[str, int] = {}
         """How often it had been, when a recipient got the newest message."""
         self._ids: dict[tuple[str, str], tuple[str, int]] = {}
@@ -187,6 +188,7 @@ class Oracle:
     def on_restored(self, heads: Mapping[str, int]) -> None:
         """The mailbox went back to ``heads``: what is above them is gone."""
         self._restores += 1
+        self._restored_at = self._scene.scheduler.now
         for recipient, commits in self._commits.items():
             kept = bisect_right(commits, heads.get(recipient, 0), key=attrgetter("version"))
             undone = self._undone.setdefault(recipient, set())
@@ -211,12 +213,25 @@ class Oracle:
         pulled = self._missing(client)[: len(kept)]
         if kept != [commit.version for commit in pulled]:
             self.fail("no message lost or doubled", f"{client.name} at {cursor} got {versions}")
+        skipped = [each.version for each in self._missing(client)[len(kept) :]]
+        if not page.more and skipped and skipped[0] <= page.version:
+            self.fail("no message lost or doubled", f"{client.name} at {cursor} misses {skipped}")
         has_cursor = any(each.version == cursor for each in self._commits.get(client.recipient, ()))
         if not versions and not page.more and page.version < cursor and has_cursor:
             self.fail("cursors only grow", f"{client.name} at {cursor} was told {page.version}")
         for commit in pulled:
             self._note_waits(client, commit.at_s)
         self._cursors[client] = max(cursor, page.version if not versions else versions[-1])
+
+    def owes_ack(self, client: WatchedClient, acked: int) -> bool:
+        """Whether an ack of ``client`` is lost: of its device only those up to ``acked`` are known.
+
+        What a restored mailbox has forgotten is acked with the next message, or the next session.
+        """
+        commits = self._commits.get(client.recipient, [])
+        pulled = commits[: len(commits) - len(self._missing(client))]
+        is_newer_session = self._ready_at.get(client, 0.0) > self._restored_at
+        return is_newer_session and bool(pulled) and acked < pulled[-1].version
 
     def _note_waits(self, client: WatchedClient, committed_at: float) -> None:
         now = self._scene.scheduler.now

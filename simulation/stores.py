@@ -230,6 +230,11 @@ class RestorableMailbox(MemoryMailbox):
             setattr(self, name, value)
         at_once(self.begin_generation())
 
+    def acked(self, recipient: str, device: str) -> int:
+        """The version that a device has acked; 0 if it has acked nothing."""
+        log = self._logs.get(recipient)
+        return 0 if log is None else log.acked.get(device, 0)
+
     def newest(self) -> Mapping[str, int]:
         """The newest version of every recipient."""
         return {recipient: log.head for recipient, log in self._logs.items()}

@@ -435,6 +435,9 @@ class World(Scene):
         for client in self.clients:
             if client.active and not self.oracle.is_well_and_up_to_date(client):
                 return f"{client.name} is not connected, or not up to date"
+            acked = self.post.mailbox.acked(client.recipient, client.device)
+            if client.active and self.oracle.owes_ack(client, acked):
+                return f"{client.name} has acked {acked} as far as the mailbox knows"
         return self._what_is_unsettled()
 
     def _what_is_unsettled(self) -> str:

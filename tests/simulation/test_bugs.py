@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 
 from pokebridge import publisher
+from pokebridge.client.core import ClientCore
+from pokebridge.client.events import Ack
 from pokebridge.cluster.membership import Membership
 from pokebridge.coordination.base import Document
 from pokebridge.errors import UnavailableError
-from pokebridge.gateway import beacons, subscriptions
+from pokebridge.gateway import beacons, gateway, subscriptions
+from pokebridge.gateway.acks import Acks
 from pokebridge.gateway.connection import Connection
 from pokebridge.gateway.gateway import Gateway
 from pokebridge.gateway.recall import Recall
@@ -270,7 +273,49 @@ def revocations_unread(patch: pytest.MonkeyPatch) -> None:
     only(patch, faults.revoke, faults.cut_from_broker, faults.break_subscription)
 
 
+def ack_before_the_pull(patch: pytest.MonkeyPatch) -> None:
+    """A client acks what a poke announces, which it has not pulled yet."""
+
+    def on_frame(self: ClientCore, frame: dict[str, Any]) -> None:
+        real(self, frame)
+        if frame.get("type") == "poke" and "version" in frame:
+            self._actions.append(Ack(frame["version"]))
+
+    real = ClientCore._on_frame
+    patch.setattr(ClientCore, "_on_frame", on_frame)
+
+
+def ack_sent_once(patch: pytest.MonkeyPatch) -> None:
+    """A client does not repeat an ack that an earlier socket has carried."""
+
+    def on_frame(self: ClientCore, frame: dict[str, Any]) -> None:
+        carried = self._acked
+        real(self, frame)
+        self._acked = carried
+
+    real = ClientCore._on_frame
+    patch.setattr(ClientCore, "_on_frame", on_frame)
+    patch.setattr(gateway, "RECORD_EVERY_S", 2.0)
+    only(patch)
+
+
+def device_of_an_ack_ignored(patch: pytest.MonkeyPatch) -> None:
+    """The instance takes the ack of any device of a recipient for that of all its devices."""
+
+    def add(self: Acks, recipient: str, device: str, version: int) -> None:
+        devices.setdefault(recipient, set()).add(device)
+        for each in devices[recipient]:
+            real(self, recipient, each, version)
+
+    devices: dict[str, set[str]] = {}
+    real = Acks.add
+    patch.setattr(Acks, "add", add)
+
+
 PLANTS: list[tuple[Plant, str]] = [
+    (ack_before_the_pull, "no message lost or doubled"),
+    (ack_sent_once, "all recovers"),
+    (device_of_an_ack_ignored, "no message lost or doubled"),
     (break_before_make, "no silence"),
     (ready_before_live, "ready only when live"),
     (no_gap_poke, "no silence"),
