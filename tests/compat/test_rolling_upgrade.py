@@ -179,6 +179,20 @@ class Traffic:
             await wait_until(lambda: not silent(), TIMEOUT_S)
         except TimeoutError:
             raise AssertionError(f"missing messages: {silent()}") from None
+        await self._everybody_acks(expected)
+
+    async def _everybody_acks(self, upto: Mapping[str, int]) -> None:
+        """Wait until these versions are deleted: each device has acked, over socket or HTTP."""
+
+        async def are_deleted() -> bool:
+            for recipient, version in upto.items():
+                async with self.cluster.running["a"].async_http(recipient) as http:
+                    page = (await http.get("/v1/messages", params={"limit": 1})).json()
+                if any(message["version"] <= version for message in page["messages"]):
+                    return False
+            return True
+
+        await wait_until(are_deleted, TIMEOUT_S, "acks of all devices")
 
     async def introduce_devices(self) -> None:
         """Make all devices known: a message that all known devices have acked is deleted."""
