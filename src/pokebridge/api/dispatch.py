@@ -19,6 +19,7 @@ from pokebridge.durations import RequestDurations
 from pokebridge.errors import (
     AuthError,
     ForbiddenError,
+    KeysUnavailableError,
     NotFoundError,
     PokebridgeError,
     RefusedError,
@@ -118,7 +119,11 @@ class Api:
         scheme, _, token = request.header(b"authorization").partition(" ")
         if scheme.lower() != "bearer":
             raise AuthError("this call needs a token: Authorization: Bearer …")
-        claims = await self._verifier.verify(token.strip())
+        token = token.strip()
+        try:
+            claims = self._verifier.verify_now(token)
+        except KeysUnavailableError:
+            claims = await self._verifier.verify(token)  # fetches the key
         if scope and scope not in claims.scopes:
             raise ForbiddenError(f"the token lacks the scope {scope!r}")
         return claims

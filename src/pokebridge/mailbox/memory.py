@@ -157,16 +157,18 @@ class MemoryMailbox:
         unless_head: int | None = None,
     ) -> Page:
         """See the port."""
+        self._check_open()
+        log = self._logs.get(recipient)
+        head = 0 if log is None else log.head
+        if log is None or after >= head or head == unless_head:  # as most pulls
+            return Page((), head, head, more=False)
         now_ms = self._now_ms()
-        log = self._logs.get(recipient) or _Log()
-        if log.head == unless_head:
-            after = log.head
         fresh = (
             kept.message
             for kept in islice(log.kept, log.index_after(after), None)
             if kept.expires_ms is None or kept.expires_ms > now_ms
         )
-        return page_of(fresh, head=log.head, limit=limit, max_bytes=max_bytes)
+        return page_of(fresh, head=head, limit=limit, max_bytes=max_bytes)
 
     async def heads(self, recipients: Sequence[str]) -> Mapping[str, int]:
         """See the port."""

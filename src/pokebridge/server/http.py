@@ -172,8 +172,9 @@ class HttpProtocol(ExchangeProtocol):
             self._refuse(error)
         if rest is not None:
             self._upgrade(rest)
-        self._bytes = max(self._bytes, 0)  # nothing is saved up for later
-        if self._bytes > MAX_HEAD_BYTES:
+        if self._bytes < 0:
+            self._bytes = 0  # nothing is saved up for later
+        elif self._bytes > MAX_HEAD_BYTES:
             self._hang_up(431, f"head and trailer of a request have at most {MAX_HEAD_BYTES} bytes")
 
     def _refuse(self, error: httptools.HttpParserError) -> None:
@@ -242,13 +243,17 @@ class HttpProtocol(ExchangeProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """Cancel the deadline: the request has arrived, and the app limits the time to answer."""
+        """The request has arrived. The app limits the time to answer."""
         self._in_head, self._bytes = True, 0
         if self._ignores_upgrade or self._is_handshake:
             return
         self._arriving = False
-        super().on_message_complete()
-        self._follow()  # it may be answered already
+        if self.cycle.response_complete:
+            self._follow()
+        else:
+            self.cycle.more_body = False
+            self.cycle.message_event.set()
+            self._gateway.sockets.serve(self)
 
     def on_response_complete(self) -> None:
         """Go on with the next request, or wait for it."""
@@ -426,7 +431,7 @@ class HttpProtocol(ExchangeProtocol):
         """Start the deadline of the connection's state."""
         if self._arriving:
             self._arm(REQUEST_TIMEOUT_S)
-        elif self._is_serving:  # the app limits the time to answer
+        elif self._is_serving:  # the app limits the time to answer, and `wake` does nothing
             self._gateway.sockets.serve(self)
         else:
             self._arm(KEEP_ALIVE_S)
