@@ -91,6 +91,53 @@ async def gone(client: Valkey, key: str) -> bool:
     return not await client.exists(f"pokebridge:{{default}}:{key}")
 
 
+REFUSALS = {
+    "no permission": (("ACL", "SETUSER", "me", "-eval"), ("ACL", "SETUSER", "me", "+eval")),
+    "a replica": (("REPLICAOF", "127.0.0.1", "1"), ("REPLICAOF", "NO", "ONE")),
+    "another password": (
+        ("ACL", "SETUSER", "me", "resetpass", ">other"),
+        ("ACL", "SETUSER", "me", "resetpass", ">pw"),
+    ),
+    "another type": (
+        ("SET", "pokebridge:{default}:members", "x"),
+        ("DEL", "pokebridge:{default}:members"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("refuse", "permit"), REFUSALS.values(), ids=REFUSALS)
+async def test_a_server_that_refuses_is_asked_again(
+    own_valkey_server: Daemon,
+    connect_to: ConnectTo,
+    refuse: tuple[str, ...],
+    permit: tuple[str, ...],
+) -> None:
+    """However it words it: each call fails in one line, and works again once it is permitted."""
+    async with Valkey(port=own_valkey_server.port) as client:
+        admin: Any = client
+        await admin.execute_command("ACL", "SETUSER", "me", "on", ">pw", "allkeys", "+@all")
+        store = await connect_to(f"redis://me:pw@{own_valkey_server.address}")
+        await store.renew(member("a"), 60)
+        await admin.execute_command(*refuse)
+        await admin.execute_command("CLIENT", "KILL", "USER", "me")
+
+        async def fails() -> bool:
+            try:
+                await store.renew(member("a"), 60)
+            except CoordinationError as error:
+                return "\n" not in str(error)
+            return False
+
+        await wait_until(fails)
+        await admin.execute_command(*permit)
+
+        async def works() -> bool:
+            return not await fails()
+
+        await wait_until(works)
+        assert await store.members() == [member("a")]
+
+
 LOSSES = {
     "members": ("DEL", "members"),
     "leases": ("DEL", "leases"),

@@ -2,12 +2,14 @@
 
 import asyncio
 import shutil
+import signal
 import subprocess
 import uuid
 from pathlib import Path
 from typing import Any
 
 import asyncpg
+import psutil
 
 from pokebridge.mailbox.postgres import PostgresMailbox
 from pokebridge.model import MAX_VERSION
@@ -77,6 +79,37 @@ async def test_a_failover_loses_and_doubles_nothing(own_postgres_server: Daemon)
         assert before + after == await versions(mailbox)
         assert await unpoked(mailbox) == {BOB: after[-1]}
         await mailbox.close()
+
+
+async def test_a_primary_that_stops_answering_is_left(own_postgres_server: Daemon) -> None:
+    """Stopped, not dead: it accepts connections and says nothing. The promoted standby is used.
+
+    When it answers again it still takes writes, and the mailbox stays where it is.
+    """
+    with run_standby(own_postgres_server) as standby:
+        hosts = f"{own_postgres_server.address},{standby.address}"
+        mailbox = await PostgresMailbox.open(f"postgresql://postgres@{hosts}/postgres")
+        await fill(mailbox, 3)
+        on_standby = await asyncpg.connect(standby.url)
+        await cut_off(on_standby, own_postgres_server)
+        stop_all(own_postgres_server, signal.SIGSTOP)
+        try:
+            await on_standby.execute("SELECT pg_promote()")
+            first = (await mailbox.append(message())).version
+            assert first > GENERATION
+        finally:
+            stop_all(own_postgres_server, signal.SIGCONT)
+        await asyncio.gather(*(mailbox.append(message()) for _ in range(20)))
+        assert await on_standby.fetchval("SELECT head FROM pokebridge.heads") == first + 20
+        await on_standby.close()
+        await mailbox.close()
+
+
+def stop_all(server: Daemon, number: signal.Signals) -> None:
+    """Signal the server's processes."""
+    process = psutil.Process(server.pid)
+    for each in (process, *process.children(recursive=True)):
+        each.send_signal(number)
 
 
 async def test_a_failover_that_loses_commits_gives_no_version_twice(
