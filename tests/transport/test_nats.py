@@ -409,6 +409,22 @@ def _tls(certificates: Certificates, more: str = "") -> str:
         ca_file: "{certificates.ca_file}", {more} }}"""
 
 
+async def test_a_server_that_goes_is_left(run_server: RunServer, connect_url: ConnectUrl) -> None:
+    """In lame duck mode a server sends its clients away. They go on at another, after a gap."""
+    servers = [
+        await asyncio.to_thread(run_server, "lame_duck_grace_period: 1s\nlame_duck_duration: 30s")
+        for _ in range(2)
+    ]
+    transport = await connect_url(f"{servers[0].url},{servers[1].address}")
+    _, receiver = await subscribe_live(transport, 7)
+    used = transport._link.connection._server
+    goes = next(server for server in servers if server.address in used)
+    os.kill(goes.pid, signal.SIGUSR2)
+    await receiver.wait_for(lambda heard: bool(heard.gaps), 60)
+    assert goes.address not in transport._link.connection._server
+    await assert_hears(transport, receiver, 7)
+
+
 async def test_one_large_batch_holds_up_nobody(
     run_server: RunServer, connect_url: ConnectUrl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
