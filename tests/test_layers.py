@@ -21,15 +21,18 @@ def test_imports_go_downward_only() -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_each_driver_is_imported_in_one_file_of_a_port() -> None:
-    """What an engine's driver can do is known to one adapter alone: one file in each port."""
+def test_each_driver_is_imported_by_one_adapter_of_a_port() -> None:
+    """What an engine's driver can do is known to one adapter of each port alone.
+
+    An adapter's files begin with its name: ``redis.py``, ``redis_slots.py``.
+    """
     importers = defaultdict(list)
     for path in sorted((ROOT / "src/pokebridge").rglob("*.py")):
         for module in _imported_modules(ast.parse(path.read_text())):
             driver = module.partition(".")[0]
             if driver in DRIVERS and "testing" not in path.parts:
-                importers[path.parent.name, driver].append(path.name)
-    shared = {key: files for key, files in importers.items() if len(set(files)) > 1}
+                importers[path.parent.name, driver].append(path.stem.partition("_")[0])
+    shared = {key: names for key, names in importers.items() if len(set(names)) > 1}
     assert not shared
 
 

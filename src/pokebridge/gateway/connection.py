@@ -10,6 +10,7 @@ import contextlib
 import functools
 import socket
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 import structlog
@@ -24,7 +25,6 @@ from pokebridge.framing import (
     encode_frame,
     whole_text,
 )
-from pokebridge.gateway.acks import Acks
 from pokebridge.gateway.wheel import Wheel
 from pokebridge.session import UNKNOWN_VERSION, Session, State
 from pokebridge.wire import PONG_FRAME, Ack, Ping, decode_client_message, move_frame
@@ -64,8 +64,10 @@ class ConnectionHost(Protocol):
     """The instance's id."""
     wheel: Wheel
     """Where the connection's deadline is kept."""
-    acks: Acks | None
-    """Where its acks go; ``None``: the instance takes none."""
+
+    @property
+    def on_ack(self) -> Callable[[str, str, int], None] | None:
+        """Takes the recipient, the device and the version of an ack. ``None``: none is taken."""
 
     def now(self) -> float:
         """The time on the event loop's clock, in seconds."""
@@ -162,7 +164,7 @@ class Connection(asyncio.Protocol):
                 instance=host.instance,
                 now=host.now(),
                 first_ping_s=first_ping_s,
-                takes_acks=host.acks is not None,
+                takes_acks=host.on_ack is not None,
             )
             self._transport.write(response + ready)
             self._transport.resume_reading()
@@ -300,10 +302,10 @@ class Connection(asyncio.Protocol):
             self._host.renew(self, message.token)
 
     def _on_ack(self, version: int) -> None:
-        acks, session = self._host.acks, self.session
-        if acks is None:
+        on_ack, session = self._host.on_ack, self.session
+        if on_ack is None:
             raise FrameError(1008, "this instance takes no acks: `ready` did not offer them")
-        acks.add(session.recipient, session.device, version)
+        on_ack(session.recipient, session.device, version)
 
     def _on_close(self, payload: bytes) -> None:
         """Answer the peer's close frame with its own code, unless it is the answer to ours."""

@@ -147,6 +147,11 @@ class Gateway:
         await self.subscriptions.close()
         self.wheel.stop()
 
+    @property
+    def on_ack(self) -> Callable[[str, str, int], None] | None:
+        """Takes the recipient, the device and the version of an ack; ``None`` without a mailbox."""
+        return None if self.acks is None else self.acks.add
+
     def now(self) -> float:
         """The time on the loop's clock in seconds. All deadlines here are on that clock."""
         assert self._loop is not None, "the gateway is not started"  # noqa: S101 - a caller's bug
