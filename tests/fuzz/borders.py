@@ -91,6 +91,8 @@ async def _send_all(instance: Instance, mutator: Mutator, count: int) -> None:
             async with asyncio.timeout(TIMEOUT_S):
                 _check_answers(await reader.read(-1))
         writer.transport.abort()
+        with suppress(ConnectionError):
+            await writer.wait_closed()
 
     await _many(send_one, count)
 
@@ -149,7 +151,7 @@ async def frames(instance: Instance, seed: int, count: int) -> None:
         except (ConnectionError, asyncio.IncompleteReadError):
             pass
         finally:
-            client.writer.transport.abort()
+            await client.close()
 
     await _many(send_one, count)
 

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from statistics import quantiles
 
@@ -26,6 +26,7 @@ class Crowd:
 
     def __init__(self, instance: Instance) -> None:
         self._instance = instance
+        self._clients: list[Client] = []
         self._readers: list[asyncio.Task[None]] = []
         self._pokes: list[asyncio.Queue[float]] = []
 
@@ -40,16 +41,14 @@ class Crowd:
                 client = await Client.dial(self._instance.port)
             assert client.status == 101
             assert (await client.message(TIMEOUT_S))["type"] == "ready"
+            self._clients.append(client)
             self._pokes.append(asyncio.Queue())
             self._readers.append(asyncio.create_task(self._read(client, self._pokes[-1])))
 
     async def _read(self, client: Client, pokes: asyncio.Queue[float]) -> None:
-        try:
-            while True:
-                assert (await client.message(TIMEOUT_S))["type"] == "poke"
-                pokes.put_nowait(time.monotonic())
-        finally:
-            await client.close()
+        while True:
+            assert (await client.message(TIMEOUT_S))["type"] == "poke"
+            pokes.put_nowait(time.monotonic())
 
     async def poked(self) -> float:
         """Poke all of them at once. Returns after how many seconds 99 in 100 had heard it."""
@@ -68,40 +67,49 @@ class Crowd:
         for reader in self._readers:
             with contextlib.suppress(asyncio.CancelledError):
                 await reader
+        for client in self._clients:
+            await client.close()
+
+
+@contextlib.asynccontextmanager
+async def stranger(instance: Instance) -> AsyncIterator[Client]:
+    """A connection to ``instance``, which is closed however the block ends."""
+    client = await Client.dial(instance.port)
+    try:
+        yield client
+    finally:
+        await client.close()
 
 
 async def _idle(instance: Instance, said: bytes) -> None:
     """A stranger with 100 connections that say this much and then one byte at a time."""
-    clients = [await Client.dial(instance.port) for _ in range(100)]
-    for client in clients:
-        client.send_raw(said)
-    for _ in range(50):
+    async with contextlib.AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(stranger(instance)) for _ in range(100)]
         for client in clients:
-            client.send_raw(b"\r" if not said else b"x")
-        await asyncio.sleep(0.1)
-    for client in clients:
-        await client.close()
+            client.send_raw(said)
+        for _ in range(50):
+            for client in clients:
+                client.send_raw(b"x" if said else b"\r")
+            await asyncio.sleep(0.1)
 
 
 async def _chunks(instance: Instance) -> None:
     """A stranger with trailers without end."""
-    client = await Client.dial(instance.port)
-    client.send_raw(_HEAD + b"Transfer-Encoding: chunked\r\n\r\n0\r\n")
-    for _ in range(200):
-        client.send_raw(b"X: y\r\n" * 100)
-        await asyncio.sleep(0)
-    await client.close()
+    async with stranger(instance) as client:
+        client.send_raw(_HEAD + b"Transfer-Encoding: chunked\r\n\r\n0\r\n")
+        for _ in range(200):
+            client.send_raw(b"X: y\r\n" * 100)
+            await asyncio.sleep(0)
 
 
 async def _fragments(instance: Instance) -> None:
     """A client with any token that sends fragments without end."""
-    client = await Client.dial(instance.port)
     bearer = f"Authorization: Bearer {instance.token('urn:user:mallory')}"
-    if await client.handshake(headers=(bearer,)) == 101:
-        client.send_raw(b"\x01\x80" + bytes(4) + (b"\x00\x80" + bytes(4)) * 20_000)
-        with contextlib.suppress(TimeoutError):
-            await client.gone()
-    await client.close()
+    async with stranger(instance) as client:
+        if await client.handshake(headers=(bearer,)) == 101:
+            client.send_raw(b"\x01\x80" + bytes(4) + (b"\x00\x80" + bytes(4)) * 20_000)
+            with contextlib.suppress(TimeoutError):
+                await client.gone()
 
 
 @pytest.mark.long
