@@ -19,7 +19,8 @@ from pokebridge.mailbox import base, sqlite, sqlite_checkpoints, sqlite_file, sq
 from pokebridge.mailbox.base import Limits, Mailbox
 from pokebridge.mailbox.sqlite import SqliteMailbox
 from pokebridge.mailbox.sqlite_checkpoints import Checkpointer
-from pokebridge.mailbox.sqlite_generation import state_of
+from pokebridge.mailbox.sqlite_generation import SideFile, state_of
+from pokebridge.mailbox.sqlite_guard import FileGuard
 from pokebridge.mailbox.sqlite_workers import WorkerPool, commit_together
 from pokebridge.model import Receipt
 from pokebridge.testing.mailbox import Connect, DurableMailboxContract
@@ -262,11 +263,32 @@ class TestCheckpoints:
         """The thread goes on, since the writer's own checkpoint may succeed, and the next copy."""
         path.write_text("no database" * 100)
         db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        checkpointer = Checkpointer(db)
+        guard = FileGuard(path, SideFile(path))
+        checkpointer = Checkpointer(db, guard)
         for _ in range(2):
             checkpointer._is_due.set()
             block_until(lambda: not checkpointer._is_due.is_set())
         checkpointer.close()
+
+    async def test_the_guard_knows_the_length_after_a_copy(
+        self, path: Path, mailbox: SqliteMailbox
+    ) -> None:
+        """A copy that makes the file shorter is noticed before the next may make it longer."""
+        await asyncio.gather(*(mailbox.append(message(body=b"1" * 60_000)) for _ in range(20)))
+
+        def shrink(db: sqlite3.Connection) -> None:
+            db.execute("DELETE FROM messages")
+            for _ in range(1000):
+                db.execute("PRAGMA incremental_vacuum(1)")
+
+        mailbox._checkpointer._is_due.set()
+        await wait_until(lambda: path.stat().st_size > 1_000_000)
+        long_bytes = path.stat().st_size
+        await mailbox._writes.do(shrink)
+        mailbox._checkpointer._is_due.set()
+        await wait_until(lambda: mailbox._guard._size_bytes < long_bytes)
+        assert path.stat().st_size < long_bytes
+        assert (await mailbox.append(message())).version == 21
 
 
 class TestReading:

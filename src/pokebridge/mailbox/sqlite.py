@@ -81,7 +81,7 @@ class SqliteMailbox:
         self._clock = clock
         self._limits = limits
         self._push_timing = push_timing
-        self._checkpointer = Checkpointer(checkpointer)
+        self._checkpointer = Checkpointer(checkpointer, guard)
         commit = self._checkpointer.watching(guard.writing(_commit))
         self._writes = WorkerPool("mailbox-writer", [writer], commit, WRITE_BATCH)
         self._reads = WorkerPool("mailbox-reader", readers, guard.reading(do_each), READ_BATCH)

@@ -12,7 +12,7 @@ from contextlib import closing, suppress
 from threading import Event, Thread
 from typing import Final
 
-from pokebridge.mailbox.sqlite_guard import DoBatch
+from pokebridge.mailbox.sqlite_guard import DoBatch, FileGuard
 from pokebridge.mailbox.sqlite_workers import Job, Outcome
 
 # A checkpoint starts when the write-ahead log has so many pages (32 MiB). Messages of many
@@ -27,6 +27,7 @@ COPY_AGAIN_PAGES: Final = CHECKPOINT_PAGES // 4
 class Checkpointer:
     """The thread, on a connection of its own.
 
+    - ``_guard``: is told of each copy
     - ``_changed``: rows that the writer has changed so far
     - ``_copied``: how many they were when the last copy began
     - ``_wait_rows``: how many more begin the next copy
@@ -34,7 +35,8 @@ class Checkpointer:
     - ``_closed``: whether it has to end
     """
 
-    def __init__(self, db: sqlite3.Connection) -> None:
+    def __init__(self, db: sqlite3.Connection, guard: FileGuard) -> None:
+        self._guard = guard
         self._changed = 0
         self._copied = 0
         self._wait_rows = COPY_PAGES
@@ -71,6 +73,7 @@ class Checkpointer:
                 # What fails here, the writer's own checkpoint meets as well.
                 with suppress(sqlite3.Error):
                     self._wait_rows = max(COPY_AGAIN_PAGES, COPY_PAGES - _copy(db))
+                self._guard.copied()
 
 
 def _copy(db: sqlite3.Connection) -> int:

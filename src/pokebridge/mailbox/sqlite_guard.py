@@ -86,6 +86,14 @@ class FileGuard:
 
         return do
 
+    def copied(self) -> None:
+        """Look at the file after a checkpoint, which may have made it shorter.
+
+        The next one may make it longer. While that is under way the file says a length that it does
+        not have yet, and would look cut if its shorter length were not known.
+        """
+        self._find_gone()
+
     def recovered(self) -> None:
         """Note that a large write was committed after ``trouble``."""
         self.trouble = None
@@ -119,11 +127,12 @@ class FileGuard:
 
     def _was_cut(self) -> bool:
         """Whether the file has become shorter, and SQLite did not write into it that it would."""
-        try:
-            size_bytes = self._real.stat().st_size
-        except OSError:
-            return False  # it is just being deleted
-        was_bytes, self._size_bytes = self._size_bytes, size_bytes
+        with self._lock:
+            try:
+                size_bytes = self._real.stat().st_size
+            except OSError:
+                return False  # it is just being deleted
+            was_bytes, self._size_bytes = self._size_bytes, size_bytes
         return size_bytes < was_bytes and not _is_whole(self._real, size_bytes)
 
     def _note_damage(self, outcomes: Sequence[Outcome]) -> None:
