@@ -155,7 +155,7 @@ async def test_a_reload_is_the_same_device(page: Page, instance: Instance) -> No
     """A page that is loaded again goes on where it was; a second tab is another device."""
     await send(alice(page), "once")
     await expect(bob(page).locator(".message.theirs .body")).to_have_text("once")
-    await expect(bob(page).locator(".log li", has_text="/v1/messages/ack 204")).to_have_count(1)
+    await expect(bob(page).locator(".log li", has_text='→ {"type":"ack"')).to_have_count(1)
     first = await devices(page, page.reload)
     second = await page.context.new_page()
     other = await devices(second, partial(second.goto, instance.url))

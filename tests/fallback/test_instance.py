@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import httpx
 import pytest
+import websockets
 
 from pokebridge.testing.mailbox_kit import ALICE, BOB, EVE
 from tests.fallback.receiver import Receiver, receiving
@@ -101,6 +102,27 @@ async def test_who_pulls_is_not_pushed(apart: Apart, receiver: Receiver) -> None
             return 'pokebridge_pushes_total{result="sent"} 1.0' in metrics
 
         await wait_until(is_counted)
+
+
+async def test_an_ack_over_the_socket_cancels_a_push(
+    serve: Serve, receiver: Receiver, tmp_path: Path
+) -> None:
+    """Bob acks on his socket what he never pulled, and is not told; Eve does not, and is."""
+    instance = await asyncio.to_thread(
+        serve,
+        mailbox=f"sqlite:///{tmp_path}/mailbox.db",
+        push_webhook_url=receiver.url,
+        push_webhook_secret=SECRET,
+        push_grace_s=2.0,
+    )
+    headers = instance.headers(BOB)
+    async with websockets.connect(instance.ws_url, additional_headers=headers) as socket:
+        await socket.recv()
+        await send(instance, BOB)
+        await socket.send('{"type":"ack","version":1}')
+        await send(instance, EVE)
+        await wait_until(lambda: receiver.requests)
+    assert receiver.arrived == {EVE: 1}
 
 
 @pytest.mark.parametrize("apart", ["sqlite"], indirect=True)

@@ -295,6 +295,9 @@ class User {
         localStorage.setItem(this.#cursorKey, step.cursor);
         if (!this.#pull.hadMessages) this.#onPulled([]);
         this.#showFacts();
+        break;
+      case "ack":
+        this.#log(`→ ${JSON.stringify(step)}`);
     }
   }
 
