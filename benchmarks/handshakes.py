@@ -15,8 +15,7 @@ from benchmarks.harness import (
     websockets_server,
 )
 
-AT_MOST_WEBSOCKETS = 0.5
-TIMES = ("new", "known")
+AT_MOST_WEBSOCKETS = {"new": 0.6, "known": 0.5}
 
 
 async def measure(*, clients: int = 2000, rounds: int = 5) -> list[Figure]:
@@ -25,7 +24,7 @@ async def measure(*, clients: int = 2000, rounds: int = 5) -> list[Figure]:
     async with instance() as ours, websockets_server() as theirs:
         for number in range(rounds + 1):  # the first warms up
             bearers = tokens(clients, first=number * clients)
-            for time in TIMES:
+            for time in AT_MOST_WEBSOCKETS:
                 for name, server in (("pokebridge", ours), ("websockets", theirs)):
                     used_s = await connect_and_leave(server, bearers)
                     if number:
@@ -38,7 +37,7 @@ async def measure(*, clients: int = 2000, rounds: int = 5) -> list[Figure]:
             cpu_ms["pokebridge", time],
             cpu_ms["websockets", time],
             "ms",
-            AT_MOST_WEBSOCKETS,
+            at_most,
         )
-        for time in TIMES
+        for time, at_most in AT_MOST_WEBSOCKETS.items()
     ]

@@ -86,6 +86,7 @@ class _Payload(msgspec.Struct):
 
 
 _decode_header = msgspec.json.Decoder(_Header).decode
+_decode_claims = msgspec.json.Decoder(_Payload).decode
 
 
 class TokenVerifier:
@@ -186,7 +187,7 @@ class TokenVerifier:
         signed, _, signature_text = token.rpartition(".")
         header_text, _, payload_text = signed.partition(".")
         try:
-            header = _decode_header(_from_base64url(header_text))
+            header = _read_header(header_text)
             signature = _from_base64url(signature_text)
         except (ValueError, RecursionError) as error:
             raise AuthError(f"the token is not valid: {error}") from None
@@ -239,10 +240,20 @@ def _from_base64url(text: str) -> bytes:
     return decoded
 
 
+@functools.lru_cache(maxsize=64)
+def _read_header(text: str) -> _Header:
+    """The header in ``text``. All tokens that were signed with one key have the same."""
+    return _decode_header(_from_base64url(text))
+
+
 def _decode_payload(text: str) -> _Payload:
     try:
-        # Not with msgspec, for which NaN is no JSON: such a token has expired.
-        return msgspec.convert(json.loads(_from_base64url(text)), _Payload)
+        payload = _from_base64url(text)
+        try:
+            return _decode_claims(payload)
+        except msgspec.DecodeError:
+            # It may have a NaN, which is no JSON, but which PyJWT writes.
+            return msgspec.convert(json.loads(payload), _Payload)
     except msgspec.ValidationError as error:
         raise AuthError(f"the token's claims are not usable: its payload: {error}") from None
     except (ValueError, RecursionError):
