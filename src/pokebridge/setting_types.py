@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 
+from pokebridge.forwarded import PREFIX
 from pokebridge.origins import normal_origin
 from pokebridge.urls import check_url
 from pokebridge.wire import CONNECT_PATH
@@ -144,6 +145,13 @@ def _check_host(host: str) -> str:
     return host
 
 
+def _check_path_prefix(prefix: str) -> str:
+    prefix = prefix.rstrip("/")
+    if prefix and PREFIX.fullmatch(prefix) is None:
+        raise ValueError("must be a path like /bridge: letters, digits, and . _ ~ -")
+    return prefix
+
+
 def _with_credentials(*schemes: str) -> AfterValidator:
     """Check a URL that may have a password. By default, any whose scheme may have one."""
 
@@ -165,6 +173,7 @@ WebhookSecret = Annotated[SecretStr, AfterValidator(check_webhook_secret)]
 Host = Annotated[str, AfterValidator(_check_host)]
 Origin = Annotated[str, AfterValidator(check_origin)]
 AdvertiseUrl = Annotated[str, AfterValidator(check_advertise_url)]
+PathPrefix = Annotated[str, AfterValidator(_check_path_prefix)]
 Claim = Annotated[str, matching(r"(?s)\S.*", "a text that is not empty")]
 PartUrl = Annotated[str, matching(r"[a-z]+://\S*", "a URL, like memory://"), _with_credentials()]
 HttpUrl = Annotated[

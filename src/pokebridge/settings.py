@@ -44,6 +44,7 @@ from pokebridge.setting_types import (
     Network,
     Origin,
     PartUrl,
+    PathPrefix,
     Seconds,
     Secret,
     WebhookSecret,
@@ -114,6 +115,11 @@ class Settings(BaseModel):
     advertise_url: AdvertiseUrl | None = None
     """WebSocket URL at which clients reach this instance and no other, like wss://b1.example.com.
     Needed to lead clients to the owner of their shard. Unset: clients are not redirected."""
+
+    path_prefix: PathPrefix = ""
+    """Beginning of every path at which clients reach the instance through a proxy, like /bridge.
+    The proxy may remove it or not. Unset: none, or what a trusted proxy says in
+    X-Forwarded-Prefix."""
 
     # --- Cluster ---
 
@@ -253,7 +259,8 @@ class Settings(BaseModel):
     """Most WebSocket handshakes with a valid token accepted per second. A client above the limit
     gets a Retry-After that covers the queue ahead of it. 0: no limit."""
     trusted_proxies: Annotated[tuple[Network, ...], BeforeValidator(split_list)] = ()
-    """Networks (CIDR) of proxies whose X-Forwarded-For header is believed, separated by commas."""
+    """Networks (CIDR) of proxies whose X-Forwarded-... and Forwarded headers are believed,
+    separated by commas."""
 
     # --- Timing ---
 

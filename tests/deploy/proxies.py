@@ -102,6 +102,27 @@ def _nginx(
     return Proxy("nginx", command, port=port, directory=directory, reload=signal.SIGHUP)
 
 
+def nginx_with(locations: str, *, port: int, directory: Path) -> Proxy:
+    """Nginx without TLS on ``port``, with ``locations``. The caller starts and kills it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    bodies = "".join(
+        f"{name}_temp_path {directory / name}; "
+        for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    config = directory / "nginx.conf"
+    config.write_text(
+        "events { worker_connections 256; }\n"
+        f"http {{ {bodies} access_log off;\n"
+        'map $http_upgrade $connection_upgrade { default upgrade; "" ""; }\n'
+        f"server {{ listen 127.0.0.1:{port}; {locations} }} }}\n"
+    )
+    own = f"daemon off; pid {directory / 'nginx.pid'};"
+    if os.geteuid() == 0:
+        own += " user root;"
+    command = [require("nginx"), "-e", "stderr", "-c", str(config), "-g", own]
+    return Proxy("nginx", command, port=port, directory=directory, reload=signal.SIGHUP)
+
+
 def _haproxy(
     recipe: str, changes: Mapping[str, str], port: int, directory: Path, tls: Certificates
 ) -> Proxy:

@@ -443,7 +443,7 @@ async def _waiting_for_locks(connection: Any, at_least: int = 1) -> bool:
     await connection.execute("SELECT pg_stat_clear_snapshot()")
     waiting = await connection.fetchval(
         "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
-        " AND query LIKE '%append(%' AND backend_type = 'client backend'"
+        " AND query LIKE '%append_within_shares(%' AND backend_type = 'client backend'"
     )
     return bool(waiting >= at_least)
 

@@ -22,6 +22,7 @@ from pokebridge.cluster.load import ClusterStatus, InstanceStatus
 from pokebridge.cluster.node import Home
 from pokebridge.cluster.watchers import Watchers
 from pokebridge.errors import NotFoundError, RefusedError
+from pokebridge.forwarded import removed_prefix, requested_host, requested_scheme
 from pokebridge.gateway.handshake import Network, is_trusted
 from pokebridge.model import Mode, check_recipient
 from pokebridge.submission import Recipient
@@ -56,11 +57,13 @@ class SessionCalls:
         cluster: ClusterControl,
         disconnect: Callable[[str], Awaitable[None]],
         trusted_proxies: Sequence[Network],
+        path_prefix: str,
         revoke: Callable[[str], Awaitable[None]] | None,
     ) -> None:
         self._cluster = cluster
         self._disconnect = disconnect
         self._trusted_proxies = trusted_proxies
+        self._path_prefix = path_prefix
         self._revoke = revoke
 
     async def connect(self, _: Request) -> Response:
@@ -79,17 +82,20 @@ class SessionCalls:
         return json_response(schema.ConnectInfo(url, home.shard, home.instance))
 
     def _requested_url(self, request: Request) -> str:
-        """The host that was asked, in the scheme that the client used with a trusted proxy."""
+        """What the client has asked for, also if a trusted proxy has changed it."""
         scheme: str = request.scope["scheme"]
+        host, prefix = request.header(b"host"), self._path_prefix
         peer = request.scope.get("client")
         if peer is not None and is_trusted(peer[0], self._trusted_proxies):
-            scheme = request.header(b"x-forwarded-proto") or scheme
+            scheme = requested_scheme(request.header) or scheme
+            host = requested_host(request.header) or host
+            prefix = prefix or removed_prefix(request.header)
         scheme = "wss" if scheme == "https" else "ws"
         try:
-            host = urlsplit(f"//{request.header(b'host')}").netloc
+            host = urlsplit(f"//{host}").netloc
         except ValueError:
             raise RefusedError(HTTPStatus.BAD_REQUEST, "the Host is not valid") from None
-        return f"{scheme}://{host}{CONNECT_PATH}"
+        return f"{scheme}://{host}{prefix}{CONNECT_PATH}"
 
     async def disconnect(self, request: Request) -> Response:
         """DELETE /v1/sessions/{recipient}."""

@@ -71,7 +71,9 @@ class Parts:
     allowed_origins: Sequence[str] = ()
     """Origins that may call from a browser; ``"*"`` allows any."""
     trusted_proxies: Sequence[Network] = ()
-    """Proxies whose ``X-Forwarded-Proto`` is believed."""
+    """Proxies whose ``X-Forwarded-`` fields are believed."""
+    path_prefix: str = ""
+    """The beginning of every path that clients use, which a proxy may have removed."""
     revoke: Callable[[str], Awaitable[None]] | None = None
     """Closes a recipient's sessions and revokes its tokens. ``None``: that is not offered."""
     sign_dev_token: SignToken | None = None
@@ -101,7 +103,11 @@ def _routes(parts: Parts) -> Iterable[Route]:
         if parts.mailbox is not None:
             yield from MessageCalls(parts.mailbox).routes()
         yield from SessionCalls(
-            parts.cluster, parts.disconnect, parts.trusted_proxies, parts.revoke
+            parts.cluster,
+            parts.disconnect,
+            parts.trusted_proxies,
+            parts.path_prefix,
+            parts.revoke,
         ).routes()
         yield from ClusterCalls(parts.cluster, parts.watchers).routes()
     yield from _operations(parts.operations)

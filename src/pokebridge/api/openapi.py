@@ -102,6 +102,7 @@ def describe(title: str, description: str, calls: Sequence[Call]) -> dict[str, A
     return {
         "openapi": "3.0.3",
         "info": {"title": title, "description": description, "version": "1"},
+        "servers": [{"url": "."}],  # where this description is, also below a proxy's prefix
         "paths": paths,
         "components": _components(calls),
     }

@@ -26,6 +26,8 @@ class GatewayConfig:
     """The values of ``Origin`` that are accepted. ``None`` accepts every Origin."""
     trusted_proxies: Sequence[Network] = ()
     """The proxies whose ``X-Forwarded-For`` is believed."""
+    path_prefix: str = ""
+    """The beginning of every path that clients use, which a proxy may have removed."""
     max_sockets: int | None = None
     """The most sessions and HTTP connections together."""
     max_connections_per_address: int | None = None

@@ -25,6 +25,7 @@ from pokebridge.gateway.handshake import (
     UpgradeRequest,
     client_address,
     forwarded_for,
+    is_trusted,
     read_handshake,
     refusal_response,
 )
@@ -147,7 +148,10 @@ class Entrance:
         try:
             admission.check_handshake(address, _clock())
             handshake = read_handshake(
-                request, address=address, allowed_origins=config.allowed_origins
+                request,
+                address=address,
+                allowed_origins=config.allowed_origins,
+                is_proxied=is_trusted(request.peer, config.trusted_proxies),
             )
             admission.check_session(address)
             identity = self._verifier.verify_now(handshake.token)

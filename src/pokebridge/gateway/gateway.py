@@ -168,6 +168,11 @@ class Gateway:
         return self._config.trusted_proxies
 
     @property
+    def path_prefix(self) -> str:
+        """The beginning of every path that clients use, which a proxy may have removed."""
+        return self._config.path_prefix
+
+    @property
     def lost_pokes(self) -> int:
         """How often verification found a session behind, because its poke was lost."""
         return 0 if self.verification is None else self.verification.lost

@@ -12,6 +12,7 @@ from http import HTTPStatus
 from urllib.parse import parse_qs
 
 from pokebridge.errors import AuthError, InputError, RefusedError
+from pokebridge.forwarded import requested_host
 from pokebridge.model import DEFAULT_DEVICE, check_device
 from pokebridge.origins import is_allowed, is_own
 from pokebridge.wire import CONNECT_PATH
@@ -30,6 +31,7 @@ _READ = frozenset(
     (
         *(b"authorization", b"connection", b"host", b"origin", b"upgrade", b"x-forwarded-for"),
         *(b"sec-websocket-key", b"sec-websocket-protocol", b"sec-websocket-version"),
+        *(b"forwarded", b"x-forwarded-host", b"x-forwarded-port"),
     )
 )
 _TOKEN = re.compile(r"[-!#$%&'*+.^_`|~0-9a-zA-Z]+")
@@ -60,11 +62,16 @@ class Handshake:
 
 
 def read_handshake(
-    request: UpgradeRequest, *, address: str, allowed_origins: frozenset[str] | None
+    request: UpgradeRequest,
+    *,
+    address: str,
+    allowed_origins: frozenset[str] | None,
+    is_proxied: bool = False,
 ) -> Handshake:
     """Check everything in ``request`` except the token. ``allowed_origins`` ``None`` allows any.
 
-    ``address`` is the one whose limits the session counts against.
+    ``address`` is the one whose limits the session counts against. ``is_proxied``: what a proxy
+    says of the host that was asked for is believed.
 
     Raises:
         RefusedError: with the status that protocol.md section 3 names.
@@ -76,7 +83,9 @@ def read_handshake(
     query = parse_qs(query_string) if query_string else {}
     fields = _read_fields(request.headers)
     accept = _check_upgrade(request.method, fields)
-    if allowed_origins is not None and not _may_connect(fields, allowed_origins):
+    if allowed_origins is not None and not _may_connect(
+        fields, allowed_origins, is_proxied=is_proxied
+    ):
         raise RefusedError(HTTPStatus.FORBIDDEN, "the Origin is not in allowed_origins")
     try:
         device = check_device(query.get("device", [DEFAULT_DEVICE])[-1])
@@ -152,12 +161,17 @@ def _bad_request(detail: str) -> RefusedError:
     return RefusedError(HTTPStatus.BAD_REQUEST, detail, {"Sec-WebSocket-Version": "13"})
 
 
-def _may_connect(fields: _Fields, allowed_origins: frozenset[str]) -> bool:
+def _may_connect(fields: _Fields, allowed_origins: frozenset[str], *, is_proxied: bool) -> bool:
     """Whether the page that connects is allowed to. The server's own pages always are."""
     origins = fields.get(b"origin")
     if not origins:  # no browser
         return True
-    own = any(is_own(origins[0], host) for host in fields.get(b"host", ())[:1])
+
+    def get(name: bytes) -> str:
+        return fields.get(name, ("",))[0]
+
+    hosts = [get(b"host"), requested_host(get) if is_proxied else ""]
+    own = any(is_own(origins[0], host) for host in hosts if host)
     return own or is_allowed(origins[0], allowed_origins)
 
 

@@ -182,6 +182,7 @@ def _gateway_config(settings: Settings) -> GatewayConfig:
         instance=settings.instance,
         allowed_origins=None if any_origin else frozenset(settings.allowed_origins),
         trusted_proxies=settings.trusted_proxies,
+        path_prefix=settings.path_prefix,
         max_sockets=room.sockets,
         max_connections_per_address=settings.max_connections_per_address,
         max_sessions=room.sessions,

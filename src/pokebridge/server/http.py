@@ -61,6 +61,7 @@ class HttpProtocol(ExchangeProtocol):
         self._peer = ""
         # Whether the peer is a proxy, so that each request says whose it is.
         self._is_proxied = False
+        self._prefix = gateway.path_prefix.encode()
         # Of the request that arrives: the bytes received that are neither body nor the framing of
         # chunks ...
         self._bytes = 0
@@ -214,6 +215,8 @@ class HttpProtocol(ExchangeProtocol):
         self._in_head = False
         version = self.parser.get_http_version()
         self._check_target()
+        if self._prefix and self.url.startswith(self._prefix + b"/"):
+            self.url = self.url[len(self._prefix) :]  # unless a proxy has removed it
         fields = dict(self.headers)
         if self.parser.should_upgrade():
             self._is_handshake = version != "1.0" and self._get_upgrade() == b"websocket"

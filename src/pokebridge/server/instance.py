@@ -156,6 +156,7 @@ class Instance:
                 middleware=[] if parts.tracing is None else [parts.tracing.middleware],
                 allowed_origins=parts.allowed_origins,
                 trusted_proxies=parts.trusted_proxies,
+                path_prefix=parts.gateway.path_prefix,
                 revoke=parts.revocations.revoke,
                 sign_dev_token=parts.sign_dev_token,
             )

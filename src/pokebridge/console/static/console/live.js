@@ -1,13 +1,13 @@
 // The cluster, live. This page is a client of the bridge: the bridge pokes it when there is something new
 // to see, and then it pulls. It does not poll: it only says, from time to time, that somebody watches.
 
-import { Api, whyStopped } from "../shared/api.js";
+import { Api, home, whyStopped } from "../shared/api.js";
 import { connect } from "../vendor/pokebridge-client/index.js";
 
 /** A socket to this page's origin, wherever the bridge would move it: the page's policy allows no other. */
 class SocketOfThisOrigin extends WebSocket {
   constructor(url, protocols) {
-    const here = new URL("/v1/connect", location.origin.replace(/^http/, "ws"));
+    const here = new URL(`${home}/v1/connect`.replace(/^http/, "ws"));
     here.search = new URL(url).search;
     here.searchParams.set("moved", "1");
     super(here, protocols);
@@ -44,7 +44,7 @@ export class Live extends EventTarget {
   open() {
     this.#emit("state", { state: "connecting" });
     const client = connect({
-      url: location.origin,
+      url: home,
       token: this.#token,
       device: "console",
       share: false,

@@ -1,6 +1,6 @@
 // Two users of pokebridge side by side, and what happens between them.
 
-import { Api, devToken, whyStopped } from "../shared/api.js";
+import { Api, devToken, home, whyStopped } from "../shared/api.js";
 import { connect } from "../vendor/pokebridge-client/index.js";
 import { pickDevice } from "./device.js";
 import { Flow } from "./flow.js";
@@ -57,7 +57,7 @@ const textOf = (body) => {
   return typeof body?.text === "string" ? body.text : JSON.stringify(body);
 };
 
-const isPull = (url, { method }) => method === "GET" && new URL(url).pathname === "/v1/messages";
+const isPull = (url, { method }) => method === "GET" && new URL(url).pathname.endsWith("/v1/messages");
 
 /**
  * One of the two users: a client of the bridge, and what is shown of it.
@@ -137,7 +137,7 @@ class User {
   #connect() {
     const api = this.#api;
     const client = connect({
-      url: location.origin,
+      url: home,
       token: () => api.renew(),
       device,
       cursor: this.#version,

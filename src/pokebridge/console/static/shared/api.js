@@ -2,11 +2,14 @@
 
 const REQUEST_TIMEOUT_MS = 15_000;
 
+/** Where the bridge is: this page's origin, and what a proxy may have before our paths. */
+export const home = new URL(".", location.href).href.replace(/\/$/, "");
+
 /** `fetch`, uncached, with a timeout, and with plain words when there is no answer. */
 export async function reach(path, options) {
   try {
     const signal = AbortSignal.timeout(REQUEST_TIMEOUT_MS);
-    return await fetch(path, { ...options, cache: "no-store", signal });
+    return await fetch(home + path, { ...options, cache: "no-store", signal });
   } catch {
     throw new Error("the server does not answer");
   }
