@@ -18,7 +18,7 @@ from pokebridge.http_publisher import HttpPublisher
 from pokebridge.model import Poke, check_recipient
 from pokebridge.poke_merger import LINGER_S, MAX_PENDING_RECIPIENTS, PokeCalls, check_pokes
 from pokebridge.sharding import DEFAULT_SHARD_COUNT, check_shard_count, shard_of
-from pokebridge.transport.base import HasLimit, Signal, Transport
+from pokebridge.transport.base import Signal, Transport
 from pokebridge.wire import encode_disconnect, encode_pokes
 
 __all__ = ["HttpPublisher", "Publisher"]
@@ -69,7 +69,7 @@ class Publisher(PokeCalls):
         await super().publish(pokes)
 
     def _check_size(self, pokes: Sequence[Poke]) -> None:
-        limit = self._transport.max_signal_bytes if isinstance(self._transport, HasLimit) else inf
+        limit = _limit_of(self._transport)
         for poke in pokes:
             if len(poke.recipient) < limit / 2 - MAX_OVERHEAD_BYTES:  # an escape has two bytes
                 continue
@@ -142,7 +142,7 @@ class _Attempt:
         self.too_large: set[str] = set()
         self.reason = ""
         self._transport = transport
-        self._limit = transport.max_signal_bytes if isinstance(transport, HasLimit) else inf
+        self._limit = _limit_of(transport)
         self._signals: deque[tuple[Signal, Sequence[Poke]]] = deque()
 
     def add(self, pokes: Sequence[Poke], shard: int) -> None:
@@ -205,6 +205,13 @@ class _Attempt:
     def _refuse(self, pokes: Sequence[Poke], reason: str) -> None:
         self.refused.update(poke.recipient for poke in pokes)
         self.reason = reason
+
+
+def _limit_of(transport: Transport) -> float:
+    """The longest body that ``transport`` accepts, if it is a HasLimit."""
+    # To ask whether it is one would take several microseconds, for each poke.
+    limit: float = getattr(transport, "max_signal_bytes", inf)
+    return limit
 
 
 def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -691,6 +691,15 @@ class TestProblems:
         for path in ("/v1/none", "/v1/messages/", "/v2/messages"):
             assert_problem(await http.get(path), 404, "nothing")
 
+    async def test_encoded_query(self, http: httpx.AsyncClient) -> None:
+        """A query is read as forms are: with percent signs, plus signs and empty parts."""
+        for query in ("%61fter=%31&&limit=5", "after=1&device=a%2Bb", "after=1&device=caf%65"):
+            response = await http.get(f"/v1/messages?{query}", headers=bearer(BOB))
+            assert response.status_code == 200, query
+        for query in ("after=1&%61fter=1", "after=1&device=a+b", "after=&limit=5"):
+            response = await http.get(f"/v1/messages?{query}", headers=bearer(BOB))
+            assert response.status_code == 422, query
+
     async def test_wrong_method(self, http: httpx.AsyncClient) -> None:
         """A wrong method is told all that the path takes (RFC 9110, section 15.5.6)."""
         response = await http.patch("/v1/messages", headers=bearer(BOB))
@@ -705,6 +714,26 @@ class TestProblems:
         response = await http.get("/v1/cluster", headers=bearer("root", "admin"))
         assert_problem(response, 500, "log")
         assert "secret" not in response.text
+
+    async def test_what_a_driver_cancels(self, world: World) -> None:
+        """A cancellation that was not meant for the request is a defect, too, and is answered."""
+
+        async def not_ready() -> list[str]:
+            raise asyncio.CancelledError
+
+        operations = replace(world.parts().operations, not_ready=not_ready)
+        parts = replace(world.parts(), operations=operations)
+        async with http_client(create_api(parts)) as http:
+            assert_problem(await http.get("/readyz"), 500, "log")
+
+    async def test_only_http(self, world: World) -> None:
+        """A server that offers a lifespan is told by an exception that there is none."""
+
+        async def nothing(*_: object) -> Message:
+            raise AssertionError
+
+        with pytest.raises(ValueError, match="lifespan"):
+            await create_api(world.parts())({"type": "lifespan"}, nothing, nothing)  # type: ignore[arg-type]
 
     async def test_declared_length(self, http: httpx.AsyncClient) -> None:
         """A body that is declared too large is refused without a token, before it is read."""
