@@ -290,6 +290,8 @@ def test_a_config_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     binary = tmp_path / "binary.toml"
     binary.write_bytes(b"\xff")
     assert "not TOML" in refusal(config_file=binary)
+    binary.write_text("a = " + "[" * 5_000)
+    assert "nested too deeply" in refusal(config_file=binary)
 
 
 def test_settings_do_not_change_and_hide_their_secrets() -> None:
