@@ -131,6 +131,10 @@ class Broker(Server):
         """Whether ``peer`` gets here, and may have ``selection``."""
         return self.is_reached_by(peer) and selection not in peer.denied
 
+    def delivers_all(self, peer: Peer) -> bool:
+        """Whether ``peer`` has one subscription for everything, and it delivers now."""
+        return any(link.live and link.selection is Feed.ALL for link in self.links_of(peer))
+
     def has_covered(self, peer: Peer, shard: int) -> bool:
         """Whether ``peer`` has a subscription for ``shard`` that delivers, or will report a gap.
 

@@ -457,6 +457,12 @@ async def deafen_one(stage: Stage) -> None:
         await stage.settled("partitioned")
 
 
+async def _lag_s(standby: "asyncpg.Connection[asyncpg.Record]") -> float:
+    """How far the standby is behind its primary at most, in seconds."""
+    age = "SELECT extract(epoch FROM now() - pg_last_xact_replay_timestamp())"
+    return 1 + float(await standby.fetchval(age))
+
+
 async def fail_over(stage: Stage) -> None:
     """The primary dies, and a standby that lacks its last commits goes on: versions do not."""
     primary, crowd = stage.engines.postgres, stage.crowd
@@ -464,9 +470,9 @@ async def fail_over(stage: Stage) -> None:
     async with stage.act(
         "PostgreSQL fails over and loses commits", others_s=FAILOVER_LIMIT_S
     ) as act:
+        lost_since_s = monotonic() - await _lag_s(standby)
         await standby.execute("ALTER SYSTEM SET primary_conninfo = ''")
         await standby.execute("SELECT pg_reload_conf()")
-        lost_since_s = monotonic() - 1
         pulled = len(crowd.pulled)
         await wait_until(lambda: len(crowd.pulled) > pulled + 20, 30, "messages to lose")
         await asyncio.to_thread(primary.kill)

@@ -65,6 +65,7 @@ def break_before_make(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(subscriptions, "next_steps", next_steps)
     patch.setattr(subscriptions._ManagedSubscription, "_retire", retire)
+    only(patch, faults.migrate, faults.restart)
 
 
 def ready_before_live(patch: pytest.MonkeyPatch) -> None:
@@ -75,6 +76,7 @@ def ready_before_live(patch: pytest.MonkeyPatch) -> None:
 def no_gap_poke(patch: pytest.MonkeyPatch) -> None:
     """A gap that the transport reports wakes nobody."""
     patch.setattr(Gateway, "_wake", lambda _self, _concerns: None)
+    only(patch, faults.restart_broker, faults.cut_from_broker)
 
 
 def fenceless_leader(patch: pytest.MonkeyPatch) -> None:
