@@ -140,7 +140,7 @@ class PostgresDialler:
     @staticmethod
     def is_pooled(connection: Connection) -> bool:
         """Whether each :meth:`run` may be on another connection of a pooler to its server."""
-        return isinstance(connection, _Pooled)
+        return type(connection) is _Pooled  # to isinstance() all connections of asyncpg are alike
 
     async def _dial_host(self, url: str) -> "_Made":
         try:
