@@ -87,7 +87,7 @@ class Revocations:
             TransportError: the instances could not be told.
         """
         at_ms = int(time.time() * 1000)
-        self._on_known(Disconnect(recipient, at_ms, is_repeated=True))
+        self._on_known(Disconnect(recipient, at_ms))
         await self._publisher.disconnect(recipient, at_ms=at_ms)
 
     async def revoke(self, recipient: str) -> None:
@@ -104,7 +104,8 @@ class Revocations:
             await self._mailbox.append(
                 NewMessage(REVOCATIONS, REVOCATIONS, id_, body, ttl_s=self._keep_s)
             )
-        self._on_known(_disconnect(entry))
+        # Not repeated, so that it holds here even if another instance's clock is ahead.
+        self._on_known(_disconnect(entry)._replace(is_repeated=False))
         await self._publisher.disconnect(recipient, at_ms=entry.at_ms, until_ms=entry.until_ms)
 
     async def _read_if_possible(self) -> None:
