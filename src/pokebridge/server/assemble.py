@@ -26,7 +26,7 @@ from pokebridge.processor import Processor
 from pokebridge.publisher import Publisher
 from pokebridge.red_line import MIGRATE_RULES
 from pokebridge.server import adapters, uvicorn_server
-from pokebridge.server.descriptors import make_room
+from pokebridge.server.descriptors import Room, make_room
 from pokebridge.server.from_settings import (
     Adapters,
     check,
@@ -67,32 +67,34 @@ async def serve(
     async with open_adapters(settings) as opened:
         listener = uvicorn_server.listen(settings.host, settings.port)
         url = uvicorn_server.own_url(settings.advertise_url, listener, dev=settings.dev)
-        instance = assemble(settings, opened, url=url)
+        # Last, because what is open counts.
+        instance = assemble(settings, opened, url=url, room=make_room(settings.max_sessions))
         await uvicorn_server.run(
             instance, listener, grace_s=settings.grace_s, on_listening=on_listening
         )
 
 
-def assemble(settings: Settings, opened: Adapters, *, url: str = "") -> Instance:
+def assemble(
+    settings: Settings, opened: Adapters, *, url: str = "", room: Room | None = None
+) -> Instance:
     """Put an instance together. It closes ``opened`` when it is closed.
 
-    ``url`` is where clients reach this instance and no other; empty when they can't.
+    ``url`` is where clients reach this instance alone, if they can. ``room`` is what fits into this
+    process; ``None`` without sockets, as in the simulation.
     """
     mailbox, tracing = opened.mailbox, opened.tracing
     publisher = Publisher(opened.transport, shard_count=settings.shard_count)
     upkeep = "processor" in settings.roles
     processor = None if mailbox is None else Processor(mailbox, publisher, does_upkeep=upkeep)
     verifier = _verifier(settings)
-    gateway = Gateway(
-        _gateway_config(settings), opened.transport, verifier, opened.heads, opened.record_acks
-    )
+    config = _gateway_config(settings, room)
+    gateway = Gateway(config, opened.transport, verifier, opened.heads, opened.record_acks)
     send: _Send | None = None if processor is None else processor.send
     publish = publisher.publish if tracing is None else tracing.poking(publisher.publish)
     if tracing is not None:
         tracing.is_here = lambda recipient: bool(gateway.sessions.find(recipient))
         send = send and tracing.sending(send)
-    queue = pushes_of(mailbox)
-    requests = RequestDurations()
+    queue, requests = pushes_of(mailbox), RequestDurations()
     cluster = Cluster(
         _cluster_config(settings),
         gateway,
@@ -175,17 +177,16 @@ def _pusher(settings: Settings, queue: PushQueue) -> Pusher | None:
     return Pusher(queue, Webhook(settings.push_webhook_url, settings.push_webhook_key))
 
 
-def _gateway_config(settings: Settings) -> GatewayConfig:
+def _gateway_config(settings: Settings, room: Room | None) -> GatewayConfig:
     any_origin = "*" in settings.allowed_origins
-    room = make_room(settings.max_sessions)
     return GatewayConfig(
         instance=settings.instance,
         allowed_origins=None if any_origin else frozenset(settings.allowed_origins),
         trusted_proxies=settings.trusted_proxies,
         path_prefix=settings.path_prefix,
-        max_sockets=room.sockets,
+        max_sockets=None if room is None else room.sockets,
         max_connections_per_address=settings.max_connections_per_address,
-        max_sessions=room.sessions,
+        max_sessions=settings.max_sessions if room is None else room.sessions,
         max_sessions_per_recipient=settings.max_sessions_per_recipient,
         max_sessions_per_address=settings.max_sessions_per_address,
         handshakes_per_s=settings.handshakes_per_s,
