@@ -12,7 +12,7 @@ import valkey
 
 from pokebridge.testing.pubsub import PubSubServer
 from tests.cluster.traffic import session
-from tests.support import Instance, Serve
+from tests.support import Instance, Serve, free_port
 from tests.support.engines import run_valkey
 
 PEOPLE = [f"urn:user:{n}" for n in range(12)]
@@ -31,7 +31,7 @@ async def engine(
             monkeypatch.setenv("PUBSUB_EMULATOR_HOST", pubsub.address)
             yield {"transport": "pubsub://test", "carrier": kind}
         elif kind == "valkey cluster":
-            flags = ("--cluster-enabled", "yes")
+            flags = ("--cluster-enabled", "yes", "--cluster-port", str(free_port()))
             server = stack.enter_context(run_valkey(tmp_path, *flags))
             with valkey.Valkey(port=server.port) as client:
                 admin: Any = client

@@ -14,7 +14,7 @@ from pokebridge.transport.base import Feed, Selection, Signal, Transport
 from pokebridge.transport.names import topic_of
 from pokebridge.transport.nats import NatsTransport
 from pokebridge.transport.redis import RedisTransport
-from tests.support import Daemon
+from tests.support import Daemon, free_port
 from tests.support.engines import run_valkey
 from tests.transport.pubsub_world import World
 
@@ -41,7 +41,7 @@ async def connect(
             server: Daemon = request.getfixturevalue("valkey_server")
             make = partial(_connect_to_a_database, server)
         elif engine == "valkey cluster":
-            flags = ("--cluster-enabled", "yes")
+            flags = ("--cluster-enabled", "yes", "--cluster-port", str(free_port()))
             server = stack.enter_context(run_valkey(tmp_path_factory.mktemp("cluster"), *flags))
             with valkey.Valkey(port=server.port) as client:
                 admin: Any = client
