@@ -324,6 +324,10 @@ class PostgresDriver:
                 limits.max_messages,
                 limits.max_bytes,
                 None,
+                None,
+                None,
+                limits.share_messages,
+                limits.share_bytes,
             )
 
     async def read(self, name: str, after: int) -> None:

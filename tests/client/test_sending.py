@@ -24,7 +24,8 @@ SHOP = "urn:service:shop"
 @pytest.fixture
 def instance(serve: Serve) -> Instance:
     """An instance whose mailboxes hold two messages."""
-    return serve("--max-messages-per-recipient", "2", mailbox="sqlite:///sent.db")
+    limits = ("--max-messages-per-recipient", "2", "--max-share-per-sender", "1")
+    return serve(*limits, mailbox="sqlite:///sent.db")
 
 
 @pytest.fixture

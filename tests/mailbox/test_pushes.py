@@ -8,7 +8,7 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from pokebridge.mailbox import postgres, postgres_schema, sqlite_file
+from pokebridge.mailbox import postgres_migration, postgres_schema, sqlite_file
 from pokebridge.mailbox.memory import MemoryMailbox
 from pokebridge.mailbox.postgres import PostgresMailbox
 from pokebridge.mailbox.pushes import PushTiming
@@ -75,7 +75,7 @@ async def test_a_mailbox_from_before_there_were_pushes(
     url = f"{postgres_server.url}?schema=test_{uuid.uuid4().hex}"
     path = tmp_path / "mailbox.db"
     with monkeypatch.context() as before:
-        before.setattr(postgres, "MIGRATIONS", postgres_schema.MIGRATIONS[:1])
+        before.setattr(postgres_migration, "MIGRATIONS", postgres_schema.MIGRATIONS[:1])
         before.setattr(sqlite_file, "MIGRATIONS", sqlite_file.MIGRATIONS[:2])
         for old in (await PostgresMailbox.open(url), await SqliteMailbox.open(path)):
             await old.append(message())

@@ -21,8 +21,6 @@ SELECT EXISTS (
 )
 """
 
-_CHANGES: Final = {"migrations": MIGRATIONS, "additions": ADDITIONS}
-
 
 async def migrate(connection: Connection, schema: str) -> None:
     """Apply the missing migrations in one transaction, under an advisory lock.
@@ -46,7 +44,7 @@ async def migrate(connection: Connection, schema: str) -> None:
             )
         if done == 0 and not await connection.fetchval(SCHEMA_EXISTS, schema):
             await execute(f"CREATE SCHEMA {schema}")
-        for table, all_statements in _CHANGES.items():
+        for table, all_statements in (("migrations", MIGRATIONS), ("additions", ADDITIONS)):
             done = await _count_done(connection, schema, table)
             if done == 0:
                 await execute(
