@@ -23,7 +23,9 @@ Operation = Callable[[Mailbox], Awaitable[Any]]
 recipients = st.sampled_from(["urn:user:bob", "r" * 256])
 devices = st.sampled_from(["phone", "tablet"])
 numbers = st.integers(-1, 9)
-LIMITS = Limits(max_messages=6, max_bytes=80)
+limits = st.sampled_from(
+    [Limits(max_messages=6, max_bytes=80, max_share=share) for share in (0.5, 1.0)]
+)
 
 
 def append(new: NewMessage) -> Operation:
@@ -123,18 +125,18 @@ operations: st.SearchStrategy[Operation | float] = st.one_of(
 
 
 @settings(max_examples=25, deadline=None)
-@given(steps=st.lists(operations, min_size=10, max_size=40))
+@given(limits=limits, steps=st.lists(operations, min_size=10, max_size=40))
 async def test_all_mailboxes_answer_the_same(
-    postgres_server: Daemon, steps: list[Operation | float]
+    postgres_server: Daemon, limits: Limits, steps: list[Operation | float]
 ) -> None:
     """A random history gives the same answer at each step, whichever keeps it."""
     clock = ManualClock()
     with TemporaryDirectory() as folder:
         url = f"{postgres_server.url}?schema=test_{uuid.uuid4().hex}"
         mailboxes: list[Mailbox] = [
-            MemoryMailbox(clock, LIMITS),
-            await SqliteMailbox.open(Path(folder) / "mailbox.db", clock, LIMITS),
-            await PostgresMailbox.open(url, clock, LIMITS),
+            MemoryMailbox(clock, limits),
+            await SqliteMailbox.open(Path(folder) / "mailbox.db", clock, limits),
+            await PostgresMailbox.open(url, clock, limits),
         ]
         try:
             for step in steps:

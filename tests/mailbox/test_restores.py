@@ -20,6 +20,8 @@ import asyncpg
 import httpx
 import pytest
 
+from pokebridge.mailbox.postgres import PostgresMailbox
+from pokebridge.testing.mailbox_kit import message
 from tests.compat.test_rolling_upgrade import POLICY, WHEEL, environ
 from tests.mailbox.test_failover import cut_off
 from tests.support import Daemon, Instance, Serve, wait_until
@@ -157,6 +159,29 @@ async def test_a_restored_dump(
             await all_arrive_afterwards(instance, clients, 20)
         else:
             await clients.have(await send(instance, "few", 5))
+
+
+@pytest.mark.parametrize("emptying", ["TRUNCATE", "DELETE FROM"])
+async def test_restored_data_alone(postgres_database: str, tmp_path: Path, emptying: str) -> None:
+    """The data of a dump goes into tables that are there: each message counts once in a share."""
+    mailbox = await PostgresMailbox.open(postgres_database)
+    by_hand = await asyncpg.connect(postgres_database)
+    shares = "SELECT * FROM pokebridge.shares ORDER BY sender"
+    dump = str(tmp_path / "dump")
+    for sender in ("urn:alice", "urn:alice", "urn:eve"):
+        await mailbox.append(message(sender=sender))
+    before = await by_hand.fetch(shares)
+    saving = ("--format=custom", "--schema=pokebridge", "--file", dump, postgres_database)
+    await asyncio.to_thread(run_postgres_tool, "pg_dump", *saving)
+    await mailbox.append(message(sender="urn:eve"))
+    tables = "SELECT tablename FROM pg_tables WHERE schemaname = 'pokebridge'"
+    for (table,) in await by_hand.fetch(tables):
+        await by_hand.execute(f"{emptying} pokebridge.{table}")
+    restoring = ("--data-only", "--single-transaction", "--dbname", postgres_database, dump)
+    await asyncio.to_thread(run_postgres_tool, "pg_restore", *restoring)
+    assert await by_hand.fetch(shares) == before
+    await by_hand.close()
+    await mailbox.close()
 
 
 async def test_a_failover_that_loses_commits(

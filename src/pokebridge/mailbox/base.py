@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
 
 from pokebridge.errors import MailboxError, MailboxFullError
-from pokebridge.model import MAX_VERSION, Ack, Message, NewMessage, Page, Poke, Receipt
+from pokebridge.model import MAX_VERSION, REVOCATIONS, Ack, Message, NewMessage, Page, Poke, Receipt
 from pokebridge.submission import MAX_BODY_BYTES
 
 DAY_MS: Final = 24 * 3600 * 1000
@@ -54,6 +54,10 @@ class Limits:
         """The most bytes of one sender's bodies."""
         return max(min(self.max_bytes, MAX_BODY_BYTES), int(self.max_bytes * self.max_share))
 
+    def of(self, recipient: str) -> "Limits":
+        """Those of one recipient. Revocations have none, since no token may stay in force."""
+        return UNLIMITED if recipient == REVOCATIONS else self
+
     def refuse(self) -> MailboxFullError:
         """The error for a message that exceeds the limits."""
         return MailboxFullError(
@@ -62,7 +66,12 @@ class Limits:
         )
 
     def refuse_share(self) -> MailboxFullError:
-        """The error for a message that exceeds its sender's share."""
+        """The error for a message that exceeds its sender's share.
+
+        Where the share is the whole mailbox, it is the error for a full one.
+        """
+        if self.max_share >= 1:
+            return self.refuse()
         return MailboxFullError(
             f"the sender's share of the recipient's mailbox is used up ({self.share_messages}"
             f" messages or {self.share_bytes} bytes): send again when some of them are acked or"
@@ -72,6 +81,10 @@ class Limits:
     def unseen_since_ms(self, now_ms: int) -> int:
         """A device last seen at or before this time is forgotten at ``now_ms`` (Unix time, ms)."""
         return now_ms - int(self.forget_device_s * 1000)
+
+
+UNLIMITED: Final = Limits(max_messages=MAX_VERSION, max_bytes=MAX_VERSION)
+"""The limits of the revocations' mailbox."""
 
 
 class MailboxStats(NamedTuple):
@@ -128,8 +141,9 @@ class Mailbox(Protocol):
         """Commit ``message`` as its recipient's next version, with an outbox entry for its poke.
 
         Raises :class:`~pokebridge.errors.MailboxFullError` when the message exceeds the
-        recipient's limits, or its sender's share of them. Then nothing was committed. A duplicate
-        is never refused.
+        recipient's limits, or its sender's share of them. Then nothing was committed. The share
+        is checked first, so the error of a message that exceeds both is about the share. A
+        duplicate is never refused. Revocations have no limits (see :meth:`Limits.of`).
         """
 
     async def read(

@@ -54,13 +54,13 @@ class _Log:
     def check_room(self, message: NewMessage, limits: Limits) -> None:
         """Raise MailboxFullError unless ``message`` fits."""
         size_bytes = len(message.body)
-        fits = self.kept_bytes + size_bytes <= limits.max_bytes
-        if not fits or len(self.kept) >= limits.max_messages:
-            raise limits.refuse()
         messages, share_bytes = self.shares.get(message.sender, (0, 0))
         fits = share_bytes + size_bytes <= limits.share_bytes
         if not fits or messages >= limits.share_messages:
             raise limits.refuse_share()
+        fits = self.kept_bytes + size_bytes <= limits.max_bytes
+        if not fits or len(self.kept) >= limits.max_messages:
+            raise limits.refuse()
 
     def keep(self, kept: _Kept) -> None:
         """Add a message."""
@@ -131,7 +131,7 @@ class MemoryMailbox:
         if message.has_idempotency_key and (first := self._receipts.get(key)):
             return Receipt(message.id, first[0], duplicate=True)
         log = self._logs[message.recipient]
-        log.check_room(message, self._limits)
+        log.check_room(message, self._limits.of(message.recipient))
         log.head = max(log.head, self._base) + 1
         expires_ms = expiry_ms(message, now_ms)
         log.keep(

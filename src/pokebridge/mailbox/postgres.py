@@ -7,6 +7,7 @@ one flush of the disk serve them all, whatever their recipients.
 import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Final, NamedTuple
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
@@ -19,6 +20,7 @@ from pokebridge.mailbox.base import (
     PAGE_BYTES,
     RECEIPT_KEPT_MS,
     SEEN_EVERY_MS,
+    UNLIMITED,
     Limits,
     MailboxStats,
     is_utf8,
@@ -136,7 +138,8 @@ class PostgresMailbox:
     - ``_position``: how far the server's write-ahead log was, at least (bytes)
     - ``_clock``: Unix time in seconds; ``None``: the database's clock counts
     - ``_limits``: the limits of each recipient
-    - ``_append``, ``_head``, ``_page``, ``_ack``, ``_see``: batch concurrent calls of one kind
+    - ``_append``, ``_revoke``, ``_head``, ``_page``, ``_ack``, ``_see``: batch concurrent calls of
+      one kind; a revocation is an append without limits
     """
 
     is_shared = True
@@ -156,13 +159,16 @@ class PostgresMailbox:
         self.pushes = (
             None if push_timing is None else PostgresPushes(pool, push_timing, self._now_ms)
         )
-        self._append = Batcher[NewMessage, Receipt](
-            self._append_all,
-            timeout_s=TURN_TIMEOUT_S,
-            workers=APPENDERS,
-            max_count=BATCH,
-            max_cost=BATCH_BYTES,
-            cost=lambda message: len(message.body),
+        self._append, self._revoke = (
+            Batcher[NewMessage, Receipt](
+                partial(self._append_all, applying),
+                timeout_s=TURN_TIMEOUT_S,
+                workers=APPENDERS,
+                max_count=BATCH,
+                max_cost=BATCH_BYTES,
+                cost=lambda message: len(message.body),
+            )
+            for applying in (limits, UNLIMITED)
         )
         # Most pulls find nothing new. After a mass reconnect hundreds share a round trip.
         self._head = Batcher[str, int](
@@ -219,7 +225,8 @@ class PostgresMailbox:
     async def append(self, message: NewMessage) -> Receipt:
         """See the port."""
         _check_texts(message.recipient, message.sender, message.id)
-        return await self._append(message)
+        is_unlimited = self._limits.of(message.recipient) is UNLIMITED
+        return await (self._revoke if is_unlimited else self._append)(message)
 
     async def read(
         self,
@@ -316,11 +323,13 @@ class PostgresMailbox:
 
     async def close(self) -> None:
         """See the port."""
-        for batcher in (self._append, self._head, self._page, self._ack, self._see):
+        for batcher in (self._append, self._revoke, self._head, self._page, self._ack, self._see):
             await batcher.close()
         await self._pool.close()
 
-    async def _append_all(self, messages: Sequence[NewMessage]) -> list[Receipt | Exception]:
+    async def _append_all(
+        self, limits: Limits, messages: Sequence[NewMessage]
+    ) -> list[Receipt | Exception]:
         """Commit ``messages`` in one batch. The batch has a unique id, so a retry is safe."""
         keys = [
             (message.sender, message.id) if message.has_idempotency_key else number
@@ -339,13 +348,13 @@ class PostgresMailbox:
             [message.has_idempotency_key for message in new],
             [message.body for message in new],
             [ttl_ms(message) for message in new],
-            self._limits.max_messages,
-            self._limits.max_bytes,
+            limits.max_messages,
+            limits.max_bytes,
             self._now_ms(),
             [timing.concerns(message) for message in new] if timing else None,
             timing.grace_ms if timing else None,
-            self._limits.share_messages,
-            self._limits.share_bytes,
+            limits.share_messages,
+            limits.share_bytes,
         )
         ((versions, position),) = await self._pool.run(
             lambda connection: connection.fetch(APPEND, *parameters)
@@ -356,9 +365,9 @@ class PostgresMailbox:
         for key, message in zip(keys, messages, strict=True):
             version = outcome[key]
             if version is None:
-                answers.append(self._limits.refuse_share())
+                answers.append(limits.refuse_share())
             elif version == 0:
-                answers.append(self._limits.refuse())
+                answers.append(limits.refuse())
             else:
                 answers.append(Receipt(message.id, abs(version), duplicate=version < 0))
                 outcome[key] = -abs(version)  # for those in this batch that repeat it

@@ -285,5 +285,23 @@ BEGIN
 END $$;
 """
 
-ADDITIONS: Final = (_GENERATIONS, _DEVICES_LIMIT, _SHARES)
+_RESTORED_SHARES = """
+-- A restore of the data alone, into tables that are there: grow_shares counts the messages that it
+-- puts back, so the rows of shares that it puts back would count them twice.
+CREATE FUNCTION skip_restored_share() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    RETURN NULL;
+END $$;
+CREATE TRIGGER skip_restored_share BEFORE INSERT ON shares
+    FOR EACH ROW WHEN (pg_trigger_depth() = 0) EXECUTE FUNCTION skip_restored_share();
+
+CREATE FUNCTION clear_shares() RETURNS trigger LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+BEGIN
+    DELETE FROM shares;
+    RETURN NULL;
+END $$;
+CREATE TRIGGER clear_shares AFTER TRUNCATE ON messages EXECUTE FUNCTION clear_shares();
+"""
+
+ADDITIONS: Final = (_GENERATIONS, _DEVICES_LIMIT, _SHARES, _RESTORED_SHARES)
 """The statements of each addition, after the migrations of ``postgres_schema``."""

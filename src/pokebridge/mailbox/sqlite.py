@@ -118,7 +118,7 @@ class SqliteMailbox:
 
         def append(db: sqlite3.Connection) -> Receipt:
             now_ms = self._now_ms()
-            receipt = _append(db, message, self._limits, now_ms)
+            receipt = _append(db, message, self._limits.of(message.recipient), now_ms)
             if timing is not None and not receipt.duplicate and timing.concerns(message):
                 owe(db, message.recipient, receipt.version, timing, now_ms)
             return receipt
@@ -239,10 +239,10 @@ def _append(db: sqlite3.Connection, message: NewMessage, limits: Limits, now_ms:
         (message.recipient, len(message.body)),
     ).fetchone()
     version, kept_messages, kept_bytes = row
-    if kept_messages > limits.max_messages or kept_bytes > limits.max_bytes:
-        raise limits.refuse()  # which undoes the job
     if kept_messages > limits.share_messages or kept_bytes > limits.share_bytes:
         _check_share(db, message, limits)
+    if kept_messages > limits.max_messages or kept_bytes > limits.max_bytes:
+        raise limits.refuse()  # which undoes the job
     db.execute(
         "INSERT INTO messages VALUES (?, ?, ?, ?, ?, ?, ?)",
         (

@@ -14,8 +14,17 @@ from pokebridge.mailbox.base import (
     Mailbox,
     MailboxStats,
 )
-from pokebridge.model import Receipt
-from pokebridge.testing.mailbox_kit import BOB, EVE, ManualClock, fill, kept, message, versions
+from pokebridge.model import REVOCATIONS, Receipt
+from pokebridge.testing.mailbox_kit import (
+    ALICE,
+    BOB,
+    EVE,
+    ManualClock,
+    fill,
+    kept,
+    message,
+    versions,
+)
 
 LIMITS = Limits(max_messages=1500, max_bytes=2 * 1024 * 1024)
 SHARED = Limits(max_messages=600, max_bytes=2 * 1024 * 1024, max_share=0.5)
@@ -132,6 +141,23 @@ class LimitsContract:
             await mailbox.append(message(sender=EVE))
         assert await mailbox.purge(limit=10 * most) == most
         await mailbox.append(message(sender=EVE))
+
+    @pytest.mark.parametrize("limits", [Limits(max_messages=4, max_share=0.5)])
+    async def test_the_share_is_checked_first(self, mailbox: Mailbox) -> None:
+        """Where both are used up, a sender hears of its share, and others of the mailbox."""
+        for sender in (EVE, EVE, BOB, BOB):
+            await mailbox.append(message(sender=sender))
+        with pytest.raises(MailboxFullError, match="sender's share"):
+            await mailbox.append(message(sender=EVE))
+        with pytest.raises(MailboxFullError, match="mailbox is full"):
+            await mailbox.append(message(sender=ALICE))
+
+    @pytest.mark.parametrize("limits", [Limits(max_messages=2, max_share=0.5)])
+    async def test_revocations_have_no_limits(self, mailbox: Mailbox) -> None:
+        """More revocations are kept than another mailbox would take messages."""
+        revocation = message(REVOCATIONS, sender=REVOCATIONS)
+        await asyncio.gather(*(mailbox.append(revocation) for _ in range(9)))
+        assert await versions(mailbox, REVOCATIONS) == list(range(1, 10))
 
     async def test_what_is_purged_makes_room(self, mailbox: Mailbox, clock: ManualClock) -> None:
         """An expired message counts until it is purged."""
