@@ -27,13 +27,14 @@ const instances = new Instances(find("table"), askToDrain);
 const shards = new ShardGrid(find("section:has(.shards)"));
 const events = new EventLog(find(".events"));
 
-// The charts come from a library that some browsers can't run. The rest of the page works without them.
-try {
-  const { Charts } = await import("./charts.js");
-  charts = new Charts(find(".charts"));
-} catch (error) {
-  giveUpCharts(error);
-}
+// The charts come from a library that some browsers can't run. The rest of the page works without
+// them, and does not wait for them.
+import("./charts.js")
+  .then(({ Charts }) => {
+    charts = new Charts(find(".charts"));
+    if (view !== null) charts.add(loadOf(view));
+  })
+  .catch(giveUpCharts);
 
 function draw(what) {
   try {

@@ -122,6 +122,7 @@ class User {
     this.#version = Number(localStorage.getItem(this.#cursorKey));
     this.#find(".messages").replaceChildren();
     this.#find(".log-of-messages").setAttribute("aria-label", `Messages of ${this.name}`);
+    this.#find(".log ol").setAttribute("aria-label", `Frames and requests of ${this.name}`);
     this.#find(".avatar").textContent = [...this.name][0]?.toUpperCase() ?? "?";
     this.#find(".empty").textContent = `No messages for ${this.name} yet.`;
     this.#find(".empty").hidden = false;
