@@ -16,6 +16,7 @@ JUSTIFIED = {
     ("gateway/entrance.py", "(coroutine)"): "one handshake or one new token",
     ("gateway/recall.py", "(self._answer)"): "repeats what it knows once",
     ("gateway/recall.py", "(self._ask)"): "asks a few times",
+    ("key_set.py", "_refresh"): "reads one answer, of limited size and within a limited time",
     ("transport/google_pubsub_subscription.py", "(part)"): "the supervised stream awaits its parts",
     ("transport/reconnecting_link.py", "(work)"): "one call on the connection, which ends with it",
 }

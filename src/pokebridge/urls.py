@@ -28,7 +28,8 @@ def check_url(url: str, schemes: Collection[str]) -> None:
     scheme, separator, rest = url.partition("://")
     if not separator or scheme not in schemes:
         expected = " or ".join(f"{each}://" for each in sorted(schemes))
-        raise ValueError(f"must be an {expected} URL")
+        article = "an" if expected.startswith("http") else "a"
+        raise ValueError(f"must be {article} {expected} URL")
     authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
     after = rest[len(authority) :]
     credentials, _, hosts = authority.rpartition("@")

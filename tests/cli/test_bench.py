@@ -11,6 +11,7 @@ import uvicorn
 
 from pokebridge.asgi import Receive, Scope, Send
 from pokebridge.bench import load_generator
+from pokebridge.wire import PROBLEM_TYPE
 from tests.cli.conftest import Result, Run
 from tests.support.serving import JWT_SECRET
 
@@ -64,9 +65,7 @@ class Faulty:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """An ASGI application."""
         if scope["type"] == "http":
-            headers = [(b"content-type", b"application/json")]
-            await send({"type": "http.response.start", "status": self.status, "headers": headers})
-            await send({"type": "http.response.body", "body": b'{"detail": "so it is"}'})
+            await self._answer(receive, send)
             return
         await receive()
         await send({"type": "websocket.accept"})
@@ -75,6 +74,23 @@ class Faulty:
             await send({"type": "websocket.close", "code": self.close_code})
         while (await receive())["type"] != "websocket.disconnect":
             pass
+
+    async def _answer(self, receive: Receive, send: Send) -> None:
+        """Answer ``POST /v1/pokes`` as the bridge does: accept, or refuse with a problem."""
+        body, more = b"", True
+        while more:
+            part = await receive()
+            body, more = body + part.get("body", b""), part.get("more_body", False)
+        if self.status == 202:
+            media_type = "application/json"
+            answer: dict[str, Any] = {"accepted": len(json.loads(body)["recipients"])}
+        else:
+            media_type = PROBLEM_TYPE
+            answer = {"type": "about:blank", "title": "Refused", "status": self.status}
+            answer["detail"] = "so it is"
+        headers = [(b"content-type", media_type.encode())]
+        await send({"type": "http.response.start", "status": self.status, "headers": headers})
+        await send({"type": "http.response.body", "body": json.dumps(answer).encode()})
 
 
 @pytest.fixture

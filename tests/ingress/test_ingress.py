@@ -332,6 +332,14 @@ def test_a_wrong_nats_url_is_refused(url: str) -> None:
         NatsSource(url, cluster="c")
 
 
+@pytest.mark.parametrize("url", ["nats:me:pa55@h/S", "pa55"])
+def test_a_url_without_a_scheme_is_not_shown(url: str) -> None:
+    """It is refused, and the password in it is not in the message."""
+    with pytest.raises(ConfigError, match="the ingress URL must begin with a scheme") as refusal:
+        NatsSource(url, cluster="c")
+    assert "pa55" not in str(refusal.value)
+
+
 @pytest.mark.parametrize("url", ["pubsub://", "pubsub://p", "pubsub:///s", "pubsub://p/a/b"])
 async def test_a_wrong_pubsub_url_is_refused(url: str) -> None:
     """One line says what it looks like."""

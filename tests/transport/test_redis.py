@@ -215,7 +215,7 @@ class TestStart(StartContract):
         [
             ("http://127.0.0.1", "redis://"),
             ("redis://127.0.0.1/zero", "redis://"),
-            ("redis://127.0.0.1:port/0", "URL"),
+            ("redis://127.0.0.1:port/0", "a port must be a number"),
             ("redis://127.0.0.1?protocol=3", "'protocol'"),
             ("rediss://127.0.0.1?ca_file=/nowhere", "nowhere"),
         ],

@@ -22,8 +22,11 @@ def without_secrets(url: str) -> str:
 
 def check_engine_url(part: str, url: str) -> None:
     """Check the form of ``url``. Raises ConfigError, which shows nothing of it."""
+    scheme, separator, _ = url.partition("://")
+    if not separator:
+        raise ConfigError(f"the {part} URL must begin with a scheme and ://, like nats://")
     try:
-        check_url(url, (url.partition("://")[0],))
+        check_url(url, (scheme,))
     except ValueError as error:
         raise ConfigError(f"{part}: {error}") from None
 

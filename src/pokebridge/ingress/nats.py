@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, Final, NamedTuple
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit
 
 from nats import errors
 from nats.aio.msg import Msg
@@ -30,7 +30,7 @@ from pokebridge.engines.nats import (
     refusal_of,
     servers_in,
 )
-from pokebridge.engines.urls import check_engine_url, without_secrets
+from pokebridge.engines.urls import check_engine_url, unsplit, without_secrets
 from pokebridge.errors import ConfigError, TransportError
 from pokebridge.ingress.base import Delivery
 
@@ -75,7 +75,7 @@ class NatsSource:
     def __init__(self, url: str, *, cluster: str) -> None:
         check_engine_url("ingress", url)
         parts = urlsplit(url)
-        self._url = urlunsplit(parts._replace(path=""))
+        self._url = unsplit(parts._replace(path=""))
         self._servers = servers_in("ingress", self._url)
         self._stream, _, subject = unquote(parts.path).removeprefix("/").partition("/")
         if not self._stream or set(self._stream) & set(" .*>"):
