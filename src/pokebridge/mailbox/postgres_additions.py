@@ -288,12 +288,16 @@ END $$;
 _RESTORED_SHARES = """
 -- A restore of the data alone, into tables that are there: grow_shares counts the messages that it
 -- puts back, so the rows of shares that it puts back would count them twice.
-CREATE FUNCTION skip_restored_share() RETURNS trigger LANGUAGE plpgsql AS $$
+CREATE FUNCTION ignore_restored_share() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     RETURN NULL;
 END $$;
-CREATE TRIGGER skip_restored_share BEFORE INSERT ON shares
-    FOR EACH ROW WHEN (pg_trigger_depth() = 0) EXECUTE FUNCTION skip_restored_share();
+CREATE TRIGGER ignore_restored_share BEFORE INSERT ON shares
+    FOR EACH ROW WHEN (pg_trigger_depth() = 0) EXECUTE FUNCTION ignore_restored_share();
+
+-- pg_restore --clean drops triggers from the last name to the first, and locks their tables. Like
+-- every append and ack it must lock heads first (mark_restored), or they run into a deadlock.
+ALTER TRIGGER shrink_shares ON messages RENAME TO lower_shares;
 
 CREATE FUNCTION clear_shares() RETURNS trigger LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
 BEGIN
