@@ -7,7 +7,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from playwright.async_api import Page, async_playwright
+from playwright.async_api import Page, async_playwright, expect
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
@@ -124,7 +124,7 @@ async def test_pages_work(serve: Serve, tmp_path: Path, kind: str, tab: Page) ->
     )
     with site(serve, tmp_path, kind, dev=True) as (_, url):
         await tab.goto(f"{url}/")
-        await tab.wait_for_function("document.querySelectorAll('[data-state=ready]').length == 2")
+        await expect(tab.locator("[data-state=ready]")).to_have_count(2)
         await tab.goto(f"{url}/docs")
         await tab.wait_for_selector(".opblock")
         await tab.goto(f"{url}/console")

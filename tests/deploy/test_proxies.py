@@ -418,7 +418,7 @@ async def test_a_reload_leaves_nobody_silent(run: Run, site: Site) -> None:
         with pytest.raises(websockets.ConnectionClosedError):
             await session.recv()
         await client.wait_ready(TIMEOUT_S)
-        assert not before & front.proxy.workers
+        await wait_until(lambda: not before & front.proxy.workers, what="the old workers' end")
         await send(http, BOB, "through a new worker")
         await wait_until(lambda: len(seen.bodies) == 2, what="the second message being pulled")
 
