@@ -478,26 +478,25 @@ async def no_tokens(world: World) -> None:
 
 async def disconnect(world: World) -> None:
     """An administrator closes all sessions of a recipient: its clients get new tokens."""
-    client = _client(world)
-    if client is None or not world.well_instances:
-        return
-    through = world.rng.choice(world.well_instances)
-    world.trace.note(through.name, f"is to disconnect {client.recipient}")
-    sessions = _sessions_of(world, client.recipient)
-    if await _ask(world, through, lambda: through.disconnect(client.recipient)):
-        world.witnesses.disconnected(through, sessions, revoked=False)
+    await _end_sessions(world, revokes=False)
 
 
 async def revoke(world: World) -> None:
     """An administrator revokes all tokens of a recipient: its clients get new ones."""
+    await _end_sessions(world, revokes=True)
+
+
+async def _end_sessions(world: World, *, revokes: bool) -> None:
     client = _client(world)
     if client is None or not world.well_instances:
         return
-    through = world.rng.choice(world.well_instances)
-    world.trace.note(through.name, f"is to revoke the tokens of {client.recipient}")
-    sessions = _sessions_of(world, client.recipient)
-    if await _ask(world, through, lambda: through.revoke(client.recipient)):
-        world.witnesses.disconnected(through, sessions, revoked=True)
+    through, recipient = world.rng.choice(world.well_instances), client.recipient
+    what = "revoke the tokens of" if revokes else "disconnect"
+    world.trace.note(through.name, f"is to {what} {recipient}")
+    sessions = _sessions_of(world, recipient)
+    ask = through.revoke if revokes else through.disconnect
+    if await _ask(world, through, lambda: ask(recipient)):
+        world.witnesses.disconnected(through, sessions, revoked=revokes)
 
 
 def _sessions_of(world: World, recipient: str) -> Sequence[tuple[SimClient, object]]:

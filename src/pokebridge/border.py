@@ -15,16 +15,17 @@ from typing import Final
 
 import structlog
 
+from pokebridge.telemetry import LogPace
+
 LOG_AGAIN_S: Final = 1.0
 """One line a second for errors of one kind at one border. The count is of all."""
-_MOST_KINDS = 1_000
 _FRAMES = 3
 
 log = structlog.get_logger(__name__)
 
 unforeseen: Counter[str] = Counter()
 """Unforeseen errors since the start, by border."""
-_logged_s: dict[tuple[str, str, str], float] = {}
+_pace = LogPace(LOG_AGAIN_S)
 
 
 def note_unforeseen(border: str, error: BaseException) -> None:
@@ -32,13 +33,8 @@ def note_unforeseen(border: str, error: BaseException) -> None:
     unforeseen[border] += 1
     with suppress(Exception):
         place = _place(error)
-        kind = (border, type(error).__name__, place)
-        now_s = monotonic()
-        if now_s - _logged_s.get(kind, -LOG_AGAIN_S) < LOG_AGAIN_S:
+        if not _pace.allows((border, type(error).__name__, place), monotonic()):
             return
-        if len(_logged_s) >= _MOST_KINDS:
-            _logged_s.clear()
-        _logged_s[kind] = now_s
         # Not the error's text, which may repeat what the stranger sent.
         log.error(
             "unforeseen_input",

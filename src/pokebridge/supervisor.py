@@ -19,6 +19,7 @@ import structlog
 
 from pokebridge.backoff import backoff_s, spread
 from pokebridge.errors import UnavailableError
+from pokebridge.telemetry import LogPace
 
 BACKOFF_FIRST_S: Final = 0.1
 BACKOFF_CAP_S: Final = 2.0
@@ -31,7 +32,7 @@ log = structlog.get_logger(__name__)
 
 task_failures: Counter[str] = Counter()
 """Unforeseen errors since the start, by task."""
-_logged_s: dict[tuple[str, type[BaseException], int], float] = {}
+_pace = LogPace(LOG_AGAIN_S)
 _attempts: "WeakSet[Attempts]" = WeakSet()
 
 
@@ -42,9 +43,7 @@ def note_failure(task: str, error: BaseException) -> None:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     place = (task, type(error), 0 if trace is None else trace.tb_lineno)
-    now_s = monotonic()
-    if now_s - _logged_s.get(place, -LOG_AGAIN_S) >= LOG_AGAIN_S:
-        _logged_s[place] = now_s
+    if _pace.allows(place, monotonic()):
         with suppress(Exception):  # to fail at writing the log must not end the task
             log.error("task_failed", task=task, exc_info=error)
 

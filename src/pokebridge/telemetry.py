@@ -8,12 +8,15 @@ hidden, and text that looks like a token is removed from every other value.
 import logging
 import logging.config
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from enum import StrEnum
 from typing import Any, Self
 
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
+
+# A stranger can make up kinds of errors.
+_MOST_KINDS = 1_000
 
 
 class Metric(StrEnum):
@@ -114,6 +117,27 @@ _SECRET_TEXT = re.compile(
     r"|(?<=://)[^\s/@:]*:[^\s/@]+(?=@)",
     re.IGNORECASE,
 )
+
+
+class LogPace:
+    """Lets a line of each kind into the log at most once in ``again_s`` seconds."""
+
+    def __init__(self, again_s: float) -> None:
+        self._again_s = again_s
+        self._logged_s: dict[Hashable, float] = {}
+
+    def allows(self, kind: Hashable, now_s: float) -> bool:
+        """Whether a line of ``kind`` may be logged now. If so it counts as logged."""
+        if now_s - self._logged_s.get(kind, -self._again_s) < self._again_s:
+            return False
+        if len(self._logged_s) >= _MOST_KINDS:
+            self._logged_s.clear()
+        self._logged_s[kind] = now_s
+        return True
+
+    def forget(self) -> None:
+        """Allow a line of every kind again."""
+        self._logged_s.clear()
 
 
 def configure_logging(log_format: str, level: str) -> None:

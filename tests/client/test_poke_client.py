@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import ssl
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -550,10 +549,8 @@ async def test_wake_ends_a_delay(bridge: FaultyBridge, handler: Handler) -> None
 async def test_tls(tmp_path: Path, handler: Handler) -> None:
     """Over https and wss with an authority of one's own; without it the bridge is not trusted."""
     files = make_certificates(tmp_path)
-    server_tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    server_tls.load_cert_chain(files.cert_file, files.key_file)
-    client_tls = ssl.create_default_context(cafile=str(files.ca_file))
-    async with FaultyBridge().run(server_tls) as bridge:
+    client_tls = files.client_tls()
+    async with FaultyBridge().run(files.server_tls()) as bridge:
         bridge.commit("a")
         async with PokeClient(bridge.url, "token", handler, tls=client_tls) as client:
             await client.wait_ready(5)
@@ -618,12 +615,10 @@ async def test_a_name_s_certificate_is_asked_for_at_each_address(
 ) -> None:
     """The certificate is the name's: that an address was dialled makes no difference to TLS."""
     files = make_certificates(tmp_path)
-    server_tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    server_tls.load_cert_chain(files.cert_file, files.key_file)
-    client_tls = ssl.create_default_context(cafile=str(files.ca_file))
+    client_tls = files.client_tls()
     names("localhost", [MUTE, LIVE])
     names("other.test", [MUTE, LIVE])
-    async with FaultyBridge().run(server_tls) as bridge:
+    async with FaultyBridge().run(files.server_tls()) as bridge:
         port = urlsplit(bridge.url).port or 0
         with mute_listener(accepts=False, port=port):
             url = f"https://localhost:{port}"
@@ -657,12 +652,10 @@ async def test_a_pull_at_another_address_wants_the_name_s_certificate(
 ) -> None:
     """The certificate is for localhost and 127.0.0.1, and the name asked for is another."""
     files = make_certificates(tmp_path)
-    server_tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    server_tls.load_cert_chain(files.cert_file, files.key_file)
-    tls = ssl.create_default_context(cafile=str(files.ca_file))
+    tls = files.client_tls()
     names("localhost", [MUTE, LIVE])
     names("other.test", [MUTE, LIVE])
-    async with FaultyBridge().run(server_tls) as bridge:
+    async with FaultyBridge().run(files.server_tls()) as bridge:
         bridge.commit("a")
         port = urlsplit(bridge.url).port or 0
         for name, outcome in (("localhost", Pulled), ("other.test", PullFailed)):

@@ -176,8 +176,7 @@ async def tls_in_front(database: str, made: Certificates) -> AsyncIterator[str]:
 
     The server that the tests start was built without TLS.
     """
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(made.cert_file, made.key_file)
+    context = made.server_tls()
     target = urlsplit(database)
 
     async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:

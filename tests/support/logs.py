@@ -21,5 +21,5 @@ def restored_logging() -> Iterator[None]:
     root.handlers[:] = handlers
     root.setLevel(level)
     structlog.reset_defaults()
-    supervisor._logged_s.clear()
+    supervisor._pace.forget()
     supervisor.task_failures.clear()

@@ -2,6 +2,7 @@
 
 import datetime as dt
 import ipaddress
+import ssl
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,16 @@ class Certificates:
     ca_file: Path
     cert_file: Path
     key_file: Path
+
+    def server_tls(self) -> ssl.SSLContext:
+        """For a server that shows the certificate."""
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(self.cert_file, self.key_file)
+        return context
+
+    def client_tls(self) -> ssl.SSLContext:
+        """For a client that trusts the authority alone."""
+        return ssl.create_default_context(cafile=str(self.ca_file))
 
 
 def make_certificates(directory: Path) -> Certificates:

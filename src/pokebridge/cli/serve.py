@@ -62,9 +62,10 @@ def run_instance(settings: Settings) -> None:
     from pokebridge.server.assemble import serve as serve_instance  # noqa: PLC0415
 
     configure_logging(settings.log_format, settings.log_level)
-    # JSON is for programs.
-    greet = _greet if settings.dev and settings.log_format == "console" else _say_nothing
-    uvloop.run(serve_instance(settings, on_listening=greet))
+    if settings.dev and settings.log_format == "console":  # JSON is for programs
+        uvloop.run(serve_instance(settings, on_listening=_greet))
+    else:
+        uvloop.run(serve_instance(settings))
 
 
 def _greet(url: str) -> None:
@@ -82,7 +83,3 @@ pokebridge runs in development mode. Ctrl-C stops it.
 """,
         err=True,
     )
-
-
-def _say_nothing(_: str) -> None:
-    """The log says that the instance listens."""

@@ -1,8 +1,6 @@
 """The opening handshake: RFC 6455, section 4.2, and protocol.md, section 3."""
 
-import base64
 import binascii
-import hashlib
 import ipaddress
 import json
 import re
@@ -10,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from urllib.parse import parse_qs
+
+from websockets.utils import accept_key
 
 from pokebridge.errors import AuthError, InputError, RefusedError
 from pokebridge.forwarded import requested_host
@@ -35,7 +35,6 @@ _READ = frozenset(
     )
 )
 _TOKEN = re.compile(r"[-!#$%&'*+.^_`|~0-9a-zA-Z]+")
-_KEY_SUFFIX = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, section 1.3
 
 _Fields = Mapping[bytes, Sequence[str]]
 
@@ -140,8 +139,7 @@ def _check_upgrade(method: str, fields: _Fields) -> str:
         raise _bad_request("Sec-WebSocket-Version must be given once, and be 13")
     if len(fields.get(b"origin", ())) > 1:
         raise _bad_request("Origin must be given once at most")
-    digest = hashlib.sha1(key.encode() + _KEY_SUFFIX, usedforsecurity=False).digest()
-    return base64.b64encode(digest).decode()
+    return accept_key(key)
 
 
 def _only(fields: _Fields, name: bytes) -> str:

@@ -11,6 +11,8 @@ from typing import Final, Protocol
 
 import structlog
 
+from pokebridge.telemetry import LogPace
+
 LOG_AGAIN_S: Final = 60.0
 
 log = structlog.get_logger(__name__)
@@ -34,7 +36,7 @@ class Sockets:
     - ``_addresses``: the address of each connection; empty where none is known yet
     - ``_waiting``: those that wait for a request, the longest first
     - ``_by_address``: all of an address; those that wait are in the same order
-    - ``_logged_s``: when it was last logged that a limit is reached, by the limit's name
+    - ``_pace``: how often it is logged that a limit is reached, by the limit's name
     """
 
     def __init__(
@@ -51,7 +53,7 @@ class Sockets:
         self._addresses: dict[HttpConnection, str] = {}
         self._waiting: dict[HttpConnection, None] = {}
         self._by_address: dict[str, dict[HttpConnection, None]] = {}
-        self._logged_s: dict[str, float] = {}
+        self._pace = LogPace(LOG_AGAIN_S)
 
     def __len__(self) -> int:
         """How many HTTP connections are open."""
@@ -130,9 +132,7 @@ class Sockets:
         return False
 
     def _tell(self, which: str, limit: int | None) -> None:
-        now_s = time.monotonic()
-        if now_s - self._logged_s.get(which, -LOG_AGAIN_S) >= LOG_AGAIN_S:
-            self._logged_s[which] = now_s
+        if self._pace.allows(which, time.monotonic()):
             log.warning(
                 "connections_limited",
                 by=which,
