@@ -51,7 +51,7 @@ BATCH_KEPT_MS: Final = 10 * 60 * 1000
 UPKEEP_TIMEOUT_S: Final = 30.0
 STATS_TIMEOUT_S: Final = 300.0
 
-# With the position after it, which is durable once the append is.
+# With a position that is durable once the append is.
 APPEND: Final = """
 SELECT versions, wal_position() FROM append_within_shares(
     $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14

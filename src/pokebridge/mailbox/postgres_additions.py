@@ -307,5 +307,29 @@ END $$;
 CREATE TRIGGER clear_shares AFTER TRUNCATE ON messages EXECUTE FUNCTION clear_shares();
 """
 
-ADDITIONS: Final = (_GENERATIONS, _DEVICES_LIMIT, _SHARES, _RESTORED_SHARES)
+_CRASHES = """
+-- How far the write-ahead log is, in bytes, at least, once this transaction is committed: never
+-- further than what a crash leaves. Without changes of its own a commit flushes nothing, and the
+-- end of the log may be another session's.
+CREATE OR REPLACE FUNCTION wal_position() RETURNS bigint LANGUAGE plpgsql AS $$
+BEGIN
+    RETURN CASE WHEN pg_current_xact_id_if_assigned() IS NULL
+        THEN pg_current_wal_flush_lsn() ELSE pg_current_wal_insert_lsn() END - '0/0'::pg_lsn;
+EXCEPTION WHEN OTHERS THEN RETURN NULL;
+END $$;
+
+-- A crash must not take back a version that was given out, nor a generation. By triggers, so that
+-- it is true of what instances of earlier releases do.
+CREATE FUNCTION flush_commit() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    IF current_setting('synchronous_commit') = 'off' THEN
+        PERFORM set_config('synchronous_commit', 'local', true);
+    END IF;
+    RETURN NULL;
+END $$;
+CREATE TRIGGER flush_commit AFTER INSERT ON batches EXECUTE FUNCTION flush_commit();
+CREATE TRIGGER flush_commit AFTER INSERT OR UPDATE ON generation EXECUTE FUNCTION flush_commit();
+"""
+
+ADDITIONS: Final = (_GENERATIONS, _DEVICES_LIMIT, _SHARES, _RESTORED_SHARES, _CRASHES)
 """The statements of each addition, after the migrations of ``postgres_schema``."""
