@@ -18,6 +18,7 @@ from websockets.frames import Opcode as TheirOpcode
 
 from pokebridge.gateway.acks import RecordAcks
 from pokebridge.gateway.config import GatewayConfig
+from pokebridge.gateway.connection import Connection
 from pokebridge.gateway.gateway import Gateway
 from pokebridge.gateway.subscriptions import SubscriptionTiming
 from pokebridge.model import Poke
@@ -84,6 +85,11 @@ class Running:
     publisher: Publisher
     port: int
     clients: "list[Client]" = field(default_factory=list)
+
+    @property
+    def connections(self) -> list[Connection]:
+        """The sessions' sockets."""
+        return [each for each in self.gateway.sessions if isinstance(each, Connection)]
 
     async def dial(self, receive_buffer: int | None = None) -> "Client":
         """A client that has said nothing yet."""

@@ -311,7 +311,7 @@ async def test_sessions_last_their_time_and_do_not_end_together() -> None:
         began_s = asyncio.get_running_loop().time()
         clients = [await server.open() for _ in range(8)]
         opened_s = asyncio.get_running_loop().time()
-        ends_s = {each.session.due_at for each in server.gateway.sessions}
+        ends_s = {each.session.due_at for each in server.connections}
         assert len(ends_s) == 8
         assert all(began_s + 0.8 <= end_s <= opened_s + 1.0 for end_s in ends_s)
         for client in clients:
@@ -414,7 +414,7 @@ async def test_no_poke_follows_the_end(end: Callable[[Connection], None]) -> Non
     """After a close frame nothing more is sent (RFC 6455, section 5.5.1)."""
     async with running() as server:
         await server.open()
-        (connection,) = server.gateway.sessions.find(BOB)
+        (connection,) = server.connections
         bridge = server.gateway.bridge
         bridge.handle_poke(Poke(BOB))
         end(connection)
@@ -427,7 +427,7 @@ async def test_a_reader_that_reads_nothing_costs_one_pending_poke() -> None:
     async with running() as server:
         stuck = await server.open(receive_buffer=2048)
         other = await server.open("urn:user:eve")
-        (connection,) = server.gateway.sessions.find(BOB)
+        (connection, _) = server.connections
         stuck.stop_reading()
         for version in range(1, 20_001):
             await server.poke(version=version)
@@ -569,7 +569,7 @@ async def test_a_flood_of_pings_by_one_that_never_reads_is_bounded() -> None:
     async with running(Timing(max_messages_per_ping=10**9)) as server:
         client = await server.open(receive_buffer=2048)
         client.stop_reading()
-        (connection,) = server.gateway.sessions.find(BOB)
+        (connection,) = server.connections
         ping = json.dumps({"type": "ping"}).encode()
         for _ in range(20_000):
             client.send(Opcode.TEXT, ping)
@@ -693,5 +693,5 @@ async def test_an_abrupt_end_is_noticed() -> None:
         for client in clients:
             await client.close()
         await wait_until(lambda: len(server.gateway.sessions) == 0)
-        assert not server.gateway._connections
+        assert not server.gateway._all_sessions
         assert server.gateway.entrance.sessions == 0

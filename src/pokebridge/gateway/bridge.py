@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pokebridge.errors import SignalError
-from pokebridge.gateway.connection import Connection
 from pokebridge.gateway.disconnects import SLACK_S, Disconnects
+from pokebridge.gateway.listener import Listener
 from pokebridge.gateway.meter import SAMPLE_EVERY, Meter, Traffic
 from pokebridge.gateway.session_map import SessionMap
 from pokebridge.model import Poke
@@ -38,7 +38,7 @@ class BridgeCounters:
 class Bridge:
     """Routes the signals of one instance to its sessions."""
 
-    def __init__(self, sessions: SessionMap[Connection]) -> None:
+    def __init__(self, sessions: SessionMap[Listener]) -> None:
         self._sessions = sessions
         self._meter = Meter()
         self.counters = BridgeCounters()

@@ -4,6 +4,7 @@ HTTP upgrade → ``upgrade`` → [token] → ``Connection`` → ``on_admitted``:
 """
 
 import asyncio
+import logging
 import secrets
 import time
 from collections import Counter
@@ -29,11 +30,14 @@ from pokebridge.gateway.handshake import (
     read_handshake,
     refusal_response,
 )
+from pokebridge.gateway.listener import Listener
 from pokebridge.gateway.sockets import Sockets
 from pokebridge.session import Session, State
 from pokebridge.supervisor import run_once
 
 log = structlog.get_logger(__name__)
+# Knows at once whether a level is logged. structlog takes 8 us to find out, for every session.
+_logger = logging.getLogger(__name__)
 
 # Not the loop's clock, which stands still during a turn of the loop: after a long turn it would
 # jump, and let too many handshakes pass.
@@ -165,9 +169,9 @@ class Entrance:
         else:
             self._accept(transport, handshake, identity, hand_over)
 
-    def left(self, connection: Connection) -> None:
-        """A connection that was admitted has ended: it no longer counts against the limits."""
-        self._admission.leave(connection.address)
+    def left(self, session: Listener) -> None:
+        """A session that was admitted has ended: it no longer counts against the limits."""
+        self._admission.leave(session.address)
 
     async def _upgrade_later(
         self, transport: asyncio.Transport, handshake: Handshake, hand_over: Callable[[], None]
@@ -228,6 +232,8 @@ class Entrance:
         counted = self._admission.enter(handshake.address)
         connection = Connection(self._host, transport, session, counted)
         self.handshakes["101"] += 1
+        if _logger.isEnabledFor(logging.DEBUG):
+            log.debug("session_accepted", session=session.id, device=session.device)
         hand_over()
         connection.begin()
         self._on_admitted(connection, handshake)

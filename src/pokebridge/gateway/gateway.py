@@ -5,7 +5,6 @@ HTTP upgrade → ``Entrance`` → ``Connection`` → ``SessionMap`` → ``ready`
 
 import asyncio
 import contextlib
-import logging
 import random
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -23,6 +22,7 @@ from pokebridge.gateway.config import GatewayConfig
 from pokebridge.gateway.connection import Connection
 from pokebridge.gateway.entrance import Entrance, Verifier
 from pokebridge.gateway.handshake import Handshake, Network
+from pokebridge.gateway.listener import Listener
 from pokebridge.gateway.recall import Recall
 from pokebridge.gateway.session_map import SessionMap
 from pokebridge.gateway.shard_routing import Reach, ShardRouting
@@ -37,8 +37,6 @@ from pokebridge.transport.base import Signal, Transport
 from pokebridge.wire import Beacon, encode_beacon
 
 log = structlog.get_logger(__name__)
-# Knows at once whether a level is logged. structlog takes 8 us to find out, for every session.
-_logger = logging.getLogger(__name__)
 
 # How often all sessions are poked while the transport is in doubt, when there is no mailbox that
 # could tell who is behind.
@@ -62,7 +60,7 @@ class Gateway:
         """``heads`` reads the mailbox, and ``record_acks`` writes to it, where there is one."""
         self.instance = config.instance
         """This instance's id."""
-        self.sessions: SessionMap[Connection] = SessionMap(config.max_sessions_per_recipient)
+        self.sessions: SessionMap[Listener] = SessionMap(config.max_sessions_per_recipient)
         """The sessions by recipient, those that wait for ``ready`` included."""
         self.bridge = Bridge(self.sessions)
         """Routes signals to the sessions."""
@@ -83,7 +81,7 @@ class Gateway:
             Placement(config.instance, config.placement),
         )
         """Knows where each recipient belongs."""
-        self.entrance = Entrance(config, verifier, self, self._add)
+        self.entrance = Entrance(config, verifier, self, self._admitted)
         """Admits new sessions."""
         self.verification = None if heads is None else Verification(heads, config.verify_every_s)
         """Pokes the sessions that are behind the mailbox."""
@@ -102,12 +100,12 @@ class Gateway:
         self._config = config
         # How many seconds the transport has been in doubt. When this process stands still, none.
         self._doubt_s = 0
-        # The connections that are not, or no longer, in ``sessions``: they are closing.
-        self._leaving: set[Connection] = set()
-        # Set while there is no connection in either.
+        # The sessions that are not, or no longer, in ``sessions``: they are closing.
+        self._leaving: set[Listener] = set()
+        # Set while there is no session in either.
         self._all_gone = asyncio.Event()
-        # The connections that wait for ``ready``, in order, and the timer of their next batch.
-        self._waiting: dict[Connection, None] = {}
+        # The sessions that wait for ``ready``, in order, and the timer of their next batch.
+        self._waiting: dict[Listener, None] = {}
         self._opener: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -140,8 +138,8 @@ class Gateway:
             self._opener.cancel()
         for task in self._tasks:
             task.cancel()
-        for connection in self._connections:
-            connection.abort()
+        for session in self._all_sessions:
+            session.abort()
         if self._tasks:
             await self._send_beacon(self.beacons.farewell(self.now()))
         await self.subscriptions.close()
@@ -192,7 +190,7 @@ class Gateway:
         Returns when all connections are closed, or when the last had its time to answer.
         """
         self.refuse()
-        connections = self._connections
+        connections = self._all_sessions
         if not connections:
             return
         random.shuffle(connections)
@@ -236,7 +234,7 @@ class Gateway:
                 self._send_away(connection, 1012)
                 await asyncio.sleep(1 / self._config.moves_per_s)
 
-    def _send_away(self, connection: Connection, code: int) -> None:
+    def _send_away(self, connection: Listener, code: int) -> None:
         """Move the client to its shard's owner, or close with ``code`` when that is nobody else."""
         url = self.shard_routing.url_for(connection.recipient)
         if url is None:
@@ -270,23 +268,26 @@ class Gateway:
     # --- sessions -----------------------------------------------------------------------------
 
     @property
-    def _connections(self) -> list[Connection]:
-        """Every connection whose socket is not closed yet, those that are closing included."""
+    def _all_sessions(self) -> list[Listener]:
+        """Every session whose socket is not closed yet, those that are closing included."""
         return [*self.sessions, *self._leaving]
 
-    def _add(self, connection: Connection, handshake: Handshake) -> None:
-        """Accept the handshake of a connection, and add it or send it to its shard's owner."""
+    def _admitted(self, connection: Connection, handshake: Handshake) -> None:
+        self.add(connection, moved=handshake.moved, response=handshake.response)
+
+    def add(self, session: Listener, *, moved: bool, response: bytes = b"") -> None:
+        """Accept the handshake of a session, and add it or send it to its shard's owner.
+
+        ``moved``: its client was sent here, and is not sent on. ``response`` accepts the handshake.
+        """
         self._all_gone.clear()
-        if _logger.isEnabledFor(logging.DEBUG):
-            session = connection.session
-            log.debug("session_accepted", session=session.id, device=session.device)
-        recipient = connection.recipient
-        if not handshake.moved and self.shard_routing.url_for(recipient) is not None:
-            self._leaving.add(connection)
-            connection.answer(handshake.response)
-            self._send_away(connection, 1012)
+        recipient = session.recipient
+        if not moved and self.shard_routing.url_for(recipient) is not None:
+            self._leaving.add(session)
+            session.answer(response)
+            self._send_away(session, 1012)
             return
-        replaced = self.sessions.add(connection)
+        replaced = self.sessions.add(session)
         if self.shard_routing.enter(recipient):
             # Not with the next tick: the subscription that covers this shard may be retiring.
             self._update_subscriptions()
@@ -295,17 +296,17 @@ class Gateway:
             self._leaving.add(replaced)
             replaced.close(4409, "replaced: the recipient has too many sessions")
         if self.subscriptions.covers(recipient):
-            self._open(connection, handshake.response)
+            self._open(session, response)
         else:
-            connection.answer(handshake.response)
-            self._waiting[connection] = None
+            session.answer(response)
+            self._waiting[session] = None
 
-    def _open(self, connection: Connection, response: bytes = b"") -> None:
+    def _open(self, session: Listener, response: bytes = b"") -> None:
         # Sessions that began together, as after a restart, must not be pinged together.
-        connection.open(spread(self._config.timing.ping_interval_s, 0.5, 1.0), response)
+        session.open(spread(self._config.timing.ping_interval_s, 0.5, 1.0), response)
         if self.verification is not None:
-            self.verification.add(connection)
-        self.on_ready(connection.recipient, connection.session.device)
+            self.verification.add(session)
+        self.on_ready(session.recipient, session.device)
 
     def _open_waiting(self) -> None:
         """Send ``ready`` to waiting sessions, at the rate of the pulls that it causes."""
@@ -388,16 +389,18 @@ class Gateway:
 
     def forget(self, connection: Connection) -> None:
         """The socket of ``connection`` is closed."""
-        if self.sessions.remove(connection):
-            self.shard_routing.leave(connection.recipient)
-        self._leaving.discard(connection)
+        self.wheel.cancel(connection)
+        self.remove(connection)
+
+    def remove(self, session: Listener) -> None:
+        """Forget ``session``, whose socket is closed."""
+        if self.sessions.remove(session):
+            self.shard_routing.leave(session.recipient)
+        self._leaving.discard(session)
         if not self.sessions and not self._leaving:
             self._all_gone.set()
-        self._waiting.pop(connection, None)
-        self.wheel.cancel(connection)
-        self.entrance.left(connection)
-        if _logger.isEnabledFor(logging.DEBUG):
-            log.debug("session_ended", session=connection.session.id)
+        self._waiting.pop(session, None)
+        self.entrance.left(session)
 
 
 def _identity(config: GatewayConfig) -> Beacon:

@@ -1,0 +1,54 @@
+"""A session as the gateway sees it, whichever process holds its socket."""
+
+from typing import Protocol
+
+
+class Listener(Protocol):
+    """One session: a ``Connection`` of this process, or a session of a worker.
+
+    - ``recipient``, ``device``: whose it is
+    - ``address``: the address that it counts against; empty when there is no such limit
+    - ``began_at``: when it began, in Unix seconds, rounded down
+    - ``told``: the newest version that it was poked for, or ``UNKNOWN_VERSION``
+    - ``is_open``: whether ``ready`` is said and the end has not begun
+    - ``is_closed``: whether the socket is gone, or about to be
+    """
+
+    @property
+    def recipient(self) -> str: ...  # noqa: D102 - see above, as for all of these
+
+    @property
+    def device(self) -> str: ...  # noqa: D102
+
+    @property
+    def address(self) -> str: ...  # noqa: D102
+
+    @property
+    def began_at(self) -> int: ...  # noqa: D102
+
+    @property
+    def told(self) -> int: ...  # noqa: D102
+
+    @property
+    def is_open(self) -> bool: ...  # noqa: D102
+
+    @property
+    def is_closed(self) -> bool: ...  # noqa: D102
+
+    def answer(self, response: bytes) -> None:
+        """Accept the handshake; ``ready`` follows later."""
+
+    def open(self, first_ping_s: float, response: bytes = b"") -> None:
+        """Send ``ready``, after ``response`` if that accepts the handshake."""
+
+    def notify(self, version: int | None, frame: bytes) -> bool:
+        """Send the poke ``frame``, or merge it. Returns whether it was sent."""
+
+    def move(self, url: str) -> None:
+        """Send the client to another instance."""
+
+    def close(self, code: int, reason: str) -> None:
+        """Start the closing handshake."""
+
+    def abort(self) -> None:
+        """Drop the socket without a closing handshake."""
