@@ -7,12 +7,23 @@ from importlib.metadata import version
 import pytest
 
 import pokebridge
-from pokebridge import PokeClient, Publisher, Settings, client, publisher, serve, server, settings
+from pokebridge import (
+    HttpPublisher,
+    PokeClient,
+    Publisher,
+    Settings,
+    client,
+    publisher,
+    serve,
+    server,
+    settings,
+)
 
 
 def test_the_package_has_the_names_that_most_programs_need() -> None:
     """Each is the one that its own module has, and no other name is there."""
     assert PokeClient is client.PokeClient
+    assert HttpPublisher is publisher.HttpPublisher
     assert Publisher is publisher.Publisher
     assert Settings is settings.Settings
     assert serve is server.serve

@@ -3,7 +3,7 @@
 The names that most programs need are here. Each is imported when it is first used, so that a
 backend that pokes does not wait for a web framework::
 
-    from pokebridge import PokeClient, Publisher, Settings, serve
+    from pokebridge import HttpPublisher, PokeClient, Publisher, Settings, serve
 """
 
 from importlib import import_module
@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pokebridge.client import PokeClient
-    from pokebridge.publisher import Publisher
+    from pokebridge.publisher import HttpPublisher, Publisher
     from pokebridge.server import serve
     from pokebridge.settings import Settings
 
     __version__: str
 
-__all__ = ["PokeClient", "Publisher", "Settings", "__version__", "serve"]
+__all__ = ["HttpPublisher", "PokeClient", "Publisher", "Settings", "__version__", "serve"]
 
 _HOMES = {
+    "HttpPublisher": "pokebridge.http_publisher",
     "PokeClient": "pokebridge.client",
     "Publisher": "pokebridge.publisher",
     "Settings": "pokebridge.settings",

@@ -1,132 +1,75 @@
-"""The README does what it says: its snippets run as they stand, its tables are the code's."""
+"""The README does what it says: typed from top to bottom, it works; its tables are the code's."""
 
-import json
-import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from tempfile import NamedTemporaryFile, TemporaryFile
-from typing import IO
 
 import click
-import pytest
 
 from pokebridge.cli import cli
-from tests.support import Instance, Serve, block_until
+from tests.docs.blocks import ROOT, blocks
+from tests.support import Serve
 from tests.support.missing import require
 
-ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
+PAGE = ROOT / "README.md"
+README = PAGE.read_text()
 DOCUMENTED_URL = "http://127.0.0.1:8080"
-SNIPPET_TIMEOUT_S = 60.0
+TIMEOUT_S = 120.0
+# What the reader does beside typing: a terminal for each program that listens, and a look at it.
+BEGIN = """
+set -eu
+until_shown() {{ until "${{@:2}}" | grep -qF "$1"; do sleep 0.1; done; }}
+trap 'kill $(jobs -p)' EXIT
+export POKEBRIDGE_URL={url}
+"""
+LISTENING = """
+({block}) > {name} 2>&1 &
+until_shown 'pokebridge_sessions {sessions}.0' curl -sS $POKEBRIDGE_URL/metrics
+"""
 
 
-@pytest.fixture
-def instance(serve: Serve) -> Instance:
-    """What ``make run`` starts, on another port."""
-    return serve(mailbox="sqlite:///pokebridge.db")
+def _typed(url: str) -> str:
+    """One script of all that the README says to type after ``make run``, in order."""
+    script = [BEGIN.format(url=url)]
+    files = iter(re.findall(r"^`(\w+\.py)`:$", README, re.MULTILINE))
+    for block in blocks(PAGE):
+        text = block.text.replace(DOCUMENTED_URL, url)
+        if block.language == "python":
+            script.append(f"cat > {next(files)} <<'END'\n{text}END\n")
+        elif "pokebridge listen" in text:
+            script.append(LISTENING.format(block=text, name="listen.txt", sessions=1))
+        elif "listen.py" in text:
+            script.append(LISTENING.format(block=text, name="client.txt", sessions=2))
+        elif "broker:4222" not in text and "cluster mode" not in text:  # these need a cluster
+            script.append(text)
+    script.append("""until_shown '{"text": "hello"}' cat listen.txt\n""")
+    script.append("""until_shown "urn:service:shop {'text': 'hello'}" cat client.txt\n""")
+    return "".join(script)
 
 
-def _snippet(language: str, containing: str) -> str:
-    """The one fenced block of ``language`` that has ``containing`` in it."""
-    blocks = re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-    (block,) = [block for block in blocks if containing in block]
-    assert isinstance(block, str)
-    return block
+def test_the_readme_typed_from_top_to_bottom(serve: Serve, tmp_path: Path) -> None:
+    """In one shell on a fresh database, every block does what the README says.
 
-
-def _shell(script: str) -> list[str]:
-    """Run as a reader would type it, whichever environment the tests run in."""
-    return ["bash", "-euc", script.replace(".venv/bin/", f"{Path(sys.executable).parent}/")]
-
-
-def _start(
-    command: list[str], instance: Instance, output: IO[str], **variables: str
-) -> subprocess.Popen[str]:
-    """Start a snippet in the checkout's root, against ``instance``."""
-    return subprocess.Popen(
-        [part.replace(DOCUMENTED_URL, instance.url) for part in command],
-        cwd=ROOT,
-        env=os.environ | {"POKEBRIDGE_URL": instance.url, **variables},
-        stdout=output,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def _run(command: list[str], instance: Instance, **variables: str) -> str:
-    """Run a snippet to its end and return its output."""
-    with TemporaryFile("w+") as output:
-        status = _start(command, instance, output, **variables).wait(SNIPPET_TIMEOUT_S)
-        output.seek(0)
-        text = output.read()
-    assert status == 0, text
-    return text
-
-
-@contextmanager
-def _running(
-    command: list[str], instance: Instance, **variables: str
-) -> Iterator[Callable[[], str]]:
-    """Run a snippet that has no end; yields what returns its output so far."""
-    with NamedTemporaryFile("w+") as output:
-        process = _start(command, instance, output, **variables)
-        try:
-            yield Path(output.name).read_text
-        finally:
-            process.kill()
-            process.wait()
-
-
-def test_the_curl_calls_work(instance: Instance) -> None:
-    """Alice sends, Carol pulls and acknowledges, and a poke is accepted."""
+    The terminal shows what it is sent, and Carol pulls her message. The client in Python shows the
+    backend's.
+    """
     require("curl")
-    output = _run(_shell(_snippet("sh", "curl")), instance)
-    decoder, answers = json.JSONDecoder(), []
-    while output := output.strip():
-        answer, end = decoder.raw_decode(output)
-        answers.append(answer)
-        output = output[end:]
-    sent, pulled, poked = answers
-    assert sent["version"] == 1
-    assert [message["body"] for message in pulled["messages"]] == [{"text": "hello from curl"}]
-    assert poked == {"accepted": 1}
-    with instance.http("urn:user:carol") as http:
-        assert http.get("/v1/messages").json()["messages"] == []
-
-
-def test_listening_in_the_terminal_shows_what_is_sent(instance: Instance) -> None:
-    """What one terminal sends, the other shows."""
-    with _running(_shell(_snippet("sh", "pokebridge listen")), instance) as output:
-        block_until(lambda: "ready" in output(), what="the listener's ready")
-        _run(_shell(_snippet("sh", "pokebridge send")), instance)
-        block_until(lambda: '{"text": "hello"}' in output(), what="the message")
-
-
-def test_the_client_listens(instance: Instance) -> None:
-    """The client's example shows a message that was there before it, and one sent after."""
-    send = _shell(_snippet("sh", "pokebridge send"))
-    _run(send, instance)
-    script = [sys.executable, "-c", _snippet("python", "PokeClient")]
-    with _running(script, instance, POKEBRIDGE_TOKEN=instance.token("urn:user:bob")) as output:
-        block_until(lambda: "1 urn:pokebridge:cli {'text': 'hello'}" in output())
-        _run(send, instance)
-        block_until(lambda: "2 urn:pokebridge:cli {'text': 'hello'}" in output())
-
-
-def test_the_backend_sends(instance: Instance) -> None:
-    """The publisher's example commits its message, and gets both pokes onto the transport."""
-    token = instance.token("urn:service:shop", "send poke")
-    _run(
-        [sys.executable, "-c", _snippet("python", "HttpPublisher")],
-        instance,
-        POKEBRIDGE_TOKEN=token,
+    url = serve(mailbox="sqlite:///pokebridge.db").url  # what `make run` starts, on another port
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    typed = _typed(url)
+    done = subprocess.run(
+        ["bash", "-c", typed],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
     )
-    with instance.http() as http:
-        block_until(lambda: "\npokebridge_pokes_total 2.0\n" in http.get("/metrics").text)
+    told = done.stdout + done.stderr
+    assert done.returncode == 0, told
+    assert '"body":{"text": "hello from curl"}' in told
+    assert '{"accepted":1}' in told
 
 
 def test_the_readme_is_short() -> None:
@@ -137,7 +80,8 @@ def test_the_readme_is_short() -> None:
 
 def test_the_commands_are_the_codes() -> None:
     """The table names every command, with the arguments that it takes, and no other."""
-    documented = re.findall(r"^\| `pokebridge (\w+)[^`]*` \|", README, re.MULTILINE)
+    rows = re.findall(r"^\| (`pokebridge .*?) \|", README, re.MULTILINE)
+    documented = re.findall(r"`pokebridge (\w+)", " ".join(rows))
     assert sorted(set(documented)) == sorted(cli.list_commands(click.Context(cli)))
 
 
