@@ -32,6 +32,9 @@ class FakeConnection:
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.topics: set[str] = set()
         self.defect: Exception | None = None
+        self.may_close = asyncio.Event()
+        self.may_close.set()
+        self.state = "open"
 
     async def subscribe(self, topics: Collection[str]) -> None:
         """Take them."""
@@ -46,8 +49,11 @@ class FakeConnection:
 
     async def close(self) -> None:
         """Fail, if it has a defect."""
+        self.state = "closing"
+        await self.may_close.wait()
         if self.defect is not None:
             raise self.defect
+        self.state = "closed"
 
 
 async def test_a_defect_of_the_driver_stops_no_reconnecting(
@@ -78,3 +84,25 @@ async def test_a_defect_of_the_driver_stops_no_reconnecting(
     assert len(receiver.gaps) == 1
     assert task_failures == {"transport_connection": 3}
     await link.close()
+
+
+async def test_a_connection_that_is_just_being_closed_is_closed_to_the_end() -> None:
+    """The link is closed while it closes a lost connection; no socket is left open by that."""
+    connections: list[FakeConnection] = []
+
+    async def dial(deliver: Deliver) -> FakeConnection:
+        connections.append(FakeConnection(deliver))
+        return connections[-1]
+
+    link = ReconnectingLink("fake", [dial], "topic")
+    await link.open()
+    (connection,) = connections
+    connection.may_close.clear()
+    connection.lost.set_result("cut")
+    await wait_until(lambda: connection.state == "closing")
+    closing = asyncio.create_task(link.close())
+    done, _ = await asyncio.wait({closing}, timeout=0.05)
+    assert not done
+    connection.may_close.set()
+    await closing
+    assert connection.state == "closed"

@@ -109,6 +109,8 @@ class ReconnectingLink(Generic[C]):
         self._lock = asyncio.Lock()
         # Background tasks, cancelled when the connection is lost.
         self._work: set[asyncio.Task[Any]] = set()
+        # Connections that are being closed; whoever waits for that may be cancelled, they may not.
+        self._closing: set[asyncio.Task[None]] = set()
         # The task that watches the connection and replaces it.
         self._keeper: asyncio.Task[None] | None = None
 
@@ -188,7 +190,9 @@ class ReconnectingLink(Generic[C]):
         self._subscriptions.clear()
         connection, self._connection, self._trouble = self._connection, None, "closed"
         if connection is not None:
-            await connection.close()
+            await self._discard(connection)
+        if self._closing:
+            await asyncio.wait(self._closing)
         await self._drop_work()
 
     # --- subscriptions --------------------------------------------------------------------------
@@ -250,7 +254,7 @@ class ReconnectingLink(Generic[C]):
             reason = self._gap = await self._until_lost(connection)
             log.warning("transport_connection_lost", engine=self._name, reason=reason)
             self._connection, self._trouble = None, reason
-            await connection.close()
+            await self._discard(connection)
             await self._drop_work()
 
     async def _report_gap(self, restored: C, reason: str) -> None:
@@ -300,16 +304,23 @@ class ReconnectingLink(Generic[C]):
         try:
             async with asyncio.timeout(DIAL_TIMEOUT_S):
                 dials = random.sample(self._dials, len(self._dials))
-                connection = await first_of(dials, lambda late: late.close())
+                connection = await first_of(dials, self._discard)
         except TimeoutError:
             raise TransportError(f"{self._name}: no answer") from None
         try:
             if topics := set(self._routes):
                 await self.call(connection, connection.subscribe(topics))
         except BaseException:
-            await connection.close()
+            await self._discard(connection)
             raise
         return connection
+
+    async def _discard(self, connection: C) -> None:
+        """Close ``connection``, and go on with it even when the caller is cancelled meanwhile."""
+        task = asyncio.create_task(connection.close())
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+        await asyncio.shield(task)
 
     async def _drop_work(self) -> None:
         """Cancel what runs on a lost connection, repeatedly: nats-py swallows a cancellation."""
