@@ -166,7 +166,11 @@ class Client:
 
     async def errors(self) -> list[str]:
         """What the ``error`` event has told."""
-        return list(await self._runtime.evaluate("harness.errors"))
+        return list(await self._runtime.evaluate("harness.errors.map(({ text }) => text)"))
+
+    async def connects_before_error(self) -> int:
+        """How many handshakes had begun when the first error was told."""
+        return int(await self._runtime.evaluate("harness.errors[0].connects"))
 
     async def wait_errors(self, at_least: int) -> None:
         """Wait until so many errors were told."""

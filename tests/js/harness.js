@@ -29,7 +29,9 @@ export function makeHarness(connect, runtime = {}) {
       const client = connect({ token, ...runtime, ...pulls[kind], ...options });
       client.on("state", (state) => harness.states.push(state));
       client.on("step", (step) => harness.steps.push(step));
-      client.on("error", (error) => harness.errors.push(String(error)));
+      client.on("error", (error) => {
+        harness.errors.push({ text: String(error), connects: harness.count("connect") });
+      });
       harness.client = client;
     },
 
