@@ -10,6 +10,7 @@ from tests.support.missing import missing
 
 
 # nats-py 2 opens its WebSockets by an older signature of aiohttp's.
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:parameter 'timeout' of type 'float':DeprecationWarning")
 async def test_cycle() -> None:
     """Every message is sent, heard of, pulled and acknowledged, with each mailbox and on NATS."""

@@ -91,6 +91,7 @@ async def _load(nats_url: str) -> AsyncIterator[Load]:
         await nats.close()
 
 
+@pytest.mark.long
 async def test_the_load_is_measured_and_acted_on(
     instances: Mapping[str, Instance], own_nats_server: Daemon
 ) -> None:
