@@ -1,0 +1,301 @@
+"""What a hub and its workers say to each other, and how it is framed.
+
+A frame is its length, four bytes, and a message in MessagePack. Both ends are always the same
+release, since the hub starts its workers. So these messages may change at any time.
+
+A session is named by its recipient and its ``serial``: the smallest number that no other session of
+that recipient has on that worker. The frames of each direction arrive in order, so the worker knows
+whether a name that is used again means the old session or the new one.
+"""
+
+import struct
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import msgspec
+
+from pokebridge.errors import InputError, PokebridgeError
+
+MAX_FRAME_BYTES = 16 * 1024 * 1024
+"""Longer frames are an error. A full page of messages has a little more than 1 MiB."""
+_LENGTH = struct.Struct("!I")
+
+
+class ChannelError(PokebridgeError):
+    """The peer sent what is no frame, or more than fits: the channel can't be used any more."""
+
+
+class Message(msgspec.Struct, array_like=True, gc=False):
+    """The base class of all messages."""
+
+
+# --- from the hub to a worker ---------------------------------------------------------------------
+
+
+class Welcome(Message, tag=0):
+    """The first message: what the worker needs before it serves.
+
+    ``settings`` are pickled. ``takes_acks``: whether clients may ack over their sockets.
+    """
+
+    worker: int
+    settings: bytes
+    takes_acks: bool
+    revocations: Sequence["Revoke"]
+
+
+class Answer(Message, tag=1):
+    """Accept the session's handshake; ``ready`` follows later."""
+
+    recipient: str
+    serial: int
+
+
+class Open(Message, tag=2):
+    """Send ``ready``, and accept the handshake first if that has not been done."""
+
+    recipient: str
+    serial: int
+
+
+class Refuse(Message, tag=3):
+    """Refuse the session's handshake."""
+
+    recipient: str
+    serial: int
+    status: int
+    detail: str
+    headers: dict[str, str]
+
+
+class Move(Message, tag=4):
+    """Send the session's client to another instance."""
+
+    recipient: str
+    serial: int
+    url: str
+
+
+class Close(Message, tag=5):
+    """Close the session."""
+
+    recipient: str
+    serial: int
+    code: int
+    reason: str
+
+
+class Poke(Message, tag=6):
+    """Send the WebSocket frame ``frame``, a poke for ``version``, to the recipient's sessions."""
+
+    recipient: str
+    version: int | None
+    frame: bytes
+
+
+class Wake(Message, tag=7):
+    """Poke every session of the worker: pokes for it were dropped. Pulls spread over the time."""
+
+    within_ms: int
+
+
+class Revoke(Message, tag=8):
+    """Refuse the recipient's tokens that were issued before ``at_ms``, until ``until_ms``."""
+
+    recipient: str
+    at_ms: int
+    until_ms: int
+
+
+class Result(Message, tag=9):
+    """What a call returned."""
+
+    call: int
+    value: msgspec.Raw
+
+
+class Failure(Message, tag=10):
+    """What a call raised: the name of the error's class, its text, and its further attributes."""
+
+    call: int
+    kind: str
+    text: str
+    details: dict[str, Any]
+
+
+class Ask(Message, tag=11):
+    """Report: are you alive?"""
+
+    number: int
+
+
+class Stop(Message, tag=12):
+    """Finish the requests under way and end. The sessions are closed already."""
+
+
+ToWorker = (
+    Welcome
+    | Answer
+    | Open
+    | Refuse
+    | Move
+    | Close
+    | Poke
+    | Wake
+    | Revoke
+    | Result
+    | Failure
+    | Ask
+    | Stop
+)
+
+
+# --- from a worker to the hub ---------------------------------------------------------------------
+
+
+class Ready(Message, tag=0):
+    """The worker serves the connections that it is given from now on."""
+
+
+class Enter(Message, tag=1):
+    """A client with a valid token wants a session. It waits for the hub's answer.
+
+    ``moved``: it was sent here by another instance.
+    """
+
+    recipient: str
+    serial: int
+    device: str
+    address: str
+    began_at: int
+    moved: bool
+
+
+class Leave(Message, tag=2):
+    """The session's socket is closed."""
+
+    recipient: str
+    serial: int
+
+
+class Acked(Message, tag=3):
+    """An ack came over a session's socket."""
+
+    recipient: str
+    device: str
+    version: int
+
+
+class Pulled(Message, tag=4):
+    """The recipient has pulled, up to ``version``."""
+
+    recipient: str
+    version: int
+
+
+class Call(Message, tag=5):
+    """Do ``method`` with ``arguments``, and answer with a Result or a Failure."""
+
+    number: int
+    method: str
+    arguments: msgspec.Raw
+
+
+class Report(Message, tag=6):
+    """The answer to :class:`Ask`. Counts are those since the worker's start.
+
+    - ``number``: the Ask's
+    - ``accepted``: connections that it was given
+    - ``connections``, ``sessions``: those open now
+    - ``cpu_s``, ``memory_bytes``: of the process
+    - ``merged``: pokes that were merged because their client did not read
+    - ``limited``: HTTP connections that a limit has closed or refused
+    - ``handshakes``: by status
+    - ``unforeseen``, ``failures``: errors by border, and by background task
+    - ``failing``: background tasks that fail now
+    - ``durations``: of requests: labels, the histogram's counts, and the sum in seconds
+    """
+
+    number: int
+    accepted: int
+    connections: int
+    sessions: int
+    cpu_s: float
+    memory_bytes: int
+    merged: int
+    limited: int
+    handshakes: dict[str, int]
+    unforeseen: dict[str, int]
+    failures: dict[str, int]
+    failing: Sequence[str]
+    durations: Sequence[tuple[tuple[str, str, str], Sequence[int], float]]
+
+
+ToHub = Ready | Enter | Leave | Acked | Pulled | Call | Report
+
+decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode
+"""Decode what a hub sent."""
+decode_to_hub = msgspec.msgpack.Decoder(ToHub).decode
+"""Decode what a worker sent."""
+
+
+class Framer:
+    """Collects messages to send as one piece of bytes."""
+
+    def __init__(self) -> None:
+        self._encode_into = msgspec.msgpack.Encoder().encode_into
+        self._pending = bytearray()
+
+    def __len__(self) -> int:
+        """How many bytes are collected."""
+        return len(self._pending)
+
+    def add(self, message: Message) -> None:
+        """Add a message.
+
+        Raises:
+            InputError: it has a text or a number that has no encoding. It is not added.
+            ChannelError: it is too long. It is not added.
+        """
+        pending, start = self._pending, len(self._pending)
+        try:
+            self._encode_into(message, pending, start + _LENGTH.size)
+        except (UnicodeEncodeError, OverflowError):
+            del pending[start:]
+            raise InputError("a text or a number has no encoding") from None
+        length = len(pending) - start - _LENGTH.size
+        if length > MAX_FRAME_BYTES:
+            del pending[start:]
+            raise ChannelError(f"{length} bytes are too long for a call: {MAX_FRAME_BYTES} fit")
+        _LENGTH.pack_into(pending, start, length)
+
+    def take(self) -> bytes:
+        """Everything that was added since the last call."""
+        pending, self._pending = self._pending, bytearray()
+        return bytes(pending)
+
+
+class Deframer:
+    """Cuts received bytes into the frames' contents."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, data: bytes) -> Iterator[memoryview]:
+        """The contents of the frames that are complete with ``data``.
+
+        Raises:
+            ChannelError: a frame is too long.
+        """
+        data = self._rest + data if self._rest else data
+        view, start = memoryview(data), 0
+        while len(data) - start >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(data, start)
+            if length > MAX_FRAME_BYTES:
+                raise ChannelError(f"a frame says that it has {length} bytes")
+            end = start + _LENGTH.size + length
+            if end > len(data):
+                break
+            yield view[start + _LENGTH.size : end]
+            start = end
+        self._rest = data[start:]

@@ -1,0 +1,127 @@
+"""The mailbox of a worker: the calls are its hub's, which alone writes the store.
+
+So a store that takes one writer has one, and messages that several workers send at the same time
+share the hub's group commits.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from pokebridge.errors import MailboxError, UnavailableError
+from pokebridge.mailbox.base import PAGE_BYTES, Mailbox, MailboxStats
+from pokebridge.model import MAX_VERSION, Ack, NewMessage, Page, Poke, Receipt
+from pokebridge.workers import methods
+from pokebridge.workers.calls import Answers, Calls, Method, P, R
+
+__all__ = ["HubMailbox", "offer_mailbox"]
+
+
+class HubMailbox:
+    """The hub's mailbox, in a worker."""
+
+    is_shared = True
+
+    def __init__(self, calls: Calls) -> None:
+        """``calls`` reach the hub."""
+        self._calls = calls
+        self._closed = False
+
+    async def append(self, message: NewMessage) -> Receipt:
+        """As the port says, and so do all the others."""
+        return await self._call(methods.APPEND, message)
+
+    async def read(  # noqa: D102
+        self,
+        recipient: str,
+        *,
+        after: int,
+        limit: int,
+        max_bytes: int = PAGE_BYTES,
+        unless_head: int | None = None,
+    ) -> Page:
+        return await self._call(methods.READ, recipient, _cut(after), limit, max_bytes, unless_head)
+
+    async def heads(self, recipients: Sequence[str]) -> Mapping[str, int]:  # noqa: D102
+        return await self._call(methods.HEADS, recipients)
+
+    async def see_device(self, recipient: str, device: str) -> None:  # noqa: D102
+        await self._call(methods.SEE_DEVICE, recipient, device)
+
+    async def ack(self, recipient: str, device: str, version: int) -> None:  # noqa: D102
+        await self._call(methods.ACK, recipient, device, _cut(version))
+
+    async def ack_all(self, acks: Sequence[Ack]) -> None:  # noqa: D102
+        await self._call(
+            methods.ACK_ALL,
+            [each._replace(version=_cut(each.version)) for each in acks],
+        )
+
+    async def claim_outbox(self, *, older_than_s: float, limit: int) -> Sequence[Poke]:  # noqa: D102
+        return await self._call(methods.CLAIM_OUTBOX, older_than_s, limit)
+
+    async def confirm_outbox(self, pokes: Sequence[Poke]) -> None:  # noqa: D102
+        await self._call(methods.CONFIRM_OUTBOX, pokes)
+
+    async def purge(self, *, limit: int) -> int:  # noqa: D102
+        return await self._call(methods.PURGE, limit)
+
+    async def clear(self, recipient: str) -> int:  # noqa: D102
+        return await self._call(methods.CLEAR, recipient)
+
+    async def begin_generation(self) -> int:  # noqa: D102
+        return await self._call(methods.BEGIN_GENERATION)
+
+    async def stats(self) -> MailboxStats:  # noqa: D102
+        return await self._call(methods.STATS)
+
+    async def check(self) -> None:  # noqa: D102
+        await self._call(methods.CHECK)
+
+    async def close(self) -> None:
+        """Refuse further calls. The hub's mailbox stays open."""
+        self._closed = True
+
+    async def _call(self, method: Method[P, R], *arguments: P.args, **named: P.kwargs) -> R:
+        if self._closed:
+            raise MailboxError("the mailbox is closed")
+        try:
+            return await self._calls.call(method, *arguments, **named)
+        except MailboxError:
+            raise
+        except UnavailableError as error:
+            raise MailboxError(f"the mailbox is {error}") from None
+
+
+def _cut(version: int) -> int:
+    """A version that means the same, and has an encoding."""
+    return max(0, min(version, MAX_VERSION))
+
+
+def offer_mailbox(answers: Answers, mailbox: Mailbox) -> None:
+    """Have ``answers`` do the calls of a worker's :class:`HubMailbox` on ``mailbox``."""
+
+    async def read(
+        recipient: str, after: int, limit: int, max_bytes: int, unless_head: int | None
+    ) -> Page:
+        return await mailbox.read(
+            recipient, after=after, limit=limit, max_bytes=max_bytes, unless_head=unless_head
+        )
+
+    async def claim_outbox(older_than_s: float, limit: int) -> Sequence[Poke]:
+        return await mailbox.claim_outbox(older_than_s=older_than_s, limit=limit)
+
+    async def purge(limit: int) -> int:
+        return await mailbox.purge(limit=limit)
+
+    answers.offer(methods.APPEND, mailbox.append)
+    answers.offer(methods.READ, read)
+    answers.offer(methods.HEADS, mailbox.heads)
+    answers.offer(methods.SEE_DEVICE, mailbox.see_device)
+    answers.offer(methods.ACK, mailbox.ack)
+    answers.offer(methods.ACK_ALL, mailbox.ack_all)
+    answers.offer(methods.CLAIM_OUTBOX, claim_outbox)
+    answers.offer(methods.CONFIRM_OUTBOX, mailbox.confirm_outbox)
+    answers.offer(methods.PURGE, purge)
+    answers.offer(methods.CLEAR, mailbox.clear)
+    answers.offer(methods.BEGIN_GENERATION, mailbox.begin_generation)
+    answers.offer(methods.STATS, mailbox.stats)
+    answers.offer(methods.CHECK, mailbox.check)

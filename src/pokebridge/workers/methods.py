@@ -1,0 +1,62 @@
+"""The methods that a worker may call on its hub, and their types."""
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import msgspec
+
+from pokebridge.mailbox.base import MailboxStats
+from pokebridge.model import Ack, NewMessage, Page, Poke, Receipt
+from pokebridge.workers.calls import Method
+
+APPEND: Final = Method[[NewMessage], Receipt]("append", tuple[NewMessage], Receipt)
+READ: Final = Method[[str, int, int, int, int | None], Page](
+    "read", tuple[str, int, int, int, int | None], Page
+)
+HEADS: Final = Method[[Sequence[str]], Mapping[str, int]]("heads", tuple[list[str]], dict[str, int])
+SEE_DEVICE: Final = Method[[str, str], None]("see_device", tuple[str, str], None)
+ACK: Final = Method[[str, str, int], None]("ack", tuple[str, str, int], None)
+ACK_ALL: Final = Method[[Sequence[Ack]], None]("ack_all", tuple[list[Ack]], None)
+CLAIM_OUTBOX: Final = Method[[float, int], Sequence[Poke]](
+    "claim_outbox", tuple[float, int], list[Poke]
+)
+CONFIRM_OUTBOX: Final = Method[[Sequence[Poke]], None]("confirm_outbox", tuple[list[Poke]], None)
+PURGE: Final = Method[[int], int]("purge", tuple[int], int)
+CLEAR: Final = Method[[str], int]("clear", tuple[str], int)
+BEGIN_GENERATION: Final = Method[[], int]("begin_generation", tuple[()], int)
+STATS: Final = Method[[], MailboxStats]("stats", tuple[()], MailboxStats)
+CHECK: Final = Method[[], None]("check", tuple[()], None)
+
+SEND: Final = Method[[NewMessage], Receipt]("send", tuple[NewMessage], Receipt)
+"""Commit a message and poke its recipient: the processor's ``send``."""
+PUBLISH: Final = Method[[Sequence[Poke]], None]("publish", tuple[list[Poke]], None)
+"""Publish pokes, merged with those of others: the publisher's ``publish``."""
+PUBLISH_NOW: Final = Method[[Sequence[Poke]], None]("publish_now", tuple[list[Poke]], None)
+"""Publish pokes at once: the publisher's ``publish_now``."""
+
+
+class HttpRequest(msgspec.Struct, array_like=True):
+    """A whole HTTP request, as its ASGI scope describes it."""
+
+    method: str
+    path: str
+    raw_path: bytes
+    query_string: bytes
+    scheme: str
+    http_version: str
+    headers: list[tuple[bytes, bytes]]
+    client: tuple[str, int] | None
+    server: tuple[str, int] | None
+    body: bytes
+
+
+class HttpResponse(msgspec.Struct, array_like=True):
+    """A whole HTTP response."""
+
+    status: int
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+
+
+HTTP: Final = Method[[HttpRequest], HttpResponse]("http", tuple[HttpRequest], HttpResponse)
+"""Answer an HTTP request that concerns the whole instance."""

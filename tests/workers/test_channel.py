@@ -1,0 +1,145 @@
+"""The channel between a hub and a worker: whole, in order, bounded, and broken for good."""
+
+from http import HTTPStatus
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pokebridge.errors import (
+    MailboxFullError,
+    NotPublishedError,
+    PokebridgeError,
+    RefusedError,
+    SignalRefusedError,
+    TransportError,
+)
+from pokebridge.model import Poke
+from pokebridge.workers import channel as channel_module
+from pokebridge.workers import frames
+from pokebridge.workers.frames import ChannelError, Deframer, Framer, Wake, decode_to_worker
+from pokebridge.workers.methods import HTTP, PUBLISH, HttpRequest, HttpResponse
+from tests.support.waiting import wait_until
+from tests.workers.ends import Ends
+
+
+@given(st.lists(st.integers(0, 2**40), max_size=20), st.integers(1, 30))
+def test_frames_arrive_whole_however_the_bytes_are_cut(numbers: list[int], size: int) -> None:
+    """Whatever pieces the kernel makes, the messages come out as they went in, in order."""
+    framer, deframer = Framer(), Deframer()
+    for number in numbers:
+        framer.add(Wake(number))
+    data = framer.take()
+    pieces = [data[start : start + size] for start in range(0, len(data), size)]
+    heard = [decode_to_worker(frame) for piece in pieces for frame in deframer.feed(piece)]
+    assert heard == [Wake(number) for number in numbers]
+
+
+def test_a_message_that_is_too_long_harms_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused where it is made, and those before and after it are sent."""
+    monkeypatch.setattr(frames, "MAX_FRAME_BYTES", 100)
+    framer = Framer()
+    framer.add(Wake(1))
+    with pytest.raises(ChannelError, match="too long"):
+        framer.add(frames.Poke("urn:user:bob", None, b"x" * 101))
+    framer.add(Wake(2))
+    assert [decode_to_worker(each) for each in Deframer().feed(framer.take())] == [Wake(1), Wake(2)]
+
+
+def test_a_length_from_a_defect_allocates_nothing() -> None:
+    """A frame that says it has gigabytes is an error at once."""
+    with pytest.raises(ChannelError):
+        list(Deframer().feed(b"\xff\xff\xff\xff"))
+
+
+async def test_messages_arrive_in_order(ends: Ends) -> None:
+    """More than the kernel buffers arrives all the same, as it was sent."""
+    sent = [frames.Poke("urn:user:bob", version, b"x" * 1000) for version in range(3000)]
+    for message in sent:
+        ends.hub.send(message)
+    await wait_until(lambda: len(ends.worker_heard) == len(sent))
+    assert ends.worker_heard == sent
+
+
+async def test_a_peer_that_reads_slowly_congests_it(ends: Ends) -> None:
+    """The sender is told when too much is unsent, and when that has gone."""
+    drained: list[bool] = []
+    ends.hub.on_drained = lambda: drained.append(True)
+    ends.worker._transport.pause_reading()  # type: ignore[union-attr]
+    for _ in range(3):
+        ends.hub.send(frames.Poke("urn:user:bob", None, bytes(channel_module.CONGESTED_BYTES)))
+    await wait_until(lambda: ends.hub.is_congested)
+    ends.worker._transport.resume_reading()  # type: ignore[union-attr]
+    await wait_until(lambda: bool(drained))
+    assert not ends.hub.is_congested
+
+
+async def test_it_breaks_when_too_much_is_unsent(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The queue has an end: the channel breaks at both ends, and then takes nothing more."""
+    monkeypatch.setattr(channel_module, "MAX_UNSENT_BYTES", 1000)
+    ends.hub.send(frames.Poke("urn:user:bob", None, bytes(1001)))
+    await wait_until(lambda: sorted(ends.broken) == ["hub", "worker"])
+    ends.hub.send(Wake(1))
+    ends.worker.send(frames.Ready())
+
+
+async def test_what_is_no_message_breaks_it(ends: Ends) -> None:
+    """A defect of the peer does not go on unnoticed."""
+    ends.hub._transport.write(b"\0\0\0\x01\xc1")  # type: ignore[union-attr]
+    await wait_until(lambda: sorted(ends.broken) == ["hub", "worker"])
+
+
+_ERRORS = (
+    TransportError("the engine is away"),
+    MailboxFullError("full"),
+    NotPublishedError("one of 2", frozenset({"urn:user:bob"}), frozenset({"urn:user:eve"})),
+    SignalRefusedError("too large", is_too_large=True),
+    RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, "busy", {"Retry-After": "3"}),
+)
+
+
+@pytest.mark.parametrize("error", _ERRORS, ids=lambda error: type(error).__name__)
+async def test_an_error_is_raised_where_the_call_came_from(
+    ends: Ends, error: PokebridgeError
+) -> None:
+    """Its class, its text and what it knows are those that the hub raised."""
+
+    async def publish(_: object) -> None:
+        raise error
+
+    ends.answers.offer(PUBLISH, publish)
+    with pytest.raises(type(error)) as caught:
+        await ends.calls.call(PUBLISH, [Poke("urn:user:bob")])
+    assert str(caught.value) == str(error)
+    assert vars(caught.value) == vars(error)
+
+
+async def test_a_defect_in_the_hub_is_answered(
+    ends: Ends, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The caller does not wait for ever when the hub's part has a defect."""
+
+    async def publish(_: object) -> None:
+        raise ZeroDivisionError
+
+    ends.answers.offer(PUBLISH, publish)
+    with pytest.raises(PokebridgeError, match="a defect"):
+        await ends.calls.call(PUBLISH, [])
+
+
+async def test_a_request_with_too_long_an_answer_fails_alone(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The caller hears that the answer did not fit, and the channel goes on."""
+
+    async def http(_: HttpRequest) -> HttpResponse:
+        return HttpResponse(200, [], bytes(1000))
+
+    ends.answers.offer(HTTP, http)
+    monkeypatch.setattr(frames, "MAX_FRAME_BYTES", 500)
+    request = HttpRequest("GET", "/", b"/", b"", "http", "1.1", [], None, None, b"")
+    with pytest.raises(PokebridgeError, match="too long"):
+        await ends.calls.call(HTTP, request)
+    assert not ends.broken
