@@ -102,6 +102,7 @@ def test_handle_poke_and_the_session_map_know_nothing_of_phases() -> None:
         "gateway.bridge",
         "gateway.connection",
         "gateway.disconnects",
+        "gateway.listener",
         "gateway.meter",
         "gateway.session_map",
         "gateway.wheel",
