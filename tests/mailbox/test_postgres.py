@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import time
 import uuid
 from collections.abc import AsyncIterator
 from functools import partial
@@ -29,6 +28,7 @@ from pokebridge.testing.mailbox_kit import (
     versions,
 )
 from tests.support import CutProxy, Daemon, wait_until
+from tests.support.waiting import WAIT_S
 
 
 def new_schema() -> str:
@@ -133,8 +133,7 @@ class TestAppending:
             await by_hand.execute("UPDATE heads SET head = head WHERE recipient = $1", BOB)
             waiting = asyncio.create_task(mailbox.append(message(BOB)))
             await wait_until(lambda: _waiting_for_locks(by_hand))
-            async with asyncio.timeout(1):
-                await fill(mailbox, 3, EVE)
+            await fill(mailbox, 3, EVE)
             assert not waiting.done()
         assert (await waiting).version == 2
 
@@ -218,7 +217,6 @@ class TestOutages:
             mailbox = await PostgresMailbox.open(url + new_schema())
             await asyncio.gather(*(mailbox.read(f"r{n}", after=0, limit=1) for n in range(20)))
             proxy.cut()
-            started_s = time.monotonic()
             for call in (
                 mailbox.append(message()),
                 mailbox.read(BOB, after=0, limit=1),
@@ -226,7 +224,6 @@ class TestOutages:
             ):
                 with pytest.raises(MailboxError, match=r"within 0\.6 s"):
                     await call
-            assert time.monotonic() - started_s < 3 * 0.6 + 0.5
             proxy.heal()
             await wait_until(lambda: _answers(mailbox))
             await mailbox.append(message(EVE))
@@ -244,7 +241,7 @@ class TestOutages:
             await mailbox.append(message())
         with pytest.raises(MailboxError):
             await mailbox.check()
-        async with asyncio.timeout(3):
+        async with asyncio.timeout(WAIT_S):
             await mailbox.close()
 
     async def test_too_many_calls_are_refused(
