@@ -38,8 +38,14 @@ async def _reason(instance: Instance, part: str) -> str:
     return await wait_until(reason, 30)
 
 
-async def test_what_a_broken_route_lost_is_found(serve: Serve, tmp_path: Path) -> None:
-    """Messages are sent while the route is down: bob is poked soon after it is back."""
+@pytest.mark.parametrize("down_s", [0, pytest.param(13, marks=pytest.mark.long)])
+async def test_what_a_broken_route_lost_is_found(
+    serve: Serve, tmp_path: Path, down_s: float
+) -> None:
+    """Messages are sent while the route is down: bob is poked soon after it is back.
+
+    It is down for so long, and at least until some beacons are lost on it.
+    """
     async with running_nats_pair(tmp_path) as (*servers, route):
         x, y = await asyncio.gather(
             *(
@@ -73,8 +79,9 @@ async def test_what_a_broken_route_lost_is_found(serve: Serve, tmp_path: Path) -
                 return (await metrics(x, Metric.SIGNALS))[0] > signals + 12
 
             await wait_until(has_sent_beacons, 60)
+            await asyncio.sleep(down_s)
             route.heal()
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(60):
                 assert json.loads(await bob.recv())["type"] == "poke"
         lost, gaps = await metrics(y, Metric.BEACONS_LOST, Metric.GAPS)
         assert lost > 0
