@@ -21,8 +21,11 @@ class Identity:
         self._pair = nkeys.from_seed(bytearray(self.seed))
         self.public_key = self._pair.public_key.decode()
 
-    def claim(self, subject: "Identity", kind: str) -> str:
-        """A JWT (version 2 of NATS's) by which this identity vouches for ``subject``."""
+    def claim(self, subject: "Identity", kind: str, ttl_s: float | None = None) -> str:
+        """A JWT (version 2 of NATS's) by which this identity vouches for ``subject``.
+
+        ``None``: it never expires.
+        """
         claims = {
             "jti": os.urandom(8).hex(),
             "iat": int(time.time()),
@@ -30,6 +33,8 @@ class Identity:
             "sub": subject.public_key,
             "nats": {"type": kind, "version": 2, **_LIMITS.get(kind, {})},
         }
+        if ttl_s is not None:
+            claims["exp"] = int(time.time() + ttl_s)
         signed = f"{_encode({'typ': 'JWT', 'alg': 'ed25519-nkey'})}.{_encode(claims)}"
         signature = base64.urlsafe_b64encode(self._pair.sign(signed.encode())).rstrip(b"=")
         return f"{signed}.{signature.decode()}"
@@ -52,21 +57,31 @@ def nkey_user() -> tuple[str, str]:
     return f"authorization {{ users: [ {{ nkey: {user.public_key} }} ] }}", user.seed.decode()
 
 
-def operators_user() -> tuple[str, str]:
-    """A server's configuration with an operator and an account, and a user's credentials file."""
-    operator = Identity(nkeys.PREFIX_BYTE_OPERATOR)
-    account = Identity(nkeys.PREFIX_BYTE_ACCOUNT)
-    user = Identity(nkeys.PREFIX_BYTE_USER)
-    config = f"""
-        operator: "{operator.claim(operator, "operator")}"
-        resolver: MEMORY
-        resolver_preload: {{ {account.public_key}: "{operator.claim(account, "account")}" }}"""
-    credentials = f"""-----BEGIN NATS USER JWT-----
-{account.claim(user, "user")}
+class Operator:
+    """An operator with one account, and a server's ``config`` that trusts it."""
+
+    def __init__(self) -> None:
+        operator = Identity(nkeys.PREFIX_BYTE_OPERATOR)
+        account = self._account = Identity(nkeys.PREFIX_BYTE_ACCOUNT)
+        self.config = f"""
+            operator: "{operator.claim(operator, "operator")}"
+            resolver: MEMORY
+            resolver_preload: {{ {account.public_key}: "{operator.claim(account, "account")}" }}"""
+
+    def credentials(self, ttl_s: float | None = None) -> str:
+        """The credentials file of a new user; ``None``: they never expire."""
+        user = Identity(nkeys.PREFIX_BYTE_USER)
+        return f"""-----BEGIN NATS USER JWT-----
+{self._account.claim(user, "user", ttl_s)}
 ------END NATS USER JWT------
 
 -----BEGIN USER NKEY SEED-----
 {user.seed.decode()}
 ------END USER NKEY SEED------
 """
-    return config, credentials
+
+
+def operators_user() -> tuple[str, str]:
+    """A server's configuration with an operator, and a user's credentials file."""
+    operator = Operator()
+    return operator.config, operator.credentials()

@@ -277,12 +277,29 @@ async def test_refused_streams_are_opened_again(world: World, server: PubSubServ
         StatusCode.INTERNAL,
         StatusCode.PERMISSION_DENIED,
         StatusCode.INVALID_ARGUMENT,
+        StatusCode.RESOURCE_EXHAUSTED,
     )
     opened = server.calls["StreamingPull"]
     server.break_streams()
-    await wait_until(lambda: server.calls["StreamingPull"] >= opened + 5, 20.0, "five tries")
+    await wait_until(lambda: server.calls["StreamingPull"] >= opened + 6, 20.0, "six tries")
     await assert_hears(transport, receiver)
     assert receiver.gaps == []
+
+
+async def test_a_quota_that_is_used_up_is_waited_out(world: World, server: PubSubServer) -> None:
+    """A publish is repeated; a subscription that can't be made anew at once is a gap."""
+    transport = await world.connect(instance="i-1")
+    publisher = await world.connect()
+    _, receiver = await subscribe_live(transport, Feed.ALL)
+    exhausted = [StatusCode.RESOURCE_EXHAUSTED] * 3
+    server.fail("Publish", *exhausted)
+    await assert_hears(publisher, receiver)
+    server.fail("CreateSubscription", *exhausted)
+    created = server.calls["CreateSubscription"]
+    await world.delete("poke-sub-i-1")
+    await hear_gap(receiver)
+    assert server.calls["CreateSubscription"] == created + 4
+    await assert_hears(publisher, receiver)
 
 
 async def test_an_outage_of_the_service_is_no_gap(world: World, server: PubSubServer) -> None:

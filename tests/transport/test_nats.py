@@ -7,8 +7,10 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import nats
 import pytest
@@ -285,10 +287,7 @@ class TestCredentials:
         self, run_server: RunServer, connect_url: ConnectUrl, tmp_path: Path, option: str
     ) -> None:
         """An nkey's seed and an operator's credentials file work; another's are refused."""
-        if find_spec("nkeys") is None:
-            missing("nkeys, for NATS's own credentials (pip install 'nats-py[nkeys]')")
-        from tests.transport import nats_identities  # noqa: PLC0415 - needs nkeys
-
+        nats_identities = import_identities()
         make = (
             nats_identities.nkey_user if option == "nkey_file" else nats_identities.operators_user
         )
@@ -303,6 +302,29 @@ class TestCredentials:
             await connect_url(f"{server.url}?{option}={path}")
         with pytest.raises(ConfigError, match=option):
             await connect_url(f"{server.url}?{option}=/nowhere")
+
+    async def test_credentials_that_expire(
+        self, run_server: RunServer, connect_url: ConnectUrl, tmp_path: Path
+    ) -> None:
+        """The server ends the connection: an error until the file has new ones, then a gap."""
+        operator = import_identities().Operator()
+        path = tmp_path / "credentials"
+        await asyncio.to_thread(path.write_text, operator.credentials(ttl_s=4))
+        server = await asyncio.to_thread(run_server, operator.config)
+        transport = await connect_url(f"{server.url}?creds_file={path}")
+        _, receiver = await subscribe_live(transport, 7)
+
+        async def is_refused() -> bool:
+            try:
+                await transport.publish([Signal(b"{}", 7)])
+            except TransportError as error:
+                return "Authorization" in str(error)
+            return False
+
+        await wait_until(is_refused, 30)
+        await asyncio.to_thread(path.write_text, operator.credentials())
+        await receiver.wait_for(lambda heard: bool(heard.gaps), 30)
+        await assert_hears(transport, receiver, 7)
 
     async def test_what_the_docs_grant_is_enough(
         self, run_server: RunServer, connect_url: ConnectUrl
@@ -328,6 +350,13 @@ class TestCredentials:
             await intruder.subscribe(Feed.ALL, RecordingReceiver())
         with pytest.raises(TransportError, match="permission"):
             await intruder.publish([Signal(b"{}")])
+
+
+def import_identities() -> ModuleType:
+    """The module that makes credentials of NATS's own kind."""
+    if find_spec("nkeys") is None:
+        missing("nkeys, for NATS's own credentials (pip install 'nats-py[nkeys]')")
+    return import_module("tests.transport.nats_identities")
 
 
 def documented_permissions() -> list[str]:

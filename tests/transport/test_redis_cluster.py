@@ -286,6 +286,27 @@ async def test_a_slot_that_moves_is_a_gap(nodes: list[Daemon], connect_node: Con
     await asyncio.to_thread(_move, nodes, slot, nodes[old])
 
 
+async def test_a_slot_that_nobody_serves_is_an_error_and_a_gap(
+    nodes: list[Daemon], connect_node: ConnectNode
+) -> None:
+    """A publish says so, and the subscribers hear of a gap once the slot is served again."""
+    transport, publisher = [await connect_node(node, channel="unserved") for node in nodes[:2]]
+    receivers = {shard: (await subscribe_live(transport, shard))[1] for shard in (42, 43)}
+    slot = key_slot(b"unserved.42")
+    owner = nodes[slot * 3 // SLOTS]
+    command(owner, "CLUSTER", "DELSLOTS", slot)
+    try:
+        await wait_until(lambda: is_away(transport))
+        with pytest.raises(TransportError, match="not served"):
+            await publisher.publish([Signal(b"{}", 42)])
+    finally:
+        command(owner, "CLUSTER", "ADDSLOTS", slot)
+    for shard, receiver in receivers.items():
+        await receiver.wait_for(lambda heard: bool(heard.gaps), 30)
+        await _hears_again(publisher, receiver, shard)
+        await assert_hears(publisher, receiver, shard)
+
+
 def _move(nodes: list[Daemon], slot: int, target: Daemon) -> None:
     target_id = command(target, "CLUSTER", "MYID")
     for node in [target, *(node for node in nodes if node is not target)]:
