@@ -15,7 +15,8 @@ from google.pubsub_v1.services.subscriber.transports import SubscriberGrpcTransp
 from pokebridge.cli.janitor import _lines
 from pokebridge.transport.google_pubsub_sweep import Orphan, SweepReport
 from tests.cli.conftest import Result, Run
-from tests.support import Daemon, Serve, free_port
+from tests.support import Daemon, Serve
+from tests.support.engines import run_pubsub_server
 
 DEAD_AFTER_S = 2.0
 IMPATIENT = """
@@ -52,12 +53,8 @@ def subscriptions(address: str, project: str) -> set[str]:
 @pytest.fixture
 def small_server(tmp_path: Path) -> Iterator[Daemon]:
     """The package's own Pub/Sub server, which does not feed the dead."""
-    port = free_port()
-    command = [sys.executable, "-m", "pokebridge.testing.pubsub", "--port", str(port)]
-    server = Daemon("pubsub", command, port=port, url="", directory=tmp_path)
-    server.start()
-    yield server
-    server.kill()
+    with run_pubsub_server(tmp_path) as server:
+        yield server
 
 
 @pytest.fixture

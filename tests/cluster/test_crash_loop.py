@@ -2,7 +2,6 @@
 
 import asyncio
 import secrets
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,8 @@ from pokebridge.telemetry import Metric
 from tests.cluster import starts
 from tests.cluster.clusters import metrics
 from tests.cluster.traffic import Traffic
-from tests.support import Daemon, Serve, free_port, wait_until
+from tests.support import Daemon, Serve, wait_until
+from tests.support.engines import run_pubsub_server
 from tests.transport.pubsub_world import World
 
 STARTS, AT_ONCE = 50, 10
@@ -25,13 +25,9 @@ TIMEOUT_S = 200.0
 @pytest.fixture
 def pubsub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Daemon]:
     """Our own Pub/Sub server, which does not feed the dead for as long as Google's emulator."""
-    port = free_port()
-    command = [sys.executable, "-m", "pokebridge.testing.pubsub", "--port", str(port)]
-    server = Daemon("pubsub", command, port=port, url="", directory=tmp_path)
-    monkeypatch.setenv("PUBSUB_EMULATOR_HOST", server.address)
-    server.start()
-    yield server
-    server.kill()
+    with run_pubsub_server(tmp_path) as server:
+        monkeypatch.setenv("PUBSUB_EMULATOR_HOST", server.address)
+        yield server
 
 
 async def test_fifty_crashes_leave_one_orphan_at_the_most(

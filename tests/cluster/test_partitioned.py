@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,8 +20,8 @@ from pokebridge.sharding import shard_of
 from pokebridge.telemetry import Metric
 from tests.cluster.clusters import metrics, run_command
 from tests.cluster.traffic import frames
-from tests.support import Daemon, Instance, Serve, free_port, wait_until
-from tests.support.engines import run_nats, run_pubsub_emulator
+from tests.support import Daemon, Instance, Serve, wait_until
+from tests.support.engines import run_nats, run_pubsub_emulator, run_pubsub_server
 from tests.support.missing import missing
 from tests.support.serving import JWT_SECRET, owners_in
 
@@ -111,11 +110,7 @@ def _engines(
     nats = opened.enter_context(run_nats(directories.mktemp("nats-server")))
     yield "nats", nats.url, directories.mktemp("nats")
     yield "valkey", valkey.url, directories.mktemp("valkey")
-    port = free_port()
-    command = [sys.executable, "-m", "pokebridge.testing.pubsub", "--port", str(port)]
-    pubsub = Daemon("pubsub", command, port=port, url="", directory=directories.mktemp("server"))
-    opened.callback(pubsub.kill)
-    pubsub.start()
+    pubsub = opened.enter_context(run_pubsub_server(directories.mktemp("server")))
     # It honours filters, which Google's emulator does not.
     yield "pubsub", f"pubsub://{pubsub.address}/pokes", directories.mktemp("pubsub")
     with suppress(pytest.skip.Exception):

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from jwt.algorithms import ECAlgorithm
 from websockets.frames import Frame, Opcode
 
-from pokebridge import key_set
+from pokebridge import border, key_set
 from pokebridge.errors import AuthError, ConfigError
 from pokebridge.model import Poke
 from pokebridge.settings import load_settings
@@ -139,7 +139,7 @@ async def frames(instance: Instance, seed: int, count: int) -> None:
     async def send_one() -> None:
         client = await Client.dial(instance.port)
         try:
-            assert await client.handshake(headers=(bearer,)) == 101
+            assert await client.handshake(headers=(bearer,), timeout_s=TIMEOUT_S) == 101
             client.send_raw(mutator())
             client.writer.write_eof()
             async with asyncio.timeout(TIMEOUT_S):
@@ -178,6 +178,7 @@ SIGNALS = (
 )
 
 PublishRaw = Callable[[str, bytes], Awaitable[None]]
+"""Publishes a body on a subject, as it is."""
 
 
 async def signals(publish: PublishRaw, seed: int, count: int) -> None:
@@ -186,6 +187,18 @@ async def signals(publish: PublishRaw, seed: int, count: int) -> None:
     for _ in range(count):
         tag = mutator.rng.choice(("", ".42", ".69", ".x", ".999999999999"))
         await publish(f"push-notifications{tag}", mutator())
+
+
+async def ingress(publish: PublishRaw, seed: int, count: int) -> None:
+    """Messages of a queue: each is committed, or becomes a dead letter."""
+    message = {"sender": "urn:service:x", "recipient": BOB, "body": {"a": [1]}}
+    corpus = [
+        json.dumps(message | more).encode()
+        for more in ({}, {"id": "order-1", "ttl_s": 0.5}, {"ephemeral": True, "body": "\u00e9"})
+    ]
+    mutator = Mutator(seed, corpus)
+    for _ in range(count):
+        await publish("orders", mutator())
 
 
 async def verify_tokens(seed: int, count: int) -> None:
@@ -253,6 +266,7 @@ async def key_sets(seed: int, count: int) -> None:
     for _ in range(count):
         now[0] += key_set.KEYS_RETRY_S
         await verifier._key_set.fetched()
+    assert not border.unforeseen["key_sets"]
     await verifier.close()
     server.close()
     await server.wait_closed()
@@ -292,6 +306,7 @@ def read_settings(directory: Path, seed: int, count: int) -> None:
         except ConfigError as error:
             said = str(error)
         assert "\n" not in said
+    assert not border.unforeseen["settings"]
 
 
 async def _many(send_one: Callable[[], Awaitable[None]], count: int) -> None:

@@ -12,14 +12,25 @@ from typing import Any
 import nats
 import psutil
 import redis.asyncio as redis
+from google.pubsub_v1.types import PubsubMessage
 
+from pokebridge.transport.google_pubsub_topic import SHARD_ATTRIBUTE
 from tests.fuzz import borders
 from tests.gateway.harness import Client
 from tests.support import Daemon, Instance, wait_until
-from tests.support.engines import run_nats, run_valkey
+from tests.support.engines import run_nats, run_pubsub_server, run_valkey
 from tests.support.serving import JWT_SECRET
+from tests.transport.pubsub_world import TOPIC, World
 
-BORDERS = ("http", "handshakes", "frames", "nats", "redis", "tokens", "key_sets", "settings")
+SIGNALS = ("nats", "redis", "pubsub")
+BORDERS = (
+    *("http", "handshakes", "frames"),
+    *SIGNALS,
+    *("ingress", "tokens", "key_sets", "settings"),
+)
+PROJECT, STREAM = "fuzz", "ORDERS"
+MESSAGES_A_REQUEST = 250
+TIMEOUT_S = 1200.0
 GROWTH_BYTES = 48 * 2**20
 """What a process may keep: buffers, caches that are bounded, and what the allocator holds back."""
 
@@ -41,7 +52,12 @@ async def run(chosen: Sequence[str], count: int, seed: int, directory: Path, tel
 
 
 def _engine(border: str, directory: Path, stack: ExitStack) -> Daemon | None:
-    starts = {"nats": run_nats, "redis": run_valkey}
+    starts = {
+        "nats": run_nats,
+        "redis": run_valkey,
+        "pubsub": run_pubsub_server,
+        "ingress": run_nats,
+    }
     return stack.enter_context(starts[border](directory)) if border in starts else None
 
 
@@ -70,14 +86,15 @@ async def _on_an_instance(
         async def send(first: int, inputs: int) -> None:
             if engine is None:
                 await getattr(borders, border)(instance, seed + first, inputs)
-            else:
-                async with _publisher(engine) as publish:
-                    await borders.signals(publish, seed + first, inputs)
+                return
+            make = borders.ingress if border == "ingress" else borders.signals
+            async with _publisher(border, engine) as publish:
+                await make(publish, seed + first, inputs)
 
         await send(0, count // 5)
         before = await asyncio.to_thread(instance.rss_bytes)
         await send(1, count - count // 5)
-        await _check(instance)
+        await _check(instance, border, count)
         grown = await asyncio.to_thread(instance.rss_bytes) - before
     assert grown < GROWTH_BYTES, f"{border}: {grown} bytes more"
     slow_ms.sort()
@@ -92,10 +109,18 @@ async def _instance(border: str, directory: Path, engine: Daemon | None) -> Asyn
     settings = {
         "jwt_secret": JWT_SECRET,
         "mailbox": "memory://",
-        "transport": "memory://" if engine is None else engine.url,
         "max_messages_per_recipient": 50,
     }
-    env = {**os.environ, **{f"POKEBRIDGE_{k.upper()}": str(v) for k, v in settings.items()}}
+    env = dict(os.environ)
+    if engine is not None and border == "pubsub":
+        env["PUBSUB_EMULATOR_HOST"] = engine.address
+        settings["transport"] = f"pubsub://{PROJECT}/{TOPIC}"
+    elif engine is not None and border == "ingress":
+        settings["ingress"] = f"{engine.url}/{STREAM}"
+        await _make_stream(engine)
+    elif engine is not None:
+        settings["transport"] = engine.url
+    env |= {f"POKEBRIDGE_{k.upper()}": str(v) for k, v in settings.items()}
     instance = Instance(f"fuzz-{border}", ["--dev"], env, directory)
     await asyncio.to_thread(instance.start)
     try:
@@ -123,34 +148,76 @@ async def _watched(instance: Instance) -> AsyncIterator[list[float]]:
         task.cancel()
 
 
+async def _make_stream(engine: Daemon) -> None:
+    connection = await nats.connect(engine.url)
+    await connection.jetstream().add_stream(name=STREAM, subjects=["orders"])
+    await connection.close()
+
+
 @asynccontextmanager
-async def _publisher(engine: Daemon) -> AsyncIterator[borders.PublishRaw]:
+async def _publisher(border: str, engine: Daemon) -> AsyncIterator[borders.PublishRaw]:
     """What publishes a body as it is."""
-    if engine.url.startswith("nats"):
-        connection = await nats.connect(engine.url)
-        yield connection.publish
-        await connection.drain()
-    else:
+    if border == "redis":
         client: Any = redis.from_url(engine.url)
         yield client.publish
         await client.aclose()
+    elif border == "pubsub":
+        async with World(engine.address) as world:
+            publisher = PubSubPublisher(world)
+            yield publisher.publish
+            await publisher.flush()
+    else:
+        connection = await nats.connect(engine.url)
+        yield connection.publish
+        await connection.drain()
 
 
-async def _check(instance: Instance) -> None:
-    """No session is left, nothing unforeseen has happened, and a poke is delivered."""
+class PubSubPublisher:
+    """Publishes many messages a request. A subject's tag becomes the attribute of a shard."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._messages: list[PubsubMessage] = []
+
+    async def publish(self, subject: str, body: bytes) -> None:
+        """Publish ``body`` sooner or later."""
+        tag = subject.partition(".")[2]
+        if body or tag:  # the service refuses a message without both
+            attributes = {SHARD_ATTRIBUTE: tag} if tag else {}
+            self._messages.append(PubsubMessage(data=body, attributes=attributes))
+        if len(self._messages) == MESSAGES_A_REQUEST:
+            await self.flush()
+
+    async def flush(self) -> None:
+        """Publish what was not."""
+        messages, self._messages = self._messages, []
+        topic = f"projects/{PROJECT}/topics/{TOPIC}"
+        await self._world.publisher.publish(topic=topic, messages=messages)
+
+
+async def _check(instance: Instance, border: str, count: int) -> None:
+    """All is settled, nothing unforeseen has happened, and a poke is delivered."""
     async with instance.async_http() as http:
 
-        async def metric(name: str) -> float:
+        async def metric(name: str, *labels: str) -> float:
+            """The sum of a metric, or of what it is for some values of its label."""
             text = (await http.get("/metrics")).text
-            return sum(
-                float(each)
-                for each in re.findall(rf"^{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE)
-            )
+            wanted = f'{{\\w+="(?:{"|".join(labels)})"}}' if labels else "(?:{.*})?"
+            values = re.findall(rf"^{name}{wanted} (\S+)$", text, re.MULTILINE)
+            return sum(map(float, values))
 
         async def has_none() -> bool:
             return await metric("pokebridge_sessions") == 0
 
+        async def has_settled_all() -> bool:
+            results = ("committed", "duplicate", "refused")
+            return await metric("pokebridge_ingress_messages_total", *results) >= count
+
         await wait_until(has_none, what="all sessions having ended")
+        if border == "ingress":
+            await wait_until(has_settled_all, TIMEOUT_S, "each message being settled")
+        if border in SIGNALS:  # an engine may drop some
+            assert await metric("pokebridge_signals_malformed_total") > count / 4
         assert await metric("pokebridge_unforeseen_inputs_total") == 0
         assert await metric("pokebridge_task_failures_total") == 0
     assert "Traceback" not in instance.log()

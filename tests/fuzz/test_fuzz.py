@@ -6,7 +6,7 @@ import pytest
 
 from tests.fuzz.running import BORDERS, run
 
-INPUTS = {"key_sets": 200, "frames": 300, "handshakes": 300, "http": 300}
+INPUTS = {"key_sets": 200, "frames": 300, "handshakes": 300, "http": 300, "ingress": 500}
 
 
 @pytest.mark.parametrize("border", BORDERS)

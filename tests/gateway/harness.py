@@ -195,7 +195,12 @@ class Client:
         return cls(*await asyncio.open_connection(sock=sock, limit=2**16))
 
     async def handshake(
-        self, path: str = "/v1/connect", headers: tuple[str, ...] = (), *, bare: bool = False
+        self,
+        path: str = "/v1/connect",
+        headers: tuple[str, ...] = (),
+        *,
+        bare: bool = False,
+        timeout_s: float = TIMEOUT_S,
     ) -> int:
         """Ask for the upgrade; ``bare`` leaves every usual header to ``headers``."""
         usual = (
@@ -209,12 +214,13 @@ class Client:
                 "Sec-WebSocket-Version: 13",
             )
         )
-        return await self.request("\r\n".join((f"GET {path} HTTP/1.1", *usual, *headers, "", "")))
+        lines = (f"GET {path} HTTP/1.1", *usual, *headers, "", "")
+        return await self.request("\r\n".join(lines), timeout_s)
 
-    async def request(self, text: str | bytes) -> int:
+    async def request(self, text: str | bytes, timeout_s: float = TIMEOUT_S) -> int:
         """Send a request as it stands; the status of the answer."""
         self.writer.write(text.encode() if isinstance(text, str) else text)
-        async with asyncio.timeout(TIMEOUT_S):
+        async with asyncio.timeout(timeout_s):
             self.head = await self.reader.readuntil(b"\r\n\r\n")
         first, *lines = self.head.decode().split("\r\n")
         self.status = int(first.split()[1])

@@ -282,6 +282,13 @@ def run_pubsub_emulator(directory: Path) -> AbstractContextManager[Daemon]:
     )
 
 
+def run_pubsub_server(directory: Path) -> AbstractContextManager[Daemon]:
+    """The small Pub/Sub server of ``pokebridge.testing``. Its ``address`` is the emulator host."""
+    port = free_port()
+    command = [sys.executable, "-m", "pokebridge.testing.pubsub", "--port", str(port)]
+    return _running(Daemon("pubsub", command, port=port, url="", directory=directory))
+
+
 @pytest.fixture(scope="session")
 def nats_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """The session's NATS server."""
