@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from pokebridge import settings as settings_module
 from pokebridge.errors import ConfigError
 from pokebridge.settings import Settings, load_settings
 
@@ -292,6 +293,18 @@ def test_a_config_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     assert "not TOML" in refusal(config_file=binary)
     binary.write_text("a = " + "[" * 5_000)
     assert "nested too deeply" in refusal(config_file=binary)
+
+
+def test_an_unforeseen_error_is_one_line_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A defect of a check says where it is. It shows nothing of the value."""
+
+    def fail(value: str) -> None:
+        raise ZeroDivisionError(value)
+
+    monkeypatch.setattr(settings_module, "_is_service_link", lambda _, value: fail(value))
+    with pytest.raises(ConfigError, match=r"settings: .* ZeroDivisionError at \S+:\d+") as raised:
+        load_settings(None, {}, {"POKEBRIDGE_JWT_SECRET": SECRET})
+    assert SECRET not in str(raised.value)
 
 
 def test_settings_do_not_change_and_hide_their_secrets() -> None:

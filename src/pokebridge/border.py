@@ -4,6 +4,9 @@ HTTP, handshakes, frames, signals, the queue and key sets each have one guard. I
 what raised such an error as the contract answers a mistake, and calls ``note_unforeseen``. Nobody
 else of the process suffers. There is no traceback, which a stranger could fill the log with.
 
+Settings and commands have one guard each as well. They answer with one line on stderr, so they
+call ``describe_unforeseen``, which logs nothing.
+
 The counts belong to the process, as its metrics do.
 """
 
@@ -20,6 +23,7 @@ from pokebridge.telemetry import LogPace
 LOG_AGAIN_S: Final = 1.0
 """One line a second for errors of one kind at one border. The count is of all."""
 _FRAMES = 3
+_FRAMES_IN_ERROR = 6
 
 log = structlog.get_logger(__name__)
 
@@ -32,7 +36,7 @@ def note_unforeseen(border: str, error: BaseException) -> None:
     """Count an unforeseen ``error`` at ``border``, and log where it was raised. Never raises."""
     unforeseen[border] += 1
     with suppress(Exception):
-        place = _place(error)
+        place = _place(error, _FRAMES)
         if not _pace.allows((border, type(error).__name__, place), monotonic()):
             return
         # Not the error's text, which may repeat what the stranger sent.
@@ -45,10 +49,20 @@ def note_unforeseen(border: str, error: BaseException) -> None:
         )
 
 
-def _place(error: BaseException) -> str:
+def describe_unforeseen(border: str, error: BaseException) -> str:
+    """Count an unforeseen ``error`` at ``border``. Returns a line about it, for people.
+
+    The line omits the error's text, which may repeat a secret.
+    """
+    unforeseen[border] += 1
+    place = _place(error, _FRAMES_IN_ERROR)
+    return f"a defect of pokebridge, please report it: {type(error).__name__} at {place}"
+
+
+def _place(error: BaseException, frames: int) -> str:
     """The innermost calls, the last one first, like ``wire.py:120 < bridge.py:80``."""
     calls = [
         f"{frame.f_code.co_filename.rpartition('/')[2]}:{line}"
         for frame, line in walk_tb(error.__traceback__)
     ]
-    return " < ".join(calls[: -_FRAMES - 1 : -1])
+    return " < ".join(calls[: -frames - 1 : -1])

@@ -25,6 +25,7 @@ from pydantic import (
     model_validator,
 )
 
+from pokebridge.border import describe_unforeseen
 from pokebridge.errors import ConfigError
 from pokebridge.mailbox.base import Limits
 from pokebridge.mailbox.pushes import PushTiming
@@ -359,12 +360,22 @@ def load_settings(
         ConfigError: a setting is wrong. The message is one line with its name, its source and the
             values that it may have. It omits the value, which may be a secret.
     """
-    environ = os.environ if environ is None else environ
+    try:
+        return _load(config_file, overrides or {}, os.environ if environ is None else environ)
+    except ConfigError:
+        raise
+    except Exception as error:  # noqa: BLE001 - the guard of this border
+        raise ConfigError(f"settings: {describe_unforeseen('settings', error)}") from None
+
+
+def _load(
+    config_file: Path | None, overrides: Mapping[str, Any], environ: Mapping[str, str]
+) -> Settings:
     if config_file is None and environ.get(f"{ENV_PREFIX}CONFIG"):
         config_file = Path(environ[f"{ENV_PREFIX}CONFIG"])
     given = {} if config_file is None else _from_file(config_file)
     given |= _from_environment(environ)
-    for name, value in (overrides or {}).items():
+    for name, value in overrides.items():
         if value is not None:
             given[name] = _Given(value, f"--{name.replace('_', '-')}")
     for name, (_, origin) in given.items():

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import click
 import pytest
 
-from pokebridge.cli import cli
+from pokebridge.cli import cli, main
 from tests.cli.conftest import Result, Run
 from tests.support import free_port
 from tests.support.serving import POKEBRIDGE
@@ -116,6 +116,23 @@ def test_the_module_is_the_command() -> None:
 def test_a_wrong_use_is_one_line_and_status_2(run: Run, args: list[str], text: str) -> None:
     """Whatever was asked for wrongly is named, and nothing is tried."""
     assert_one_line(run(*args), 2, text)
+
+
+def test_a_defect_is_one_line_and_status_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The line says where the defect is, and not the error's text, which may have a secret."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError(SHORT)
+
+    monkeypatch.setattr(cli, "main", fail)
+    with pytest.raises(SystemExit) as ended:
+        main(["plan"])
+    said = capsys.readouterr()
+    assert_one_line(Result(1, said.out, said.err), 1, "ZeroDivisionError at test_main.py:")
+    assert SHORT not in said.err
+    assert ended.value.code == 1
 
 
 def test_a_wrong_variable_is_one_line_and_status_2(run: Run) -> None:

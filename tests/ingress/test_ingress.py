@@ -229,6 +229,27 @@ async def test_a_defect_holds_nobody_up(queue: Queue, monkeypatch: pytest.Monkey
     assert ingress.results["retried"] == ingress_module.MAX_DEFECTS - 1
 
 
+async def test_an_unforeseen_error_in_reading_is_a_refusal(nats_queue: NatsQueue) -> None:
+    """The message is put aside at once, with one line and without a traceback, and others go on."""
+
+    def read(body: bytes, delivery_id: str) -> NewMessage:
+        if b"poison" in body:
+            raise ZeroDivisionError("made up")
+        return read_queued(body, delivery_id)
+
+    sender = Sender()
+    with capture_logs() as logs:
+        ingress = Ingress(await nats_queue.source(), read, sender.send)
+        await ingress.start()
+        await nats_queue.publish(*[order(id="poison")] * 3, order(EVE))
+        letters = await buried(nats_queue, 3)
+        await wait_until(lambda: ingress.results["committed"] == 1)
+        await ingress.close()
+    assert {letter.reason for letter in letters} == {"unexpected error: ZeroDivisionError"}
+    assert [line["border"] for line in logs if line["event"] == "unforeseen_input"] == ["ingress"]
+    assert not [line for line in logs if "exc_info" in line]
+
+
 async def test_two_processors_share_a_queue(queue: Queue) -> None:
     """Each message goes to one of them; what one had taken when it died, the other gets."""
     one, other = Sender(), Sender()

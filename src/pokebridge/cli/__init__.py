@@ -94,6 +94,11 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         # would print another error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = _FAILED
+    except Exception as error:  # noqa: BLE001 - the guard of this border
+        # Imported here because it brings the log, which `--help` does not need.
+        from pokebridge.border import describe_unforeseen  # noqa: PLC0415
+
+        status = _complain(describe_unforeseen("cli", error), _FAILED)
     sys.exit(status)
 
 

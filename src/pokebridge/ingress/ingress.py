@@ -4,10 +4,12 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from time import monotonic
 from typing import Final, Literal
 
 import structlog
 
+from pokebridge.border import LOG_AGAIN_S, note_unforeseen
 from pokebridge.errors import (
     InputError,
     MailboxFullError,
@@ -17,6 +19,7 @@ from pokebridge.errors import (
 from pokebridge.ingress.base import Delivery, Source
 from pokebridge.model import NewMessage, Receipt
 from pokebridge.supervisor import Attempts, Part, supervise
+from pokebridge.telemetry import LogPace
 
 # Messages that are taken at once. The next are taken after these were settled.
 BATCH: Final = 256
@@ -54,6 +57,7 @@ class Ingress:
     - ``_reading``: the task that takes messages
     - ``_settling``: the task that settles those taken
     - ``_closing``: whether to take no more
+    - ``_log_pace``: of the lines about dead letters
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class Ingress:
         self._reading: asyncio.Task[None] | None = None
         self._settling: asyncio.Task[None] | None = None
         self._closing = False
+        self._log_pace = LogPace(LOG_AGAIN_S)
 
     @property
     def is_down(self) -> bool:
@@ -160,15 +165,22 @@ class Ingress:
                 if failures == MAX_UNBURIED:
                     break
             else:
-                log.warning("ingress_message_refused", id=delivery.id, reason=reason)
                 self.results["refused"] += 1
+                if self._log_pace.allows("refused", monotonic()):
+                    log.warning(
+                        "ingress_message_refused",
+                        id=delivery.id,
+                        reason=reason,
+                        refused=self.results["refused"],
+                    )
         return failure
 
     async def _commit(self, delivery: Delivery) -> None:
+        message = self._read_guarded(delivery)
         try:
-            receipt = await self._send(self._read(delivery.body, delivery.id))
+            receipt = await self._send(message)
         except (InputError, MailboxFullError) as error:
-            raise _RefusedError(" ".join(str(error).split())) from None
+            raise _refusal(error) from None
         except Exception as error:
             is_outage = isinstance(error, UnavailableError)
             may_be_its_own = isinstance(error, MailboxRefusedError) or not is_outage
@@ -176,6 +188,15 @@ class Ingress:
                 raise _RefusedError(f"unexpected error: {error!r}") from error
             raise
         self.results["duplicate" if receipt.duplicate else "committed"] += 1
+
+    def _read_guarded(self, delivery: Delivery) -> NewMessage:
+        try:
+            return self._read(delivery.body, delivery.id)
+        except InputError as error:
+            raise _refusal(error) from None
+        except Exception as error:  # noqa: BLE001 - the guard of this border
+            note_unforeseen("ingress", error)
+            raise _RefusedError(f"unexpected error: {type(error).__name__}") from None
 
     def _is_hopeless(self, delivery_id: str) -> bool:
         count, settled = self._defects.pop(delivery_id, (0, self._settled))
@@ -186,3 +207,8 @@ class Ingress:
 
     def _count_settled(self) -> int:
         return self.results["committed"] + self.results["duplicate"]
+
+
+def _refusal(error: Exception) -> _RefusedError:
+    """The refusal for the reason that ``error`` gives, in one line."""
+    return _RefusedError(" ".join(str(error).split()))
