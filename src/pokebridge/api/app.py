@@ -16,7 +16,14 @@ from prometheus_client import CollectorRegistry
 from pokebridge.api import pages, schema
 from pokebridge.api.administration import ClusterCalls, ClusterControl, SessionCalls
 from pokebridge.api.dispatch import Api
-from pokebridge.api.exchange import Request, Response, Route, body_reader, json_response
+from pokebridge.api.exchange import (
+    NEVER_CACHED,
+    Request,
+    Response,
+    Route,
+    body_reader,
+    json_response,
+)
 from pokebridge.api.messages import MailboxSide, MessageCalls
 from pokebridge.api.metrics import RequestMetrics, exposition
 from pokebridge.api.openapi import Call, describe
@@ -122,8 +129,10 @@ def _description(calls: Sequence[Call]) -> Route:
     def text() -> bytes:
         return msgspec.json.encode(describe("pokebridge", _DESCRIPTION, calls))
 
+    headers = [(b"content-type", b"application/json"), NEVER_CACHED]
+
     async def openapi(_: Request) -> Response:
-        return Response(HTTPStatus.OK, [(b"content-type", b"application/json")], text())
+        return Response(HTTPStatus.OK, headers, text())
 
     return Route("GET", "/openapi.json", openapi, scope=None)
 

@@ -19,7 +19,7 @@ from prometheus_client.core import (
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import Collector
 
-from pokebridge.api.exchange import Response
+from pokebridge.api.exchange import NEVER_CACHED, Response
 from pokebridge.durations import RequestDurations
 from pokebridge.telemetry import Metric
 
@@ -46,7 +46,7 @@ def expose(registry: CollectorRegistry, read: Callable[[], Mapping[Metric, Value
 
 def exposition(registry: CollectorRegistry) -> Response:
     """All of ``registry`` in Prometheus's text format."""
-    headers = [(b"content-type", CONTENT_TYPE_PLAIN_0_0_4.encode())]
+    headers = [(b"content-type", CONTENT_TYPE_PLAIN_0_0_4.encode()), NEVER_CACHED]
     return Response(HTTPStatus.OK, headers, generate_latest(registry))
 
 

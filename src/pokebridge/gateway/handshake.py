@@ -4,8 +4,11 @@ import binascii
 import ipaddress
 import json
 import re
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from email.utils import formatdate
+from functools import lru_cache
 from http import HTTPStatus
 from urllib.parse import parse_qs
 
@@ -265,12 +268,14 @@ def _accept_response(accept: str, subprotocol: str | None) -> bytes:
 
 def refusal_response(status: int, detail: str, headers: dict[str, str] | None = None) -> bytes:
     """Return a complete HTTP response with RFC 9457 problem details that closes the connection."""
+    # A response with a status of 4xx must have a Date (RFC 9110, section 6.6.1).
     phrase = HTTPStatus(status).phrase
     body = json.dumps(
         {"type": "about:blank", "title": phrase, "status": status, "detail": detail}
     ).encode()
     lines = [
         f"HTTP/1.1 {status} {phrase}",
+        f"Date: {_date(int(time.time()))}",
         "Content-Type: application/problem+json",
         f"Content-Length: {len(body)}",
         "Cache-Control: private, no-store",
@@ -278,3 +283,8 @@ def refusal_response(status: int, detail: str, headers: dict[str, str] | None = 
         *(f"{name}: {value}" for name, value in (headers or {}).items()),
     ]
     return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
+
+
+@lru_cache(maxsize=1)
+def _date(unix_s: int) -> str:
+    return formatdate(unix_s, usegmt=True)
