@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from pokebridge.errors import MailboxError
+from pokebridge.errors import ConfigError, MailboxError
 from pokebridge.mailbox import sqlite_generation
 from pokebridge.mailbox.sqlite import SqliteMailbox
 from pokebridge.model import MAX_VERSION
@@ -294,6 +294,65 @@ async def test_an_older_copy_over_the_file_in_use(path: Path, saved: Path) -> No
     assert await head(mailbox, BOB) > 20
     await mailbox.close()
     assert await send(path, 1) > 21
+
+
+async def test_an_older_copy_over_the_file_after_a_checkpoint(path: Path, saved: Path) -> None:
+    """It lacks what SQLite's log no longer has: every call is refused, with one log line.
+
+    A client above the restored versions pulls what is sent after the next start.
+    """
+    await send(path, 10)
+    copy_the_file(path.parent, saved)
+    mailbox = await SqliteMailbox.open(path)
+    await fill(mailbox, 10)
+    await asyncio.to_thread(change, path, "PRAGMA wal_checkpoint(RESTART)")
+    await fill(mailbox, 1)
+    with path.open("r+b") as file:
+        file.write((saved / "mailbox.db").read_bytes())
+    with capture_logs() as logs:
+        for call in (mailbox.append(message()), mailbox.read(BOB, after=0, limit=1)):
+            with pytest.raises(MailboxError, match="restart this instance"):
+                await call
+    assert [(line["event"], line["reason"]) for line in logs] == [
+        ("mailbox_file_gone", "replaced by an older copy")
+    ]
+    await mailbox.close()
+    copy_the_file(saved, path.parent)
+    mailbox = await SqliteMailbox.open(path)
+    await fill(mailbox, 1)
+    page = await mailbox.read(BOB, after=21, limit=10)
+    assert len(page.messages) == 1
+    await mailbox.close()
+
+
+async def test_an_older_copy_under_the_log_of_a_killed_process(path: Path, saved: Path) -> None:
+    """It and the log do not fit: a start says what to delete, and then a generation begins."""
+    await send(path, 10)
+    copy_the_file(path.parent, saved)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, APPENDER, path, "urn:user:alice", "0", stdout=PIPE
+    )
+    assert process.stdout is not None
+    lines = process.stdout
+    side_file = path.with_name("mailbox.db.generation")
+
+    async def is_copied() -> bool:
+        """Whether a part of the log has been copied, and that was recorded."""
+        await lines.readline()
+        return int(side_file.read_text().split()[-1]) > 10
+
+    await wait_until(is_copied, 60)
+    process.kill()
+    await process.communicate()
+    copy_the_file(saved, path.parent)
+    with pytest.raises(ConfigError, match=r"delete .*mailbox\.db-wal"):
+        await SqliteMailbox.open(path)
+    for suffix in ("-wal", "-shm"):
+        path.with_name(path.name + suffix).unlink()
+    mailbox = await SqliteMailbox.open(path)
+    await fill(mailbox, 1)
+    assert await head(mailbox, BOB) > GENERATION
+    await mailbox.close()
 
 
 async def test_a_link_that_leads_elsewhere(path: Path) -> None:

@@ -12,6 +12,7 @@ from contextlib import closing, suppress
 from threading import Event, Thread
 from typing import Final
 
+from pokebridge.mailbox.sqlite_generation import Held, held_by
 from pokebridge.mailbox.sqlite_guard import DoBatch, FileGuard
 from pokebridge.mailbox.sqlite_workers import Job, Outcome
 
@@ -70,13 +71,18 @@ class Checkpointer:
             while self._is_due.wait() and not self._closed:
                 self._is_due.clear()
                 self._copied = self._changed
+                held = None
                 # What fails here, the writer's own checkpoint meets as well.
                 with suppress(sqlite3.Error):
-                    self._wait_rows = max(COPY_AGAIN_PAGES, COPY_PAGES - _copy(db))
-                self._guard.copied()
+                    held = self._copy(db)
+                self._guard.copied(held)
 
+    def _copy(self, db: sqlite3.Connection) -> Held | None:
+        """Copy what is committed and no reader needs; nobody waits.
 
-def _copy(db: sqlite3.Connection) -> int:
-    """Copy what is committed and no reader needs; nobody waits. Returns the pages in the log."""
-    _, pages, _ = db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-    return int(pages)
+        Returns what the file holds now, or ``None`` when a part could not be copied.
+        """
+        committed = held_by(db)
+        _, pages, copied = db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        self._wait_rows = max(COPY_AGAIN_PAGES, COPY_PAGES - pages)
+        return committed if copied == pages else None

@@ -128,11 +128,12 @@ def open_file(path: Path, now_s: float) -> tuple[list[sqlite3.Connection], FileG
         if not path.parent.is_dir():
             raise ConfigError(f"mailbox: the directory {path.parent} does not exist: create it")
         _create(path)
+        side_file = SideFile(path.resolve())
+        _refuse_older(path, side_file)
         with ExitStack() as on_error:
             connections = [
                 on_error.enter_context(closing(_connect(path))) for _ in range(2 + READERS)
             ]
-            side_file = SideFile(path.resolve())
             _bring_up_to_date(connections[0], path, side_file, now_s)
             connections[0].execute(
                 "PRAGMA busy_timeout = 0"
@@ -149,6 +150,25 @@ def open_file(path: Path, now_s: float) -> tuple[list[sqlite3.Connection], FileG
         raise MailboxError(f"the mailbox {path} can't be opened now: {error}") from error
     except OSError as error:
         raise ConfigError(f"mailbox: {path} can't be used: {error.strerror}") from error
+
+
+def _refuse_older(path: Path, side_file: SideFile) -> None:
+    """Refuse a file that is older than SQLite's log of it, which would make it a mixture of both.
+
+    Raises:
+        ConfigError: it is.
+    """
+    real = path.resolve()
+    with suppress(FileNotFoundError):
+        if not real.with_name(f"{real.name}-wal").stat().st_size:
+            return
+        known, _ = side_file.read()
+        held = generation.held_in(real)
+        if known is not None and held is not None and held < side_file.held:
+            raise ConfigError(
+                f"mailbox: {path} is older than {path}-wal: if a backup was put in its place,"
+                f" delete {path}-wal and {path}-shm, and start again"
+            )
 
 
 def _create(path: Path) -> None:
@@ -203,6 +223,7 @@ def _bring_up_to_date(
         known, exists = side_file.read()
         if (reason := generation.why_new(db, known, exists=exists)) is not None:
             generation.begin(db, now_s)
+            side_file.held = generation.Held()
         side_file.write(generation.state_of(db))  # under the lock: another opens the file next
         db.execute("COMMIT")
         if reason is not None:

@@ -5,6 +5,9 @@ changes with each generation. Beside the mailbox FILE lies FILE.generation, whic
 each commit. A restored copy of FILE lacks messages that FILE.generation has counted, or is of
 another lineage. When FILE.generation is missing, or was itself copied or restored, nothing is known
 about FILE, and a generation too many does no harm.
+
+FILE itself lags behind, since commits go to FILE-wal first. What it holds without FILE-wal only
+grows, so an older copy that was written over it is noticed as well.
 """
 
 import fcntl
@@ -13,7 +16,7 @@ import sqlite3
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -42,6 +45,33 @@ class State(NamedTuple):
 
     lineage: str
     appended: int
+
+
+class Held(NamedTuple):
+    """What FILE holds without FILE-wal: the generation's ``base``, and messages ``appended``."""
+
+    base: int = 0
+    appended: int = 0
+
+
+class _Record(NamedTuple):
+    state: State
+    held: Held
+
+
+def held_by(db: sqlite3.Connection) -> Held:
+    """What FILE holds once all that ``db`` sees is copied into it."""
+    return Held(*db.execute("SELECT base, appended FROM generation").fetchone())
+
+
+def held_in(path: Path) -> Held | None:
+    """What the file at ``path`` holds, without its log. ``None`` when that can't be read now."""
+    try:
+        with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro&immutable=1", uri=True)) as db:
+            base, appended = held_by(db)
+            return Held(int(base), int(appended))
+    except (sqlite3.Error, TypeError, ValueError):  # no such table yet, or it is being written
+        return None
 
 
 def state_of(db: sqlite3.Connection) -> State:
@@ -94,27 +124,40 @@ class SideFile:
     """FILE.generation: what the mailbox FILE held after its last commit. Processes share it."""
 
     def __init__(self, mailbox: Path) -> None:
+        self.held = Held()
+        """What FILE is known to hold without its log, flushed. Recorded with the next state."""
         self._mailbox = mailbox
         self._path = mailbox.with_name(f"{mailbox.name}.generation")
-        self._written: State | None = None
+        self._written: _Record | None = None
 
     def read(self) -> tuple[State | None, bool]:
         """The state, ``None`` when it can't be trusted; and whether the file exists."""
         try:
             with _locked(os.open(self._path, os.O_RDONLY), fcntl.LOCK_SH) as file:
-                return _read(file, check_time=True), True
+                known = _read(file, check_time=True)
         except FileNotFoundError:
             return None, False
+        if known is None:
+            return None, True
+        self.held = known.held
+        return known.state, True
 
     def write(self, state: State) -> None:
         """Record ``state``, unless another process has recorded a later one of its lineage."""
-        if state == self._written:
+        record = _Record(state, self.held)
+        if record == self._written:
             return
         with _locked(self._open(), fcntl.LOCK_EX) as file:
             known = _read(file, check_time=False)
-            if known is None or known.lineage != state.lineage or known.appended < state.appended:
-                _write(file, state)
-        self._written = state
+            if known is not None and known.state.lineage == state.lineage:
+                record = _Record(max(known.state, state), max(known.held, self.held))
+            if record != known:
+                _write(file, record)
+        self._written = _Record(state, self.held)
+
+    def delete(self) -> None:
+        """Have the next start begin a generation, since FILE is not what it was."""
+        self._path.unlink(missing_ok=True)
 
     def _open(self) -> int:
         try:
@@ -136,19 +179,22 @@ def _locked(file: int, kind: int) -> Iterator[int]:
         os.close(file)
 
 
-def _read(file: int, *, check_time: bool) -> State | None:
+def _read(file: int, *, check_time: bool) -> _Record | None:
     try:
-        lineage, appended, at_ns = os.pread(file, 200, 0).decode().split()
-        state, recorded_ns = State(lineage, int(appended)), int(at_ns)
-    except ValueError:
+        lineage, appended, at_ns, *held = os.pread(file, 200, 0).decode().split()
+        record = _Record(State(lineage, int(appended)), Held(*map(int, held)))
+        recorded_ns = int(at_ns)
+    except (ValueError, TypeError):
         return None
-    return None if check_time and not _is_from(file, recorded_ns) else state
+    return None if check_time and not _is_from(file, recorded_ns) else record
 
 
-def _write(file: int, state: State) -> None:
+def _write(file: int, record: _Record) -> None:
+    (lineage, appended), (base, held) = record
     for _ in range(WRITE_ATTEMPTS):  # a busy machine may pause between the clock and the write
         now_ns = time.time_ns()
-        os.pwrite(file, f"{state.lineage} {state.appended:020} {now_ns:020}\n".encode(), 0)
+        line = f"{lineage} {appended:020} {now_ns:020} {base:020} {held:020}\n"
+        os.pwrite(file, line.encode(), 0)
         if _is_from(file, now_ns):
             return
 

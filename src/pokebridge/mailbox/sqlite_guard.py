@@ -3,20 +3,22 @@
 import sqlite3
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Final
 
 import structlog
 
 from pokebridge.errors import MailboxError
-from pokebridge.mailbox.sqlite_generation import SideFile, state_of
+from pokebridge.mailbox.sqlite_generation import Held, SideFile, held_in, state_of
 from pokebridge.mailbox.sqlite_workers import Job, Outcome, result_code
 
 SUFFIXES: Final = ("", "-wal", "-shm")
 """The files that SQLite keeps while a mailbox is open, beside the file that a link leads to."""
 # What only another file can mend.
 _DAMAGED: Final = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+# What is now at the path is another file.
+_OTHER_FILE: Final = {"deleted", "replaced"}
 _UNWRITABLE: Final = {
     sqlite3.SQLITE_CANTOPEN,
     sqlite3.SQLITE_FULL,
@@ -35,11 +37,13 @@ class FileGuard:
 
     When the file, or SQLite's log of it, was deleted or replaced, a commit would be lost with the
     old one. So every call fails from then on, and only a new start opens the new file. The same
-    holds for a file that was cut or damaged.
+    holds for a file that was cut or damaged, or that an older copy was written over.
 
     - ``trouble``: why the last write failed, until one is proven to work; ``None`` when well
     - ``_identities``: device and inode by path, as they were opened
-    - ``_real``: the file that a link leads to; ``_size_bytes``: its size at the last look
+    - ``_real``: the file that a link leads to
+    - ``_seen``: its size and the time of its last change (ns), at the last look
+    - ``_held``: what it held then, without SQLite's log
     - ``_gone``: what happened to the file; ``None`` while it is in its place
     - ``_is_recorded``: whether the side file could be written
     """
@@ -52,7 +56,8 @@ class FileGuard:
         paths = [path, *(real.with_name(real.name + suffix) for suffix in SUFFIXES)]
         self._identities = {it: found for it in paths if (found := _identity(it)) is not None}
         self._real = real
-        self._size_bytes = real.stat().st_size
+        self._seen = _look_at(real) or (0, 0)
+        self._held = side_file.held = held_in(real) or Held()
         self._gone: str | None = None
         self._is_recorded = True
         self._lock = threading.Lock()
@@ -86,13 +91,16 @@ class FileGuard:
 
         return do
 
-    def copied(self) -> None:
+    def copied(self, held: Held | None) -> None:
         """Look at the file after a checkpoint, which may have made it shorter.
 
         The next one may make it longer. While that is under way the file says a length that it does
-        not have yet, and would look cut if its shorter length were not known.
+        not have yet, and would look cut if its shorter length were not known. ``held`` is what it
+        holds now, flushed, if that is known.
         """
         self._find_gone()
+        if held is not None:
+            self._side_file.held = held
 
     def recovered(self) -> None:
         """Note that a large write was committed after ``trouble``."""
@@ -108,8 +116,8 @@ class FileGuard:
         for path, identity in self._identities.items():
             if (now := _identity(path)) != identity:
                 return self._give_up(path, "deleted" if now is None else "replaced")
-        if self._was_cut():
-            return self._give_up(self._path, "cut")
+        if (what := self._what_changed()) is not None:
+            return self._give_up(self._path, what)
         return None
 
     def _give_up(self, path: Path, what: str) -> str:
@@ -123,17 +131,25 @@ class FileGuard:
                     " restart this instance with the file that it shall use"
                 )
                 log.error("mailbox_file_gone", path=str(path), reason=what)
+                if what not in _OTHER_FILE:  # SQLite may yet copy its log into it
+                    with suppress(OSError):
+                        self._side_file.delete()
             return self._gone
 
-    def _was_cut(self) -> bool:
-        """Whether the file has become shorter, and SQLite did not write into it that it would."""
+    def _what_changed(self) -> str | None:
+        """What was done to the file since the last look that SQLite does not do."""
         with self._lock:
-            try:
-                size_bytes = self._real.stat().st_size
-            except OSError:
-                return False  # it is just being deleted
-            was_bytes, self._size_bytes = self._size_bytes, size_bytes
-        return size_bytes < was_bytes and not _is_whole(self._real, size_bytes)
+            found = _look_at(self._real)
+            if found is None or found == self._seen:  # None: it is just being deleted
+                return None
+            (was_bytes, _), self._seen = self._seen, found
+            if found[0] < was_bytes and not _is_whole(self._real, found[0]):
+                return "cut"
+            held = held_in(self._real)
+            if held is not None and held < self._held:
+                return "replaced by an older copy"
+            self._held = held or self._held
+            return None
 
     def _note_damage(self, outcomes: Sequence[Outcome]) -> None:
         for outcome in outcomes:
@@ -146,6 +162,8 @@ class FileGuard:
             log.error("mailbox_unwritable", path=str(self._path), reason=str(error))
 
     def _record(self, db: sqlite3.Connection) -> None:
+        if self._gone is not None:
+            return
         try:
             self._side_file.write(state_of(db))
             self._is_recorded = True
@@ -153,6 +171,14 @@ class FileGuard:
             if self._is_recorded:
                 log.warning("mailbox_state_unrecorded", path=str(self._path), reason=str(error))
             self._is_recorded = False
+
+
+def _look_at(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_ctime_ns
 
 
 def _is_whole(path: Path, size_bytes: int) -> bool:
