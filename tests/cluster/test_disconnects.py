@@ -70,6 +70,28 @@ async def test_a_disconnect_that_nobody_heard_survives_a_gap(
             assert await close_code(socket) == 4401
 
 
+async def test_a_disconnect_that_is_asked_of_an_instance_without_sessions(
+    nats_server: Daemon, serve: Serve
+) -> None:
+    """It hears nobody, and every gateway is cut off: the mailbox keeps it until after the gap."""
+    common: dict[str, Any] = {"cluster": "apart", "mailbox": "sqlite:///shared.db"}
+    async with asyncio.timeout(TIMEOUT_S), CutProxy("127.0.0.1", nats_server.port) as line:
+        api = await asyncio.to_thread(
+            serve, transport=nats_server.url, roles="api,processor", **common
+        )
+        gateway = await asyncio.to_thread(
+            serve, transport=f"nats://{line.address}", roles="gateway", **common
+        )
+        async with session(gateway, BOB) as bob, session(gateway, "urn:user:eve") as eve:
+            line.cut()
+            line.reset()
+            async with api.async_http("urn:admin", "admin") as http:
+                assert (await http.delete(f"/v1/sessions/{BOB}")).status_code == 204
+            line.heal()
+            assert await close_code(bob) == 4401
+            await (await eve.ping())
+
+
 async def close_code(socket: websockets.ClientConnection) -> int | None:
     """What the session is closed with, after whatever comes before."""
     with suppress(websockets.ConnectionClosed):

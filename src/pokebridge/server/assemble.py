@@ -152,6 +152,7 @@ def _revocations(
         publisher,
         bridge.disconnect,
         settings.revoke_for_s,
+        hears="gateway" in settings.roles,
         late_mailbox=opened.late_mailbox,
     )
 

@@ -1,7 +1,8 @@
 """The end of a recipient's sessions, and revocations: every instance finds these in the mailbox.
 
 Revocations are messages of one reserved recipient. So every mailbox keeps them, and deletes them
-when they have run out.
+when they have run out. A disconnect is kept there as well, for some minutes, if it was asked of an
+instance that does not hear the others: they can't ask it for what they missed in a gap.
 """
 
 import asyncio
@@ -13,6 +14,7 @@ from contextlib import suppress
 import msgspec
 
 from pokebridge.errors import MailboxError
+from pokebridge.gateway.disconnects import KEPT_S
 from pokebridge.mailbox.base import Mailbox
 from pokebridge.model import REVOCATIONS, NewMessage
 from pokebridge.publisher import Publisher
@@ -27,7 +29,7 @@ _PAGE = 500
 class _Entry(msgspec.Struct):
     recipient: str
     at_ms: int
-    until_ms: int
+    until_ms: int | None = None
 
 
 _decode = msgspec.json.Decoder(_Entry).decode
@@ -42,6 +44,7 @@ class Revocations:
         on_known: called with each disconnect that is asked for here, and with each revocation that
             is found in the mailbox.
         keep_s: how long a revocation lasts: as long as the longest-lived token, or longer.
+        hears: whether this instance hears the others.
         late_mailbox: where revocations are read on an instance without a ``mailbox``, as soon as it
             is available.
     """
@@ -53,6 +56,7 @@ class Revocations:
         on_known: Callable[[Disconnect], None],
         keep_s: float,
         *,
+        hears: bool,
         late_mailbox: LateMailbox | None = None,
     ) -> None:
         self._mailbox = mailbox
@@ -60,6 +64,7 @@ class Revocations:
         self._publisher = publisher
         self._on_known = on_known
         self._keep_s = keep_s
+        self._hears = hears
         # The version up to which the mailbox was read.
         self._cursor = 0
         self._reader: asyncio.Task[None] | None = None
@@ -84,11 +89,16 @@ class Revocations:
         gap asks it later, and perhaps nobody else has heard.
 
         Raises:
+            MailboxError: it could not be written down, and an instance in a gap may miss it.
             TransportError: the instances could not be told.
         """
         at_ms = int(time.time() * 1000)
         self._on_known(Disconnect(recipient, at_ms))
-        await self._publisher.disconnect(recipient, at_ms=at_ms)
+        try:
+            if not self._hears:
+                await self._write_down(_Entry(recipient, at_ms), KEPT_S)
+        finally:
+            await self._publisher.disconnect(recipient, at_ms=at_ms)
 
     async def revoke(self, recipient: str) -> None:
         """Close the recipient's sessions, and refuse its tokens that were issued before now.
@@ -99,14 +109,17 @@ class Revocations:
         """
         now_s = time.time()
         entry = _Entry(recipient, int(now_s * 1000), int((now_s + self._keep_s) * 1000))
-        if self._mailbox is not None:
-            body, id_ = msgspec.json.encode(entry), uuid.uuid4().hex
-            await self._mailbox.append(
-                NewMessage(REVOCATIONS, REVOCATIONS, id_, body, ttl_s=self._keep_s)
-            )
+        await self._write_down(entry, self._keep_s)
         # Not repeated, so that it holds here even if another instance's clock is ahead.
         self._on_known(_disconnect(entry)._replace(is_repeated=False))
         await self._publisher.disconnect(recipient, at_ms=entry.at_ms, until_ms=entry.until_ms)
+
+    async def _write_down(self, entry: _Entry, keep_s: float) -> None:
+        if self._mailbox is not None:
+            body, id_ = msgspec.json.encode(entry), uuid.uuid4().hex
+            await self._mailbox.append(
+                NewMessage(REVOCATIONS, REVOCATIONS, id_, body, ttl_s=keep_s)
+            )
 
     async def _read_if_possible(self) -> None:
         with suppress(MailboxError):  # the mailbox's own readiness check reports it
