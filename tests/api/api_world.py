@@ -139,7 +139,7 @@ class World:
 
 class _Watchers(Watchers):
     def __init__(self, world: World) -> None:
-        super().__init__(world.status, world.publish, world.pokes.append)
+        super().__init__(world.status, world.publish, lambda _: False, world.pokes.append)
         self._world = world
 
     def add(self, recipient: str) -> float:

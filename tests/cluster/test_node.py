@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from pokebridge.cluster import node
 from pokebridge.cluster.node import Cluster, ClusterConfig
 from pokebridge.coordination.base import Coordination
 from pokebridge.coordination.memory import MemoryCoordination
@@ -248,3 +249,24 @@ async def test_the_load_is_what_all_instances_receive(nodes: Nodes) -> None:
     load = two.cluster.status().load
     assert load.messages_per_s > 50
     assert load.ops_per_s == pytest.approx(2 * load.messages_per_s)
+
+
+@pytest.mark.parametrize(
+    ("reason", "words"),
+    [
+        (
+            "nats://a:1: nats://a:1: [Errno 111] Connection refused",
+            "nats://a:1: Connection refused",
+        ),
+        (
+            "redis://a:1: Multiple exceptions: [Errno 111] Connect call failed ('::1', 1),"  # noqa: ISC004
+            " [Errno 111] Connect call failed ('127.0.0.1', 1)",
+            "redis://a:1: Connection refused",
+        ),
+        ("the subscription did not deliver a probe in time",) * 2,
+    ],
+    ids=["twice", "addresses", "plain"],
+)
+def test_what_is_wrong_is_said_in_words(reason: str, words: str) -> None:
+    """No number of an error, and no address twice, reaches the console."""
+    assert node._in_words(reason) == words

@@ -21,7 +21,8 @@ class World:
         self.published: list[str] = []
         self.poked_here: list[str] = []
         self.is_down = False
-        self.watchers = Watchers(self._look, self._publish, self._poke_here)
+        self.consoles: set[str] = set()
+        self.watchers = Watchers(self._look, self._publish, self._poke_console, self._poke_here)
 
     def _look(self) -> dict[str, int]:
         self.looks += 1
@@ -31,6 +32,11 @@ class World:
         if self.is_down:
             raise TransportError("gone")
         self.published += [poke.recipient for poke in pokes]
+
+    def _poke_console(self, recipient: str) -> bool:
+        if is_here := recipient in self.consoles:
+            self.poked_here.append(recipient)
+        return is_here
 
     def _poke_here(self, poke: Poke) -> None:
         self.poked_here.append(poke.recipient)
@@ -52,6 +58,15 @@ async def test_a_change_is_poked_once(world: World) -> None:
     assert world.published == ["bob"]
     world.shown = 1
     await wait_until(lambda: world.published == ["bob", "bob"], what="the second poke")
+
+
+async def test_a_console_here_is_poked_without_a_signal(world: World) -> None:
+    """It would count its own pokes otherwise. A watcher elsewhere is published for all the same."""
+    world.consoles = {"alice"}
+    world.watchers.add("alice")
+    world.watchers.add("bob")
+    await wait_until(lambda: bool(world.published and world.poked_here), what="both pokes")
+    assert (set(world.published), set(world.poked_here)) == ({"bob"}, {"alice"})
 
 
 async def test_nobody_watches_nobody_looks(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

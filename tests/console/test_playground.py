@@ -88,6 +88,23 @@ async def test_poke_only(page: Page) -> None:
     await expect(bob(page).locator(".message")).to_have_count(0)
 
 
+async def test_without_a_mailbox(browser: Browser, serve: Serve) -> None:
+    """The page of such an instance offers pokes, no messages, and calls nothing absent."""
+    instance = serve("--no-mailbox")
+    page = await browser.new_page()
+    answers: list[int] = []
+    page.on("response", lambda response: answers.append(response.status))
+    await page.goto(instance.url)
+    for user in (alice(page), bob(page)):
+        await expect(user.locator(".state")).to_have_text("connected")
+        await expect(user.locator(".text")).to_be_hidden()
+    await expect(page.get_by_text("it carries pokes only")).to_be_visible()
+    await alice(page).get_by_role("button", name="Poke").click()
+    await expect_steps(page.locator(".trace"), ["commit", "poke", "pull"])
+    assert max(answers) < 400
+    await page.close()
+
+
 async def test_away(page: Page) -> None:
     """What is sent to somebody who is away arrives by the pull on ``ready``."""
     await bob(page).get_by_role("button", name="Disconnect").click()

@@ -12,7 +12,7 @@ globalThis.getToken = async () => {
   const response = await fetch(`${process.env.BRIDGE}/v1/dev/token`, {
     method: "POST",
     headers: { "Content-Type": "application/json" },
-    body: JSON.stringify({ sub: process.env.RECIPIENT }),
+    body: JSON.stringify({ sub: process.env.RECIPIENT, scope: "send poke admin" }),
   });
   return (await response.json()).token;
 };

@@ -99,7 +99,7 @@ async def test_snippets(project: Path, instance: Instance) -> None:
             await line_with(process, f"shown: {expected}")
 
     modules = snippets("js")
-    assert len(modules) == 6
+    assert len(modules) == 7
     await asyncio.gather(*(run(number, snippet) for number, snippet in enumerate(modules)))
 
 

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,15 +71,68 @@ def test_what_is_packed(client_package: Path, manifest: dict[str, Any]) -> None:
     packed = json.loads(npm(client_package, "pack", "--dry-run", "--json", "--ignore-scripts"))
     package = packed[0] if isinstance(packed, list) else packed[manifest["name"]]
     files = {file["path"] for file in package["files"]}
-    named = {
-        path.removeprefix("./") for way in manifest["exports"].values() for path in way.values()
-    }
+    named = {path.removeprefix("./") for path in _paths(manifest["exports"])}
+    named |= {manifest["main"].removeprefix("./"), manifest["types"].removeprefix("./")}
     assert named <= files
     assert {path for path in files if not path.startswith("dist/")} == {
         "LICENSE",
         "README.md",
         "package.json",
     }
+
+
+def _paths(ways: Any) -> Iterator[str]:
+    if isinstance(ways, str):
+        yield ways
+    else:
+        for way in ways.values():
+            yield from _paths(way)
+
+
+USE = """
+import { connect, type Client } from "@pokebridge/client";
+import { usePokebridge } from "@pokebridge/client/react";
+import { Publisher, type Receipt } from "@pokebridge/client/server";
+
+export const client: Client = connect({ url: "https://a", token: "a.b.c", onPoke: () => {} });
+export const hook: (options: null) => string = usePokebridge;
+const publisher = new Publisher({ url: "https://a", token: "a" });
+export const sent: Promise<Receipt> = publisher.send("bob", 1);
+// @ts-expect-error: the types are there, so this is found
+client.nothing();
+"""
+
+
+@pytest.mark.parametrize(
+    ("compiler", "module", "resolution", "name"),
+    [
+        ("typescript", "esnext", "bundler", "use.ts"),
+        ("typescript", "nodenext", "nodenext", "use.mts"),
+        ("typescript", "nodenext", "nodenext", "use.cts"),
+        ("typescript-5", "node16", "node16", "use.cts"),
+        ("typescript-5", "commonjs", "node", "use.ts"),
+    ],
+)
+def test_types_resolve(
+    client_package: Path, tmp_path: Path, compiler: str, module: str, resolution: str, name: str
+) -> None:
+    """TypeScript finds the types of all three entries, however a project resolves modules."""
+    installed = client_package / "node_modules"
+    modules = tmp_path / "node_modules"
+    (modules / "@pokebridge").mkdir(parents=True)
+    (modules / "@types").symlink_to(installed / "@types")
+    (modules / "csstype").symlink_to(installed / "csstype")
+    package = modules / "@pokebridge" / "client"
+    package.mkdir()
+    shutil.copy(client_package / "package.json", package)
+    (package / "dist").symlink_to(client_package / "dist")
+    (tmp_path / name).write_text(USE)
+    flags = ["--module", module, "--moduleResolution", resolution, "--target", "es2022"]
+    checks = ["--noEmit", "--strict", "--types", "node", name]
+    tsc = next((installed / compiler / "bin").glob("tsc*"))
+    command = [require("node"), str(tsc), *flags, *checks]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
 
 
 def test_pack_builds(client_package: Path, tmp_path: Path) -> None:
@@ -89,7 +143,7 @@ def test_pack_builds(client_package: Path, tmp_path: Path) -> None:
     (checkout / "node_modules").symlink_to(client_package / "node_modules")
     npm(checkout, "pack", "--silent")
     with tarfile.open(next(checkout.glob("*.tgz"))) as package:
-        assert {"package/dist/index.js", "package/dist/index.d.ts"} <= set(package.getnames())
+        assert {"package/dist/index.js", "package/dist/index.d.cts"} <= set(package.getnames())
 
 
 def test_the_pages_use_this_client(client_package: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
+from playwright.async_api import async_playwright
 
 from tests.js.driving import (
     QUICK,
@@ -20,8 +21,11 @@ from tests.js.driving import (
     pulls,
     run_node,
     send,
+    wait_sessions,
 )
 from tests.support import CutProxy, Instance, Serve, wait_until
+from tests.support.browser import FLAGS
+from tests.support.missing import require
 
 # Only the network's return can bring a socket back in time.
 LAZY = {"base_s": 1e4, "cap_s": 1e4}
@@ -107,6 +111,29 @@ async def test_offline_and_back_in_a_browser(page: PageRuntime, instance: Instan
     await send(instance, "urn:user:page-offline", "heard")
     await client.wait_shown("missed", "heard")
     assert await client.count("pull") == 3
+
+
+async def test_the_way_back_to_a_page_that_was_kept(site: str, instance: Instance) -> None:
+    """A page from the back/forward cache has a new socket at once, and pulls what it missed."""
+    path = require("chromium")
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(
+            executable_path=path, args=FLAGS, ignore_default_args=["--disable-back-forward-cache"]
+        )
+        page = await browser.new_page()
+        await page.goto(f"{site}/tests/js/page.html")
+        await page.wait_for_function("globalThis.harness")
+        client = Client(PageRuntime(page, await page.context.new_cdp_session(page)))
+        await client.start(instance.url, "urn:user:kept", policy=LAZY, share=False)
+        await client.idle()
+        await page.goto(f"{site}/deploy/")
+        await wait_sessions(instance, 0)
+        await send(instance, "urn:user:kept", "missed")
+        await page.evaluate("history.back()")
+        await page.wait_for_function("globalThis.harness?.shown.length")
+        assert await client.shown() == ["missed"]
+        assert await client.count("connect") == 2, "the page was kept, not loaded anew"
+        await browser.close()
 
 
 async def test_offline_and_back_in_node(node: NodeRuntime, instance: Instance) -> None:

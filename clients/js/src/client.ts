@@ -1,8 +1,9 @@
 // The shell around the core: a WebSocket, HTTP, timers, and the browser's other tabs.
 
+import { HttpError } from "./answers.js";
 import { Core, type Policy } from "./core.js";
 import type { Action, Event } from "./events.js";
-import { Http, HttpError, MailboxPuller, OwnPuller } from "./pulling.js";
+import { Http, MailboxPuller, OwnPuller } from "./pulling.js";
 import type { OnMessages, OnPoke, Page, Puller, Sharing } from "./pulling.js";
 import { Tabs, type Note } from "./tabs.js";
 
@@ -244,7 +245,7 @@ export class Client {
 
   #listenToThePage(): void {
     const { signal } = this.#listening;
-    const listen = (target: EventTarget | undefined, name: string, listener: () => void) =>
+    const listen = (target: EventTarget | undefined, name: string, listener: (event: globalThis.Event) => void) =>
       target?.addEventListener?.(name, listener, { signal });
     const page = typeof document === "object" ? document : undefined;
     listen(globalThis as unknown as EventTarget, "online", () => this.wake());
@@ -252,6 +253,13 @@ export class Client {
       if (this.#socket) this.#lose("offline");
     });
     listen(page, "visibilitychange", () => page?.hidden || this.wake());
+    // The browser may keep the page that it leaves, for the way back. It would cut the socket then.
+    listen(globalThis as unknown as EventTarget, "pagehide", (event) => {
+      if (this.#socket && (event as PageTransitionEvent).persisted) this.#lose("the page was left");
+    });
+    listen(globalThis as unknown as EventTarget, "pageshow", (event) => {
+      if ((event as PageTransitionEvent).persisted) this.wake();
+    });
   }
 
   get #ended(): boolean {

@@ -1,6 +1,7 @@
 // A pull: one page of the recipient's mailbox over HTTP (docs/protocol.md, section 4), or a call of the
 // application's own function.
 
+import { HttpError, problemDetail } from "./answers.js";
 import type { Event } from "./events.js";
 
 // An answer may take as long as it needs, but each KiB of it must come within this time.
@@ -60,26 +61,6 @@ export interface Sharing {
   /** Whether the core acks over this tab's socket, so that a pull does not. */
   acksBySocket(): boolean;
   relay(note: Relayed): void;
-}
-
-/**
- * An HTTP answer with another status than expected, with the reason that the bridge gave (RFC 9457).
- *
- * What stands between, a proxy or a login page, may answer with any status. Only what `isTheBridges` says
- * anything about the token.
- */
-export class HttpError extends Error {
-  readonly isTheBridges: boolean;
-
-  constructor(
-    url: string,
-    readonly status: number,
-    readonly retry_after_s: number | undefined,
-    detail: string | undefined,
-  ) {
-    super(`${url} answered ${status}${detail === undefined ? ", but not as an instance of pokebridge" : `: ${detail}`}`);
-    this.isTheBridges = detail !== undefined;
-  }
 }
 
 /** An answer that stood still, or that broke off. */
@@ -317,18 +298,6 @@ async function read(response: Response, progress: Progress): Promise<string> {
       void reader.cancel();
       throw new Error(`more than ${MAX_ANSWER_CHARS} characters`);
     }
-  }
-}
-
-/** Why the bridge refused with `status` (RFC 9457); undefined if the answer is not the bridge's. */
-function problemDetail(status: number, type: string | null, text: string): string | undefined {
-  if (type?.split(";")[0]!.trim().toLowerCase() !== "application/problem+json") return undefined;
-  try {
-    const problem = JSON.parse(text);
-    const isProblem = ["type", "title", "detail"].every((name) => typeof problem[name] === "string");
-    return isProblem && problem.status === status ? problem.detail : undefined;
-  } catch {
-    return undefined;
   }
 }
 

@@ -5,6 +5,7 @@ this: while the store is unavailable the last shard map stays in force.
 """
 
 import asyncio
+import re
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -35,6 +36,14 @@ _UNTAGGED_SHARE_ALLOWED = 0.01
 _TICK_S = 1.0
 # Entries that the log has already, from the instance concerned or from the leader.
 _LOGGED_ELSEWHERE = frozenset({"gap", "moved"})
+
+
+# What Python and the drivers say of an address that can't be reached, and before it.
+_REFUSED = re.compile(
+    r"(?:Multiple exceptions: )?(?:(?:, )?\[Errno \d+\] Connect call failed \([^)]*\))+"
+)
+_ERRNO = re.compile(r"\[Errno -?\d+\] ")
+_REPEATED = re.compile(r"(\S+: )\1+")
 
 
 class Home(NamedTuple):
@@ -119,6 +128,8 @@ class Cluster:
         self._meter = InstanceMeter(gateway, requests)
         # For how long this instance has been deaf, without a break.
         self._deaf_s = 0.0
+        self.count_consoles: Callable[[], int] = lambda: 0
+        """How many sessions here are consoles that watch: they are not reported as sessions."""
         self.history = History()
         self.ops_per_s = 0.0
         self.red_line = RedLineMonitor(
@@ -319,15 +330,22 @@ class Cluster:
             engine=self._config.engine,
             seen_by=self._config.instance,
             history_count=self.history.count,
-            trouble="; ".join(self._troubles()),
+            trouble=" ".join(self._troubles()),
         )
 
     def _troubles(self) -> Iterator[str]:
         if self.trouble is not None:
-            yield f"coordination: {self.trouble}"
+            yield (
+                f"The coordination store does not answer ({_in_words(self.trouble)})."
+                " Until it is back, the last shard map stays in force."
+            )
         subscriptions = self._gateway.subscriptions
         if subscriptions.is_in_doubt:
-            yield f"transport: {subscriptions.trouble or 'what is held may have missed something'}"
+            reason = subscriptions.trouble or "what is subscribed may have missed something"
+            yield (
+                f"The transport is not known to deliver ({_in_words(reason)})."
+                " Until it is, pokes may be late, and every session is checked by itself."
+            )
 
     # --- what this instance reports -------------------------------------------------------------
 
@@ -338,7 +356,7 @@ class Cluster:
             incarnation=self._incarnation,
             weight=self._config.weight,
             joined_at_ms=self._joined_at_ms,
-            sessions=len(self._gateway.sessions),
+            sessions=len(self._gateway.sessions) - self.count_consoles(),
             state=self._state,
             report=self._meter.report(),
         )
@@ -383,6 +401,12 @@ class Cluster:
         self.ops_per_s = load.ops_per_s
         now = asyncio.get_running_loop().time()
         await self.red_line.observe(load, mode, is_leader=self.is_leader, now=now)
+
+
+def _in_words(reason: str) -> str:
+    """``reason`` without numbers of errors, and with each address once."""
+    reason = _REFUSED.sub("Connection refused", reason)
+    return _REPEATED.sub(r"\1", _ERRNO.sub("", reason))
 
 
 def connect_url(base: str) -> str:

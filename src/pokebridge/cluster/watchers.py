@@ -8,7 +8,7 @@ has gone leaves nothing behind. Without watchers nothing is compared.
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any
 
 import msgspec
@@ -17,6 +17,8 @@ from pokebridge.errors import TransportError
 from pokebridge.model import Poke
 from pokebridge.supervisor import supervise
 
+CONSOLE_DEVICE = "console"
+"""The device that a console names: such a session is no user's, and is not counted as one."""
 WATCH_S = 30.0
 LOOK_EVERY_S = 1.0
 MAX_WATCHERS = 100
@@ -30,6 +32,8 @@ class Watchers:
         look: returns what there is to see, as a dataclass. Two looks are compared as
             :func:`legible` leaves them.
         publish: pokes the watchers' sessions on every instance.
+        poke_console: pokes the consoles of a watcher on this instance, and returns whether there
+            is one. Then nothing is published, so that a console does not count its own pokes.
         poke_here: pokes a watcher's sessions on this instance. Used when the transport fails, since
             that is when operators watch.
     """
@@ -38,13 +42,20 @@ class Watchers:
         self,
         look: Callable[[], object],
         publish: Callable[[Sequence[Poke]], Awaitable[None]],
+        poke_console: Callable[[str], bool],
         poke_here: Callable[[Poke], None],
     ) -> None:
         self._look = look
         self._publish = publish
+        self._poke_console = poke_console
         self._poke_here = poke_here
         self._until_s: dict[str, float] = {}
         self._task: asyncio.Task[None] | None = None
+
+    @property
+    def recipients(self) -> Collection[str]:
+        """Who watches."""
+        return self._until_s.keys()
 
     def add(self, recipient: str) -> float:
         """Poke ``recipient`` when there is something new, for the seconds returned.
@@ -71,7 +82,9 @@ class Watchers:
             seen = legible(msgspec.to_builtins(self._look()))
             if seen != shown:
                 shown = seen
-                await self._poke([Poke(recipient) for recipient in self._until_s])
+                elsewhere = [who for who in self._until_s if not self._poke_console(who)]
+                if elsewhere:
+                    await self._poke([Poke(recipient) for recipient in elsewhere])
             await asyncio.sleep(LOOK_EVERY_S)
             now_s = time.monotonic()
             self._until_s = {who: end for who, end in self._until_s.items() if end > now_s}

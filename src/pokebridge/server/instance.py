@@ -21,13 +21,14 @@ from pokebridge.api.pokes import PublishPokes
 from pokebridge.asgi import ASGIApp
 from pokebridge.border import unforeseen
 from pokebridge.cluster.node import Cluster
-from pokebridge.cluster.watchers import Watchers
+from pokebridge.cluster.watchers import CONSOLE_DEVICE, Watchers
 from pokebridge.coordination.base import Coordination
 from pokebridge.durations import RequestDurations
 from pokebridge.errors import PokebridgeError
 from pokebridge.fallback.push import Pulls, Pusher
 from pokebridge.gateway.gateway import Gateway
 from pokebridge.gateway.handshake import Network
+from pokebridge.gateway.listener import Listener
 from pokebridge.ingress.ingress import Ingress
 from pokebridge.mailbox.base import Mailbox
 from pokebridge.mailbox.devices import KnownDevices
@@ -42,6 +43,7 @@ from pokebridge.supervisor import failing_tasks, run_once, supervise, task_failu
 from pokebridge.telemetry import Metric
 from pokebridge.tokens import SignToken, TokenVerifier
 from pokebridge.transport.base import Transport
+from pokebridge.wire import poke_frame
 
 if TYPE_CHECKING:  # its libraries are an extra
     from pokebridge.tracing import Tracing
@@ -123,11 +125,27 @@ class Instance:
         if parts.gateway.acks is not None:
             parts.gateway.acks.on_recorded = self._note_pulled
         self._watchers = Watchers(
-            parts.cluster.status, parts.publisher.publish, parts.gateway.bridge.handle_poke
+            parts.cluster.status,
+            parts.publisher.publish,
+            self._poke_console,
+            parts.gateway.bridge.handle_poke,
+        )
+        parts.cluster.count_consoles = lambda: sum(
+            len(self._consoles_of(recipient)) for recipient in self._watchers.recipients
         )
         self._capacity = PullCapacity()
         self._pacer: asyncio.Task[None] | None = None
         self._draining: asyncio.Task[None] | None = None
+
+    def _consoles_of(self, recipient: str) -> Sequence[Listener]:
+        sessions = self.gateway.sessions.find(recipient)
+        return [each for each in sessions if each.device == CONSOLE_DEVICE and each.is_open]
+
+    def _poke_console(self, recipient: str) -> bool:
+        consoles = self._consoles_of(recipient)
+        for session in consoles:
+            session.notify(None, poke_frame(None))
+        return bool(consoles)
 
     def create_app(self) -> ASGIApp:
         """Create the ASGI app that serves this instance's API."""

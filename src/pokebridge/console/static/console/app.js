@@ -118,7 +118,7 @@ function show(seen) {
   instances.show(view);
   shards.show(view);
   showMode();
-  showBanner(".trouble", view.trouble && `${view.seen_by} is in trouble. ${view.trouble}`);
+  showBanner(".trouble", view.trouble && `${view.seen_by}: ${view.trouble}`);
   showBanner(".over", load.isOver && adviceOn(load));
   find(".seen-by").textContent =
     `As ${view.seen_by} sees it; the figures of the others are as of their last report.`;
@@ -130,7 +130,7 @@ function showMode() {
   const arrived = view.instances.filter((each) => each.settled && each.epoch >= view.epoch).length;
   const everyone = view.instances.length;
   find(".progress").textContent =
-    arrived === everyone
+    arrived === everyone || view.trouble
       ? `epoch ${view.epoch}`
       : `epoch ${view.epoch}: ${arrived} of ${everyone} instances have settled`;
   find(".migrate").textContent = `Migrate to ${MODES[otherMode()]}…`;
@@ -172,7 +172,7 @@ function connectionNow({ message, why }) {
   }
   switch (connection.state) {
     case "ready":
-      return ["ready", "live"];
+      return view?.trouble ? ["trouble", `live; ${view.seen_by} is in trouble`] : ["ready", "live"];
     case "waiting":
       return ["trouble", `reconnecting: ${connection.why ?? why}`];
     case "off":

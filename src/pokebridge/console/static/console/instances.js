@@ -36,7 +36,8 @@ const COLUMNS = [
 function stateOf({ state, settled, epoch, sessions, shards }, view) {
   if (state === "draining" && sessions === 0 && shards.length === 0) return "drained";
   if (state !== "active") return state;
-  return settled && epoch >= view.epoch ? "active" : "settling";
+  if (settled && epoch >= view.epoch) return "active";
+  return view.trouble ? "in doubt" : "settling";
 }
 
 export class Instances {

@@ -1,6 +1,6 @@
 // Two users of pokebridge side by side, and what happens between them.
 
-import { Api, devToken, home, whyStopped } from "../shared/api.js";
+import { Api, devToken, home, reach, whyStopped } from "../shared/api.js";
 import { connect } from "../vendor/pokebridge-client/index.js";
 import { pickDevice } from "./device.js";
 import { Flow } from "./flow.js";
@@ -36,6 +36,12 @@ function remembered(key, fresh) {
 }
 
 const device = await pickDevice(randomId);
+
+/** Whether the instance has a mailbox. One without carries pokes only, and the page offers nothing else. */
+const hasMailbox = await reach("/openapi.json")
+  .then((response) => response.json())
+  .then(({ paths }) => "/v1/messages" in paths)
+  .catch(() => true);
 
 /** Resolves when all changes so far are on the screen, or at once in a hidden tab, which is not painted. */
 function painted() {
@@ -99,6 +105,7 @@ class User {
       this.#send();
     });
     this.#find(".poke-only").addEventListener("click", () => this.#pokeOnly());
+    if (!hasMailbox) this.#find(".poke-only").textContent = "Poke";
   }
 
   get name() {
@@ -124,7 +131,9 @@ class User {
     this.#find(".log-of-messages").setAttribute("aria-label", `Messages of ${this.name}`);
     this.#find(".log ol").setAttribute("aria-label", `Frames and requests of ${this.name}`);
     this.#find(".avatar").textContent = [...this.name][0]?.toUpperCase() ?? "?";
-    this.#find(".empty").textContent = `No messages for ${this.name} yet.`;
+    this.#find(".empty").textContent = hasMailbox
+      ? `No messages for ${this.name} yet.`
+      : `When it is poked, ${this.name}'s client would pull from your own application here.`;
     this.#find(".empty").hidden = false;
     this.showOther();
     this.other?.showOther();
@@ -144,7 +153,9 @@ class User {
       cursor: this.#version,
       share: false,
       fetch: (url, options) => this.#fetch(url, options),
-      onMessages: (messages) => client === this.#client && this.#onPulled(messages),
+      ...(hasMailbox
+        ? { onMessages: (messages) => client === this.#client && this.#onPulled(messages) }
+        : { onPoke: () => {} }), // an application would pull its own data here
     });
     const listen = (name, listener) =>
       client.on(name, (value) => client === this.#client && listener(value));
@@ -293,7 +304,7 @@ class User {
       }
       case "pulled":
         this.#version = step.cursor;
-        localStorage.setItem(this.#cursorKey, step.cursor);
+        if (hasMailbox) localStorage.setItem(this.#cursorKey, step.cursor);
         if (!this.#pull.hadMessages) this.#onPulled([]);
         this.#showFacts();
         break;
@@ -450,6 +461,7 @@ class User {
   }
 }
 
+document.body.classList.toggle("pokes-only", !hasMailbox);
 const left = new User(document.querySelector('[data-user="left"]'), "alice");
 const right = new User(document.querySelector('[data-user="right"]'), "bob");
 left.other = right;
