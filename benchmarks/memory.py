@@ -1,10 +1,13 @@
-"""Memory of an idle session: the growth of a real instance's RSS when clients connect.
+"""Memory of an idle session, and of a call that waits: the growth of a real instance's RSS.
 
 The kernel's memory of the sockets is about the same for every server, and not in the RSS.
 """
 
-from contextlib import AbstractAsyncContextManager
+import asyncio
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager, ExitStack
 
+from benchmarks.callers import HttpConnection, request
 from benchmarks.harness import (
     Figure,
     Server,
@@ -13,10 +16,14 @@ from benchmarks.harness import (
     instance,
     progress,
     tokens,
+    until,
     websockets_server,
 )
 
 AT_MOST_KB = 2.1
+WAITING_AT_MOST_KB = 8.0
+WAITING_CALLS = 3_000
+_DIALED_AT_ONCE = 100
 
 
 async def measure(*, clients: int = 10_000, warm_up: int = 300) -> list[Figure]:
@@ -24,6 +31,7 @@ async def measure(*, clients: int = 10_000, warm_up: int = 300) -> list[Figure]:
     ours_kb = await _growth_kb(instance(), clients, warm_up)
     progress("memory: pokebridge is measured")
     theirs_kb = await _growth_kb(websockets_server(), clients, warm_up)
+    waiting_kb = await _waiting_kb(min(clients, WAITING_CALLS), warm_up)
     name = f"RSS of an idle session, at {clients:,}"
     return [
         Figure("memory", name, ours_kb, "KB", AT_MOST_KB, "1 KB is 1,024 bytes"),
@@ -34,7 +42,52 @@ async def measure(*, clients: int = 10_000, warm_up: int = 300) -> list[Figure]:
             "x",
             detail=f"{ours_kb:.2f} to {theirs_kb:.2f} KB",
         ),
+        Figure(
+            "memory",
+            "RSS of a pull that waits",
+            waiting_kb,
+            "KB",
+            WAITING_AT_MOST_KB,
+            "with its HTTP connection",
+        ),
     ]
+
+
+async def _waiting_kb(calls: int, warm_up: int) -> float:
+    async with instance(max_connections_per_address="0") as server:
+        await _wait(server, tokens(warm_up))
+        before = server.rss_bytes()
+        return (await _wait(server, tokens(calls)) - before) / calls / 1024
+
+
+async def _wait(server: Server, bearers: Sequence[str]) -> int:
+    """Have a pull wait for each token. Returns the RSS meanwhile."""
+    open_files = server.process.num_fds()
+    with ExitStack() as opened:
+        calls = []
+        for number, bearer in enumerate(bearers):
+            connection = HttpConnection(server.port)
+            opened.callback(connection.close)
+            question = request("GET", "/v1/messages?wait_s=60", bearer)
+            calls.append(asyncio.ensure_future(connection.ask(question)))
+            if number % _DIALED_AT_ONCE == 0:
+                await until(
+                    lambda: server.process.num_fds() >= open_files + number,  # noqa: B023 - called at once
+                    "the server has accepted",
+                )
+        await until(
+            lambda: server.process.num_fds() >= open_files + len(calls), "all calls are accepted"
+        )
+        await until(lambda: _is_idle(server), "all calls wait")
+        rss_bytes = server.rss_bytes()
+    for call in calls:
+        call.cancel()
+    await until(lambda: server.process.num_fds() <= open_files, "all callers have left")
+    return rss_bytes
+
+
+def _is_idle(server: Server) -> bool:
+    return server.process.cpu_percent(interval=0.3) < 10  # percent of a core
 
 
 async def _growth_kb(

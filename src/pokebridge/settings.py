@@ -247,7 +247,8 @@ class Settings(BaseModel):
     # --- Limits ---
 
     max_sessions: Annotated[int | None, Field(ge=1)] = None
-    """Most open sessions of this process. By default what its file descriptor limit allows."""
+    """Most open sessions of this process, calls that wait included. By default what its file
+    descriptor limit allows."""
     max_sessions_per_recipient: Annotated[int, Field(ge=1)] = 64
     """Most open sessions of one recipient on this instance. One more closes the oldest."""
     max_sessions_per_address: Limit = unless_dev(1000)

@@ -274,6 +274,11 @@ def auth_frame(expires_in_s: int) -> bytes:
     return _text_frame({"type": "auth", "expires_in": expires_in_s})
 
 
+def frame_text(frame: bytes) -> bytes:
+    """Return the payload of ``frame``, which is one of a server's and under 64 KiB."""
+    return frame[2:] if frame[1] < 126 else frame[4:]  # RFC 6455, section 5.2
+
+
 # --- WebSocket messages, client to server -----------------------------------------------------
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import socket
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -16,6 +16,7 @@ from uvicorn.server import ServerState
 from websockets.frames import Frame
 from websockets.frames import Opcode as TheirOpcode
 
+from pokebridge.asgi import ASGIApp
 from pokebridge.gateway.acks import RecordAcks
 from pokebridge.gateway.config import GatewayConfig
 from pokebridge.gateway.connection import Connection
@@ -133,6 +134,7 @@ async def running(
     timing: Timing = PATIENT,
     verifier: Any = None,
     record_acks: RecordAcks | None = None,
+    create_app: Callable[[Gateway], ASGIApp] = lambda _: not_found,
     **config: Any,
 ) -> AsyncIterator[Running]:
     """Serve a gateway with ``config`` until the block ends."""
@@ -153,7 +155,8 @@ async def running(
     gateway = Gateway(settings, transport, verifier, record_acks=record_acks)
     await gateway.start()
     state = ServerState()
-    server_config = uvicorn.Config(not_found, http=HttpProtocol, ws="none", log_config=None)
+    app: Any = create_app(gateway)
+    server_config = uvicorn.Config(app, http=HttpProtocol, ws="none", log_config=None)
     server_config.load()
     loop = asyncio.get_running_loop()
     server = await loop.create_server(

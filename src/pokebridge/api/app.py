@@ -28,6 +28,7 @@ from pokebridge.api.messages import MailboxSide, MessageCalls
 from pokebridge.api.metrics import RequestMetrics, exposition
 from pokebridge.api.openapi import Call, describe
 from pokebridge.api.pokes import PokeCalls, PublishPokes
+from pokebridge.api.waiting import Waiting
 from pokebridge.asgi import ASGIApp
 from pokebridge.cluster.watchers import Watchers
 from pokebridge.durations import RequestDurations
@@ -71,6 +72,8 @@ class Parts:
     watchers: Watchers
     """The recipients that are poked when the cluster changes."""
     operations: Operations
+    waiting: Waiting | None = None
+    """Lets calls wait; ``None``: each is answered at once."""
     has_calls: bool = True
     """False: only the calls about operations are served."""
     middleware: Sequence[Callable[[ASGIApp], ASGIApp]] = ()
@@ -105,10 +108,12 @@ def create_api(parts: Parts) -> ASGIApp:
 
 
 def _routes(parts: Parts) -> Iterable[Route]:
+    if parts.waiting is not None:
+        yield from parts.waiting.routes()
     if parts.has_calls:
         yield from PokeCalls(parts.publish).routes()
         if parts.mailbox is not None:
-            yield from MessageCalls(parts.mailbox).routes()
+            yield from MessageCalls(parts.mailbox, parts.waiting).routes()
         yield from SessionCalls(
             parts.cluster,
             parts.disconnect,

@@ -40,10 +40,11 @@ class Request:
     - ``rest``: the part of the path that stands for the parameter of the template
     - ``limit_bytes``: the largest body that is read
     - ``caller``: who calls; set for calls that need a token
+    - ``is_waiting``: whether the answer waits for something to happen
     """
 
     __slots__ = (
-        *("_receive", "caller", "headers", "limit_bytes", "method"),
+        *("_receive", "caller", "headers", "is_waiting", "limit_bytes", "method"),
         *("path", "rest", "route", "scope"),
     )
     caller: Claims
@@ -56,6 +57,7 @@ class Request:
         self.route = "none"
         self.rest = ""
         self.limit_bytes = limit_bytes
+        self.is_waiting = False
         self._receive = receive
 
     def header(self, name: bytes) -> str:
@@ -91,6 +93,11 @@ class Request:
                 raise self._too_large()
             is_whole = not message.get("more_body", False)
         return b"".join(pieces)
+
+    async def until_gone(self) -> None:
+        """Return when the client has gone away. Only for a request whose body is not wanted."""
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
 
     def check_declared_length(self) -> None:
         """Raise :class:`~pokebridge.errors.TooLargeError` if the declared length is too large."""

@@ -22,12 +22,14 @@ from pokebridge.api.exchange import (
     read_query,
 )
 from pokebridge.api.openapi import Call
+from pokebridge.api.waiting import Waiting
 from pokebridge.mailbox.base import Mailbox
 from pokebridge.mailbox.devices import KnownDevices
 from pokebridge.model import (
     DEFAULT_DEVICE,
     Message,
     NewMessage,
+    Page,
     Receipt,
     check_device,
 )
@@ -51,7 +53,8 @@ class MailboxSide:
 class MessageCalls:
     """The handlers of ``/v1/messages``."""
 
-    def __init__(self, side: MailboxSide) -> None:
+    def __init__(self, side: MailboxSide, waiting: Waiting | None = None) -> None:
+        self._waiting = waiting
         self._mailbox = side.mailbox
         self._send = side.send
         self._on_pulled = side.on_pulled
@@ -68,21 +71,34 @@ class MessageCalls:
         return json_response(schema.Sent(receipt.id, receipt.version), status)
 
     async def pull(self, request: Request) -> Response:
-        """GET /v1/messages: one read of the mailbox, whatever the answer."""
+        """GET /v1/messages: one read of the mailbox, whatever the answer, if it does not wait."""
         reader = request.caller.subject
         query = read_query(request, schema.PullQuery)
         if query.device is not UNSET:
             await self._devices.see(reader, check_device(query.device))
         own, if_none_match = _readers_own(reader), request.header(b"if-none-match")
-        page = await self._mailbox.read(
-            reader,
-            after=query.after,
-            limit=query.limit,
-            unless_head=_known_head(if_none_match, own),
-        )
-        self._on_pulled(reader, page.version if page.more else page.head)
-        etag = f'"{page.head}-{own}"'
+
+        async def read() -> Page:
+            page = await self._mailbox.read(
+                reader,
+                after=query.after,
+                limit=query.limit,
+                unless_head=_known_head(if_none_match, own),
+            )
+            self._on_pulled(reader, page.version if page.more else page.head)
+            return page
+
+        def is_news(page: Page) -> bool:
+            return page.version != query.after and not _matches(if_none_match, _etag(page, own))
+
+        if query.wait_s and self._waiting is not None:
+            page = await self._waiting.read(request, query.wait_s, read, is_news)
+        else:
+            page = await read()
+        etag = _etag(page, own)
         headers = [(b"etag", etag.encode()), (b"vary", b"Authorization")]
+        if request.is_waiting and self._waiting is not None and self._waiting.ends_soon:
+            headers.append((b"connection", b"close"))
         if _matches(if_none_match, etag):
             return Response(HTTPStatus.NOT_MODIFIED, [*headers, NEVER_CACHED])
         messages = [_pulled(message) for message in page.messages]
@@ -119,6 +135,7 @@ class MessageCalls:
             query=schema.PullQuery,
             has_etag=True,
             answers={200: schema.Pulled, 304: "Nothing new: `If-None-Match` has the `ETag`."},
+            problems=[409, 429],
         )
         yield Call(
             "POST",
@@ -150,6 +167,10 @@ def _readers_own(reader: str) -> str:
     nothing.
     """
     return hashlib.blake2s(reader.encode(), digest_size=16).hexdigest()
+
+
+def _etag(page: Page, own: str) -> str:
+    return f'"{page.head}-{own}"'
 
 
 def _known_head(if_none_match: str, own: str) -> int | None:

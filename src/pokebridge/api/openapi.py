@@ -24,6 +24,7 @@ _PROBLEMS = {
     409: "That can't be done in the present state.",
     413: "The body is too large.",
     422: "The request is not one that the contract allows.",
+    429: "The caller's address has all the sessions that it may have.",
     503: "A part that this depends on does not answer: worth a retry.",
     507: "The recipient's mailbox is full: not taken, and no retry helps before some is acked.",
 }

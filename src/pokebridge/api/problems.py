@@ -28,8 +28,9 @@ class Problem(msgspec.Struct):
 def problem(status: int, detail: str, headers: Mapping[str, str] | None = None) -> Response:
     """The response for an error; a 503 also has a ``Retry-After``."""
     # Some errors are cached unless they forbid it (RFC 9110, section 15.1).
-    added = [(b"content-type", MEDIA_TYPE.encode()), NEVER_CACHED, *header_list(headers or {})]
-    if status == HTTPStatus.SERVICE_UNAVAILABLE:
+    given = headers or {}
+    added = [(b"content-type", MEDIA_TYPE.encode()), NEVER_CACHED, *header_list(given)]
+    if status == HTTPStatus.SERVICE_UNAVAILABLE and "Retry-After" not in given:
         added.append((b"retry-after", b"%d" % RETRY_AFTER_S))
     body = Problem(HTTPStatus(status).phrase, int(status), detail)
     return Response(status, added, msgspec.json.encode(body))

@@ -21,6 +21,8 @@ from pokebridge.submission import MessageId, Recipient, visible_ascii
 MAX_PAGE = 500
 DEFAULT_PAGE = 50
 MAX_TOKEN_TTL_S = 31_536_000
+MAX_WAIT_S = 60
+"""Above this, proxies would cut a call that waits."""
 
 
 Device = Annotated[
@@ -55,6 +57,16 @@ class Sent(Struct):
     version: Annotated[int, Meta(ge=1, le=MAX_VERSION)]
 
 
+WaitS = Annotated[
+    float,
+    Meta(
+        ge=0,
+        le=MAX_WAIT_S,
+        description="For how many seconds to wait while there is nothing new.",
+    ),
+]
+
+
 class PullQuery(Struct):
     """What to pull."""
 
@@ -69,6 +81,31 @@ class PullQuery(Struct):
         ]
         | UnsetType
     ) = UNSET
+    wait_s: WaitS = 0
+
+
+class PollQuery(Struct):
+    """The session, and how long to wait for its frames. Without `session` a new one begins."""
+
+    session: Annotated[str, Meta(max_length=64, examples=["c0ffee"])] | UnsetType = UNSET
+    wait_s: WaitS = 0
+    device: Device | UnsetType = UNSET
+    moved: Annotated[bool, Meta(description="The client was sent here by a `move`.")] = False
+
+
+class Close(Struct):
+    """The end of a session: the close code that a WebSocket would have got, and the reason."""
+
+    code: int
+    reason: str
+
+
+class Polled(Struct, omit_defaults=True):
+    """The frames that a WebSocket would have got since the last call. With `close` it has ended."""
+
+    session: str
+    frames: Annotated[list[Raw], Meta(extra_json_schema={"items": {"type": "object"}})]
+    close: Close | None = None
 
 
 class PulledMessage(Struct):

@@ -31,6 +31,7 @@ from pokebridge.gateway.handshake import (
     refusal_response,
 )
 from pokebridge.gateway.listener import Listener
+from pokebridge.gateway.polling import PolledSession, PollingHost
 from pokebridge.gateway.sockets import Sockets
 from pokebridge.session import Session, State
 from pokebridge.supervisor import run_once
@@ -76,6 +77,13 @@ class Verifier(Protocol):
         """
 
 
+class Host(ConnectionHost, PollingHost, Protocol):
+    """What sessions of either kind need from the gateway that they belong to."""
+
+    def forget(self, connection: Connection | PolledSession) -> None:
+        """The session is over."""
+
+
 class Entrance:
     """Answers upgrade requests, and renews the tokens of open sessions."""
 
@@ -86,7 +94,7 @@ class Entrance:
         self,
         config: GatewayConfig,
         verifier: Verifier,
-        host: ConnectionHost,
+        host: Host,
         on_admitted: Callable[[Connection, Handshake], None],
     ) -> None:
         """``on_admitted`` is called with each new connection, and answers its handshake."""
@@ -104,9 +112,13 @@ class Entrance:
         self.sockets = Sockets(
             at_most=config.max_sockets,
             at_most_per_address=config.max_connections_per_address,
-            sessions=lambda: self.sessions,
+            sessions=lambda: self.sessions - self.polled,
         )
         """The HTTP connections, of which some become sessions."""
+        self.polled = 0
+        """How many sessions have no socket of their own."""
+        # Those of them that last for several calls, by their ids.
+        self._lasting: dict[str, PolledSession] = {}
         # Verifications that wait for a key.
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -172,6 +184,9 @@ class Entrance:
     def left(self, session: Listener) -> None:
         """A session that was admitted has ended: it no longer counts against the limits."""
         self._admission.leave(session.address)
+        if isinstance(session, PolledSession):
+            self.polled -= 1
+            self._lasting.pop(session.session.id, None)
 
     async def _upgrade_later(
         self, transport: asyncio.Transport, handshake: Handshake, hand_over: Callable[[], None]
@@ -219,16 +234,7 @@ class Entrance:
         identity: Identity,
         hand_over: Callable[[], None],
     ) -> None:
-        now = self._host.now()
-        session = Session(
-            identity.subject,
-            handshake.device,
-            secrets.token_hex(8),
-            expires_at=self._on_the_loops_clock(identity.expires_at),
-            now=now,
-            timing=self._config.timing,
-            ends_at=self._end_of_session(now),
-        )
+        session = self._session(identity, handshake.device)
         counted = self._admission.enter(handshake.address)
         connection = Connection(self._host, transport, session, counted)
         self.handshakes["101"] += 1
@@ -238,11 +244,59 @@ class Entrance:
         connection.begin()
         self._on_admitted(connection, handshake)
 
+    def _session(self, identity: Identity, device: str) -> Session:
+        now = self._host.now()
+        return Session(
+            identity.subject,
+            device,
+            secrets.token_hex(8),
+            expires_at=self._on_the_loops_clock(identity.expires_at),
+            now=now,
+            timing=self._config.timing,
+            ends_at=self._end_of_session(now),
+        )
+
     def _end_of_session(self, now: float) -> float:
         if self._config.max_session_s == inf:
             return inf  # one shared object, which costs no memory per session
         # Sessions that began together must not end together.
         return now + spread(self._config.max_session_s, 0.8, 1.0)
+
+    # --- sessions without a socket ------------------------------------------------------------
+
+    def admit_polled(
+        self, identity: Identity, device: str, address: str, *, lasts: bool
+    ) -> PolledSession:
+        """Admit a session without a socket, as if it came with a handshake.
+
+        Raises:
+            RefusedError: this instance takes no sessions, or no more now.
+        """
+        if not self.serves:
+            raise RefusedError(HTTPStatus.NOT_FOUND, "this instance takes no sessions")
+        self._admission.check_handshake(address, _clock())
+        self._admission.check_session(address)
+        self._admission.pass_handshake(_clock())
+        counted = self._admission.enter(address)
+        self.polled += 1
+        session = self._session(identity, device)
+        polled = PolledSession(self._host, session, counted, identity.expires_at, lasts=lasts)
+        if lasts:
+            self._lasting[session.id] = polled
+        return polled
+
+    def find_polled(self, session_id: str, identity: Identity) -> PolledSession | None:
+        """The session without a socket that has this id, if it is the caller's.
+
+        The caller's token may be a newer one than before.
+        """
+        polled = self._lasting.get(session_id)
+        if polled is None or polled.recipient != identity.subject:
+            return None
+        if identity.expires_at > polled.token_expires_at and polled.is_open:
+            expires_at = self._on_the_loops_clock(identity.expires_at)
+            polled.renew(expires_at, identity.expires_at)
+        return polled
 
     # --- renewed tokens -----------------------------------------------------------------------
 

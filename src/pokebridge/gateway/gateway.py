@@ -20,9 +20,10 @@ from pokebridge.gateway.beacons import FASTEST_S, Beacons
 from pokebridge.gateway.bridge import Bridge
 from pokebridge.gateway.config import GatewayConfig
 from pokebridge.gateway.connection import Connection
-from pokebridge.gateway.entrance import Entrance, Verifier
+from pokebridge.gateway.entrance import Entrance, Identity, Verifier
 from pokebridge.gateway.handshake import Handshake, Network
 from pokebridge.gateway.listener import Listener
+from pokebridge.gateway.polling import PolledSession
 from pokebridge.gateway.recall import Recall
 from pokebridge.gateway.session_map import SessionMap
 from pokebridge.gateway.shard_routing import Reach, ShardRouting
@@ -304,9 +305,25 @@ class Gateway:
     def _open(self, session: Listener, response: bytes = b"") -> None:
         # Sessions that began together, as after a restart, must not be pinged together.
         session.open(spread(self._config.timing.ping_interval_s, 0.5, 1.0), response)
+        if isinstance(session, PolledSession) and not session.lasts:
+            return  # its own call reads the mailbox before it ends
         if self.verification is not None:
             self.verification.add(session)
         self.on_ready(session.recipient, session.device)
+
+    def poll(
+        self, identity: Identity, device: str, address: str, *, lasts: bool, moved: bool
+    ) -> PolledSession:
+        """Begin a session without a socket: for one call, or if it ``lasts`` for several.
+
+        ``moved``: its client was sent here, and is not sent on.
+
+        Raises:
+            RefusedError: this instance takes no sessions, or no more now.
+        """
+        polled = self.entrance.admit_polled(identity, device, address, lasts=lasts)
+        self.add(polled, moved=moved)
+        return polled
 
     def _open_waiting(self) -> None:
         """Send ``ready`` to waiting sessions, at the rate of the pulls that it causes."""
@@ -387,8 +404,8 @@ class Gateway:
         """The client of ``connection`` has sent a new token."""
         self.entrance.renew(connection, token)
 
-    def forget(self, connection: Connection) -> None:
-        """The socket of ``connection`` is closed."""
+    def forget(self, connection: Connection | PolledSession) -> None:
+        """The session of ``connection`` is over."""
         self.wheel.cancel(connection)
         self.remove(connection)
 

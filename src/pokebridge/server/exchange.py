@@ -3,12 +3,13 @@
 uvicorn's own ``RequestResponseCycle`` costs more than our application. :class:`Exchange` takes its
 place. It does the same for an application, so that any ASGI middleware may be around that, but
 
-- it makes an event only if the application waits for a body that is still on its way;
+- it makes a future only if the application waits for something that is still on its way;
 - it writes head and body together when the body has one piece, as all of ours have;
 - it looks for line ends in the head as a whole, where uvicorn matches each name and value.
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import unquote
@@ -36,18 +37,20 @@ class Exchange:
     - ``disconnected``: whether the client has gone away
     - ``response_started``, ``response_complete``: what the application has sent
     - ``on_response``: called when the response is complete
+    - ``awaits_end``: whether the application waits for nothing more than that the client goes away
     - ``_transport``, ``_flow``: of the connection
     - ``_default_headers``: what the server adds to each response
     - ``_waits_for_100``: whether the client waits for a word before it sends the body
     - ``_is_read``: whether the application has received the whole body
-    - ``_arrived``: set when something arrives; made when the application waits for that
+    - ``_arrived``: resolved when something arrives; made when the application waits for that
     - ``_head``: the head of the response, until the first piece of the body is written with it
     - ``_left_bytes``: what the body must still have; ``None`` if it is sent in chunks
     """
 
     __slots__ = (
         *("_arrived", "_default_headers", "_flow", "_head", "_is_read", "_left_bytes"),
-        *("_transport", "_waits_for_100", "body", "disconnected", "keep_alive", "more_body"),
+        *("_transport", "_waits_for_100", "awaits_end", "body", "disconnected", "keep_alive"),
+        "more_body",
         *("on_response", "response_complete", "response_started", "scope"),
     )
 
@@ -68,11 +71,12 @@ class Exchange:
         self.more_body = True
         self.disconnected = self.response_started = self.response_complete = self._is_read = False
         self.on_response = on_response
+        self.awaits_end = False
         self._transport = transport
         self._flow = flow
         self._default_headers = default_headers
         self._waits_for_100 = waits_for_100
-        self._arrived: asyncio.Event | None = None
+        self._arrived: asyncio.Future[None] | None = None
         self._head = b""
         self._left_bytes: int | None = None
 
@@ -97,8 +101,9 @@ class Exchange:
 
     def set(self) -> None:
         """Something has arrived, or nothing will any more."""
-        if self._arrived is not None:
-            self._arrived.set()
+        arrived, self._arrived = self._arrived, None
+        if arrived is not None and not arrived.done():
+            arrived.set_result(None)
 
     async def receive(self) -> Message:
         """ASGI's ``receive``."""
@@ -111,10 +116,9 @@ class Exchange:
                 self._is_read = not self.more_body
                 return {"type": "http.request", "body": body, "more_body": self.more_body}
             self._flow.resume_reading()
-            if self._arrived is None:
-                self._arrived = asyncio.Event()
-            await self._arrived.wait()
-            self._arrived = None
+            self.awaits_end = self._is_read
+            self._arrived = asyncio.get_running_loop().create_future()
+            await self._arrived
         return {"type": "http.disconnect"}
 
     async def send(self, message: Message) -> None:
@@ -188,8 +192,39 @@ def _nothing() -> None:
     pass
 
 
+class Flow(FlowControl):
+    """uvicorn's flow control, without an event for each connection: hardly any answer waits."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self.read_paused = self.write_paused = False
+        self._drained: asyncio.Future[None] | None = None
+
+    async def drain(self) -> None:
+        """Wait until the peer has read. One answer at a time does."""
+        while self.write_paused:
+            self._drained = asyncio.get_running_loop().create_future()
+            await self._drained
+
+    def pause_writing(self) -> None:
+        """The peer does not read."""
+        self.write_paused = True
+
+    def resume_writing(self) -> None:
+        """The peer has read, or is gone."""
+        self.write_paused = False
+        drained, self._drained = self._drained, None
+        if drained is not None and not drained.done():
+            drained.set_result(None)
+
+
 class ExchangeProtocol(HttpToolsProtocol):
     """uvicorn's HTTP protocol, with an :class:`Exchange` for each request."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # A deque takes 0.6 KB, and hardly any client sends a request before the last is answered.
+        self.pipeline: Any = ()
 
     def on_headers_complete(self) -> None:
         """Serve the request."""
@@ -233,6 +268,7 @@ class ExchangeProtocol(HttpToolsProtocol):
             self._start_asgi_task(exchange, self.app)
         else:
             self.flow.pause_reading()
+            self.pipeline = self.pipeline or deque()
             self.pipeline.appendleft((exchange, self.app))
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:

@@ -21,7 +21,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httptools
-from uvicorn.protocols.http.flow_control import FlowControl
 
 from pokebridge.border import note_unforeseen
 from pokebridge.errors import RefusedError
@@ -32,7 +31,7 @@ from pokebridge.gateway.handshake import (
     is_trusted,
     refusal_response,
 )
-from pokebridge.server.exchange import Exchange, ExchangeProtocol
+from pokebridge.server.exchange import Exchange, ExchangeProtocol, Flow
 
 MAX_HEAD_BYTES = 16 * 1024
 """The most bytes of the target, the header fields and the trailer fields of a request together."""
@@ -89,7 +88,7 @@ class HttpProtocol(ExchangeProtocol):
         """Count the connection, and start the deadline of its first request."""
         self.connections.add(self)
         self.transport = transport
-        self.flow = FlowControl(transport)
+        self.flow = Flow(transport)
         # uvicorn asks the transport's socket object, which keeps the answers, 360 bytes, for as
         # long as a WebSocket lives. The transport does not.
         self.server, self.client = _address(transport, "sockname"), _address(transport, "peername")
@@ -128,6 +127,8 @@ class HttpProtocol(ExchangeProtocol):
         """The peer sends nothing more. Returns whether a request is still to be answered."""
         if not self._is_serving or (self._arriving and self._at_last is None):
             return False
+        if self.cycle.awaits_end:  # type: ignore[attr-defined] # an Exchange
+            return False  # a client that is gone would keep a place for as long as its call waits
         self.cycle.keep_alive = False
         return True
 

@@ -18,6 +18,7 @@ from pokebridge.api import app as api
 from pokebridge.api import metrics
 from pokebridge.api.messages import MailboxSide
 from pokebridge.api.pokes import PublishPokes
+from pokebridge.api.waiting import Waiting
 from pokebridge.asgi import ASGIApp
 from pokebridge.border import unforeseen
 from pokebridge.cluster.node import Cluster
@@ -170,6 +171,7 @@ class Instance:
                 operations=api.Operations(
                     not_ready=self._not_ready, registry=registry, requests=parts.requests
                 ),
+                waiting=Waiting(parts.gateway) if "gateway" in parts.roles else None,
                 has_calls="api" in parts.roles,
                 middleware=[] if parts.tracing is None else [parts.tracing.middleware],
                 allowed_origins=parts.allowed_origins,

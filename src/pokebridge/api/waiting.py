@@ -1,0 +1,158 @@
+"""Calls that wait, for clients whose network lets no WebSocket pass.
+
+A call that waits is a session of the gateway, in its limits, its metrics and a drain. Here are the
+call that fetches a session's frames, and what lets a pull wait for something new.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
+from http import HTTPStatus
+from typing import TypeVar
+
+from msgspec import UNSET, Raw
+
+from pokebridge.api import schema
+from pokebridge.api.exchange import Request, Response, Route, json_response, read_query
+from pokebridge.api.openapi import Call
+from pokebridge.errors import (
+    AuthError,
+    ConflictError,
+    ForbiddenError,
+    NotFoundError,
+    PokebridgeError,
+    RefusedError,
+)
+from pokebridge.gateway.gateway import Gateway
+from pokebridge.gateway.handshake import client_address, forwarded_for
+from pokebridge.gateway.polling import PolledSession
+from pokebridge.model import DEFAULT_DEVICE, check_device
+
+PROOF_WITHIN_S = 2.0
+"""How long a pull waits for its recipient's subscription to be proven. Then it answers at once."""
+
+T = TypeVar("T")
+
+_ERRORS: dict[int, type[PokebridgeError]] = {
+    4401: AuthError,
+    4403: ForbiddenError,
+    4409: ConflictError,
+}
+
+
+class Waiting:
+    """Lets calls wait, each as a session of ``gateway``."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    @property
+    def ends_soon(self) -> bool:
+        """Whether this instance is about to stop, so that the caller's next call goes elsewhere."""
+        return self._gateway.draining
+
+    async def read(
+        self,
+        request: Request,
+        wait_s: float,
+        read: Callable[[], Awaitable[T]],
+        is_news: Callable[[T], bool],
+    ) -> T:
+        """What ``read`` returns when that is news, after a poke, or after ``wait_s`` seconds.
+
+        It waits only while the recipient's subscription is proven live. On an instance without
+        sessions it does not wait.
+
+        Raises:
+            RefusedError: nothing is new, and a limit forbids to wait.
+            AuthError: the token has expired, or was revoked meanwhile.
+            ConflictError: newer sessions of the recipient have taken this one's place.
+        """
+        if not self._gateway.entrance.serves:
+            return await read()
+        request.is_waiting = True
+        try:
+            polled = self._begin(request, DEFAULT_DEVICE, lasts=False, moved=True)
+        except RefusedError:
+            found = await read()
+            if is_news(found):
+                return found
+            raise
+        watch = _end_if_gone(request, polled)
+        try:
+            found = await self._read_when_new(polled, wait_s, read, is_news)
+        finally:
+            watch.cancel()
+            polled.abort()
+        if polled.ending is not None and polled.ending.code in _ERRORS:
+            raise _ERRORS[polled.ending.code](polled.ending.reason)
+        return found
+
+    async def _read_when_new(
+        self,
+        polled: PolledSession,
+        wait_s: float,
+        read: Callable[[], Awaitable[T]],
+        is_news: Callable[[T], bool],
+    ) -> T:
+        ends_at = self._gateway.now() + wait_s
+        # The session is in the map by now. What is committed before this read is seen by it, and
+        # what is committed later pokes the session, if the subscription was live already.
+        was_live = polled.is_open
+        found = await read()
+        if not (was_live or is_news(found)):
+            if not polled.is_open:
+                await polled.fetch(min(wait_s, PROOF_WITHIN_S))
+            found = await read()
+        if polled.is_open and not is_news(found):
+            await polled.fetch(ends_at - self._gateway.now())
+            found = await read()
+        return found
+
+    async def fetch(self, request: Request) -> Response:
+        """GET /v1/pokes."""
+        query = read_query(request, schema.PollQuery)
+        request.is_waiting = query.wait_s > 0
+        if query.session is UNSET:
+            device = DEFAULT_DEVICE if query.device is UNSET else check_device(query.device)
+            polled = self._begin(request, device, lasts=True, moved=query.moved)
+        else:
+            found = self._gateway.entrance.find_polled(query.session, request.caller)
+            if found is None:
+                raise NotFoundError("there is no such session here: begin one without `session`")
+            polled = found
+        watch = _end_if_gone(request, polled)
+        try:
+            frames = await polled.fetch(query.wait_s)
+        finally:
+            watch.cancel()
+        close = None if polled.ending is None else schema.Close(*polled.ending)
+        polled_frames = [Raw(frame) for frame in frames]
+        return json_response(schema.Polled(polled.session.id, polled_frames, close))
+
+    def _begin(self, request: Request, device: str, *, lasts: bool, moved: bool) -> PolledSession:
+        scope, gateway = request.scope, self._gateway
+        peer = scope["client"][0] if scope.get("client") else ""
+        address = client_address(peer, forwarded_for(scope["headers"]), gateway.trusted_proxies)
+        return gateway.poll(request.caller, device, address, lasts=lasts, moved=moved)
+
+    def routes(self) -> Iterable[Route]:
+        """The call that fetches frames."""
+        yield Call(
+            "GET",
+            "/v1/pokes",
+            self.fetch,
+            "Wait for pokes without a WebSocket",
+            query=schema.PollQuery,
+            answers={200: schema.Polled},
+            problems=[HTTPStatus.NOT_FOUND, HTTPStatus.TOO_MANY_REQUESTS],
+        )
+
+
+def _end_if_gone(request: Request, polled: PolledSession) -> asyncio.Task[None]:
+    """End the session when the client of this call goes away: nobody will hear the answer."""
+
+    async def watch() -> None:
+        await request.until_gone()
+        polled.abort()
+
+    return asyncio.create_task(watch())
