@@ -23,6 +23,10 @@ from pokebridge.wire import POKE_FRAME, frame_text, move_frame
 log = structlog.get_logger(__name__)
 
 
+# A call waits for at most this share of the time that its token has left.
+_TOKEN_SHARE = 0.75
+
+
 class Ending(NamedTuple):
     """Why a session has ended: a close code of docs/protocol.md, and the reason for people."""
 
@@ -141,7 +145,9 @@ class PolledSession:
         self._read_on()
         if wait_s > 0 and not (self._frames or self._owes_poke or self.is_closed):
             call = self._call = asyncio.get_running_loop().create_future()
-            self._answer_at = self._host.now() + wait_s
+            # Before its token expires, so that the next call brings a new one.
+            left_s = max(0.0, self.token_expires_at - time.time())
+            self._answer_at = self._host.now() + min(wait_s, left_s * _TOKEN_SHARE)
             self._follow()
             await call
             if self._call is not call:
