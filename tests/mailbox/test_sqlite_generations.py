@@ -24,6 +24,15 @@ from pokebridge.testing.mailbox_kit import BOB, fill, head, message, versions
 from tests.support import wait_until
 
 APPENDER = Path(__file__).with_name("appender.py")
+# Runs a script with a log that begins anew every few dozen commits.
+SHORT_LOG = """
+import runpy, sys
+from pokebridge.mailbox import sqlite_checkpoints, sqlite_file
+sqlite_checkpoints.COPY_PAGES = sqlite_checkpoints.COPY_AGAIN_PAGES = 20
+sqlite_file.CHECKPOINT_PAGES = 40
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 # Above the versions of the first generation, below those of a later one.
 GENERATION = 1 << 32
 
@@ -330,14 +339,14 @@ async def test_an_older_copy_under_the_log_of_a_killed_process(path: Path, saved
     await send(path, 10)
     copy_the_file(path.parent, saved)
     process = await asyncio.create_subprocess_exec(
-        sys.executable, APPENDER, path, "urn:user:alice", "0", stdout=PIPE
+        sys.executable, "-c", SHORT_LOG, APPENDER, path, "urn:user:alice", "0", stdout=PIPE
     )
     assert process.stdout is not None
     lines = process.stdout
     side_file = path.with_name("mailbox.db.generation")
 
     async def is_copied() -> bool:
-        """Whether a part of the log has been copied, and that was recorded."""
+        """Whether the log has been copied and begun anew, and that was recorded."""
         await lines.readline()
         return int(side_file.read_text().split()[-1]) > 10
 

@@ -32,6 +32,7 @@ class Checkpointer:
     - ``_changed``: rows that the writer has changed so far
     - ``_copied``: how many they were when the last copy began
     - ``_wait_rows``: how many more begin the next copy
+    - ``_pages``, ``_committed``: the log's length, and what was committed, at the last copy
     - ``_is_due``: wakes the thread
     - ``_closed``: whether it has to end
     """
@@ -41,6 +42,8 @@ class Checkpointer:
         self._changed = 0
         self._copied = 0
         self._wait_rows = COPY_PAGES
+        self._pages = 0
+        self._committed = Held()
         self._is_due = Event()
         self._closed = False
         self._thread = Thread(
@@ -80,9 +83,11 @@ class Checkpointer:
     def _copy(self, db: sqlite3.Connection) -> Held | None:
         """Copy what is committed and no reader needs; nobody waits.
 
-        Returns what the file holds now, or ``None`` when a part could not be copied.
+        Returns what the file holds, flushed, if that is known: when the log has begun anew, which
+        SQLite lets it do once all is copied and flushed, what was committed at the last call.
         """
-        committed = held_by(db)
-        _, pages, copied = db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        before, self._committed = self._committed, held_by(db)
+        _, pages, _ = db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
         self._wait_rows = max(COPY_AGAIN_PAGES, COPY_PAGES - pages)
-        return committed if copied == pages else None
+        has_begun_anew, self._pages = pages < self._pages, pages
+        return before if has_begun_anew else None

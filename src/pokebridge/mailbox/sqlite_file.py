@@ -167,7 +167,7 @@ def _refuse_older(path: Path, side_file: SideFile) -> None:
         if known is not None and held is not None and held < side_file.held:
             raise ConfigError(
                 f"mailbox: {path} is older than {path}-wal: if a backup was put in its place,"
-                f" delete {path}-wal and {path}-shm, and start again"
+                f" delete {path}-wal and {path}-shm, else {path}.generation, and start again"
             )
 
 

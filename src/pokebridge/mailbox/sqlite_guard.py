@@ -96,7 +96,7 @@ class FileGuard:
 
         The next one may make it longer. While that is under way the file says a length that it does
         not have yet, and would look cut if its shorter length were not known. ``held`` is what it
-        holds now, flushed, if that is known.
+        holds, flushed, if that is known.
         """
         self._find_gone()
         if held is not None:
