@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from pokebridge.coordination.base import Document, Member
 from pokebridge.errors import CoordinationError, MailboxError
-from pokebridge.mailbox.base import PAGE_BYTES, MailboxStats
+from pokebridge.mailbox.base import PAGE_BYTES, MailboxStats, RecipientStats
 from pokebridge.mailbox.memory import MemoryMailbox
 from pokebridge.model import Ack, NewMessage, Page, Poke, Receipt
 from simulation.loop import VirtualLoop
@@ -349,6 +349,10 @@ class SimMailbox:
     async def stats(self) -> MailboxStats:
         """See the port."""
         return await self._call(lambda kept: kept.stats())
+
+    async def inspect(self, recipient: str) -> RecipientStats:
+        """See the port."""
+        return await self._call(lambda kept: kept.inspect(recipient))
 
     async def check(self) -> None:
         """See the port."""

@@ -63,6 +63,15 @@ def test_a_beacon_round_trips() -> None:
     assert wire.decode_signal(body) == beacon
 
 
+@pytest.mark.parametrize("sessions", [None, [], [wire.ListedSession("phone", "::1", 5, 17)]])
+def test_a_lookup_round_trips(sessions: list[wire.ListedSession] | None) -> None:
+    """A question and its answers are probes, which earlier releases drop."""
+    lookup = wire.Lookup("1f", "one", "urn:user:bob", sessions)
+    body = wire.encode_lookup(lookup)
+    assert wire.is_probe(body)
+    assert wire.decode_signal(body) == lookup
+
+
 @pytest.mark.parametrize("recipient", ["", "a b", "b\n", "grüße", "x" * 257])
 def test_a_malformed_recipient_spoils_no_batch(recipient: str) -> None:
     """Its poke is one for nobody, which is noise; the others of the signal are taken."""

@@ -31,6 +31,7 @@ _MEMBERS = {
     "/v1/cluster/mode": "mode",
     "/v1/cluster/drain": "instance",
     "/v1/dev/token": "token",
+    "/v1/sessions": "sessions",
 }
 
 
@@ -98,6 +99,12 @@ class ApiClient:
         """PUT ``body`` as JSON and return the JSON of the answer."""
         return self._result(path, await self._send_json("PUT", path, _bearer(token), body))
 
+    async def delete(self, path: str, token: str) -> None:
+        """DELETE. The answer is empty."""
+        response = await self._request("DELETE", path, _bearer(token))
+        if response.status_code != HTTPStatus.NO_CONTENT:
+            self._result(path, response)
+
     async def _send_json(
         self, method: str, path: str, headers: dict[str, str], body: Any
     ) -> httpx.Response:
@@ -126,7 +133,7 @@ class ApiClient:
         if response.is_success:
             with suppress(ValueError, RecursionError):
                 answer = json.loads(response.content)
-            if isinstance(answer, dict) and _MEMBERS[path] in answer:
+            if isinstance(answer, dict) and _member(path) in answer:
                 return answer
         detail = _detail(response)
         if detail is None:
@@ -134,6 +141,10 @@ class ApiClient:
         if status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
             raise AuthError(f"the token was refused ({status}): {detail}")
         raise PokebridgeError(refusal_text(self.url, status, detail))
+
+
+def _member(path: str) -> str:
+    return _MEMBERS["/v1/sessions" if path.startswith("/v1/sessions/") else path]
 
 
 def _detail(response: httpx.Response) -> str | None:

@@ -33,7 +33,7 @@ from pokebridge.asgi import ASGIApp, Receive, Scope, Send
 from pokebridge.errors import SignalError
 from pokebridge.model import NewMessage, Poke, Receipt, Selection
 from pokebridge.transport.base import HasLimit, Receiver, Signal, Subscription, Transport
-from pokebridge.wire import Beacon, Disconnect, Probe, decode_signal
+from pokebridge.wire import Beacon, Disconnect, Lookup, Probe, decode_signal
 
 # Sampled pokes that wait to be published. Beyond this number the oldest is no longer traced.
 MAX_PENDING = 1000
@@ -152,7 +152,7 @@ class Tracing:
             content = decode_signal(body)
         except SignalError:
             return body, []
-        if isinstance(content, Disconnect | Probe | Beacon):
+        if isinstance(content, Disconnect | Probe | Beacon | Lookup):
             return body, []
         spans = {
             poke.recipient: span

@@ -106,6 +106,35 @@ class Beacon(
     """Whether the instance stops, so that no other beacon follows."""
 
 
+class ListedSession(msgspec.Struct, frozen=True):
+    """A session as its instance tells of it.
+
+    - ``device``: the name of its device
+    - ``address``: the client's address, as far as it is known
+    - ``since``: when it began, in Unix seconds
+    - ``told``: the newest version that it was poked for; ``None`` when no poke named one
+    """
+
+    device: str
+    address: str
+    since: int
+    told: int | None = None
+
+
+class Lookup(msgspec.Struct, frozen=True, omit_defaults=True, rename={"sender": "from"}):
+    """A question for the sessions of a recipient, or with ``sessions`` an instance's answer.
+
+    On the wire it is a probe with more in it, as a beacon is: earlier releases drop it.
+    """
+
+    id: Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
+    """The question's own, which answers repeat."""
+    sender: _Name
+    """The instance that asks or answers."""
+    recipient: _Name
+    sessions: Annotated[list[ListedSession], msgspec.Meta(max_length=1000)] | None = None
+
+
 class _Body(msgspec.Struct, gc=False):
     """The fields of all signal bodies together, so that one C call decodes any of them."""
 
@@ -115,6 +144,7 @@ class _Body(msgspec.Struct, gc=False):
     pokes: list[Poke] | None = None
     id: str | None = None
     beacon: Beacon | None = None
+    lookup: Lookup | None = None
     at_ms: int | None = None
     until_ms: int | None = None
     repeated: bool = False
@@ -124,7 +154,7 @@ _decode_body = msgspec.json.Decoder(_Body).decode
 _encode_json = msgspec.json.Encoder().encode
 
 
-def decode_signal(body: bytes) -> Sequence[Poke] | Disconnect | Probe | Beacon:
+def decode_signal(body: bytes) -> Sequence[Poke] | Disconnect | Probe | Beacon | Lookup:
     """Decode a signal's ``body``.
 
     A recipient's form is hardly checked, because in fan-out every instance decodes every poke. A
@@ -150,7 +180,7 @@ def decode_signal(body: bytes) -> Sequence[Poke] | Disconnect | Probe | Beacon:
     if fields.type == "disconnect" and fields.recipient is not None:
         return Disconnect(fields.recipient, fields.at_ms, fields.until_ms, fields.repeated)
     if fields.type == "probe" and fields.id is not None:
-        return fields.beacon or Probe(fields.id)
+        return fields.beacon or fields.lookup or Probe(fields.id)
     raise SignalError(
         f"unknown signal type {fields.type[:32]!r}, or a field of that type is missing"
     )
@@ -201,6 +231,11 @@ def encode_beacon(beacon: Beacon) -> bytes:
     """Return the signal body of ``beacon``."""
     probe_id = f"{beacon.sender}:{beacon.incarnation}:{beacon.number}"
     return _encode_json({"type": "probe", "id": probe_id, "beacon": beacon})
+
+
+def encode_lookup(lookup: Lookup) -> bytes:
+    """Return the signal body of ``lookup``."""
+    return _encode_json({"type": "probe", "id": f"lookup:{lookup.id}", "lookup": lookup})
 
 
 # --- WebSocket messages, server to client -----------------------------------------------------

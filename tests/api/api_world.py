@@ -17,12 +17,14 @@ from pokebridge.cluster.watchers import Watchers
 from pokebridge.coordination.base import Member
 from pokebridge.durations import RequestDurations
 from pokebridge.errors import TransportError
+from pokebridge.gateway.roster import Whereabouts
 from pokebridge.mailbox.base import Mailbox
 from pokebridge.mailbox.devices import KnownDevices
 from pokebridge.mailbox.memory import MemoryMailbox
 from pokebridge.model import Mode, NewMessage, Poke, Receipt
 from pokebridge.sharding import shard_of
 from pokebridge.tokens import TokenVerifier, sign_token
+from pokebridge.wire import ListedSession
 
 SECRET = "0123456789abcdef0123456789abcdef"
 INSTANCE = "instance-a"
@@ -128,6 +130,11 @@ class World:
     async def migrate(self, mode: Mode, *, force: bool) -> None:
         """Note the mode."""
         self.modes.append((mode, force))
+
+    async def whereabouts(self, recipient: str) -> Whereabouts:
+        """Connected here, with one device."""
+        session = ListedSession("phone", "192.0.2.1", 1_700_000_000, 3)
+        return Whereabouts({INSTANCE: [session]}, ["instance-b"])
 
     async def drain(self, instance: str) -> None:
         """Note the instance."""

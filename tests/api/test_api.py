@@ -104,6 +104,7 @@ class TestWhoMayCall:
             ("POST", "/v1/pokes", "poke"),
             ("POST", "/v1/messages", "send"),
             ("DELETE", "/v1/sessions/bob", "admin"),
+            ("GET", "/v1/sessions/bob", "admin"),
             ("GET", "/v1/cluster", "admin"),
             ("PUT", "/v1/cluster/mode", "admin"),
             ("POST", "/v1/cluster/drain", "admin"),

@@ -46,7 +46,7 @@ class Trio:
         )
         subjects = (f"urn:user:operator-{number}" for number in itertools.count())
         elsewhere = next(each for each in subjects if shard_of(each, SHARDS) not in owned)
-        return self.one.token(elsewhere, "admin")
+        return self.one.token(elsewhere, "admin poke")
 
     async def view(self) -> Any:
         """The cluster as the first instance sees it."""

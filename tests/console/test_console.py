@@ -14,6 +14,7 @@ from tests.console.conftest import NAMES, RED_LINE, SHARDS, Complaints, Trio
 from tests.support import wait_until
 from tests.support.browser import axe_violations
 
+OPERATED_ON = "urn:user:operated-on"
 USERS = [f"urn:user:{number}" for number in range(12)]
 # What Chromium says of a refused sign-in; the page shows the reason.
 REFUSED = re.compile(r"Failed to load resource: the server responded with a status of 40[13]")
@@ -147,6 +148,23 @@ async def test_it_is_poked_and_does_not_poll(
     # The rest are the one at the sign-in, and the ones that go with saying that it watches.
     assert asked.count("/v1/cluster") <= 1 + pokes + asked.count("/v1/cluster/watch")
     assert asked.count("/v1/cluster/watch") <= 4
+
+
+async def test_a_recipient_is_looked_up(console: Page, trio: Trio) -> None:
+    """The page tells where somebody is, on whichever instance, and closes their sessions."""
+    section = console.locator(".look-up")
+    async with trio.sessions([OPERATED_ON] * 2):  # on the first and the second instance
+        await section.get_by_label("Recipient", exact=True).fill(OPERATED_ON)
+        await section.get_by_role("button", name="Look up").click()
+        found = section.locator(".found li")
+        await expect(found.filter(has_text="Connected to two")).to_have_count(1)
+        await expect(found.filter(has_text="The newest version is 0")).to_have_count(1)
+        async with console.expect_response("**/v1/pokes") as answer:
+            await section.get_by_role("button", name="Send a test poke").click()
+        assert (await answer.value).status == 202
+    await section.get_by_role("button", name="Disconnect").click()
+    await console.get_by_role("dialog").get_by_role("button", name="Disconnect").click()
+    await expect(found.filter(has_text="is not connected")).to_have_count(1)
 
 
 async def test_an_instance_dies(console: Page, trio: Trio) -> None:

@@ -24,6 +24,8 @@ from pokebridge.cluster.watchers import Watchers
 from pokebridge.errors import NotFoundError, RefusedError
 from pokebridge.forwarded import removed_prefix, requested_host, requested_scheme
 from pokebridge.gateway.handshake import Network, is_trusted
+from pokebridge.gateway.roster import Whereabouts
+from pokebridge.mailbox.base import RecipientStats
 from pokebridge.model import Mode, check_recipient
 from pokebridge.submission import Recipient
 from pokebridge.wire import CONNECT_PATH
@@ -42,6 +44,9 @@ class ClusterControl(Protocol):
     def home_of(self, recipient: str) -> Home:
         """Where to connect for ``recipient``; without a URL: to the host that was asked."""
 
+    async def whereabouts(self, recipient: str) -> Whereabouts:
+        """Where ``recipient`` is connected, and which instances did not say."""
+
     async def migrate(self, mode: Mode, *, force: bool) -> None:
         """Return when the new mode is written. Raises ConflictError when it can't be had now."""
 
@@ -59,12 +64,14 @@ class SessionCalls:
         trusted_proxies: Sequence[Network],
         path_prefix: str,
         revoke: Callable[[str], Awaitable[None]] | None,
+        inspect: Callable[[str], Awaitable[RecipientStats]] | None,
     ) -> None:
         self._cluster = cluster
         self._disconnect = disconnect
         self._trusted_proxies = trusted_proxies
         self._path_prefix = path_prefix
         self._revoke = revoke
+        self._inspect = inspect
 
     async def connect(self, _: Request) -> Response:
         """GET /v1/connect without a WebSocket handshake: the gateway answers those with one."""
@@ -108,6 +115,19 @@ class SessionCalls:
             await self._revoke(recipient)
         return no_content()
 
+    async def sessions(self, request: Request) -> Response:
+        """GET /v1/sessions/{recipient}."""
+        recipient = check_recipient(request.rest)
+        found = await self._cluster.whereabouts(recipient)
+        sessions = [
+            schema.Session(instance, each.device, each.address, each.since * 1000, each.told)
+            for instance, listed in sorted(found.sessions.items())
+            for each in listed
+        ]
+        mailbox = None if self._inspect is None else _mailbox(await self._inspect(recipient))
+        state = schema.RecipientState(recipient, sessions, list(found.silent), mailbox)
+        return json_response(state)
+
     def routes(self) -> Iterable[Route]:
         """These calls."""
         # OpenAPI can't describe a WebSocket.
@@ -118,6 +138,16 @@ class SessionCalls:
             self.connect_info,
             "Where to connect",
             answers={200: schema.ConnectInfo},
+        )
+        yield Call(
+            "GET",
+            "/v1/sessions/{recipient:path}",
+            self.sessions,
+            "Look a recipient up: its sessions, and what is owed to it",
+            scope="admin",
+            path_types={"recipient": Recipient},
+            answers={200: schema.RecipientState},
+            problems=[422],
         )
         yield Call(
             "DELETE",
@@ -236,6 +266,16 @@ def _cluster(status: ClusterStatus) -> schema.Cluster:
         seen_by=status.seen_by,
         events=status.history_count,
         trouble=status.trouble,
+    )
+
+
+def _mailbox(stats: RecipientStats) -> schema.RecipientMailbox:
+    devices = [
+        schema.KnownDevice(name, acked, max(0, stats.head - acked))
+        for name, acked in sorted(stats.devices.items())
+    ]
+    return schema.RecipientMailbox(
+        stats.head, stats.messages, stats.bytes, stats.outbox_since_ms, devices
     )
 
 

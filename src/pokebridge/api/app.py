@@ -120,6 +120,7 @@ def _routes(parts: Parts) -> Iterable[Route]:
             parts.trusted_proxies,
             parts.path_prefix,
             parts.revoke,
+            None if parts.mailbox is None else parts.mailbox.mailbox.inspect,
         ).routes()
         yield from ClusterCalls(parts.cluster, parts.watchers).routes()
     yield from _operations(parts.operations)

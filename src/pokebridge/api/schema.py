@@ -271,6 +271,55 @@ class Events(Struct):
     events: list[Event]
 
 
+class Session(Struct):
+    """An open WebSocket of a recipient."""
+
+    instance: str
+    device: str
+    address: Annotated[
+        str,
+        Meta(description="The client's address; empty when sessions are not limited by address."),
+    ]
+    since_ms: Annotated[int, Meta(description="When it began, as Unix time; whole seconds.")]
+    told: Annotated[
+        int | None,
+        Meta(description="The newest version that it was poked for; null when none was named."),
+    ]
+
+
+class KnownDevice(Struct):
+    """A device that the mailbox knows. `behind` counts the versions that it has not acked."""
+
+    device: str
+    acked: int
+    behind: int
+
+
+class RecipientMailbox(Struct):
+    """What the mailbox keeps for a recipient."""
+
+    head: Annotated[int, Meta(description="The newest version; 0 when there is none.")]
+    messages: int
+    bytes: Annotated[int, Meta(description="Of their bodies.")]
+    poke_owed_since_ms: Annotated[
+        int | None, Meta(description="Since when a poke is owed, as Unix time; null when none is.")
+    ]
+    devices: list[KnownDevice]
+
+
+class RecipientState(Struct):
+    """Where a recipient is connected, and what is owed to it.
+
+    The instances in `unanswered` did not say whether they have sessions of it. `mailbox` is null
+    when the instance has none.
+    """
+
+    recipient: str
+    sessions: list[Session]
+    unanswered: list[str]
+    mailbox: RecipientMailbox | None
+
+
 class Watch(Struct):
     """For how many seconds the caller is poked when there is something new to see."""
 

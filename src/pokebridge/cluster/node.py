@@ -22,6 +22,7 @@ from pokebridge.coordination.base import Coordination, Member
 from pokebridge.durations import RequestDurations
 from pokebridge.errors import ConflictError, CoordinationError, NotFoundError
 from pokebridge.gateway.gateway import Gateway
+from pokebridge.gateway.roster import Whereabouts
 from pokebridge.gateway.shard_routing import Reach
 from pokebridge.model import Mode
 from pokebridge.red_line import WatchRules
@@ -252,6 +253,17 @@ class Cluster:
         ]
 
     # --- what operators and clients ask for -----------------------------------------------------
+
+    async def whereabouts(self, recipient: str) -> Whereabouts:
+        """Where ``recipient`` is connected. All instances are asked.
+
+        An instance without the role ``gateway`` hears no answers, so all others are silent.
+        """
+        me = self._config.instance
+        others = sorted(member for member in self._members() if member != me)
+        if not self._gateway.entrance.serves:
+            return Whereabouts({}, others)
+        return await self._gateway.roster.find(recipient, others)
 
     async def migrate(self, mode: Mode, *, force: bool) -> None:
         """Write ``mode`` into the shard map; the instances change to it afterwards.

@@ -16,7 +16,7 @@ from pokebridge.gateway.listener import Listener
 from pokebridge.gateway.meter import SAMPLE_EVERY, Meter, Traffic
 from pokebridge.gateway.session_map import SessionMap
 from pokebridge.model import Poke
-from pokebridge.wire import MISSED, Beacon, Disconnect, Probe, decode_signal, poke_frame
+from pokebridge.wire import MISSED, Beacon, Disconnect, Lookup, Probe, decode_signal, poke_frame
 
 _WAKE_BATCH = 500  # sessions poked between two turns of the loop
 
@@ -44,6 +44,8 @@ class Bridge:
         self.counters = BridgeCounters()
         self.on_beacon: Callable[[Beacon], None] = lambda _: None
         """Called with each beacon, this instance's own ones included."""
+        self.on_lookup: Callable[[Lookup], None] = lambda _: None
+        """Called with each question for a recipient's sessions, and each answer to one."""
         self.disconnects = Disconnects()
         """The recent disconnects, and the revocations in force."""
         self.on_asked: Callable[[], None] = lambda: None
@@ -85,6 +87,8 @@ class Bridge:
             self.disconnect(content)
         elif isinstance(content, Beacon):
             self.on_beacon(content)
+        elif isinstance(content, Lookup):
+            self.on_lookup(content)
         elif isinstance(content, Probe):
             if content.id.startswith(MISSED):
                 self.on_asked()

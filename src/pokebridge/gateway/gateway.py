@@ -7,9 +7,10 @@ import asyncio
 import contextlib
 import random
 import secrets
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import structlog
 
@@ -25,6 +26,7 @@ from pokebridge.gateway.handshake import Handshake, Network
 from pokebridge.gateway.listener import Listener
 from pokebridge.gateway.polling import PolledSession
 from pokebridge.gateway.recall import Recall
+from pokebridge.gateway.roster import Roster
 from pokebridge.gateway.session_map import SessionMap
 from pokebridge.gateway.shard_routing import Reach, ShardRouting
 from pokebridge.gateway.sockets import Sockets
@@ -33,7 +35,7 @@ from pokebridge.gateway.verification import STEP_S, Heads, Verification
 from pokebridge.gateway.wheel import Wheel
 from pokebridge.placement import Placement, ShardMap
 from pokebridge.sharding import shard_of
-from pokebridge.supervisor import keep_doing, supervise
+from pokebridge.supervisor import keep_doing, run_once, supervise
 from pokebridge.transport.base import Signal, Transport
 from pokebridge.wire import Beacon, encode_beacon
 
@@ -76,11 +78,9 @@ class Gateway:
         )
         """Has the transport deliver the signals for the sessions."""
         self._recall = Recall(transport, self.bridge, config, self._supervise)
-        self.shard_routing = ShardRouting(
-            config.instance,
-            ShardMap(0, config.mode, (None,) * config.shard_count),
-            Placement(config.instance, config.placement),
-        )
+        unowned = ShardMap(0, config.mode, (None,) * config.shard_count)
+        placement = Placement(config.instance, config.placement)
+        self.shard_routing = ShardRouting(config.instance, unowned, placement)
         """Knows where each recipient belongs."""
         self.entrance = Entrance(config, verifier, self, self._admitted)
         """Admits new sessions."""
@@ -90,6 +90,8 @@ class Gateway:
         """The acks that come over the sockets."""
         self.beacons = Beacons(_identity(config))
         """What is heard of other instances."""
+        self.roster = Roster(config.instance, self.sessions, transport, self._do_once)
+        """Tells operators where a recipient is connected."""
         self.wheel = Wheel()
         """The deadlines of all sockets, plain HTTP ones included."""
         self.pulls_per_s = 1000.0
@@ -124,6 +126,7 @@ class Gateway:
             return
         self.beacons.begin(self.now())
         self.bridge.on_beacon = lambda beacon: self.beacons.hear(beacon, self.now())
+        self.bridge.on_lookup = self.roster.hear
         await self.subscriptions.start(self.shard_routing.wanted(self.now()))
         self._supervise("gateway_clock", self._keep_time)
         self._supervise("beacons", self._keep_beacons)
@@ -393,6 +396,10 @@ class Gateway:
 
     def _supervise(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
         self._keep(supervise(name, work))
+
+    def _do_once(self, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Run ``work`` in the background. It is not repeated when it fails."""
+        self._keep(run_once(name, work()))
 
     def _keep(self, task: asyncio.Task[None]) -> None:
         self._tasks.add(task)

@@ -28,7 +28,15 @@ from pokebridge.transport.base import (
     Subscription,
     Transport,
 )
-from pokebridge.wire import Beacon, Disconnect, Probe, decode_signal, encode_probe, is_probe
+from pokebridge.wire import (
+    Beacon,
+    Disconnect,
+    Lookup,
+    Probe,
+    decode_signal,
+    encode_probe,
+    is_probe,
+)
 
 log = structlog.get_logger(__name__)
 
@@ -186,7 +194,7 @@ class SubscriptionManager:
             content = decode_signal(body)
         except SignalError:
             return False
-        if isinstance(content, Probe | Beacon) or not content:
+        if isinstance(content, Probe | Beacon | Lookup) or not content:
             return False
         first = content if isinstance(content, Disconnect) else content[0]
         return tag != str(shard_of(first.recipient, self._shard_count))

@@ -108,6 +108,22 @@ class MailboxStats(NamedTuple):
     dead_pushes: int = 0
 
 
+class RecipientStats(NamedTuple):
+    """One recipient's mailbox.
+
+    - ``head``: the newest version, 0 if there is none
+    - ``messages``, ``bytes``: the messages that are kept, and the size of their bodies
+    - ``outbox_since_ms``: since when a poke is owed, as Unix time; ``None`` when none is
+    - ``devices``: the version up to which each known device has acked
+    """
+
+    head: int
+    messages: int
+    bytes: int
+    outbox_since_ms: int | None
+    devices: Mapping[str, int]
+
+
 class Mailbox(Protocol):
     """A durable log for each recipient.
 
@@ -234,6 +250,9 @@ class Mailbox(Protocol):
 
     async def stats(self) -> MailboxStats:
         """Count everything. This reads the whole store, so it is for people, not for a loop."""
+
+    async def inspect(self, recipient: str) -> RecipientStats:
+        """What is kept for ``recipient``, and what its devices have acked. Costs three look-ups."""
 
     async def check(self) -> None:
         """Return when the store answers and can be written."""

@@ -19,6 +19,7 @@ from pokebridge.mailbox.base import (
     SEEN_EVERY_MS,
     Limits,
     MailboxStats,
+    RecipientStats,
     expiry_ms,
     is_young,
     next_base,
@@ -284,6 +285,13 @@ class MemoryMailbox:
             pushes=pushes,
             dead_pushes=dead_pushes,
         )
+
+    async def inspect(self, recipient: str) -> RecipientStats:
+        """See the port."""
+        self._check_open()
+        log = self._logs.get(recipient) or _Log()
+        _, since_ms = self._outbox.get(recipient, (0, None))
+        return RecipientStats(log.head, len(log.kept), log.kept_bytes, since_ms, dict(log.acked))
 
     async def check(self) -> None:
         """See the port."""

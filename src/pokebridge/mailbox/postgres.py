@@ -23,6 +23,7 @@ from pokebridge.mailbox.base import (
     UNLIMITED,
     Limits,
     MailboxStats,
+    RecipientStats,
     is_utf8,
     page_of,
     ttl_ms,
@@ -77,6 +78,13 @@ JOIN heads USING (recipient) CROSS JOIN LATERAL (
 ) AS page ORDER BY given.n, page.version
 """
 HEADS: Final = "SELECT recipient, head FROM heads WHERE recipient = ANY ($1::text[])"
+INSPECT: Final = """
+SELECT coalesce(head, 0), coalesce(kept_messages, 0), coalesce(kept_bytes, 0),
+    (SELECT since_ms FROM outbox WHERE recipient = $1),
+    ARRAY(SELECT device FROM devices WHERE recipient = $1 ORDER BY device),
+    ARRAY(SELECT acked FROM devices WHERE recipient = $1 ORDER BY device)
+FROM (SELECT $1::text AS wanted) AS asked LEFT JOIN heads ON recipient = wanted
+"""
 SEE_DEVICES: Final = "SELECT see_devices($1, $2, $3, $4)"
 ACK_ALL: Final = "SELECT ack(unnest($1::text[]), unnest($2::text[]), unnest($3::bigint[]), $4, $5)"
 # Concurrent sweepers never claim the same entry, since each skips the rows that another has locked.
@@ -297,6 +305,14 @@ class PostgresMailbox:
     async def clear(self, recipient: str) -> int:
         """See the port."""
         return await self._count_of(CLEAR, recipient)
+
+    async def inspect(self, recipient: str) -> RecipientStats:
+        """See the port."""
+        _check_texts(recipient)
+        rows = await self._pool.run(lambda connection: connection.fetch(INSPECT, recipient))
+        ((head, messages, size_bytes, since_ms, devices, acked),) = rows
+        by_device = dict(zip(devices, acked, strict=True))
+        return RecipientStats(head, messages, size_bytes, since_ms, by_device)
 
     async def begin_generation(self) -> int:
         """See the port."""

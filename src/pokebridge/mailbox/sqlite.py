@@ -24,6 +24,7 @@ from pokebridge.mailbox.base import (
     SEEN_EVERY_MS,
     Limits,
     MailboxStats,
+    RecipientStats,
     expiry_ms,
     is_young,
     page_of,
@@ -193,6 +194,10 @@ class SqliteMailbox:
     async def stats(self) -> MailboxStats:
         """See the port."""
         return await self._reads.do(_stats)
+
+    async def inspect(self, recipient: str) -> RecipientStats:
+        """See the port."""
+        return await self._reads.do(lambda db: _inspect(db, recipient))
 
     async def begin_generation(self) -> int:
         """See the port."""
@@ -443,3 +448,14 @@ def _stats(db: sqlite3.Connection) -> MailboxStats:
     ).fetchone()
     recipients, messages, size_bytes, *rest = row
     return MailboxStats(recipients, int(messages), int(size_bytes), *rest)
+
+
+def _inspect(db: sqlite3.Connection, recipient: str) -> RecipientStats:
+    devices = db.execute("SELECT device, acked FROM devices WHERE recipient = ?", (recipient,))
+    kept = db.execute(
+        "SELECT head, kept_messages, kept_bytes FROM heads WHERE recipient = ?", (recipient,)
+    ).fetchone()
+    owed = db.execute("SELECT since_ms FROM outbox WHERE recipient = ?", (recipient,)).fetchone()
+    since_ms = owed[0] if owed else None
+    head, messages, size_bytes = kept or (0, 0, 0)
+    return RecipientStats(head, messages, size_bytes, since_ms, dict(devices.fetchall()))

@@ -63,6 +63,19 @@ class MailboxContract(OutboxContract, LimitsContract, GenerationsContract, Devic
         assert page.messages == (Message(1, "a", EVE, b'{"n": 1}', int(clock.now_s * 1000)),)
         assert (page.version, page.head, page.more) == (1, 1, False)
 
+    async def test_one_recipient_is_looked_up(self, mailbox: Mailbox, clock: ManualClock) -> None:
+        """An operator sees what is kept, since when a poke is owed, and what each device acked."""
+        assert await mailbox.inspect(EVE) == (0, 0, 0, None, {})
+        await fill(mailbox, 3)
+        await mailbox.see_device(BOB, "phone")
+        await mailbox.ack(BOB, "desk", 2)
+        owed = await mailbox.inspect(BOB)
+        since_ms = int(clock.now_s * 1000)
+        assert owed == (3, 3, 6, since_ms, {"desk": 2, "phone": 0})
+        await mailbox.confirm_outbox([Poke(BOB, 3)])
+        await mailbox.ack(BOB, "phone", 3)
+        assert await mailbox.inspect(BOB) == (3, 1, 2, None, {"desk": 2, "phone": 3})
+
     async def test_versions_are_dense_per_recipient(self, mailbox: Mailbox) -> None:
         """The versions of each recipient are 1, 2, 3, …, whatever others receive in between."""
         for expected in (1, 2, 3):

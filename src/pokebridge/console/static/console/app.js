@@ -7,10 +7,11 @@ import { Figures, loadOf } from "./figures.js";
 import { formatCount, formatDuration, formatRate } from "./format.js";
 import { Instances } from "./instances.js";
 import { Live } from "./live.js";
+import { LookUp } from "./lookup.js";
 import { ShardGrid } from "./shards.js";
 
 const TOKEN_KEY = "pokebridge.admin-token";
-const CONSOLE = { sub: "urn:pokebridge:console", scope: "admin" };
+const CONSOLE = { sub: "urn:pokebridge:console", scope: "admin poke" };
 const STALE_MS = 30_000;
 const MODES = { fanout: "fan-out", partitioned: "partitioned" };
 
@@ -26,6 +27,7 @@ let charts = null;
 const instances = new Instances(find("table"), askToDrain);
 const shards = new ShardGrid(find("section:has(.shards)"));
 const events = new EventLog(find(".events"));
+const lookUp = new LookUp(find(".look-up"), () => live);
 
 // The charts come from a library that some browsers can't run. The rest of the page works without
 // them, and does not wait for them.
@@ -71,6 +73,7 @@ function signOut(why = "") {
   live?.close();
   live = null;
   withdraw();
+  lookUp.clear();
   find(".cluster").hidden = find(".sign-out").hidden = true;
   showSignIn(why);
 }

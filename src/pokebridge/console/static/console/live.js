@@ -87,6 +87,19 @@ export class Live extends EventTarget {
     this.#refresh();
   }
 
+  /** Where `recipient` is connected, and what is owed to it. */
+  lookUp(recipient) {
+    return this.#api.call("GET", `/v1/sessions/${encodeURIComponent(recipient)}`);
+  }
+
+  poke(recipient) {
+    return this.#api.call("POST", "/v1/pokes", { recipient });
+  }
+
+  disconnect(recipient) {
+    return this.#api.call("DELETE", `/v1/sessions/${encodeURIComponent(recipient)}`);
+  }
+
   get #isOpen() {
     return this.#client !== null && ["connecting", "connected"].includes(this.#client.state);
   }

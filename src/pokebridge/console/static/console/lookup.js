@@ -1,0 +1,94 @@
+// One recipient: where it is connected, and what is owed to it.
+
+import { confirm } from "./confirm.js";
+import { formatCount, formatDuration } from "./format.js";
+
+export class LookUp {
+  #root;
+  #live;
+  #recipient = "";
+
+  /** `live()` returns the connection through which the cluster is asked. */
+  constructor(root, live) {
+    this.#root = root;
+    this.#live = live;
+    this.#find("form").addEventListener("submit", (event) => {
+      event.preventDefault();
+      this.#recipient = this.#find("input").value.trim();
+      this.#attempt(() => this.#look());
+    });
+    this.#find(".test-poke").addEventListener("click", () => this.#attempt(() => this.#poke()));
+    this.#find(".disconnect").addEventListener("click", () => this.#askToDisconnect());
+  }
+
+  /** Forget what was found: somebody else may sign in. */
+  clear() {
+    this.#find("input").value = "";
+    this.#find(".found").replaceChildren();
+    this.#find(".error").textContent = "";
+    this.#find(".buttons").hidden = true;
+  }
+
+  #find(selector) {
+    return this.#root.querySelector(selector);
+  }
+
+  async #attempt(act) {
+    this.#find(".error").textContent = "";
+    try {
+      await act();
+    } catch (error) {
+      this.#find(".error").textContent = error.message;
+    }
+  }
+
+  async #look() {
+    this.#show(await this.#live().lookUp(this.#recipient));
+    this.#find(".buttons").hidden = false;
+  }
+
+  async #poke() {
+    await this.#live().poke(this.#recipient);
+    await this.#look();
+  }
+
+  #askToDisconnect() {
+    const recipient = this.#recipient;
+    confirm({
+      title: `Disconnect ${recipient}?`,
+      what: "Every session closes, on every instance. The clients get a new token and come back.",
+      yes: "Disconnect",
+      act: async () => {
+        await this.#live().disconnect(recipient);
+        await this.#attempt(() => this.#look());
+      },
+    });
+  }
+
+  #show({ sessions, unanswered, mailbox }) {
+    const lines = sessions.map((each) => this.#lineOf(each));
+    if (sessions.length === 0) lines.push(`${this.#recipient} is not connected.`);
+    if (unanswered.length > 0) lines.push(`No answer from ${unanswered.join(", ")}: sessions may be missing.`);
+    if (mailbox !== null) lines.push(...this.#linesOf(mailbox));
+    const items = lines.map((line) => Object.assign(document.createElement("li"), { textContent: line }));
+    const list = document.createElement("ul");
+    list.append(...items);
+    this.#find(".found").replaceChildren(list);
+  }
+
+  #lineOf({ instance, device, address, since_ms: sinceMs, told }) {
+    const from = address ? ` from ${address}` : "";
+    const poked = told === null ? "no poke has named a version yet" : `last poked for version ${told}`;
+    return `Connected to ${instance}${from}, device ${device}, for ${ageOf(sinceMs)}; ${poked}.`;
+  }
+
+  *#linesOf({ head, messages, poke_owed_since_ms: owedSinceMs, devices }) {
+    yield `The newest version is ${head}; ${formatCount(messages)} messages are kept.`;
+    if (owedSinceMs !== null) yield `A poke is owed since ${ageOf(owedSinceMs)}.`;
+    for (const { device, acked, behind } of devices) {
+      yield `Device ${device} has acked version ${acked}: ${formatCount(behind)} behind.`;
+    }
+  }
+}
+
+const ageOf = (ms) => formatDuration(Math.max(0, Date.now() - ms) / 1000);
