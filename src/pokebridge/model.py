@@ -4,7 +4,6 @@ A recipient is an opaque string. Only its form is checked here (protocol.md sect
 """
 
 import re
-from dataclasses import dataclass
 from enum import Enum
 from typing import Annotated, Literal, NamedTuple
 
@@ -25,7 +24,7 @@ Version = Annotated[int, msgspec.Meta(ge=1, le=MAX_VERSION)]
 _VISIBLE_ASCII = re.compile(r"[\x21-\x7e]+")
 
 
-class Poke(msgspec.Struct, frozen=True, gc=False):
+class Poke(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """A wake-up: ``recipient`` may lack ``version``, or an unknown version if it is ``None``."""
 
     recipient: str
@@ -68,8 +67,7 @@ def check_device(value: str) -> str:
     return value
 
 
-@dataclass(frozen=True, slots=True)
-class NewMessage:
+class NewMessage(msgspec.Struct, frozen=True, gc=False):
     """A message on its way into a mailbox.
 
     - ``body``: JSON text, stored unchanged
@@ -104,8 +102,7 @@ class Receipt(NamedTuple):
     duplicate: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(msgspec.Struct, frozen=True, gc=False):
     """A committed message. ``sent_at_ms`` is Unix time in milliseconds; ``body`` is JSON text."""
 
     version: int
@@ -115,8 +112,7 @@ class Message:
     sent_at_ms: int
 
 
-@dataclass(frozen=True, slots=True)
-class Page:
+class Page(msgspec.Struct, frozen=True, gc=False):
     """Messages with a version above the cursor, in order.
 
     - ``version``: the next cursor. It is the last version returned, or the head if there is none.

@@ -350,10 +350,13 @@ class _PokeQueue:
         while not (self._versions or self._closed):
             self._changed.clear()
             await self._changed.wait()
-        batch = [Poke(*item) for item in islice(self._versions.items(), limit)]
-        for poke in batch:
-            del self._versions[poke.recipient]
-        return batch
+        if len(self._versions) <= limit:
+            taken, self._versions = self._versions, {}
+        else:
+            taken = dict(islice(self._versions.items(), limit))
+            for recipient in taken:
+                del self._versions[recipient]
+        return [Poke(recipient, version) for recipient, version in taken.items()]
 
     def close(self) -> None:
         """Let the consumer end after it has taken all pokes."""

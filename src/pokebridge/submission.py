@@ -5,7 +5,6 @@ describe the HTTP API in OpenAPI.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Annotated, TypeVar
 
 import msgspec
@@ -100,7 +99,7 @@ def read_queued(body: bytes, delivery_id: str) -> NewMessage:
     """
     queued = decode_json(_decode_queued, body)
     message = new_message(queued, check_recipient(queued.sender), delivery_id)
-    return replace(message, has_idempotency_key=True)
+    return msgspec.structs.replace(message, has_idempotency_key=True)
 
 
 def new_message(request: SendRequest, sender: str, default_id: str) -> NewMessage:

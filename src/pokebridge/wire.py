@@ -188,15 +188,7 @@ def decode_signal(body: bytes) -> Sequence[Poke] | Disconnect | Probe | Beacon |
 
 def encode_pokes(pokes: Sequence[Poke]) -> bytes:
     """Return the signal body for ``pokes`` (at least one), in the short form for a single poke."""
-    if len(pokes) == 1:
-        return _encode_json(_without_none(pokes[0]))
-    return _encode_json({"pokes": [_without_none(poke) for poke in pokes]})
-
-
-def _without_none(poke: Poke) -> dict[str, Any]:
-    if poke.version is None:
-        return {"recipient": poke.recipient}
-    return {"recipient": poke.recipient, "version": poke.version}
+    return _encode_json(pokes[0] if len(pokes) == 1 else {"pokes": pokes})
 
 
 def encode_disconnect(recipient: str, **more: Any) -> bytes:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import islice
 from operator import attrgetter
-from typing import NamedTuple
+
+import msgspec
 
 from pokebridge.errors import MailboxError
 from pokebridge.mailbox.base import (
@@ -30,7 +31,7 @@ from pokebridge.mailbox.pushes import PushTiming
 from pokebridge.model import Ack, Message, NewMessage, Page, Poke, Receipt
 
 
-class _Kept(NamedTuple):
+class _Kept(msgspec.Struct, frozen=True, gc=False):
     message: Message
     expires_ms: int | None
 
