@@ -5,7 +5,7 @@ import os
 import ssl
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,14 +39,15 @@ class Instance(Daemon):
         port: int | None = None,
         *,
         started_at: str = "/readyz",
+        program: Sequence[str] = (str(POKEBRIDGE),),
     ) -> None:
-        """It counts as started when ``started_at`` answers 200."""
+        """It counts as started when ``started_at`` answers 200. ``program`` takes the command."""
         port = port or free_port()
         self._started_at = started_at
         self._args = ["serve", "--host", "127.0.0.1", "--port", str(port), *flags]
         super().__init__(
             name,
-            [str(POKEBRIDGE), *self._args],
+            [*program, *self._args],
             port=port,
             url=f"http://127.0.0.1:{port}",
             directory=directory,
