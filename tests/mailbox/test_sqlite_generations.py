@@ -334,6 +334,29 @@ async def test_an_older_copy_over_the_file_after_a_checkpoint(path: Path, saved:
     await mailbox.close()
 
 
+async def test_a_vacuumed_copy_over_the_file_in_use(path: Path, saved: Path) -> None:
+    """It has the same content in other places, which would spoil the file: it is refused."""
+    await send(path, 50)
+    mailbox = await SqliteMailbox.open(path)
+    await fill(mailbox, 10)
+    await asyncio.to_thread(change, path, f"VACUUM INTO '{saved / 'mailbox.db'}'")
+    await fill(mailbox, 10)
+    with path.open("r+b") as file:
+        file.write((saved / "mailbox.db").read_bytes())
+
+    async def is_refused() -> bool:
+        try:
+            await mailbox.append(message())
+        except MailboxError as error:
+            return "replaced by an older copy" in str(error)
+        return False
+
+    await wait_until(is_refused)
+    await mailbox.close()
+    copy_the_file(saved, path.parent)
+    assert await send(path, 1) > GENERATION
+
+
 async def test_an_older_copy_under_the_log_of_a_killed_process(path: Path, saved: Path) -> None:
     """It and the log do not fit: a start says what to delete, and then a generation begins."""
     await send(path, 10)
@@ -348,7 +371,7 @@ async def test_an_older_copy_under_the_log_of_a_killed_process(path: Path, saved
     async def is_copied() -> bool:
         """Whether the log has been copied and begun anew, and that was recorded."""
         await lines.readline()
-        return int(side_file.read_text().split()[-1]) > 10
+        return int(side_file.read_text().split()[-2]) > 10
 
     await wait_until(is_copied, 60)
     process.kill()
@@ -362,6 +385,24 @@ async def test_an_older_copy_under_the_log_of_a_killed_process(path: Path, saved
     await fill(mailbox, 1)
     assert await head(mailbox, BOB) > GENERATION
     await mailbox.close()
+
+
+async def test_a_vacuumed_copy_under_the_log_of_a_killed_process(path: Path, saved: Path) -> None:
+    """It holds more than the file did without the log, and does not fit to it either."""
+    await send(path, 50)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, APPENDER, path, "urn:user:alice", "0", stdout=PIPE
+    )
+    assert process.stdout is not None
+    await process.stdout.readline()
+    await asyncio.to_thread(change, path, f"VACUUM INTO '{saved / 'mailbox.db'}'")
+    for _ in range(50):
+        await process.stdout.readline()
+    process.kill()
+    await process.communicate()
+    copy_the_file(saved, path.parent)
+    with pytest.raises(ConfigError, match=r"delete .*mailbox\.db-wal"):
+        await SqliteMailbox.open(path)
 
 
 async def test_a_link_that_leads_elsewhere(path: Path) -> None:

@@ -164,7 +164,9 @@ def _refuse_older(path: Path, side_file: SideFile) -> None:
             return
         known, _ = side_file.read()
         held = generation.held_in(real)
-        if known is not None and held is not None and held < side_file.held:
+        if known is None or held is None:
+            return
+        if held.is_older(side_file.held) or held.is_rewritten(known):
             raise ConfigError(
                 f"mailbox: {path} is older than {path}-wal: if a backup was put in its place,"
                 f" delete {path}-wal and {path}-shm, else {path}.generation, and start again"

@@ -7,7 +7,8 @@ another lineage. When FILE.generation is missing, or was itself copied or restor
 about FILE, and a generation too many does no harm.
 
 FILE itself lags behind, since commits go to FILE-wal first. What it holds without FILE-wal only
-grows, so an older copy that was written over it is noticed as well.
+grows, so an older copy that was written over it is noticed as well. A copy that ``VACUUM INTO`` has
+made may hold more than FILE does, in other places. It has a schema version that FILE never had.
 """
 
 import fcntl
@@ -41,10 +42,11 @@ WRITE_ATTEMPTS: Final = 20
 
 
 class State(NamedTuple):
-    """The mailbox's ``lineage``, and how many messages were ``appended``."""
+    """The mailbox's ``lineage``, how many messages were ``appended``, and SQLite's ``schema``."""
 
     lineage: str
     appended: int
+    schema: int
 
 
 class Held(NamedTuple):
@@ -52,6 +54,15 @@ class Held(NamedTuple):
 
     base: int = 0
     appended: int = 0
+    schema: int = 0
+
+    def is_older(self, known: "Held") -> bool:
+        """Whether an older copy was written over a file that held what is ``known``."""
+        return self[:2] < known[:2]
+
+    def is_rewritten(self, known: State) -> bool:
+        """Whether it lacks messages, and yet has a schema that is newer than the ``known`` one."""
+        return self.schema > known.schema and self.appended < known.appended
 
 
 class _Record(NamedTuple):
@@ -61,22 +72,27 @@ class _Record(NamedTuple):
 
 def held_by(db: sqlite3.Connection) -> Held:
     """What FILE holds once all that ``db`` sees is copied into it."""
-    return Held(*db.execute("SELECT base, appended FROM generation").fetchone())
+    base, appended = db.execute("SELECT base, appended FROM generation").fetchone()
+    return Held(int(base), int(appended), _schema_of(db))
 
 
 def held_in(path: Path) -> Held | None:
     """What the file at ``path`` holds, without its log. ``None`` when that can't be read now."""
     try:
         with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro&immutable=1", uri=True)) as db:
-            base, appended = held_by(db)
-            return Held(int(base), int(appended))
+            return held_by(db)
     except (sqlite3.Error, TypeError, ValueError):  # no such table yet, or it is being written
         return None
 
 
 def state_of(db: sqlite3.Connection) -> State:
     """What the mailbox says of itself."""
-    return State(*db.execute("SELECT lineage, appended FROM generation").fetchone())
+    lineage, appended = db.execute("SELECT lineage, appended FROM generation").fetchone()
+    return State(lineage, appended, _schema_of(db))
+
+
+def _schema_of(db: sqlite3.Connection) -> int:
+    return int(db.execute("PRAGMA schema_version").fetchone()[0])
 
 
 def base_of(db: sqlite3.Connection) -> int:
@@ -130,6 +146,11 @@ class SideFile:
         self._path = mailbox.with_name(f"{mailbox.name}.generation")
         self._written: _Record | None = None
 
+    @property
+    def state(self) -> State | None:
+        """The last state that this process has recorded."""
+        return self._written and self._written.state
+
     def read(self) -> tuple[State | None, bool]:
         """The state, ``None`` when it can't be trusted; and whether the file exists."""
         try:
@@ -181,19 +202,20 @@ def _locked(file: int, kind: int) -> Iterator[int]:
 
 def _read(file: int, *, check_time: bool) -> _Record | None:
     try:
-        lineage, appended, at_ns, *held = os.pread(file, 200, 0).decode().split()
-        record = _Record(State(lineage, int(appended)), Held(*map(int, held)))
-        recorded_ns = int(at_ns)
+        lineage, *numbers = os.pread(file, 200, 0).decode().split()
+        appended, recorded_ns, schema, *held = map(int, numbers)
+        record = _Record(State(lineage, appended, schema), Held(*held))
     except (ValueError, TypeError):
         return None
     return None if check_time and not _is_from(file, recorded_ns) else record
 
 
 def _write(file: int, record: _Record) -> None:
-    (lineage, appended), (base, held) = record
+    (lineage, appended, schema), held = record
+    rest = " ".join(f"{number:020}" for number in (schema, *held))
     for _ in range(WRITE_ATTEMPTS):  # a busy machine may pause between the clock and the write
         now_ns = time.time_ns()
-        line = f"{lineage} {appended:020} {now_ns:020} {base:020} {held:020}\n"
+        line = f"{lineage} {appended:020} {now_ns:020} {rest}\n"
         os.pwrite(file, line.encode(), 0)
         if _is_from(file, now_ns):
             return

@@ -2,6 +2,7 @@
 
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
@@ -19,6 +20,8 @@ SUFFIXES: Final = ("", "-wal", "-shm")
 _DAMAGED: Final = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 # What is now at the path is another file.
 _OTHER_FILE: Final = {"deleted", "replaced"}
+# A file that has not changed for so long is not being written.
+SETTLED_NS: Final = 1_000_000_000
 _UNWRITABLE: Final = {
     sqlite3.SQLITE_CANTOPEN,
     sqlite3.SQLITE_FULL,
@@ -145,10 +148,16 @@ class FileGuard:
             (was_bytes, _), self._seen = self._seen, found
             if found[0] < was_bytes and not _is_whole(self._real, found[0]):
                 return "cut"
-            held = held_in(self._real)
-            if held is not None and held < self._held:
+            if (held := held_in(self._real)) is None:
+                return None
+            known = self._side_file.state
+            is_rewritten = known is not None and held.is_rewritten(known)
+            if is_rewritten and time.time_ns() - found[1] < SETTLED_NS:
+                self._seen = (found[0], 0)  # SQLite may be copying its log into it: look again
+                return None
+            if is_rewritten or held.is_older(self._held):
                 return "replaced by an older copy"
-            self._held = held or self._held
+            self._held = held
             return None
 
     def _note_damage(self, outcomes: Sequence[Outcome]) -> None:
