@@ -1,6 +1,7 @@
 """The recipes for nginx and HAProxy, in front of three real instances on a real engine."""
 
 import asyncio
+import itertools
 import json
 import os
 import ssl
@@ -88,6 +89,21 @@ class Front:
         """The instance that a new session of ``recipient`` comes to."""
         async with self.connect(recipient, prefix) as session:
             return await ready(session)
+
+    async def settle(self, owner_of: Mapping[int, str] | None = None) -> None:
+        """Wait until the proxy leads to each instance; a check that met a busy one says no.
+
+        In partitioned mode ``owner_of`` says who has which shard.
+        """
+        shards = {} if owner_of is None else owner_of
+
+        async def leads_to(name: str) -> bool:
+            names = (f"urn:user:settler-{number}" for number in itertools.count())
+            own = next(each for each in names if shards.get(shard_of(each, 100), name) == name)
+            return await self.landed(own, f"/i/{name}") == name
+
+        for name in NAMES:
+            await wait_until(partial(leads_to, name), TIMEOUT_S, f"the proxy leading to {name}")
 
     def http(self, sub: str, scope: str = "") -> httpx.AsyncClient:
         """An HTTP client that goes through the proxy."""
@@ -302,20 +318,20 @@ async def test_a_token_may_come_in_each_of_its_ways(run: Run, site: Site, recipe
 async def test_a_message_wakes_sessions_on_every_instance(run: Run, site: Site) -> None:
     """Sessions are spread over the instances; each hears the poke, and what it pulls is there."""
     front = run(site, "fanout")
-    seen = Seen()
+    recipient, seen = f"urn:user:everywhere-{front.proxy.name}", Seen()
     async with (
         asyncio.timeout(TIMEOUT_S),
         AsyncExitStack() as stack,
-        front.http(BOB, "send") as http,
-        front.client(BOB, seen) as client,
+        front.http(recipient, "send") as http,
+        front.client(recipient, seen) as client,
     ):
         sessions: list[ClientConnection] = []
         landed: set[str] = set()
         while landed != set(NAMES):  # nginx draws lots
-            sessions.append(await stack.enter_async_context(front.connect(BOB)))
+            sessions.append(await stack.enter_async_context(front.connect(recipient)))
             landed.add(await ready(sessions[-1]))
         await client.wait_ready(TIMEOUT_S)
-        await send(http, BOB, "hello")
+        await send(http, recipient, "hello")
         for session in sessions:
             assert json.loads(await session.recv())["type"] == "poke"
         await wait_until(lambda: seen.bodies == ["hello"], what="the message being pulled")
@@ -522,6 +538,7 @@ async def test_connect_infos_url_leads_to_that_instance(run: Run, site: Site) ->
     """
     front = run(site, "partitioned")
     async with asyncio.timeout(TIMEOUT_S), front.http(BOB) as through_proxy:
+        await front.settle()
         for name, instance in zip(NAMES, site.instances, strict=True):
             async with instance.async_http(BOB) as http:
                 url = (await http.get("/v1/connect-info")).json()["url"]
@@ -583,6 +600,7 @@ async def test_in_partitioned_mode_a_client_is_led_to_its_owner(
         AsyncExitStack() as stack,
         front.http(BOB, "send") as http,
     ):
+        await front.settle(owner_of)
         for recipient, its in seen.items():
             await stack.enter_async_context(front.client(recipient, its))
             home = owner_of[shard_of(recipient, 100)]
@@ -611,6 +629,7 @@ async def test_haproxy_finds_the_owner_by_itself(
     await asyncio.to_thread(subprocess.run, [*script, *paths], env=env, check=True)
     homes = set()
     async with asyncio.timeout(TIMEOUT_S):
+        await front.settle(owners(partitioned_site))
         for number in range(6):
             token = front.token(recipient := f"urn:user:{number}")
             protocols = [Subprotocol("pokebridge.v1"), Subprotocol(f"bearer.{token}")]

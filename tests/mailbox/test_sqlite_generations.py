@@ -8,7 +8,7 @@ import sqlite3
 import stat
 import sys
 import time
-from asyncio.subprocess import PIPE
+from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -24,6 +24,7 @@ from pokebridge.testing.mailbox_kit import BOB, fill, head, message, versions
 from tests.support import wait_until
 
 APPENDER = Path(__file__).with_name("appender.py")
+OPENER = Path(__file__).with_name("opener.py")
 # Runs a script with a log that begins anew every few dozen commits.
 SHORT_LOG = """
 import runpy, sys
@@ -432,6 +433,26 @@ async def test_many_open_a_new_file_at_once(path: Path) -> None:
     outputs = [await process.communicate() for process in processes]
     given = sorted(int(line) for output, _ in outputs for line in output.split())
     assert given == list(range(1, 21))
+
+
+async def test_processes_open_a_new_file_at_the_same_time(path: Path) -> None:
+    """None is told that it is locked, as SQLite says where two could wait for each other."""
+    processes = [
+        await asyncio.create_subprocess_exec(sys.executable, OPENER, stdin=PIPE, stdout=PIPE)
+        for _ in range(6)
+    ]
+
+    async def open_one(process: Process, number: int) -> bytes:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(f"{path.with_name(str(number))}\n".encode())
+        return await process.stdout.readline()
+
+    for number in range(10):
+        answers = await asyncio.gather(*(open_one(process, number) for process in processes))
+        assert set(answers) == {b"opened\n"}
+    for process in processes:
+        await process.communicate(b"")
 
 
 async def test_a_file_that_goes_during_a_commit(path: Path) -> None:

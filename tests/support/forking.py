@@ -4,6 +4,7 @@ Each is the whole command in a process of its own, but for the imports, which ar
 start costs.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -88,6 +89,10 @@ def run_forked(args: Sequence[str], env: Mapping[str, str], timeout_s: float = 6
         command = ForkedCommand(args, env=env, cwd=directory, stdout=out, stderr=err)
         try:
             status = command.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            command.send_signal(signal.SIGABRT)  # faulthandler tells where it hangs
+            command.wait(timeout_s)
+            raise AssertionError(f"{out.read_text()}{err.read_text()}") from None
         finally:
             command.send_signal(signal.SIGKILL)
         return Completed(args, status, out.read_text(), err.read_text())
@@ -102,4 +107,5 @@ def _run(
     for path, stream in ((stdout, sys.stdout), (stderr, sys.stderr)):
         with path.open("ab") as lines:
             os.dup2(lines.fileno(), stream.fileno())
+    faulthandler.enable()
     main(args)

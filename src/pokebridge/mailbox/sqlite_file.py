@@ -4,12 +4,14 @@ import os
 import sqlite3
 import stat
 import threading
+import time
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Final
 
 import structlog
 
+from pokebridge.backoff import spread
 from pokebridge.errors import ConfigError, MailboxError
 from pokebridge.mailbox import sqlite_generation as generation
 from pokebridge.mailbox.sqlite_checkpoints import CHECKPOINT_PAGES
@@ -123,33 +125,40 @@ def open_file(path: Path, now_s: float) -> tuple[list[sqlite3.Connection], FileG
 
     Returns the connections of the writer, the checkpointer and the readers, and the file's guard.
     """
-    try:
-        path = path.absolute()  # so that ":memory:" is a file like any other
-        if not path.parent.is_dir():
-            raise ConfigError(f"mailbox: the directory {path.parent} does not exist: create it")
-        _create(path)
-        side_file = SideFile(path.resolve())
-        _refuse_older(path, side_file)
-        with ExitStack() as on_error:
-            connections = [
-                on_error.enter_context(closing(_connect(path))) for _ in range(2 + READERS)
-            ]
-            _bring_up_to_date(connections[0], path, side_file, now_s)
-            connections[0].execute(
-                "PRAGMA busy_timeout = 0"
-            )  # the worker pool waits for locks itself
-            for connection in connections:
-                connection.execute("SELECT 1 FROM heads").fetchone()  # opens SQLite's log as well
-            _close_to_others(path.resolve())
-            guard = FileGuard(path, side_file)
-            on_error.pop_all()
-            return connections, guard
-    except sqlite3.Error as error:
-        if result_code(error) in _UNUSABLE:
-            raise ConfigError(f"mailbox: {path} can't be used: {error}") from error
-        raise MailboxError(f"the mailbox {path} can't be opened now: {error}") from error
-    except OSError as error:
-        raise ConfigError(f"mailbox: {path} can't be used: {error.strerror}") from error
+    deadline_s = time.monotonic() + LOCK_TIMEOUT_S
+    while True:
+        try:
+            path = path.absolute()  # so that ":memory:" is a file like any other
+            return _open(path, now_s)
+        except sqlite3.Error as error:
+            code = result_code(error)
+            if code in _UNUSABLE:
+                raise ConfigError(f"mailbox: {path} can't be used: {error}") from error
+            if code != sqlite3.SQLITE_BUSY or time.monotonic() > deadline_s:
+                raise MailboxError(f"the mailbox {path} can't be opened now: {error}") from error
+        except OSError as error:
+            raise ConfigError(f"mailbox: {path} can't be used: {error.strerror}") from error
+        # SQLite waits for no lock where two that wait could wait for each other: another process
+        # opens the file just now.
+        time.sleep(spread(0.02, 0.25, 1.5))
+
+
+def _open(path: Path, now_s: float) -> tuple[list[sqlite3.Connection], FileGuard]:
+    if not path.parent.is_dir():
+        raise ConfigError(f"mailbox: the directory {path.parent} does not exist: create it")
+    _create(path)
+    side_file = SideFile(path.resolve())
+    _refuse_older(path, side_file)
+    with ExitStack() as on_error:
+        connections = [on_error.enter_context(closing(_connect(path))) for _ in range(2 + READERS)]
+        _bring_up_to_date(connections[0], path, side_file, now_s)
+        connections[0].execute("PRAGMA busy_timeout = 0")  # the worker pool waits by itself
+        for connection in connections:
+            connection.execute("SELECT 1 FROM heads").fetchone()  # opens SQLite's log as well
+        _close_to_others(path.resolve())
+        guard = FileGuard(path, side_file)
+        on_error.pop_all()
+        return connections, guard
 
 
 def _refuse_older(path: Path, side_file: SideFile) -> None:
