@@ -11,7 +11,7 @@ from pokebridge.mailbox.sqlite import SqliteMailbox
 from pokebridge.model import Poke
 from pokebridge.telemetry import Metric
 from pokebridge.testing.mailbox_kit import BOB, message
-from tests.support import Instance, Serve, wait_until
+from tests.support import Daemon, Instance, Serve, wait_until
 from tests.support.engines import run_configured_nats
 
 
@@ -85,3 +85,29 @@ async def test_a_poke_that_can_not_be_published_is_made_up_for(
             assert "max_payload" in refused.json()["detail"]
             assert (await http.post("/v1/pokes", json={"recipient": other})).status_code == 202
         assert await _count(instance, Metric.POKES_UNPUBLISHABLE) == 1
+
+
+async def test_a_message_is_pulled_while_the_engine_is_away(
+    serve: Serve, own_nats_server: Daemon, tmp_path: Path
+) -> None:
+    """Nothing can be published, and a connected client pulls all the same."""
+    mailbox = f"sqlite:///{tmp_path}/mailbox.db"
+    instance = await asyncio.to_thread(
+        serve, transport=own_nats_server.url, mailbox=mailbox, verify_every_s=1
+    )
+    received: list[str] = []
+
+    async def take(messages: Sequence[ReceivedMessage]) -> None:
+        received.extend(each.id for each in messages)
+
+    async with (
+        instance.async_http("urn:backend", "send") as http,
+        PokeClient(instance.url, instance.token(BOB), take) as client,
+    ):
+        await client.wait_ready()
+        await asyncio.to_thread(own_nats_server.kill)
+        for number in range(3):
+            message = {"recipient": BOB, "body": number, "id": f"{number}"}
+            (await http.post("/v1/messages", json=message)).raise_for_status()
+            await wait_until(partial(_has_all, received, number + 1), 60)
+    assert not own_nats_server.is_running()
