@@ -23,6 +23,7 @@ from pokebridge.settings import load_settings
 from tests.docs.blocks import ROOT, Block, Command, all_blocks, blocks, commands, pages
 from tests.support import Serve, block_until
 from tests.support.daemon import Daemon
+from tests.support.serving import JWT_SECRET
 
 # Each is checked here or in tests/js; "" shows what a terminal prints, "calc" is an arithmetic.
 LANGUAGES = {
@@ -130,6 +131,7 @@ def test_programs_run(serve: Serve, nats_server: Daemon, tmp_path: Path) -> None
         source, printed = tmp_path / f"program_{number}.py", tmp_path / f"{number}.txt"
         source.write_text(text.replace("nats://127.0.0.1:4222", nats_server.url))
         environ = os.environ | {
+            "POKEBRIDGE_JWT_SECRET": JWT_SECRET,
             "POKEBRIDGE_TOKEN": instance.token(recipient, "send poke admin"),
             "OTEL_TRACES_SAMPLER": "always_off",  # no collector runs
         }
