@@ -7,6 +7,7 @@ from pokebridge.client.driver import Driver
 from pokebridge.client.events import (
     AnyEvent,
     Closed,
+    Connect,
     Opened,
     Pulled,
     PullFailed,
@@ -163,8 +164,9 @@ class SimClient(Driver):
 
     # --- the socket -------------------------------------------------------------------------------
 
-    def _connect(self, url: str, *, moved: bool) -> None:
+    def _connect(self, action: Connect) -> None:
         self._disconnect()
+        url, moved = action.url, action.moved
         instance = self._route(url, self)
         if instance is not None and instance.vanished:
             return  # nobody answers: the core has a deadline

@@ -8,8 +8,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from pokebridge.client.core import ClientCore, Policy
+from pokebridge.client.core import ClientCore
 from pokebridge.client.events import Opened, Start, Text, Token
+from pokebridge.client.policy import Policy
 from pokebridge.errors import FrameError
 from pokebridge.framing import Opcode
 from pokebridge.session import Session, Timing

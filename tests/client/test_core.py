@@ -7,7 +7,7 @@ from math import inf
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pokebridge.client.core import MAX_ASKED_DELAY_S, ClientCore, Policy
+from pokebridge.client.core import ClientCore
 from pokebridge.client.events import (
     AnyAction,
     AnyEvent,
@@ -30,6 +30,8 @@ from pokebridge.client.events import (
     TokenFailed,
     Wake,
 )
+from pokebridge.client.frames import MAX_ASKED_DELAY_S
+from pokebridge.client.policy import Policy
 
 URL = "wss://bridge.example/v1/connect"
 # The longest that anything can be put off once everything works: what the server asked for last,

@@ -12,7 +12,9 @@
 // that was lost with its socket is repeated.
 
 import type { Action, Event } from "./events.js";
+import { Transports, YOUNG_S, type Transport } from "./transports.js";
 
+const CLOSE_ABNORMAL = 1006; // RFC 6455, section 7.4.1: no close frame came
 const CLOSE_OVERLOAD = 1013;
 const CLOSE_MOVED = 4307;
 const CLOSE_TOKEN = 4401;
@@ -58,6 +60,9 @@ export interface Policy {
   idle_pull_s: number;
   /** The shortest time between two acks over the socket, which count against the limit of frames. */
   ack_every_s: number;
+  /** Where no WebSocket gets through: from one try to the next, growing up to the cap. */
+  try_base_s: number;
+  try_cap_s: number;
 }
 
 const DEFAULTS: Policy = {
@@ -74,6 +79,8 @@ const DEFAULTS: Policy = {
   poll_every_s: 30,
   idle_pull_s: 750,
   ack_every_s: 0.25,
+  try_base_s: 10,
+  try_cap_s: 1800,
 };
 
 /** The message in `text`; an empty one when it is not a JSON object. */
@@ -147,8 +154,15 @@ export class Core {
   readonly #url: string;
   readonly #policy: Policy;
   readonly #pulls: Pulls;
+  readonly #transports: Transports;
 
   #socket: "down" | "connecting" | "ready" = "down";
+  /** The handshake is done. */
+  #isOpen = false;
+  /** The socket is polled. */
+  #polls = false;
+  /** When the WebSocket that is being tried is given up. */
+  #tryUntil = Infinity;
   #failures = 0;
   #connectAt = Infinity;
   #giveUpAt = Infinity;
@@ -181,6 +195,7 @@ export class Core {
   // Tokens are numbered. These are the newest, the socket's, and the running pull's.
   #token = 0;
   #socketToken = 0;
+  #tryToken = 0;
   #pullToken = 0;
 
   // The event that is being handled: its time, its random number, and the actions so far.
@@ -191,11 +206,18 @@ export class Core {
   /**
    * @param url the WebSocket address, `wss://…/v1/connect`
    * @param cursor the version up to which everything is handled already
+   * @param transport by what it connects
    */
-  constructor(url: string, cursor = 0, policy: Partial<Policy> = {}) {
+  constructor(
+    url: string,
+    cursor = 0,
+    policy: Partial<Policy> = {},
+    transport: Transport = "websocket",
+  ) {
     this.#url = url;
     this.#pulls = new Pulls(cursor);
     this.#policy = { ...DEFAULTS, ...policy };
+    this.#transports = new Transports(transport, this.#policy.try_base_s, this.#policy.try_cap_s);
   }
 
   /** The version up to which everything is handled. */
@@ -206,6 +228,11 @@ export class Core {
   /** Whether a socket is open and has said `ready`. */
   get ready(): boolean {
     return this.#socket === "ready";
+  }
+
+  /** Whether frames are polled over HTTP, because no WebSocket gets through. */
+  get polls(): boolean {
+    return this.#polls && this.#socket !== "down";
   }
 
   /** Whether the socket takes acks, so that a pull leaves its ack to it. */
@@ -227,6 +254,7 @@ export class Core {
       this.#pongBy,
       this.#pollAt,
       this.#ackAt,
+      this.#nextTry(),
       this.#fetching ? Infinity : this.#fetchAt,
       this.#hasToken ? Math.min(this.#connectAt, this.#pulls.dueAt) : Infinity,
     );
@@ -255,6 +283,10 @@ export class Core {
       case "refused":
         if (this.#socket !== "down") this.#onSocket(event);
         break;
+      case "upgraded":
+      case "try_failed":
+        this.#onTry(event);
+        break;
       case "token":
         this.#onToken();
         break;
@@ -282,6 +314,9 @@ export class Core {
   #doWhatIsDue(): void {
     const now = this.#now;
     if (Math.min(this.#giveUpAt, this.#pongBy) <= now) {
+      // Something between may hold back its frames. The longer it took the more it counts.
+      const givesUp = this.#giveUpAt <= now;
+      this.#judgeFailure(1 + Number(givesUp) + Number(givesUp && this.#isOpen), true);
       this.#actions.push({ type: "disconnect" });
       this.#loseSocket();
       this.#reconnectLater();
@@ -290,6 +325,7 @@ export class Core {
       this.#pingAt = Infinity;
       this.#pongBy = now + this.#policy.pong_within_s;
     }
+    if (this.#nextTry() <= now) this.#tryOrAbandon();
     if (this.#ackAt <= now) {
       this.#actions.push({ type: "ack", version: this.cursor });
       this.#acked = this.cursor;
@@ -318,6 +354,8 @@ export class Core {
   #onSocket(event: Event & { type: "opened" | "text" | "closed" | "refused" }): void {
     switch (event.type) {
       case "opened":
+        this.#isOpen = true;
+        if (!this.#polls) this.#transports.opened();
         this.#giveUpAt = this.#now + this.#policy.ready_within_s;
         break;
       case "text":
@@ -336,6 +374,7 @@ export class Core {
         } else if (event.status === 403) {
           this.#onClosed(CLOSE_FORBIDDEN);
         } else {
+          if (this.#polls) this.#judgeFailure();
           this.#loseSocket();
           this.#reconnectLater(asked(event.retry_after_s));
         }
@@ -369,6 +408,7 @@ export class Core {
 
   #onReady(): void {
     this.#socket = "ready";
+    if (this.#polls) this.#transports.pollReady(this.#now, this.#random);
     this.#led = this.#stranded = false;
     this.#readySince = this.#now;
     this.#giveUpAt = Infinity;
@@ -384,6 +424,8 @@ export class Core {
   #onClosed(code: number): void {
     // A second move before `ready` is a circle. After `ready` it is not: shards do move.
     const movedAgain = this.#moved && !this.ready;
+    if (this.#now - this.#readySince >= YOUNG_S && !this.#polls) this.#transports.lasted();
+    else if (code === CLOSE_ABNORMAL) this.#judgeFailure();
     this.#loseSocket();
     if (code === CLOSE_TOKEN) {
       this.#connectAt = this.#now;
@@ -399,6 +441,15 @@ export class Core {
     }
   }
 
+  /** The socket fails without a word of the bridge: it may be the wrong kind of socket. */
+  #judgeFailure(weight = 1, silent = false): void {
+    if (this.#polls) {
+      if (!this.ready) this.#transports.pollFailed();
+    } else if (silent || this.#now - this.#readySince < YOUNG_S) {
+      this.#transports.failed(weight);
+    }
+  }
+
   #isStable(): boolean {
     return this.#now - this.#readySince >= this.#policy.stable_s;
   }
@@ -407,6 +458,7 @@ export class Core {
     if (this.#isStable()) this.#failures = 0;
     if (this.ready) this.#pollSoon();
     this.#socket = "down";
+    this.#isOpen = false;
     this.#readySince = this.#giveUpAt = this.#pingAt = this.#pongBy = this.#ackAt = Infinity;
   }
 
@@ -430,12 +482,54 @@ export class Core {
   #connect(): void {
     this.#led = this.#nextUrl !== undefined;
     this.#moved = this.#led || this.#stranded;
-    this.#actions.push({ type: "connect", url: this.#nextUrl ?? this.#url, moved: this.#moved });
+    this.#polls = this.#transports.polls;
+    this.#actions.push({
+      type: "connect",
+      url: this.#nextUrl ?? this.#url,
+      moved: this.#moved,
+      ...(this.#polls ? { poll: true } : this.#inQuery),
+    });
     this.#nextUrl = this.#moveUrl = undefined;
     this.#socket = "connecting";
     this.#socketToken = this.#token;
     this.#connectAt = Infinity;
     this.#giveUpAt = this.#now + this.#policy.open_within_s;
+  }
+
+  // --- a WebSocket beside what polls ---
+
+  get #inQuery(): { in_query?: true } {
+    return this.#transports.inQuery ? { in_query: true } : {};
+  }
+
+  #nextTry(): number {
+    if (this.#tryUntil < Infinity) return this.#tryUntil;
+    return this.#polls && this.ready ? this.#transports.tryAt : Infinity;
+  }
+
+  #tryOrAbandon(): void {
+    if (this.#tryUntil < Infinity) {
+      this.#actions.push({ type: "abandon" });
+      this.#onTry({ type: "try_failed" });
+    } else {
+      this.#actions.push({ type: "try", url: this.#url, ...this.#inQuery });
+      this.#tryUntil = this.#now + this.#policy.open_within_s;
+      this.#tryToken = this.#token;
+    }
+  }
+
+  #onTry(event: Event & { type: "upgraded" | "try_failed" }): void {
+    if (this.#tryUntil === Infinity) return; // it was abandoned
+    this.#tryUntil = Infinity;
+    if (event.type === "try_failed") {
+      this.#transports.tryFailed(this.#now, this.#random, event.opened ?? false);
+      return;
+    }
+    this.#transports.changedOver();
+    this.#polls = false;
+    this.#connectAt = this.#pongBy = Infinity;
+    this.#socketToken = this.#tryToken;
+    this.#onFrame(parseFrame(event.text));
   }
 
   // --- the token ---
@@ -513,9 +607,10 @@ export class Core {
 
   #onWake(): void {
     this.#pulls.retryNow();
+    this.#transports.wake(this.#now);
     if (this.#connectAt < Infinity) this.#connectAt = this.#now;
     if (!this.#hasToken) this.#fetchAt = this.#now;
-    if (this.#pingAt < Infinity) this.#pingAt = this.#now;
+    if (this.#pingAt < Infinity && !this.#polls) this.#pingAt = this.#now;
   }
 
   // --- delays ---

@@ -32,6 +32,13 @@ export type Event =
       cursor?: number | null;
       reason?: string;
     }
+  /**
+   * The WebSocket that `try` opened has brought its first frame, `ready`. It is the client's socket from now on,
+   * and what polled before is dropped.
+   */
+  | { type: "upgraded"; text: string }
+  /** The WebSocket that `try` opens has failed; `opened`: after its handshake. */
+  | { type: "try_failed"; opened?: boolean; reason?: string }
   /** The network came back or the machine woke up: retry at once whatever waits out a delay. */
   | { type: "wake" }
   /** The time is `timer`, or later. */
@@ -41,8 +48,15 @@ export type Event =
 export type Action =
   /** Get a new token; answer with `token` or `token_failed`. */
   | { type: "fetch_token" }
-  /** Open the socket; answer with `opened`, or `refused` or `closed`. */
-  | { type: "connect"; url: string; moved: boolean }
+  /**
+   * Open the socket; answer with `opened`, or `refused` or `closed`. `poll`: the frames are to be polled over HTTP.
+   * `in_query`: the token goes into the query, because something between refuses it elsewhere.
+   */
+  | { type: "connect"; url: string; moved: boolean; poll?: true; in_query?: true }
+  /** Open a WebSocket beside what polls; answer with `upgraded` or `try_failed`. */
+  | { type: "try"; url: string; in_query?: true }
+  /** Drop the WebSocket that is being tried; no event of it may follow. */
+  | { type: "abandon" }
   /** Drop the socket, whatever its state; no event of it may follow. */
   | { type: "disconnect" }
   /** Send a `ping` message. */

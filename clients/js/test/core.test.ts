@@ -5,6 +5,7 @@ import { test } from "node:test";
 
 import { Core, type Policy } from "../src/core.js";
 import type { Action, Event } from "../src/events.js";
+import type { Transport } from "../src/transports.js";
 
 interface Step {
   at: number;
@@ -19,6 +20,7 @@ interface Scenario {
   url: string;
   cursor: number;
   policy: Partial<Policy>;
+  transport?: Transport;
   steps: Step[];
 }
 
@@ -28,7 +30,7 @@ for (const file of readdirSync(VECTORS).filter((name) => name.endsWith(".json"))
   const { scenarios } = JSON.parse(readFileSync(new URL(file, VECTORS), "utf8"));
   for (const scenario of scenarios as Scenario[]) {
     test(`${file}: ${scenario.name}`, () => {
-      const core = new Core(scenario.url, scenario.cursor, scenario.policy);
+      const core = new Core(scenario.url, scenario.cursor, scenario.policy, scenario.transport);
       scenario.steps.forEach((step, index) => {
         const actions = core.handle(step.event, step.at, step.random);
         const timer = core.timer === Infinity ? null : core.timer;

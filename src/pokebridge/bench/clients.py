@@ -17,10 +17,11 @@ import msgspec
 
 from pokebridge.bench.fleet import Balancer, Endpoint
 from pokebridge.bench.http_pool import HOST, Answer
-from pokebridge.client.core import ClientCore, Policy
+from pokebridge.client.core import ClientCore
 from pokebridge.client.driver import Driver
 from pokebridge.client.events import (
     Closed,
+    Connect,
     Opened,
     Pulled,
     PullFailed,
@@ -29,6 +30,7 @@ from pokebridge.client.events import (
     Text,
     Token,
 )
+from pokebridge.client.policy import Policy
 from pokebridge.client.pulling import retry_after_s
 from pokebridge.framing import Opcode
 from pokebridge.wire import CONNECT_PATH
@@ -131,10 +133,11 @@ class StormClient(Driver):
 
     # --- the socket -------------------------------------------------------------------------------
 
-    def _connect(self, url: str, *, moved: bool) -> None:
+    def _connect(self, action: Connect) -> None:
         self._disconnect()
+        url = action.url
         where = self._balancer.pick() if url == BALANCER_URL else self._balancer.at(url)
-        query = "?moved=1" if moved else ""
+        query = "?moved=1" if action.moved else ""
         request = (
             f"GET {CONNECT_PATH}{query} HTTP/1.1\r\nHost: {HOST}:{where.port}\r\n"
             "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"

@@ -12,8 +12,9 @@ import msgspec
 from pokebridge.cli.api import Access, api_options
 from pokebridge.cli.options import json_option
 from pokebridge.client import PokeClient, ReceivedMessage
-from pokebridge.client.core import CLOSE_TOKEN, parse_frame
+from pokebridge.client.core import CLOSE_TOKEN
 from pokebridge.client.events import AnyAction, AnyEvent, Closed, Refused, Text
+from pokebridge.client.frames import parse_frame
 from pokebridge.errors import AuthError, ForbiddenError, InputError, UnavailableError
 from pokebridge.tokens import unverified_subject
 

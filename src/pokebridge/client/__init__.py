@@ -4,8 +4,9 @@
 output, so that they can be tested, simulated, and compared with clients in other languages.
 """
 
-from pokebridge.client.core import ClientCore, Policy
+from pokebridge.client.core import ClientCore
 from pokebridge.client.poke_client import OnEvent, PokeClient, TokenProvider
+from pokebridge.client.policy import Policy
 from pokebridge.client.pulling import OnMessages, OnPoke, ReceivedMessage
 
 __all__ = [

@@ -17,9 +17,8 @@ from enum import Enum
 from math import inf
 from typing import Any
 
-import msgspec
-
 from pokebridge.client.events import (
+    Abandon,
     Ack,
     AnyAction,
     AnyEvent,
@@ -37,118 +36,29 @@ from pokebridge.client.events import (
     Start,
     Stop,
     Text,
-    Tick,
     Token,
     TokenFailed,
+    Try,
+    TryFailed,
+    Upgraded,
     Wake,
 )
+from pokebridge.client.frames import asked_s, number, parse_frame, version_of
+from pokebridge.client.policy import Policy
+from pokebridge.client.pulls import Pulls
+from pokebridge.client.transports import YOUNG_S, Transport, Transports
 
 CLOSE_MOVED = 4307
 CLOSE_TOKEN = 4401
 CLOSE_FORBIDDEN = 4403
 CLOSE_OVERLOAD = 1013
+CLOSE_ABNORMAL = 1006  # RFC 6455, section 7.4.1: no close frame came
 
-# What a server may ask a client to wait, so that a wrong header or frame can't silence it for long.
-MAX_ASKED_DELAY_S = 300.0
+
 # A token is renewed this long before it runs out, or a quarter of its life if that is shorter.
 TOKEN_LEAD_S = 60.0
 # Between two renewals, in case the provider keeps handing out the same old token.
 MIN_TOKEN_REST_S = 5.0
-
-
-class Policy(msgspec.Struct, frozen=True, kw_only=True):
-    """The client's delays, in seconds.
-
-    A delay after the n-th failure in a row is ``random * min(cap, base * 2**n)``: the jitter comes
-    after the cap, so that clients stay spread however long an outage lasts.
-    """
-
-    base_s: float = 1.0
-    cap_s: float = 30.0
-    # After close code 1013.
-    overload_base_s: float = 10.0
-    overload_cap_s: float = 60.0
-    # A socket that was ready this long makes the next failure the first one again.
-    stable_s: float = 60.0
-    # For the opening handshake; and then for ``ready``: longer than the 30 s that an instance gives
-    # itself to prove the subscription, lest a slow one be left again and again.
-    open_within_s: float = 10.0
-    ready_within_s: float = 35.0
-    # Silence after which the server is pinged, and how long it then has to say anything.
-    ping_after_s: float = 30.0
-    pong_within_s: float = 10.0
-    # Without a socket: when slow polling starts (jitter makes it up to twice that), and its mean
-    # interval.
-    poll_after_s: float = 10.0
-    poll_every_s: float = 30.0
-    # With a socket: the mean time between two pulls without a poke, 20 % more or less. The last net
-    # under everything that a server between the bridge and the client can get wrong.
-    idle_pull_s: float = 750.0
-    # The shortest time between two acks over the socket, which count against the limit of frames.
-    ack_every_s: float = 0.25
-
-
-def parse_frame(text: str) -> dict[str, Any]:
-    """The message in ``text``; an empty one when it is no JSON object."""
-    try:
-        frame = msgspec.json.decode(text)
-    except (ValueError, RecursionError):
-        return {}
-    return frame if isinstance(frame, dict) else {}
-
-
-class Pulls:
-    """When to pull: at once, at a time picked earlier, or after a failure's delay."""
-
-    def __init__(self, cursor: int) -> None:
-        self.cursor = cursor
-        self.running = False
-        self.failures = 0
-        self._wanted_at = inf
-        self._wanted_version: int | None = None  # None: unknown, so no cursor makes it needless
-        self._not_before = -inf
-
-    @property
-    def due_at(self) -> float:
-        """When the next pull is to start; never while one is running."""
-        return inf if self.running else max(self._wanted_at, self._not_before)
-
-    def want(self, at: float, version: int | None = None) -> None:
-        """Pull at ``at`` or earlier, unless the cursor is at ``version`` by then."""
-        if version is not None and version <= self.cursor:
-            return
-        if self._wanted_at == inf:
-            self._wanted_version = version
-        elif version is None or self._wanted_version is None:
-            self._wanted_version = None
-        else:
-            self._wanted_version = max(self._wanted_version, version)
-        self._wanted_at = min(self._wanted_at, at)
-
-    def start(self) -> None:
-        """A pull starts, and answers all that was heard before."""
-        self.running = True
-        self._wanted_at = inf
-
-    def succeeded(self, cursor: int) -> None:
-        """Everything up to ``cursor`` is dealt with; what was heard meanwhile may need no pull."""
-        self.running = False
-        self.cursor = cursor
-        self.retry_now()
-        if self._wanted_version is not None and self._wanted_version <= cursor:
-            self._wanted_at = inf
-
-    def failed(self, now: float, delay_s: float) -> None:
-        """Pull again, but not before ``delay_s`` seconds, whatever is heard meanwhile."""
-        self.running = False
-        self.failures += 1
-        self._not_before = now + delay_s
-        self.want(now)
-
-    def retry_now(self) -> None:
-        """Forget the failures and their delay."""
-        self.failures = 0
-        self._not_before = -inf
 
 
 class _Socket(Enum):
@@ -164,15 +74,29 @@ class ClientCore:
         url: the WebSocket address, ``wss://…/v1/connect``.
         cursor: the version up to which all messages are handled already.
         policy: the delays.
+        transport: by what it connects.
     """
 
-    def __init__(self, url: str, *, cursor: int = 0, policy: Policy | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        cursor: int = 0,
+        policy: Policy | None = None,
+        transport: Transport = "websocket",
+    ) -> None:
         self._url = url
-        self._policy = policy or Policy()
+        self._policy = policy = policy or Policy()
+        self._transports = Transports(
+            transport, try_base_s=policy.try_base_s, try_cap_s=policy.try_cap_s
+        )
+        self._polls = False  # whether the socket is polled
+        self._try_until = inf  # when the WebSocket that is being tried is given up
         self._pulls = Pulls(cursor)
         self.stopped = False
 
         self._socket = _Socket.DOWN
+        self._is_open = False  # the handshake is done
         self._failures = 0
         self._connect_at = inf
         self._give_up_at = inf
@@ -197,6 +121,7 @@ class ClientCore:
         # The tokens are numbered: the newest, the socket's, and that of the running pull.
         self._token = 0
         self._socket_token = 0
+        self._try_token = 0
         self._pull_token = 0
 
         # Of the event that is being handled.
@@ -215,6 +140,11 @@ class ClientCore:
         return self._socket is _Socket.READY
 
     @property
+    def polls(self) -> bool:
+        """Whether frames are polled over HTTP, because no WebSocket gets through."""
+        return self._polls and self._socket is not _Socket.DOWN
+
+    @property
     def acks_by_socket(self) -> bool:
         """Whether the socket takes acks, so that a pull leaves its ack to it."""
         return self.ready and self._takes_acks
@@ -230,6 +160,7 @@ class ClientCore:
         if self.stopped:
             return None
         times = [self._give_up_at, self._ping_at, self._pong_by, self._poll_at, self._ack_at]
+        times.append(self._next_try())
         if not self._fetching:
             times.append(self._fetch_at)
         if self._has_token:
@@ -245,10 +176,12 @@ class ClientCore:
         if self.stopped:
             return []
         self._now, self._random, self._actions = now, random, []
-        match event:
+        match event:  # what is due by now is done after any event, as after a tick
             case Opened() | Text() | Closed() | Refused():
                 if self._socket is not _Socket.DOWN:
                     self._on_socket(event)
+            case Upgraded() | TryFailed():
+                self._on_try(event)
             case Token() | TokenFailed():
                 self._on_token(event)
             case Pulled() | PullFailed():
@@ -258,8 +191,6 @@ class ClientCore:
                 self._poll_soon()
             case Wake():
                 self._on_wake()
-            case Tick():
-                pass  # what is due by now is done after any event
         if not self.stopped:
             self._do_what_is_due()
         return self._actions
@@ -267,6 +198,9 @@ class ClientCore:
     def _do_what_is_due(self) -> None:
         now = self._now
         if min(self._give_up_at, self._pong_by) <= now:
+            # Something between may hold back its frames. The longer it took the more it counts.
+            gives_up = self._give_up_at <= now
+            self._judge_failure(1 + gives_up + (gives_up and self._is_open), silent=True)
             self._actions.append(Disconnect())
             self._lose_socket()
             self._reconnect_later()
@@ -274,6 +208,8 @@ class ClientCore:
             self._actions.append(Ping())
             self._ping_at = inf
             self._pong_by = now + self._policy.pong_within_s
+        if self._next_try() <= now:
+            self._try_or_abandon()
         if self._ack_at <= now:
             self._actions.append(Ack(self.cursor))
             self._acked, self._acked_at, self._ack_at = self.cursor, now, inf
@@ -296,6 +232,9 @@ class ClientCore:
     def _on_socket(self, event: Opened | Text | Closed | Refused) -> None:
         match event:
             case Opened():
+                self._is_open = True
+                if not self._polls:
+                    self._transports.opened()
                 self._give_up_at = self._now + self._policy.ready_within_s
             case Text(text=text):
                 if self.ready:
@@ -309,8 +248,10 @@ class ClientCore:
             case Refused(status=403):
                 self._on_closed(CLOSE_FORBIDDEN)
             case Refused(retry_after_s=retry_after_s):
+                if self._polls:
+                    self._judge_failure()
                 self._lose_socket()
-                self._reconnect_later(asked_s=_asked(retry_after_s))
+                self._reconnect_later(asked_s=asked_s(retry_after_s))
 
     def _on_frame(self, frame: dict[str, Any]) -> None:
         match frame:
@@ -321,8 +262,8 @@ class ClientCore:
             case {"type": "auth"}:
                 self._renew_token_before(frame.get("expires_in"))
             case {"type": "poke"}:
-                delay_s = self._random * _asked(frame.get("within_ms"), unit_s=0.001)
-                self._pulls.want(self._now + delay_s, _version(frame.get("version")))
+                delay_s = self._random * asked_s(frame.get("within_ms"), unit_s=0.001)
+                self._pulls.want(self._now + delay_s, version_of(frame.get("version")))
             case {"type": "move", "url": str(url)}:
                 # The token goes there too, so never in the clear where it was not so before.
                 if url.startswith("wss://") or self._url.startswith("ws://"):
@@ -330,6 +271,8 @@ class ClientCore:
 
     def _on_ready(self) -> None:
         self._socket = _Socket.READY
+        if self._polls:
+            self._transports.poll_ready(self._now, self._random)
         self._led = self._stranded = False
         self._ready_since = self._now
         self._give_up_at = inf
@@ -345,6 +288,10 @@ class ClientCore:
     def _on_closed(self, code: int) -> None:
         # Sent on before it was served is a circle; once served, a shard may move as it must.
         moved_again = self._moved and not self.ready
+        if self._now - self._ready_since >= YOUNG_S and not self._polls:
+            self._transports.lasted()
+        elif code == CLOSE_ABNORMAL:
+            self._judge_failure()
         self._lose_socket()
         if code == CLOSE_TOKEN:
             self._connect_at = self._now
@@ -358,6 +305,14 @@ class ClientCore:
         else:
             self._reconnect_later(overload=code == CLOSE_OVERLOAD)
 
+    def _judge_failure(self, weight: int = 1, *, silent: bool = False) -> None:
+        """The socket fails without a word of the bridge: it may be the wrong kind of socket."""
+        if self._polls:
+            if not self.ready:
+                self._transports.poll_failed()
+        elif silent or self._now - self._ready_since < YOUNG_S:
+            self._transports.failed(weight)
+
     def _is_stable(self) -> bool:
         return self._now - self._ready_since >= self._policy.stable_s
 
@@ -367,6 +322,7 @@ class ClientCore:
         if self.ready:
             self._poll_soon()
         self._socket = _Socket.DOWN
+        self._is_open = False
         self._ready_since = self._give_up_at = self._ping_at = self._pong_by = self._ack_at = inf
 
     def _reconnect_later(self, *, asked_s: float = 0, overload: bool = False) -> None:
@@ -387,12 +343,44 @@ class ClientCore:
     def _connect(self) -> None:
         self._led = self._next_url is not None
         self._moved = self._led or self._stranded
-        self._actions.append(Connect(self._next_url or self._url, self._moved))
+        self._polls = self._transports.polls
+        in_query = self._transports.in_query and not self._polls
+        url = self._next_url or self._url
+        self._actions.append(Connect(url, self._moved, poll=self._polls, in_query=in_query))
         self._next_url = self._move_url = None
         self._socket = _Socket.CONNECTING
         self._socket_token = self._token
         self._connect_at = inf
         self._give_up_at = self._now + self._policy.open_within_s
+
+    # --- a WebSocket beside what polls ---
+
+    def _next_try(self) -> float:
+        if self._try_until < inf:
+            return self._try_until
+        return self._transports.try_at if self._polls and self.ready else inf
+
+    def _try_or_abandon(self) -> None:
+        if self._try_until < inf:
+            self._actions.append(Abandon())
+            self._on_try(TryFailed())
+        else:
+            self._actions.append(Try(self._url, self._transports.in_query))
+            self._try_until = self._now + self._policy.open_within_s
+            self._try_token = self._token
+
+    def _on_try(self, event: Upgraded | TryFailed) -> None:
+        if self._try_until == inf:
+            return  # it was abandoned
+        self._try_until = inf
+        if isinstance(event, TryFailed):
+            self._transports.try_failed(self._now, self._random, opened=event.opened)
+            return
+        self._transports.changed_over()
+        self._polls = False
+        self._connect_at = self._pong_by = inf
+        self._socket_token = self._try_token
+        self._on_frame(parse_frame(event.text))
 
     # --- the token ---
 
@@ -414,7 +402,7 @@ class ClientCore:
         self._socket_token = self._token
 
     def _renew_token_before(self, expires_in: object) -> None:
-        lifetime_s = _number(expires_in)
+        lifetime_s = number(expires_in)
         if lifetime_s > 0:
             lead_s = min(TOKEN_LEAD_S, lifetime_s / 4)
             self._fetch_at = self._now + max(lifetime_s - lead_s, MIN_TOKEN_REST_S)
@@ -453,7 +441,7 @@ class ClientCore:
                     self._on_token_refused(self._pull_token)
                 else:
                     delay_s = self._backoff(self._pulls.failures)
-                    self._pulls.failed(self._now, _asked(retry_after_s) + delay_s)
+                    self._pulls.failed(self._now, asked_s(retry_after_s) + delay_s)
 
     def _poll_soon(self) -> None:
         self._poll_at = self._now + self._policy.poll_after_s * (1 + self._random)
@@ -467,11 +455,12 @@ class ClientCore:
 
     def _on_wake(self) -> None:
         self._pulls.retry_now()
+        self._transports.wake(self._now)
         if self._connect_at < inf:
             self._connect_at = self._now
         if not self._has_token:
             self._fetch_at = self._now
-        if self._ping_at < inf:
+        if self._ping_at < inf and not self._polls:
             self._ping_at = self._now
 
     # --- delays ---
@@ -482,19 +471,3 @@ class ClientCore:
     def _jitter(self, failures: int, base_s: float, cap_s: float) -> float:
         """Full jitter, after the cap. The exponent is cut where a float would overflow."""
         return self._random * min(cap_s, base_s * 2.0 ** min(failures, 60))
-
-
-def _number(value: object) -> float:
-    """What a server sent as a number; 0 when it is none, or negative, or absurd."""
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e9:
-        return float(value)
-    return 0.0
-
-
-def _asked(value: object, *, unit_s: float = 1.0) -> float:
-    """A delay in seconds that the server asked for, within reason."""
-    return min(_number(value) * unit_s, MAX_ASKED_DELAY_S)
-
-
-def _version(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None

@@ -9,6 +9,7 @@ from typing import assert_never
 
 from pokebridge.client.core import ClientCore
 from pokebridge.client.events import (
+    Abandon,
     Ack,
     AnyAction,
     AnyEvent,
@@ -20,6 +21,7 @@ from pokebridge.client.events import (
     Pull,
     Stop,
     Tick,
+    Try,
 )
 
 
@@ -69,8 +71,10 @@ class Driver(ABC):
         match action:
             case FetchToken():
                 self._fetch_token()
-            case Connect(url=url, moved=moved):
-                self._connect(url, moved=moved)
+            case Connect():
+                self._connect(action)
+            case Try() | Abandon():
+                self._try(action)
             case Disconnect():
                 self._disconnect()
             case Ping():
@@ -94,7 +98,7 @@ class Driver(ABC):
     def _fetch_token(self) -> None: ...
 
     @abstractmethod
-    def _connect(self, url: str, *, moved: bool) -> None: ...
+    def _connect(self, action: Connect) -> None: ...
 
     @abstractmethod
     def _disconnect(self) -> None: ...
@@ -110,6 +114,10 @@ class Driver(ABC):
 
     @abstractmethod
     def _pull(self, after: int) -> None: ...
+
+    def _try(self, action: Try | Abandon) -> None:
+        """Only a core that may poll asks for this."""
+        raise NotImplementedError
 
     @abstractmethod
     def _stop(self, code: int) -> None: ...

@@ -75,6 +75,22 @@ class PullFailed(Event, frozen=True, tag="pull_failed"):
     reason: str = ""
 
 
+class Upgraded(Event, frozen=True, tag="upgraded"):
+    """The WebSocket that :class:`Try` opened has brought its first frame, ``text``: ``ready``.
+
+    It is the client's socket from now on, and what polled before is dropped.
+    """
+
+    text: str
+
+
+class TryFailed(Event, frozen=True, tag="try_failed"):
+    """The WebSocket that :class:`Try` opens has failed; ``opened``: after its handshake."""
+
+    opened: bool = False
+    reason: str = ""
+
+
 class Wake(Event, frozen=True, tag="wake"):
     """The network came back or the machine woke up: whatever waits out a delay is tried now."""
 
@@ -93,6 +109,8 @@ AnyEvent = (
     | Refused
     | Pulled
     | PullFailed
+    | Upgraded
+    | TryFailed
     | Wake
     | Tick
 )
@@ -109,10 +127,27 @@ class FetchToken(Action, frozen=True, tag="fetch_token"):
 
 
 class Connect(Action, frozen=True, tag="connect"):
-    """Open the socket; answer with :class:`Opened`, or :class:`Refused` or :class:`Closed`."""
+    """Open the socket; answer with :class:`Opened`, or :class:`Refused` or :class:`Closed`.
+
+    ``poll``: the frames are to be polled over HTTP, as if they came through a socket. ``in_query``:
+    the token goes into the query, because something between refuses it elsewhere.
+    """
 
     url: str
     moved: bool = False
+    poll: bool = False
+    in_query: bool = False
+
+
+class Try(Action, frozen=True, tag="try"):
+    """Open a WebSocket beside what polls; answer with :class:`Upgraded` or :class:`TryFailed`."""
+
+    url: str
+    in_query: bool = False
+
+
+class Abandon(Action, frozen=True, tag="abandon"):
+    """Drop the WebSocket that is being tried; no event of it may follow."""
 
 
 class Disconnect(Action, frozen=True, tag="disconnect"):
@@ -145,4 +180,6 @@ class Stop(Action, frozen=True, tag="stop"):
     code: int
 
 
-AnyAction = FetchToken | Connect | Disconnect | Ping | Authenticate | Ack | Pull | Stop
+AnyAction = (
+    FetchToken | Connect | Try | Abandon | Disconnect | Ping | Authenticate | Ack | Pull | Stop
+)

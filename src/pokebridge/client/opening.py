@@ -5,6 +5,7 @@ import socket
 from functools import partial
 from ssl import SSLContext
 from typing import Any
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from websockets.asyncio.client import ClientConnection
 from websockets.asyncio.client import connect as connect_and_follow
@@ -45,17 +46,22 @@ class Opener:
         # By host, the address to begin with: the one that answered, or the next after a failure.
         self._begin_with: dict[str, str] = {}
 
-    async def open(self, url: str, token: str) -> ClientConnection:
+    async def open(
+        self, url: str, query: dict[str, str], token: str, *, in_query: bool
+    ) -> ClientConnection:
         """Open ``url``, without a time limit of its own.
+
+        ``in_query``: the token goes into the query, because something between refuses the header.
 
         Raises:
             InvalidStatus: the server refuses.
             ConfigError: the proxy in the environment can't be used.
             OSError, WebSocketException, ValueError: it can't be reached, or speaks no WebSocket.
         """
+        url = _with_query(url, query | ({"access_token": token} if in_query else {}))
         options: dict[str, Any] = {
             "subprotocols": [SUBPROTOCOL],
-            "additional_headers": {"Authorization": f"Bearer {token}"},
+            "additional_headers": {} if in_query else {"Authorization": f"Bearer {token}"},
             "compression": None,
             "ssl": (self._tls or True) if url.startswith("wss:") else None,
             "open_timeout": None,  # the core has its own deadline,
@@ -80,6 +86,11 @@ class Opener:
             raise opened
         self._begin_with[where.host] = str(opened.remote_address[0])
         return opened
+
+
+def _with_query(url: str, query: dict[str, str]) -> str:
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(query=urlencode(dict(parse_qsl(parts.query)) | query)))
 
 
 async def _open(

@@ -4,23 +4,23 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from http import HTTPStatus
 from ssl import SSLContext, create_default_context
 from types import TracebackType
 from typing import Self
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import msgspec
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 from websockets.http11 import Response
 
-from pokebridge.client.core import ClientCore, Policy
+from pokebridge.client.core import ClientCore
 from pokebridge.client.driver import Driver
 from pokebridge.client.events import (
+    Abandon,
     AnyAction,
     AnyEvent,
     Closed,
+    Connect,
     Opened,
     PullFailed,
     Refused,
@@ -29,25 +29,32 @@ from pokebridge.client.events import (
     Tick,
     Token,
     TokenFailed,
+    Try,
+    TryFailed,
+    Upgraded,
     Wake,
 )
+from pokebridge.client.frames import parse_frame
 from pokebridge.client.opening import CLOSE_TIMEOUT_S, Opener
+from pokebridge.client.policy import Policy
+from pokebridge.client.polling import ABNORMAL_CLOSURE, PollEndedError, Poller, refusal
 from pokebridge.client.pulling import (
     MailboxPuller,
     OnMessages,
     OnPoke,
     OwnPuller,
     Puller,
-    retry_after_s,
 )
+from pokebridge.client.transports import Transport
 from pokebridge.errors import ConfigError, ForbiddenError
 from pokebridge.model import DEFAULT_DEVICE, check_device
 from pokebridge.outgoing import proxy_for
 from pokebridge.urls import check_bridge_url
-from pokebridge.wire import CONNECT_PATH, problem_detail, refusal_text
+from pokebridge.wire import CONNECT_PATH
 
 TOKEN_TIMEOUT_S = 30.0
-ABNORMAL_CLOSURE = 1006  # RFC 6455, section 7.4.1: no close frame came
+
+_OPENING_ERRORS = (OSError, WebSocketException, ValueError, ConfigError)
 
 TokenProvider = str | Callable[[], Awaitable[str]]
 """A token that does not expire, or a coroutine function that returns a new one."""
@@ -83,6 +90,8 @@ class PokeClient(Driver):
         cursor: the version up to which all messages are handled already.
         on_event: is called with every event and action of the core. None of them holds a token.
         policy: the delays.
+        transport: "auto" connects by WebSocket, and polls over HTTP where none gets through; then
+            it tries one again and again. "websocket" and "poll" do nothing else.
         tls: for ``https``. By default, the system's certificate authorities are trusted.
 
     Raises:
@@ -102,6 +111,7 @@ class PokeClient(Driver):
         cursor: int = 0,
         on_event: OnEvent | None = None,
         policy: Policy | None = None,
+        transport: Transport = "auto",
         tls: SSLContext | None = None,
     ) -> None:
         url = check_bridge_url("the client's url", url)
@@ -109,6 +119,7 @@ class PokeClient(Driver):
             tls = create_default_context()
         proxy_for(url)
         self._opener = Opener(tls)
+        self._poller = Poller(url, tls)
         self._puller: Puller
         if on_messages is not None and on_poke is None:
             self._puller = MailboxPuller(
@@ -124,7 +135,7 @@ class PokeClient(Driver):
         else:
             raise TypeError("a PokeClient takes either on_messages or on_poke")
         ws_url = f"ws{url.removeprefix('http')}{CONNECT_PATH}"
-        super().__init__(ClientCore(ws_url, cursor=cursor, policy=policy))
+        super().__init__(ClientCore(ws_url, cursor=cursor, policy=policy, transport=transport))
         self._provider = token
         self._device = check_device(device)
         self._on_event = on_event
@@ -133,6 +144,7 @@ class PokeClient(Driver):
         self._tasks = asyncio.TaskGroup()
         self._fetching: asyncio.Task[None] | None = None
         self._connecting: asyncio.Task[None] | None = None
+        self._trying: asyncio.Task[None] | None = None
         self._socket: ClientConnection | None = None
         self._stopped: asyncio.Future[int] | None = None
         self._leaving = False
@@ -147,6 +159,11 @@ class PokeClient(Driver):
     def connected(self) -> bool:
         """Whether pokes arrive now: the socket is open and the bridge has sent ``ready``."""
         return self._core.ready
+
+    @property
+    def polls(self) -> bool:
+        """Whether pokes are polled over HTTP, because no WebSocket gets through."""
+        return self._core.polls
 
     async def wait_ready(self, timeout_s: float | None = None) -> None:
         """Wait until :attr:`connected` is true.
@@ -201,6 +218,7 @@ class PokeClient(Driver):
             await asyncio.wait({main})
         finally:
             await self._puller.close()
+            await self._poller.close()
         if error is None and not main.cancelled():
             main.result()  # raises the error that broke the client, if there is one
 
@@ -218,7 +236,7 @@ class PokeClient(Driver):
                 self._feed(Start())
                 code = await self._stopped
                 # A running pull may end: its messages are with the handler already.
-                for task in (self._fetching, self._connecting):
+                for task in (self._fetching, self._connecting, self._trying):
                     if task is not None:
                         task.cancel()
         finally:
@@ -292,11 +310,12 @@ class PokeClient(Driver):
             _log.warning("a pull failed and will be tried again: %s", event.reason)
         self._feed(event)
 
-    # --- the WebSocket ---
+    # --- the socket ---
 
-    def _connect(self, url: str, *, moved: bool) -> None:
-        query = {"device": self._device} | ({"moved": "1"} if moved else {})
-        self._connecting = self._tasks.create_task(self._hold_socket(url, query))
+    def _connect(self, action: Connect) -> None:
+        query = {"device": self._device} | ({"moved": "1"} if action.moved else {})
+        hold = self._hold_polled(action.url, query) if action.poll else self._hold(action, query)
+        self._connecting = self._tasks.create_task(hold)
 
     def _disconnect(self) -> None:
         if self._connecting is not None:
@@ -311,24 +330,67 @@ class PokeClient(Driver):
     def _ack(self, version: int) -> None:
         self._tasks.create_task(self._send({"type": "ack", "version": version}))
 
-    async def _hold_socket(self, url: str, query: dict[str, str]) -> None:
+    async def _hold(self, action: Connect, query: dict[str, str]) -> None:
         try:
-            socket = await self._opener.open(_with_query(url, query), self._token)
-        except InvalidStatus as error:
-            event = _refused(url, error.response)
+            socket = await self._opener.open(
+                action.url, query, self._token, in_query=action.in_query
+            )
+        except InvalidStatus as refused:
+            event = _refused(action.url, refused.response)
             _log.warning("%s", event.reason)
             self._feed(event)
-        except (OSError, WebSocketException, ValueError, ConfigError) as error:
+        except _OPENING_ERRORS as error:
             self._feed(Closed(ABNORMAL_CLOSURE, repr(error)))
         else:
-            try:
-                await self._listen(socket)
-            finally:
-                await self._hang_up(socket)
+            self._feed(Opened())
+            await self._listen(socket)
+
+    async def _hold_polled(self, url: str, query: dict[str, str]) -> None:
+        try:
+            polled = await self._poller.open(url, query, self._token)
+            self._feed(Opened())
+            while True:
+                self._feed(Text(await polled.recv(self._token)))
+        except PollEndedError as ended:
+            _log.warning("polling has ended: %s", ended)
+            self._feed(ended.event)
+
+    def _try(self, action: Try | Abandon) -> None:
+        if isinstance(action, Try):
+            self._trying = self._tasks.create_task(self._try_socket(action))
+        elif self._trying is not None:
+            self._trying.cancel()
+
+    async def _try_socket(self, action: Try) -> None:
+        """Open a WebSocket beside what polls, and change over to it when it is ``ready``."""
+        try:
+            query = {"device": self._device}
+            socket = await self._opener.open(
+                action.url, query, self._token, in_query=action.in_query
+            )
+        except (InvalidStatus, *_OPENING_ERRORS) as error:
+            self._feed(TryFailed(reason=repr(error)))
+            return
+        try:
+            first = await socket.recv()
+        except ConnectionClosed as closed:
+            self._feed(TryFailed(opened=True, reason=str(closed)))
+            return
+        except asyncio.CancelledError:
+            socket.transport.abort()
+            raise
+        if not isinstance(first, str) or parse_frame(first).get("type") != "ready":
+            self._feed(TryFailed(opened=True, reason="its first frame is not `ready`"))
+            await socket.close()
+            return
+        self._disconnect()
+        self._connecting, self._trying = self._trying, None
+        self._socket = socket
+        self._feed(Upgraded(first))
+        await self._listen(socket)
 
     async def _listen(self, socket: ClientConnection) -> None:
         self._socket = socket
-        self._feed(Opened())
         try:
             while True:
                 message = await socket.recv()
@@ -340,6 +402,10 @@ class PokeClient(Driver):
                 self._feed(Closed(ABNORMAL_CLOSURE, str(closed)))
             else:
                 self._feed(Closed(close.code, close.reason))
+        finally:
+            await self._hang_up(socket)
+            if self._socket is socket:
+                self._socket = None
 
     async def _hang_up(self, socket: ClientConnection) -> None:
         """Close the socket, after the ack that waits, if this client leaves."""
@@ -356,19 +422,6 @@ class PokeClient(Driver):
 
 
 def _refused(url: str, response: Response) -> Refused | Closed:
-    """The answer to a handshake that was not accepted. Only the bridge's own can be about a token.
-
-    What stands between, a proxy or a login page, may answer with any status.
-    """
-    status, headers = response.status_code, response.headers
-    types, waits = headers.get_all("Content-Type"), headers.get_all("Retry-After")
-    detail = problem_detail(status, types[0] if types else None, bytes(response.body))
-    reason = refusal_text(url, status, detail)
-    if detail is None and status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
-        return Closed(ABNORMAL_CLOSURE, reason)
-    return Refused(status, retry_after_s(waits[0] if waits else None), reason)
-
-
-def _with_query(url: str, query: dict[str, str]) -> str:
-    parts = urlsplit(url)
-    return urlunsplit(parts._replace(query=urlencode(dict(parse_qsl(parts.query)) | query)))
+    types, waits = (response.headers.get_all(name) for name in ("Content-Type", "Retry-After"))
+    media_type, retry_after = types[0] if types else None, waits[0] if waits else None
+    return refusal(url, response.status_code, media_type, retry_after, bytes(response.body))

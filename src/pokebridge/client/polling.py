@@ -1,0 +1,158 @@
+"""A socket for networks that let no WebSocket pass: HTTP calls that wait fetch its frames."""
+
+from collections import deque
+from http import HTTPStatus
+from ssl import SSLContext
+from time import monotonic
+
+import httpx
+import msgspec
+
+from pokebridge.client.events import Closed, Refused
+from pokebridge.outgoing import http_client
+from pokebridge.wire import CONNECT_PATH, problem_detail, refusal_text
+
+POKES_PATH = "/v1/pokes"
+ABNORMAL_CLOSURE = 1006  # RFC 6455, section 7.4.1: no close frame came
+OPEN_WAIT_S = 5.0
+WAIT_S = 25.0
+LEAST_WAIT_S = 3.0
+# Of the time after which something cut a call, the share that the next calls wait.
+_SHARE = 0.7
+KEEPALIVE_S = 3.0
+# Shows the core that the bridge is there although it has nothing to say.
+NOTHING_NEW = '{"type":"pong"}'
+
+
+class PollEndedError(Exception):
+    """The session has ended, or a call has failed: ``event`` says how."""
+
+    def __init__(self, event: Refused | Closed) -> None:
+        super().__init__(event.reason)
+        self.event = event
+
+
+class _Close(msgspec.Struct, frozen=True):
+    code: int
+    reason: str = ""
+
+
+class _Answer(msgspec.Struct, frozen=True):
+    session: str
+    frames: tuple[msgspec.Raw, ...]
+    close: _Close | None = None
+
+
+_decode = msgspec.json.Decoder(_Answer).decode
+
+
+class Poller:
+    """Opens polled sockets, and remembers how long a call may wait on this network."""
+
+    def __init__(self, url: str, tls: SSLContext | None) -> None:
+        """``url`` is the bridge's HTTP address."""
+        limits = httpx.Limits(keepalive_expiry=KEEPALIVE_S)
+        self.http = http_client(url, tls=tls, timeout=None, limits=limits)
+        self.wait_s = WAIT_S
+        """How long a call waits. Shorter once something between has cut one."""
+
+    async def open(self, url: str, query: dict[str, str], token: str) -> "PolledSocket":
+        """Begin a session at ``url``, a WebSocket address.
+
+        Raises:
+            PollEndedError: it is refused, or nobody answers.
+        """
+        polled = PolledSocket(self, _http_url(url), query)
+        await polled.fetch(token, min(OPEN_WAIT_S, self.wait_s))
+        return polled
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self.http.aclose()
+
+
+class PolledSocket:
+    """One session. Its frames come as from a WebSocket, and nothing can be sent."""
+
+    def __init__(self, poller: Poller, url: str, query: dict[str, str]) -> None:
+        self._poller = poller
+        self._url = url
+        self._query = query
+        self._frames: deque[str] = deque()
+        self._close: _Close | None = None
+
+    async def recv(self, token: str) -> str:
+        """The next frame. The calls that fetch it carry ``token``.
+
+        Raises:
+            PollEndedError: there is none any more.
+        """
+        if not self._frames and self._close is None:
+            await self.fetch(token, self._poller.wait_s)
+        if self._frames:
+            return self._frames.popleft()
+        if self._close is not None:
+            raise PollEndedError(Closed(self._close.code, self._close.reason))
+        return NOTHING_NEW
+
+    async def fetch(self, token: str, wait_s: float) -> None:
+        """Make one call. Raises PollEndedError."""
+        began_s = monotonic()
+        try:
+            answer = await self._call(token, wait_s)
+        except PollEndedError:
+            took_s = monotonic() - began_s
+            if LEAST_WAIT_S < took_s < wait_s:
+                self._poller.wait_s = max(took_s * _SHARE, LEAST_WAIT_S)
+            raise
+        self._query = {"session": answer.session}
+        self._frames.extend(bytes(frame).decode() for frame in answer.frames)
+        self._close = answer.close
+
+    async def _call(self, token: str, wait_s: float) -> _Answer:
+        try:
+            response = await self._poller.http.get(
+                self._url,
+                params={**self._query, "wait_s": f"{wait_s:g}"},
+                headers={"Authorization": f"Bearer {token}"},
+            )
+        except httpx.HTTPError as error:
+            raise PollEndedError(Closed(ABNORMAL_CLOSURE, repr(error))) from error
+        if response.status_code != HTTPStatus.OK:
+            raise PollEndedError(_refused(self._url, response))
+        try:
+            return _decode(response.content)
+        except (ValueError, RecursionError) as error:
+            reason = f"{self._url} does not answer as an instance of pokebridge: {error}"
+            raise PollEndedError(Closed(ABNORMAL_CLOSURE, reason)) from None
+
+
+def _http_url(url: str) -> str:
+    """Where the frames of the instance are fetched that takes WebSockets at ``url``."""
+    base = url.partition("?")[0].removesuffix(CONNECT_PATH)
+    return f"http{base.removeprefix('ws')}{POKES_PATH}"
+
+
+def _refused(url: str, response: httpx.Response) -> Refused | Closed:
+    return refusal(
+        url,
+        response.status_code,
+        response.headers.get("Content-Type"),
+        response.headers.get("Retry-After"),
+        response.content,
+    )
+
+
+def refusal(
+    url: str, status: int, media_type: str | None, retry_after: str | None, body: bytes
+) -> Refused | Closed:
+    """The answer to a handshake that was not accepted. Only the bridge's own can be about a token.
+
+    What stands between, a proxy or a login page, may answer with any status.
+    """
+    detail = problem_detail(status, media_type, body)
+    reason = refusal_text(url, status, detail)
+    if detail is None and status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
+        return Closed(ABNORMAL_CLOSURE, reason)
+    wait_s = float(retry_after) if retry_after and retry_after.isdecimal() else None
+    return Refused(status, wait_s, reason)
