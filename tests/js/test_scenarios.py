@@ -161,6 +161,7 @@ async def test_revoked(client: Client, instance: Instance) -> None:
         (await http.delete("/v1/sessions/urn:user:ann-revoked")).raise_for_status()
     await client.wait_count("closed", 1)
     await client.wait_state("connected")
+    await client.wait_count("pulled", 2)  # else the pull after `ready` may bring the message
     await send(instance, "urn:user:ann-revoked", "still there")
     await client.wait_shown("still there")
     assert await client.count("fetch_token") == 2

@@ -28,6 +28,7 @@ PACKAGES = {
     "pokebridge.testing",
     "pokebridge.testing.pubsub",
     "pokebridge.transport",
+    "pokebridge.workers",
 }
 _ASK = """
 import importlib.util, json, pathlib, sys

@@ -19,10 +19,11 @@ from pokebridge.testing.transport import (
     TransportContract,
     subscribe_live,
 )
-from pokebridge.transport import google_pubsub_subscription
+from pokebridge.transport import google_pubsub, google_pubsub_subscription
 from pokebridge.transport.base import Feed, Selection, Signal
 from pokebridge.transport.google_pubsub import GooglePubSubTransport
 from tests.support import CutProxy, Daemon, wait_until
+from tests.support.waiting import WAIT_S
 from tests.transport.pubsub_world import TOPIC, Clock, World, crash
 
 
@@ -191,9 +192,14 @@ async def test_a_missing_topic_is_made_if_that_is_allowed(
     ],
 )
 async def test_a_missing_permission_is_named(
-    world: World, server: PubSubServer, method: str, permission: str
+    world: World,
+    server: PubSubServer,
+    method: str,
+    permission: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Subscribing fails with the permission's name, and leaves nothing behind."""
+    monkeypatch.setattr(google_pubsub, "AWAIT_REFUSAL_S", WAIT_S)
     transport = await world.connect()
     server.deny(method)
     with pytest.raises(TransportError, match=permission):
