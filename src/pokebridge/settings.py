@@ -26,6 +26,7 @@ from pydantic import (
 )
 
 from pokebridge.border import describe_unforeseen
+from pokebridge.cores import usable_cores
 from pokebridge.errors import ConfigError
 from pokebridge.mailbox.base import Limits
 from pokebridge.mailbox.pushes import PushTiming
@@ -111,6 +112,9 @@ class Settings(BaseModel):
     """What this instance does, separated by commas: gateway (holds the sockets), api (serves HTTP),
     processor (resends owed pokes, purges, pushes, reads the ingress), coordinator (can be elected).
     All four by default."""
+    workers: Annotated[int, Field(ge=1, le=256)] | Literal["auto"] = 1
+    """Worker processes that serve the port together, as one instance. auto: as many as there are
+    cores for this process. 1: one process does everything (docs/cores.md)."""
     weight: Factor = 1.0
     """Relative capacity. An instance of weight 2 owns twice as many shards as one of weight 1."""
     advertise_url: AdvertiseUrl | None = None
@@ -295,6 +299,11 @@ class Settings(BaseModel):
     """Lowest level that is logged: debug, info, warning or error."""
 
     @property
+    def worker_count(self) -> int:
+        """How many worker processes there are; 1: this process does everything."""
+        return usable_cores() if self.workers == "auto" else self.workers
+
+    @property
     def is_on_loopback(self) -> bool:
         """Whether only this machine reaches ``host``."""
         return is_loopback(self.host)
@@ -328,6 +337,16 @@ class Settings(BaseModel):
                 f"push_webhook_secret ({ENV_PREFIX}PUSH_WEBHOOK_SECRET) must be set:"
                 " it signs the requests to push_webhook_url"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_workers(self) -> Self:
+        if self.workers == 1:
+            return self
+        if not self.roles & {"gateway", "api"}:
+            raise ValueError("workers must be 1 without the roles gateway and api: nobody connects")
+        if self.tracing:
+            raise ValueError("workers must be 1 with tracing: traces do not cross processes")
         return self
 
     @model_validator(mode="after")

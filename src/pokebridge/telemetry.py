@@ -94,6 +94,12 @@ class Metric(StrEnum):
     )
     TASK_FAILURES = "pokebridge_task_failures_total", "Unforeseen errors in the background (task)"
     INGRESS_UP = "pokebridge_ingress_up", "1 while the queue can be read"
+    WORKER_SESSIONS = "pokebridge_worker_sessions", "Open sessions of each worker (worker)"
+    WORKER_CPU = (
+        "pokebridge_worker_cpu_seconds_total",
+        "CPU time of each worker's present process (worker)",
+    )
+    WORKER_STARTS = "pokebridge_worker_starts_total", "Starts of each worker's process (worker)"
     HTTP_SECONDS = (
         "pokebridge_http_request_duration_seconds",
         "Time to answer an HTTP request (method, route, status)",

@@ -20,6 +20,8 @@ POKEBRIDGE = Path(sys.executable).with_name("pokebridge")
 # One for all instances of a run: they accept each other's tokens, also after a restart.
 JWT_SECRET = "0123456789abcdef-of-the-tests-and-of-nobody-else"
 HTTP_TIMEOUT_S = 60.0
+# `TESTED_WORKERS=2 make test` runs every instance of the tests with worker processes.
+_TESTED_WITH = {"workers": os.environ["TESTED_WORKERS"]} if "TESTED_WORKERS" in os.environ else {}
 # Made once: to make it takes longer than a request, and every client of httpx wants one.
 TLS = ssl.create_default_context()
 
@@ -124,7 +126,7 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
     def start(
         *flags: str, dev: bool = True, started_at: str = "/readyz", **settings: object
     ) -> Instance:
-        given = {"jwt_secret": JWT_SECRET, **settings}
+        given = {"jwt_secret": JWT_SECRET, **_TESTED_WITH, **settings}
         env = inherited | {f"POKEBRIDGE_{k.upper()}": str(v) for k, v in given.items()}
         dev_flags = ["--dev"] if dev else []
         name = f"instance-{next(numbers)}"

@@ -31,6 +31,9 @@ _LABELS = {
     Metric.INGRESS_MESSAGES: ("result",),
     Metric.UNFORESEEN_INPUTS: ("border",),
     Metric.TASK_FAILURES: ("task",),
+    Metric.WORKER_SESSIONS: ("worker",),
+    Metric.WORKER_CPU: ("worker",),
+    Metric.WORKER_STARTS: ("worker",),
     Metric.HTTP_SECONDS: ("method", "route", "status"),
 }
 

@@ -174,6 +174,15 @@ class ConnectInfo(Struct):
 Share = Annotated[float, Meta(ge=0, le=1)]
 
 
+class Worker(Struct):
+    """One worker process of an instance. It has `sessions` open, and was started `starts` times."""
+
+    number: int
+    sessions: int = 0
+    starts: int = 0
+    memory_bytes: int = 0
+
+
 class Instance(Struct):
     """One member of the cluster, as of a few seconds ago.
 
@@ -215,6 +224,9 @@ class Instance(Struct):
     ] = 0.0
     cpu_share: Annotated[float, Meta(description="1 is one core.")] = 0.0
     memory_bytes: int = 0
+    workers: Annotated[
+        Sequence[Worker], Meta(description="Empty where one process does everything.")
+    ] = ()
 
 
 class Traffic(Struct):

@@ -26,11 +26,18 @@ WIDTH = 120
 View = Mapping[str, Any]
 """What GET /v1/cluster answers."""
 
+
+def _sessions(each: View) -> str:
+    """All sessions of an instance, and those of each worker."""
+    workers = "+".join(f"{worker['sessions']:,}" for worker in each.get("workers", ()))
+    return f"{each['sessions']:,} ({workers})" if workers else f"{each['sessions']:,}"
+
+
 # The columns of the table of instances, the most important first.
 COLUMNS: Mapping[str, Callable[[View], str]] = {
     "instance": lambda each: str(each["id"]),
     "state": lambda each: each["state"] if each["settled"] else f"{each['state']}, settling",
-    "sessions": lambda each: f"{each['sessions']:,}",
+    "sessions": _sessions,
     "shards": lambda each: str(len(each["shards"])),
     "msg/s": lambda each: f"{each['messages_per_s']:,.1f}",
     "noise": lambda each: f"{each['noise_ratio']:.1%}",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from pokebridge.coordination.base import Member, Report
+from pokebridge.coordination.base import Member, Report, WorkerLoad
 from pokebridge.durations import RequestDurations, p99_ms
 from pokebridge.gateway.gateway import Gateway
 from pokebridge.gateway.meter import Window
@@ -86,9 +86,19 @@ class ClusterStatus:
 
 
 class InstanceMeter:
-    """Measures this instance for its :class:`Report`: rates over a window of about 10 s."""
+    """Measures this instance for its :class:`Report`: rates over a window of about 10 s.
+
+    - ``workers``: its worker processes, as they are now
+    - ``workers_cpu_s``: the CPU time of all workers so far
+    - ``_gateway``, ``_requests``: what is measured
+    - ``_doubt_s``: seconds in which pokes may have been lost
+    - ``_memory_bytes``: of this process, as of the last tick
+    - ``_window``: the totals of the last seconds
+    """
 
     def __init__(self, gateway: Gateway, requests: RequestDurations) -> None:
+        self.workers: Sequence[WorkerLoad] = ()
+        self.workers_cpu_s = 0.0
         self._gateway = gateway
         self._requests = requests
         self._doubt_s = 0.0
@@ -97,7 +107,7 @@ class InstanceMeter:
 
     async def tick(self, elapsed_s: float) -> None:
         """Take a reading; to be called about once a second, ``elapsed_s`` after the last."""
-        self._memory_bytes = await asyncio.to_thread(_memory_bytes)
+        self._memory_bytes = await asyncio.to_thread(memory_bytes)
         self._doubt_s += elapsed_s * self._gateway.subscriptions.is_in_doubt
         self._window.mark(self._totals())
 
@@ -124,7 +134,8 @@ class InstanceMeter:
             pulls_per_s=sum(pulls) / elapsed_s,
             pull_p99_ms=p99_ms(pulls),
             cpu_share=cpu_s / elapsed_s,
-            memory_bytes=self._memory_bytes,
+            memory_bytes=self._memory_bytes + sum(each.memory_bytes for each in self.workers),
+            workers=tuple(self.workers),
         )
 
     def _totals(self) -> Sequence[float]:
@@ -134,12 +145,12 @@ class InstanceMeter:
             subscriptions.untagged,
             subscriptions.owned,
             counters.delivered,
-            time.process_time(),
+            time.process_time() + self.workers_cpu_s,
             *self._requests.pulls().counts,
         )
 
 
-def _memory_bytes() -> int:
+def memory_bytes() -> int:
     """The process's resident memory; its peak where the kernel tells only that."""
     try:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])

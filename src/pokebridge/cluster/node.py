@@ -93,6 +93,7 @@ class Cluster:
         history: what has happened to the cluster.
         red_line: compares the load with the red line, and migrates in mode ``auto``.
         ops_per_s: deliveries of signals per second in the whole cluster, as of a second ago.
+        meter: measures this instance.
     """
 
     def __init__(
@@ -126,7 +127,7 @@ class Cluster:
         self._is_cut_off = has_peers and not coordination.is_shared
         self._incarnation = secrets.token_hex(8)
         self._joined_at_ms = int(time.time() * 1000)
-        self._meter = InstanceMeter(gateway, requests)
+        self.meter = InstanceMeter(gateway, requests)
         # For how long this instance has been deaf, without a break.
         self._deaf_s = 0.0
         self.count_consoles: Callable[[], int] = lambda: 0
@@ -370,7 +371,7 @@ class Cluster:
             joined_at_ms=self._joined_at_ms,
             sessions=len(self._gateway.sessions) - self.count_consoles(),
             state=self._state,
-            report=self._meter.report(),
+            report=self.meter.report(),
         )
 
     @property
@@ -387,10 +388,10 @@ class Cluster:
         return members
 
     async def _keep_ticking(self) -> None:
-        await self._meter.tick(0.0)
+        await self.meter.tick(0.0)
         while True:
             await asyncio.sleep(_TICK_S)
-            await self._meter.tick(_TICK_S)
+            await self.meter.tick(_TICK_S)
             self._let_go_when_deaf()
             await self._watch_red_line()
 

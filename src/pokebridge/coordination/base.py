@@ -10,6 +10,20 @@ from typing import Protocol
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerLoad:
+    """One worker process of a member."""
+
+    number: int
+    """From 1. A process that takes a dead one's place has its number."""
+    sessions: int = 0
+    """Number of open sessions."""
+    starts: int = 0
+    """Number of processes that have had this number, the present one included."""
+    memory_bytes: int = 0
+    """Resident memory."""
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """A member's state as of its last renewal. Used for display only, never for decisions."""
 
@@ -44,7 +58,9 @@ class Report:
     cpu_share: float = 0.0
     """CPU time used divided by time passed. 1 means one core."""
     memory_bytes: int = 0
-    """Resident memory."""
+    """Resident memory, that of its workers included."""
+    workers: tuple[WorkerLoad, ...] = ()
+    """Its worker processes; empty where one process does everything."""
 
 
 @dataclass(frozen=True, slots=True)

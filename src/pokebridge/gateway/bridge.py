@@ -50,6 +50,8 @@ class Bridge:
         """The recent disconnects, and the revocations in force."""
         self.on_asked: Callable[[], None] = lambda: None
         """Called when an instance asks for the recent disconnects."""
+        self.on_revoked: Callable[[Disconnect], None] = lambda _: None
+        """Called with each revocation of tokens, before the sessions are closed."""
 
     def on_signal(self, body: bytes) -> None:
         """Take a signal. A body that is not a signal is counted and dropped."""
@@ -101,7 +103,10 @@ class Bridge:
         """Close the recipient's sessions here, and keep ``disconnect`` for who has missed it."""
         now_s = time.time()
         at_ms = int(now_s * 1000) if disconnect.at_ms is None else disconnect.at_ms
-        is_new = self.disconnects.note(disconnect._replace(at_ms=at_ms), now_s)
+        disconnect = disconnect._replace(at_ms=at_ms)
+        is_new = self.disconnects.note(disconnect, now_s)
+        if is_new and disconnect.until_ms is not None:
+            self.on_revoked(disconnect)
         if disconnect.is_repeated and not is_new:
             return
         for connection in self._sessions.find(disconnect.recipient):

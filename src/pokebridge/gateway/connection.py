@@ -154,6 +154,16 @@ class Connection(asyncio.Protocol):
             with contextlib.suppress(OSError, AttributeError):  # not TCP, or not Linux
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES_AT_MOST)
 
+    def hold(self) -> None:
+        """Read nothing until the handshake is answered."""
+        self._transport.pause_reading()
+
+    def refuse(self, response: bytes) -> None:
+        """Refuse the handshake."""
+        self.session.state = State.CLOSED
+        self._transport.write(response)
+        self._transport.close()
+
     def answer(self, response: bytes) -> None:
         """Accept the handshake, and read nothing until ``ready`` is sent."""
         self._transport.pause_reading()

@@ -50,6 +50,10 @@ class Disconnects:
             if heard_s < unless_heard_since_s and now_s - (disconnect.at_ms or 0) / 1000 < KEPT_S
         ]
 
+    def in_force(self, now_s: float) -> Sequence[Disconnect]:
+        """The revocations that have not run out."""
+        return [each for each in self._revoked.values() if now_s * 1000 < (each.until_ms or 0)]
+
     def refuses(self, recipient: str, issued_at: float | None, now_s: float) -> bool:
         """Whether a token of ``recipient`` that was issued at ``issued_at`` is revoked.
 

@@ -181,6 +181,25 @@ class Entrance:
         else:
             self._accept(transport, handshake, identity, hand_over)
 
+    def admit(self, address: str) -> str:
+        """Count a session whose handshake another process has checked, if it is within the limits.
+
+        Returns the address that it counts against; ``left`` must be called at its end.
+
+        Raises:
+            RefusedError: a limit is reached, or this instance drains.
+        """
+        now = _clock()
+        self._admission.check_handshake(address, now)
+        self._admission.check_session(address)
+        self._admission.pass_handshake(now)
+        return self._admission.enter(address)
+
+    def turned_away(self, status: int) -> None:
+        """A handshake that was valid here is refused with ``status`` after all."""
+        self.handshakes["101"] -= 1
+        self.handshakes[str(status)] += 1
+
     def left(self, session: Listener) -> None:
         """A session that was admitted has ended: it no longer counts against the limits."""
         self._admission.leave(session.address)

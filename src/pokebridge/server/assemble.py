@@ -7,15 +7,11 @@ declared, documented and checked in ``settings.py``, and handed here to the part
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from math import inf
-
-from pydantic import SecretStr
 
 from pokebridge.cluster.node import Cluster, ClusterConfig
 from pokebridge.durations import RequestDurations
 from pokebridge.fallback.push import Pulls, Pusher
 from pokebridge.fallback.webhook import Webhook
-from pokebridge.gateway.config import GatewayConfig
 from pokebridge.gateway.gateway import Gateway
 from pokebridge.ingress.base import Source
 from pokebridge.ingress.ingress import Ingress
@@ -26,17 +22,19 @@ from pokebridge.processor import Processor
 from pokebridge.publisher import Publisher
 from pokebridge.red_line import MIGRATE_RULES
 from pokebridge.server import adapters, uvicorn_server
-from pokebridge.server.descriptors import Room, make_room
+from pokebridge.server.descriptors import Room, make_room, raise_limit
 from pokebridge.server.from_settings import (
     Adapters,
     check,
+    gateway_config,
     log_warnings,
     open_adapters,
     token_signer,
+    token_verifier,
 )
+from pokebridge.server.hub import Hub
 from pokebridge.server.instance import Instance, Parts
 from pokebridge.server.revocations import Revocations
-from pokebridge.session import Timing
 from pokebridge.settings import Settings
 from pokebridge.submission import read_queued
 from pokebridge.tokens import TokenVerifier
@@ -67,6 +65,11 @@ async def serve(
     async with open_adapters(settings) as opened:
         listener = uvicorn_server.listen(settings.host, settings.port)
         url = uvicorn_server.own_url(settings.advertise_url, listener, dev=settings.dev)
+        if settings.worker_count > 1:
+            raise_limit()
+            hub = Hub(settings, assemble(settings, opened, url=url), listener)
+            await hub.run(on_listening)
+            return
         # Last, because what is open counts.
         instance = assemble(settings, opened, url=url, room=make_room(settings.max_sessions))
         await uvicorn_server.run(
@@ -86,8 +89,8 @@ def assemble(
     publisher = Publisher(opened.transport, shard_count=settings.shard_count)
     upkeep = "processor" in settings.roles
     processor = None if mailbox is None else Processor(mailbox, publisher, does_upkeep=upkeep)
-    verifier = _verifier(settings)
-    config = _gateway_config(settings, room)
+    verifier = token_verifier(settings)
+    config = gateway_config(settings, room)
     gateway = Gateway(config, opened.transport, verifier, opened.heads, opened.record_acks)
     send: _Send | None = None if processor is None else processor.send
     publish = publisher.publish if tracing is None else tracing.poking(publisher.publish)
@@ -161,48 +164,10 @@ def _ingress(source: Source | None, send: _Send | None) -> Ingress | None:
     return None if source is None or send is None else Ingress(source, read_queued, send)
 
 
-def _verifier(settings: Settings) -> TokenVerifier:
-    return TokenVerifier(
-        secret=_reveal(settings.jwt_secret),
-        previous_secret=_reveal(settings.jwt_previous_secret),
-        jwks_url=settings.jwks_url,
-        issuer=settings.jwt_issuer,
-        audience=settings.jwt_audience,
-        leeway_s=settings.jwt_leeway_s,
-    )
-
-
 def _pusher(settings: Settings, queue: PushQueue) -> Pusher | None:
     if settings.push_webhook_url is None or "processor" not in settings.roles:
         return None
     return Pusher(queue, Webhook(settings.push_webhook_url, settings.push_webhook_key))
-
-
-def _gateway_config(settings: Settings, room: Room | None) -> GatewayConfig:
-    any_origin = "*" in settings.allowed_origins
-    return GatewayConfig(
-        instance=settings.instance,
-        allowed_origins=None if any_origin else frozenset(settings.allowed_origins),
-        trusted_proxies=settings.trusted_proxies,
-        path_prefix=settings.path_prefix,
-        max_sockets=None if room is None else room.sockets,
-        max_connections_per_address=settings.max_connections_per_address,
-        max_sessions=settings.max_sessions if room is None else room.sessions,
-        max_sessions_per_recipient=settings.max_sessions_per_recipient,
-        max_sessions_per_address=settings.max_sessions_per_address,
-        handshakes_per_s=settings.handshakes_per_s,
-        shard_count=settings.shard_count,
-        cluster=settings.cluster,
-        carrier=settings.carrier,
-        assignment=settings.assignment,
-        mode=settings.initial_mode,
-        max_session_s=settings.max_session_s or inf,
-        verify_every_s=settings.verify_every_s,
-        deaf_after_s=settings.deaf_after_s,
-        timing=Timing(
-            ping_interval_s=settings.ping_interval_s, pong_timeout_s=settings.pong_timeout_s
-        ),
-    )
 
 
 def _cluster_config(settings: Settings) -> ClusterConfig:
@@ -223,7 +188,3 @@ def _cluster_config(settings: Settings) -> ClusterConfig:
             MIGRATE_RULES, over_for_s=settings.auto_over_s, under_for_s=settings.auto_under_s
         ),
     )
-
-
-def _reveal(secret: SecretStr | None) -> str | None:
-    return None if secret is None else secret.get_secret_value()

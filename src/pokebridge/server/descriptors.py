@@ -46,7 +46,7 @@ def make_room(max_sessions: int | None = None) -> Room:
     Raises:
         ConfigError: hardly any socket fits.
     """
-    limit = _raise_limit()
+    limit = raise_limit()
     reserve = min(_MOST_RESERVE, max(_LEAST_RESERVE, limit // 8))
     sockets = limit - sum(1 for _ in Path("/dev/fd").iterdir()) - reserve
     if sockets < _LEAST_SOCKETS:
@@ -71,7 +71,8 @@ def are_used_up() -> bool:
     return False
 
 
-def _raise_limit() -> int:
+def raise_limit() -> int:
+    """Raise the limit of descriptors to the hard one. Returns the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _ENDLESS if hard == resource.RLIM_INFINITY else hard
     if soft == resource.RLIM_INFINITY or soft >= wanted:

@@ -9,23 +9,28 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import structlog
+from pydantic import SecretStr
 
 from pokebridge.coordination.base import Coordination
 from pokebridge.errors import ConfigError
 from pokebridge.gateway.acks import RecordAcks
+from pokebridge.gateway.config import GatewayConfig
 from pokebridge.gateway.verification import Heads
 from pokebridge.ingress.base import Source
 from pokebridge.mailbox.base import Limits, Mailbox
 from pokebridge.mailbox.pushes import PushTiming
 from pokebridge.server import adapters
+from pokebridge.server.descriptors import Room
 from pokebridge.server.late_mailbox import LateMailbox
+from pokebridge.session import Timing
 from pokebridge.setting_types import is_loopback, is_too_wide
 from pokebridge.settings import Settings
-from pokebridge.tokens import SignToken, sign_token
+from pokebridge.tokens import SignToken, TokenVerifier, sign_token
 from pokebridge.transport.base import Transport
 
 if TYPE_CHECKING:  # its libraries are an extra
@@ -212,6 +217,11 @@ def _reads_mailbox(settings: Settings) -> bool:
     return is_told and not settings.no_mailbox and "gateway" in settings.roles
 
 
+def has_own_mailbox(settings: Settings) -> bool:
+    """Whether each worker opens the mailbox itself: a server takes many writers, a file one."""
+    return settings.mailbox.startswith("postgres")
+
+
 async def open_mailbox(settings: Settings, *, must_exist: bool = False) -> Mailbox:
     """Open the mailbox of ``settings``. With ``must_exist`` a missing file is an error.
 
@@ -242,3 +252,47 @@ def token_signer(settings: Settings) -> SignToken | None:
         issuer=settings.jwt_issuer,
         audience=settings.jwt_audience,
     )
+
+
+def token_verifier(settings: Settings) -> TokenVerifier:
+    """Return what verifies the tokens of callers."""
+    return TokenVerifier(
+        secret=_reveal(settings.jwt_secret),
+        previous_secret=_reveal(settings.jwt_previous_secret),
+        jwks_url=settings.jwks_url,
+        issuer=settings.jwt_issuer,
+        audience=settings.jwt_audience,
+        leeway_s=settings.jwt_leeway_s,
+    )
+
+
+def gateway_config(settings: Settings, room: Room | None) -> GatewayConfig:
+    """Return the settings of a gateway. ``room`` is what fits into this process, if known."""
+    any_origin = "*" in settings.allowed_origins
+    return GatewayConfig(
+        instance=settings.instance,
+        allowed_origins=None if any_origin else frozenset(settings.allowed_origins),
+        trusted_proxies=settings.trusted_proxies,
+        path_prefix=settings.path_prefix,
+        max_sockets=None if room is None else room.sockets,
+        max_connections_per_address=settings.max_connections_per_address,
+        max_sessions=settings.max_sessions if room is None else room.sessions,
+        max_sessions_per_recipient=settings.max_sessions_per_recipient,
+        max_sessions_per_address=settings.max_sessions_per_address,
+        handshakes_per_s=settings.handshakes_per_s,
+        shard_count=settings.shard_count,
+        cluster=settings.cluster,
+        carrier=settings.carrier,
+        assignment=settings.assignment,
+        mode=settings.initial_mode,
+        max_session_s=settings.max_session_s or inf,
+        verify_every_s=settings.verify_every_s,
+        deaf_after_s=settings.deaf_after_s,
+        timing=Timing(
+            ping_interval_s=settings.ping_interval_s, pong_timeout_s=settings.pong_timeout_s
+        ),
+    )
+
+
+def _reveal(secret: SecretStr | None) -> str | None:
+    return None if secret is None else secret.get_secret_value()

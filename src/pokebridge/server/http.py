@@ -14,23 +14,26 @@ nobody reads. It checks no Host, and answers a mistake before the requests ahead
 
 import asyncio
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import httptools
 
 from pokebridge.border import note_unforeseen
 from pokebridge.errors import RefusedError
-from pokebridge.gateway.gateway import Gateway
+from pokebridge.gateway.entrance import Entrance
 from pokebridge.gateway.handshake import (
+    Network,
     UpgradeRequest,
     client_address,
     is_trusted,
     refusal_response,
 )
+from pokebridge.gateway.sockets import Sockets
+from pokebridge.gateway.wheel import Wheel
 from pokebridge.server.exchange import Exchange, ExchangeProtocol, Flow
 
 MAX_HEAD_BYTES = 16 * 1024
@@ -51,10 +54,34 @@ _HOST = re.compile(rb"(\[[0-9a-f:.]+\]|[a-z0-9._~%-]*)(:[0-9]{0,5})?", re.IGNORE
 _ENCODED_PATHS = b"/v1/sessions/"
 
 
+class HttpHost(Protocol):
+    """What a connection needs of its gateway."""
+
+    entrance: Entrance
+    """Answers upgrade requests."""
+    wheel: Wheel
+    """The deadlines."""
+
+    @property
+    def sockets(self) -> Sockets:
+        """Counts the connections."""
+
+    @property
+    def trusted_proxies(self) -> Sequence[Network]:
+        """The proxies whose ``X-Forwarded-For`` is believed."""
+
+    @property
+    def path_prefix(self) -> str:
+        """The beginning of every path that clients use."""
+
+    def now(self) -> float:
+        """The time on the loop's clock in seconds."""
+
+
 class HttpProtocol(ExchangeProtocol):
     """One HTTP connection, until it closes or becomes a WebSocket."""
 
-    def __init__(self, *args: Any, gateway: Gateway, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, gateway: HttpHost, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._gateway = gateway
         self._peer = ""

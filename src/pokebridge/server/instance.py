@@ -6,7 +6,7 @@ Processor ──append──▶ mailbox          Publisher ──signals──�
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -115,7 +115,11 @@ class Parts:
 class Instance:
     """The life of one instance: its parts start, work together, drain and stop.
 
-    ``parts`` are what it is made of. ``gateway`` and ``cluster`` are two of them.
+    - ``parts``: what it is made of; ``gateway`` and ``cluster`` are two of them
+    - ``more_reasons``, ``more_metrics``: why it is not ready, and what is counted, beside its parts
+    - ``_watchers``: who is poked when the cluster changes
+    - ``_capacity``: the rate to which pulls after a gap are spread
+    - ``_pacer``, ``_draining``: the task that follows that rate, and the drain
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -124,7 +128,9 @@ class Instance:
         self.cluster = parts.cluster
         parts.gateway.on_ready = self._note_device
         if parts.gateway.acks is not None:
-            parts.gateway.acks.on_recorded = self._note_pulled
+            parts.gateway.acks.on_recorded = self.note_pulled
+        self.more_reasons: Callable[[], Iterable[str]] = tuple
+        self.more_metrics: Callable[[], Mapping[Metric, metrics.Value]] = dict
         self._watchers = Watchers(
             parts.cluster.status,
             parts.publisher.publish,
@@ -157,7 +163,7 @@ class Instance:
             mailbox = MailboxSide(
                 mailbox=parts.mailbox,
                 send=parts.send,
-                on_pulled=self._note_pulled,
+                on_pulled=self.note_pulled,
                 devices=parts.devices,
             )
         return api.create_api(
@@ -206,7 +212,8 @@ class Instance:
         if self.parts.devices is not None and device != DEFAULT_DEVICE:
             self.parts.devices.note(recipient, device)
 
-    def _note_pulled(self, recipient: str, version: int) -> None:
+    def note_pulled(self, recipient: str, version: int) -> None:
+        """``recipient`` has pulled, and has everything up to ``version``."""
         if self.parts.pulls is not None:
             self.parts.pulls.note(recipient, version)
 
@@ -284,7 +291,7 @@ class Instance:
         if parts.mailbox is not None:
             reasons += await _trouble_of("mailbox", parts.mailbox.check)
         reasons += [f"task: {task} keeps failing, see the log" for task in failing_tasks()]
-        return reasons
+        return [*reasons, *self.more_reasons()]
 
     def _read_metrics(self) -> Mapping[Metric, metrics.Value]:
         parts, gateway, cluster = self.parts, self.parts.gateway, self.parts.cluster
@@ -340,6 +347,7 @@ class Instance:
             numbers[Metric.INGRESS_MESSAGES] = {
                 (result,): count for result, count in parts.ingress.results.items()
             }
+        numbers.update(self.more_metrics())
         return numbers
 
 

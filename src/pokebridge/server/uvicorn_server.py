@@ -12,8 +12,9 @@ from types import FrameType
 import structlog
 import uvicorn
 
+from pokebridge.asgi import ASGIApp
 from pokebridge.errors import ConfigError
-from pokebridge.server.http import HttpProtocol
+from pokebridge.server.http import HttpHost, HttpProtocol
 from pokebridge.server.instance import Instance
 
 log = structlog.get_logger(__name__)
@@ -35,22 +36,27 @@ async def run(
     """
     try:
         await instance.start()
-        config = uvicorn.Config(
-            instance.create_app(),
-            http=functools.partial(HttpProtocol, gateway=instance.gateway),  # type: ignore[arg-type] # called, never subclassed
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            proxy_headers=False,
-            server_header=False,
-            timeout_graceful_shutdown=int(grace_s),
-            backlog=_BACKLOG,
-        )
+        config = http_config(instance.create_app(), instance.gateway, grace_s=grace_s)
         await _Server(config, instance, on_listening).serve(sockets=[listener])
     finally:
         listener.close()
         await instance.close()
+
+
+def http_config(app: ASGIApp, gateway: HttpHost, *, grace_s: float) -> uvicorn.Config:
+    """How uvicorn serves ``app``, and the WebSockets of ``gateway`` beside it."""
+    return uvicorn.Config(
+        app,
+        http=functools.partial(HttpProtocol, gateway=gateway),  # type: ignore[arg-type] # called, never subclassed
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_graceful_shutdown=int(grace_s),
+        backlog=_BACKLOG,
+    )
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -86,6 +92,14 @@ def own_url(advertise_url: str | None, listener: socket.socket, *, dev: bool) ->
     return advertise_url or ""
 
 
+def tell_address(listener: socket.socket, on_listening: Callable[[str], None]) -> None:
+    """Log the address of ``listener``, and call ``on_listening`` with it."""
+    host, port = listener.getsockname()[:2]
+    url = f"http://{_url_host(host)}:{port}"
+    log.info("listening", url=url)
+    on_listening(url)
+
+
 class _Server(uvicorn.Server):
     """uvicorn that drains the sessions before it stops, and exits with status 0."""
 
@@ -118,10 +132,7 @@ class _Server(uvicorn.Server):
         gc.collect()
         gc.freeze()
         for listener in sockets or []:
-            host, port = listener.getsockname()[:2]
-            url = f"http://{_url_host(host)}:{port}"
-            log.info("listening", url=url)
-            self._on_listening(url)
+            tell_address(listener, self._on_listening)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop. A second SIGINT stops at once."""

@@ -55,6 +55,11 @@ class Channel(asyncio.Protocol, Generic[Received]):
         self._transport: asyncio.WriteTransport | None = None
         self._loop = asyncio.get_running_loop()
 
+    @property
+    def has_unsent(self) -> bool:
+        """Whether messages of this turn of the loop are not written yet."""
+        return self._flush_is_due
+
     async def connect(self, own_end: socket.socket) -> None:
         """Use ``own_end``, one socket of a connected pair."""
         await self._loop.create_unix_connection(lambda: self, sock=own_end)
@@ -92,9 +97,8 @@ class Channel(asyncio.Protocol, Generic[Received]):
 
     # --- called by asyncio ------------------------------------------------------------------------
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+    def connection_made(self, transport: asyncio.WriteTransport) -> None:  # type: ignore[override]
         """The channel can be used."""
-        assert isinstance(transport, asyncio.WriteTransport)  # noqa: S101 - it is a stream
         transport.set_write_buffer_limits(high=CONGESTED_BYTES)
         self._transport = transport
 

@@ -209,6 +209,7 @@ class Report(Message, tag=6):
     - ``connections``, ``sessions``: those open now
     - ``cpu_s``, ``memory_bytes``: of the process
     - ``merged``: pokes that were merged because their client did not read
+    - ``committed``, ``refused``: messages, where the worker has a mailbox of its own
     - ``limited``: HTTP connections that a limit has closed or refused
     - ``handshakes``: by status
     - ``unforeseen``, ``failures``: errors by border, and by background task
@@ -224,6 +225,8 @@ class Report(Message, tag=6):
     memory_bytes: int
     merged: int
     limited: int
+    committed: int
+    refused: int
     handshakes: dict[str, int]
     unforeseen: dict[str, int]
     failures: dict[str, int]

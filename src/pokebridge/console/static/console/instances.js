@@ -13,7 +13,7 @@ import { markOf } from "./marks.js";
 
 const COLUMNS = [
   { name: "State", of: (each, view) => stateOf(each, view) },
-  { name: "Sessions", of: (each) => formatCount(each.sessions) },
+  { name: "Sessions", of: sessionsOf, title: "of each worker, where there are several" },
   { name: "Shards", of: (each) => formatCount(each.shards.length), title: "that the map gives it" },
   { name: "In", of: (each) => `${formatRate(each.messages_per_s)}/s`, title: "signals received" },
   { name: "Out", of: (each) => `${formatRate(each.pokes_per_s)}/s`, title: "pokes to its sockets" },
@@ -32,6 +32,12 @@ const COLUMNS = [
   { name: "Memory", of: (each) => formatMemory(each.memory_bytes) },
   { name: "Age", of: (each) => formatDuration((Date.now() - each.joined_at_ms) / 1000) },
 ];
+
+/** All sessions, and those of each worker; an older instance does not say. */
+function sessionsOf({ sessions, workers = [] }) {
+  const each = workers.map((worker) => formatCount(worker.sessions)).join(" + ");
+  return each ? `${formatCount(sessions)} (${each})` : formatCount(sessions);
+}
 
 function stateOf({ state, settled, epoch, sessions, shards }, view) {
   if (state === "draining" && sessions === 0 && shards.length === 0) return "drained";

@@ -1,0 +1,372 @@
+"""A worker process: it serves connections that its hub accepts (docs/cores.md).
+
+It answers the calls about messages and pokes. All other HTTP requests concern the whole instance,
+and the hub answers them. A worker ends with its hub, however that ends.
+"""
+
+import asyncio
+import contextlib
+import gc
+import math
+import os
+import pickle
+import resource
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from typing import Any
+
+import structlog
+import uvicorn
+import uvloop
+
+from pokebridge.api.app import BODY_CAP_BYTES
+from pokebridge.api.dispatch import Api
+from pokebridge.api.exchange import Route
+from pokebridge.api.messages import MailboxSide, MessageCalls
+from pokebridge.api.pokes import PokeCalls
+from pokebridge.api.problems import problem
+from pokebridge.asgi import Receive, Scope, Send
+from pokebridge.border import unforeseen
+from pokebridge.cluster.load import memory_bytes
+from pokebridge.durations import RequestDurations
+from pokebridge.errors import PokebridgeError
+from pokebridge.mailbox.base import Mailbox
+from pokebridge.mailbox.devices import KnownDevices
+from pokebridge.model import NewMessage, Poke, Receipt
+from pokebridge.processor import Processor
+from pokebridge.server import descriptors
+from pokebridge.server.from_settings import (
+    gateway_config,
+    has_own_mailbox,
+    open_mailbox,
+    token_verifier,
+)
+from pokebridge.server.uvicorn_server import http_config
+from pokebridge.settings import Settings
+from pokebridge.supervisor import failing_tasks, supervise, task_failures
+from pokebridge.telemetry import configure_logging
+from pokebridge.tokens import TokenVerifier
+from pokebridge.workers import methods
+from pokebridge.workers.calls import Calls
+from pokebridge.workers.channel import Channel
+from pokebridge.workers.frames import (
+    Ask,
+    Failure,
+    Pulled,
+    Ready,
+    Report,
+    Result,
+    Stop,
+    ToWorker,
+    Welcome,
+    decode_to_worker,
+)
+from pokebridge.workers.mailbox import HubMailbox
+from pokebridge.workers.methods import HttpRequest, HttpResponse
+from pokebridge.workers.worker_gateway import WorkerGateway
+
+_AT_ONCE = 64
+_CONNECTIONS_TO_RELIEVE = 32
+_FAMILIES = {b"4": socket.AF_INET, b"6": socket.AF_INET6}
+
+log = structlog.get_logger(__name__)
+
+
+class Worker:
+    """One worker.
+
+    - ``settings``, ``gateway``, ``verifier``: set by the hub's welcome
+    - ``calls``: calls to the hub
+    - ``requests``: how long the requests that are answered here take
+    - ``processor``: commits messages, where this process has a mailbox of its own
+    - ``accepted``: connections that the hub has passed
+    - ``server``: serves the connections, once it is made
+    - ``_channel``: to the hub
+    - ``_welcomed``: set by the welcome
+    - ``_is_done``: whether the worker has stopped as it was told
+    """
+
+    settings: Settings
+    gateway: WorkerGateway
+    verifier: TokenVerifier
+
+    def __init__(self) -> None:
+        self.requests = RequestDurations()
+        self.processor: Processor | None = None
+        self.accepted = 0
+        self.server: _Server | None = None
+        self._channel: Channel[ToWorker] = Channel(decode_to_worker, self._take, self._orphaned)
+        self.calls = Calls(self._channel.send)
+        self._welcomed = asyncio.Event()
+        self._is_done = False
+
+    async def run(self, channel: socket.socket, door: socket.socket) -> None:
+        """Serve until the hub says stop. The connections come through ``door``."""
+        await self._channel.connect(channel)
+        await self._welcomed.wait()
+        async with AsyncExitStack() as opened:
+            app = App(self, await self._routes(opened))
+            config = http_config(app, self.gateway, grace_s=self.settings.grace_s)
+            self.server = _Server(config, self, door)
+            self.gateway.start(serves="gateway" in self.settings.roles)
+            opened.callback(self.gateway.close)
+            opened.push_async_callback(self.verifier.close)
+            pacer = supervise("descriptors", self._keep_descriptors)
+            opened.callback(pacer.cancel)
+            await self.server.serve(sockets=[])
+        self._is_done = True
+        self._channel.close()
+
+    def serves(self) -> None:
+        """Tell the hub that connections may be passed."""
+        self._channel.send(Ready())
+
+    async def _routes(self, opened: AsyncExitStack) -> Sequence[Route]:
+        settings = self.settings
+        if "api" not in settings.roles:
+            return []
+        routes = [*PokeCalls(self._publish).routes()]
+        if settings.no_mailbox:
+            return routes
+        if has_own_mailbox(settings):
+            mailbox = await open_mailbox(settings)
+            opened.push_async_callback(mailbox.close)
+            self.processor = Processor(mailbox, self, does_upkeep=False)
+            await opened.enter_async_context(self.processor)
+            side = MailboxSide(
+                mailbox=mailbox,
+                send=self.processor.send,
+                on_pulled=self._note_pulled,
+                devices=KnownDevices(mailbox),
+            )
+        else:
+            hubs = HubMailbox(self.calls)
+            side = MailboxSide(
+                mailbox=hubs,
+                send=self._send,
+                on_pulled=self._note_pulled,
+                devices=KnownDevices(hubs),
+            )
+        opened.push_async_callback(side.devices.close)
+        return [*routes, *MessageCalls(side).routes()]
+
+    def _hub_mailbox(self) -> Mailbox:
+        return HubMailbox(self.calls)
+
+    async def publish_now(self, pokes: Sequence[Poke]) -> None:
+        """Publish through the hub, as :class:`~pokebridge.processor.PokePublisher` says."""
+        await self.calls.call(methods.PUBLISH_NOW, pokes)
+
+    async def _publish(self, pokes: Sequence[Poke]) -> None:
+        await self.calls.call(methods.PUBLISH, pokes)
+
+    async def _send(self, message: NewMessage) -> Receipt:
+        return await self.calls.call(methods.SEND, message)
+
+    def _note_pulled(self, recipient: str, version: int) -> None:
+        if self.settings.push_webhook_url is not None:
+            self._channel.send(Pulled(recipient, version))
+
+    async def _keep_descriptors(self) -> None:
+        while True:
+            await asyncio.sleep(1.0)
+            if descriptors.are_used_up():
+                self.gateway.sockets.relieve(_CONNECTIONS_TO_RELIEVE)
+
+    # --- what the hub says ------------------------------------------------------------------------
+
+    def _take(self, message: ToWorker) -> None:
+        if isinstance(message, Result | Failure):
+            self.calls.settle(message)
+        elif isinstance(message, Ask):
+            self._channel.send(self._report(message.number))
+        elif isinstance(message, Stop):
+            if self.server is not None:
+                self.server.should_exit = True
+        elif isinstance(message, Welcome):
+            self._welcome(message)
+        else:
+            self.gateway.take(message)
+
+    def _welcome(self, welcome: Welcome) -> None:
+        # It is the hub's, which is the parent of this process.
+        settings: Settings = pickle.loads(welcome.settings)  # noqa: S301
+        structlog.contextvars.bind_contextvars(worker=welcome.worker)
+        configure_logging(settings.log_format, settings.log_level)
+        room = descriptors.make_room()
+        of_address = settings.max_connections_per_address
+        config = replace(
+            gateway_config(settings, room),
+            # The hub counts the handshakes and the sessions of the host, and passes connections
+            # evenly, so that a share of them may be counted here.
+            handshakes_per_s=None,
+            max_sessions=room.sessions,
+            max_connections_per_address=of_address
+            and math.ceil(of_address / settings.worker_count),
+        )
+        self.settings = settings
+        self.verifier = token_verifier(settings)
+        self.gateway = WorkerGateway(
+            config, self.verifier, self._channel.send, takes_acks=welcome.takes_acks
+        )
+        disconnects = self.gateway.disconnects
+        self.verifier.refuses = lambda recipient, issued_at: disconnects.refuses(
+            recipient, issued_at, time.time()
+        )
+        for revoke in welcome.revocations:
+            self.gateway.revoke(revoke)
+        self._welcomed.set()
+
+    def _report(self, number: int) -> Report:
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        stats = None if self.processor is None else self.processor.stats
+        gateway = self.gateway
+        return Report(
+            number=number,
+            accepted=self.accepted,
+            connections=len(gateway.sockets),
+            sessions=gateway.entrance.sessions,
+            cpu_s=usage.ru_utime + usage.ru_stime,
+            memory_bytes=memory_bytes(),
+            merged=gateway.merged,
+            limited=gateway.sockets.limited,
+            committed=0 if stats is None else stats.messages_committed,
+            refused=0 if stats is None else stats.messages_refused,
+            handshakes=gateway.entrance.handshakes,
+            unforeseen=unforeseen,
+            failures=task_failures,
+            failing=failing_tasks(),
+            durations=[
+                (labels, each.counts, each.sum_s)
+                for labels, each in self.requests.by_labels.items()
+            ],
+        )
+
+    def _orphaned(self) -> None:
+        """The hub is gone: clients must find another instance, and the port must be free."""
+        if not self._is_done:
+            os._exit(1)
+
+
+class App:
+    """The ASGI application of a worker."""
+
+    def __init__(self, worker: Worker, routes: Sequence[Route]) -> None:
+        self._calls = worker.calls
+        self._paths = frozenset(route.path for route in routes)
+        self._api = Api(
+            routes,
+            worker.verifier,
+            worker.requests,
+            allowed_origins=worker.settings.allowed_origins,
+            limit_bytes=BODY_CAP_BYTES,
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request here, or have the hub answer it."""
+        if scope["path"] in self._paths:
+            await self._api(scope, receive, send)
+            return
+        request = HttpRequest(
+            **{name: scope[name] for name in _SCOPE}, body=await _read_body(receive)
+        )
+        try:
+            response = await self._calls.call(methods.HTTP, request)
+        except PokebridgeError as error:
+            refused = problem(error.status, str(error))
+            response = HttpResponse(refused.status, refused.headers, refused.body)
+        start = {"status": response.status, "headers": response.headers}
+        await send({"type": "http.response.start", **start})
+        await send({"type": "http.response.body", "body": response.body})
+
+
+_SCOPE = (
+    *("method", "path", "raw_path", "query_string", "scheme", "http_version"),
+    *("headers", "client", "server"),
+)
+
+
+async def _read_body(receive: Receive) -> bytes:
+    """Read the body, or so much of it that the hub sees that it is too large."""
+    body, more = b"", True
+    while more and len(body) <= BODY_CAP_BYTES:
+        message = await receive()
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+    return body
+
+
+class _Server(uvicorn.Server):
+    """uvicorn that serves the connections which the hub accepts."""
+
+    def __init__(self, config: uvicorn.Config, worker: Worker, door: socket.socket) -> None:
+        super().__init__(config)
+        self._worker = worker
+        self._door = door
+        self._arriving: set[asyncio.Task[None]] = set()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """The hub decides when this process ends."""
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Open the door."""
+        await super().startup(sockets)
+        gc.collect()
+        gc.freeze()
+        self._door.settimeout(0)
+        asyncio.get_running_loop().add_reader(self._door.fileno(), self._let_in)
+        self._worker.serves()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close the door, let the last sessions say goodbye, and finish the requests."""
+        self._let_in()
+        asyncio.get_running_loop().remove_reader(self._door.fileno())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_GOODBYE_S):
+                await self._worker.gateway.all_gone.wait()
+        await super().shutdown(sockets)
+
+    def _let_in(self) -> None:
+        for _ in range(_AT_ONCE):
+            try:
+                family, fds, _, _ = socket.recv_fds(self._door, 1, 1)
+            except OSError:  # no more for now
+                return
+            if not family:
+                return
+            self._worker.accepted += 1
+            for fd in fds:
+                sock = socket.socket(_FAMILIES[family], socket.SOCK_STREAM, 0, fd)
+                task = asyncio.ensure_future(self._connect(sock))
+                self._arriving.add(task)
+                task.add_done_callback(self._arriving.discard)
+
+    async def _connect(self, sock: socket.socket) -> None:
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(self._protocol, sock)
+        except OSError:  # it has gone already
+            sock.close()
+
+    def _protocol(self) -> asyncio.Protocol:
+        make: Any = self.config.http_protocol_class
+        protocol: asyncio.Protocol = make(
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        return protocol
+
+
+_GOODBYE_S = 2.0
+
+
+def run(channel: socket.socket, door: socket.socket) -> None:
+    """Run a worker until its hub says stop, or is gone."""
+
+    async def serve() -> None:
+        await Worker().run(channel, door)
+
+    uvloop.run(serve())

@@ -1,0 +1,197 @@
+"""`pokebridge serve --workers 2`: one instance on one port, whose workers may be killed."""
+
+import asyncio
+import os
+import re
+import signal
+from collections import Counter
+from contextlib import AsyncExitStack
+from time import monotonic
+
+import httpx
+import psutil
+import pytest
+import websockets
+
+from tests.cluster.crowd import Act, Crowd
+from tests.support.serving import Instance, Serve
+from tests.support.waiting import block_until, wait_until
+
+# How long others may be silent when a worker is killed, on a machine that is not busy.
+SILENCE_S = 0.5
+
+
+def worker_pids(instance: Instance) -> list[int]:
+    """The worker processes: what the fork server, the hub's only child, has forked."""
+    (fork_server,) = psutil.Process(instance.pid).children()
+    return sorted(worker.pid for worker in fork_server.children())
+
+
+def metrics_of(instance: Instance) -> dict[str, float]:
+    """The metrics, by name and labels."""
+    with instance.http() as http:
+        lines = http.get("/metrics").raise_for_status().text.splitlines()
+    samples = (line.rpartition(" ") for line in lines if not line.startswith("#"))
+    return {name: float(value) for name, _, value in samples}
+
+
+def workers_of(instance: Instance) -> list[dict[str, int]]:
+    """The workers as the cluster view shows them."""
+    with instance.http("urn:admin", "admin") as http:
+        (member,) = http.get("/v1/cluster").raise_for_status().json()["instances"]
+    return member["workers"]  # type: ignore[no-any-return]
+
+
+async def kill_one_of(instance: Instance, crowd: Crowd) -> Act:
+    """Kill a worker and wait until all its clients are back; says who they were."""
+    before = {client.recipient: len(client.ready_s) for client in crowd.clients}
+    pids, began_s = worker_pids(instance), monotonic()
+    os.kill(pids[0], signal.SIGKILL)
+
+    def struck() -> frozenset[str]:
+        return frozenset(
+            client.recipient
+            for client in crowd.clients
+            if len(client.ready_s) > before[client.recipient]
+        )
+
+    await wait_until(lambda: len({*worker_pids(instance)} - {pids[0]}) == len(pids), 30)
+    await wait_until(lambda: bool(struck()) and all(client.ready for client in crowd.clients), 30)
+    return Act("a worker is killed", began_s, struck())
+
+
+async def _kill_workers(instance: Instance, kills: int) -> tuple[float, Counter[str]]:
+    """Kill workers under traffic. Returns the longest silence of others, and who was struck."""
+    silence_s, struck = 0.0, Counter[str]()
+    async with Crowd(instance.url, instance.token, 40) as crowd:
+        for _ in range(kills):
+            act = await kill_one_of(instance, crowd)
+            struck.update(act.struck)
+            assert len(act.struck) <= 30, "the sockets are spread over the workers"
+            sent = len(crowd.sent)
+            await wait_until(lambda: len(crowd.sent) > sent + 10)  # noqa: B023 - it is awaited here
+            silence_s = max(silence_s, crowd.longest_silence_s(act, monotonic(), struck=False))
+        await crowd.stop_sending()
+        await wait_until(lambda: crowd.outstanding == 0, 30, "all that was accepted is pulled")
+        assert len(crowd.sent) > 10 * kills
+    return silence_s, struck
+
+
+async def test_a_killed_worker_is_replaced_and_nothing_is_lost(serve: Serve) -> None:
+    """Three kills under traffic: its clients come back, pull everything, and others go on."""
+    instance = await asyncio.to_thread(serve, workers=2, mailbox="sqlite:///m.db")
+    silence_s, _ = await _kill_workers(instance, 3)
+    assert silence_s < 30, "verification would have found them by then"
+    assert await asyncio.to_thread(instance.terminate) == 0
+    assert "database is locked" not in instance.log()
+
+
+@pytest.mark.long
+async def test_fifty_killed_workers(serve: Serve) -> None:
+    """Fifty kills: nothing is lost, and the others are never silent for long."""
+    instance = await asyncio.to_thread(serve, workers=2, mailbox="sqlite:///m.db")
+    silence_s, struck = await _kill_workers(instance, 50)
+    assert silence_s <= SILENCE_S
+    assert len(struck) == 40, "everybody was struck now and then"
+
+
+async def test_one_port_one_instance(serve: Serve) -> None:
+    """Sockets are spread evenly; metrics and the cluster view show the sum, and each worker."""
+    instance = await asyncio.to_thread(serve, workers=2, mailbox="memory://", max_sessions=20)
+    async with AsyncExitStack() as stack:
+        for number in range(20):
+            headers = instance.headers(f"urn:user:{number}")
+            connect = websockets.connect(instance.ws_url, additional_headers=headers)
+            socket = await stack.enter_async_context(connect)
+            assert '"ready"' in str(await socket.recv())
+        with pytest.raises(websockets.InvalidStatus, match="503"):
+            await websockets.connect(instance.ws_url, additional_headers=headers)
+
+        view = await asyncio.to_thread(workers_of, instance)
+        assert sum(worker["sessions"] for worker in view) == 20
+        metrics = await asyncio.to_thread(metrics_of, instance)
+        each = [metrics[f'pokebridge_worker_sessions{{worker="{number}"}}'] for number in (1, 2)]
+        assert metrics["pokebridge_sessions"] == sum(each) == 20
+        assert min(each) >= 8, "evenly, apart from the connections of plain HTTP"
+        assert metrics['pokebridge_handshakes_total{status="101"}'] == 20
+    assert "worker=1" in instance.log()
+
+
+async def test_many_senders_share_the_file_of_one_writer(serve: Serve) -> None:
+    """200 messages at once through two workers: dense versions, and no lock is in the way."""
+    instance = await asyncio.to_thread(serve, workers=2, mailbox="sqlite:///m.db")
+
+    async def send(number: int) -> int:
+        async with instance.async_http("urn:backend", "send") as http:
+            sent = [
+                await http.post("/v1/messages", json={"recipient": "urn:user:bob", "body": number})
+                for _ in range(10)
+            ]
+        return sum(each.status_code == httpx.codes.ACCEPTED for each in sent)
+
+    assert sum(await asyncio.gather(*map(send, range(20)))) == 200
+    async with instance.async_http("urn:user:bob") as http:
+        page = (await http.get("/v1/messages", params={"limit": 500})).json()
+    assert [message["version"] for message in page["messages"]] == list(range(1, 201))
+    view = await asyncio.to_thread(metrics_of, instance)
+    assert view["pokebridge_messages_committed_total"] == 200
+
+
+def test_workers_that_keep_dying_turn_readiness_red(serve: Serve) -> None:
+    """One death is nobody's concern. After three in a row the instance says what is wrong."""
+    instance = serve(workers=2, mailbox="memory://")
+    with instance.http() as http:
+        for deaths in (1, 2, 3):
+            assert http.get("/readyz").status_code == httpx.codes.OK
+            # The process of worker 1 is the one that its last line names.
+            served = re.findall(r"worker_serves.*pid=(\d+) worker=1", instance.log())
+            os.kill(int(served[-1]), signal.SIGKILL)
+            block_until(lambda: instance.log().count("worker_serves") == 2 + deaths)  # noqa: B023
+        answer = http.get("/readyz")
+    assert answer.status_code == httpx.codes.SERVICE_UNAVAILABLE
+    assert "worker 1 keeps ending" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("is_stopped", [False, True], ids=["running", "stopped"])
+def test_workers_end_with_their_hub(serve: Serve, *, is_stopped: bool) -> None:
+    """The hub is killed: its workers end too, even one that stands still, and the port is free."""
+    instance = serve(workers=2, mailbox="memory://")
+    pids = worker_pids(instance)
+    if is_stopped:
+        os.kill(pids[0], signal.SIGSTOP)
+    os.kill(instance.pid, signal.SIGKILL)
+    block_until(lambda: not any(map(psutil.pid_exists, pids)))
+    instance.kill()
+    instance.start()
+
+
+async def test_sigterm_drains_all_workers(serve: Serve) -> None:
+    """Every session closes with 1012, pulls go on meanwhile, and the exit status is 0."""
+    instance = await asyncio.to_thread(serve, workers=2, mailbox="memory://", drain_s=0.5)
+    pids = worker_pids(instance)
+    headers = instance.headers("urn:user:bob")
+    sockets = [
+        await websockets.connect(instance.ws_url, additional_headers=headers) for _ in range(6)
+    ]
+    for socket in sockets:
+        await socket.recv()
+    ended = asyncio.ensure_future(asyncio.to_thread(instance.terminate))
+    for socket in sockets:
+        await socket.wait_closed()
+        assert socket.close_code == 1012
+    assert await ended == 0
+    await wait_until(lambda: not any(map(psutil.pid_exists, pids)))
+
+
+@pytest.mark.long
+async def test_a_worker_that_stands_still_is_replaced(serve: Serve) -> None:
+    """Stopped, as by a debugger: new clients are served by the others, its own come back."""
+    instance = await asyncio.to_thread(serve, workers=2, mailbox="memory://")
+    async with Crowd(instance.url, instance.token, 20) as crowd:
+        victim = worker_pids(instance)[0]
+        os.kill(victim, signal.SIGSTOP)
+        await wait_until(lambda: victim not in worker_pids(instance), 60)
+        await wait_until(lambda: len(worker_pids(instance)) == 2, 30)
+        await crowd.stop_sending()
+        await wait_until(lambda: crowd.outstanding == 0, 30, "all that was accepted is pulled")
+    assert "worker_stalled" in instance.log()
