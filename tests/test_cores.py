@@ -40,8 +40,8 @@ def test_the_limit_of_the_cgroup_counts(
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"workers": "0"}, "workers"),
-        ({"workers": "many"}, "workers"),
+        ({"workers": "0"}, "WORKERS"),
+        ({"workers": "many"}, "WORKERS"),
         ({"workers": "2", "roles": "processor"}, "roles"),
         ({"workers": "2", "tracing": "true"}, "tracing"),
     ],

@@ -190,8 +190,10 @@ class Crowd(Observer):
         # It may be pulled before it is answered; it counts when it is.
         message = self.sent[message_id] = Sent(recipient, monotonic())
         answered = False
-        with suppress(httpx.HTTPError):
-            answered = (await http.post("/v1/messages", json=body)).status_code == 202
-        if not answered and message.pulled_s == inf:
-            del self.sent[message_id]
-            self.refused += 1
+        try:
+            with suppress(httpx.HTTPError):
+                answered = (await http.post("/v1/messages", json=body)).status_code == 202
+        finally:  # also when the sending ends meanwhile
+            if not answered and message.pulled_s == inf:
+                del self.sent[message_id]
+                self.refused += 1

@@ -19,13 +19,13 @@ from typing import Final
 import structlog
 
 from pokebridge.api.metrics import Value
-from pokebridge.asgi import ASGIApp, Message
 from pokebridge.backoff import backoff_s
 from pokebridge.border import unforeseen
 from pokebridge.coordination.base import WorkerLoad
 from pokebridge.errors import PokebridgeError, UnavailableError
 from pokebridge.server.door import Door
 from pokebridge.server.fork_server import ForkServer
+from pokebridge.server.hub_http import PassedRequests
 from pokebridge.server.instance import Instance
 from pokebridge.server.uvicorn_server import tell_address
 from pokebridge.settings import Settings
@@ -175,7 +175,7 @@ class Hub:
         self._grace_s = settings.grace_s
         self._listener = listener
         self._door = Door(listener, self._open_slots)
-        self._app: ASGIApp = instance.create_app()
+        self._app = instance.create_app()
         self._fork_server = ForkServer()
         self._has_started = asyncio.Event()
         self._reported = asyncio.Event()
@@ -280,7 +280,7 @@ class Hub:
         link.on_report = lambda report: self._take_report(slot, report)
         link.on_broken = ended.set
         link.on_pulled = self.instance.note_pulled
-        self._offer_methods(link)
+        requests = self._offer_methods(link)
         with door:
             await link.channel.connect(channel)
             with its_channel, its_door:
@@ -291,6 +291,7 @@ class Hub:
                 await ended.wait()
             finally:
                 link.channel.close()
+                requests.end_all()
                 if not self._stops:
                     slot.kill()
 
@@ -302,15 +303,24 @@ class Hub:
             Welcome(link.number, self._settings, takes_acks=takes_acks, revocations=revocations)
         )
 
-    def _offer_methods(self, link: WorkerLink) -> None:
+    def _offer_methods(self, link: WorkerLink) -> PassedRequests:
         parts, answers = self.instance.parts, link.answers
-        answers.offer(methods.HTTP, self._answer_http)
+        requests = PassedRequests(self._app)
+        link.on_gone = requests.end
+
+        async def answer(request: HttpRequest) -> HttpResponse:
+            if request.path in _SHOW_WORKERS:
+                await self._refresh()
+            return await requests.answer(request)
+
+        answers.offer(methods.HTTP, answer)
         answers.offer(methods.PUBLISH, parts.publish)
         answers.offer(methods.PUBLISH_NOW, parts.publisher.publish_now)
         if parts.send is not None:
             answers.offer(methods.SEND, parts.send)
         if parts.mailbox is not None:
             offer_mailbox(answers, parts.mailbox)
+        return requests
 
     def _serve(self, slot: Slot, link: WorkerLink, door: socket.socket) -> None:
         slot.serve(link, door)
@@ -412,26 +422,6 @@ class Hub:
 
     def _by_worker(self, read: Callable[[Slot], float]) -> Mapping[tuple[str, ...], float]:
         return {(str(slot.number),): read(slot) for slot in self.slots}
-
-    # --- what the workers ask ---------------------------------------------------------------------
-
-    async def _answer_http(self, request: HttpRequest) -> HttpResponse:
-        if request.path in _SHOW_WORKERS:
-            await self._refresh()
-        response = HttpResponse(500, [], b"")
-
-        async def receive() -> Message:
-            return {"type": "http.request", "body": request.body, "more_body": False}
-
-        async def send(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                response.status, response.headers = message["status"], list(message["headers"])
-            else:
-                response.body += message.get("body", b"")
-
-        scope = {name: getattr(request, name) for name in request.__struct_fields__}
-        await self._app(scope | {"type": "http", "root_path": ""}, receive, send)
-        return response
 
 
 @contextlib.contextmanager

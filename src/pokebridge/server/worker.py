@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import structlog
@@ -55,6 +56,7 @@ from pokebridge.workers.channel import Channel
 from pokebridge.workers.frames import (
     Ask,
     Failure,
+    Gone,
     Pulled,
     Ready,
     Report,
@@ -79,7 +81,7 @@ class Worker:
     """One worker.
 
     - ``settings``, ``gateway``, ``verifier``: set by the hub's welcome
-    - ``calls``: calls to the hub
+    - ``calls``, ``tell``: calls and messages to the hub
     - ``requests``: how long the requests that are answered here take
     - ``processor``: commits messages, where this process has a mailbox of its own
     - ``accepted``: connections that the hub has passed
@@ -99,7 +101,8 @@ class Worker:
         self.accepted = 0
         self.server: _Server | None = None
         self._channel: Channel[ToWorker] = Channel(decode_to_worker, self._take, self._orphaned)
-        self.calls = Calls(self._channel.send)
+        self.tell = self._channel.send
+        self.calls = Calls(self.tell)
         self._welcomed = asyncio.Event()
         self._is_done = False
 
@@ -122,7 +125,7 @@ class Worker:
 
     def serves(self) -> None:
         """Tell the hub that connections may be passed."""
-        self._channel.send(Ready())
+        self.tell(Ready())
 
     async def _routes(self, opened: AsyncExitStack) -> Sequence[Route]:
         settings = self.settings
@@ -168,7 +171,7 @@ class Worker:
 
     def _note_pulled(self, recipient: str, version: int) -> None:
         if self.settings.push_webhook_url is not None:
-            self._channel.send(Pulled(recipient, version))
+            self.tell(Pulled(recipient, version))
 
     async def _keep_descriptors(self) -> None:
         while True:
@@ -182,7 +185,7 @@ class Worker:
         if isinstance(message, Result | Failure):
             self.calls.settle(message)
         elif isinstance(message, Ask):
-            self._channel.send(self._report(message.number))
+            self.tell(self._report(message.number))
         elif isinstance(message, Stop):
             if self.server is not None:
                 self.server.should_exit = True
@@ -210,7 +213,7 @@ class Worker:
         self.settings = settings
         self.verifier = token_verifier(settings)
         self.gateway = WorkerGateway(
-            config, self.verifier, self._channel.send, takes_acks=welcome.takes_acks
+            config, self.verifier, self.tell, takes_acks=welcome.takes_acks
         )
         disconnects = self.gateway.disconnects
         self.verifier.refuses = lambda recipient, issued_at: disconnects.refuses(
@@ -252,11 +255,18 @@ class Worker:
 
 
 class App:
-    """The ASGI application of a worker."""
+    """The ASGI application of a worker.
+
+    - ``_calls``, ``_tell``: to the hub
+    - ``_answered``: method and path of the calls that are answered here
+    - ``_api``: answers them
+    - ``_numbers``: of the requests that are passed on
+    """
 
     def __init__(self, worker: Worker, routes: Sequence[Route]) -> None:
         self._calls = worker.calls
-        self._paths = frozenset(route.path for route in routes)
+        self._tell = worker.tell
+        self._answered = frozenset((route.method, route.path) for route in routes)
         self._api = Api(
             routes,
             worker.verifier,
@@ -264,23 +274,46 @@ class App:
             allowed_origins=worker.settings.allowed_origins,
             limit_bytes=BODY_CAP_BYTES,
         )
+        self._numbers = count()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request here, or have the hub answer it."""
-        if scope["path"] in self._paths:
+        query = scope["query_string"]
+        # The sessions of calls that wait are the hub's.
+        may_wait = query and (b"wait_s" in query or b"%" in query)
+        if (scope["method"], scope["path"]) in self._answered and not may_wait:
             await self._api(scope, receive, send)
             return
         request = HttpRequest(
-            **{name: scope[name] for name in _SCOPE}, body=await _read_body(receive)
+            next(self._numbers),
+            **{name: scope[name] for name in _SCOPE},
+            body=await _read_body(receive),
         )
         try:
-            response = await self._calls.call(methods.HTTP, request)
+            response = await self._pass_on(request, receive)
         except PokebridgeError as error:
             refused = problem(error.status, str(error))
             response = HttpResponse(refused.status, refused.headers, refused.body)
         start = {"status": response.status, "headers": response.headers}
         await send({"type": "http.response.start", **start})
         await send({"type": "http.response.body", "body": response.body})
+
+    async def _pass_on(self, request: HttpRequest, receive: Receive) -> HttpResponse:
+        answer = asyncio.ensure_future(self._calls.call(methods.HTTP, request))
+        gone = asyncio.ensure_future(_until_gone(receive))
+        try:
+            await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                self._tell(Gone(request.number))
+            return await answer
+        finally:
+            gone.cancel()
+            answer.cancel()
+
+
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 _SCOPE = (

@@ -33,8 +33,10 @@ R = TypeVar("R")
 class Method(Generic[P, R]):
     """A method of the hub: ``arguments``, a tuple, and ``result`` are the types that are sent."""
 
-    def __init__(self, name: str, arguments: Any, result: Any) -> None:
+    def __init__(self, name: str, arguments: Any, result: Any, *, may_wait: bool = False) -> None:
+        """``may_wait``: the number of its calls is limited elsewhere."""
         self.name = name
+        self.may_wait = may_wait
         self.decode_arguments: Callable[[msgspec.Raw], tuple[Any, ...]]
         self.decode_arguments = msgspec.msgpack.Decoder(arguments).decode
         self.decode_result: Callable[[msgspec.Raw], R] = msgspec.msgpack.Decoder(result).decode
@@ -60,7 +62,7 @@ class Calls:
             UnavailableError: too many calls are waiting.
             PokebridgeError: what the hub raised.
         """
-        if len(self._waiting) >= MAX_WAITING:
+        if len(self._waiting) >= MAX_WAITING and not method.may_wait:
             raise UnavailableError(f"overloaded: {MAX_WAITING} calls are waiting")
         number = next(self._numbers)
         # The encoder takes any value where the decoder will see bytes.

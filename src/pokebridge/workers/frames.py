@@ -234,7 +234,13 @@ class Report(Message, tag=6):
     durations: Sequence[tuple[tuple[str, str, str], Sequence[int], float]]
 
 
-ToHub = Ready | Enter | Leave | Acked | Pulled | Call | Report
+class Gone(Message, tag=7):
+    """The client of an HTTP request that was passed on has gone away."""
+
+    number: int
+
+
+ToHub = Ready | Enter | Leave | Acked | Pulled | Call | Report | Gone
 
 decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode
 """Decode what a hub sent."""

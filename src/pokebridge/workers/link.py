@@ -18,6 +18,7 @@ from pokebridge.workers.frames import (
     Call,
     Close,
     Enter,
+    Gone,
     Leave,
     Message,
     Move,
@@ -108,7 +109,8 @@ class WorkerLink:
     - ``channel``, ``answers``: to the worker, and what does its calls
     - ``closing``: its sessions that were told to close, by their name
     - ``sessions``: how many it has, those included
-    - ``on_ready``, ``on_report``, ``on_broken``, ``on_pulled``: called with what the worker says
+    - ``on_ready``, ``on_report``, ``on_broken``, ``on_gone``, ``on_pulled``: called with what the
+      worker says
     - ``_gateway``: holds the sessions
     - ``_has_missed``: whether pokes were dropped since the channel is congested
     - ``_last``: the recipient and the frame of the last poke
@@ -125,6 +127,7 @@ class WorkerLink:
         self.on_ready: Callable[[], None] = lambda: None
         self.on_report: Callable[[Report], None] = lambda _: None
         self.on_broken: Callable[[], None] = lambda: None
+        self.on_gone: Callable[[int], None] = lambda _: None
         self.on_pulled: Callable[[str, int], None] = lambda _recipient, _version: None
         self._gateway = gateway
         self._has_missed = False
@@ -166,6 +169,8 @@ class WorkerLink:
                 self._gateway.on_ack(message.recipient, message.device, message.version)
         elif isinstance(message, Pulled):
             self.on_pulled(message.recipient, message.version)
+        elif isinstance(message, Gone):
+            self.on_gone(message.number)
         elif isinstance(message, Ready):
             self.on_ready()
         else:

@@ -36,8 +36,9 @@ PUBLISH_NOW: Final = Method[[Sequence[Poke]], None]("publish_now", tuple[list[Po
 
 
 class HttpRequest(msgspec.Struct, array_like=True):
-    """A whole HTTP request, as its ASGI scope describes it."""
+    """A whole HTTP request, as its ASGI scope describes it, with a ``number`` of the worker's."""
 
+    number: int
     method: str
     path: str
     raw_path: bytes
@@ -58,5 +59,7 @@ class HttpResponse(msgspec.Struct, array_like=True):
     body: bytes
 
 
-HTTP: Final = Method[[HttpRequest], HttpResponse]("http", tuple[HttpRequest], HttpResponse)
-"""Answer an HTTP request that concerns the whole instance."""
+HTTP: Final = Method[[HttpRequest], HttpResponse](
+    "http", tuple[HttpRequest], HttpResponse, may_wait=True
+)
+"""Answer an HTTP request that concerns the whole instance. Each has a connection of its own."""

@@ -18,6 +18,7 @@ from pokebridge.gateway.connection import Connection
 from pokebridge.gateway.disconnects import Disconnects
 from pokebridge.gateway.entrance import Entrance, Verifier
 from pokebridge.gateway.handshake import Handshake, Network, refusal_response
+from pokebridge.gateway.polling import PolledSession
 from pokebridge.gateway.session_map import SessionMap
 from pokebridge.gateway.sockets import Sockets
 from pokebridge.gateway.wheel import Wheel
@@ -153,8 +154,10 @@ class WorkerGateway:
         """The client of ``connection`` has sent a new token."""
         self.entrance.renew(connection, token)
 
-    def forget(self, connection: Connection) -> None:
+    def forget(self, connection: Connection | PolledSession) -> None:
         """The socket of ``connection`` is closed."""
+        if isinstance(connection, PolledSession):
+            return  # calls that wait are the hub's
         self.wheel.cancel(connection)
         self.entrance.left(connection)
         serial = self._serials.pop(connection, 0)
