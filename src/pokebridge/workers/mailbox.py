@@ -7,7 +7,7 @@ share the hub's group commits.
 from collections.abc import Mapping, Sequence
 
 from pokebridge.errors import MailboxError, UnavailableError
-from pokebridge.mailbox.base import PAGE_BYTES, Mailbox, MailboxStats
+from pokebridge.mailbox.base import PAGE_BYTES, Mailbox, MailboxStats, RecipientStats
 from pokebridge.model import MAX_VERSION, Ack, NewMessage, Page, Poke, Receipt
 from pokebridge.workers import methods
 from pokebridge.workers.calls import Answers, Calls, Method, P, R
@@ -73,6 +73,9 @@ class HubMailbox:
     async def stats(self) -> MailboxStats:  # noqa: D102
         return await self._call(methods.STATS)
 
+    async def inspect(self, recipient: str) -> RecipientStats:  # noqa: D102
+        return await self._call(methods.INSPECT, recipient)
+
     async def check(self) -> None:  # noqa: D102
         await self._call(methods.CHECK)
 
@@ -124,4 +127,5 @@ def offer_mailbox(answers: Answers, mailbox: Mailbox) -> None:
     answers.offer(methods.CLEAR, mailbox.clear)
     answers.offer(methods.BEGIN_GENERATION, mailbox.begin_generation)
     answers.offer(methods.STATS, mailbox.stats)
+    answers.offer(methods.INSPECT, mailbox.inspect)
     answers.offer(methods.CHECK, mailbox.check)

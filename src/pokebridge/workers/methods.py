@@ -5,7 +5,7 @@ from typing import Final
 
 import msgspec
 
-from pokebridge.mailbox.base import MailboxStats
+from pokebridge.mailbox.base import MailboxStats, RecipientStats
 from pokebridge.model import Ack, NewMessage, Page, Poke, Receipt
 from pokebridge.workers.calls import Method
 
@@ -25,6 +25,7 @@ PURGE: Final = Method[[int], int]("purge", tuple[int], int)
 CLEAR: Final = Method[[str], int]("clear", tuple[str], int)
 BEGIN_GENERATION: Final = Method[[], int]("begin_generation", tuple[()], int)
 STATS: Final = Method[[], MailboxStats]("stats", tuple[()], MailboxStats)
+INSPECT: Final = Method[[str], RecipientStats]("inspect", tuple[str], RecipientStats)
 CHECK: Final = Method[[], None]("check", tuple[()], None)
 
 SEND: Final = Method[[NewMessage], Receipt]("send", tuple[NewMessage], Receipt)
