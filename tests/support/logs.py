@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import structlog
 
-from pokebridge import supervisor
+from pokebridge import border, supervisor
 
 
 @pytest.fixture(autouse=True)
@@ -23,3 +23,4 @@ def restored_logging() -> Iterator[None]:
     structlog.reset_defaults()
     supervisor._pace.forget()
     supervisor.task_failures.clear()
+    border.unforeseen.clear()
