@@ -35,13 +35,19 @@ from pokebridge.mailbox.sqlite_file import open_file, pragma
 from pokebridge.mailbox.sqlite_guard import FileGuard
 from pokebridge.mailbox.sqlite_pushes import SqlitePushes, owe
 from pokebridge.mailbox.sqlite_workers import Job, Outcome, WorkerPool, commit_together, do_each
-from pokebridge.model import Ack, Message, NewMessage, Page, Poke, Receipt
+from pokebridge.model import MAX_VERSION, Ack, Message, NewMessage, Page, Poke, Receipt
 
 # Jobs that a thread takes at once. A write batch is a transaction; a read batch saves wake-ups.
 WRITE_BATCH: Final = 512
 READ_BATCH: Final = 16
 # Pages that a purge gives back to the disk when more than a quarter of the file is free.
 VACUUM_PAGES: Final = 1024
+_ACKED = "max(0, min(?3, ifnull((SELECT head FROM heads WHERE recipient = ?1), 0)))"
+SEE_KNOWN: Final = (
+    f"UPDATE devices SET acked = max(acked, {_ACKED}),"  # noqa: S608 - ours
+    " seen_ms = iif(seen_ms <= ?5, ?4, seen_ms) WHERE recipient = ?1 AND device = ?2"
+)
+SEE_NEW: Final = f"INSERT INTO devices VALUES (?1, ?2, {_ACKED}, ?4)"  # noqa: S608 - ours
 # Every device but ?2 and the ?3 others that were seen last.
 FORGET_OLDEST: Final = """
 DELETE FROM devices WHERE recipient = ?1 AND device IN (
@@ -324,22 +330,20 @@ def _was_seen(db: sqlite3.Connection, recipient: str, device: str, since_ms: int
 def _see_device(
     db: sqlite3.Connection, recipient: str, device: str, version: int, now_ms: int
 ) -> None:
-    """Make the device known and raise its ack to ``version``. ``seen_ms`` is written rarely."""
-    known = db.execute(
-        "SELECT 1 FROM devices WHERE recipient = ? AND device = ?", (recipient, device)
-    ).fetchone()
-    db.execute(
-        "INSERT INTO devices VALUES (?1, ?2, ?3, ?4) ON CONFLICT (recipient, device) DO UPDATE"
-        " SET acked = max(acked, ?3), seen_ms = iif(seen_ms <= ?5, ?4, seen_ms)",
-        (recipient, device, version, now_ms, now_ms - SEEN_EVERY_MS),
-    )
-    if not known and db.execute(FORGET_OLDEST, (recipient, device, MAX_DEVICES - 1)).rowcount:
+    """Make the device known and raise its ack to ``version``, at most to the head.
+
+    ``seen_ms`` is written rarely. Nearly every device is known already.
+    """
+    seen = (recipient, device, version, now_ms)
+    if db.execute(SEE_KNOWN, (*seen, now_ms - SEEN_EVERY_MS)).rowcount:
+        return
+    db.execute(SEE_NEW, seen)
+    if db.execute(FORGET_OLDEST, (recipient, device, MAX_DEVICES - 1)).rowcount:
         _delete_acked(db, recipient, now_ms)
 
 
 def _ack(db: sqlite3.Connection, recipient: str, device: str, version: int, now_ms: int) -> None:
-    acked = max(0, min(version, _head(db, recipient)))
-    _see_device(db, recipient, device, acked, now_ms)
+    _see_device(db, recipient, device, min(version, MAX_VERSION), now_ms)
     _delete_acked(db, recipient, now_ms)
 
 
