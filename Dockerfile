@@ -13,7 +13,7 @@ RUN awk '/^[^ #]/ {wanted = /^uv==/} wanted' requirements.lock > uv.lock \
 # This layer changes only with the lock, so most builds find it in the cache.
 RUN VIRTUAL_ENV=/opt/pokebridge uv pip install --quiet --constraint requirements.lock \
       --requirement pyproject.toml --extra pubsub --extra nats --extra redis --extra postgres --extra otel
-COPY README.md LICENSE ./
+COPY README.md LICENSE NOTICE ./
 COPY src src
 RUN uv pip install --quiet --system --constraint requirements.lock hatchling \
  && uv build --quiet --wheel --no-build-isolation --python /usr/local/bin/python3 --out-dir dist . \

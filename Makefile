@@ -15,7 +15,7 @@ NODE := tests/node clients/js examples/replicache/web
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-long test-deps simulate check fix docs chaos fuzz bench lock clean
+.PHONY: help setup run test test-long test-deps simulate check fix docs chaos fuzz bench lock release clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
@@ -110,5 +110,9 @@ lock: setup  ## compile the requirements locks anew from pyproject.toml (UPGRADE
 	@$(BIN)/uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --group build \
 	  --constraint requirements.lock --generate-hashes --no-header --output-file requirements-run.lock
 
+release: setup  ## build release VERSION=1.2.3 into dist/, with checksums and SBOM; uploads nothing
+	@test -n "$(VERSION)" || { echo "release: say which, as in make release VERSION=1.2.3" >&2; exit 2; }
+	@$(BIN)/python -m tools.release $(VERSION)
+
 clean:  ## delete all that these commands made, the development mailbox in var/ included
-	@rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis var node_modules $(NODE:=/node_modules) $(NODE:=/dist) clients/js/build
+	@rm -rf $(VENV) dist .cache .pytest_cache .ruff_cache .hypothesis var node_modules $(NODE:=/node_modules) $(NODE:=/dist) clients/js/build

@@ -4,9 +4,7 @@ A table at the end shows what is refused or warned of. Its texts are what an ins
 groups are the ``# --- Title ---`` comments among the fields of ``Settings``.
 """
 
-import inspect
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +13,7 @@ from structlog.testing import capture_logs
 
 from pokebridge.errors import ConfigError
 from pokebridge.server.from_settings import check, log_warnings
-from pokebridge.settings import Settings, load_settings
+from pokebridge.settings import Settings, groups, load_settings
 
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
 _HEAD = """# Settings
@@ -101,18 +99,6 @@ def _answer(given: dict[str, object]) -> str:
         log_warnings(settings)
     assert logged, f"nothing is said of {given}"
     return f"warning: `{logged[0]['event']}`"
-
-
-def groups() -> dict[str, list[str]]:
-    """The names of the settings, by the title of their group, in the order of the source."""
-    found: dict[str, list[str]] = {}
-    source = inspect.getsource(Settings)
-    for title, name in re.findall(r"^    (?:# --- (.+) ---$|(\w+): )", source, re.MULTILINE):
-        if title:
-            found[title] = []
-        elif name in Settings.model_fields:
-            found[list(found)[-1]].append(name)
-    return found
 
 
 def _table(title: str, names: list[str]) -> str:

@@ -6,6 +6,7 @@ docs/settings.md show them.
 
 import base64
 import difflib
+import inspect
 import os
 import re
 import secrets
@@ -73,6 +74,8 @@ _DAY_S = 24 * 3600
 
 _Role = Literal["gateway", "api", "processor", "coordinator"]
 _ALL_ROLES: frozenset[_Role] = frozenset(get_args(_Role))
+
+_TITLE_OR_FIELD = re.compile(r"^    (?:# --- (.+) ---$|(\w+): )", re.MULTILINE)
 
 
 class Settings(BaseModel):
@@ -363,6 +366,20 @@ class Settings(BaseModel):
 class _Given(NamedTuple):
     value: Any
     origin: str
+
+
+def groups() -> dict[str, list[str]]:
+    """The names of the settings, by the title of their group, in the order of this file.
+
+    The titles are the comments among the fields.
+    """
+    found: dict[str, list[str]] = {}
+    for title, name in _TITLE_OR_FIELD.findall(inspect.getsource(Settings)):
+        if title:
+            found[title] = []
+        elif name in Settings.model_fields:
+            found[list(found)[-1]].append(name)
+    return found
 
 
 def load_settings(

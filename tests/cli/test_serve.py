@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 from pathlib import Path
@@ -10,7 +11,7 @@ import httpx
 import pytest
 from websockets.asyncio.client import connect
 
-from pokebridge.settings import Settings
+from pokebridge.settings import Settings, groups
 from tests.cli.conftest import Run
 from tests.support import block_until, free_port, wait_until
 from tests.support.serving import JWT_SECRET, POKEBRIDGE, Serve
@@ -99,3 +100,23 @@ async def test_a_second_ctrl_c_does_not_wait_for_the_drain(serve: Serve) -> None
                 pass
         os.kill(instance.pid, signal.SIGINT)
         await wait_until(lambda: not instance.is_running(), 60)
+
+
+def test_the_settings_are_shown_in_groups(run: Run) -> None:
+    """Each flag stands once, below the title of its group in docs/settings.md."""
+    shown = run("serve", "--help").out
+    titles = [*groups(), "Other options"]
+    assert re.findall(r"^(\S.*):$", shown, re.MULTILINE) == titles
+    flags = re.findall(r"^  --([a-z-]+)", shown, re.MULTILINE)
+    named = [name.replace("_", "-") for names in groups().values() for name in names]
+    secret = {"jwt-secret", "jwt-previous-secret", "push-webhook-secret"}
+    assert [flag for flag in flags if flag != "config"] == [n for n in named if n not in secret]
+
+
+@pytest.mark.parametrize(("typed", "completed"), [("ses", "sessions"), ("dis", "disconnect")])
+def test_the_shell_completes(typed: str, completed: str) -> None:
+    """As docs/operating.md has it: the shell asks the command itself."""
+    asked = {"_POKEBRIDGE_COMPLETE": "bash_complete", "COMP_CWORD": "1"}
+    env = os.environ | asked | {"COMP_WORDS": f"pokebridge {typed}"}
+    told = subprocess.run([POKEBRIDGE], env=env, capture_output=True, text=True, check=False)
+    assert told.stdout == f"plain,{completed}\n"

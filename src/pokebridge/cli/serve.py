@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 
 from pokebridge.cli.api import DEFAULT_URL
 from pokebridge.cli.options import config_option
-from pokebridge.settings import Settings, load_settings
+from pokebridge.settings import Settings, groups, load_settings
 from pokebridge.telemetry import configure_logging
 
 # A flag would show them to everyone who can list processes.
@@ -42,7 +42,25 @@ def _setting_option(name: str, field: FieldInfo) -> Callable[[_Command], _Comman
     return click.option(flag, metavar=metavar, help=f"{field.description}{default}")
 
 
-@click.command(epilog="Example: pokebridge serve --dev --port 8080", short_help="Run an instance.")
+class _Grouped(click.Command):
+    """Shows its options by the groups of docs/settings.md."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """One list for each group, and one for what is no setting."""
+        left = {str(param.name): param.get_help_record(ctx) for param in self.get_params(ctx)}
+        for title, names in groups().items():
+            records = [record for name in names if (record := left.pop(name, None))]
+            with formatter.section(title):
+                formatter.write_dl(records)
+        with formatter.section("Other options"):
+            formatter.write_dl([record for record in left.values() if record])
+
+
+@click.command(
+    cls=_Grouped,
+    epilog="Example: pokebridge serve --dev --port 8080",
+    short_help="Run an instance.",
+)
 @config_option
 @setting_options(*(name for name in Settings.model_fields if name not in _NO_FLAGS))
 def serve(config: Path | None, **overrides: Any) -> None:
