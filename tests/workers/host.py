@@ -19,6 +19,7 @@ from pokebridge.server.http import HttpProtocol
 from pokebridge.tokens import TokenVerifier
 from pokebridge.workers.channel import Channel
 from pokebridge.workers.frames import ToWorker, decode_to_worker
+from pokebridge.workers.host_publisher import HostPublisher
 from pokebridge.workers.link import WorkerLink
 from pokebridge.workers.worker_gateway import WorkerGateway
 from tests.gateway.harness import BOB, SECRET, Client, DeafTransport, not_found, token
@@ -77,7 +78,9 @@ async def running_host(
         record_acks=record_acks,
     )
     await gateway.start()
-    host = Host(gateway, transport, Publisher(transport, linger_s=0))
+    publisher = HostPublisher(transport, linger_s=0)
+    publisher.deliver = gateway.deliver
+    host = Host(gateway, transport, publisher)
     async with AsyncExitStack() as stack:
         for number in range(1, workers + 1):
             await stack.enter_async_context(_working(host, number))

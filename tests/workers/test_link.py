@@ -45,6 +45,19 @@ async def test_a_foreign_poke_reaches_no_worker() -> None:
         await bob.close()
 
 
+async def test_a_poke_of_this_host_does_not_wait_for_the_engine() -> None:
+    """It is heard while the engine delivers nothing, and once only when it does."""
+    async with running_host() as host:
+        bob = await host.open(1)
+        await host.publisher.publish([Poke(BOB, 1)])
+        assert await bob.message() == {"type": "poke", "version": 1}
+        host.transport.deaf = True
+        await host.publisher.publish([Poke(BOB, 2)])
+        assert await bob.message() == {"type": "poke", "version": 2}
+        assert host.gateway.bridge.counters.delivered == 2
+        assert host.gateway.bridge.counters.merged == 1
+
+
 async def test_ready_waits_until_the_hub_hears() -> None:
     """A worker accepts the handshake at once, and says ready when the subscription is proven."""
     timing = SubscriptionTiming(silence_s=0.2, probe_timeout_s=0.2, retry_s=0.05)
@@ -202,7 +215,7 @@ async def test_a_worker_that_reads_slowly_is_poked_when_it_has_caught_up() -> No
         client, link = await host.open(0), host.links[0]
         link.channel.is_congested = True
         await host.publisher.publish([Poke(BOB, 5)])
-        assert host.gateway.bridge.counters.merged == 1
+        assert host.gateway.bridge.counters.delivered == 0
         link.channel.resume_writing()
         assert await client.message() == {"type": "poke", "within_ms": 1}
         await host.publisher.publish([Poke(BOB, 6)])

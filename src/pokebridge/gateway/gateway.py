@@ -33,6 +33,7 @@ from pokebridge.gateway.sockets import Sockets
 from pokebridge.gateway.subscriptions import SubscriptionManager
 from pokebridge.gateway.verification import STEP_S, Heads, Verification
 from pokebridge.gateway.wheel import Wheel
+from pokebridge.model import Poke
 from pokebridge.placement import Placement, ShardMap
 from pokebridge.sharding import shard_of
 from pokebridge.supervisor import keep_doing, run_once, supervise
@@ -327,6 +328,11 @@ class Gateway:
         polled = self.entrance.admit_polled(identity, device, address, lasts=lasts)
         self.add(polled, moved=moved)
         return polled
+
+    def deliver(self, poke: Poke) -> None:
+        """Route ``poke`` to the sessions here, before the transport brings it."""
+        if self.sessions.find(poke.recipient):
+            self.bridge.handle_poke(poke)
 
     def _open_waiting(self) -> None:
         """Send ``ready`` to waiting sessions, at the rate of the pulls that it causes."""

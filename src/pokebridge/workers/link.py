@@ -76,9 +76,14 @@ class RemoteSession:
             self.link.send(Open(self.recipient, self.serial))
 
     def notify(self, version: int | None, frame: bytes) -> bool:
-        """Have the worker send a poke. Before ``ready`` none is needed."""
+        """Have the worker send a poke. None is needed before ``ready``, nor for a known version.
+
+        The session was told that before the signal came back from the engine.
+        """
         if version is None:
             self.told = UNKNOWN_VERSION
+        elif version == self.told and self._state is State.OPEN:
+            return False
         elif version > self.told:
             self.told = version
         return self._state is State.OPEN and self.link.poke(self.recipient, version, frame)
