@@ -38,6 +38,7 @@ from pokebridge.server.revocations import Revocations
 from pokebridge.settings import Settings
 from pokebridge.submission import read_queued
 from pokebridge.tokens import TokenVerifier
+from pokebridge.transport.base import Transport
 from pokebridge.workers.host_publisher import HostPublisher
 
 _Send = Callable[[NewMessage], Awaitable[Receipt]]
@@ -87,17 +88,12 @@ def assemble(
     process; ``None`` without sockets, as in the simulation.
     """
     mailbox, tracing = opened.mailbox, opened.tracing
-    has_workers = settings.worker_count > 1
-    publisher = (HostPublisher if has_workers else Publisher)(
-        opened.transport, shard_count=settings.shard_count
-    )
-    upkeep = "processor" in settings.roles
-    processor = None if mailbox is None else Processor(mailbox, publisher, does_upkeep=upkeep)
     verifier = token_verifier(settings)
     config = gateway_config(settings, room)
     gateway = Gateway(config, opened.transport, verifier, opened.heads, opened.record_acks)
-    if isinstance(publisher, HostPublisher) and opened.transport.is_shared:
-        publisher.deliver = gateway.deliver
+    publisher = _publisher(settings, opened.transport, gateway)
+    upkeep = "processor" in settings.roles
+    processor = None if mailbox is None else Processor(mailbox, publisher, does_upkeep=upkeep)
     send: _Send | None = None if processor is None else processor.send
     publish = publisher.publish if tracing is None else tracing.poking(publisher.publish)
     if tracing is not None:
@@ -143,6 +139,15 @@ def assemble(
         )
     )
     return instance
+
+
+def _publisher(settings: Settings, transport: Transport, gateway: Gateway) -> Publisher:
+    if settings.worker_count == 1:
+        return Publisher(transport, shard_count=settings.shard_count)
+    publisher = HostPublisher(transport, shard_count=settings.shard_count)
+    if transport.is_shared:
+        publisher.deliver = gateway.deliver
+    return publisher
 
 
 def _revocations(
