@@ -69,13 +69,18 @@ def _ago(at_ms: int) -> str:
 @click.argument("recipient")
 @click.option("--revoke", is_flag=True, help="Also refuse the tokens issued before now.")
 @api_options()
-def disconnect(recipient: str, *, revoke: bool, **access: Any) -> None:
+@json_option
+def disconnect(recipient: str, *, revoke: bool, as_json: bool, **access: Any) -> None:
     """Close every session of RECIPIENT, on every instance, with code 4401.
 
     Its clients get a new token and come back. With --revoke the tokens that it had are refused, so
     it stays away unless your service gives it a new one.
     """
     asyncio.run(_disconnect(Access(**access), check_recipient(recipient), revoke=revoke))
+    if as_json:
+        click.echo(json.dumps({"recipient": recipient, "revoked": revoke}))
+    else:
+        click.echo(f"disconnected{', and its tokens are refused' if revoke else ''}: {recipient}")
 
 
 async def _disconnect(access: Access, recipient: str, *, revoke: bool) -> None:
