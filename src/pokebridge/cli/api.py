@@ -9,7 +9,7 @@ import click
 
 from pokebridge.api_client import ApiClient
 from pokebridge.cli.options import config_option
-from pokebridge.server.from_settings import token_signer
+from pokebridge.server.token_keys import token_signer
 from pokebridge.settings import load_settings
 from pokebridge.tokens import SignToken
 

@@ -29,12 +29,11 @@ from pokebridge.server.from_settings import (
     gateway_config,
     log_warnings,
     open_adapters,
-    token_signer,
-    token_verifier,
 )
 from pokebridge.server.hub import Hub
 from pokebridge.server.instance import Instance, Parts
 from pokebridge.server.revocations import Revocations
+from pokebridge.server.token_keys import token_signer, token_verifier
 from pokebridge.settings import Settings
 from pokebridge.submission import read_queued
 from pokebridge.tokens import TokenVerifier

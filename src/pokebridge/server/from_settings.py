@@ -1,4 +1,4 @@
-"""From settings to single parts: adapters, and what signs tokens.
+"""From settings to single parts: the adapters, and what a gateway is told.
 
 ``assemble.py`` makes an instance of them. A command that needs only one finds it here, without the
 web framework, which takes half a second to import.
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import structlog
-from pydantic import SecretStr
 
 from pokebridge.coordination.base import Coordination
 from pokebridge.errors import ConfigError
@@ -30,7 +29,6 @@ from pokebridge.server.late_mailbox import LateMailbox
 from pokebridge.session import Timing
 from pokebridge.setting_types import is_loopback, is_too_wide
 from pokebridge.settings import Settings
-from pokebridge.tokens import SignToken, TokenVerifier, sign_token
 from pokebridge.transport.base import Transport
 
 if TYPE_CHECKING:  # its libraries are an extra
@@ -242,30 +240,6 @@ async def open_mailbox(settings: Settings, *, must_exist: bool = False) -> Mailb
     return await adapters.open_mailbox(settings.mailbox, limits, push_timing, must_exist=must_exist)
 
 
-def token_signer(settings: Settings) -> SignToken | None:
-    """Return what signs tokens with ``jwt_secret``; ``None`` when there is no secret."""
-    if settings.jwt_secret is None:
-        return None
-    return partial(
-        sign_token,
-        settings.jwt_secret.get_secret_value(),
-        issuer=settings.jwt_issuer,
-        audience=settings.jwt_audience,
-    )
-
-
-def token_verifier(settings: Settings) -> TokenVerifier:
-    """Return what verifies the tokens of callers."""
-    return TokenVerifier(
-        secret=_reveal(settings.jwt_secret),
-        previous_secret=_reveal(settings.jwt_previous_secret),
-        jwks_url=settings.jwks_url,
-        issuer=settings.jwt_issuer,
-        audience=settings.jwt_audience,
-        leeway_s=settings.jwt_leeway_s,
-    )
-
-
 def gateway_config(settings: Settings, room: Room | None) -> GatewayConfig:
     """Return the settings of a gateway. ``room`` is what fits into this process, if known."""
     any_origin = "*" in settings.allowed_origins
@@ -292,7 +266,3 @@ def gateway_config(settings: Settings, room: Room | None) -> GatewayConfig:
             ping_interval_s=settings.ping_interval_s, pong_timeout_s=settings.pong_timeout_s
         ),
     )
-
-
-def _reveal(secret: SecretStr | None) -> str | None:
-    return None if secret is None else secret.get_secret_value()

@@ -39,12 +39,8 @@ from pokebridge.mailbox.devices import KnownDevices
 from pokebridge.model import NewMessage, Poke, Receipt
 from pokebridge.processor import Processor
 from pokebridge.server import descriptors
-from pokebridge.server.from_settings import (
-    gateway_config,
-    has_own_mailbox,
-    open_mailbox,
-    token_verifier,
-)
+from pokebridge.server.from_settings import gateway_config, has_own_mailbox, open_mailbox
+from pokebridge.server.token_keys import token_verifier
 from pokebridge.server.uvicorn_server import http_config
 from pokebridge.settings import Settings
 from pokebridge.supervisor import failing_tasks, supervise, task_failures
