@@ -116,7 +116,9 @@ async def _fragments(instance: Instance) -> None:
 
 
 @pytest.mark.long
-async def test_good_clients_lose_nothing_in_a_hostile_hour(tmp_path: Path) -> None:
+async def test_good_clients_lose_nothing_in_a_hostile_hour(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """Every poke is delivered, before and during it, and new clients get in.
 
     ``/healthz`` needs at most 50 ms of the instance's CPU throughout.
@@ -126,6 +128,7 @@ async def test_good_clients_lose_nothing_in_a_hostile_hour(tmp_path: Path) -> No
     env["PYTHONPATH"] = str(ROOT)
     program = [sys.executable, "-m", "tests.fuzz.turns"]
     instance = Instance("instance", [], env, tmp_path, program=program)
+    request.addfinalizer(instance.kill)
     await asyncio.to_thread(instance.start)
     crowd, ended = Crowd(instance, CLIENTS), asyncio.Event()
     floods: list[Callable[[], Awaitable[None]]] = [
@@ -167,4 +170,3 @@ async def test_good_clients_lose_nothing_in_a_hostile_hour(tmp_path: Path) -> No
         await wait_until(is_empty, TIMEOUT_S, "no session being left")
     assert "Traceback" not in instance.log()
     assert busy_ms <= HEALTH_MS
-    await asyncio.to_thread(instance.kill)
