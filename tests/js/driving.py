@@ -123,6 +123,10 @@ class Client:
             f"void harness.start({json.dumps({'url': url, 'sub': sub, **settings})})"
         )
 
+    async def evaluate(self, expression: str) -> Any:
+        """The value of a JavaScript expression where the client runs."""
+        return await self._runtime.evaluate(expression)
+
     async def shown(self) -> Any:
         """All that was shown, in this order."""
         return await self._runtime.evaluate("harness.shown")

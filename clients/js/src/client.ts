@@ -3,9 +3,11 @@
 import { HttpError } from "./answers.js";
 import { Core, type Policy } from "./core.js";
 import type { Action, Event } from "./events.js";
+import { Poller, type PollEnd } from "./polling.js";
 import { Http, MailboxPuller, OwnPuller } from "./pulling.js";
 import type { OnMessages, OnPoke, Page, Puller, Sharing } from "./pulling.js";
 import { Tabs, type Note } from "./tabs.js";
+import type { Transport } from "./transports.js";
 
 const TOKEN_TIMEOUT_MS = 30_000;
 // No timer is set for longer, so that a machine's sleep is noticed soon after it ends.
@@ -52,6 +54,11 @@ interface CommonOptions {
   /** For runtimes without a global WebSocket, such as Node 20: the class of the `ws` package. */
   WebSocket?: new (url: string, protocols: string[]) => SocketLike;
   fetch?: typeof fetch;
+  /**
+   * `auto`, the default, connects by WebSocket, and polls over HTTP where none gets through; then it tries one again
+   * and again. `websocket` and `poll` do nothing else.
+   */
+  transport?: Transport;
   /** Delays to change. */
   policy?: Partial<Policy>;
 }
@@ -74,6 +81,7 @@ export interface ClientEvents {
 
 type Listener<Name extends keyof ClientEvents> = (value: ClientEvents[Name]) => void;
 type Connect = Action & { type: "connect" };
+type Try = Action & { type: "try" };
 
 /** Holds a connection to the bridge and pulls when it is poked, until it is closed. */
 export class Client {
@@ -81,6 +89,7 @@ export class Client {
   readonly #url: string;
   readonly #device: string;
   readonly #http: Http;
+  readonly #poller: Poller;
   readonly #core: Core;
   readonly #puller: Puller;
   readonly #listeners: { [Name in keyof ClientEvents]: Set<Listener<Name>> };
@@ -91,6 +100,8 @@ export class Client {
   #timer: ReturnType<typeof setTimeout> | undefined;
   #asleepMs = 0;
   #socket: SocketLike | undefined;
+  /** The WebSocket that is tried beside what polls. */
+  #tried: SocketLike | undefined;
   #failedHandshakes = 0;
   #hadSocket = false;
   #tabs: Tabs | undefined;
@@ -113,7 +124,10 @@ export class Client {
     this.#device = options.device ?? "default";
     this.#sharesNothing = !(options.share ?? typeof document === "object");
     this.#listeners = { state: new Set(), error: new Set(), step: new Set() };
-    this.#http = new Http(this.#url, this.#device, options.fetch ?? fetch);
+    // Not called as a method: a browser's fetch accepts no other `this`.
+    const send: typeof fetch = (...call) => (options.fetch ?? fetch)(...call);
+    this.#http = new Http(this.#url, this.#device, send);
+    this.#poller = new Poller(send, () => this.#token);
     const sharing: Sharing = {
       leads: () => this.#leads && !this.#ended,
       acksBySocket: () => this.#core.acksBySocket,
@@ -124,7 +138,8 @@ export class Client {
     this.#puller = onMessages
       ? new MailboxPuller(this.#http, (messages) => this.#ended || onMessages(messages), sharing, cursor)
       : new OwnPuller(onPoke!, sharing);
-    this.#core = new Core(`ws${this.#url.slice(4)}/v1/connect`, cursor, options.policy);
+    const transport = options.transport ?? "auto";
+    this.#core = new Core(`ws${this.#url.slice(4)}/v1/connect`, cursor, options.policy, transport);
     this.#listenToThePage();
     // Not yet: the caller may want to listen to the first events.
     setTimeout(() => this.#feed({ type: "start" }));
@@ -138,6 +153,11 @@ export class Client {
   /** The client's state; a `state` event tells each change. */
   get state(): State {
     return this.#state;
+  }
+
+  /** Whether pokes are polled over HTTP, because no WebSocket gets through. */
+  get polls(): boolean {
+    return this.#core.polls;
   }
 
   /** Why the bridge stopped this client: 4403, not allowed, or 4409, replaced by newer sessions. */
@@ -185,6 +205,12 @@ export class Client {
         break;
       case "connect":
         this.#connect(action);
+        break;
+      case "try":
+        this.#try(action);
+        break;
+      case "abandon":
+        this.#abandon();
         break;
       case "disconnect":
         this.#drop();
@@ -275,6 +301,7 @@ export class Client {
     this.#tabs?.leave(this.#stopCode);
     const version = this.#core.waitingAck;
     if (version !== undefined) this.#send({ type: "ack", version });
+    this.#abandon();
     this.#drop();
   }
 
@@ -310,36 +337,97 @@ export class Client {
     this.#askTheLeader();
   }
 
-  #open({ url, moved }: Connect): void {
-    const WebSocket = this.#webSocket!;
+  #open({ url, moved, poll, in_query }: Connect): void {
     let socket: SocketLike;
     let opened = false;
     try {
-      const target = new URL(url);
-      target.searchParams.set("device", this.#device);
-      if (moved) target.searchParams.set("moved", "1");
-      // The token first: some proxies keep only the first of them.
-      socket = new WebSocket(target.href, [`bearer.${this.#token}`, "pokebridge.v1"]);
+      const query: Record<string, string> = { device: this.#device, ...(moved ? { moved: "1" } : {}) };
+      socket = poll ? this.#poller.open(url, query) : this.#dial(url, query, in_query);
     } catch (error) {
       // The address of a move is invalid, or the page's policy forbids it. Not now: an action is running.
       setTimeout(() => this.#lose(String(error)));
       return;
     }
+    this.#own(socket);
+    socket.onopen = () => {
+      opened = true;
+      if (!poll) this.#hasSocket();
+      if (this.#socket === socket) this.#feed({ type: "opened" });
+    };
+    const close = socket.onclose!;
+    socket.onclose = async (end: PollEnd) => {
+      const ask = this.#socket === socket && !opened && !poll && this.#shouldAskWhy();
+      const isRefused = ask && (await this.#askWhyRefused(url));
+      close(isRefused ? { ...end, refused: { type: "refused", status: 401 } } : end);
+    };
+  }
+
+  /** Open a WebSocket. The token goes into the query if something between refuses it as a sub-protocol. */
+  #dial(url: string, query: Record<string, string>, inQuery = false): SocketLike {
+    const target = new URL(url);
+    const all = inQuery ? { ...query, access_token: this.#token } : query;
+    for (const [name, value] of Object.entries(all)) target.searchParams.set(name, value);
+    // The token first: some proxies keep only the first of them.
+    const protocols = inQuery ? ["pokebridge.v1"] : [`bearer.${this.#token}`, "pokebridge.v1"];
+    const WebSocket = this.#webSocket!;
+    return new WebSocket(target.href, protocols);
+  }
+
+  /** Let `socket` be the client's. */
+  #own(socket: SocketLike): void {
     this.#socket = socket;
     const feed = (event: Event) => this.#socket === socket && this.#feed(event);
-    socket.onopen = () => {
-      opened = this.#hadSocket = true;
-      this.#failedHandshakes = 0;
-      feed({ type: "opened" });
-    };
     socket.onmessage = ({ data }) => typeof data === "string" && feed({ type: "text", text: data });
-    socket.onclose = async ({ code, reason }) => {
-      if (this.#socket !== socket) return;
-      const ask = !opened && this.#shouldAskWhy();
-      if (ask && (await this.#askWhyRefused(url))) feed({ type: "refused", status: 401 });
-      else feed({ type: "closed", code, reason });
+    socket.onclose = (end: PollEnd) =>
+      feed(end.refused ?? { type: "closed", code: end.code, reason: end.reason });
+    socket.onerror = () => {}; // a close follows
+  }
+
+  #hasSocket(): void {
+    this.#hadSocket = true;
+    this.#failedHandshakes = 0;
+  }
+
+  /** Open a WebSocket beside what polls, and change over to it when it is `ready`. */
+  #try({ url, in_query }: Try): void {
+    let opened = false;
+    const fail = (reason: string) => this.#feed({ type: "try_failed", opened, reason });
+    let socket: SocketLike;
+    try {
+      if (!this.#leads) throw new Error("another tab leads");
+      socket = this.#dial(url, { device: this.#device }, in_query);
+    } catch (error) {
+      setTimeout(() => fail(String(error))); // not now: an action is running
+      return;
+    }
+    this.#tried = socket;
+    socket.onopen = () => {
+      opened = true;
     };
     socket.onerror = () => {}; // a close follows
+    socket.onclose = ({ reason }) => {
+      if (this.#tried !== socket) return;
+      this.#tried = undefined;
+      fail(reason);
+    };
+    socket.onmessage = ({ data }) => {
+      if (this.#tried !== socket) return;
+      this.#tried = undefined;
+      if (typeof data !== "string" || !data.includes('"ready"')) {
+        socket.close();
+        return fail("its first frame is not `ready`");
+      }
+      this.#drop();
+      this.#own(socket);
+      this.#hasSocket();
+      this.#feed({ type: "upgraded", text: data });
+    };
+  }
+
+  #abandon(): void {
+    const socket = this.#tried;
+    this.#tried = undefined;
+    socket?.close();
   }
 
   /** A handshake has failed: whether to find out why. */
@@ -373,6 +461,7 @@ export class Client {
   }
 
   #lose(reason: string): void {
+    this.#abandon();
     this.#drop();
     this.#feed({ type: "closed", code: ABNORMAL_CLOSURE, reason });
   }
@@ -478,7 +567,7 @@ export class Client {
 
 /** @throws TypeError with what is wrong, what was expected. */
 function checkOptions(options: Options): void {
-  const { url, token, device, cursor, onMessages, onPoke } = (options ?? {}) as Record<string, any>;
+  const { url, token, device, cursor, transport, onMessages, onPoke } = (options ?? {}) as Record<string, any>;
   if (typeof url !== "string" || !/^https?:\/\/[^/?#]+[^?#]*$/.test(url)) {
     throw new TypeError(
       `\`url\` must be the bridge's address, http://… or https://… without ? and #: ${url}`,
@@ -495,6 +584,9 @@ function checkOptions(options: Options): void {
   }
   if (device !== undefined && (typeof device !== "string" || !device)) {
     throw new TypeError("`device` must be the name of this device");
+  }
+  if (transport !== undefined && !["auto", "websocket", "poll"].includes(transport)) {
+    throw new TypeError(`\`transport\` must be "auto", "websocket" or "poll": ${transport}`);
   }
   if (cursor !== undefined && (!Number.isInteger(cursor) || cursor < 0)) {
     throw new TypeError(`\`cursor\` must be a version, an integer of 0 or more: ${cursor}`);

@@ -1,0 +1,123 @@
+// A socket for networks that let no WebSocket pass: HTTP calls that wait fetch its frames (docs/protocol.md,
+// section 4).
+
+import type { SocketLike } from "./client.js";
+import type { Event } from "./events.js";
+import { HttpError, problemDetail } from "./answers.js";
+
+const CONNECT_PATH = "/v1/connect";
+const OPEN_WAIT_S = 5;
+const WAIT_S = 25;
+const LEAST_WAIT_S = 3;
+// Of the time after which something cut a call, the share that the next calls wait.
+const SHARE = 0.7;
+const ABNORMAL_CLOSURE = 1006;
+
+/** How a polled socket has ended: as a WebSocket does, or refused by the bridge. */
+export interface PollEnd {
+  code: number;
+  reason: string;
+  refused?: Event & { type: "refused" };
+}
+
+/** Opens polled sockets, and remembers how long a call may wait on this network. */
+export class Poller {
+  /** How long a call waits. Shorter once something between has cut one. */
+  waitS = WAIT_S;
+
+  constructor(
+    readonly send: typeof fetch,
+    /** The token of the next call. */
+    readonly token: () => string,
+  ) {}
+
+  /** Begin a session at `url`, a WebSocket address. */
+  open(url: string, query: Record<string, string>): SocketLike {
+    return new PolledSocket(this, url, query);
+  }
+}
+
+/** One session. It looks like a WebSocket, to which nothing can be sent. */
+class PolledSocket implements SocketLike {
+  onopen: ((event: any) => void) | null = null;
+  onmessage: ((event: any) => void) | null = null;
+  onclose: ((event: PollEnd) => void) | null = null;
+  onerror: ((event: any) => void) | null = null;
+  readonly #url: string;
+  readonly #controller = new AbortController();
+  #query: Record<string, string>;
+
+  constructor(
+    private readonly poller: Poller,
+    url: string,
+    query: Record<string, string>,
+  ) {
+    const target = new URL(url.replace(/^ws/, "http"));
+    const prefix = target.pathname.replace(new RegExp(`${CONNECT_PATH}$`), "");
+    this.#url = `${target.origin}${prefix}/v1/pokes`;
+    this.#query = query;
+    void this.#run();
+  }
+
+  /** A waiting call has a token of its own, acks go over HTTP, and an answer is a sign of life. */
+  send(): void {}
+
+  close(): void {
+    this.onopen = this.onmessage = this.onclose = null;
+    this.#controller.abort();
+  }
+
+  async #run(): Promise<void> {
+    let isOpen = false;
+    for (;;) {
+      const answer = await this.#fetch(isOpen ? this.poller.waitS : Math.min(OPEN_WAIT_S, this.poller.waitS));
+      if ("code" in answer) return this.onclose?.(answer);
+      if (!isOpen) this.onopen?.({});
+      isOpen = true;
+      this.#query = { session: answer.session };
+      const frames = answer.frames.length || answer.close ? answer.frames : [{ type: "pong" }];
+      for (const frame of frames) this.onmessage?.({ data: JSON.stringify(frame) });
+      if (answer.close) return this.onclose?.(answer.close);
+      if (this.#controller.signal.aborted) return;
+    }
+  }
+
+  async #fetch(waitS: number): Promise<PollEnd | { session: string; frames: object[]; close?: PollEnd }> {
+    const began = performance.now();
+    try {
+      return await this.#call(waitS);
+    } catch (error: any) {
+      const tookS = (performance.now() - began) / 1000;
+      if (tookS > LEAST_WAIT_S && tookS < waitS) this.poller.waitS = Math.max(tookS * SHARE, LEAST_WAIT_S);
+      const end: PollEnd = { code: ABNORMAL_CLOSURE, reason: String(error) };
+      const isStrange = error instanceof HttpError && !error.isTheBridges && [401, 403].includes(error.status);
+      if (error instanceof HttpError && !isStrange) {
+        const { status, retry_after_s = null } = error;
+        end.refused = { type: "refused", status, retry_after_s, reason: end.reason };
+      }
+      return end;
+    }
+  }
+
+  async #call(waitS: number): Promise<{ session: string; frames: object[]; close?: PollEnd }> {
+    const { send, token } = this.poller;
+    const query = new URLSearchParams({ ...this.#query, wait_s: String(waitS) });
+    const response = await send(`${this.#url}?${query}`, {
+      headers: { Authorization: `Bearer ${token()}` },
+      cache: "no-store",
+      redirect: "manual",
+      signal: this.#controller.signal,
+    });
+    const text = await response.text();
+    if (response.status !== 200) {
+      const wait = Number(response.headers.get("Retry-After") ?? NaN);
+      const detail = problemDetail(response.status, response.headers.get("Content-Type"), text);
+      throw new HttpError(this.#url, response.status, wait >= 0 ? wait : undefined, detail);
+    }
+    const answer = JSON.parse(text);
+    if (typeof answer?.session !== "string" || !Array.isArray(answer.frames)) {
+      throw new TypeError(`${this.#url} does not answer as pokebridge does`);
+    }
+    return answer;
+  }
+}
