@@ -22,7 +22,7 @@ import structlog
 from pokebridge.cluster import load as cluster_load
 from pokebridge.gateway.connection import Connection
 from pokebridge.model import Feed
-from pokebridge.server import assemble
+from pokebridge.server import token_keys
 from simulation.loop import VirtualLoop
 from simulation.tokens import SimVerifier
 
@@ -56,8 +56,8 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
     # would follow them.
     yield Connection, "__hash__", lambda each: hash(int(each.session.id, 16))
     yield Feed, "__hash__", lambda each: _FEED_HASHES[each.value]
-    yield cluster_load, "_memory_bytes", lambda: 0
-    yield assemble, "TokenVerifier", lambda **_: SimVerifier()
+    yield cluster_load, "memory_bytes", lambda: 0
+    yield token_keys, "TokenVerifier", lambda **_: SimVerifier()
 
 
 @functools.cache

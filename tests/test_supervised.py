@@ -17,6 +17,9 @@ JUSTIFIED = {
     ("gateway/recall.py", "(self._answer)"): "repeats what it knows once",
     ("gateway/recall.py", "(self._ask)"): "asks a few times",
     ("key_set.py", "_refresh"): "reads one answer, of limited size and within a limited time",
+    ("server/hub.py", "(work)"): "one part of a worker's start, awaited there",
+    ("server/hub.py", "wait"): "the end of the instance, awaited beside that start",
+    ("server/worker.py", "_until_gone"): "one call's client, for as long as the call waits",
     ("transport/google_pubsub_subscription.py", "(part)"): "the supervised stream awaits its parts",
     ("transport/reconnecting_link.py", "(work)"): "one call on the connection, which ends with it",
 }
