@@ -3,7 +3,7 @@
 
 PORT ?= 8080
 # Most tests wait for a server more than they compute, so there may be more of them than cores.
-WORKERS ?= 4
+WORKERS ?= 5
 # A file's tests share what they start. tests/conftest.py says which files begin.
 SPREAD := --dist loadfile --no-loadscope-reorder
 VENV := .venv
