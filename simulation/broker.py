@@ -270,6 +270,8 @@ class Link:
 
     async def close(self) -> None:
         """See the port."""
+        if self._broken and not self._ended:
+            self._receiver.on_gap(self.selection, "closed before the end of a gap")
         self.end()
 
 

@@ -37,6 +37,7 @@ class Bus(MemoryTransport):
         self.subscribe_error: TransportError | None = None
         self.publish_error: TransportError | None = None
         self.explanation: str | None = None
+        self.unreported: dict[Selection, str] = {}
         self.receivers: dict[Selection, Receiver] = {}
         self.opened: list[Selection] = []
         self.open: list[Selection] = []
@@ -90,8 +91,10 @@ class Explained:
         return self.bus.explanation
 
     async def close(self) -> None:
-        """Close, and note it."""
+        """Close, and note it. Report a gap that was not reported yet."""
         self.bus.open.remove(self.selection)
+        if gap := self.bus.unreported.pop(self.selection, None):
+            self.bus.receivers[self.selection].on_gap(self.selection, gap)
         await self.inner.close()
 
 
@@ -222,6 +225,17 @@ async def test_a_gap_is_not_forgotten_when_its_subscription_retires() -> None:
         world.manager.want(FOR_BOB)
         await wait_until(lambda: world.missed)
         assert world.manager.settled
+        (affected,) = world.missed
+        assert affected(BOB)
+        assert affected(ALICE)
+
+
+async def test_a_gap_that_is_known_at_closing_is_not_forgotten() -> None:
+    """The last probe came back, but the transport knows of a gap that has not ended yet."""
+    async with managing(Feed.ALL) as world:
+        world.bus.unreported[Feed.ALL] = "restored, but not heard of everywhere"
+        world.manager.want(FOR_BOB)
+        await wait_until(lambda: world.missed)
         (affected,) = world.missed
         assert affected(BOB)
         assert affected(ALICE)

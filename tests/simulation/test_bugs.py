@@ -152,14 +152,17 @@ def gap_forgotten_at_retiring(patch: pytest.MonkeyPatch) -> None:
     """
 
     async def retire(self: Any) -> None:
-        self.missed = False
         self._retiring = None
         self._manager.release(self)
+
+    async def close_retired(_self: SubscriptionManager, managed: Any) -> None:
+        await managed.close()
 
     async def no_beacons(_self: Gateway) -> None:
         pass
 
     patch.setattr(subscriptions._ManagedSubscription, "_retire", retire)
+    patch.setattr(SubscriptionManager, "_close_retired", close_retired)
     patch.setattr(Gateway, "_keep_beacons", no_beacons)
     only(patch, faults.migrate_over_a_gap)
 

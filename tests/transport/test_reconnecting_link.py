@@ -106,3 +106,25 @@ async def test_a_connection_that_is_just_being_closed_is_closed_to_the_end() -> 
     connection.may_close.set()
     await closing
     assert connection.state == "closed"
+
+
+async def test_a_gap_that_is_not_over_is_told_at_closing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection is restored, but other servers do not know yet: signals were lost before."""
+    monkeypatch.setattr(reconnecting_link, "BACKOFF_CAP_S", 0.001)
+    connections: list[FakeConnection] = []
+
+    async def dial(deliver: Deliver) -> FakeConnection:
+        connections.append(FakeConnection(deliver))
+        return connections[-1]
+
+    link = ReconnectingLink("fake", [dial], "topic")
+    await link.open()
+    receiver = RecordingReceiver()
+    subscription = await link.subscribe(["topic"], receiver, Feed.ALL)
+    monkeypatch.setattr(FakeConnection, "spread_s", 600.0)
+    connections[0].lost.set_result("cut")
+    await wait_until(lambda: connections[-1].topics == {"topic"} and len(connections) == 2)
+    assert receiver.gaps == []
+    await subscription.close()
+    assert receiver.gaps == [(Feed.ALL, "cut")]
+    await link.close()

@@ -230,12 +230,15 @@ class SubscriptionManager:
         if managed.selection not in self._next_steps().drop:
             return False
         del self._managed[managed.selection]
-        if managed.missed:
-            self._wake_soon(managed.selection)
-        task = run_once("subscription_close", managed.close())
+        task = run_once("subscription_close", self._close_retired(managed))
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
         return True
+
+    async def _close_retired(self, managed: "_ManagedSubscription") -> None:
+        await managed.close()  # the transport may know of a gap that it has not reported yet
+        if managed.missed:
+            self._wake_soon(managed.selection)
 
     def _next_steps(self) -> Steps:
         """What to open, and what to close.

@@ -74,7 +74,10 @@ class Subscription(Protocol):
     """A running subscription."""
 
     async def close(self) -> None:
-        """Stop receiving and free what the engine keeps for this subscription. Idempotent."""
+        """Stop receiving and free what the engine keeps for this subscription. Idempotent.
+
+        A gap that was not reported yet is reported now, because it will have no end.
+        """
 
 
 @runtime_checkable

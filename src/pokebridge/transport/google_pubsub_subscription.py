@@ -171,6 +171,8 @@ class PulledSubscription:
         if self._closed:
             return
         self._closed = True
+        if self._gap is not None and not self._is_new:
+            report_gap(self._receiver, self._source.selection, self._gap)
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)

@@ -153,7 +153,12 @@ class ReconnectingLink(Generic[C]):
         return subscription
 
     async def unsubscribe(self, subscription: "_RoutedSubscription") -> None:
-        """Stop delivering to ``subscription``. Idempotent."""
+        """Stop delivering to ``subscription``. Idempotent.
+
+        It is told of a gap that is not over yet: nobody else knows what it has missed.
+        """
+        if subscription in self._subscriptions and self._gap is not None:
+            report_gap(subscription.receiver, subscription.selection, self._gap)
         self._remove(subscription)
         await self._unsubscribe_unused()
 
