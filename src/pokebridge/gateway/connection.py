@@ -26,6 +26,7 @@ from pokebridge.framing import (
     encode_frame,
     whole_text,
 )
+from pokebridge.gateway.listener import HasSession
 from pokebridge.gateway.wheel import Wheel
 from pokebridge.session import UNKNOWN_VERSION, Session, State
 from pokebridge.wire import PONG_FRAME, Ack, Ping, decode_client_message, move_frame
@@ -82,7 +83,7 @@ class ConnectionHost(Protocol):
         """The socket of ``connection`` is closed."""
 
 
-class Connection(asyncio.Protocol):
+class Connection(asyncio.Protocol, HasSession):
     """The WebSocket of one session."""
 
     __slots__ = (
@@ -118,31 +119,6 @@ class Connection(asyncio.Protocol):
         self._parser: FrameParser | None = None
         # The peer broke a rule: whatever else it sends is discarded.
         self._deaf = False
-
-    @property
-    def recipient(self) -> str:
-        """The recipient of the session."""
-        return self.session.recipient
-
-    @property
-    def device(self) -> str:
-        """The device of the session."""
-        return self.session.device
-
-    @property
-    def is_open(self) -> bool:
-        """Whether ``ready`` is said and the end has not begun."""
-        return self.session.state is State.OPEN
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether the socket is gone, or about to be."""
-        return self.session.state in {State.CLOSING, State.CLOSED}
-
-    @property
-    def told(self) -> int:
-        """The newest version that the client was poked for."""
-        return self.session.told
 
     def begin(self) -> None:
         """Take the transport over from the HTTP protocol."""

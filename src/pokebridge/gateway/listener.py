@@ -2,6 +2,8 @@
 
 from typing import Protocol
 
+from pokebridge.session import Session, State
+
 
 class Listener(Protocol):
     """One session: a ``Connection`` of this process, or a session of a worker.
@@ -52,3 +54,36 @@ class Listener(Protocol):
 
     def abort(self) -> None:
         """Drop the socket without a closing handshake."""
+
+
+class HasSession:
+    """What a :class:`Listener` whose :class:`Session` is in this process knows from it."""
+
+    __slots__ = ()
+
+    session: Session
+
+    @property
+    def recipient(self) -> str:
+        """The recipient of the session."""
+        return self.session.recipient
+
+    @property
+    def device(self) -> str:
+        """The device of the session."""
+        return self.session.device
+
+    @property
+    def is_open(self) -> bool:
+        """Whether ``ready`` is said and the end has not begun."""
+        return self.session.state is State.OPEN
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the session has ended, or is about to."""
+        return self.session.state in {State.CLOSING, State.CLOSED}
+
+    @property
+    def told(self) -> int:
+        """The newest version that the client was poked for."""
+        return self.session.told

@@ -16,6 +16,7 @@ import structlog
 
 from pokebridge.backoff import spread
 from pokebridge.framing import decode_close
+from pokebridge.gateway.listener import HasSession
 from pokebridge.gateway.wheel import Wheel
 from pokebridge.session import UNKNOWN_VERSION, Session, State
 from pokebridge.wire import POKE_FRAME, frame_text, move_frame
@@ -56,7 +57,7 @@ class _Delay(msgspec.Struct):
 _decode_delay = msgspec.json.Decoder(_Delay).decode
 
 
-class PolledSession:
+class PolledSession(HasSession):
     """One session whose client asks for its frames, one call after the other.
 
     - ``session``: its state
@@ -102,31 +103,6 @@ class PolledSession:
         self._is_forgotten = False
         session.block(host.now())
         self._follow()
-
-    @property
-    def recipient(self) -> str:
-        """The recipient of the session."""
-        return self.session.recipient
-
-    @property
-    def device(self) -> str:
-        """The device of the session."""
-        return self.session.device
-
-    @property
-    def is_open(self) -> bool:
-        """Whether ``ready`` is said and the end has not begun."""
-        return self.session.state is State.OPEN
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether the session has ended, or is about to."""
-        return self.session.state in {State.CLOSING, State.CLOSED}
-
-    @property
-    def told(self) -> int:
-        """The newest version that the client was poked for."""
-        return self.session.told
 
     @property
     def is_awaited(self) -> bool:

@@ -320,7 +320,6 @@ class PulledSubscription:
     def _take(self, response: Any) -> None:
         """Acknowledge on receipt: a late poke is worthless, and its version is in the mailbox."""
         self._mark_good()
-        # When a message last arrived, and when the stream last worked.
         self._heard_s = self._good_s
         self.trouble = None
         for received in response.received_messages:
