@@ -140,18 +140,27 @@ async def test_no_version_is_used_twice(
     assert await send(path, 1) == first + 7
 
 
-async def test_a_copy_of_a_file_in_use(path: Path, saved: Path) -> None:
-    """A backup made while messages arrive, and put back after the process was killed."""
+async def vacuumed_in_use(path: Path, saved: Path, *, commits_after: int) -> bytes:
+    """Copy the file into ``saved`` while a process appends, which is killed some commits later.
+
+    Returns the versions that were not read from it before, one a line.
+    """
     process = await asyncio.create_subprocess_exec(
         sys.executable, APPENDER, path, "urn:user:alice", "0", stdout=PIPE
     )
     assert process.stdout is not None
     await process.stdout.readline()
     await asyncio.to_thread(change, path, f"VACUUM INTO '{saved / 'mailbox.db'}'")
-    for _ in range(100):
+    for _ in range(commits_after):
         await process.stdout.readline()
     process.kill()
     rest, _ = await process.communicate()
+    return rest
+
+
+async def test_a_copy_of_a_file_in_use(path: Path, saved: Path) -> None:
+    """A backup made while messages arrive, and put back after the process was killed."""
+    rest = await vacuumed_in_use(path, saved, commits_after=100)
     cursor = max(map(int, rest.split()), default=100)
     for suffix in ("-wal", "-shm"):
         path.with_name(path.name + suffix).unlink()
@@ -391,16 +400,7 @@ async def test_an_older_copy_under_the_log_of_a_killed_process(path: Path, saved
 async def test_a_vacuumed_copy_under_the_log_of_a_killed_process(path: Path, saved: Path) -> None:
     """It holds more than the file did without the log, and does not fit to it either."""
     await send(path, 50)
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, APPENDER, path, "urn:user:alice", "0", stdout=PIPE
-    )
-    assert process.stdout is not None
-    await process.stdout.readline()
-    await asyncio.to_thread(change, path, f"VACUUM INTO '{saved / 'mailbox.db'}'")
-    for _ in range(50):
-        await process.stdout.readline()
-    process.kill()
-    await process.communicate()
+    await vacuumed_in_use(path, saved, commits_after=50)
     copy_the_file(saved, path.parent)
     with pytest.raises(ConfigError, match=r"delete .*mailbox\.db-wal"):
         await SqliteMailbox.open(path)
