@@ -154,7 +154,7 @@ _decode_body = msgspec.json.Decoder(_Body).decode
 _encode_json = msgspec.json.Encoder().encode
 
 
-def decode_signal(body: bytes) -> Sequence[Poke] | Disconnect | Probe | Beacon | Lookup:
+def decode_signal(body: bytes) -> list[Poke] | Disconnect | Probe | Beacon | Lookup:
     """Decode a signal's ``body``.
 
     A recipient's form is hardly checked, because in fan-out every instance decodes every poke. A

@@ -5,6 +5,7 @@ import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from http import HTTPStatus
+from typing import Self
 
 HTML = "<html><h1>Please sign in</h1></html>"
 LOGIN = "Location: http://login.invalid/?next=here"
@@ -98,7 +99,7 @@ class Between:
         self._tasks: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
-    async def run(self) -> AsyncIterator["Between"]:
+    async def run(self) -> AsyncIterator[Self]:
         """Serve on a free port."""
         server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
@@ -108,14 +109,14 @@ class Between:
             server.close()
             for task in self._tasks:
                 task.cancel()
-            await asyncio.gather(*self._tasks)
+            await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
         try:
-            with suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            with suppress(OSError, EOFError):
                 await self._answer(reader, writer)
         finally:
             self._tasks.discard(task)

@@ -1,9 +1,9 @@
 """A box between a client and its bridge that breaks WebSockets in one way or another."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
 from typing import Literal
+
+from tests.client.between import Between
 
 Mode = Literal["pass", "refuse", "kill", "buffer", "token"]
 
@@ -14,7 +14,7 @@ _REFUSAL = (
 )
 
 
-class Middlebox:
+class Middlebox(Between):
     """Carries HTTP/1.1 to ``port``, and treats WebSockets as its ``mode`` says.
 
     - ``pass``: as a box should
@@ -25,49 +25,20 @@ class Middlebox:
     """
 
     def __init__(self, port: int, mode: Mode) -> None:
+        super().__init__(port)
         self.mode = mode
-        self.url = ""
-        self.upgrades = 0
-        """The handshakes that it has seen."""
-        self._port = port
         self._sockets: set[asyncio.StreamWriter] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    @asynccontextmanager
-    async def run(self) -> AsyncIterator["Middlebox"]:
-        """Listen until the block ends."""
-        server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        try:
-            yield self
-        finally:
-            server.close()
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def cut(self) -> None:
         """Cut all WebSockets."""
         for writer in self._sockets:
             writer.transport.abort()
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        try:
-            with suppress(OSError, EOFError):
-                await self._carry(reader, writer)
-        finally:
-            self._tasks.discard(task)
-            writer.transport.abort()
-
-    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
         if b"upgrade: websocket" not in head.lower():
             await self._relay(reader, writer, head)
             return
-        self.upgrades += 1
         mode = self.mode
         if mode == "refuse" or (mode == "token" and b"access_token=" not in head):
             writer.write(_REFUSAL)

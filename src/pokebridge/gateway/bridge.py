@@ -16,7 +16,7 @@ from pokebridge.gateway.listener import Listener
 from pokebridge.gateway.meter import SAMPLE_EVERY, Meter, Traffic
 from pokebridge.gateway.session_map import SessionMap
 from pokebridge.model import Poke
-from pokebridge.wire import MISSED, Beacon, Disconnect, Lookup, Probe, decode_signal, poke_frame
+from pokebridge.wire import MISSED, Beacon, Disconnect, Lookup, decode_signal, poke_frame
 
 _WAKE_BATCH = 500  # sessions poked between two turns of the loop
 
@@ -85,19 +85,18 @@ class Bridge:
         except SignalError:
             self.counters.malformed += 1
             return
-        if isinstance(content, Disconnect):
+        if isinstance(content, list):  # first, since almost all signals are pokes
+            self.counters.pokes += len(content)
+            for poke in content:
+                self.handle_poke(poke)
+        elif isinstance(content, Disconnect):
             self.disconnect(content)
         elif isinstance(content, Beacon):
             self.on_beacon(content)
         elif isinstance(content, Lookup):
             self.on_lookup(content)
-        elif isinstance(content, Probe):
-            if content.id.startswith(MISSED):
-                self.on_asked()
-        else:
-            self.counters.pokes += len(content)
-            for poke in content:
-                self.handle_poke(poke)
+        elif content.id.startswith(MISSED):
+            self.on_asked()
 
     def disconnect(self, disconnect: Disconnect) -> None:
         """Close the recipient's sessions here, and keep ``disconnect`` for who has missed it."""
