@@ -174,6 +174,9 @@ Host = Annotated[str, AfterValidator(_check_host)]
 Origin = Annotated[str, AfterValidator(check_origin)]
 AdvertiseUrl = Annotated[str, AfterValidator(check_advertise_url)]
 PathPrefix = Annotated[str, AfterValidator(_check_path_prefix)]
+GroupPrefix = Annotated[
+    str, matching(r"[\x21-\x7e]{1,256}", "the beginning of a recipient, like urn:room:")
+]
 Claim = Annotated[str, matching(r"(?s)\S.*", "a text that is not empty")]
 PartUrl = Annotated[str, matching(r"[a-z]+://\S*", "a URL, like memory://"), _with_credentials()]
 HttpUrl = Annotated[

@@ -39,6 +39,7 @@ from pokebridge.setting_types import (
     AdvertiseUrl,
     Claim,
     Factor,
+    GroupPrefix,
     Host,
     HttpUrl,
     IngressUrl,
@@ -170,6 +171,22 @@ class Settings(BaseModel):
     """With mode = auto: seconds below half of the red line after which the cluster returns to
     fan-out."""
 
+    # --- Groups ---
+
+    group_prefixes: Annotated[tuple[GroupPrefix, ...], BeforeValidator(split_list)] = Field(
+        default_factory=lambda given: ("urn:group:",) if given.get("dev") else ()
+    )
+    """How the recipients begin that are groups, separated by commas, like urn:room:, urn:doc:. A
+    group is heard and read by many: it may have any number of sessions, and its messages stay until
+    they expire (docs/groups.md). Must be the same on all instances of a cluster. Unset: every
+    recipient is a user."""
+    group_ttl_s: Seconds = _LIMITS.group_ttl_s
+    """Seconds after which a message for a group expires that names no ttl_s of its own."""
+    audience_pulls_per_s: Factor = 1000
+    """Pulls per second over which a poke spreads that more than 100 sessions of this instance hear.
+    They are poked again when all have had the time to pull. Raise it if your own API answers the
+    pulls and bears more."""
+
     # --- Transport ---
 
     transport: PartUrl = "memory://"
@@ -257,7 +274,8 @@ class Settings(BaseModel):
     """Most open sessions of this process, calls that wait included. By default what its file
     descriptor limit allows."""
     max_sessions_per_recipient: Annotated[int, Field(ge=1)] = 64
-    """Most open sessions of one recipient on this instance. One more closes the oldest."""
+    """Most open sessions of one recipient on this instance. One more closes the oldest. For a
+    group there is no such limit."""
     max_sessions_per_address: Limit = unless_dev(1000)
     """Most open sessions from one client address, or from one /64 network of IPv6. 0: no limit. Set
     trusted_proxies if clients come through a proxy."""

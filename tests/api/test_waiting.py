@@ -14,6 +14,7 @@ from pokebridge.api.app import create_api
 from pokebridge.api.waiting import Waiting
 from pokebridge.asgi import ASGIApp
 from pokebridge.durations import PULL
+from pokebridge.gateway.audiences import SLICE
 from pokebridge.gateway.gateway import Gateway
 from pokebridge.gateway.polling import PolledSession
 from pokebridge.model import NewMessage, Page
@@ -272,3 +273,40 @@ async def test_in_partitioned_mode_a_waiting_call_is_an_interest() -> None:
         await world.commit()
         assert len((await call).json()["messages"]) == 1
         assert not world.server.gateway.shard_routing.interest
+
+
+async def test_sessions_and_calls_share_the_limit_of_a_user() -> None:
+    """The oldest goes, whichever it is; a group has no such limit."""
+    room = "urn:group:room"
+    async with serving(max_sessions_per_recipient=2, group_prefixes=("urn:group:",)) as world:
+        socket = await world.server.open()
+        call = await world.waiting(f"/v1/messages?wait_s={LONG_S}")
+        last = await world.waiting(f"/v1/messages?wait_s={LONG_S}")
+        assert await socket.closed() == 4409
+        await world.server.open()
+        assert (await call).status_code == 409
+        members = [await world.server.open(room) for _ in range(3)]
+        calls = [await world.waiting(f"/v1/messages?wait_s={LONG_S}", room) for _ in range(3)]
+        await world.commit(recipient=room)
+        for member in members:
+            assert (await member.message())["version"] == 1
+        for each in calls:
+            assert len((await each).json()["messages"]) == 1
+        assert not last.done()
+
+
+async def test_the_answers_to_a_large_audience_are_spread() -> None:
+    """They come within the time that its pulls need, and each with a poke."""
+    room = "urn:group:room"
+    async with serving(group_prefixes=("urn:group:",), audience_pulls_per_s=100) as world:
+        sessions = [await world.begin(room) for _ in range(SLICE + 1)]
+        calls = [
+            await world.waiting(f"/v1/pokes?session={each}&wait_s={LONG_S}", room)
+            for each in sessions[:20]
+        ]
+        await world.server.poke(room, 5)
+        await wait_until(lambda: any(call.done() for call in calls))
+        assert not all(call.done() for call in calls)
+        async with asyncio.timeout(LONG_S / 2):
+            for call in calls:
+                assert (await call).json()["frames"] == [{"type": "poke"}]

@@ -4,11 +4,12 @@ import asyncio
 import time
 from collections.abc import Sequence
 
+from pokebridge.gateway.audiences import SLICE
 from pokebridge.gateway.shard_routing import Reach
 from pokebridge.gateway.subscriptions import SubscriptionTiming
 from pokebridge.model import Ack, Poke
 from pokebridge.placement import ShardMap
-from pokebridge.wire import Disconnect
+from pokebridge.wire import Disconnect, poke_frame
 from pokebridge.workers import frames
 from tests.gateway.harness import BOB
 from tests.support.waiting import wait_until
@@ -76,7 +77,7 @@ async def test_a_gap_pokes_the_sessions_of_all_workers() -> None:
     """What the hub may have missed, every client makes up for."""
     async with running_host() as host:
         clients = [await host.open(0), await host.open(1, EVE)]
-        await host.gateway.bridge.wake(lambda _: True, pulls_per_s=1000)
+        host.gateway.bridge.wake(lambda _: True, pulls_per_s=1000)
         for client in clients:
             assert (await client.message())["type"] == "poke"
 
@@ -232,3 +233,24 @@ async def test_a_drain_closes_the_sessions_of_all_workers() -> None:
         await draining
         assert not len(host.gateway.sessions)
         assert (await host.connect(0)).status == 503
+
+
+async def test_each_session_of_a_group_is_poked_once_on_its_worker() -> None:
+    """Whatever the number, and one alone can be poked, as by the verification."""
+    async with running_host(group_prefixes=("urn:group:",), audience_pulls_per_s=1e5) as host:
+        room = "urn:group:room"
+        clients = [await host.open(number % 2, room) for number in range(SLICE + 10)]
+        await host.publisher.publish([Poke(room, 1)])
+        for client in clients:
+            assert await client.message() == {"type": "poke", "version": 1, "within_ms": 1}
+        alone = list(host.gateway.sessions.find(room))[-1]
+        alone.notify(2, poke_frame(2))
+        assert await clients[-1].message() == {"type": "poke", "version": 2}
+        for client in clients[:4]:
+            await client.close()
+        await wait_until(lambda: len(host.gateway.sessions) == SLICE + 6)
+        late = await host.open(0, room)
+        await wait_until(lambda: not host.gateway.bridge.audiences.was_poked(room))
+        await host.publisher.publish([Poke(room, 3)])
+        for client in (*clients[4:], late):
+            assert (await client.message())["version"] == 3

@@ -5,20 +5,18 @@ map, and forwards the poke or drops it. It knows nothing of shards, modes or sub
 migration does not change it.
 """
 
-import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from pokebridge.errors import SignalError
+from pokebridge.gateway.audiences import SLICE, Audiences, Walks
 from pokebridge.gateway.disconnects import SLACK_S, Disconnects
 from pokebridge.gateway.listener import Listener
 from pokebridge.gateway.meter import SAMPLE_EVERY, Meter, Traffic
 from pokebridge.gateway.session_map import SessionMap
 from pokebridge.model import Poke
 from pokebridge.wire import MISSED, Beacon, Disconnect, Lookup, decode_signal, poke_frame
-
-_WAKE_BATCH = 500  # sessions poked between two turns of the loop
 
 
 @dataclass(slots=True)
@@ -38,8 +36,15 @@ class BridgeCounters:
 class Bridge:
     """Routes the signals of one instance to its sessions."""
 
-    def __init__(self, sessions: SessionMap[Listener]) -> None:
+    def __init__(
+        self, sessions: SessionMap[Listener], pulls_per_s: Callable[[], float] = lambda: 1000.0
+    ) -> None:
+        """``pulls_per_s`` is the rate to which the pulls of a large audience are spread."""
         self._sessions = sessions
+        self.walks = Walks()
+        """What is done to many sessions, by its ``run``."""
+        self.audiences = Audiences(self.walks, pulls_per_s, self._notify, self.handle_poke)
+        """Pokes the recipients with many sessions."""
         self._meter = Meter()
         self.counters = BridgeCounters()
         self.on_beacon: Callable[[Beacon], None] = lambda _: None
@@ -108,9 +113,11 @@ class Bridge:
             self.on_revoked(disconnect)
         if disconnect.is_repeated and not is_new:
             return
-        for connection in self._sessions.find(disconnect.recipient):
-            if not disconnect.is_repeated or connection.began_at < at_ms / 1000 + SLACK_S:
-                connection.close(4401, "disconnected by an administrator")
+        connections = self._sessions.find(disconnect.recipient)
+        if disconnect.is_repeated:
+            before_s = at_ms / 1000 + SLACK_S
+            connections = [each for each in connections if each.began_at < before_s]
+        self.walks.do(connections, lambda it: it.close(4401, "disconnected by an administrator"))
 
     def handle_poke(self, poke: Poke) -> None:
         """Route ``poke`` to its recipient's sessions here, or drop it."""
@@ -119,14 +126,23 @@ class Bridge:
         if not connections:
             counters.noise += 1
             return
+        if len(connections) > SLICE:
+            self.audiences.poke(poke, connections)
+            return
         frame = poke_frame(poke.version)
-        for connection in connections:
+        for connection in tuple(connections):
             if connection.notify(poke.version, frame):
                 counters.delivered += 1
             else:
                 counters.merged += 1
 
-    async def wake(self, concerns: Callable[[str], bool], pulls_per_s: float) -> None:
+    def _notify(self, connection: Listener, version: int | None, frame: bytes) -> None:
+        if connection.notify(version, frame):
+            self.counters.delivered += 1
+        else:
+            self.counters.merged += 1
+
+    def wake(self, concerns: Callable[[str], bool], pulls_per_s: float) -> None:
         """Poke the sessions of the recipients for which ``concerns`` is true.
 
         The poke asks each client to wait a random time first, so long that all of them together
@@ -134,10 +150,7 @@ class Bridge:
         """
         connections = [each for each in self._sessions if concerns(each.recipient)]
         frame = poke_frame(None, within_ms=int(len(connections) / pulls_per_s * 1000))
-        for start in range(0, len(connections), _WAKE_BATCH):
-            for connection in connections[start : start + _WAKE_BATCH]:
-                connection.notify(None, frame)
-            await asyncio.sleep(0)
+        self.walks.do(connections, lambda it: it.notify(None, frame))
 
     # --- traffic ----------------------------------------------------------------------------------
 

@@ -20,6 +20,10 @@ class GatewayConfig:
     """This instance's id."""
     max_sessions_per_recipient: int
     """A session beyond this limit replaces the recipient's oldest one."""
+    group_prefixes: tuple[str, ...] = ()
+    """How the recipients begin that are groups. A group may have any number of sessions."""
+    audience_pulls_per_s: float = 1000.0
+    """The rate to which the pulls are spread that a poke to a large audience causes."""
     verify_every_s: float
     """How often each session is compared with its recipient's mailbox."""
     allowed_origins: frozenset[str] | None = frozenset()

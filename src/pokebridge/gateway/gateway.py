@@ -48,6 +48,8 @@ _DOUBT_POKE_EVERY_S = 30
 # Sessions that had to wait for ``ready`` get it in batches, one in this time.
 _READY_EVERY_S = 0.1
 _BEACON_TIMEOUT_S = 2.0
+# What an instance bears until it has been measured.
+_PULLS_PER_S = 1000.0
 
 
 class Gateway:
@@ -64,9 +66,10 @@ class Gateway:
         """``heads`` reads the mailbox, and ``record_acks`` writes to it, where there is one."""
         self.instance = config.instance
         """This instance's id."""
-        self.sessions: SessionMap[Listener] = SessionMap(config.max_sessions_per_recipient)
+        limits = (config.max_sessions_per_recipient, config.group_prefixes)
+        self.sessions: SessionMap[Listener] = SessionMap(*limits)
         """The sessions by recipient, those that wait for ``ready`` included."""
-        self.bridge = Bridge(self.sessions)
+        self.bridge = Bridge(self.sessions, lambda: self._audience_pulls_per_s)
         """Routes signals to the sessions."""
         self.subscriptions = SubscriptionManager(
             transport,
@@ -85,7 +88,8 @@ class Gateway:
         """Knows where each recipient belongs."""
         self.entrance = Entrance(config, verifier, self, self._admitted)
         """Admits new sessions."""
-        self.verification = None if heads is None else Verification(heads, config.verify_every_s)
+        verifying = (config.verify_every_s, self.bridge.audiences.was_poked)
+        self.verification = None if heads is None else Verification(heads, *verifying)
         """Pokes the sessions that are behind the mailbox."""
         self.acks = None if record_acks is None else Acks(record_acks)
         """The acks that come over the sockets."""
@@ -95,19 +99,17 @@ class Gateway:
         """Tells operators where a recipient is connected."""
         self.wheel = Wheel()
         """The deadlines of all sockets, plain HTTP ones included."""
-        self.pulls_per_s = 1000.0
+        self.pulls_per_s = _PULLS_PER_S
         """The rate over which the pulls after a gap are spread."""
         self.on_ready: Callable[[str, str], None] = lambda _recipient, _device: None
         """Called with recipient and device of each session that becomes ready. Must not block."""
         self.moved = 0
         """How many sessions were sent after their shard."""
         self._config = config
-        # How many seconds the transport has been in doubt. When this process stands still, none.
-        self._doubt_s = 0
+        self._doubt_s = 0  # in which the transport was in doubt; none while this process stood
         # The sessions that are not, or no longer, in ``sessions``: they are closing.
         self._leaving: set[Listener] = set()
-        # Set while there is no session in either.
-        self._all_gone = asyncio.Event()
+        self._all_gone = asyncio.Event()  # set while there is no session in either
         # The sessions that wait for ``ready``, in order, and the timer of their next batch.
         self._waiting: dict[Listener, None] = {}
         self._opener: asyncio.TimerHandle | None = None
@@ -130,6 +132,7 @@ class Gateway:
         self.bridge.on_lookup = self.roster.hear
         await self.subscriptions.start(self.shard_routing.wanted(self.now()))
         self._supervise("gateway_clock", self._keep_time)
+        self._supervise("walks", self.bridge.walks.run)
         self._supervise("beacons", self._keep_beacons)
         if self.verification is not None:
             self._supervise("verification", partial(self._keep_verifying, self.verification))
@@ -174,6 +177,11 @@ class Gateway:
     def path_prefix(self) -> str:
         """The beginning of every path that clients use, which a proxy may have removed."""
         return self._config.path_prefix
+
+    @property
+    def _audience_pulls_per_s(self) -> float:
+        """As was set, and less in proportion while the instance bears less than at its start."""
+        return self._config.audience_pulls_per_s * min(1.0, self.pulls_per_s / _PULLS_PER_S)
 
     @property
     def lost_pokes(self) -> int:
@@ -352,11 +360,8 @@ class Gateway:
 
     def _on_missed(self, concerns: Callable[[str], bool]) -> None:
         """Make up for what may have been lost in a gap: pokes, and disconnects."""
-        self._wake(concerns)
+        self.bridge.wake(concerns, self.pulls_per_s)
         self._recall.on_missed()
-
-    def _wake(self, concerns: Callable[[str], bool]) -> None:
-        self._supervise("wake", partial(self.bridge.wake, concerns, self.pulls_per_s))
 
     async def _keep_time(self) -> None:
         while True:
@@ -378,7 +383,7 @@ class Gateway:
             self.let_go(lets_go=False)
         is_blind = self.verification is None or self.verification.is_blind
         if is_blind and self._doubt_s and self._doubt_s % _DOUBT_POKE_EVERY_S == 0:
-            self._wake(lambda _: True)
+            self.bridge.wake(lambda _: True, self.pulls_per_s)
 
     async def _keep_verifying(self, verification: Verification) -> None:
         while True:

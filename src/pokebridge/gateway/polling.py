@@ -184,7 +184,7 @@ class PolledSession(HasSession):
         if not (self.is_awaited and session.flows):
             session.poke(version)
             return False
-        if version is None and frame != POKE_FRAME:
+        if b'"within_ms"' in frame:
             delay_s = _decode_delay(frame_text(frame)).within_ms / 1000
             self._owes_poke = True
             self._answer_at = min(self._answer_at, self._host.now() + spread(delay_s, 0.0, 1.0))

@@ -10,6 +10,7 @@ import contextlib
 import secrets
 from collections.abc import Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, NamedTuple
 
 from pokebridge.errors import TransportError
@@ -65,7 +66,8 @@ class Roster:
 
     def here(self, recipient: str) -> Sequence[ListedSession]:
         """The sessions of ``recipient`` on this instance, oldest first."""
-        return [_listed(each) for each in self._sessions.find(recipient)[:MAX_LISTED]]
+        sessions = islice(self._sessions.find(recipient), MAX_LISTED)
+        return [_listed(each) for each in sessions]
 
     async def find(self, recipient: str, others: Collection[str]) -> Whereabouts:
         """The sessions of ``recipient`` here and on the instances ``others``.

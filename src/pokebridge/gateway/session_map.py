@@ -4,8 +4,12 @@ It knows nothing of shards, phases or transports; ``handle_poke`` and this map a
 between the phases leaves untouched (docs/roadmap.md).
 """
 
-from collections.abc import Iterator
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Collection, Iterator
+from typing import Final, Generic, Protocol, TypeVar
+
+# Up to so many sessions of a recipient are a tuple, more are a dict. A dict for one or two would
+# weigh four times as much, and a tuple of thousands would be copied for each change.
+FEW: Final = 8
 
 
 class Addressed(Protocol):
@@ -20,17 +24,18 @@ T = TypeVar("T", bound=Addressed)
 
 
 class SessionMap(Generic[T]):
-    """Recipient → its sessions here, oldest first.
+    """Recipient → its sessions here, oldest first. To add, remove or find costs the same for any.
 
-    The sessions of a recipient are an immutable tuple: almost all recipients have one, for which a
-    set or a list would weigh four times as much, and a caller may close sessions while it iterates.
+    A user has at most so many sessions. A group, whose recipient begins with one of ``groups``, may
+    have any number.
     """
 
-    __slots__ = ("_count", "_limit", "_sessions")
+    __slots__ = ("_count", "_groups", "_limit", "_sessions")
 
-    def __init__(self, max_sessions_per_recipient: int) -> None:
+    def __init__(self, max_sessions_per_recipient: int, groups: tuple[str, ...] = ()) -> None:
         self._limit = max_sessions_per_recipient
-        self._sessions: dict[str, tuple[T, ...]] = {}
+        self._groups = groups
+        self._sessions: dict[str, tuple[T, ...] | dict[T, None]] = {}
         self._count = 0
 
     def __len__(self) -> int:
@@ -46,31 +51,45 @@ class SessionMap(Generic[T]):
         """How many recipients have a session."""
         return len(self._sessions)
 
-    def find(self, recipient: str) -> tuple[T, ...]:
-        """The sessions of ``recipient``, oldest first; empty when it has none here."""
+    def find(self, recipient: str) -> Collection[T]:
+        """The sessions of ``recipient``, oldest first; empty when it has none here.
+
+        It may change with the map. To change the map meanwhile, iterate over a copy.
+        """
         return self._sessions.get(recipient, ())
 
     def add(self, session: T) -> T | None:
         """Add ``session``; returns the oldest, now out of the map, when there is one too many."""
-        sessions = (*self.find(session.recipient), session)
-        replaced = None
-        if len(sessions) > self._limit:
-            replaced, *kept = sessions
-            sessions = tuple(kept)
+        recipient = session.recipient
+        sessions = self._sessions.get(recipient, ())
+        if isinstance(sessions, dict):
+            sessions[session] = None
         else:
-            self._count += 1
-        self._sessions[session.recipient] = sessions
-        return replaced
+            sessions = (*sessions, session)
+            if len(sessions) > FEW:
+                sessions = dict.fromkeys(sessions)
+            self._sessions[recipient] = sessions
+        self._count += 1
+        if len(sessions) <= self._limit or recipient.startswith(self._groups):
+            return None
+        oldest = next(iter(sessions))
+        self.remove(oldest)
+        return oldest
 
     def remove(self, session: T) -> bool:
         """Take out exactly ``session``, never one that came after it; False when it is not in."""
-        sessions = self.find(session.recipient)
-        kept = tuple(other for other in sessions if other is not session)
-        if len(kept) == len(sessions):
+        recipient = session.recipient
+        sessions = self._sessions.get(recipient, ())
+        if session not in sessions:
             return False
-        if kept:
-            self._sessions[session.recipient] = kept
+        if isinstance(sessions, dict):
+            del sessions[session]
+            kept = tuple(sessions) if len(sessions) <= FEW else sessions
         else:
-            del self._sessions[session.recipient]
+            kept = tuple(other for other in sessions if other is not session)
+        if kept:
+            self._sessions[recipient] = kept
+        else:
+            del self._sessions[recipient]
         self._count -= 1
         return True

@@ -67,9 +67,13 @@ class Verification:
         lost: sessions that were behind: their pokes were lost on the way.
     """
 
-    def __init__(self, heads: Heads, every_s: float) -> None:
+    def __init__(
+        self, heads: Heads, every_s: float, is_busy: Callable[[str], bool] = lambda _: False
+    ) -> None:
+        """``is_busy``: whether the sessions of a recipient are being poked, a few at a time."""
         self._heads = heads
         self._every_s = every_s
+        self._is_busy = is_busy
         self._queue: deque[Verified] = deque()
         self._suspects: deque[_Suspect] = deque()
         self._budget = 0.0
@@ -139,7 +143,7 @@ class Verification:
         lost = 0
         while self._suspects and self._suspects[0].look_again_at <= now:
             session, head, _ = self._suspects.popleft()
-            if session.is_open and session.told < head:
+            if session.is_open and session.told < head and not self._is_busy(session.recipient):
                 lost += session.told != UNKNOWN_VERSION
                 session.notify(head, poke_frame(head))
         return lost

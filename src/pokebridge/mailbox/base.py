@@ -37,12 +37,17 @@ class Limits:
     until it is purged. One sender may use ``max_share`` of both, so that none can fill a mailbox
     for all others. One message of any size is always within the share. A device unseen for
     ``forget_device_s`` seconds is forgotten, so that messages do not wait for its acks for ever.
+
+    A recipient that begins with one of ``group_prefixes`` is a group: many readers, of whom no ack
+    is taken. Each of its messages expires, after ``group_ttl_s`` seconds if it names no time.
     """
 
     max_messages: int = 10_000
     max_bytes: int = 64 * 1024 * 1024
     forget_device_s: float = 90 * DAY_MS / 1000
     max_share: float = 1.0
+    group_prefixes: tuple[str, ...] = ()
+    group_ttl_s: float = 7 * DAY_MS / 1000
 
     @property
     def share_messages(self) -> int:
@@ -57,6 +62,29 @@ class Limits:
     def of(self, recipient: str) -> "Limits":
         """Those of one recipient. Revocations have none, since no token may stay in force."""
         return UNLIMITED if recipient == REVOCATIONS else self
+
+    def is_group(self, recipient: str) -> bool:
+        """Whether ``recipient`` is a group."""
+        return recipient.startswith(self.group_prefixes) and recipient != REVOCATIONS
+
+    def without_groups(self, acks: Iterable[Ack]) -> Sequence[Ack]:
+        """Those of ``acks`` that count."""
+        return [ack for ack in acks if not self.is_group(ack.recipient)]
+
+    def ttl_ms(self, message: NewMessage) -> int | None:
+        """When ``message`` expires after its commit, in ms that every store can hold.
+
+        ``None``: never.
+        """
+        ttl_s = message.ttl_s
+        if ttl_s is None and self.is_group(message.recipient):
+            ttl_s = self.group_ttl_s
+        return None if ttl_s is None else int(min(MAX_VERSION, ttl_s * 1000))
+
+    def expiry_ms(self, message: NewMessage, now_ms: int) -> int | None:
+        """When ``message``, committed at ``now_ms``, expires (Unix time in ms). ``None``: never."""
+        lifetime_ms = self.ttl_ms(message)
+        return None if lifetime_ms is None else now_ms + lifetime_ms
 
     def refuse(self) -> MailboxFullError:
         """The error for a message that exceeds the limits."""
@@ -145,6 +173,8 @@ class Mailbox(Protocol):
       :class:`~pokebridge.errors.InputError`, and harms no other call.
     - **Bounded**: every call ends in bounded time, and each recipient's mailbox has its
       :class:`Limits`.
+    - **Shared by a group**: a message for a group is there for every reader until it expires. What
+      :meth:`ack`, :meth:`ack_all` and :meth:`see_device` are told of a group changes nothing.
 
     Every call raises :class:`~pokebridge.errors.MailboxError` when the store is unavailable,
     overloaded or closed.
@@ -291,17 +321,6 @@ def next_base(old: int, now_s: float) -> int:
 def is_young(base: int, now_ms: int) -> bool:
     """Whether the generation with this base began less than YOUNG_MS ago. The first never is."""
     return now_ms - (base >> 11) < YOUNG_MS
-
-
-def expiry_ms(message: NewMessage, now_ms: int) -> int | None:
-    """When ``message``, committed at ``now_ms``, expires (Unix time in ms). ``None``: never."""
-    lifetime_ms = ttl_ms(message)
-    return None if lifetime_ms is None else now_ms + lifetime_ms
-
-
-def ttl_ms(message: NewMessage) -> int | None:
-    """The TTL of ``message`` in whole milliseconds, cut to what every store can hold."""
-    return None if message.ttl_s is None else int(min(MAX_VERSION, message.ttl_s * 1000))
 
 
 def page_of(found: Iterable[Message], *, head: int, limit: int, max_bytes: int) -> Page:

@@ -21,7 +21,6 @@ from pokebridge.mailbox.base import (
     Limits,
     MailboxStats,
     RecipientStats,
-    expiry_ms,
     is_young,
     next_base,
     page_of,
@@ -135,7 +134,7 @@ class MemoryMailbox:
         log = self._logs[message.recipient]
         log.check_room(message, self._limits.of(message.recipient))
         log.head = max(log.head, self._base) + 1
-        expires_ms = expiry_ms(message, now_ms)
+        expires_ms = self._limits.expiry_ms(message, now_ms)
         log.keep(
             _Kept(Message(log.head, message.id, message.sender, message.body, now_ms), expires_ms)
         )
@@ -145,7 +144,7 @@ class MemoryMailbox:
             self._receipts[key] = (log.head, now_ms)
         _, since_ms = self._outbox.get(message.recipient, (0, now_ms))
         self._outbox[message.recipient] = (log.head, since_ms)
-        if self.pushes is not None and self.pushes.timing.concerns(message):
+        if self.pushes is not None and self.pushes.timing.concerns(message, self._limits):
             self.pushes.owe(message.recipient, log.head)
         return Receipt(message.id, log.head)
 
@@ -180,7 +179,9 @@ class MemoryMailbox:
 
     async def see_device(self, recipient: str, device: str) -> None:
         """See the port."""
-        self._see(recipient, device, self._now_ms())
+        now_ms = self._now_ms()
+        if not self._limits.is_group(recipient):
+            self._see(recipient, device, now_ms)
 
     def _see(self, recipient: str, device: str, now_ms: int) -> None:
         acked = self._logs[recipient].acked
@@ -200,7 +201,7 @@ class MemoryMailbox:
     async def ack_all(self, acks: Sequence[Ack]) -> None:
         """See the port."""
         now_ms = self._now_ms()
-        for recipient, device, version in acks:
+        for recipient, device, version in self._limits.without_groups(acks):
             self._see(recipient, device, now_ms)
             log = self._logs[recipient]
             log.acked[device] = max(log.acked[device], min(version, log.head))

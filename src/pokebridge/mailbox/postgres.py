@@ -26,7 +26,6 @@ from pokebridge.mailbox.base import (
     RecipientStats,
     is_utf8,
     page_of,
-    ttl_ms,
 )
 from pokebridge.mailbox.batcher import Batcher
 from pokebridge.mailbox.postgres_migration import MIGRATION_TIMEOUT_S, is_up_to_date, migrate
@@ -260,17 +259,22 @@ class PostgresMailbox:
     async def see_device(self, recipient: str, device: str) -> None:
         """See the port."""
         _check_texts(recipient, device)
-        await self._see((recipient, device))
+        if not self._limits.is_group(recipient):
+            await self._see((recipient, device))
 
     async def ack(self, recipient: str, device: str, version: int) -> None:
         """See the port."""
         _check_texts(recipient, device)
-        await self._ack(Ack(recipient, device, version))
+        if not self._limits.is_group(recipient):
+            await self._ack(Ack(recipient, device, version))
 
     async def ack_all(self, acks: Sequence[Ack]) -> None:
         """See the port."""
         # Sorted, so that calls of several processes take locks in the same order.
-        recipients, devices, versions = zip(*sorted(acks), strict=True)
+        own = sorted(self._limits.without_groups(acks))
+        if not own:
+            return
+        recipients, devices, versions = zip(*own, strict=True)
         _check_texts(*recipients, *devices)
         acked = [max(0, min(version, MAX_VERSION)) for version in versions]
         parameters = (list(recipients), list(devices), acked, self._now_ms(), SEEN_EVERY_MS)
@@ -363,11 +367,11 @@ class PostgresMailbox:
             [message.id for message in new],
             [message.has_idempotency_key for message in new],
             [message.body for message in new],
-            [ttl_ms(message) for message in new],
+            [self._limits.ttl_ms(message) for message in new],
             limits.max_messages,
             limits.max_bytes,
             self._now_ms(),
-            [timing.concerns(message) for message in new] if timing else None,
+            [timing.concerns(message, self._limits) for message in new] if timing else None,
             timing.grace_ms if timing else None,
             limits.share_messages,
             limits.share_bytes,

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol, runtime_checkable
 
-from pokebridge.mailbox.base import DAY_MS
+from pokebridge.mailbox.base import DAY_MS, Limits
 from pokebridge.model import NewMessage
 
 DEAD_KEPT_MS: Final = 30 * DAY_MS
@@ -37,10 +37,13 @@ class PushTiming:
         """The shortest time between two pushes of a recipient, in milliseconds."""
         return max(self.grace_ms, self.quiet_ms)
 
-    def concerns(self, message: NewMessage) -> bool:
-        """Whether ``message`` leads to a push: not if it may be gone before the push is due."""
+    def concerns(self, message: NewMessage, limits: Limits) -> bool:
+        """Whether ``message`` leads to a push: not if it may be gone before the push is due.
+
+        Nor if it is for a group: any reader's pull would cancel the push for all of them.
+        """
         lasts = message.ttl_s is None or message.ttl_s > self.grace_s
-        return lasts and not message.is_ephemeral
+        return lasts and not message.is_ephemeral and not limits.is_group(message.recipient)
 
 
 class OwedPush(NamedTuple):

@@ -25,7 +25,6 @@ from pokebridge.mailbox.base import (
     Limits,
     MailboxStats,
     RecipientStats,
-    expiry_ms,
     is_young,
     page_of,
 )
@@ -125,8 +124,9 @@ class SqliteMailbox:
 
         def append(db: sqlite3.Connection) -> Receipt:
             now_ms = self._now_ms()
-            receipt = _append(db, message, self._limits.of(message.recipient), now_ms)
-            if timing is not None and not receipt.duplicate and timing.concerns(message):
+            receipt = _append(db, message, self._limits, now_ms)
+            is_new = not receipt.duplicate
+            if timing is not None and is_new and timing.concerns(message, self._limits):
                 owe(db, message.recipient, receipt.version, timing, now_ms)
             return receipt
 
@@ -159,23 +159,27 @@ class SqliteMailbox:
 
     async def see_device(self, recipient: str, device: str) -> None:
         """See the port."""
+        if self._limits.is_group(recipient):
+            return
         since_ms = self._now_ms() - SEEN_EVERY_MS
         if not await self._reads.do(lambda db: _was_seen(db, recipient, device, since_ms)):
             await self._writes.do(lambda db: _see_device(db, recipient, device, 0, self._now_ms()))
 
     async def ack(self, recipient: str, device: str, version: int) -> None:
         """See the port."""
-        await self._writes.do(lambda db: _ack(db, recipient, device, version, self._now_ms()))
+        await self.ack_all([Ack(recipient, device, version)])
 
     async def ack_all(self, acks: Sequence[Ack]) -> None:
         """See the port."""
+        own = self._limits.without_groups(acks)
 
         def ack_all(db: sqlite3.Connection) -> None:
             now_ms = self._now_ms()
-            for ack in acks:
+            for ack in own:
                 _ack(db, *ack, now_ms)
 
-        await self._writes.do(ack_all)
+        if own:
+            await self._writes.do(ack_all)
 
     async def claim_outbox(self, *, older_than_s: float, limit: int) -> Sequence[Poke]:
         """See the port."""
@@ -236,6 +240,7 @@ class SqliteMailbox:
 
 
 def _append(db: sqlite3.Connection, message: NewMessage, limits: Limits, now_ms: int) -> Receipt:
+    expires_ms, limits = limits.expiry_ms(message, now_ms), limits.of(message.recipient)
     if message.has_idempotency_key:
         first = db.execute(
             "SELECT version FROM receipts WHERE sender = ? AND id = ?", (message.sender, message.id)
@@ -263,7 +268,7 @@ def _append(db: sqlite3.Connection, message: NewMessage, limits: Limits, now_ms:
             message.sender,
             message.body,
             now_ms,
-            expiry_ms(message, now_ms),
+            expires_ms,
         ),
     )
     db.execute(

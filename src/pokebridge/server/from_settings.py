@@ -233,6 +233,8 @@ async def open_mailbox(settings: Settings, *, must_exist: bool = False) -> Mailb
         max_bytes=settings.max_bytes_per_recipient,
         forget_device_s=settings.forget_device_days * 24 * 3600,
         max_share=settings.max_share_per_sender,
+        group_prefixes=settings.group_prefixes,
+        group_ttl_s=settings.group_ttl_s,
     )
     push_timing = None
     if settings.push_webhook_url is not None:
@@ -252,6 +254,8 @@ def gateway_config(settings: Settings, room: Room | None) -> GatewayConfig:
         max_connections_per_address=settings.max_connections_per_address,
         max_sessions=settings.max_sessions if room is None else room.sessions,
         max_sessions_per_recipient=settings.max_sessions_per_recipient,
+        group_prefixes=settings.group_prefixes,
+        audience_pulls_per_s=settings.audience_pulls_per_s,
         max_sessions_per_address=settings.max_sessions_per_address,
         handshakes_per_s=settings.handshakes_per_s,
         shard_count=settings.shard_count,

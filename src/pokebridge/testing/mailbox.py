@@ -21,6 +21,7 @@ from pokebridge.mailbox.base import Mailbox
 from pokebridge.model import MAX_VERSION, Ack, Message, Poke
 from pokebridge.testing.mailbox_devices import DevicesContract
 from pokebridge.testing.mailbox_generations import GenerationsContract
+from pokebridge.testing.mailbox_groups import GroupsContract
 from pokebridge.testing.mailbox_kit import (
     ALICE,
     BOB,
@@ -42,7 +43,9 @@ DAY_S = 24 * 3600.0
 Connect = Callable[[], Awaitable[Mailbox]]
 
 
-class MailboxContract(OutboxContract, LimitsContract, GenerationsContract, DevicesContract):
+class MailboxContract(
+    OutboxContract, LimitsContract, GenerationsContract, DevicesContract, GroupsContract
+):
     """What every mailbox promises (``pokebridge.mailbox.base``), except to survive its process."""
 
     # -- append and read ---------------------------------------------------------------------------

@@ -32,6 +32,7 @@ class Channel(asyncio.Protocol, Generic[Received]):
 
     - ``is_congested``: whether the peer reads more slowly than this end writes
     - ``on_drained``: called when the channel is no longer congested
+    - ``on_flush``: called before each write, to send what was still being put together
     - ``_decode``, ``_on_message``: decodes and takes what arrives
     - ``_on_broken``: called once, when the channel has ended
     - ``_framer``, ``_deframer``: what is not written yet, and what has not arrived as a whole
@@ -46,6 +47,7 @@ class Channel(asyncio.Protocol, Generic[Received]):
     ) -> None:
         self.is_congested = False
         self.on_drained: Callable[[], None] = lambda: None
+        self.on_flush: Callable[[], None] = lambda: None
         self._decode = decode
         self._on_message = on_message
         self._on_broken = on_broken
@@ -54,11 +56,6 @@ class Channel(asyncio.Protocol, Generic[Received]):
         self._flush_is_due = False
         self._transport: asyncio.WriteTransport | None = None
         self._loop = asyncio.get_running_loop()
-
-    @property
-    def has_unsent(self) -> bool:
-        """Whether messages of this turn of the loop are not written yet."""
-        return self._flush_is_due
 
     async def connect(self, own_end: socket.socket) -> None:
         """Use ``own_end``, one socket of a connected pair."""
@@ -73,6 +70,10 @@ class Channel(asyncio.Protocol, Generic[Received]):
         if self._transport is None:
             return
         self._framer.add(message)
+        self.flush_soon()
+
+    def flush_soon(self) -> None:
+        """Write at the end of this turn of the loop."""
         if not self._flush_is_due:
             self._flush_is_due = True
             self._loop.call_soon(self._flush)
@@ -85,6 +86,7 @@ class Channel(asyncio.Protocol, Generic[Received]):
                 self._transport.close()
 
     def _flush(self) -> None:
+        self.on_flush()
         self._flush_is_due = False
         transport = self._transport
         if transport is None or not len(self._framer):

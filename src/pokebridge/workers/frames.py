@@ -3,9 +3,10 @@
 A frame is its length, four bytes, and a message in MessagePack. Both ends are always the same
 release, since the hub starts its workers. So these messages may change at any time.
 
-A session is named by its recipient and its ``serial``: the smallest number that no other session of
-that recipient has on that worker. The frames of each direction arrive in order, so the worker knows
-whether a name that is used again means the old session or the new one.
+A session is named by its recipient and its ``serial``. That is 0 if the recipient has no other
+session on that worker, else a number that no session has had there. The frames of each direction
+arrive in order, so the worker knows whether a name that is used again means the old session or the
+new one.
 """
 
 import struct
@@ -86,11 +87,12 @@ class Close(Message, tag=5):
 
 
 class Poke(Message, tag=6):
-    """Send the WebSocket frame ``frame``, a poke for ``version``, to the recipient's sessions."""
+    """Send ``frame``, a poke for ``version``, to the sessions of ``recipient`` that are named."""
 
     recipient: str
     version: int | None
     frame: bytes
+    serials: list[int]
 
 
 class Wake(Message, tag=7):

@@ -86,7 +86,7 @@ class RemoteSession:
             return False
         elif version > self.told:
             self.told = version
-        return self._state is State.OPEN and self.link.poke(self.recipient, version, frame)
+        return self._state is State.OPEN and self.link.poke(self, version, frame)
 
     def move(self, url: str) -> None:
         """Send the client to another instance."""
@@ -118,13 +118,15 @@ class WorkerLink:
       worker says
     - ``_gateway``: holds the sessions
     - ``_has_missed``: whether pokes were dropped since the channel is congested
-    - ``_last``: the recipient and the frame of the last poke
+    - ``_later``: by name, its sessions that were not the first of their recipient on this worker
+    - ``_poke``: the poke that is being put together
     """
 
     def __init__(self, number: int, gateway: Gateway) -> None:
         self.number = number
         self.channel: Channel[ToHub] = Channel(decode_to_hub, self._take, self._break)
         self.channel.on_drained = self._make_up
+        self.channel.on_flush = self._send_poke
         self.send = self.channel.send
         self.answers = Answers(self.send)
         self.closing: dict[tuple[str, int], RemoteSession] = {}
@@ -136,21 +138,29 @@ class WorkerLink:
         self.on_pulled: Callable[[str, int], None] = lambda _recipient, _version: None
         self._gateway = gateway
         self._has_missed = False
-        self._last: tuple[str, bytes] = ("", b"")
+        self._later: dict[tuple[str, int], RemoteSession] = {}
+        self._poke: Poke | None = None
 
-    def poke(self, recipient: str, version: int | None, frame: bytes) -> bool:
-        """Have the worker poke its sessions of ``recipient``. False: it is poked later.
+    def poke(self, session: RemoteSession, version: int | None, frame: bytes) -> bool:
+        """Have the worker poke ``session``. False: it is poked later.
 
-        Several sessions of a recipient on one worker are poked by one message.
+        One message pokes all sessions of a recipient that get the same frame in a turn of the loop.
         """
-        channel = self.channel
-        if channel.is_congested:
+        if self.channel.is_congested:
             self._has_missed = True
             return False
-        if not (channel.has_unsent and self._last[1] is frame and self._last[0] == recipient):
-            self._last = (recipient, frame)
-            self.send(Poke(recipient, version, frame))
+        poke = self._poke
+        if poke is None or poke.frame is not frame or poke.recipient != session.recipient:
+            self._send_poke()
+            poke = self._poke = Poke(session.recipient, version, frame, [])
+            self.channel.flush_soon()
+        poke.serials.append(session.serial)
         return True
+
+    def _send_poke(self) -> None:
+        poke, self._poke = self._poke, None
+        if poke is not None:
+            self.send(poke)
 
     def _make_up(self) -> None:
         """The worker reads again: poke all of its sessions for what was dropped."""
@@ -189,7 +199,10 @@ class WorkerLink:
             self.send(Refuse(enter.recipient, enter.serial, *refusal))
             return
         self.sessions += 1
-        self._gateway.add(RemoteSession(self, enter, address), moved=enter.moved)
+        session = RemoteSession(self, enter, address)
+        if session.serial:
+            self._later[session.recipient, session.serial] = session
+        self._gateway.add(session, moved=enter.moved)
 
     def _leave(self, leave: Leave) -> None:
         session = self.closing.pop((leave.recipient, leave.serial), None)
@@ -199,17 +212,17 @@ class WorkerLink:
             self._remove(session)
 
     def _find(self, recipient: str, serial: int) -> RemoteSession | None:
+        """The session of this name; ``None`` if its handshake was refused."""
+        if serial:
+            return self._later.get((recipient, serial))
         for session in self._gateway.sessions.find(recipient):
-            if (
-                isinstance(session, RemoteSession)
-                and session.link is self
-                and session.serial == serial
-            ):
+            if isinstance(session, RemoteSession) and session.link is self and not session.serial:
                 return session
-        return None  # its handshake was refused
+        return None
 
     def _remove(self, session: RemoteSession) -> None:
         session.abort()
+        self._later.pop((session.recipient, session.serial), None)
         self.sessions -= 1
         self._gateway.remove(session)
 

@@ -13,6 +13,7 @@ from typing import Final
 from pokebridge.backoff import spread
 from pokebridge.errors import RefusedError
 from pokebridge.gateway.admission import retry_within
+from pokebridge.gateway.audiences import SLICE
 from pokebridge.gateway.config import GatewayConfig
 from pokebridge.gateway.connection import Connection
 from pokebridge.gateway.disconnects import Disconnects
@@ -42,7 +43,6 @@ from pokebridge.workers.frames import (
 
 MAX_UNANSWERED: Final = 10_000
 """Handshakes that wait for the hub at most. Further ones are refused."""
-_WAKE_BATCH: Final = 500
 _NO_LIMIT: Final = 2**31  # the hub's limits count for the host
 
 _Name = tuple[str, int]
@@ -60,7 +60,9 @@ class WorkerGateway:
     - ``all_gone``: set while there is no session
     - ``_unanswered``: by name, what waits for the hub's answer: the connection and the response
       that accepts its handshake, or ``None`` if its client has gone meanwhile
-    - ``_serials``: of the sessions whose serial is not 0
+    - ``_serials``, ``_later``: of the sessions whose serial is not 0, the serials and, by name, the
+      sessions
+    - ``_next_serial``: counts from 1
     """
 
     def __init__(
@@ -85,6 +87,8 @@ class WorkerGateway:
         self._takes_acks = takes_acks
         self._unanswered: dict[_Name, tuple[Connection, bytes] | None] = {}
         self._serials: dict[Connection, int] = {}
+        self._later: dict[_Name, Connection] = {}
+        self._next_serial = count(1)
         self._loop = asyncio.get_running_loop()
 
     def start(self, *, serves: bool) -> None:
@@ -136,12 +140,11 @@ class WorkerGateway:
             status, headers = HTTPStatus.SERVICE_UNAVAILABLE, retry_within(5, 15)
             self._refuse(connection, RefusedError(status, "too many handshakes just now", headers))
             return
-        taken = {self._serials.get(each, 0) for each in self.sessions.find(recipient)}
-        serial = next(
-            n for n in count() if n not in taken and (recipient, n) not in self._unanswered
-        )
-        if serial:
+        serial = 0
+        if self.sessions.find(recipient) or (recipient, 0) in self._unanswered:
+            serial = next(self._next_serial)
             self._serials[connection] = serial
+            self._later[recipient, serial] = connection
         self.sessions.add(connection)
         self._unanswered[recipient, serial] = (connection, handshake.response)
         connection.hold()
@@ -161,6 +164,7 @@ class WorkerGateway:
         self.wheel.cancel(connection)
         self.entrance.left(connection)
         serial = self._serials.pop(connection, 0)
+        self._later.pop((connection.recipient, serial), None)
         if self.sessions.remove(connection):
             name = (connection.recipient, serial)
             if name in self._unanswered:  # the name is not used again before the answer
@@ -190,8 +194,9 @@ class WorkerGateway:
         self.disconnects.note(disconnect, time.time())
 
     def _poke(self, poke: Poke) -> None:
-        for connection in self.sessions.find(poke.recipient):
-            if not connection.notify(poke.version, poke.frame):
+        for serial in poke.serials:
+            connection = self._find(poke.recipient, serial)
+            if connection is not None and not connection.notify(poke.version, poke.frame):
                 self.merged += connection.is_open
 
     def _settle(self, answer: Open | Answer | Refuse) -> None:
@@ -228,10 +233,11 @@ class WorkerGateway:
             connection.close(message.code, message.reason)
 
     def _find(self, recipient: str, serial: int) -> Connection | None:
-        for connection in self.sessions.find(recipient):
-            if self._serials.get(connection, 0) == serial:
-                return connection
-        return None
+        if serial:
+            return self._later.get((recipient, serial))
+        # It is the oldest: with another session there its serial would not be 0.
+        oldest = next(iter(self.sessions.find(recipient)), None)
+        return None if oldest in self._serials else oldest
 
     def _first_ping_s(self) -> float:
         # Sessions that began together, as after a restart, must not be pinged together.
@@ -239,7 +245,7 @@ class WorkerGateway:
 
     async def _wake(self, within_ms: int) -> None:
         connections, frame = list(self.sessions), poke_frame(None, within_ms)
-        for start in range(0, len(connections), _WAKE_BATCH):
-            for connection in connections[start : start + _WAKE_BATCH]:
+        for start in range(0, len(connections), SLICE):
+            for connection in connections[start : start + SLICE]:
                 connection.notify(None, frame)
             await asyncio.sleep(0)
