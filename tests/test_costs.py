@@ -1,6 +1,7 @@
 """The cost model's laws, and the two examples of docs/roadmap.md."""
 
 import math
+import random
 from dataclasses import replace
 
 import pytest
@@ -26,7 +27,9 @@ from pokebridge.costs import (
     format_usd,
     misplaced_share,
 )
-from pokebridge.placement import PlacementRules
+from pokebridge.gateway.shard_routing import ShardRouting
+from pokebridge.model import Feed
+from pokebridge.placement import Placement, PlacementRules, ShardMap
 from pokebridge.red_line import MIGRATE_RULES
 
 ENGINES: list[Engine] = ["pubsub", "nats", "redis"]
@@ -38,6 +41,7 @@ loads = st.builds(
     shards=st.integers(1, 10_000),
     sessions=st.integers(0, 10_000_000),
     misplaced_share=st.floats(0, 1),
+    recipients_per_session=st.just(1.0) | st.floats(1, 100),
     pokes_per_message=st.floats(1, 500),
     poke_size_bytes=st.floats(20, 300),
     messages_per_request=batches,
@@ -152,7 +156,7 @@ def test_misplaced_sessions_never_save_anything(
 @given(loads)
 def test_one_topic_a_shard_is_billed_once(load: Workload) -> None:
     """With every session in its place a message is charged as published and as delivered once."""
-    placed = replace(load, misplaced_share=0.0)
+    placed = replace(load, misplaced_share=0.0, recipients_per_session=1.0)
     assume(placed.instances > 1)
     outcome = evaluate(placed, Strategy.PUBSUB_TOPIC)
     published = evaluate(replace(placed, instances=1), Strategy.PUBSUB_FANOUT)
@@ -215,6 +219,33 @@ def test_sessions_at_random_undo_partitioning() -> None:
     assert "another instance than their shard's owner" in advise(load).text
 
 
+@pytest.mark.parametrize("heard", [1.0, 1.02, 1.1, 1.5, 3.0])
+def test_listening_sessions_hold_the_shards_that_placement_says(heard: float) -> None:
+    """The share of the shards is that of real instances whose sessions hear such recipients."""
+    instances, shards, sessions = 10, 100, 2000
+    load = Workload(1000, instances, shards, sessions, recipients_per_session=heard)
+    chance, held = random.Random(17), []
+    owners = tuple(f"i-{shard % instances}" for shard in range(shards))
+    for number in range(instances):
+        placement = Placement(f"i-{number}")
+        routing = ShardRouting(f"i-{number}", ShardMap(1, "partitioned", owners), placement)
+        for _ in range(round(sessions / instances * (heard - 1))):
+            routing.enter(f"urn:doc:{chance.random()}")
+        wanted = routing.wanted(0.0)
+        held.append(1.0 if Feed.ALL in wanted else len(wanted - {Feed.UNTAGGED}) / shards)
+    outcome = evaluate(load, Strategy.NATS_SUBJECT)
+    assert outcome.held_share == pytest.approx(sum(held) / instances, abs=0.05)
+    assert (outcome.held_share == 1) == (heard == 3.0)
+
+
+def test_the_advice_blames_listening() -> None:
+    """Where listening undoes partitioning, the advice says how much of the shards it needs."""
+    load = Workload(1000, 50, sessions=50_000, recipients_per_session=2)
+    text = advise(load).text
+    assert "the recipients that an instance's sessions hear are of 100% of the shards" in text
+    assert evaluate(load, Strategy.PUBSUB_TOPIC).deliveries_per_s == 50_000
+
+
 def test_few_misplaced_sessions_cost_a_little() -> None:
     """Each session away from home makes one instance hear one shard more."""
     load = Workload(1000, 50, sessions=10_000, misplaced_share=0.01)
@@ -228,6 +259,7 @@ def test_few_misplaced_sessions_cost_a_little() -> None:
 @given(loads)
 def test_the_misplaced_share_is_found_in_what_it_does(load: Workload) -> None:
     """From how many instances a message reaches, as it is measured in a partitioned cluster."""
+    load = replace(load, recipients_per_session=1.0)
     assume(load.instances <= load.shards)
     mean = load.sessions * load.misplaced_share / load.shards / max(load.instances - 1, 1)
     assume(mean < 15)  # beyond that everyone hears everything, whatever the share

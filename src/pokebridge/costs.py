@@ -167,7 +167,8 @@ class Workload:
     A *message* is one signal on the transport and carries ``pokes_per_message`` pokes, so the
     cluster bears ``messages_per_s * pokes_per_message`` pokes a second. Each poke is for a
     recipient with a session on one instance; ``misplaced_share`` of the sessions are on another
-    instance than their shard's owner, evenly.
+    instance than their shard's owner, evenly. A session hears ``recipients_per_session``, its own
+    included. The others are of any shard, and no two sessions hear the same.
     """
 
     messages_per_s: float
@@ -175,6 +176,7 @@ class Workload:
     shards: int = 100
     sessions: int = 0
     misplaced_share: float = 0.0
+    recipients_per_session: float = 1.0
     pokes_per_message: float = 1.0
     poke_size_bytes: float = 50.0
     """``{"recipient":"urn:user:bob","version":17}`` has 42."""
@@ -189,8 +191,8 @@ class Outcome:
     """What a strategy makes of a load, in the whole cluster.
 
     ``deliveries_per_s`` are the global operations of docs/roadmap.md: messages a second, once for
-    each instance that receives them. ``discarded_share`` of them find no session.
-    ``filtered_share`` is
+    each instance that receives them. ``discarded_share`` of them find no session, at most.
+    ``held_share`` is the share of the shards that an instance receives. ``filtered_share`` is
     the share of charged deliveries that a filter dropped. ``cpu_cores_wasted`` go into what is
     discarded. ``admin_ops_to_deploy`` replace every instance once, ``admin_ops_per_min`` are those
     of a quiet cluster; both are Google's. ``obstacles`` are limits that it would break, in words.
@@ -199,6 +201,7 @@ class Outcome:
     strategy: Strategy
     deliveries_per_s: float
     discarded_share: float
+    held_share: float
     filtered_share: float
     cpu_cores_wasted: Range
     subscriptions: int
@@ -226,6 +229,7 @@ def evaluate(
         strategy=strategy,
         deliveries_per_s=deliveries_per_s,
         discarded_share=discarded_share,
+        held_share=copies / load.instances,
         filtered_share=filtered / (filtered + copies),
         cpu_cores_wasted=Range(
             wasted_per_s * wasted_us.low / 1e6, wasted_per_s * wasted_us.high / 1e6
@@ -279,14 +283,20 @@ def _copies(load: Workload, units: int) -> float:
 
     A shard has one owner, a group as many as there are among its shards. Sessions that are not
     with them fall on the others evenly and independently (Poisson), so an instance has none of a
-    unit's with the probability exp(-mean).
+    unit's with the probability exp(-mean). What sessions hear beside their own recipients falls on
+    all instances in the same way.
     """
     owners = max(1.0, min(load.instances, load.shards) / units)
     others = load.instances - owners
     if others <= 0:
         return load.instances
-    mean = load.sessions * load.misplaced_share / units / others
+    mean = load.sessions * load.misplaced_share / units / others + _heard(load, units)
     return owners - others * math.expm1(-mean)
+
+
+def _heard(load: Workload, units: int) -> float:
+    """How many recipients of a unit the sessions of an instance hear beside their own."""
+    return load.sessions * (load.recipients_per_session - 1) / load.instances / units
 
 
 def misplaced_share(load: Workload, copies: float) -> float:
@@ -299,6 +309,7 @@ def misplaced_share(load: Workload, copies: float) -> float:
     if not reached or not load.sessions:
         return 0.0
     mean = -math.log1p(-reached) if reached < 1 else math.inf
+    mean = max(mean - _heard(load, load.shards), 0.0)
     return min(mean * others * load.shards / load.sessions, 1.0)
 
 
@@ -414,7 +425,7 @@ def advise(
         return Advice(
             "critical",
             f"put more pokes into a message: {wasted}. Partitioning would still deliver"
-            f" {partitioned.deliveries_per_s:,.0f}/s{_reason(load)}.",
+            f" {partitioned.deliveries_per_s:,.0f}/s{_reason(load, partitioned)}.",
         )
     bill = (
         f", for {format_usd(partitioned.usd_a_month)} a month"
@@ -431,9 +442,14 @@ def advise(
     )
 
 
-def _reason(load: Workload) -> str:
+def _reason(load: Workload, partitioned: Outcome) -> str:
     if load.instances == 1:
         return ", for one instance takes everything"
+    if load.recipients_per_session > 1:
+        return (
+            f", for the recipients that an instance's sessions hear are of"
+            f" {format_share(partitioned.held_share)} of the shards (docs/groups.md)"
+        )
     return ", for too many sessions are on another instance than their shard's owner"
 
 

@@ -293,3 +293,17 @@ def test_the_extra_is_named_when_it_is_missing(clean_environment: None, tmp_path
     assert done.stderr.count("\n") == 1
     assert "pip install 'pokebridge[plot]'" in done.stderr
     assert not picture.exists()
+
+
+def test_what_sessions_listen_to_is_planned_for(run: Run) -> None:
+    """With a thousand recipients an instance, partitioning saves nothing. The advice says so."""
+    listening = [*CRITICAL, "--recipients-per-session", "2"]
+    report = json.loads(run("plan", *listening, "--sessions", "50000", "--json").out)
+    assert report["load"]["recipients_per_session"] == 2
+    assert report["partitioned"]["held_share"] == report["fanout"]["held_share"] == 1
+    assert "the recipients that an instance's sessions hear" in report["advice"]
+    more = [*listening, "--sessions", "50000", "--shards", "10000", "--json"]
+    assert 0.05 < json.loads(run("plan", *more).out)["partitioned"]["held_share"] < 0.15
+    refused = run("plan", *listening)
+    assert refused.status == 2
+    assert "--recipients-per-session needs --sessions" in refused.err

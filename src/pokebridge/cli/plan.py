@@ -120,6 +120,12 @@ class _Measured(NamedTuple):
     help="Share of sessions that are not on the owner of their shard. [default: 0]",
 )
 @click.option(
+    "--recipients-per-session",
+    type=_Number(min=1),
+    help="Recipients that a session hears, its own included. Needs the number of sessions."
+    " [default: 1]",
+)
+@click.option(
     "--pokes-per-message",
     type=_Number(min=1),
     help=f"Pokes that share a message. [default: {_DEFAULTS['pokes_per_message']:g}]",
@@ -180,7 +186,8 @@ def plan(
     wasted, subscriptions, and dollars a month. An uncertain figure is a range. docs/redline.md
     explains the computation and names the sources of the prices.
     """
-    measured = asyncio.run(_measure(Access(url, config, token))) if url else None
+    heard = given["recipients_per_session"] or 1.0
+    measured = asyncio.run(_measure(Access(url, config, token), heard)) if url else None
     load = _load(given, measured, config)
     prices = replace(PRICES, usd_per_tib=usd_per_tib)
     in_use = measured.engine if measured else None
@@ -206,8 +213,8 @@ def plan(
     click.echo(f"{advice.verdict}: {advice.text}")
 
 
-async def _measure(access: Access) -> _Measured:
-    """The load of the running cluster."""
+async def _measure(access: Access, recipients_per_session: float) -> _Measured:
+    """The load of the running cluster, whose sessions hear so many recipients each."""
     async with access.open() as api:
         cluster = await api.get("/v1/cluster", await api.token_for(SUBJECT, ["admin"]))
     try:
@@ -222,6 +229,7 @@ async def _measure(access: Access) -> _Measured:
             "shards": int(cluster["shard_count"]),
             "sessions": sum(int(member["sessions"]) for member in members),
             "red_line_ops_per_s": float(traffic["red_line"]),
+            "recipients_per_session": recipients_per_session,
         }
         if mode == "partitioned":
             load["misplaced_share"] = misplaced_share(Workload(**load), copies)
@@ -254,6 +262,8 @@ def _load(given: dict[str, Any], measured: _Measured | None, config: Path | None
             raise click.UsageError(
                 f"{flag} is needed, or --from URL to take it from a running cluster"
             )
+    if load.get("recipients_per_session", 1) > 1 and not load.get("sessions"):
+        raise click.UsageError("--recipients-per-session needs --sessions, the number of sessions")
     if "messages_per_request" in load:
         load["messages_per_request"] = Range.exactly(load["messages_per_request"])
     return Workload(**load)
