@@ -14,6 +14,7 @@ import psutil
 import uvloop
 
 from benchmarks import (
+    audience,
     cycle,
     handshakes,
     latency,
@@ -38,6 +39,7 @@ MEASURES: dict[str, Callable[[], Awaitable[list[Figure]]]] = {
     "profiled": profiled.measure,
     "transports": transports.measure,
     "latency": latency.measure,
+    "audience": audience.measure,
     "cycle": cycle.measure,
     "mailbox": mailbox.measure,
     "verification": verification.measure,

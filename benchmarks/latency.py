@@ -35,17 +35,17 @@ async def measure(
     *, clients: int = 100, pokes_each: int = 20, rate_per_s: float = 200.0
 ) -> list[Figure]:
     """Send ``pokes_each`` to every one of ``clients``, one client after the other."""
-    async with instance() as server, _http(server.port) as http:
+    async with instance() as server, open_http(server.port) as http:
         try:
             health_ms = median([await _health_ms(http) for _ in range(HEALTH_CHECKS)])
             listeners = [
-                _Listener(recipient(number), await _connect(http, token))
+                Listener(recipient(number), await connect(http, token))
                 for number, token in enumerate(tokens(clients))
             ]
             progress(f"latency: {clients * pokes_each} pokes at {rate_per_s:.0f} a second")
             pids = server.process.pid, os.getpid()
             started_s, before_s = time.monotonic(), [waited_s(pid) for pid in pids]
-            await _poke_all(http, listeners, pokes_each, rate_per_s)
+            await poke_all(http, listeners, pokes_each, rate_per_s)
             took_s = time.monotonic() - started_s
             ours_s, clients_s = (waited_s(pid) - s for pid, s in zip(pids, before_s, strict=True))
         except (TimeoutError, aiohttp.ClientError) as error:
@@ -64,7 +64,8 @@ async def measure(
 
 
 @contextlib.asynccontextmanager
-async def _http(port: int) -> AsyncIterator[aiohttp.ClientSession]:
+async def open_http(port: int) -> AsyncIterator[aiohttp.ClientSession]:
+    """An HTTP client of the instance, without a limit on its connections."""
     async with aiohttp.ClientSession(
         f"http://127.0.0.1:{port}", connector=aiohttp.TCPConnector(limit=0)
     ) as session:
@@ -78,14 +79,14 @@ async def _health_ms(http: aiohttp.ClientSession) -> float:
     return (time.perf_counter() - started_s) * 1e3
 
 
-async def _connect(http: aiohttp.ClientSession, token: str) -> aiohttp.ClientWebSocketResponse:
+async def connect(http: aiohttp.ClientSession, token: str) -> aiohttp.ClientWebSocketResponse:
     """A session that has received ``ready``."""
     socket = await http.ws_connect("/v1/connect", headers={"Authorization": f"Bearer {token}"})
     await socket.receive()
     return socket
 
 
-class _Listener:
+class Listener:
     """A client that records when its pokes arrive."""
 
     def __init__(self, recipient: str, socket: aiohttp.ClientWebSocketResponse) -> None:
@@ -110,9 +111,10 @@ class _Listener:
             self.latencies_ms.append((heard_s - self._posted_s.popleft()) * 1e3)
 
 
-async def _poke_all(
-    http: aiohttp.ClientSession, listeners: list[_Listener], pokes_each: int, rate_per_s: float
+async def poke_all(
+    http: aiohttp.ClientSession, listeners: list[Listener], pokes_each: int, rate_per_s: float
 ) -> None:
+    """Send so many pokes to each of ``listeners``, at a steady rate, and wait until they arrive."""
     headers = {"Authorization": f"Bearer {sign_token(SECRET, 'urn:service:bench', ['poke'])}"}
     tasks = [asyncio.create_task(one.listen(pokes_each)) for one in listeners]
     start_s = time.perf_counter()

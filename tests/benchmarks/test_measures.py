@@ -1,6 +1,7 @@
 """Every measure of ``make bench`` runs, at a size that proves that and measures nothing."""
 
 import json
+import re
 import sys
 from collections.abc import Awaitable, Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as bench
-from benchmarks import handshakes, latency, mailbox, memory, noise, pokes, verification
+from benchmarks import audience, handshakes, latency, mailbox, memory, noise, pokes, verification
 from benchmarks import tokens as token_measure
 from benchmarks.harness import (
     BenchmarkError,
@@ -78,6 +79,15 @@ async def test_latency() -> None:
     """Every poke that is posted is heard; the slowest are no faster than the median."""
     figures = await taken(latency.measure(clients=20, pokes_each=1, rate_per_s=100))
     assert 0 < figures["p50"].value <= figures["p99"].value < 10_000
+
+
+async def test_audience() -> None:
+    """Users are poked before and during the pokes to a room, which reach it."""
+    figures = await audience.measure(audience=150, users=20, rate_per_s=100, pokes_each=2)
+    assert len(figures) == 4
+    assert all(between(0, figure, 10_000) for figure in figures)
+    to_room = [figure.detail.rpartition("; ")[2] for figure in figures if "during" in figure.name]
+    assert all(re.fullmatch(r"[1-9][0-9,]* pokes a second to the room", each) for each in to_room)
 
 
 async def test_mailbox() -> None:
