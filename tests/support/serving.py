@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import httpx
 import jwt
+import psutil
 import pytest
 
 from tests.support.daemon import Daemon, Process, free_port
@@ -93,6 +94,11 @@ class Instance(Daemon):
             trust_env=False,
             verify=TLS,
         )
+
+    def worker_pids(self) -> list[int]:
+        """Its worker processes: what the fork server, the only child of the hub, has forked."""
+        (fork_server,) = psutil.Process(self.pid).children()
+        return sorted(worker.pid for worker in fork_server.children())
 
     def _is_ready_to_serve(self) -> bool:
         with self.http() as http:

@@ -41,7 +41,7 @@ def test_a_message_that_is_too_long_harms_no_other(monkeypatch: pytest.MonkeyPat
     framer = Framer()
     framer.add(Wake(1))
     with pytest.raises(ChannelError, match="too long"):
-        framer.add(frames.Poke("urn:user:bob", None, b"x" * 101, [0]))
+        framer.add(frames.Poke([0], None, b"x" * 101))
     framer.add(Wake(2))
     assert [decode_to_worker(each) for each in Deframer().feed(framer.take())] == [Wake(1), Wake(2)]
 
@@ -54,7 +54,7 @@ def test_a_length_from_a_defect_allocates_nothing() -> None:
 
 async def test_messages_arrive_in_order(ends: Ends) -> None:
     """More than the kernel buffers arrives all the same, as it was sent."""
-    sent = [frames.Poke("urn:user:bob", version, b"x" * 1000, [0]) for version in range(3000)]
+    sent = [frames.Poke([0], version, b"x" * 1000) for version in range(3000)]
     for message in sent:
         ends.hub.send(message)
     await wait_until(lambda: len(ends.worker_heard) == len(sent))
@@ -67,7 +67,7 @@ async def test_a_peer_that_reads_slowly_congests_it(ends: Ends) -> None:
     ends.hub.on_drained = lambda: drained.append(True)
     ends.worker._transport.pause_reading()  # type: ignore[union-attr]
     for _ in range(3):
-        ends.hub.send(frames.Poke("urn:user:bob", None, bytes(channel_module.CONGESTED_BYTES), [0]))
+        ends.hub.send(frames.Poke([0], None, bytes(channel_module.CONGESTED_BYTES)))
     await wait_until(lambda: ends.hub.is_congested)
     ends.worker._transport.resume_reading()  # type: ignore[union-attr]
     await wait_until(lambda: bool(drained))
@@ -79,7 +79,7 @@ async def test_it_breaks_when_too_much_is_unsent(
 ) -> None:
     """The queue has an end: the channel breaks at both ends, and then takes nothing more."""
     monkeypatch.setattr(channel_module, "MAX_UNSENT_BYTES", 1000)
-    ends.hub.send(frames.Poke("urn:user:bob", None, bytes(1001), [0]))
+    ends.hub.send(frames.Poke([0], None, bytes(1001)))
     await wait_until(lambda: sorted(ends.broken) == ["hub", "worker"])
     ends.hub.send(Wake(1))
     ends.worker.send(frames.Ready())

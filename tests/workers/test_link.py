@@ -9,8 +9,10 @@ from pokebridge.gateway.shard_routing import Reach
 from pokebridge.gateway.subscriptions import SubscriptionTiming
 from pokebridge.model import Ack, Poke
 from pokebridge.placement import ShardMap
+from pokebridge.session import State
 from pokebridge.wire import Disconnect, poke_frame
 from pokebridge.workers import frames
+from pokebridge.workers.worker_gateway import ANSWER_WITHIN_S
 from tests.gateway.harness import BOB
 from tests.support.waiting import wait_until
 from tests.workers.host import running_host
@@ -182,7 +184,7 @@ async def test_a_dead_worker_takes_its_own_sessions_alone() -> None:
 
 
 async def test_a_client_that_leaves_is_forgotten_whenever_it_does() -> None:
-    """Also before the hub has answered. Its name is not given to another until then."""
+    """Also before the hub has answered. Then its number is given to the next one."""
     async with running_host() as host:
         for _ in range(20):
             client = await host.open(0)
@@ -192,22 +194,55 @@ async def test_a_client_that_leaves_is_forgotten_whenever_it_does() -> None:
         await wait_until(lambda: not len(host.gateway.sessions))
         assert host.gateway.entrance.sessions == 0
         assert host.links[0].sessions == 0
-        assert not host.workers[0].gateway.sessions
-        assert not host.workers[0].gateway._unanswered
+        worker = host.workers[0].gateway
+        assert not worker.sessions
+        assert not worker._unanswered
+        await wait_until(lambda: len(worker._free) == len(worker._by_number) <= 4)
 
 
-async def test_a_name_that_is_used_again_means_the_newer_session() -> None:
-    """What the hub said of an earlier session does not hit one that it has not answered yet."""
+async def test_a_number_is_free_only_when_the_hub_has_forgotten_its_session() -> None:
+    """What the hub says of a session that has ended meanwhile is not taken for the next one's.
+
+    It opens the first session, which has waited for its subscription, when its client has gone.
+    """
     async with running_host() as host:
+        worker, link = host.workers[0].gateway, host.links[0]
+        held: list[frames.ToHub] = []
+        first = await host.open(0)
+        take, link.channel._on_message = link.channel._on_message, held.append
+        await first.close()
+        await wait_until(lambda: frames.Leave(0) in held)
+        second = asyncio.ensure_future(host.open(0))
+        await wait_until(lambda: len(held) == 2)
+        worker.take(frames.Open(0))
+        (connection,) = worker.connections()
+        assert connection.number == 1
+        assert connection.session.state is State.WAITING
+        link.channel._on_message = take
+        for message in held:
+            take(message)
+        await second
+        await wait_until(lambda: worker._free == [0])
+
+
+async def test_a_handshake_that_the_hub_does_not_answer_is_refused() -> None:
+    """With 503 and after a time; an answer that comes later does no harm."""
+    async with running_host() as host:
+        worker, link = host.workers[0].gateway, host.links[0]
+        held: list[frames.ToHub] = []
+        take, link.channel._on_message = link.channel._on_message, held.append
+        dialled = asyncio.ensure_future(host.connect(0))
+        await wait_until(lambda: bool(held))
+        worker.refuse_overdue(time.time() + ANSWER_WITHIN_S - 1.1)
+        assert not dialled.done()
+        worker.refuse_overdue(time.time() + ANSWER_WITHIN_S + 1)
+        assert (await dialled).status == 503
+        assert worker.entrance.handshakes == {"101": 0, "503": 1}
+        link.channel._on_message = take
+        for message in held:
+            take(message)
+        await wait_until(lambda: link.sessions == 0 and worker._free == [0])
         await host.open(0)
-        gateway = host.workers[0].gateway
-        (connection,) = gateway.sessions.find(BOB)
-        gateway._unanswered[BOB, 0] = (connection, b"")
-        gateway.take(frames.Close(BOB, 0, 4409, "replaced"))
-        assert connection.is_open
-        del gateway._unanswered[BOB, 0]
-        gateway.take(frames.Close(BOB, 0, 4409, "replaced"))
-        assert connection.is_closed
 
 
 async def test_a_worker_that_reads_slowly_is_poked_when_it_has_caught_up() -> None:

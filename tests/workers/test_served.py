@@ -14,18 +14,13 @@ import psutil
 import pytest
 import websockets
 
+from tests.cluster.clusters import run_command
 from tests.cluster.crowd import Act, Crowd
 from tests.support.serving import Instance, Serve
 from tests.support.waiting import block_until, wait_until
 
 # How long others may be silent when a worker is killed, on a machine that is not busy.
 SILENCE_S = 0.5
-
-
-def worker_pids(instance: Instance) -> list[int]:
-    """The worker processes: what the fork server, the hub's only child, has forked."""
-    (fork_server,) = psutil.Process(instance.pid).children()
-    return sorted(worker.pid for worker in fork_server.children())
 
 
 def metrics_of(instance: Instance) -> dict[str, float]:
@@ -46,10 +41,10 @@ def workers_of(instance: Instance) -> list[dict[str, int]]:
 async def kill_one_of(instance: Instance, crowd: Crowd) -> Act:
     """Kill a worker and wait until another serves and traffic flows; says who was struck."""
     before = {client.recipient: len(client.ready_s) for client in crowd.clients}
-    pids, began_s, sent = worker_pids(instance), monotonic(), len(crowd.sent)
+    pids, began_s, sent = instance.worker_pids(), monotonic(), len(crowd.sent)
     victim = random.choice(pids)
     os.kill(victim, signal.SIGKILL)
-    await wait_until(lambda: len({*worker_pids(instance)} - {victim}) == len(pids))
+    await wait_until(lambda: len({*instance.worker_pids()} - {victim}) == len(pids))
     await wait_until(lambda: len(crowd.sent) > sent + 10)
     # Not whether they are back: a client that is struck often waits longer each time.
     struck = frozenset(
@@ -80,6 +75,9 @@ async def test_a_killed_worker_is_replaced_and_nothing_is_lost(serve: Serve) -> 
     silence_s, struck = await _kill_workers(instance, 2)
     assert silence_s < 30, "verification would have found them by then"
     assert struck
+    metrics = await asyncio.to_thread(metrics_of, instance)
+    starts = [metrics[f'pokebridge_worker_starts_total{{worker="{number}"}}'] for number in (1, 2)]
+    assert sum(starts) == 2 + 2
     assert await asyncio.to_thread(instance.terminate) == 0
     assert "database is locked" not in instance.log()
 
@@ -112,6 +110,11 @@ async def test_one_port_one_instance(serve: Serve) -> None:
         assert metrics["pokebridge_sessions"] == sum(each) == 20
         assert min(each) >= 8, "evenly, apart from the connections of plain HTTP"
         assert metrics['pokebridge_handshakes_total{status="101"}'] == 20
+        for number in (1, 2):
+            assert metrics[f'pokebridge_worker_cpu_seconds_total{{worker="{number}"}}'] > 0
+            assert metrics[f'pokebridge_worker_starts_total{{worker="{number}"}}'] == 1
+        shown = await asyncio.to_thread(run_command, instance, "cluster", "status")
+        assert f"20 ({each[0]:.0f}+{each[1]:.0f})" in shown.stdout
     assert "worker=1" in instance.log()
 
 
@@ -175,7 +178,7 @@ def test_workers_that_keep_dying_turn_readiness_red(serve: Serve) -> None:
 def test_workers_end_with_their_hub(serve: Serve, *, is_stopped: bool) -> None:
     """The hub is killed: its workers end too, even one that stands still, and the port is free."""
     instance = serve(workers=2, mailbox="memory://")
-    pids = worker_pids(instance)
+    pids = instance.worker_pids()
     if is_stopped:
         os.kill(pids[0], signal.SIGSTOP)
     os.kill(instance.pid, signal.SIGKILL)
@@ -187,7 +190,7 @@ def test_workers_end_with_their_hub(serve: Serve, *, is_stopped: bool) -> None:
 async def test_sigterm_drains_all_workers(serve: Serve) -> None:
     """Every session closes with 1012, pulls go on meanwhile, and the exit status is 0."""
     instance = await asyncio.to_thread(serve, workers=2, mailbox="memory://", drain_s=0.5)
-    pids = worker_pids(instance)
+    pids = instance.worker_pids()
     headers = instance.headers("urn:user:bob")
     sockets = [
         await websockets.connect(instance.ws_url, additional_headers=headers) for _ in range(6)
@@ -207,10 +210,10 @@ async def test_a_worker_that_stands_still_is_replaced(serve: Serve) -> None:
     """Stopped, as by a debugger: new clients are served by the others, its own come back."""
     instance = await asyncio.to_thread(serve, workers=2, mailbox="memory://")
     async with Crowd(instance.url, instance.token, 20) as crowd:
-        victim = worker_pids(instance)[0]
+        victim = instance.worker_pids()[0]
         os.kill(victim, signal.SIGSTOP)
-        await wait_until(lambda: victim not in worker_pids(instance), 60)
-        await wait_until(lambda: len(worker_pids(instance)) == 2, 30)
+        await wait_until(lambda: victim not in instance.worker_pids(), 60)
+        await wait_until(lambda: len(instance.worker_pids()) == 2, 30)
         await crowd.stop_sending()
         await wait_until(lambda: crowd.outstanding == 0, 30, "all that was accepted is pulled")
     assert "worker_stalled" in instance.log()

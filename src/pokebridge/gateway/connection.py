@@ -41,8 +41,8 @@ _UNSENT_BYTES_AT_MOST = 256
 
 
 @functools.lru_cache(maxsize=1)
-def _whole_second(second: int) -> int:
-    """``second`` as one object for all connections that begin in it: an int takes 32 bytes."""
+def whole_second(second: int) -> int:
+    """``second`` as one object for all sessions that begin in it: an int takes 32 bytes."""
     return second
 
 
@@ -105,7 +105,7 @@ class Connection(asyncio.Protocol, HasSession):
         self.session = session
         self.address = address
         """The address that the session counts against; empty when there is no such limit."""
-        self.began_at = _whole_second(int(time.time()))
+        self.began_at = whole_second(int(time.time()))
         """When the session began, in Unix seconds, rounded down."""
         self.wheel_slot = 0
         """A note of the wheel's; see :class:`~pokebridge.gateway.wheel.Timed`."""

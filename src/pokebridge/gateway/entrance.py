@@ -89,6 +89,8 @@ class Entrance:
 
     serves = False
     """Whether this instance takes sessions at all. Otherwise each request is answered with 404."""
+    connection_type = Connection
+    """What the socket of each session becomes."""
 
     def __init__(
         self,
@@ -255,7 +257,7 @@ class Entrance:
     ) -> None:
         session = self._session(identity, handshake.device)
         counted = self._admission.enter(handshake.address)
-        connection = Connection(self._host, transport, session, counted)
+        connection = self.connection_type(self._host, transport, session, counted)
         self.handshakes["101"] += 1
         if _logger.isEnabledFor(logging.DEBUG):
             log.debug("session_accepted", session=session.id, device=session.device)

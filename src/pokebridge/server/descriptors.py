@@ -15,7 +15,8 @@ from pokebridge.errors import ConfigError
 _ENDLESS = 1_048_576
 # For what the mailbox, the transport and the libraries open later.
 _LEAST_RESERVE, _MOST_RESERVE = 24, 256
-# Of the sockets, a quarter is for HTTP connections, which pulls need; but no more than this.
+# Of the sockets, a quarter is for HTTP connections, which pulls need; but no more than this on a
+# host.
 _MOST_CONNECTIONS = 1_000
 _LEAST_SOCKETS = 16
 
@@ -37,11 +38,12 @@ class Room:
     sessions: int
 
 
-def make_room(max_sessions: int | None = None) -> Room:
+def make_room(max_sessions: int | None = None, *, processes: int = 1) -> Room:
     """Raise the limit of descriptors to the hard one, and share them out.
 
-    ``max_sessions`` is lowered to what fits, and without it as many sessions as fit are taken. Call
-    it when everything else is open, because what is open counts.
+    ``max_sessions`` is lowered to what fits, and without it as many sessions as fit are taken. This
+    is one of so many ``processes`` that share the HTTP connections. Call it when everything else is
+    open, because what is open counts.
 
     Raises:
         ConfigError: hardly any socket fits.
@@ -54,7 +56,7 @@ def make_room(max_sessions: int | None = None) -> Room:
             f"only {limit} files may be open, which is too few: raise the limit (ulimit -n,"
             " LimitNOFILE) to 512 or more"
         )
-    fits = sockets - min(_MOST_CONNECTIONS, sockets // 4)
+    fits = sockets - min(_MOST_CONNECTIONS // processes, sockets // 4)
     sessions = min(max_sessions or fits, fits)
     log.info("descriptors_shared", descriptors=limit, sockets=sockets, sessions=sessions)
     if max_sessions is not None and max_sessions > fits:

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from itertools import count
-from typing import Any
+from typing import Any, cast
 
 import structlog
 import uvicorn
@@ -34,7 +34,6 @@ from pokebridge.border import unforeseen
 from pokebridge.cluster.load import memory_bytes
 from pokebridge.durations import RequestDurations
 from pokebridge.errors import PokebridgeError
-from pokebridge.mailbox.base import Mailbox
 from pokebridge.mailbox.devices import KnownDevices
 from pokebridge.model import NewMessage, Poke, Receipt
 from pokebridge.processor import Processor
@@ -113,7 +112,7 @@ class Worker:
             self.gateway.start(serves="gateway" in self.settings.roles)
             opened.callback(self.gateway.close)
             opened.push_async_callback(self.verifier.close)
-            pacer = supervise("descriptors", self._keep_descriptors)
+            pacer = supervise("worker_clock", self._keep_time)
             opened.callback(pacer.cancel)
             await self.server.serve(sockets=[])
         self._is_done = True
@@ -152,9 +151,6 @@ class Worker:
         opened.push_async_callback(side.devices.close)
         return [*routes, *MessageCalls(side).routes()]
 
-    def _hub_mailbox(self) -> Mailbox:
-        return HubMailbox(self.calls)
-
     async def publish_now(self, pokes: Sequence[Poke]) -> None:
         """Publish through the hub, as :class:`~pokebridge.processor.PokePublisher` says."""
         await self.calls.call(methods.PUBLISH_NOW, pokes)
@@ -169,9 +165,10 @@ class Worker:
         if self.settings.push_webhook_url is not None:
             self.tell(Pulled(recipient, version))
 
-    async def _keep_descriptors(self) -> None:
+    async def _keep_time(self) -> None:
         while True:
             await asyncio.sleep(1.0)
+            self.gateway.refuse_overdue(time.time())
             if descriptors.are_used_up():
                 self.gateway.sockets.relieve(_CONNECTIONS_TO_RELIEVE)
 
@@ -195,7 +192,7 @@ class Worker:
         settings: Settings = pickle.loads(welcome.settings)  # noqa: S301
         structlog.contextvars.bind_contextvars(worker=welcome.worker)
         configure_logging(settings.log_format, settings.log_level)
-        room = descriptors.make_room()
+        room = descriptors.make_room(processes=settings.worker_count)
         of_address = settings.max_connections_per_address
         config = replace(
             gateway_config(settings, room),
@@ -328,6 +325,27 @@ async def _read_body(receive: Receive) -> bytes:
     return body
 
 
+class _ShownSocket:
+    """The socket that uvloop is shown for each connection that the hub passes: one for all of them.
+
+    uvloop keeps it until the connection closes, but asks it only at first. A socket object for each
+    connection would take 100 bytes of every session.
+    """
+
+    type = socket.SOCK_STREAM
+
+    def __init__(self) -> None:
+        self.family = int(socket.AF_INET)
+        self.fd = -1
+
+    def fileno(self) -> int:
+        """The descriptor, which uvloop takes over."""
+        return self.fd
+
+    def close(self) -> None:
+        """Nothing is left to close: uvloop has closed the descriptor."""
+
+
 class _Server(uvicorn.Server):
     """uvicorn that serves the connections which the hub accepts."""
 
@@ -336,6 +354,7 @@ class _Server(uvicorn.Server):
         self._worker = worker
         self._door = door
         self._arriving: set[asyncio.Task[None]] = set()
+        self._shown = _ShownSocket()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -353,33 +372,40 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close the door, let the last sessions say goodbye, and finish the requests."""
-        self._let_in()
+        while self._let_in():
+            pass
         asyncio.get_running_loop().remove_reader(self._door.fileno())
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_GOODBYE_S):
                 await self._worker.gateway.all_gone.wait()
         await super().shutdown(sockets)
 
-    def _let_in(self) -> None:
+    def _let_in(self) -> bool:
+        """Take connections from the hub. Returns whether there may be more."""
         for _ in range(_AT_ONCE):
             try:
                 family, fds, _, _ = socket.recv_fds(self._door, 1, 1)
             except OSError:  # no more for now
-                return
+                return False
             if not family:
-                return
+                return False
             self._worker.accepted += 1
+            if not fds:  # the kernel has closed the connection
+                log.warning("connection_not_taken", reason="no file descriptor is left")
             for fd in fds:
-                sock = socket.socket(_FAMILIES[family], socket.SOCK_STREAM, 0, fd)
-                task = asyncio.ensure_future(self._connect(sock))
+                task = asyncio.ensure_future(self._connect(_FAMILIES[family], fd))
                 self._arriving.add(task)
                 task.add_done_callback(self._arriving.discard)
+        return True
 
-    async def _connect(self, sock: socket.socket) -> None:
+    async def _connect(self, family: int, fd: int) -> None:
+        shown, loop = self._shown, asyncio.get_running_loop()
+        shown.family, shown.fd = family, fd
         try:
-            await asyncio.get_running_loop().connect_accepted_socket(self._protocol, sock)
-        except OSError:  # it has gone already
-            sock.close()
+            await loop.connect_accepted_socket(self._protocol, cast("socket.socket", shown))
+        except OSError as error:  # uvloop has not taken the descriptor
+            log.warning("connection_not_taken", reason=str(error))
+            os.close(fd)
 
     def _protocol(self) -> asyncio.Protocol:
         make: Any = self.config.http_protocol_class

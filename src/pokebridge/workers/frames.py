@@ -3,10 +3,9 @@
 A frame is its length, four bytes, and a message in MessagePack. Both ends are always the same
 release, since the hub starts its workers. So these messages may change at any time.
 
-A session is named by its recipient and its ``serial``. That is 0 if the recipient has no other
-session on that worker, else a number that no session has had there. The frames of each direction
-arrive in order, so the worker knows whether a name that is used again means the old session or the
-new one.
+A session is named by a number, which its worker gives it. The worker gives the number of a session
+that has ended to another one only when the hub has said that it is :class:`Forgotten`. So neither
+end can mistake one session for another, whatever is under way between them.
 """
 
 import struct
@@ -48,22 +47,19 @@ class Welcome(Message, tag=0):
 class Answer(Message, tag=1):
     """Accept the session's handshake; ``ready`` follows later."""
 
-    recipient: str
-    serial: int
+    session: int
 
 
 class Open(Message, tag=2):
     """Send ``ready``, and accept the handshake first if that has not been done."""
 
-    recipient: str
-    serial: int
+    session: int
 
 
 class Refuse(Message, tag=3):
     """Refuse the session's handshake."""
 
-    recipient: str
-    serial: int
+    session: int
     status: int
     detail: str
     headers: dict[str, str]
@@ -72,27 +68,24 @@ class Refuse(Message, tag=3):
 class Move(Message, tag=4):
     """Send the session's client to another instance."""
 
-    recipient: str
-    serial: int
+    session: int
     url: str
 
 
 class Close(Message, tag=5):
     """Close the session."""
 
-    recipient: str
-    serial: int
+    session: int
     code: int
     reason: str
 
 
 class Poke(Message, tag=6):
-    """Send ``frame``, a poke for ``version``, to the sessions of ``recipient`` that are named."""
+    """Send the sessions the WebSocket frame ``frame``, a poke for ``version``."""
 
-    recipient: str
+    sessions: list[int]
     version: int | None
     frame: bytes
-    serials: list[int]
 
 
 class Wake(Message, tag=7):
@@ -135,6 +128,12 @@ class Stop(Message, tag=12):
     """Finish the requests under way and end. The sessions are closed already."""
 
 
+class Forgotten(Message, tag=13):
+    """The hub knows that the session has ended: its number may be given to another one."""
+
+    session: int
+
+
 ToWorker = (
     Welcome
     | Answer
@@ -149,6 +148,7 @@ ToWorker = (
     | Failure
     | Ask
     | Stop
+    | Forgotten
 )
 
 
@@ -165,8 +165,8 @@ class Enter(Message, tag=1):
     ``moved``: it was sent here by another instance.
     """
 
+    session: int
     recipient: str
-    serial: int
     device: str
     address: str
     began_at: int
@@ -174,10 +174,9 @@ class Enter(Message, tag=1):
 
 
 class Leave(Message, tag=2):
-    """The session's socket is closed."""
+    """The session's socket is closed, or its handshake was refused."""
 
-    recipient: str
-    serial: int
+    session: int
 
 
 class Acked(Message, tag=3):

@@ -7,8 +7,12 @@ a recipient without a session here costs one look-up, however many workers there
 
 from collections.abc import Callable, Iterator
 
+import msgspec
+
 from pokebridge.errors import RefusedError
+from pokebridge.gateway.connection import whole_second
 from pokebridge.gateway.gateway import Gateway
+from pokebridge.model import DEFAULT_DEVICE
 from pokebridge.session import UNKNOWN_VERSION, State
 from pokebridge.workers.calls import Answers
 from pokebridge.workers.channel import Channel
@@ -18,6 +22,7 @@ from pokebridge.workers.frames import (
     Call,
     Close,
     Enter,
+    Forgotten,
     Gone,
     Leave,
     Message,
@@ -34,46 +39,46 @@ from pokebridge.workers.frames import (
 )
 
 
-class RemoteSession:
+class RemoteSession(msgspec.Struct, gc=False, eq=False):
     """A session whose socket is a worker's. A :class:`~pokebridge.gateway.listener.Listener`.
 
-    - ``recipient``, ``serial``: its name on that worker
-    - ``device``, ``address``, ``began_at``, ``told``: as the protocol says
+    A struct takes less memory than an object, and the garbage collector need not look at it. The
+    cycle with its link is broken when the session or the worker ends.
+
     - ``link``: the worker
-    - ``_state``: what the worker was told
+    - ``number``: its name on that worker
+    - ``recipient``, ``device``, ``address``, ``began_at``, ``told``: as the protocol says
+    - ``state``: what the worker was told
     """
 
-    __slots__ = ("_state", "address", "began_at", "device", "link", "recipient", "serial", "told")
-
-    def __init__(self, link: "WorkerLink", enter: Enter, address: str) -> None:
-        self.link = link
-        self.recipient = enter.recipient
-        self.serial = enter.serial
-        self.device = enter.device
-        self.address = address
-        self.began_at = enter.began_at
-        self.told = UNKNOWN_VERSION
-        self._state = State.WAITING
+    link: "WorkerLink"
+    number: int
+    recipient: str
+    device: str
+    address: str
+    began_at: int
+    told: int = UNKNOWN_VERSION
+    state: State = State.WAITING
 
     @property
     def is_open(self) -> bool:
         """Whether the worker was told to say ``ready``, and not to close it."""
-        return self._state is State.OPEN
+        return self.state is State.OPEN
 
     @property
     def is_closed(self) -> bool:
         """Whether it is gone, or about to be."""
-        return self._state in {State.CLOSING, State.CLOSED}
+        return self.state in {State.CLOSING, State.CLOSED}
 
     def answer(self, response: bytes) -> None:  # noqa: ARG002 - the worker has made it
         """Accept the handshake."""
-        self.link.send(Answer(self.recipient, self.serial))
+        self.link.send(Answer(self.number))
 
     def open(self, first_ping_s: float, response: bytes = b"") -> None:  # noqa: ARG002 - the worker's
         """Send ``ready``."""
-        if self._state is State.WAITING:
-            self._state = State.OPEN
-            self.link.send(Open(self.recipient, self.serial))
+        if self.state is State.WAITING:
+            self.state = State.OPEN
+            self.link.send(Open(self.number))
 
     def notify(self, version: int | None, frame: bytes) -> bool:
         """Have the worker send a poke. None is needed before ``ready``, nor for a known version.
@@ -82,28 +87,27 @@ class RemoteSession:
         """
         if version is None:
             self.told = UNKNOWN_VERSION
-        elif version == self.told and self._state is State.OPEN:
+        elif version == self.told and self.state is State.OPEN:
             return False
         elif version > self.told:
             self.told = version
-        return self._state is State.OPEN and self.link.poke(self, version, frame)
+        return self.state is State.OPEN and self.link.poke(self.number, version, frame)
 
     def move(self, url: str) -> None:
         """Send the client to another instance."""
-        self._end(Move(self.recipient, self.serial, url))
+        self._end(Move(self.number, url))
 
     def close(self, code: int, reason: str) -> None:
         """Start the closing handshake."""
-        self._end(Close(self.recipient, self.serial, code, reason))
+        self._end(Close(self.number, code, reason))
 
     def abort(self) -> None:
         """Forget the socket, which ends with its worker."""
-        self._state = State.CLOSED
+        self.state = State.CLOSED
 
     def _end(self, message: Message) -> None:
         if not self.is_closed:
-            self._state = State.CLOSING
-            self.link.closing[self.recipient, self.serial] = self
+            self.state = State.CLOSING
             self.link.send(message)
 
 
@@ -112,13 +116,12 @@ class WorkerLink:
 
     - ``number``: the worker's number on this host, from 1
     - ``channel``, ``answers``: to the worker, and what does its calls
-    - ``closing``: its sessions that were told to close, by their name
-    - ``sessions``: how many it has, those included
+    - ``sessions``: how many it has, those that are closing included
     - ``on_ready``, ``on_report``, ``on_broken``, ``on_gone``, ``on_pulled``: called with what the
       worker says
     - ``_gateway``: holds the sessions
+    - ``_by_number``: the same sessions by their numbers; ``None`` where there is none
     - ``_has_missed``: whether pokes were dropped since the channel is congested
-    - ``_later``: by name, its sessions that were not the first of their recipient on this worker
     - ``_poke``: the poke that is being put together
     """
 
@@ -127,9 +130,7 @@ class WorkerLink:
         self.channel: Channel[ToHub] = Channel(decode_to_hub, self._take, self._break)
         self.channel.on_drained = self._make_up
         self.channel.on_flush = self._send_poke
-        self.send = self.channel.send
         self.answers = Answers(self.send)
-        self.closing: dict[tuple[str, int], RemoteSession] = {}
         self.sessions = 0
         self.on_ready: Callable[[], None] = lambda: None
         self.on_report: Callable[[Report], None] = lambda _: None
@@ -137,30 +138,39 @@ class WorkerLink:
         self.on_gone: Callable[[int], None] = lambda _: None
         self.on_pulled: Callable[[str, int], None] = lambda _recipient, _version: None
         self._gateway = gateway
+        self._by_number: list[RemoteSession | None] = []
         self._has_missed = False
-        self._later: dict[tuple[str, int], RemoteSession] = {}
         self._poke: Poke | None = None
 
-    def poke(self, session: RemoteSession, version: int | None, frame: bytes) -> bool:
-        """Have the worker poke ``session``. False: it is poked later.
+    def send(self, message: Message) -> None:
+        """Send ``message`` after all that was sent before.
 
-        One message pokes all sessions of a recipient that get the same frame in a turn of the loop.
+        Raises:
+            ChannelError: the message is too long.
+        """
+        self._send_poke()
+        self.channel.send(message)
+
+    def poke(self, session: int, version: int | None, frame: bytes) -> bool:
+        """Have the worker poke a session. False: it is poked later.
+
+        One message pokes all sessions that get the same frame in a turn of the loop.
         """
         if self.channel.is_congested:
             self._has_missed = True
             return False
         poke = self._poke
-        if poke is None or poke.frame is not frame or poke.recipient != session.recipient:
+        if poke is None or poke.frame is not frame:
             self._send_poke()
-            poke = self._poke = Poke(session.recipient, version, frame, [])
+            poke = self._poke = Poke([], version, frame)
             self.channel.flush_soon()
-        poke.serials.append(session.serial)
+        poke.sessions.append(session)
         return True
 
     def _send_poke(self) -> None:
         poke, self._poke = self._poke, None
         if poke is not None:
-            self.send(poke)
+            self.channel.send(poke)
 
     def _make_up(self) -> None:
         """The worker reads again: poke all of its sessions for what was dropped."""
@@ -192,48 +202,40 @@ class WorkerLink:
             self.on_report(message)
 
     def _enter(self, enter: Enter) -> None:
+        by_number, number = self._by_number, enter.session
+        by_number.extend([None] * (number + 1 - len(by_number)))
         try:
             address = self._gateway.entrance.admit(enter.address)
         except RefusedError as error:
-            refusal = (int(error.status), str(error), error.headers)
-            self.send(Refuse(enter.recipient, enter.serial, *refusal))
+            self.send(Refuse(number, int(error.status), str(error), error.headers))
             return
+        # One object for all that have the same: an own one takes 32 to 64 bytes of each session.
+        device = DEFAULT_DEVICE if enter.device == DEFAULT_DEVICE else enter.device
+        session = RemoteSession(
+            self, number, enter.recipient, device, address, whole_second(enter.began_at)
+        )
+        by_number[number] = session
         self.sessions += 1
-        session = RemoteSession(self, enter, address)
-        if session.serial:
-            self._later[session.recipient, session.serial] = session
         self._gateway.add(session, moved=enter.moved)
 
     def _leave(self, leave: Leave) -> None:
-        session = self.closing.pop((leave.recipient, leave.serial), None)
-        if session is None:
-            session = self._find(leave.recipient, leave.serial)
-        if session is not None:
+        session = self._by_number[leave.session]
+        self._by_number[leave.session] = None
+        if session is not None:  # its handshake was not refused
             self._remove(session)
-
-    def _find(self, recipient: str, serial: int) -> RemoteSession | None:
-        """The session of this name; ``None`` if its handshake was refused."""
-        if serial:
-            return self._later.get((recipient, serial))
-        for session in self._gateway.sessions.find(recipient):
-            if isinstance(session, RemoteSession) and session.link is self and not session.serial:
-                return session
-        return None
+        self.send(Forgotten(leave.session))
 
     def _remove(self, session: RemoteSession) -> None:
         session.abort()
-        self._later.pop((session.recipient, session.serial), None)
         self.sessions -= 1
         self._gateway.remove(session)
 
     def _own(self) -> Iterator[RemoteSession]:
-        for session in self._gateway.sessions:
-            if isinstance(session, RemoteSession) and session.link is self:
-                yield session
+        return (session for session in self._by_number if session is not None)
 
     def _break(self) -> None:
         """The worker is gone, and so are its sockets."""
-        for session in {*self.closing.values(), *self._own()}:
+        for session in self._own():
             self._remove(session)
-        self.closing.clear()
+        self._by_number.clear()
         self.on_broken()

@@ -5,10 +5,9 @@ HTTP upgrade → ``Entrance`` → ``Connection`` → ``Enter`` to the hub → ``
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from http import HTTPStatus
-from itertools import count
-from typing import Final
+from typing import Final, cast
 
 from pokebridge.backoff import spread
 from pokebridge.errors import RefusedError
@@ -20,7 +19,6 @@ from pokebridge.gateway.disconnects import Disconnects
 from pokebridge.gateway.entrance import Entrance, Verifier
 from pokebridge.gateway.handshake import Handshake, Network, refusal_response
 from pokebridge.gateway.polling import PolledSession
-from pokebridge.gateway.session_map import SessionMap
 from pokebridge.gateway.sockets import Sockets
 from pokebridge.gateway.wheel import Wheel
 from pokebridge.supervisor import run_once
@@ -30,6 +28,7 @@ from pokebridge.workers.frames import (
     Answer,
     Close,
     Enter,
+    Forgotten,
     Leave,
     Message,
     Move,
@@ -43,26 +42,34 @@ from pokebridge.workers.frames import (
 
 MAX_UNANSWERED: Final = 10_000
 """Handshakes that wait for the hub at most. Further ones are refused."""
-_NO_LIMIT: Final = 2**31  # the hub's limits count for the host
+ANSWER_WITHIN_S: Final = 10.0
+"""A handshake that the hub has not answered for so long is refused, and its client tries again."""
+_NO_NUMBER: Final = -1
 
-_Name = tuple[str, int]
+
+class NumberedConnection(Connection):
+    """The WebSocket of one session, with the number by which the hub knows it."""
+
+    __slots__ = ("number",)
+
+    number: int
 
 
 class WorkerGateway:
     """All sessions of one worker.
 
     - ``instance``: the instance's id
-    - ``sessions``: the sessions by recipient, those whose handshake is not answered included
     - ``entrance``: checks handshakes, and counts the sockets of this process
     - ``wheel``: the deadlines of all sockets
     - ``disconnects``: the revocations in force
     - ``merged``: pokes that were merged because their client did not read
-    - ``all_gone``: set while there is no session
-    - ``_unanswered``: by name, what waits for the hub's answer: the connection and the response
-      that accepts its handshake, or ``None`` if its client has gone meanwhile
-    - ``_serials``, ``_later``: of the sessions whose serial is not 0, the serials and, by name, the
-      sessions
-    - ``_next_serial``: counts from 1
+    - ``sessions``: how many there are, those whose handshake is not answered included
+    - ``all_gone``: set while there is none
+    - ``_by_number``: the connections by their numbers, those whose handshake is not answered
+      included; ``None`` where there is none
+    - ``_free``: numbers that may be given to the next connections
+    - ``_unanswered``: by number, the response that accepts a handshake which waits for the hub's
+      answer. The oldest are first
     """
 
     def __init__(
@@ -75,20 +82,19 @@ class WorkerGateway:
     ) -> None:
         """``send`` sends to the hub. With ``takes_acks`` clients may ack over their sockets."""
         self.instance = config.instance
-        self.sessions: SessionMap[Connection] = SessionMap(_NO_LIMIT)
         self.entrance = Entrance(config, verifier, self, self._admitted)
+        self.entrance.connection_type = NumberedConnection
         self.wheel = Wheel()
         self.disconnects = Disconnects()
-        self.merged = 0
+        self.merged = self.sessions = 0
         self.all_gone = asyncio.Event()
         self.all_gone.set()
         self._config = config
         self._send = send
         self._takes_acks = takes_acks
-        self._unanswered: dict[_Name, tuple[Connection, bytes] | None] = {}
-        self._serials: dict[Connection, int] = {}
-        self._later: dict[_Name, Connection] = {}
-        self._next_serial = count(1)
+        self._by_number: list[NumberedConnection | None] = []
+        self._free: list[int] = []
+        self._unanswered: dict[int, bytes] = {}
         self._loop = asyncio.get_running_loop()
 
     def start(self, *, serves: bool) -> None:
@@ -99,9 +105,13 @@ class WorkerGateway:
     def close(self) -> None:
         """Drop the connections that are still open, and stop."""
         self.entrance.close()
-        for connection in self.sessions:
+        for connection in self.connections():
             connection.abort()
         self.wheel.stop()
+
+    def connections(self) -> Iterator[NumberedConnection]:
+        """The connections whose handshake was passed to the hub."""
+        return (connection for connection in self._by_number if connection is not None)
 
     @property
     def on_ack(self) -> Callable[[str, str, int], None] | None:
@@ -132,26 +142,47 @@ class WorkerGateway:
 
     # --- called by the entrance and by connections ------------------------------------------------
 
-    def _admitted(self, connection: Connection, handshake: Handshake) -> None:
+    def _admitted(self, admitted: Connection, handshake: Handshake) -> None:
         """Ask the hub for a place."""
-        recipient = connection.recipient
-        self.all_gone.clear()
+        connection = cast("NumberedConnection", admitted)
+        connection.number = _NO_NUMBER
         if len(self._unanswered) >= MAX_UNANSWERED:
             status, headers = HTTPStatus.SERVICE_UNAVAILABLE, retry_within(5, 15)
             self._refuse(connection, RefusedError(status, "too many handshakes just now", headers))
             return
-        serial = 0
-        if self.sessions.find(recipient) or (recipient, 0) in self._unanswered:
-            serial = next(self._next_serial)
-            self._serials[connection] = serial
-            self._later[recipient, serial] = connection
-        self.sessions.add(connection)
-        self._unanswered[recipient, serial] = (connection, handshake.response)
+        number = connection.number = self._free.pop() if self._free else self._new_number()
+        self._by_number[number] = connection
+        self._unanswered[number] = handshake.response
+        self.sessions += 1
+        self.all_gone.clear()
         connection.hold()
-        began_at = connection.began_at
         self._send(
-            Enter(recipient, serial, handshake.device, handshake.address, began_at, handshake.moved)
+            Enter(
+                number,
+                connection.recipient,
+                handshake.device,
+                handshake.address,
+                connection.began_at,
+                handshake.moved,
+            )
         )
+
+    def _new_number(self) -> int:
+        self._by_number.append(None)
+        return len(self._by_number) - 1
+
+    def refuse_overdue(self, unix_s: float) -> None:
+        """Refuse the handshakes that the hub has left without an answer; to be called every second.
+
+        Otherwise their clients would wait for as long as they have patience.
+        """
+        for number in list(self._unanswered):
+            connection = self._by_number[number]
+            if connection is None or unix_s - connection.began_at < ANSWER_WITHIN_S:
+                return
+            del self._unanswered[number]
+            status, headers = HTTPStatus.SERVICE_UNAVAILABLE, retry_within(1, 5)
+            self._refuse(connection, RefusedError(status, "this host does not answer", headers))
 
     def renew(self, connection: Connection, token: str) -> None:
         """The client of ``connection`` has sent a new token."""
@@ -163,13 +194,13 @@ class WorkerGateway:
             return  # calls that wait are the hub's
         self.wheel.cancel(connection)
         self.entrance.left(connection)
-        serial = self._serials.pop(connection, 0)
-        self._later.pop((connection.recipient, serial), None)
-        if self.sessions.remove(connection):
-            name = (connection.recipient, serial)
-            if name in self._unanswered:  # the name is not used again before the answer
-                self._unanswered[name] = None
-            self._send(Leave(*name))
+        number = cast("NumberedConnection", connection).number
+        if number == _NO_NUMBER:
+            return
+        self._by_number[number] = None
+        self._unanswered.pop(number, None)
+        self._send(Leave(number))
+        self.sessions -= 1
         if not self.sessions:
             self.all_gone.set()
 
@@ -183,6 +214,8 @@ class WorkerGateway:
             self._settle(message)
         elif isinstance(message, Move | Close):
             self._end(message)
+        elif isinstance(message, Forgotten):
+            self._free.append(message.session)
         elif isinstance(message, Revoke):
             self.revoke(message)
         elif isinstance(message, Wake):
@@ -194,22 +227,16 @@ class WorkerGateway:
         self.disconnects.note(disconnect, time.time())
 
     def _poke(self, poke: Poke) -> None:
-        for serial in poke.serials:
-            connection = self._find(poke.recipient, serial)
+        for number in poke.sessions:
+            connection = self._by_number[number]
             if connection is not None and not connection.notify(poke.version, poke.frame):
                 self.merged += connection.is_open
 
     def _settle(self, answer: Open | Answer | Refuse) -> None:
-        name = (answer.recipient, answer.serial)
-        if name not in self._unanswered:  # it was answered, and is ready now
-            connection = self._find(*name)
-            if connection is not None and isinstance(answer, Open):
-                connection.open(self._first_ping_s())
-            return
-        waiting = self._unanswered.pop(name)
-        if waiting is None:
-            return
-        connection, response = waiting
+        connection = self._by_number[answer.session]
+        if connection is None:
+            return  # its client has gone meanwhile
+        response = self._unanswered.pop(answer.session, b"")
         if isinstance(answer, Open):
             connection.open(self._first_ping_s(), response)
         elif isinstance(answer, Answer):
@@ -223,28 +250,20 @@ class WorkerGateway:
         connection.refuse(refusal_response(error.status, str(error), error.headers))
 
     def _end(self, message: Move | Close) -> None:
-        name = (message.recipient, message.serial)
-        connection = None if name in self._unanswered else self._find(*name)
+        connection = self._by_number[message.session]
         if connection is None:
-            return  # it has gone, or it is a newer one that the hub does not know yet
+            return
         if isinstance(message, Move):
             connection.move(message.url)
         else:
             connection.close(message.code, message.reason)
-
-    def _find(self, recipient: str, serial: int) -> Connection | None:
-        if serial:
-            return self._later.get((recipient, serial))
-        # It is the oldest: with another session there its serial would not be 0.
-        oldest = next(iter(self.sessions.find(recipient)), None)
-        return None if oldest in self._serials else oldest
 
     def _first_ping_s(self) -> float:
         # Sessions that began together, as after a restart, must not be pinged together.
         return spread(self._config.timing.ping_interval_s, 0.5, 1.0)
 
     async def _wake(self, within_ms: int) -> None:
-        connections, frame = list(self.sessions), poke_frame(None, within_ms)
+        connections, frame = list(self.connections()), poke_frame(None, within_ms)
         for start in range(0, len(connections), SLICE):
             for connection in connections[start : start + SLICE]:
                 connection.notify(None, frame)
