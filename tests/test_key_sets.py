@@ -15,6 +15,7 @@ from jwt.algorithms import ECAlgorithm
 from pokebridge import key_set
 from pokebridge.errors import AuthError, KeysUnavailableError
 from pokebridge.tokens import TokenVerifier, sign_token
+from tests.support.stream_server import stream_server
 
 KEY = ec.generate_private_key(ec.SECP256R1())
 JWK: dict[str, Any] = ECAlgorithm.to_jwk(KEY.public_key(), as_dict=True) | {"kid": "e"}
@@ -37,40 +38,28 @@ class Endpoint:
         self.drips = False
         self.asked: list[bytes] = []
         self.url = ""
-        self.answering: set[asyncio.Task[Any]] = set()
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answer one request."""
-        if (task := asyncio.current_task()) is not None:
-            self.answering.add(task)
-        try:
-            self.asked.append(await reader.readuntil(b"\r\n\r\n"))
-            if not self.drips:
-                writer.write(self.said)
-            for byte in self.said if self.drips else b"":
-                writer.write(bytes([byte]))
-                await writer.drain()
-                await asyncio.sleep(0.05)
+        self.asked.append(await reader.readuntil(b"\r\n\r\n"))
+        if not self.drips:
+            writer.write(self.said)
+        for byte in self.said if self.drips else b"":
+            writer.write(bytes([byte]))
             await writer.drain()
-        except (ConnectionError, asyncio.IncompleteReadError):
-            pass
-        finally:
-            writer.close()
+            await asyncio.sleep(0.05)
 
 
 @asynccontextmanager
 async def served(endpoint: Endpoint, **options: Any) -> AsyncIterator[TokenVerifier]:
     """A verifier on the keys of ``endpoint``."""
-    server = await asyncio.start_server(endpoint.serve, "127.0.0.1", 0)
-    endpoint.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/keys"
-    verifier = TokenVerifier(jwks_url=endpoint.url, audience=None, **options)
-    try:
-        yield verifier
-    finally:
-        await verifier.close()
-        server.close()
-        await asyncio.gather(*endpoint.answering)
-        await server.wait_closed()
+    async with stream_server(endpoint.serve) as port:
+        endpoint.url = f"http://127.0.0.1:{port}/keys"
+        verifier = TokenVerifier(jwks_url=endpoint.url, audience=None, **options)
+        try:
+            yield verifier
+        finally:
+            await verifier.close()
 
 
 async def test_a_dripping_answer_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:

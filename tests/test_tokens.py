@@ -21,6 +21,7 @@ from pokebridge.errors import AuthError, ConfigError, InputError, KeysUnavailabl
 from pokebridge.gateway.disconnects import Disconnects
 from pokebridge.tokens import TokenVerifier, sign_token
 from pokebridge.wire import Disconnect
+from tests.support.stream_server import stream_server
 
 SECRET = "a-secret-of-more-than-32-bytes-for-tests"
 OTHER = "another-secret-of-more-than-32-bytes-too"
@@ -73,8 +74,6 @@ class Issuer:
             f"HTTP/1.1 {self.status} X\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
         )
         writer.write(head.encode() + body)
-        await writer.drain()
-        writer.close()
 
     async def requested(self, count: int) -> None:
         """Wait for the request number ``count``."""
@@ -85,12 +84,9 @@ class Issuer:
 async def issuer() -> AsyncIterator[Issuer]:
     """A running key endpoint."""
     endpoint = Issuer()
-    server = await asyncio.start_server(endpoint.serve, "127.0.0.1", 0)
-    endpoint.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/keys"
-    yield endpoint
-    endpoint.release.set()
-    server.close()
-    await server.wait_closed()
+    async with stream_server(endpoint.serve) as port:
+        endpoint.url = f"http://127.0.0.1:{port}/keys"
+        yield endpoint
 
 
 class Clock:

@@ -3,8 +3,7 @@
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from pokebridge.bench.traffic import most_in_a_second
 from pokebridge.errors import UnavailableError
 from tests.cli.conftest import Run
 from tests.support import Daemon, free_port
+from tests.support.stream_server import stream_server
 
 CLIENTS = 120
 LIMIT_PER_S = 30
@@ -174,24 +174,6 @@ def test_who_waits_long_for_an_answer_proves_nothing() -> None:
 # --- requests -------------------------------------------------------------------------------------
 
 
-@asynccontextmanager
-async def http_server(serve: Serve) -> AsyncIterator[int]:
-    """A server on a port of its own."""
-    serving: set[asyncio.Task[Any] | None] = set()
-
-    async def serve_and_close(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        serving.add(asyncio.current_task())
-        with suppress(ConnectionError):
-            await serve(reader, writer)
-            writer.close()
-            await writer.wait_closed()
-
-    server = await asyncio.start_server(serve_and_close, "127.0.0.1", 0)
-    yield server.sockets[0].getsockname()[1]
-    server.close()
-    await asyncio.gather(*filter(None, serving))
-
-
 async def fetch(pool: HttpPool, path: str) -> Answer | None:
     """One request through ``pool``."""
     answered = asyncio.get_running_loop().create_future()
@@ -214,7 +196,7 @@ async def test_requests_share_a_few_connections() -> None:
             head = f"HTTP/1.1 200 OK\r\nRetry-After: 7\r\nContent-Length: {len(path)}\r\n\r\n"
             writer.write(head.encode() + path)
 
-    async with http_server(echo) as port:
+    async with stream_server(echo) as port:
         pool = HttpPool(port, 3)
         answers = await asyncio.gather(*(fetch(pool, f"/{n}") for n in range(50)))
         assert answers == [Answer(200, f"/{n}".encode(), 7.0) for n in range(50)]
@@ -228,7 +210,7 @@ async def test_a_connection_that_breaks_is_told_and_replaced() -> None:
     async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
 
-    async with http_server(hang_up) as port:
+    async with stream_server(hang_up) as port:
         pool = HttpPool(port, 1)
         assert await asyncio.gather(*(fetch(pool, "/") for _ in range(5))) == [None] * 5
         pool.close()

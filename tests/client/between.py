@@ -3,9 +3,11 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from http import HTTPStatus
 from typing import Self
+
+from tests.support.stream_server import relay, stream_server
 
 HTML = "<html><h1>Please sign in</h1></html>"
 LOGIN = "Location: http://login.invalid/?next=here"
@@ -96,31 +98,13 @@ class Between:
         self.handshakes = 0
         self.pause_s = 0.05
         self._port = port
-        self._tasks: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
     async def run(self) -> AsyncIterator[Self]:
         """Serve on a free port."""
-        server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        try:
+        async with stream_server(self._answer) as port:
+            self.url = f"http://127.0.0.1:{port}"
             yield self
-        finally:
-            server.close()
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        try:
-            with suppress(OSError, EOFError):
-                await self._answer(reader, writer)
-        finally:
-            self._tasks.discard(task)
-            writer.transport.abort()
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
@@ -142,12 +126,7 @@ class Between:
     async def _forward(
         self, head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        there, onward = await asyncio.open_connection("127.0.0.1", self._port)
-        onward.write(head)
-        try:
-            await asyncio.gather(_pipe(reader, onward), _pipe(there, writer))
-        finally:
-            onward.transport.abort()
+        await relay(reader, writer, self._port, first=head)
 
 
 class FirstProtocolOnly(Between):
@@ -170,10 +149,3 @@ class FirstProtocolOnly(Between):
                     continue
             lines.append(line)
         await super()._forward(b"\r\n".join(lines), reader, writer)
-
-
-async def _pipe(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
-    while data := await source.read(65536):
-        target.write(data)
-        await target.drain()
-    target.write_eof()

@@ -69,8 +69,6 @@ async def test_a_poke_reaches_the_recipients_sessions_and_no_other(clusters: Clu
             three.async_http("urn:backend", "poke") as http,
         ):
             await until_quiet(cluster, 1.2 * OUTBOX_SWEEP_S)  # other tests' pokes count as well
-            for socket in (first, second, neighbour, other):
-                await frames(socket)  # what a gap at the start has poked
             before = await cluster.counts(*wanted)
             answer = await http.post("/v1/pokes", json={"recipient": alice})
             assert answer.status_code == 202

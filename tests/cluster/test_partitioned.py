@@ -19,7 +19,7 @@ from websockets.asyncio.client import ClientConnection as Socket
 from pokebridge.sharding import shard_of
 from pokebridge.telemetry import Metric
 from tests.cluster.clusters import metrics, run_command
-from tests.cluster.traffic import frames
+from tests.cluster.traffic import frames, next_frame
 from tests.support import Daemon, Instance, Serve, wait_until
 from tests.support.engines import run_nats, run_pubsub_emulator, run_pubsub_server
 from tests.support.missing import missing
@@ -230,7 +230,7 @@ async def _follow_the_clients_to_their_owner(cluster: Cluster) -> None:
             sockets.append(await opened.enter_async_context(session(asked, recipient)))
         await cluster.poke(recipients)
         for socket in sockets:
-            assert json.loads(await socket.recv()) == {"type": "poke"}
+            assert await next_frame(socket) == {"type": "poke"}
         deliveries = sum((await cluster.received()).values()) - before
         assert deliveries <= 1.05 * len(recipients)
 
@@ -248,7 +248,7 @@ async def _find_a_client_in_the_wrong_place(cluster: Cluster) -> None:
             sockets.append(await opened.enter_async_context(moved))
         await cluster.poke(recipients)
         for socket in sockets:
-            assert json.loads(await socket.recv()) == {"type": "poke"}
+            assert await next_frame(socket) == {"type": "poke"}
         deliveries = sum((await cluster.received()).values()) - before
         assert deliveries <= 2 * len(recipients)
 
@@ -313,7 +313,7 @@ async def _poke_untagged(nats_server: Daemon, sockets: Mapping[str, Socket]) -> 
         await nats.publish("push-notifications~operated", body)
     await nats.close()
     for socket in sockets.values():
-        assert json.loads(await socket.recv()) == {"type": "poke", "version": 7}
+        assert await next_frame(socket) == {"type": "poke", "version": 7}
 
 
 async def _migrate(cluster: Cluster, mode: str, *flags: str) -> None:
@@ -336,7 +336,7 @@ async def _drain_two(cluster: Cluster, sockets: Mapping[str, Socket]) -> None:
     assert set((await cluster.owners()).values()) == {"one"}
     for recipient, socket in sockets.items():
         if before[shard_of(recipient, SHARDS)] == "two":
-            assert json.loads(await socket.recv()) == {"type": "move", "url": one.ws_url}
+            assert await next_frame(socket) == {"type": "move", "url": one.ws_url}
         else:
             assert await frames(socket) == []
     async with two.async_http() as http:

@@ -1,7 +1,6 @@
 """Two clusters on one engine, as processes: what happens in one is nothing to the other."""
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
 
 import pytest
@@ -10,7 +9,7 @@ import websockets
 from pokebridge.telemetry import Metric
 from pokebridge.testing.pubsub import PubSubServer
 from tests.cluster.clusters import metrics
-from tests.cluster.traffic import frames, session
+from tests.cluster.traffic import frames, next_frame, session
 from tests.support import Daemon, Instance, Serve
 
 BOB = "urn:user:bob"
@@ -54,7 +53,7 @@ async def test_clusters_on_one_engine_do_not_hear_each_other(
         blue.async_http("urn:admin", "poke admin") as to_blue,
     ):
         await to_red.post("/v1/pokes", json={"recipient": BOB})
-        assert json.loads(await in_red.recv()) == {"type": "poke"}
+        assert await next_frame(in_red) == {"type": "poke"}
         assert (await to_red.delete(f"/v1/sessions/{BOB}")).status_code == 204
         with pytest.raises(websockets.ConnectionClosed):
             await in_red.recv()
@@ -62,6 +61,6 @@ async def test_clusters_on_one_engine_do_not_hear_each_other(
         assert await frames(in_blue) == []
         assert await metrics(blue, Metric.POKES, Metric.POKES_NOISE) == [0, 0]
         await to_blue.post("/v1/pokes", json={"recipient": BOB})
-        assert json.loads(await in_blue.recv()) == {"type": "poke"}
+        assert await next_frame(in_blue) == {"type": "poke"}
         status = (await to_red.get("/v1/cluster")).json()
         assert [each["id"] for each in status["instances"]] == ["red-1"]

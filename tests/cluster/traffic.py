@@ -29,11 +29,21 @@ async def session(instance: Instance, recipient: str) -> AsyncIterator[ClientCon
         yield socket
 
 
+async def next_frame(socket: ClientConnection) -> Any:
+    """The next frame, but for the pokes of a gap: a stall of the machine may bring one any time."""
+    while "within_ms" in (frame := json.loads(await socket.recv())):
+        pass
+    return frame
+
+
 async def frames(socket: ClientConnection) -> list[Any]:
-    """All frames that the instance has sent by now: those that come before the answer to a ping."""
+    """All frames that the instance has sent by now, but for the pokes of a gap.
+
+    They are those that come before the answer to a ping.
+    """
     await socket.send('{"type":"ping"}')
     heard: list[Any] = []
-    while (frame := json.loads(await socket.recv())) != {"type": "pong"}:
+    while (frame := await next_frame(socket)) != {"type": "pong"}:
         heard.append(frame)
     return heard
 

@@ -3,10 +3,9 @@
 import asyncio
 import re
 import socket
-import ssl
 import uuid
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -19,6 +18,7 @@ from pokebridge.errors import CoordinationError
 from pokebridge.testing.coordination import Connect, CoordinationContract, member
 from tests.coordination.stores import ConnectTo, LoseData, StoreSuite, connections
 from tests.support import Daemon, wait_until
+from tests.support.stream_server import relay, stream_server
 from tests.transport.certificates import Certificates, make_certificates
 
 
@@ -179,25 +179,15 @@ async def tls_in_front(database: str, made: Certificates) -> AsyncIterator[str]:
     context = made.server_tls()
     target = urlsplit(database)
 
-    async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-        with suppress(OSError):
-            while data := await source.read(65536):
-                sink.write(data)
-        sink.close()
-
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         assert await reader.readexactly(8) == b"\0\0\0\x08\x04\xd2\x16\x2f", "SSLRequest"
         writer.write(b"S")
-        try:
-            await writer.start_tls(context)
-        except (OSError, ssl.SSLError):  # whom the client does not trust it leaves
-            writer.close()
-            return
-        back, forth = await asyncio.open_connection(target.hostname, target.port)
-        await asyncio.gather(pump(reader, forth), pump(back, writer))
+        await writer.start_tls(context)  # an OSError where the client does not trust it
+        assert target.hostname is not None
+        assert target.port is not None
+        await relay(reader, writer, target.port, host=target.hostname)
 
-    async with await asyncio.start_server(accept, "127.0.0.1", 0) as server:
-        port = server.sockets[0].getsockname()[1]
+    async with stream_server(accept) as port:
         yield database.replace(f":{target.port}/", f":{port}/")
 
 

@@ -7,7 +7,7 @@ import sqlite3
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 
 import httpx
@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 
 from pokebridge.testing.mailbox_kit import ALICE, BOB, EVE
 from tests.support import Daemon, Serve, free_port, wait_until
+from tests.support.stream_server import stream_server
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "fcm"
 SECRET = "whsec_" + "b2xkIHNlY3JldHMgYXJlIGJhZCBvbmVz"
@@ -36,25 +37,22 @@ class Google:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answer one request."""
-        with suppress(asyncio.IncompleteReadError, ConnectionError):
-            head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
-            headers = {n.lower(): v for n, _, v in (line.partition(": ") for line in head[1:-2])}
-            body = await reader.readexactly(int(headers["content-length"]))
-            if " /token " in head[0]:
-                status: int = 200
-                answer: Mapping[str, object] = {"access_token": "ya29.x", "expires_in": 3600}
-            else:
-                assert " /v1/projects/my-project/messages:send " in head[0]
-                assert headers["authorization"] == "Bearer ya29.x"
-                status, answer = self._send(json.loads(body)["message"])
-            text = json.dumps(answer).encode()
-            writer.write(
-                f"HTTP/1.1 {status} X\r\nconnection: close\r\ncontent-type: application/json\r\n"
-                f"content-length: {len(text)}\r\n\r\n".encode()
-                + text
-            )
-            await writer.drain()
-        writer.close()
+        head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+        headers = {n.lower(): v for n, _, v in (line.partition(": ") for line in head[1:-2])}
+        body = await reader.readexactly(int(headers["content-length"]))
+        if " /token " in head[0]:
+            status: int = 200
+            answer: Mapping[str, object] = {"access_token": "ya29.x", "expires_in": 3600}
+        else:
+            assert " /v1/projects/my-project/messages:send " in head[0]
+            assert headers["authorization"] == "Bearer ya29.x"
+            status, answer = self._send(json.loads(body)["message"])
+        text = json.dumps(answer).encode()
+        writer.write(
+            f"HTTP/1.1 {status} X\r\nconnection: close\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(text)}\r\n\r\n".encode()
+            + text
+        )
 
     def _send(self, message: dict[str, object]) -> tuple[int, Mapping[str, object]]:
         token = str(message["token"])
@@ -72,10 +70,8 @@ class Google:
 async def google() -> AsyncIterator[Google]:
     """Google."""
     google = Google()
-    server = await asyncio.start_server(google.serve, "127.0.0.1", google.port)
-    yield google
-    server.close()
-    await server.wait_closed()
+    async with stream_server(google.serve, port=google.port):
+        yield google
 
 
 @pytest.fixture

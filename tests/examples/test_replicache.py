@@ -6,7 +6,7 @@ from typing import Any
 
 import httpx
 import pytest
-from playwright.async_api import Browser, Page, expect
+from playwright.async_api import Browser, Page, Response, expect
 
 from tests.examples.apps import EXAMPLES, run_app
 from tests.support import Daemon, Instance, Serve, wait_until
@@ -110,8 +110,17 @@ async def test_the_app_is_restarted(chromium: Browser, bridge: Instance, tmp_pat
     async with asyncio.timeout(TIMEOUT_S):
         with run_app("replicache", bridge, tmp_path) as app:
             ann, bob = [await open_list(chromium, app, bridge) for _ in range(2)]
+            pulls: list[Response] = []
+            ann.on("response", lambda each: pulls.append(each) if "pull" in each.url else None)
+
+            async def is_confirmed() -> bool:
+                told = [await each.json() for each in pulls]
+                return any(each["lastMutationIDChanges"] for each in told)
+
             await add(ann, "old")
             await expect_list(bob, "old")
+            # Else Replicache pushes it again, and the new list has it rightly.
+            await wait_until(is_confirmed, what="Ann's page learning that her push is applied")
             await asyncio.to_thread(app.kill)
             await asyncio.to_thread(app.start)
             await add(ann, "new")

@@ -4,11 +4,12 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from tests.support import free_port
+from tests.support.stream_server import stream_server
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Receiver:
     extra: bytes = b""
     requests: list[Request] = field(default_factory=list)
     gate: asyncio.Event = field(default_factory=asyncio.Event)
-    _server: asyncio.Server | None = None
+    _server: AsyncExitStack = field(default_factory=AsyncExitStack)
 
     @property
     def url(self) -> str:
@@ -52,26 +53,21 @@ class Receiver:
 
     async def start(self) -> None:
         """Be there."""
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+        await self._server.enter_async_context(stream_server(self._serve, port=self.port))
 
     async def stop(self) -> None:
         """Be gone."""
-        if self._server is not None:
-            self._server.close()
-            await self._server.wait_closed()
+        await self._server.aclose()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(asyncio.IncompleteReadError, ConnectionError):
-            head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")[1:-2]
-            headers = {name.lower(): value for name, _, value in (h.partition(": ") for h in head)}
-            body = await reader.readexactly(int(headers["content-length"]))
-            self.requests.append(Request(headers, body))
-            await self.gate.wait()
-            writer.write(
-                f"HTTP/1.1 {self.status}\r\nconnection: close\r\n".encode() + self.extra + b"\r\n"
-            )
-            await writer.drain()
-        writer.close()
+        head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")[1:-2]
+        headers = {name.lower(): value for name, _, value in (h.partition(": ") for h in head)}
+        body = await reader.readexactly(int(headers["content-length"]))
+        self.requests.append(Request(headers, body))
+        await self.gate.wait()
+        writer.write(
+            f"HTTP/1.1 {self.status}\r\nconnection: close\r\n".encode() + self.extra + b"\r\n"
+        )
 
 
 @asynccontextmanager

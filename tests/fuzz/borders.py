@@ -26,6 +26,7 @@ from pokebridge.wire import Beacon, encode_beacon, encode_disconnect, encode_pok
 from tests.fuzz.mutation import Mutator
 from tests.gateway.harness import Client
 from tests.support import Instance
+from tests.support.stream_server import stream_server
 
 AT_ONCE = 32
 TIMEOUT_S = 60.0
@@ -252,24 +253,19 @@ async def key_sets(seed: int, count: int) -> None:
     )
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(ConnectionError, asyncio.IncompleteReadError):
-            await reader.readuntil(b"\r\n\r\n")
-            writer.write(mutator())
-            await writer.drain()
-        writer.close()
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(mutator())
 
-    server = await asyncio.start_server(answer, "127.0.0.1", 0)
     now = [0.0]
-    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/keys"
-    verifier = TokenVerifier(jwks_url=url, audience="a", clock=lambda: now[0])
-    assert verifier._key_set is not None
-    for _ in range(count):
-        now[0] += key_set.KEYS_RETRY_S
-        await verifier._key_set.fetched()
-    assert not border.unforeseen["key_sets"]
-    await verifier.close()
-    server.close()
-    await server.wait_closed()
+    async with stream_server(answer) as port:
+        url = f"http://127.0.0.1:{port}/keys"
+        verifier = TokenVerifier(jwks_url=url, audience="a", clock=lambda: now[0])
+        assert verifier._key_set is not None
+        for _ in range(count):
+            now[0] += key_set.KEYS_RETRY_S
+            await verifier._key_set.fetched()
+        assert not border.unforeseen["key_sets"]
+        await verifier.close()
 
 
 def read_settings(directory: Path, seed: int, count: int) -> None:

@@ -5,6 +5,7 @@ import json
 import random
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack
 from heapq import heapify, heappop, heappush
 from http import HTTPStatus
 from pathlib import Path
@@ -23,6 +24,7 @@ from pokebridge.tokens import TokenVerifier
 from tests.gateway.harness import TIMEOUT_S, Client, running
 from tests.gateway.harness import token as valid_token
 from tests.support import Daemon, free_port, wait_until
+from tests.support.stream_server import stream_server
 
 KEY = ec.generate_private_key(ec.SECP256R1())
 KEY_SET = {"keys": [ECAlgorithm.to_jwk(KEY.public_key(), as_dict=True) | {"kid": "e"}]}
@@ -147,18 +149,16 @@ class KeyEndpoint:
         self.asked = 0
         self.answers = asyncio.Event()
         self.answers.set()
-        self._server: asyncio.Server | None = None
+        self._server = AsyncExitStack()
 
     async def start(self) -> None:
         """Listen."""
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+        await self._server.enter_async_context(stream_server(self._serve, port=self.port))
 
     async def stop(self) -> None:
         """Be gone: connections are refused."""
         self.answers.set()
-        if self._server is not None:
-            self._server.close()
-            await self._server.wait_closed()
+        await self._server.aclose()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
@@ -167,8 +167,6 @@ class KeyEndpoint:
         body = json.dumps(KEY_SET).encode()
         head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
         writer.write(head.encode() + body)
-        await writer.drain()
-        writer.close()
 
 
 @pytest.fixture

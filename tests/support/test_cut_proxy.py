@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from tests.support import CutProxy, wait_until
+from tests.support.stream_server import stream_server
 
 
 @pytest.fixture
@@ -15,12 +16,9 @@ async def proxy() -> AsyncIterator[CutProxy]:
     async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while line := await reader.readline():
             writer.write(line)
-        writer.close()
 
-    async with await asyncio.start_server(echo, "127.0.0.1", 0) as server:
-        port = server.sockets[0].getsockname()[1]
-        async with CutProxy("127.0.0.1", port) as proxy:
-            yield proxy
+    async with stream_server(echo) as port, CutProxy("127.0.0.1", port) as proxy:
+        yield proxy
 
 
 async def _say(connection: tuple[asyncio.StreamReader, asyncio.StreamWriter], line: bytes) -> bytes:

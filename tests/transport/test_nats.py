@@ -29,6 +29,7 @@ from pokebridge.wire import decode_signal, is_probe
 from tests.support import CutProxy, Daemon, free_port, wait_until
 from tests.support.engines import run_configured_nats, running_nats_pair
 from tests.support.missing import missing
+from tests.support.stream_server import stream_server
 from tests.transport.certificates import Certificates
 from tests.transport.engines import (
     ByHandContract,
@@ -423,11 +424,8 @@ class TestTls(TlsContract):
         async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             writer.write(b'INFO {"max_payload":1000,"headers":true}\r\n')
             heard.extend(await reader.read())
-            writer.close()
 
-        server = await asyncio.start_server(accept, "127.0.0.1", 0)
-        async with server:
-            port = server.sockets[0].getsockname()[1]
+        async with stream_server(accept) as port:
             with pytest.raises(TransportError, match="secure connection not available"):
                 await connect_url(f"tls://me:s3cret@127.0.0.1:{port}")
         assert heard == b""

@@ -17,6 +17,7 @@ from pokebridge.transport.base import Feed, Signal
 from pokebridge.transport.redis import PUBLISH_CONNECTIONS, RedisTransport
 from tests.support import CutProxy, Daemon, wait_until
 from tests.support.engines import ask, has_role, run_valkey
+from tests.support.stream_server import relay, stream_server
 from tests.transport.certificates import Certificates
 from tests.transport.engines import (
     ByHandContract,
@@ -149,10 +150,8 @@ class TestPublishing:
             answers = {b"PING": b"+PONG\r\n", b"CLIENT": b"+OK\r\n", b"HELLO": b"-ERR\r\n"}
             while line := await reader.readline():
                 writer.write(answers.get(line.strip(), b""))
-            writer.close()
 
-        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
-            port = server.sockets[0].getsockname()[1]
+        async with stream_server(answer) as port:
             transport = await connect_url(f"redis://127.0.0.1:{port}")
             async with asyncio.timeout(5):
                 with pytest.raises(TransportError, match=f"{port}.*"):
@@ -374,17 +373,8 @@ async def _tls_proxy(
     context.load_cert_chain(certificates.cert_file, certificates.key_file)
     context.verify_mode = ssl.CERT_REQUIRED if ask else ssl.CERT_NONE
 
-    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            while data := await reader.read(65536):
-                writer.write(data)
-        except OSError:
-            pass
-        writer.close()
-
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        to_server, of_server = (await asyncio.open_connection("127.0.0.1", target_port))[::-1]
-        await asyncio.gather(pump(reader, to_server), pump(of_server, writer))
+        await relay(reader, writer, target_port)
 
-    async with await asyncio.start_server(accept, "127.0.0.1", 0, ssl=context) as server:
-        yield server.sockets[0].getsockname()[1]
+    async with stream_server(accept, tls=context) as port:
+        yield port
