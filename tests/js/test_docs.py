@@ -26,6 +26,19 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 DOCUMENTS = [ROOT / "docs" / "javascript.md", CLIENT / "README.md"]
 BRIDGE = "https://bridge.example.org"
+TSCONFIG = {
+    "compilerOptions": {
+        "module": "nodenext",
+        "target": "es2022",
+        "lib": ["es2022", "dom"],
+        "jsx": "react-jsx",
+        "types": ["node"],
+        "strict": True,
+        "allowJs": True,
+        "noEmit": True,
+    },
+    "include": ["globals.d.ts", "snippet-*.mts", "Inbox.jsx"],
+}
 OWN_DATA = "https://api.example.org/todos"
 
 
@@ -101,6 +114,29 @@ async def test_snippets(project: Path, instance: Instance) -> None:
     modules = snippets("js")
     assert len(modules) == 7
     await asyncio.gather(*(run(number, snippet) for number, snippet in enumerate(modules)))
+
+
+GLOBALS = """
+declare function getToken(): Promise<string>;
+declare function show(what: unknown): void;
+"""
+
+
+async def test_snippets_have_types(project: Path, client_package: Path) -> None:
+    """What is pasted into a TypeScript project compiles there, strictly."""
+    installed = client_package / "node_modules"
+    (project / "node_modules" / "@types").symlink_to(installed / "@types")
+    (project / "node_modules" / "csstype").symlink_to(installed / "csstype")
+    (project / "globals.d.ts").write_text(GLOBALS)
+    for number, snippet in enumerate(snippets("js")):
+        (project / f"snippet-{number}.mts").write_text(snippet)
+    (component,) = snippets("jsx")
+    (project / "Inbox.jsx").write_text(component)
+    (project / "tsconfig.json").write_text(json.dumps(TSCONFIG))
+    tsc = installed / ".bin" / "tsc"
+    process = await asyncio.create_subprocess_exec(tsc, cwd=project, stdout=PIPE)
+    problems, _ = await process.communicate()
+    assert problems.decode() == ""
 
 
 async def open_with_token(context: BrowserContext, url: str, token: str) -> Page:

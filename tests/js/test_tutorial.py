@@ -1,7 +1,8 @@
-"""docs/tutorial.md: the app that it writes works, with the page in a browser."""
+"""docs/tutorial.md: the app that it writes works, with both of its pages in a browser."""
 
 import asyncio
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -18,9 +19,8 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 PAGE = ROOT / "docs" / "tutorial.md"
 
 
-async def sign_in(context: BrowserContext, url: str, user: str, password: str) -> Page:
+async def sign_in(page: Page, url: str, user: str, password: str) -> Page:
     """The app's page, with ``user`` signed in and listening."""
-    page = await context.new_page()
     await page.goto(url)
     await page.get_by_placeholder("alice or bob").fill(user)
     await page.get_by_placeholder("wonderland or builder").fill(password)
@@ -29,18 +29,39 @@ async def sign_in(context: BrowserContext, url: str, user: str, password: str) -
     return page
 
 
+def _with_todos(page: str) -> str:
+    """The page as the tutorial has its reader change it."""
+    (listen,) = [each.text for each in blocks(PAGE) if each.language == "js"]
+    changed, count = re.subn(
+        r"^  function listen\(\) \{\n.*?^  \}\n",
+        lambda _: listen,
+        page,
+        flags=re.DOTALL | re.MULTILINE,
+    )
+    assert count == 1
+    assert changed.count('"/messages"') == 1
+    return changed.replace('"/messages"', '"/todos"')
+
+
 async def test_the_app_of_the_tutorial(
     context: BrowserContext, serve: Serve, tmp_path: Path
 ) -> None:
-    """What one user sends the other sees, on a bridge that knows no user; a poke is accepted."""
+    """What one user sends the other sees, on a bridge that knows no user.
+
+    With the other ``listen`` of the tutorial, both see the list that the app keeps.
+    """
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     instance = serve(dev=False, mailbox="sqlite:///tutorial.db", allowed_origins=url)
     (app,) = [each.text for each in blocks(PAGE) if each.language == "python"]
     (page,) = [each.text for each in blocks(PAGE) if each.language == "html"]
-    for name, text in (("app.py", app), ("index.html", page)):
+
+    def save(name: str, text: str) -> None:
         own = text.replace("http://127.0.0.1:8080", instance.url).replace("8000", str(port))
         (tmp_path / name).write_text(own)
+
+    save("app.py", app)
+    save("index.html", page)
     env = os.environ | {"POKEBRIDGE_JWT_SECRET": JWT_SECRET}
     process = await asyncio.create_subprocess_exec(sys.executable, "app.py", cwd=tmp_path, env=env)
     try:
@@ -53,17 +74,21 @@ async def test_the_app_of_the_tutorial(
                     return False
 
             await wait_until(is_up, what="the app")
-            alice = await sign_in(context, url, "alice", "wonderland")
+            alice = await sign_in(await context.new_page(), url, "alice", "wonderland")
             assert context.browser is not None
             other = await context.browser.new_context()
-            bob = await sign_in(other, url, "bob", "builder")
+            bob = await sign_in(await other.new_page(), url, "bob", "builder")
             await alice.get_by_placeholder("to").fill("bob")
             await alice.get_by_placeholder("message").fill("hello")
             await alice.get_by_role("button", name="Send").click()
             await expect(bob.locator("#messages li")).to_have_text(["alice: hello"])
-            await http.post("/login", json={"user": "bob", "password": "builder"})
-            assert (await http.post("/todos", json={"text": "tea"})).status_code == httpx.codes.OK
-            assert (await http.get("/todos")).json() == ["tea"]
+            save("index.html", _with_todos(page))
+            for each, user, word in ((alice, "alice", "wonderland"), (bob, "bob", "builder")):
+                await sign_in(each, url, user, word)
+            await alice.get_by_placeholder("message").fill("tea")
+            await alice.get_by_role("button", name="Send").click()
+            for each in (alice, bob):
+                await expect(each.locator("#messages li")).to_have_text(["tea"])
             await other.close()
     finally:
         process.kill()
