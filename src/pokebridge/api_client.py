@@ -14,7 +14,13 @@ from typing import Any, Self
 
 import httpx
 
-from pokebridge.errors import AuthError, ConfigError, PokebridgeError, UnavailableError
+from pokebridge.errors import (
+    AuthError,
+    ConfigError,
+    NotFoundError,
+    PokebridgeError,
+    UnavailableError,
+)
 from pokebridge.outgoing import http_client
 from pokebridge.tokens import SignToken
 from pokebridge.urls import check_bridge_url
@@ -31,6 +37,7 @@ _MEMBERS = {
     "/v1/cluster/mode": "mode",
     "/v1/cluster/drain": "instance",
     "/v1/dev/token": "token",
+    "/v1/mailbox": "messages",
     "/v1/sessions": "sessions",
 }
 
@@ -140,7 +147,8 @@ class ApiClient:
             raise UnavailableError(refusal_text(self.url, status, None))
         if status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
             raise AuthError(f"the token was refused ({status}): {detail}")
-        raise PokebridgeError(refusal_text(self.url, status, detail))
+        kind = NotFoundError if status == HTTPStatus.NOT_FOUND else PokebridgeError
+        raise kind(refusal_text(self.url, status, detail))
 
 
 def _member(path: str) -> str:

@@ -108,6 +108,7 @@ class World:
             raise ZeroDivisionError("a secret detail")
         member = Member(INSTANCE, "ws://a.example/v1/connect", "1", 1.0, 0, sessions=2)
         return ClusterStatus(
+            name="default",
             engine="memory",
             mode="fanout",
             epoch=1,

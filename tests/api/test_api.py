@@ -16,7 +16,7 @@ from pokebridge.api.app import BODY_CAP_BYTES, create_api
 from pokebridge.api.metrics import Value, expose
 from pokebridge.asgi import Message
 from pokebridge.cluster.node import Home
-from pokebridge.mailbox.base import Limits
+from pokebridge.mailbox.base import Limits, MailboxStats
 from pokebridge.mailbox.memory import MemoryMailbox
 from pokebridge.model import NewMessage, Poke
 from pokebridge.sharding import shard_of
@@ -105,6 +105,7 @@ class TestWhoMayCall:
             ("POST", "/v1/messages", "send"),
             ("DELETE", "/v1/sessions/bob", "admin"),
             ("GET", "/v1/sessions/bob", "admin"),
+            ("GET", "/v1/mailbox", "admin"),
             ("GET", "/v1/cluster", "admin"),
             ("PUT", "/v1/cluster/mode", "admin"),
             ("POST", "/v1/cluster/drain", "admin"),
@@ -551,8 +552,9 @@ class TestSessionsAndCluster:
         """The cluster is shown with the contract's names."""
         response = await http.get("/v1/cluster", headers=bearer("root", "admin"))
         view = response.json()
-        assert {"mode", "epoch", "shard_count", "instances", "traffic"} <= set(view)
-        assert set(view["instances"][0]) >= {"id", "url", "state", "sessions", "shards"}
+        assert {"name", "mode", "epoch", "shard_count", "instances", "traffic"} <= set(view)
+        names = {"id", "url", "version", "state", "sessions", "shards"}
+        assert set(view["instances"][0]) >= names
         assert set(view["traffic"]) == {
             "messages_per_s",
             "global_ops_per_s",
@@ -560,6 +562,28 @@ class TestSessionsAndCluster:
             "noise_ratio",
             "over_red_line",
         }
+
+    async def test_the_mailbox_is_counted(self, world: World) -> None:
+        """All that it holds and owes, and calls at one time share one count."""
+        await world.mailbox.append(NewMessage(BOB, ALICE, "1", b'{"text": "hello"}'))
+        headers = bearer("root", "admin")
+        counts = 0
+        count = world.mailbox.stats
+
+        async def counted() -> MailboxStats:
+            nonlocal counts
+            counts += 1
+            await asyncio.sleep(0)
+            return await count()
+
+        world.mailbox.stats = counted  # type: ignore[method-assign]
+        async with http_client(create_api(world.parts())) as http:
+            answers = [http.get("/v1/mailbox", headers=headers) for _ in range(3)]
+            one, *others = [each.json() for each in await asyncio.gather(*answers)]
+        assert counts == 1
+        assert others == [one, one]
+        assert (one["recipients"], one["messages"], one["bytes"]) == (1, 1, 17)
+        assert (one["pokes_owed"], one["poke_owed_since_ms"] is None) == (1, False)
 
     async def test_mode(self, http: httpx.AsyncClient, world: World) -> None:
         """A migration is asked for by its mode, and by force only when that is said."""
@@ -585,8 +609,9 @@ class TestSessionsAndCluster:
                 ("GET", "/v1/messages"),
                 ("POST", "/v1/messages"),
                 ("POST", "/v1/messages/ack"),
+                ("GET", "/v1/mailbox"),
             ):
-                response = await http.request(method, path, headers=bearer(BOB, "send"))
+                response = await http.request(method, path, headers=bearer(BOB, "send admin"))
                 assert_problem(response, 404, "")
             poked = {"recipient": BOB}
             response = await http.post("/v1/pokes", json=poked, headers=bearer("root", "poke"))

@@ -64,6 +64,7 @@ class Nodes:
         config = ClusterConfig(
             engine="memory",
             instance=name,
+            cluster="default",
             weight=1.0,
             advertise_url=url,
             is_member=True,

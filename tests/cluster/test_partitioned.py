@@ -323,7 +323,12 @@ async def _migrate(cluster: Cluster, mode: str, *flags: str) -> None:
     assert {line.split()[0] for line in done.stderr.splitlines()} == set(cluster.instances)
     assert json.loads(done.stdout)["mode"] == mode
     shown = await asyncio.to_thread(run_command, one, "cluster", "status")
-    assert f"{mode}, epoch" in shown.stdout
+    assert f"cluster operated: {mode}, epoch" in shown.stdout
+    assert "mailbox: 0 messages" in shown.stdout
+    assert all(
+        each.ws_url.removesuffix("/v1/connect") in shown.stdout
+        for each in cluster.instances.values()
+    )
     assert all(name in shown.stdout for name in cluster.instances)
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import re
 from collections.abc import AsyncIterator
+from importlib.metadata import version
 from urllib.parse import urlsplit
 
 import pytest
@@ -14,6 +15,7 @@ from tests.console.conftest import NAMES, RED_LINE, SHARDS, Complaints, Trio
 from tests.support import wait_until
 from tests.support.browser import axe_violations
 
+VERSION = version("pokebridge")
 OPERATED_ON = "urn:user:operated-on"
 USERS = [f"urn:user:{number}" for number in range(12)]
 # What Chromium says of a refused sign-in; the page shows the reason.
@@ -117,6 +119,13 @@ async def test_three_instances(console: Page, trio: Trio) -> None:
         await expect(cell(console, name, "Shards")).to_have_text(str(SHARDS // 3))
         await expect(cell(console, name, "Memory")).to_have_text(re.compile(r"^\d+ MiB$"))
         await expect(cell(console, name, "Age")).to_have_text(re.compile(r"\d+ s$"))
+        url = trio.instances[name].ws_url.removesuffix("/v1/connect")
+        await expect(row(console, name).locator("small")).to_have_text(f"{VERSION} · {url}")
+    await expect(console.locator("#load-title")).to_have_text("Cluster console")
+    async with trio.one.async_http("urn:user:root", "admin") as http:
+        totals = (await http.get("/v1/mailbox")).json()
+    await expect(figure(console, "mailbox")).to_have_text(f"{totals['messages']:,}")
+    await expect(figure(console, "outbox")).to_have_text("0")
     marks = [await letter(console, name) for name in NAMES]
     assert sorted(await letters(console)) == sorted(marks * (SHARDS // 3))
     await expect(events(console, "joined")).not_to_have_count(0)

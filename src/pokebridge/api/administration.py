@@ -1,5 +1,7 @@
 """The calls about sessions and the cluster."""
 
+import asyncio
+import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import asdict
 from http import HTTPStatus
@@ -25,10 +27,13 @@ from pokebridge.errors import NotFoundError, RefusedError
 from pokebridge.forwarded import removed_prefix, requested_host, requested_scheme
 from pokebridge.gateway.handshake import Network, is_trusted
 from pokebridge.gateway.roster import Whereabouts
-from pokebridge.mailbox.base import RecipientStats
+from pokebridge.mailbox.base import MailboxStats, RecipientStats
 from pokebridge.model import Mode, check_recipient
 from pokebridge.submission import Recipient
 from pokebridge.wire import CONNECT_PATH
+
+# Counting reads the whole store.
+_COUNT_EVERY_S = 10.0
 
 
 class ClusterControl(Protocol):
@@ -162,6 +167,35 @@ class SessionCalls:
         )
 
 
+class MailboxCalls:
+    """What the whole mailbox holds. Calls at one time share one count."""
+
+    def __init__(self, stats: Callable[[], Awaitable[MailboxStats]]) -> None:
+        self._stats = stats
+        self._counting = asyncio.Lock()
+        self._counted: tuple[float, schema.MailboxTotals] | None = None
+
+    async def totals(self, _: Request) -> Response:
+        """GET /v1/mailbox."""
+        async with self._counting:
+            now = asyncio.get_running_loop().time()
+            if self._counted is None or now >= self._counted[0] + _COUNT_EVERY_S:
+                totals = _totals(await self._stats(), int(time.time() * 1000))
+                self._counted = asyncio.get_running_loop().time(), totals
+            return json_response(self._counted[1])
+
+    def routes(self) -> Iterable[Route]:
+        """These calls."""
+        yield Call(
+            "GET",
+            "/v1/mailbox",
+            self.totals,
+            "Count what the mailbox holds, and what is owed",
+            scope="admin",
+            answers={200: schema.MailboxTotals},
+        )
+
+
 class ClusterCalls:
     """Look at the cluster, watch it, migrate it, drain an instance."""
 
@@ -266,6 +300,7 @@ def _cluster(status: ClusterStatus) -> schema.Cluster:
         seen_by=status.seen_by,
         events=status.history_count,
         trouble=status.trouble,
+        name=status.name,
     )
 
 
@@ -276,6 +311,21 @@ def _mailbox(stats: RecipientStats) -> schema.RecipientMailbox:
     ]
     return schema.RecipientMailbox(
         stats.head, stats.messages, stats.bytes, stats.outbox_since_ms, devices
+    )
+
+
+def _totals(stats: MailboxStats, at_ms: int) -> schema.MailboxTotals:
+    return schema.MailboxTotals(
+        counted_at_ms=at_ms,
+        recipients=stats.recipients,
+        messages=stats.messages,
+        bytes=stats.bytes,
+        devices=stats.devices,
+        oldest_message_ms=stats.oldest_message_ms,
+        pokes_owed=stats.outbox,
+        poke_owed_since_ms=stats.oldest_outbox_ms,
+        pushes_owed=stats.pushes,
+        pushes_given_up=stats.dead_pushes,
     )
 
 

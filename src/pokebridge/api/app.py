@@ -14,7 +14,12 @@ import msgspec
 from prometheus_client import CollectorRegistry
 
 from pokebridge.api import pages, schema
-from pokebridge.api.administration import ClusterCalls, ClusterControl, SessionCalls
+from pokebridge.api.administration import (
+    ClusterCalls,
+    ClusterControl,
+    MailboxCalls,
+    SessionCalls,
+)
 from pokebridge.api.dispatch import Api
 from pokebridge.api.exchange import (
     NEVER_CACHED,
@@ -114,6 +119,7 @@ def _routes(parts: Parts) -> Iterable[Route]:
         yield from PokeCalls(parts.publish).routes()
         if parts.mailbox is not None:
             yield from MessageCalls(parts.mailbox, parts.waiting).routes()
+            yield from MailboxCalls(parts.mailbox.mailbox.stats).routes()
         yield from SessionCalls(
             parts.cluster,
             parts.disconnect,

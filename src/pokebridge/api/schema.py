@@ -227,6 +227,9 @@ class Instance(Struct):
     workers: Annotated[
         Sequence[Worker], Meta(description="Empty where one process does everything.")
     ] = ()
+    version: Annotated[
+        str, Meta(description="The release that it runs; empty when it is too old to say.")
+    ] = ""
 
 
 class Traffic(Struct):
@@ -255,6 +258,7 @@ class Cluster(Struct):
     trouble: Annotated[
         str, Meta(description="What `seen_by` can't reach; empty when all is well.")
     ] = ""
+    name: str = ""
 
 
 class Event(Struct):
@@ -330,6 +334,25 @@ class RecipientState(Struct):
     sessions: list[Session]
     unanswered: list[str]
     mailbox: RecipientMailbox | None
+
+
+class MailboxTotals(Struct):
+    """All that the mailbox holds.
+
+    Counting reads the whole store, so it is done at most every ten seconds: `counted_at_ms` says
+    when. Times are Unix time, and null when there is nothing.
+    """
+
+    counted_at_ms: int
+    recipients: Annotated[int, Meta(description="Those that ever had a message.")]
+    messages: int
+    bytes: Annotated[int, Meta(description="Of the messages' bodies.")]
+    devices: int
+    oldest_message_ms: int | None
+    pokes_owed: Annotated[int, Meta(description="Recipients whose poke is not confirmed.")]
+    poke_owed_since_ms: Annotated[int | None, Meta(description="Of the oldest one.")]
+    pushes_owed: int
+    pushes_given_up: int
 
 
 class Watch(Struct):

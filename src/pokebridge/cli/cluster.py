@@ -16,15 +16,17 @@ from rich.text import Text
 
 from pokebridge.cli.api import SUBJECT, Access, api_options
 from pokebridge.cli.options import json_option
-from pokebridge.errors import UnavailableError
+from pokebridge.errors import NotFoundError, UnavailableError
 from pokebridge.model import Mode
 
 LOOK_EVERY_S = 0.5
+# Counting reads the whole mailbox.
+COUNT_EVERY_S = 60.0
 # Used when the output is not a terminal.
-WIDTH = 120
+WIDTH = 160
 
 View = Mapping[str, Any]
-"""What GET /v1/cluster answers."""
+"""What GET /v1/cluster answers; ``status`` adds ``mailbox``, what GET /v1/mailbox answers."""
 
 
 def _sessions(each: View) -> str:
@@ -46,9 +48,13 @@ COLUMNS: Mapping[str, Callable[[View], str]] = {
     "CPU": lambda each: f"{each['cpu_share']:.0%}",
     "MiB": lambda each: f"{each['memory_bytes'] / 2**20:,.0f}",
     "age": lambda each: _age(time.time() - each["joined_at_ms"] / 1000),
+    "version": lambda each: each.get("version", ""),
+    "URL": lambda each: each["url"],
 }
-WIDE_ENOUGH = 90
+# How many columns there are room for, by the width of the terminal.
+WIDTHS = {90: 12, 140: len(COLUMNS)}
 NARROW_COLUMNS = 6
+TEXT_COLUMNS = {"instance", "state", "version", "URL"}
 
 _timeout_option = click.option(
     "--timeout",
@@ -69,25 +75,29 @@ def cluster() -> None:
 @api_options()
 @json_option
 def status(*, watch: bool, as_json: bool, **access: Any) -> None:
-    """Show the instances, their shards and sessions, and the load against the red line."""
+    """Show the instances, their shards and sessions, the load and the red line, and the mailbox.
+
+    What the mailbox holds is counted, which reads all of it: with --watch, once a minute.
+    """
     asyncio.run(_status(Access(**access), watch=watch, as_json=as_json))
 
 
 async def _status(access: Access, *, watch: bool, as_json: bool) -> None:
     async with _Looker(access) as looker:
-        view = await looker.look()
+        view = await looker.with_mailbox(await looker.look())
         if not watch:
             _print(view, as_json=as_json)
             return
         if as_json:  # one line for each refresh, for a program that reads it
             async for view in looker.views():
-                click.echo(json.dumps(view))
+                click.echo(json.dumps(await looker.with_mailbox(view)))
             return
         console = _console()
         drawn = _drawn(view, console.width)
         with Live(drawn, console=console, auto_refresh=False, screen=False) as live:
             async for view in looker.views():
-                live.update(_drawn(view, console.width), refresh=True)
+                seen = await looker.with_mailbox(view)
+                live.update(_drawn(seen, console.width), refresh=True)
 
 
 @cluster.command(
@@ -181,6 +191,8 @@ class _Looker:
     def __init__(self, access: Access) -> None:
         self._api = access.open()
         self._token = ""
+        self._mailbox: View | None = None
+        self._counted_at_s = -COUNT_EVERY_S
 
     async def __aenter__(self) -> Self:
         await self._api.__aenter__()
@@ -203,6 +215,19 @@ class _Looker:
 
     async def look(self) -> View:
         return await self._api.get("/v1/cluster", self._token)
+
+    async def with_mailbox(self, view: View) -> View:
+        """``view`` and what the mailbox holds: ``None`` if there is none, or it can't answer."""
+        now_s = time.monotonic()
+        if now_s >= self._counted_at_s + COUNT_EVERY_S:
+            self._counted_at_s = now_s
+            try:
+                self._mailbox = await self._api.get("/v1/mailbox", self._token)
+            except (NotFoundError, UnavailableError) as error:
+                self._mailbox = None
+                if isinstance(error, UnavailableError):
+                    click.echo(f"the mailbox is not counted: {error}", err=True)
+        return {**view, "mailbox": self._mailbox}
 
     async def views(self) -> AsyncIterator[View]:
         """The cluster, again and again. If the instance restarts, wait for it."""
@@ -249,25 +274,38 @@ def _drawn(view: View, width: int) -> Group:
     """The cluster for people: a table of its instances, and its load below."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     # A narrow terminal shows the first columns only: a table that wraps is unreadable.
-    columns = COLUMNS if width >= WIDE_ENOUGH else dict(islice(COLUMNS.items(), NARROW_COLUMNS))
+    fitting = [count for at_least, count in WIDTHS.items() if width >= at_least]
+    columns = dict(islice(COLUMNS.items(), max(fitting, default=NARROW_COLUMNS)))
     for name in columns:
-        is_text = name in {"instance", "state"}
+        is_text = name in TEXT_COLUMNS
         table.add_column(name, justify="left" if is_text else "right", no_wrap=not is_text)
     for each in view["instances"]:
         table.add_row(*(form(each) for form in columns.values()))
-    return Group(table, _load(view))
+    mailbox = view.get("mailbox")
+    return Group(table, _load(view), *([] if mailbox is None else [_mailbox(mailbox)]))
 
 
 def _load(view: View) -> Text:
     traffic = view["traffic"]
     ops, line = traffic["global_ops_per_s"], traffic["red_line"]
     style = "bold red" if traffic["over_red_line"] else "green"
+    name = view.get("name")  # release 0.1.0 does not say
     return Text.assemble(
+        f"cluster {name}: " if name else "",
         f"{view['mode']}, epoch {view['epoch']}, {view['shard_count']} shards: ",
         f"{traffic['messages_per_s']:,.1f} messages/s, ",
         (f"{ops:,.0f} of {line:,.0f} ops/s", style),
         f", noise {traffic['noise_ratio']:.1%}",
     )
+
+
+def _mailbox(totals: View) -> Text:
+    owed = f"{totals['pokes_owed']:,} pokes owed"
+    if (since_ms := totals["poke_owed_since_ms"]) is not None:
+        owed += f" for {_age(time.time() - since_ms / 1000)}"
+    kept = f"{totals['messages']:,} messages ({totals['bytes'] / 2**20:,.1f} MiB)"
+    pushes = f", {totals['pushes_owed']:,} pushes owed" if totals["pushes_owed"] else ""
+    return Text(f"mailbox: {kept} of {totals['recipients']:,} recipients, {owed}{pushes}")
 
 
 def _age(seconds: float) -> str:

@@ -5,6 +5,7 @@ import resource
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from pokebridge.gateway.meter import Window
 from pokebridge.model import Mode
 
 _SHARDS_REPORTED_AT_MOST = 1000
+_VERSION = version("pokebridge")
 
 
 class ClusterLoad(NamedTuple):
@@ -65,6 +67,8 @@ class InstanceStatus:
 class ClusterStatus:
     """The cluster as one instance sees it."""
 
+    name: str
+    """The name that its instances have in common."""
     mode: Mode
     epoch: int
     """The epoch of the shard map in force."""
@@ -136,6 +140,7 @@ class InstanceMeter:
             cpu_share=cpu_s / elapsed_s,
             memory_bytes=self._memory_bytes + sum(each.memory_bytes for each in self.workers),
             workers=tuple(self.workers),
+            version=_VERSION,
         )
 
     def _totals(self) -> Sequence[float]:

@@ -62,6 +62,8 @@ class ClusterConfig:
 
     instance: str
     """This instance's id."""
+    cluster: str
+    """The name of its cluster."""
     engine: str
     """What carries the signals: the scheme of the transport's URL."""
     weight: float
@@ -325,6 +327,7 @@ class Cluster:
         """The whole cluster, as far as this instance sees it."""
         shard_map, members = self.view.shard_map, self._members()
         return ClusterStatus(
+            name=self._config.cluster,
             mode=shard_map.mode,
             epoch=shard_map.epoch,
             shard_count=shard_map.shard_count,

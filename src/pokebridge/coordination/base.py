@@ -61,6 +61,8 @@ class Report:
     """Resident memory, that of its workers included."""
     workers: tuple[WorkerLoad, ...] = ()
     """Its worker processes; empty where one process does everything."""
+    version: str = ""
+    """The release that it runs; empty when it is too old to say."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -183,6 +183,7 @@ def _pusher(settings: Settings, queue: PushQueue) -> Pusher | None:
 def _cluster_config(settings: Settings) -> ClusterConfig:
     return ClusterConfig(
         instance=settings.instance,
+        cluster=settings.cluster,
         engine=adapters.engine_of(settings.transport),
         weight=settings.weight,
         advertise_url=settings.advertise_url or "",

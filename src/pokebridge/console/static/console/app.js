@@ -56,6 +56,7 @@ function giveUpCharts(error) {
 async function signIn(token) {
   const candidate = new Live(token);
   candidate.addEventListener("view", ({ detail }) => show(detail));
+  candidate.addEventListener("mailbox", ({ detail }) => figures.showMailbox(detail));
   candidate.addEventListener("events", ({ detail }) => events.add(detail.events));
   candidate.addEventListener("trouble", ({ detail }) => showConnection(detail));
   candidate.addEventListener("refused", ({ detail }) => signOut(detail.message));
@@ -129,6 +130,7 @@ function show(seen) {
 }
 
 function showMode() {
+  find(".cluster-name").textContent = view.name ?? "";
   find(".mode-name").textContent = MODES[view.mode];
   const arrived = view.instances.filter((each) => each.settled && each.epoch >= view.epoch).length;
   const everyone = view.instances.length;

@@ -1,6 +1,7 @@
 // What the whole cluster does now, in a row of numbers.
 
 import {
+  formatBytes,
   formatCount,
   formatDuration,
   formatMs,
@@ -100,11 +101,32 @@ const FIGURES = [
   },
 ];
 
+// Of the mailbox as it was counted last.
+const STORED = [
+  {
+    key: "mailbox",
+    name: "Messages kept",
+    value: ({ messages }) => formatCount(messages),
+    note: ({ bytes, recipients }) => `${formatBytes(bytes)} of ${plural(recipients, "recipient")}`,
+  },
+  {
+    key: "outbox",
+    name: "Pokes owed",
+    value: ({ pokes_owed: owed }) => formatCount(owed),
+    note: ({ poke_owed_since_ms: since, counted_at_ms: counted }) =>
+      since === null ? "all published" : `for ${formatDuration((counted - since) / 1000)}`,
+    isBad: ({ poke_owed_since_ms: since, counted_at_ms: counted }) =>
+      since !== null && counted - since > OWED_TOO_LONG_MS,
+  },
+];
+// A poke is published at once, and otherwise by the next sweep.
+const OWED_TOO_LONG_MS = 5_000;
+
 export class Figures {
   #tiles = new Map();
 
   constructor(root) {
-    for (const { key, name } of FIGURES) {
+    for (const { key, name } of [...FIGURES, ...STORED]) {
       const tile = document.createElement("div");
       tile.className = "card";
       tile.dataset.figure = key;
@@ -119,7 +141,17 @@ export class Figures {
   }
 
   show(load) {
-    for (const { key, value, note, share, isBad } of FIGURES) {
+    this.#write(FIGURES, load);
+  }
+
+  /** What the mailbox holds; `null` when that is not known. */
+  showMailbox(totals) {
+    for (const { key } of STORED) this.#tiles.get(key).hidden = totals === null;
+    if (totals !== null) this.#write(STORED, totals);
+  }
+
+  #write(figures, load) {
+    for (const { key, value, note, share, isBad } of figures) {
       const tile = this.#tiles.get(key);
       tile.querySelector("b").textContent = value(load);
       tile.querySelector("small").textContent = note(load);

@@ -14,6 +14,13 @@ export const formatMs = (ms) => (ms < 10 ? `${ms.toFixed(1)} ms` : `${whole.form
 
 export const formatMemory = (bytes) => `${whole.format(bytes / 2 ** 20)} MiB`;
 
+/** A size of what is stored, in the unit that leaves few digits. */
+export function formatBytes(bytes) {
+  const units = ["bytes", "KiB", "MiB", "GiB", "TiB"];
+  const power = bytes < 1024 ? 0 : Math.min(units.length - 1, Math.floor(Math.log2(bytes) / 10));
+  return `${formatRate(bytes / 1024 ** power)} ${units[power]}`;
+}
+
 export const formatTime = (unixMs) => clock.format(unixMs);
 
 /** A duration in its two largest units. */

@@ -39,6 +39,9 @@ function sessionsOf({ sessions, workers = [] }) {
   return each ? `${formatCount(sessions)} (${each})` : formatCount(sessions);
 }
 
+/** Its release, which 0.1.0 does not tell, and its address, which not every instance has. */
+const aboutOf = ({ version = "", url }) => [version, url].filter(Boolean).join(" · ");
+
 function stateOf({ state, settled, epoch, sessions, shards }, view) {
   if (state === "draining" && sessions === 0 && shards.length === 0) return "drained";
   if (state !== "active") return state;
@@ -90,6 +93,7 @@ export class Instances {
     for (const each of this.#view?.instances ?? []) {
       const row = this.#rows.get(each.id);
       row.dataset.state = stateOf(each, this.#view);
+      row.querySelector("small").textContent = aboutOf(each);
       COLUMNS.forEach(({ of }, i) => {
         row.cells[i + 1].textContent = of(each, this.#view);
       });
@@ -106,6 +110,7 @@ export class Instances {
     name.setAttribute("role", "rowheader");
     name.title = url;
     name.append(markOf(id), " ", id);
+    name.append(document.createElement("small"));
     row.append(name);
     for (const { name: label } of COLUMNS) row.append(cellOf(label));
     const action = cellOf("Action");

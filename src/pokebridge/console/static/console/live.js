@@ -17,11 +17,15 @@ class SocketOfThisOrigin extends WebSocket {
 /**
  * What an operator sees and does. Its events, with their particulars in `detail`:
  * - `view`: what GET /v1/cluster answers
+ * - `mailbox`: what GET /v1/mailbox answers; null when the instance has no mailbox, or can't count it
  * - `events`: what GET /v1/cluster/events answers
  * - `state`: {state: "connecting" | "ready" | "waiting" | "off", why}
  * - `trouble`: {message}: a call has failed
  * - `refused`: {message}: the token is not accepted any more
  */
+// Counting reads the whole mailbox, so it is not done for every look.
+const COUNT_EVERY_MS = 60_000;
+
 export class Live extends EventTarget {
   #token;
   #api;
@@ -30,6 +34,7 @@ export class Live extends EventTarget {
   #lookAgain = false;
   #isWatching = false;
   #renewal = null;
+  #countedAt = -Infinity;
   // How many events were read, by the instance that told them: each numbers its own.
   #eventsKnown = new Map();
 
@@ -71,10 +76,21 @@ export class Live extends EventTarget {
   async look() {
     const view = await this.#api.call("GET", "/v1/cluster");
     this.#emit("view", view);
+    this.#count();
     if (this.#eventsKnown.get(view.seen_by) === view.events) return;
     const told = await this.#api.call("GET", "/v1/cluster/events");
     this.#eventsKnown.set(told.seen_by, told.count);
     this.#emit("events", told);
+  }
+
+  async #count() {
+    if (performance.now() < this.#countedAt + COUNT_EVERY_MS) return;
+    this.#countedAt = performance.now();
+    const totals = await this.#api.call("GET", "/v1/mailbox").catch(({ status }) => {
+      if (status === 404) this.#countedAt = Infinity; // it has no mailbox, or is of release 0.1.0
+      return null;
+    });
+    this.#emit("mailbox", totals);
   }
 
   async migrate(mode, force) {
