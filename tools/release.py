@@ -17,6 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 CLIENT = Path("clients") / "js"
+CHART = Path("deploy/helm/pokebridge/Chart.yaml")
 VERSION = re.compile(r"\d+\.\d+\.\d+")
 _LOCKED = re.compile(r"^([A-Za-z0-9._-]+)==(\S+)(.*(?:\n .*)*)", re.MULTILINE)
 _HASH = re.compile(r"--hash=sha256:([0-9a-f]{64})")
@@ -47,6 +48,9 @@ def set_version(root: Path, version: str, today: str) -> None:
         if "packages" in manifest:
             manifest["packages"][""]["version"] = version
         path.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    chart = root / CHART
+    keys = r"^(version|appVersion): .*$"
+    chart.write_text(re.sub(keys, rf"\1: {version}", chart.read_text(), flags=re.MULTILINE))
 
 
 def build(root: Path, into: Path) -> None:
@@ -138,6 +142,8 @@ def main() -> None:
   uv publish {folder.relative_to(ROOT)}/*.whl {folder.relative_to(ROOT)}/*.tar.gz
   npm publish {folder.relative_to(ROOT)}/*.tgz
   docker build -t pokebridge:{version} .
+  make site   # the documentation, in dist/site
+  helm package deploy/helm/pokebridge
 
 To begin again: git checkout . && rm -r {folder.relative_to(ROOT)}
 """

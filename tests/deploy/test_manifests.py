@@ -3,8 +3,7 @@
 import configparser
 import fnmatch
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import yaml
 
 from pokebridge.session import Timing
 from pokebridge.settings import _OTHER_VARIABLES, Settings, load_settings
+from tests.deploy.workloads import Workload, documents, of_pod
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -23,43 +23,6 @@ UNIT = DEPLOY / "systemd/pokebridge.service"
 GUIDE = ROOT / "docs/deploy.md"
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 CLOUD_RUN_STOP_S = 10  # from SIGTERM to SIGKILL, and nobody can change it
-# What stands in for a secret, by its key or its name.
-SECRETS = {
-    "transport": "nats://user:password@nats:4222",
-    "mailbox": "postgresql://user:password@postgres/bridge",
-    "pokebridge-mailbox": "postgresql://user:password@/bridge?host=/cloudsql/x",
-}
-
-
-@dataclass(frozen=True)
-class Workload:
-    """A container of ours in a manifest, and how long it may take to stop."""
-
-    name: str
-    container: Mapping[str, Any]
-    stop_s: float
-
-    @property
-    def settings(self) -> Settings:
-        """What an instance makes of the container's environment."""
-        environment: dict[str, str] = {}
-        for each in self.container["env"]:
-            match each:
-                case {"name": name, "value": str(value)}:
-                    known = re.sub(r"\$\((\w+)\)", lambda match: environment[match[1]], value)
-                    environment[name] = known
-                case {"name": name, "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}:
-                    environment[name] = "pokebridge-0"
-                case {"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}}:
-                    environment[name] = SECRETS.get(key) or SECRETS[secret]
-                case _:
-                    raise AssertionError(each)
-        return load_settings(environ=environment)
-
-
-def documents(path: Path) -> list[dict[str, Any]]:
-    """The objects in a manifest."""
-    return [each for each in yaml.safe_load_all(path.read_text()) if each]
 
 
 def of_kind(kind: str, paths: list[Path] = KUBERNETES) -> Iterator[dict[str, Any]]:
@@ -71,10 +34,7 @@ def workloads() -> Iterator[Workload]:
     """Every container that runs an instance on an orchestrator."""
     for kind in ("Deployment", "StatefulSet"):
         for each in of_kind(kind):
-            pod = each["spec"]["template"]["spec"]
-            (container,) = pod["containers"]
-            pre_stop_s = container["lifecycle"]["preStop"]["sleep"]["seconds"]
-            yield Workload(kind, container, pod["terminationGracePeriodSeconds"] - pre_stop_s)
+            yield of_pod(kind, each["spec"]["template"]["spec"])
     (service,) = documents(CLOUD_RUN)
     (container,) = service["spec"]["template"]["spec"]["containers"]
     yield Workload("Cloud Run", container, CLOUD_RUN_STOP_S)
