@@ -33,6 +33,8 @@ class Trio:
 
     instances: Mapping[str, Instance]
     nats: Daemon
+    mailbox: Path
+    """The file that they share."""
 
     @property
     def one(self) -> Instance:
@@ -128,7 +130,8 @@ def start_trio(directory: Path, opened: ExitStack, threads: ThreadPoolExecutor) 
     (directory / "nats").mkdir()
     nats = opened.enter_context(run_nats(directory / "nats"))
     starts = [threads.submit(_start, name, nats.url, directory, opened) for name in NAMES]
-    return Trio({name: start.result() for name, start in zip(NAMES, starts, strict=True)}, nats)
+    instances = {name: start.result() for name, start in zip(NAMES, starts, strict=True)}
+    return Trio(instances, nats, directory / "shared.db")
 
 
 def _start(name: str, nats_url: str, directory: Path, opened: ExitStack) -> Instance:
@@ -141,6 +144,7 @@ def _start(name: str, nats_url: str, directory: Path, opened: ExitStack) -> Inst
         "instance": name,
         "shard_count": SHARDS,
         "lease_s": 1,
+        "verify_every_s": 1,
         "red_line_ops_per_s": RED_LINE,
         "drain_s": 0.2,
     }

@@ -1,6 +1,7 @@
 """The console at ``/console``, in a real browser against three real instances."""
 
 import asyncio
+import json
 import re
 from collections.abc import AsyncIterator
 from importlib.metadata import version
@@ -11,12 +12,18 @@ import pytest_asyncio
 from nats.aio.client import Client as NatsClient
 from playwright.async_api import Locator, Page, expect
 
+from pokebridge.telemetry import Metric
+from pokebridge.testing.mailbox_kit import message
+from tests.cluster.clusters import metrics
+from tests.cluster.traffic import session
 from tests.console.conftest import NAMES, RED_LINE, SHARDS, Complaints, Trio
 from tests.support import wait_until
 from tests.support.browser import axe_violations
+from tests.support.unpoked import commit_unpoked
 
 VERSION = version("pokebridge")
 OPERATED_ON = "urn:user:operated-on"
+UNPOKED = "urn:user:unpoked"
 USERS = [f"urn:user:{number}" for number in range(12)]
 # What Chromium says of a refused sign-in; the page shows the reason.
 REFUSED = re.compile(r"Failed to load resource: the server responded with a status of 40[13]")
@@ -157,6 +164,23 @@ async def test_it_is_poked_and_does_not_poll(
     # The rest are the one at the sign-in, and the ones that go with saying that it watches.
     assert asked.count("/v1/cluster") <= 1 + pokes + asked.count("/v1/cluster/watch")
     assert asked.count("/v1/cluster/watch") <= 4
+
+
+async def test_lost_pokes_are_told(console: Page, trio: Trio) -> None:
+    """Once verification has found a message that nobody poked for, the page says so."""
+    async with session(trio.one, UNPOKED) as socket:
+
+        async def is_found() -> bool:
+            version = await commit_unpoked(trio.mailbox, message(UNPOKED))
+            while json.loads(await socket.recv()).get("version") != version:
+                pass
+            return (await metrics(trio.one, Metric.POKES_LOST))[0] > 0
+
+        # The first one is not: the instance does not know yet what the client has.
+        await wait_until(is_found, 60, "a lost poke")
+    tile = console.locator("[data-figure=gaps]")
+    await expect(tile.locator("small")).to_have_text(re.compile(r"^\d+ lost pokes? sent again$"))
+    await expect(tile).to_have_class(re.compile("bad"))
 
 
 async def test_a_recipient_is_looked_up(console: Page, trio: Trio) -> None:
