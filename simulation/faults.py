@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from pokebridge.errors import PokebridgeError
-from pokebridge.model import Feed, Mode
+from pokebridge.model import MAX_VERSION, Feed, Mode
 from simulation.client import HOME_URL, SimClient
 from simulation.instance import SimInstance
 from simulation.network import Server, Trouble
@@ -18,6 +18,15 @@ from simulation.world import Fault, World
 
 _ONE_POKE_BYTES = 150
 """Room for a signal with one poke, and not for two."""
+_POISON = (
+    "hello",
+    "[" * 2_000,
+    '{"recipient":"urn:user:jos\u00e9"}',
+    '{"recipient":"BOB","version":-1}',
+    f'{{"recipient":"BOB","version":{MAX_VERSION}}}',
+    '{"pokes":[{"recipient":7},{"recipient":"BOB"}]}',
+    '{"type":"reboot","recipient":"BOB"}',
+)
 
 
 def _victim(world: World, *, well: bool = True) -> SimInstance | None:
@@ -272,6 +281,17 @@ async def limit_signals(world: World) -> None:
             world.send_soon(client.recipient, through=through)
         await world.nap(world.rng.uniform(0.5, 8.0))
     broker.max_signal_bytes, broker.slow_s = None, 0.0
+
+
+async def poison(world: World) -> None:
+    """Another program publishes what nobody can use, and writes an entry into the outbox."""
+    rng = world.rng
+    for _ in range(rng.randint(1, 20)):
+        recipient = rng.choice(world.clients).recipient
+        shard = rng.choice([None, *range(world.config.shard_count)])
+        world.publish_by_hand(rng.choice(_POISON).replace("BOB", recipient).encode(), shard)
+        await world.nap(rng.uniform(0.0, 0.5))
+    world.post.mailbox.spoil_outbox()
 
 
 async def restore_mailbox(world: World) -> None:
@@ -535,6 +555,7 @@ ALL: Mapping[str, Fault] = {
         lag_route,
         demote_server,
         limit_signals,
+        poison,
         cut_from_store,
         cut_from_mailbox,
         stop_mailbox,

@@ -230,6 +230,10 @@ class RestorableMailbox(MemoryMailbox):
             setattr(self, name, value)
         at_once(self.begin_generation())
 
+    def spoil_outbox(self) -> None:
+        """Have an entry in the outbox that nobody can publish, as by another program's hand."""
+        self._outbox["urn:user:jos\u00e9"] = (1, 0)
+
     def acked(self, recipient: str, device: str) -> int:
         """The version that a device has acked; 0 if it has acked nothing."""
         log = self._logs.get(recipient)

@@ -23,7 +23,7 @@ from pokebridge.mailbox.base import Limits, Mailbox
 from pokebridge.mailbox.memory import MemoryMailbox
 from pokebridge.mailbox.sqlite import SqliteMailbox
 from pokebridge.model import NewMessage, Poke, Receipt
-from pokebridge.processor import Processor
+from pokebridge.processor import PokePublisher, Processor
 from pokebridge.publisher import Publisher
 from pokebridge.server.adapters import open_mailbox
 from pokebridge.testing.mailbox_kit import BOB, EVE, ManualClock, fill, message, unpoked, versions
@@ -149,7 +149,7 @@ def without_sweep(mailbox: Mailbox, publisher: Recorder) -> Processor:
     return Processor(mailbox, publisher, sweep_after_s=FOREVER_S)
 
 
-def sweeping(mailbox: Mailbox, publisher: Recorder) -> Processor:
+def sweeping(mailbox: Mailbox, publisher: PokePublisher) -> Processor:
     """A processor that takes anything for forgotten, soon."""
     return Processor(mailbox, publisher, sweep_every_s=0.01, sweep_after_s=0.02)
 
@@ -466,6 +466,21 @@ class TestOutages:
         assert (line["event"], line["recipients"]) == ("pokes_unpublishable", [BOB])
         assert sender.stats.poke_failures == 4
         assert sender.stats.pokes_published >= 1
+
+    async def test_an_entry_that_nobody_can_publish_holds_up_no_other(
+        self, mailbox: WatchedMailbox
+    ) -> None:
+        """Another program has written it: it is named and set aside, and the others go out."""
+        transport, heard = MemoryTransport(), Subscriber()
+        await transport.subscribe(Feed.ALL, heard)
+        for recipient in ("urn:user:josé", EVE):
+            await mailbox.append(message(recipient))
+        with capture_logs() as logs:
+            async with Publisher(transport) as publisher, sweeping(mailbox, publisher) as sender:
+                await confirmed(mailbox)
+        assert heard.pokes == [Poke(EVE, 1)]
+        assert [line["recipients"] for line in logs] == [["urn:user:josé"]]
+        assert sender.stats.pokes_unpublishable == 1
 
     async def test_a_transport_that_refuses_all_is_told_once(
         self, mailbox: WatchedMailbox, publisher: Recorder, monkeypatch: pytest.MonkeyPatch

@@ -122,13 +122,32 @@ def test_anything_else_is_a_signal_error(body: bytes) -> None:
         wire.decode_signal(body)
 
 
+@pytest.mark.parametrize(
+    ("bad", "count"),
+    [
+        ('{"recipient":7}', 2),
+        ('{"recipient":"b","version":-1}', 2),
+        ('{"recipient":"b","version":1e999}', 2),
+        ('{"recipient":"\\ud800"}', 0),
+        ("null", 2),
+        ("[" * 2_000 + "]" * 2_000, 0),
+    ],
+)
+def test_the_valid_pokes_of_a_batch_are_salvaged(bad: str, count: int) -> None:
+    """One bad member silences no other, if the batch is JSON that can be read at all."""
+    body = f'{{"pokes":[{{"recipient":"a","version":3}},{bad},{{"recipient":"c"}}]}}'.encode()
+    with pytest.raises(SignalError):
+        wire.decode_signal(body)
+    assert wire.salvage_pokes(body) == [Poke("a", 3), Poke("c")][:count]
+
+
 @given(st.binary(max_size=200))
 def test_garbage_is_a_signal_error_or_a_signal(garbage: bytes) -> None:
-    """No bytes make decode_signal raise anything but SignalError."""
+    """No bytes make decode_signal raise anything but SignalError, and salvage_pokes anything."""
     try:
         wire.decode_signal(garbage)
     except SignalError:
-        return
+        assert wire.salvage_pokes(garbage) == []
 
 
 @given(st.none() | st.integers(1, MAX_VERSION), st.integers(0, 10**6))

@@ -21,6 +21,7 @@ from pokebridge.backoff import backoff_s
 from pokebridge.errors import InputError, MailboxFullError, NotPublishedError
 from pokebridge.mailbox.base import Mailbox
 from pokebridge.model import REVOCATIONS, NewMessage, Poke, Receipt, check_recipient
+from pokebridge.poke_merger import check_pokes
 from pokebridge.supervisor import Attempts, Part, keep_doing, supervise
 
 # Pokes in one publish, one confirmation and one step of a sweep.
@@ -289,11 +290,17 @@ class Processor:
                     older_than_s=self._sweep_after_s + (yield_s if self._transport.is_down else 0),
                     limit=BATCH,
                 )
+            more = len(pokes) == BATCH
+            if invalid := [poke for poke in pokes if not _is_valid(poke)]:
+                # Another program has written them: nobody can publish them.
+                names = frozenset(poke.recipient for poke in invalid)
+                refusal = NotPublishedError("the recipient or the version is invalid", names, names)
+                await self._confirm(self._set_aside(invalid, refusal))
+                pokes = [poke for poke in pokes if _is_valid(poke)]
             if due := [poke for poke in pokes if self._refused.is_due(poke.recipient)]:
                 done = await self._publish(due)
                 self.stats.swept += len(done)
                 await self._confirm(done)
-            more = len(pokes) == BATCH
 
     async def _purge(self) -> None:
         """Delete expired data, step by step, until none is left."""
@@ -301,6 +308,14 @@ class Processor:
         while purged:
             with self._store.watched():
                 purged = await self._mailbox.purge(limit=PURGE_BATCH)
+
+
+def _is_valid(poke: Poke) -> bool:
+    try:
+        check_pokes([poke])
+    except InputError:
+        return False
+    return True
 
 
 class _Refused:

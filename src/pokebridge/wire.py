@@ -5,7 +5,8 @@ returned as a complete WebSocket frame, so a poke costs one write and no formatt
 """
 
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, NamedTuple
+from contextlib import suppress
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
@@ -102,6 +103,8 @@ class Beacon(
     shard_count: int
     carrier: str
     assignment: str
+    mailbox: str = ""
+    """Names the mailbox that the instance has; empty if it has none."""
     last: bool = False
     """Whether the instance stops, so that no other beacon follows."""
 
@@ -184,6 +187,22 @@ def decode_signal(body: bytes) -> list[Poke] | Disconnect | Probe | Beacon | Loo
     raise SignalError(
         f"unknown signal type {fields.type[:32]!r}, or a field of that type is missing"
     )
+
+
+class _Batch(msgspec.Struct):
+    pokes: list[msgspec.Raw]
+    type: Literal["poke"] = "poke"
+    recipient: None = None
+
+
+def salvage_pokes(body: bytes) -> list[Poke]:
+    """Return the pokes of a batch that :func:`decode_signal` refuses, without its invalid ones."""
+    pokes: list[Poke] = []
+    with suppress(Exception):  # as there
+        for each in msgspec.json.decode(body, type=_Batch).pokes:
+            with suppress(Exception):
+                pokes.append(msgspec.json.decode(each, type=Poke))
+    return pokes
 
 
 def encode_pokes(pokes: Sequence[Poke]) -> bytes:

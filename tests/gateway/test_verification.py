@@ -116,6 +116,19 @@ async def test_an_unknown_state_is_no_loss() -> None:
     assert verification.lost == 0
 
 
+async def test_a_version_that_nobody_has_committed_blinds_it_no_longer_than_once() -> None:
+    """Anybody may publish a poke with a version above the head: it is not believed."""
+    mailbox, session = Mailbox(bob=8), Session("bob", told=2**53 - 1)
+    verification = Verification(mailbox.heads, EVERY_S)
+    verification.add(session)
+    await run(verification, EVERY_S)
+    assert session.pokes == [None]
+    mailbox.newest["bob"] = 9
+    await run(verification, EVERY_S)
+    assert session.pokes == [None, 9]
+    assert verification.lost == 0
+
+
 async def test_an_empty_mailbox_pokes_nobody() -> None:
     """Who never had a message is left asleep."""
     session = Session("bob")

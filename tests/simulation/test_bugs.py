@@ -1,18 +1,18 @@
 """The simulation can fail: bugs planted in the real code are caught within its fixed seeds."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from random import Random
 from typing import Any
 
 import pytest
 
-from pokebridge import publisher
+from pokebridge import processor, publisher
 from pokebridge.client.core import ClientCore
 from pokebridge.client.events import Ack
 from pokebridge.cluster.membership import Membership
 from pokebridge.coordination.base import Document
-from pokebridge.errors import UnavailableError
+from pokebridge.errors import SignalError, UnavailableError
 from pokebridge.gateway import beacons, gateway, subscriptions
 from pokebridge.gateway.acks import Acks
 from pokebridge.gateway.connection import Connection
@@ -30,6 +30,7 @@ from pokebridge.processor import Processor
 from pokebridge.server.revocations import Revocations
 from pokebridge.session import Session, State
 from pokebridge.sharding import shard_of
+from pokebridge.wire import decode_signal
 from simulation import faults, world
 from simulation.runner import simulate
 from simulation.scene import Config
@@ -52,6 +53,15 @@ def only(patch: pytest.MonkeyPatch, *wanted: Fault) -> None:
     real = world.draw_config
     patch.setattr(world, "draw_config", draw_config)
     patch.setattr(faults, "ALL", {fault.__name__: fault for fault in (faults.kill, *wanted)})
+
+
+def _without_beacons(patch: pytest.MonkeyPatch) -> None:
+    """They would make up for a bug in time."""
+
+    async def nothing(_self: Gateway) -> None:
+        pass
+
+    patch.setattr(Gateway, "_keep_beacons", nothing)
 
 
 def break_before_make(patch: pytest.MonkeyPatch) -> None:
@@ -158,12 +168,9 @@ def gap_forgotten_at_retiring(patch: pytest.MonkeyPatch) -> None:
     async def close_retired(_self: SubscriptionManager, managed: Any) -> None:
         await managed.close()
 
-    async def no_beacons(_self: Gateway) -> None:
-        pass
-
     patch.setattr(subscriptions._ManagedSubscription, "_retire", retire)
     patch.setattr(SubscriptionManager, "_close_retired", close_retired)
-    patch.setattr(Gateway, "_keep_beacons", no_beacons)
+    _without_beacons(patch)
     only(patch, faults.migrate_over_a_gap)
 
 
@@ -237,6 +244,40 @@ def holes_unnoticed(patch: pytest.MonkeyPatch) -> None:
     """Beacons that are missing are nothing to worry about."""
     patch.setattr(beacons._Peer, "take_lost", lambda _self, _now: 0)
     only(patch, faults.break_route, faults.demote_server)
+
+
+def forged_versions_believed(patch: pytest.MonkeyPatch) -> None:
+    """Verification takes a session that was poked for any version for one that has it.
+
+    Nor do beacons show what was lost.
+    """
+
+    async def verify(self: Verification, sessions: Sequence[Any], now: float) -> None:
+        await real(self, [each for each in sessions if each.told < MAX_VERSION], now)
+
+    real = Verification._verify
+    patch.setattr(Verification, "_verify", verify)
+    _without_beacons(patch)
+    only(patch, faults.poison, faults.break_route, faults.demote_server)
+
+
+def poison_ends_the_reader(patch: pytest.MonkeyPatch) -> None:
+    """What can't be decoded raises where signals are read."""
+
+    def decode(body: bytes) -> Any:
+        try:
+            return decode_signal(body)
+        except SignalError as error:
+            raise ValueError(str(error)) from None
+
+    patch.setattr("pokebridge.gateway.bridge.decode_signal", decode)
+    only(patch, faults.poison)
+
+
+def invalid_entry_blocks_the_sweep(patch: pytest.MonkeyPatch) -> None:
+    """An entry of the outbox that nobody can publish takes all others of its batch along."""
+    patch.setattr(processor, "_is_valid", lambda _poke: True)
+    only(patch, faults.poison, faults.kill_after_commit)
 
 
 def batch_not_split(patch: pytest.MonkeyPatch) -> None:
@@ -340,6 +381,9 @@ PLANTS: list[tuple[Plant, str]] = [
     (deaf_instance_keeps_sessions, "a deaf instance lets go"),
     (deaf_to_some_shards_is_well, "a deaf instance lets go"),
     (holes_unnoticed, "a hole is a gap"),
+    (forged_versions_believed, "no silence"),
+    (poison_ends_the_reader, "no error goes uncaught"),
+    (invalid_entry_blocks_the_sweep, "no silence"),
     (batch_not_split, "no silence"),
     (too_large_not_halved, "no silence"),
     (gap_forgets_disconnects, "a disconnect reaches every session"),

@@ -16,7 +16,15 @@ from pokebridge.gateway.listener import Listener
 from pokebridge.gateway.meter import SAMPLE_EVERY, Meter, Traffic
 from pokebridge.gateway.session_map import SessionMap
 from pokebridge.model import Poke
-from pokebridge.wire import MISSED, Beacon, Disconnect, Lookup, decode_signal, poke_frame
+from pokebridge.wire import (
+    MISSED,
+    Beacon,
+    Disconnect,
+    Lookup,
+    decode_signal,
+    poke_frame,
+    salvage_pokes,
+)
 
 
 @dataclass(slots=True)
@@ -59,7 +67,7 @@ class Bridge:
         """Called with each revocation of tokens, before the sessions are closed."""
 
     def on_signal(self, body: bytes) -> None:
-        """Take a signal. A body that is not a signal is counted and dropped."""
+        """Take a signal. A body that is not one is counted and dropped, but for its valid pokes."""
         counters = self.counters
         counters.signals += 1
         if counters.signals % SAMPLE_EVERY:
@@ -89,7 +97,7 @@ class Bridge:
             content = decode_signal(body)
         except SignalError:
             self.counters.malformed += 1
-            return
+            content = salvage_pokes(body)
         if isinstance(content, list):  # first, since almost all signals are pokes
             self.counters.pokes += len(content)
             for poke in content:

@@ -126,13 +126,17 @@ class Verification:
         return due
 
     async def _verify(self, sessions: Sequence[Verified], now: float) -> None:
+        told_before = [session.told for session in sessions]
         heads = await self._heads(list({session.recipient for session in sessions}))
-        for session in sessions:
+        for session, told in zip(sessions, told_before, strict=True):
             head = heads.get(session.recipient, 0)
             if not session.is_open or not head:
                 continue
             self.verified += 1
-            if session.told == UNKNOWN_VERSION:
+            if told > head:
+                # A version that nobody has committed yet: what the client has is unknown again.
+                session.notify(None, poke_frame(None))
+            elif session.told == UNKNOWN_VERSION:
                 # The client may well be up to date; with the version in hand it need not ask.
                 session.notify(head, poke_frame(head))
             elif session.told < head:
