@@ -7,7 +7,7 @@ import pytest
 
 from pokebridge.errors import MailboxError
 from pokebridge.mailbox import batcher
-from pokebridge.mailbox.batcher import Batcher
+from pokebridge.mailbox.batcher import Batcher, LockedError
 from tests.support import wait_until
 
 
@@ -175,3 +175,42 @@ async def test_whatever_a_store_does_no_call_waits_for_ever() -> None:
 
 def _cancelled(_: Sequence[int]) -> list[int]:
     raise asyncio.CancelledError
+
+
+async def test_who_is_locked_out_holds_up_no_other(store: Store) -> None:
+    """The others of its batch are answered, and those that come later; its own key's wait."""
+    locked = {3}
+
+    async def do(numbers: Sequence[int]) -> list[int | Exception]:
+        if locked & {number % 10 for number in numbers}:
+            await asyncio.sleep(0.001)
+            raise LockedError("locked")
+        return await store.double(numbers)
+
+    double = Batcher(
+        do, timeout_s=10, workers=1, max_count=100, max_cost=1000, key=lambda number: number % 10
+    )
+    calls = [asyncio.create_task(double(number)) for number in range(40)]
+    await wait_until(lambda: sum(call.done() for call in calls) == 36)
+    assert [n for n, call in enumerate(calls) if not call.done()] == [3, 13, 23, 33]
+    later = asyncio.create_task(double(43))
+    assert [await double(50), await double(51)] == [100, 102]
+    assert not later.done()
+    assert max(map(len, store.batches)) > 1
+    locked.clear()
+    assert await asyncio.gather(*calls, later) == [2 * n for n in [*range(40), 43]]
+    assert store.batches[-1] == [3, 13, 23, 33, 43]
+    await double.close()
+
+
+async def test_who_is_locked_out_for_too_long_is_told() -> None:
+    """Nobody waits for ever."""
+
+    async def do(_: Sequence[int]) -> list[int]:
+        await asyncio.sleep(0.001)
+        raise LockedError("locked")
+
+    double = Batcher(do, timeout_s=0.02, workers=1, max_count=100, max_cost=1000)
+    with pytest.raises(MailboxError, match=r"locked for 0\.02 s"):
+        await double(1)
+    await double.close()

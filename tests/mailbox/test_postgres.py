@@ -57,7 +57,12 @@ async def by_hand(url: str) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]
     connection = await asyncpg.connect(
         dsn,
         server_settings=postgres_pool.SERVER_SETTINGS
-        | {"search_path": schema, "statement_timeout": "0"},
+        | {
+            "search_path": schema,
+            "statement_timeout": "0",
+            "lock_timeout": "0",
+            "idle_in_transaction_session_timeout": "0",
+        },
     )
     yield connection
     await connection.close()
@@ -136,6 +141,39 @@ class TestAppending:
             await fill(mailbox, 3, EVE)
             assert not waiting.done()
         assert (await waiting).version == 2
+
+    async def test_who_is_locked_out_of_a_batch_holds_up_no_other(
+        self, url: str, by_hand: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """One recipient's lock is kept for long: the rest of each batch with it is committed."""
+        monkeypatch.setitem(postgres_pool.SERVER_SETTINGS, "lock_timeout", "50")
+        monkeypatch.setattr(postgres, "TURN_TIMEOUT_S", WAIT_S)
+        mailbox = await PostgresMailbox.open(url)
+        await fill(mailbox, 1)
+        async with by_hand.transaction():
+            await by_hand.execute("UPDATE heads SET head = head WHERE recipient = $1", BOB)
+            names = [BOB if number % 4 == 0 else f"urn:user:{number}" for number in range(40)]
+            calls = [asyncio.create_task(mailbox.append(message(name))) for name in names]
+            others = [call for call, name in zip(calls, names, strict=True) if name != BOB]
+            assert {(await call).version for call in others} == {1}
+            assert not any(call.done() for call in calls if call not in others)
+        assert max([(await call).version for call in calls if call not in others]) == 11
+        await mailbox.close()
+
+    async def test_who_is_locked_out_for_too_long_is_told(
+        self, url: str, by_hand: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its call ends in time, and nothing of it is committed."""
+        monkeypatch.setitem(postgres_pool.SERVER_SETTINGS, "lock_timeout", "50")
+        monkeypatch.setattr(postgres, "TURN_TIMEOUT_S", 0.2)
+        mailbox = await PostgresMailbox.open(url)
+        await fill(mailbox, 1)
+        async with by_hand.transaction():
+            await by_hand.execute("UPDATE heads SET head = head WHERE recipient = $1", BOB)
+            with pytest.raises(MailboxError, match=r"was locked for 0\.2 s"):
+                await mailbox.append(message(BOB))
+        assert await versions(mailbox) == [1]
+        await mailbox.close()
 
     async def test_purges_do_not_wait_for_senders(
         self, mailbox: PostgresMailbox, by_hand: Any

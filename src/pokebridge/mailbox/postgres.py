@@ -116,6 +116,11 @@ PURGE_MESSAGES: Final = "SELECT purge_messages($1, $2)"
 PURGE_RECEIPTS: Final = "SELECT purge_receipts($1, now_ms($2) - $3)"
 PURGE_BATCHES: Final = "SELECT purge_batches($1, now_ms($2) - $3)"
 PURGE_DEVICES: Final = "SELECT purge_devices($1, now_ms($2) - $3)"
+# The server, which some do not tell (then it is left out), the database, and the schema.
+IDENTITY: Final = r"""
+SELECT concat_ws(' ', 'postgresql', substring(current_history() FROM ' (\d{15,})'),
+    current_database(), current_schema())
+"""
 BEGIN_GENERATION: Final = "SELECT begin_generation(true)"
 WAL_POSITION: Final = "SELECT wal_position()"
 CLEAR: Final = "SELECT clear_recipient($1)"
@@ -141,6 +146,7 @@ class PostgresMailbox:
     """The mailbox in one schema of a PostgreSQL database. Create it with :meth:`open`.
 
     - ``pushes``: the pending pushes, or ``None``
+    - ``identity``: the same for all that have this schema of this database
     - ``_pool``: the connections
     - ``_position``: how far the server's write-ahead log was, at least (bytes)
     - ``_clock``: Unix time in seconds; ``None``: the database's clock counts
@@ -157,7 +163,9 @@ class PostgresMailbox:
         clock: Callable[[], float] | None,
         limits: Limits,
         push_timing: PushTiming | None,
+        identity: str,
     ) -> None:
+        self.identity = identity
         self._pool = pool
         self._pool.on_connect = self._compare_position
         self._position = 0
@@ -174,6 +182,7 @@ class PostgresMailbox:
                 max_count=BATCH,
                 max_cost=BATCH_BYTES,
                 cost=lambda message: len(message.body),
+                key=lambda message: message.recipient,
             )
             for applying in (limits, UNLIMITED)
         )
@@ -223,11 +232,12 @@ class PostgresMailbox:
         try:
             if not await pool.run(lambda it: is_up_to_date(it, schema)):
                 await pool.run(lambda it: migrate(it, schema), timeout_s=MIGRATION_TIMEOUT_S)
+            ((identity,),) = await pool.run(lambda it: it.fetch(IDENTITY))
         except BaseException:
             await pool.close()
             raise
         pool.is_open = True
-        return cls(pool, clock, limits or Limits(), push_timing)
+        return cls(pool, clock, limits or Limits(), push_timing, identity)
 
     async def append(self, message: NewMessage) -> Receipt:
         """See the port."""
@@ -377,7 +387,7 @@ class PostgresMailbox:
             limits.share_bytes,
         )
         ((versions, position),) = await self._pool.run(
-            lambda connection: connection.fetch(APPEND, *parameters)
+            lambda connection: connection.fetch(APPEND, *parameters), waits_for_locks=False
         )
         self._position = max(self._position, position or 0)
         outcome = dict(zip(once, versions, strict=True))

@@ -34,6 +34,7 @@ async def migrate(connection: Connection, schema: str) -> None:
 
     async with connection.transaction():
         await execute(f"SET LOCAL statement_timeout = '{MIGRATION_TIMEOUT_S:.0f}s'")
+        await execute("SET LOCAL lock_timeout = 0")
         await execute(f"SET LOCAL search_path = {schema}")
         await execute("SELECT pg_advisory_xact_lock($1)", MIGRATION_LOCK)
         done = await _count_done(connection, schema, "migrations")

@@ -16,6 +16,7 @@ from pokebridge.backoff import backoff_s
 from pokebridge.engines.postgres import Connection, PostgresDialler
 from pokebridge.errors import ConfigError, MailboxError, MailboxRefusedError
 from pokebridge.mailbox.base import admit
+from pokebridge.mailbox.batcher import LockedError
 
 T = TypeVar("T")
 Record: TypeAlias = asyncpg.Record
@@ -26,6 +27,8 @@ CONNECTIONS: Final = 10
 CALL_TIMEOUT_S: Final = 6.0
 ATTEMPT_TIMEOUT_S: Final = 3.0
 STATEMENT_TIMEOUT_S: Final = 2.5
+LOCK_TIMEOUT_S: Final = 0.5
+IDLE_TIMEOUT_S: Final = 10.0
 CLOSE_TIMEOUT_S: Final = 2.0
 LOG_EVERY_S: Final = 60.0
 _BACKOFF_FIRST_S: Final = 0.02
@@ -34,6 +37,9 @@ _BACKOFF_CAP_S: Final = 0.5
 SERVER_SETTINGS: Final = {
     "application_name": "pokebridge",
     "statement_timeout": f"{STATEMENT_TIMEOUT_S * 1000:.0f}",
+    "lock_timeout": f"{LOCK_TIMEOUT_S * 1000:.0f}",
+    # A client that was cut off or stopped within a transaction would keep its locks for hours.
+    "idle_in_transaction_session_timeout": f"{IDLE_TIMEOUT_S * 1000:.0f}",
     # All our statements are a few look-ups in an index. With these settings they are planned once,
     # by index, even while the tables are tiny, so the plans stay right when the tables grow.
     "plan_cache_mode": "force_generic_plan",
@@ -46,6 +52,7 @@ _TRANSIENT: Final = (
     "08",  # the connection
     "57P",  # the server stops, starts or has crashed
     "57014",  # statement_timeout
+    "55P03",  # lock_timeout
     "53300",  # too many connections
     "25006",  # read-only: it is a standby now
     "40",  # serialisation, deadlock
@@ -110,15 +117,18 @@ class PostgresPool:
         work: Callable[[Connection], Awaitable[T]],
         *,
         timeout_s: float | None = None,
+        waits_for_locks: bool = True,
     ) -> T:
         """Do ``work`` on a connection, and retry it when it fails for a transient reason.
 
         A statement has ATTEMPT_TIMEOUT_S unless ``work`` gives it another timeout. All attempts
-        together have ``timeout_s``, by default CALL_TIMEOUT_S.
+        together have ``timeout_s``, by default CALL_TIMEOUT_S. Unless the call ``waits_for_locks``,
+        a lock that another transaction keeps for LOCK_TIMEOUT_S is an error.
 
         Raises:
             ConfigError: the URL or the credentials are wrong, or a privilege is missing, before the
                 mailbox is open.
+            LockedError: another transaction keeps a lock.
             MailboxRefusedError: PostgreSQL refuses, perhaps for the data of this call.
             MailboxError: no attempt succeeded in that time, or PostgreSQL refuses.
         """
@@ -126,7 +136,7 @@ class PostgresPool:
         self._under_way += 1
         self._nothing_under_way.clear()
         try:
-            return await self._keep_trying(work, timeout_s or CALL_TIMEOUT_S)
+            return await self._keep_trying(work, timeout_s or CALL_TIMEOUT_S, waits_for_locks)
         finally:
             self._under_way -= 1
             if not self._under_way:
@@ -140,7 +150,12 @@ class PostgresPool:
         await asyncio.gather(*closing, return_exceptions=True)
         self._idle.clear()
 
-    async def _keep_trying(self, work: Callable[[Connection], Awaitable[T]], timeout_s: float) -> T:
+    async def _keep_trying(
+        self,
+        work: Callable[[Connection], Awaitable[T]],
+        timeout_s: float,
+        waits_for_locks: bool,  # noqa: FBT001 - handed on
+    ) -> T:
         failure: Exception | None = None
         failures = 0
         try:
@@ -149,6 +164,9 @@ class PostgresPool:
                     try:
                         return await self._attempt(work)
                     except _FAILURES as error:
+                        is_locked = isinstance(error, asyncpg.LockNotAvailableError)
+                        if is_locked and not waits_for_locks:
+                            raise LockedError("the mailbox is locked: try again") from error
                         self._raise_unless_transient(error)
                         failure = error
                     pause_s = backoff_s(failures, first_s=_BACKOFF_FIRST_S, cap_s=_BACKOFF_CAP_S)
