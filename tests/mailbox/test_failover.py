@@ -11,6 +11,7 @@ from typing import Any
 
 import asyncpg
 import psutil
+import pytest
 
 from pokebridge.mailbox.postgres import PostgresMailbox
 from pokebridge.model import MAX_VERSION
@@ -163,7 +164,8 @@ async def test_a_restored_dump_gives_no_version_twice(postgres_database: str) ->
     await mailbox.close()
 
 
-async def test_rows_restored_in_place(postgres_database: str) -> None:
+@pytest.mark.parametrize("disables_triggers", [False, True])
+async def test_rows_restored_in_place(postgres_database: str, *, disables_triggers: bool) -> None:
     """Rows that are replaced in the same tables, generation included, give no version twice."""
     mailbox = await PostgresMailbox.open(postgres_database)
     by_hand = await asyncpg.connect(postgres_database)
@@ -173,11 +175,16 @@ async def test_rows_restored_in_place(postgres_database: str) -> None:
         await by_hand.execute(f"CREATE TABLE saved_{name} AS TABLE pokebridge.{name}")
     await fill(mailbox, 5)
     await by_hand.execute("SET search_path = ''")
-    await by_hand.execute("SET session_replication_role = replica")  # as --disable-triggers does
+    await by_hand.execute("SET session_replication_role = replica")
     async with by_hand.transaction():
         for name in names:
-            await by_hand.execute(f"DELETE FROM pokebridge.{name}")
-            await by_hand.execute(f"INSERT INTO pokebridge.{name} TABLE public.saved_{name}")
+            table = f"pokebridge.{name}"
+            if disables_triggers:  # as pg_restore --disable-triggers does
+                await by_hand.execute(f"ALTER TABLE {table} DISABLE TRIGGER ALL")
+            await by_hand.execute(f"DELETE FROM {table}")
+            await by_hand.execute(f"INSERT INTO {table} TABLE public.saved_{name}")
+            if disables_triggers:
+                await by_hand.execute(f"ALTER TABLE {table} ENABLE TRIGGER ALL")
     await fill(mailbox, 7)
     page = await mailbox.read(BOB, after=8, limit=10)
     assert len(page.messages) == 7

@@ -331,5 +331,26 @@ CREATE TRIGGER flush_commit AFTER INSERT ON batches EXECUTE FUNCTION flush_commi
 CREATE TRIGGER flush_commit AFTER INSERT OR UPDATE ON generation EXECUTE FUNCTION flush_commit();
 """
 
-ADDITIONS: Final = (_GENERATIONS, _DEVICES_LIMIT, _SHARES, _RESTORED_SHARES, _CRASHES)
+_DISABLED_TRIGGERS = """
+-- A restore may disable all triggers, and then heads and generation could be replaced unnoticed.
+-- Doing so writes the row of mark_restored anew, whose xmin is therefore a part of the history.
+UPDATE generation SET history = 'current' WHERE history = current_history();
+ALTER FUNCTION current_history() RENAME TO where_from;
+CREATE FUNCTION current_history() RETURNS text LANGUAGE sql AS $$
+    SELECT where_from() || ' ' || coalesce((
+        SELECT xmin::text FROM pg_trigger
+        WHERE tgrelid = to_regclass('heads') AND tgname = 'mark_restored'
+    ), '')
+$$;
+UPDATE generation SET history = current_history() WHERE history = 'current';
+"""
+
+ADDITIONS: Final = (
+    _GENERATIONS,
+    _DEVICES_LIMIT,
+    _SHARES,
+    _RESTORED_SHARES,
+    _CRASHES,
+    _DISABLED_TRIGGERS,
+)
 """The statements of each addition, after the migrations of ``postgres_schema``."""
