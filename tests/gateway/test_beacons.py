@@ -7,6 +7,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from pokebridge.gateway.beacons import (
     ALONE_S,
@@ -225,6 +226,30 @@ class TestDisagreement:
         beacons.hear(beacon(shard_count=64, last=True), 0.0)
         assert beacons.trouble is not None
         beacons.step(REORDER_S + 0.1)
+        assert beacons.trouble is None
+
+    @pytest.mark.parametrize(("theirs", "count"), [("", 0), ("file 1", 0), ("file 2", 1)])
+    def test_another_mailbox_is_told(self, theirs: str, count: int) -> None:
+        """Once in the log, and as long as it lasts in the count. Who has none agrees with all."""
+        beacons = listening()
+        beacons.mailbox = lambda: "file 1"
+        with capture_logs() as logs:
+            for number in (1, 2):
+                beacons.hear(beacon(number=number, mailbox=theirs), LONG)
+        assert [line["setting"] for line in logs] == ["mailbox"] * count
+        assert beacons.disagreements["mailbox"] == count
+        assert beacons.trouble is None
+
+    def test_a_namesake_is_told(self) -> None:
+        """Another instance of the same name, but not the earlier life of this one."""
+        beacons = listening()
+        beacons.hear(beacon("one", incarnation="before"), OLDER_BY_S)
+        assert beacons.disagreements["instance"] == 0
+        with capture_logs() as logs:
+            for number in (2, 3):
+                beacons.hear(beacon("one", number, incarnation="before"), LONG)
+        assert [line["setting"] for line in logs] == ["instance"]
+        assert beacons.disagreements["instance"] == 1
         assert beacons.trouble is None
 
     def test_another_cluster_may_differ(self) -> None:

@@ -6,11 +6,12 @@ a numbered beacon now and then. When numbers of another instance are missing, po
 as well, and everything is treated as after a gap of the transport.
 
 A beacon also carries the settings that must agree in a cluster, so that a difference is noticed
-even where the instances share no store.
+even where the instances share no store. So are two instances of one name, and mailboxes that are
+not one.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Final, NamedTuple
 
@@ -67,6 +68,7 @@ class _Peer:
         heard_at: when that was heard.
         began_at: when the instance was started, at the latest.
         silent: whether beacons of it are overdue.
+        logged: the differences that were logged.
     """
 
     def __init__(self, beacon: Beacon, now: float, *, first: int) -> None:
@@ -75,6 +77,7 @@ class _Peer:
         self.heard_at = now
         self.began_at = now - beacon.up_s
         self.silent = False
+        self.logged: set[str] = set()
         self._highest = first - 1
         self._holes: list[_Hole] = []
         self.hear(beacon, now)
@@ -105,12 +108,14 @@ class Beacons:
     Attributes:
         lost: beacons of other instances that did not arrive.
         members: the ids of the cluster's members; ``None`` if nobody knows.
+        mailbox: names the mailbox of this instance; empty if it has none that others could have.
     """
 
     def __init__(self, me: Beacon) -> None:
         """``me`` is the beacon of this instance without its number and times."""
         self.lost = 0
         self.members: AbstractSet[str] | None = None
+        self.mailbox: Callable[[], str] = str
         self._me = me
         # When this instance began to listen.
         self._began_at = 0.0
@@ -156,6 +161,7 @@ class Beacons:
             number=self._sent + 1,
             up_s=round(now - self._began_at, 3),
             every_s=self.every_s,
+            mailbox=self.mailbox(),
         )
 
     # --- hearing ----------------------------------------------------------------------------------
@@ -168,8 +174,10 @@ class Beacons:
         if (peer := self._peers.get(key)) is not None:
             peer.hear(beacon, now)
         elif len(self._peers) < MAX_PEERS:
-            self._peers[key] = _Peer(beacon, now, first=self._first_expected(beacon, now))
-            self._compare(beacon)
+            peer = self._peers[key] = _Peer(beacon, now, first=self._first_expected(beacon, now))
+        else:
+            return
+        self._compare(peer)
 
     def _first_expected(self, beacon: Beacon, now: float) -> int:
         """The first number of a new peer that should have been heard.
@@ -180,23 +188,40 @@ class Beacons:
         listening_s = now - self._began_at
         return 1 if listening_s > min(beacon.up_s, SILENT_AFTER * beacon.every_s) else beacon.number
 
-    def _compare(self, theirs: Beacon) -> None:
+    def _compare(self, peer: _Peer) -> None:
+        theirs = peer.beacon
         if theirs.cluster != self._me.cluster:
             if theirs.cluster not in self._other_clusters:
                 self._other_clusters.add(theirs.cluster)
                 log.warning("other_cluster_heard", cluster=theirs.cluster, peer=theirs.sender)
             return
-        for setting in self._differences(theirs):
-            log.error(
-                "settings_disagree",
-                setting=setting,
-                peer=theirs.sender,
-                theirs=getattr(theirs, setting),
-                ours=getattr(self._me, setting),
-            )
+        values = {name: (getattr(theirs, name), getattr(self._me, name)) for name in MUST_AGREE}
+        values["mailbox"] = theirs.mailbox, self.mailbox()
+        values["instance"] = theirs.sender, self._me.sender
+        for setting in self._differences(peer):
+            if setting not in peer.logged:
+                peer.logged.add(setting)
+                their_value, our_value = values[setting]
+                log.error(
+                    "settings_disagree",
+                    setting=setting,
+                    peer=theirs.sender,
+                    theirs=their_value,
+                    ours=our_value,
+                )
 
-    def _differences(self, theirs: Beacon) -> list[str]:
-        return [name for name in MUST_AGREE if getattr(theirs, name) != getattr(self._me, name)]
+    def _differences(self, peer: _Peer) -> list[str]:
+        """What is wrong between ``peer`` and this instance, by the names of the settings."""
+        theirs = peer.beacon
+        names = [name for name in MUST_AGREE if getattr(theirs, name) != getattr(self._me, name)]
+        mailboxes = {theirs.mailbox, self.mailbox()}
+        if len(mailboxes) > 1 and "" not in mailboxes:
+            names.append("mailbox")
+        # An earlier life of this instance may be heard for a moment.
+        lives_on = not peer.silent and peer.heard_at - self._began_at > OLDER_BY_S
+        if theirs.sender == self._me.sender and lives_on:
+            names.append("instance")
+        return names
 
     # --- what follows -----------------------------------------------------------------------------
 
@@ -244,8 +269,11 @@ class Beacons:
 
     @property
     def disagreements(self) -> Mapping[str, int]:
-        """How many instances differ in each setting; ``cluster``: how many are of another."""
-        counts = Counter(name for peer in self._mine() for name in self._differences(peer.beacon))
+        """How many instances differ in each setting; ``cluster``: how many are of another.
+
+        ``instance``: how many others have the id of this one.
+        """
+        counts = Counter(name for peer in self._mine() for name in self._differences(peer))
         counts["cluster"] = len(self._peers) - sum(1 for _ in self._mine())
         return counts
 
@@ -259,7 +287,9 @@ class Beacons:
         for peer in self._mine():
             if self._began_at < peer.began_at - OLDER_BY_S:
                 continue
-            for name in self._differences(peer.beacon):
+            for name in self._differences(peer):
+                if name not in MUST_AGREE:
+                    continue
                 return (
                     f"{name} is {getattr(self._me, name)} here and"
                     f" {getattr(peer.beacon, name)} at instance {peer.beacon.sender!r}:"

@@ -63,6 +63,7 @@ class SqliteMailbox:
     """The mailbox in one SQLite file. Create it with :meth:`open`, on the loop that will use it.
 
     - ``pushes``: the pending pushes, or ``None``
+    - ``identity``: the same for all that have this file
     - ``_writes``, ``_reads``: the threads
     - ``_checkpointer``: copies the write-ahead log into the file
     - ``_guard``: watches the file
@@ -84,6 +85,7 @@ class SqliteMailbox:
         push_timing: PushTiming | None,
     ) -> None:
         self._guard = guard
+        self.identity = guard.identity
         self._clock = clock
         self._limits = limits
         self._push_timing = push_timing

@@ -65,6 +65,12 @@ class FileGuard:
         self._is_recorded = True
         self._lock = threading.Lock()
 
+    @property
+    def identity(self) -> str:
+        """What no other file on this machine has."""
+        device, inode = self._identities[self._real]
+        return f"sqlite {device}:{inode}"
+
     def reading(self, do_batch: DoBatch) -> DoBatch:
         """``do_batch``, refused once the file is gone."""
 

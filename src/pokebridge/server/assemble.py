@@ -90,6 +90,7 @@ def assemble(
     verifier = token_verifier(settings)
     config = gateway_config(settings, room)
     gateway = Gateway(config, opened.transport, verifier, opened.heads, opened.record_acks)
+    gateway.beacons.mailbox = lambda: opened.mailbox_identity
     publisher = _publisher(settings, opened.transport, gateway)
     upkeep = "processor" in settings.roles
     processor = None if mailbox is None else Processor(mailbox, publisher, does_upkeep=upkeep)

@@ -66,6 +66,11 @@ class Adapters:
         return None if read_from is None else read_from.heads
 
     @property
+    def mailbox_identity(self) -> str:
+        """What is the same wherever the mailbox is the same; empty if nobody else can have it."""
+        return getattr(self.mailbox or self.late_mailbox, "identity", "")
+
+    @property
     def record_acks(self) -> RecordAcks | None:
         """Records acks. A gateway alone only reads the mailbox, and its clients ack over HTTP."""
         return None if self.mailbox is None else self.mailbox.ack_all

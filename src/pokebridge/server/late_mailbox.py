@@ -35,6 +35,11 @@ class LateMailbox:
         # Logs when it becomes unavailable, and when it is back.
         self._part = Part("mailbox")
 
+    @property
+    def identity(self) -> str:
+        """That of the mailbox, once it is open."""
+        return getattr(self._mailbox, "identity", "")
+
     async def heads(self, recipients: Sequence[str]) -> Mapping[str, int]:
         """See :class:`~pokebridge.mailbox.base.Mailbox`."""
         with self._part.watched():
