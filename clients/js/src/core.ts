@@ -369,9 +369,10 @@ export class Core {
         this.#onClosed(event.code);
         break;
       case "refused":
-        if (event.status === 401) {
+        // Where a move led, another instance knows other keys or another time: home takes it.
+        if (event.status === 401 && !this.#led) {
           this.#onClosed(CLOSE_TOKEN);
-        } else if (event.status === 403) {
+        } else if (event.status === 403 && !this.#led) {
           this.#onClosed(CLOSE_FORBIDDEN);
         } else {
           if (this.#polls) this.#judgeFailure();

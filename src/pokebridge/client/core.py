@@ -243,9 +243,10 @@ class ClientCore:
                 self._on_frame(parse_frame(text))
             case Closed(code=code):
                 self._on_closed(code)
-            case Refused(status=401):
+            # Where a move led, another instance knows other keys or another time: home takes it.
+            case Refused(status=401) if not self._led:
                 self._on_closed(CLOSE_TOKEN)
-            case Refused(status=403):
+            case Refused(status=403) if not self._led:
                 self._on_closed(CLOSE_FORBIDDEN)
             case Refused(retry_after_s=retry_after_s):
                 if self._polls:
@@ -327,8 +328,9 @@ class ClientCore:
 
     def _reconnect_later(self, *, asked_s: float = 0, overload: bool = False) -> None:
         if self._led:
-            # The owner that we were sent to may have died a moment ago. Its successor is not
-            # known yet, so go back at once and say that we were moved: then we are served.
+            # The owner that we were sent to may have died a moment ago, or refuses us. Its
+            # successor is not known yet, so go back at once and say that we were moved: then we
+            # are served.
             self._led, self._stranded = False, True
             self._connect_at = self._now
             return
