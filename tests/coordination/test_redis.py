@@ -86,6 +86,15 @@ async def test_nothing_is_left_of_the_long_dead(connect_to: ConnectTo, url: str)
         assert 0 < await client.pttl("pokebridge:{default}:members") <= 60_000
 
 
+async def test_a_leader_without_a_lease_is_replaced(connect_to: ConnectTo, url: str) -> None:
+    """Another program has set the key: nobody would ever lead again."""
+    store = await connect_to(url)
+    async with Valkey.from_url(url) as client:
+        await client.set("pokebridge:{default}:leader", "nobody")
+    assert await store.lead("one", 60.0)
+    assert not await store.lead("two", 60.0)
+
+
 async def gone(client: Valkey, key: str) -> bool:
     """Whether the server has forgotten the cluster's ``key``."""
     return not await client.exists(f"pokebridge:{{default}}:{key}")

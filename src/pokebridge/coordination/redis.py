@@ -102,10 +102,11 @@ redis.call('HSET', KEYS[1], 'body', ARGV[1])
 redis.call('XADD', KEYS[2], 'MAXLEN', 1, '*', 'wrote', 'document')
 return 1
 """
-# KEYS: leader. ARGV: holder, lease in ms.
+# KEYS: leader. ARGV: holder, lease in ms. Only another program can have written a leader without a
+# lease.
 _LEAD = """
 local holder = redis.call('GET', KEYS[1])
-if holder and holder ~= ARGV[1] then
+if holder and holder ~= ARGV[1] and redis.call('PTTL', KEYS[1]) > 0 then
     return 0
 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
