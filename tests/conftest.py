@@ -24,6 +24,7 @@ from tests.support.logs import restored_logging
 from tests.support.mute import names
 from tests.support.npm import client_package
 from tests.support.serving import serve
+from tests.support.silence import silence
 
 __all__ = [
     "chromium",
@@ -40,6 +41,7 @@ __all__ = [
     "pubsub_emulator",
     "restored_logging",
     "serve",
+    "silence",
     "valkey_server",
 ]
 

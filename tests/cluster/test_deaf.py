@@ -15,6 +15,7 @@ from tests.cluster.traffic import session
 from tests.support import CutProxy, Daemon, Instance, Serve, wait_until
 from tests.support.engines import run_configured_nats
 from tests.support.serving import owners_in
+from tests.support.silence import Silence
 
 PEOPLE = [f"urn:user:{n}" for n in range(40)]
 TIMEOUT_S = 200.0
@@ -39,7 +40,7 @@ async def where(instance: Instance, recipient: str) -> str:
 
 @pytest.mark.parametrize("mode", ["fanout", "partitioned"])
 async def test_a_deaf_instance_lets_go(
-    nats_server: Daemon, valkey_server: Daemon, serve: Serve, mode: str
+    nats_server: Daemon, valkey_server: Daemon, serve: Serve, silence: Silence, mode: str
 ) -> None:
     """Its clients are sent to one that hears, with its shards, and nobody is led to it."""
     common: dict[str, Any] = {
@@ -59,6 +60,8 @@ async def test_a_deaf_instance_lets_go(
         bob = await someone_served_by(one, "two", mode)
         async with session(two, bob) as socket:
             line.cut()
+            heard = silence(f"an instance loses its line to NATS for long ({mode})")
+            await send(one, bob)
             moved = json.loads(await next_frame(socket, "move"))
             assert moved["url"] == one.ws_url
             assert (await states(one))["two"] == "deaf"
@@ -67,6 +70,7 @@ async def test_a_deaf_instance_lets_go(
             f"{moved['url']}?moved=1", additional_headers=one.headers(bob)
         ) as socket:
             assert json.loads(await socket.recv())["type"] == "ready"
+            heard()
             await send(two, bob)  # commits there; the poke is published when its line is back
             await send(one, bob)
             assert json.loads(await next_frame(socket, "poke"))["version"] >= 1

@@ -23,6 +23,7 @@ from tests.cluster.traffic import Traffic, frames, session
 from tests.cluster.traffic import clients as clients_of
 from tests.support import wait_until
 from tests.support.missing import missing
+from tests.support.silence import Silence
 
 __all__ = ["clusters"]
 
@@ -150,6 +151,35 @@ GARBAGE = [
     HandMade('{"pokes":{}}', 7),
     HandMade('{"recipient":"urn:user:ann"', 1),
 ]
+
+
+async def test_poison_in_a_row_ends_no_reader(clusters: Clusters, silence: Silence) -> None:
+    """Signals for a recipient that is no ASCII, 64 at once: all are counted, the next is heard."""
+
+    async def act(cluster: Cluster) -> str:
+        instance, publish = cluster.instances[1], PUBLISHERS[cluster.name][-1]
+        [alice] = people("alice")
+        async with session(instance, alice) as socket:
+            logged = len(instance.log())
+            [malformed] = await metrics(instance, Metric.SIGNALS_MALFORMED)
+            heard = silence(
+                f"64 signals that can't be decoded, and a poke behind them ({cluster.name})"
+            )
+            await publish(cluster, [HandMade('{"recipient":"urn:user:josé"}', 42)] * 64)
+            await publish(cluster, [HandMade(f'{{"recipient":"{alice}","version":4711}}', 42)])
+            while json.loads(await socket.recv()).get("version") != 4711:
+                pass
+            heard()
+
+        async def is_counted() -> bool:
+            return (await metrics(instance, Metric.SIGNALS_MALFORMED))[0] >= malformed + 64
+
+        await wait_until(is_counted, what="all 64 counted")
+        for event in ("task_failed", "transport_connection_lost", "pubsub_gap"):
+            assert event not in instance.log()[logged:]
+        return "counted"
+
+    await on_each(clusters, act, TIMEOUT_S)
 
 
 async def test_an_engine_that_is_restarted_leaves_nobody_silent(

@@ -14,6 +14,7 @@ from pokebridge.testing.pubsub import PubSubServer
 from tests.cluster.traffic import session
 from tests.support import Instance, Serve, free_port
 from tests.support.engines import run_valkey
+from tests.support.silence import Silence
 
 PEOPLE = [f"urn:user:{n}" for n in range(12)]
 TIMEOUT_S = 200.0
@@ -49,7 +50,7 @@ def serve_on(engine: dict[str, Any], request: pytest.FixtureRequest) -> Serve:
 
 
 async def test_instances_of_two_numbers_of_shards_hear_each_other(
-    engine: dict[str, Any], serve_on: Serve
+    engine: dict[str, Any], serve_on: Serve, silence: Silence
 ) -> None:
     """In fan-out, whichever of them a client is at, and whichever publishes."""
     common: dict[str, Any] = {"mailbox": "memory://", "heard_shards": 40, **engine}
@@ -67,8 +68,10 @@ async def test_instances_of_two_numbers_of_shards_hear_each_other(
             for recipient in PEOPLE
         ]
         for instance in instances:
+            heard = silence("old and new instances while the number of shards is changed")
             async with instance.async_http("urn:backend", "poke") as http:
                 answer = await http.post("/v1/pokes", json={"recipients": PEOPLE})
                 assert answer.status_code == 202
             for socket in sockets:
                 assert json.loads(await socket.recv())["type"] == "poke"
+            heard()

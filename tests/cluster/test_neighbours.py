@@ -14,6 +14,7 @@ from tests.cluster.clusters import metrics
 from tests.cluster.traffic import session
 from tests.support import CutProxy, Daemon, Instance, Serve, wait_until
 from tests.support.engines import ask, has_role, run_valkey, running_nats_pair
+from tests.support.silence import Silence
 
 BOB = "urn:user:bob"
 SLOW_TO_VERIFY = 600
@@ -40,7 +41,7 @@ async def _reason(instance: Instance, part: str) -> str:
 
 @pytest.mark.parametrize("down_s", [0, pytest.param(13, marks=pytest.mark.long)])
 async def test_what_a_broken_route_lost_is_found(
-    serve: Serve, tmp_path: Path, down_s: float
+    serve: Serve, tmp_path: Path, down_s: float, silence: Silence
 ) -> None:
     """Messages are sent while the route is down: bob is poked soon after it is back.
 
@@ -72,6 +73,7 @@ async def test_what_a_broken_route_lost_is_found(
             [signals] = await metrics(x, Metric.SIGNALS)
             route.cut()
             route.reset()
+            heard = silence("a route between two NATS servers is cut, until beacons are lost on it")
             for _ in range(10):
                 await _send(x)
 
@@ -83,13 +85,14 @@ async def test_what_a_broken_route_lost_is_found(
             route.heal()
             async with asyncio.timeout(60):
                 assert json.loads(await bob.recv())["type"] == "poke"
+            heard()
         lost, gaps = await metrics(y, Metric.BEACONS_LOST, Metric.GAPS)
         assert lost > 0
         assert gaps > 0
 
 
 async def test_a_failover_that_leaves_connections_open_is_found(
-    serve: Serve, tmp_path: Path
+    serve: Serve, tmp_path: Path, silence: Silence
 ) -> None:
     """One instance stays at the demoted server and the next comes to the new primary."""
     for name in ("primary", "replica"):
@@ -114,13 +117,17 @@ async def test_a_failover_that_leaves_connections_open_is_found(
             address.lead_to(other.port)
             comes = await start()
             async with session(comes, BOB) as bob:
+                heard = silence("Valkey fails over, and connections to the old primary stay")
                 await _send(stays)
                 async with asyncio.timeout(30):
                     assert json.loads(await bob.recv())["type"] == "poke"
+                heard()
             assert (await metrics(stays, Metric.GAPS))[0] > 0
 
 
-async def test_ready_holds_for_what_another_server_is_given(serve: Serve, tmp_path: Path) -> None:
+async def test_ready_holds_for_what_another_server_is_given(
+    serve: Serve, tmp_path: Path, silence: Silence
+) -> None:
     """With 500 ms on the route, a message right after ``ready`` still pokes its recipient."""
     async with running_nats_pair(tmp_path, route_delay_s=0.5) as (*servers, _):
         x, y = await asyncio.gather(
@@ -145,12 +152,15 @@ async def test_ready_holds_for_what_another_server_is_given(serve: Serve, tmp_pa
 
         async def is_poked(recipient: str) -> bool:
             async with session(y, recipient) as socket, x.async_http("urn:back", "send") as http:
+                heard = silence("a message right after `ready`, with 500 ms on the route")
                 await http.post("/v1/messages", json={"recipient": recipient, "body": None})
                 try:
                     async with asyncio.timeout(15):
-                        return bool(json.loads(await socket.recv())["type"] == "poke")
+                        is_poke = bool(json.loads(await socket.recv())["type"] == "poke")
                 except TimeoutError:
                     return False
+                heard()
+                return is_poke
 
         poked = await asyncio.gather(*(is_poked(f"urn:user:{number}") for number in range(24)))
         assert all(poked)
@@ -179,6 +189,29 @@ async def test_shard_counts_that_differ_are_told(serve: Serve, nats_server: Daem
         assert "shard_count" in reason
         assert other in reason
         assert "64" in reason
+
+
+async def test_mailboxes_that_are_not_one_are_told(serve: Serve, nats_server: Daemon) -> None:
+    """Messages sent through one are not at the other: both count it, and say which they have."""
+    instances = await asyncio.gather(
+        *(
+            asyncio.to_thread(
+                serve,
+                instance=name,
+                cluster="mailboxes",
+                transport=nats_server.url,
+                mailbox=f"sqlite:///{name}.db",
+            )
+            for name in ("one", "two")
+        )
+    )
+    told = "setting=mailbox"
+    await wait_until(lambda: all(told in each.log() for each in instances))
+    for instance in instances:
+        assert instance.log().count(told) == 1
+        async with instance.async_http() as http:
+            page = (await http.get("/metrics")).text
+        assert f'{Metric.DISAGREEMENTS}{{setting="mailbox"}} 1.0' in page
 
 
 async def test_carriers_that_differ_are_told(

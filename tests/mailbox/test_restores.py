@@ -26,6 +26,7 @@ from tests.compat.test_rolling_upgrade import POLICY, WHEEL, environ
 from tests.mailbox.test_failover import cut_off
 from tests.support import Daemon, Instance, Serve, wait_until
 from tests.support.engines import POSTGRES, run_standby
+from tests.support.silence import Silence
 
 LISTEN = Path(__file__).parents[1] / "compat" / "listen.py"
 BOB = "urn:user:bob"
@@ -141,6 +142,7 @@ async def test_a_restored_dump(
     nats_server: Daemon,
     postgres_database: str,
     tmp_path: Path,
+    silence: Silence,
     is_slow: bool,  # noqa: FBT001
 ) -> None:
     """pg_restore puts back the dump of version 10 while the instance runs, at version 20."""
@@ -158,7 +160,9 @@ async def test_a_restored_dump(
         if is_slow:
             await all_arrive_afterwards(instance, clients, 20)
         else:
+            heard = silence("a PostgreSQL mailbox goes back in time by a restored dump")
             await clients.have(await send(instance, "few", 5))
+            heard()
 
 
 @pytest.mark.parametrize("emptying", ["TRUNCATE", "DELETE FROM"])
@@ -185,7 +189,11 @@ async def test_restored_data_alone(postgres_database: str, tmp_path: Path, empty
 
 
 async def test_a_failover_that_loses_commits(
-    serve: Serve, nats_server: Daemon, own_postgres_server: Daemon, tmp_path: Path
+    serve: Serve,
+    nats_server: Daemon,
+    own_postgres_server: Daemon,
+    tmp_path: Path,
+    silence: Silence,
 ) -> None:
     """The primary dies, and the standby that is promoted lacks the last five messages."""
     with run_standby(own_postgres_server) as standby:
@@ -197,10 +205,12 @@ async def test_a_failover_that_loses_commits(
             on_standby = await asyncpg.connect(standby.url)
             await cut_off(on_standby, own_postgres_server)
             await clients.have(await send(instance, "lost", 5))
+            heard = silence("PostgreSQL's primary dies, and a standby that lags is promoted")
             await asyncio.to_thread(own_postgres_server.kill)
             await on_standby.execute("SELECT pg_promote()")
             await on_standby.close()
             await clients.have(await send(instance, "few", 4))
+            heard()
             await all_arrive_afterwards(instance, clients, 10)
 
 

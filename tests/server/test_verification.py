@@ -7,27 +7,19 @@ from functools import partial
 from pathlib import Path
 
 from pokebridge.client import PokeClient, ReceivedMessage
-from pokebridge.mailbox.sqlite import SqliteMailbox
-from pokebridge.model import Poke
 from pokebridge.telemetry import Metric
 from pokebridge.testing.mailbox_kit import BOB, message
 from tests.support import Daemon, Instance, Serve, wait_until
 from tests.support.engines import run_configured_nats
-
-
-async def _commit_without_a_poke(path: Path, number: int) -> None:
-    """Commit a message whose poke counts as published, as when an engine took and dropped it."""
-    mailbox = await SqliteMailbox.open(str(path))
-    receipt = await mailbox.append(message(id=f"lost {number}"))
-    await mailbox.confirm_outbox([Poke(BOB, receipt.version)])
-    await mailbox.close()
+from tests.support.silence import Silence
+from tests.support.unpoked import commit_unpoked
 
 
 def _has_all(received: Sequence[str], count: int) -> bool:
     return len(received) == count
 
 
-async def test_a_lost_poke_is_made_up_for(serve: Serve, tmp_path: Path) -> None:
+async def test_a_lost_poke_is_made_up_for(serve: Serve, tmp_path: Path, silence: Silence) -> None:
     """A connected client pulls what it was never poked for, and the loss is counted."""
     path = tmp_path / "mailbox.db"
     instance = serve(mailbox=f"sqlite:///{path}", verify_every_s=1)
@@ -40,8 +32,10 @@ async def test_a_lost_poke_is_made_up_for(serve: Serve, tmp_path: Path) -> None:
         await client.wait_ready()
         # Not before the third is it certain that the instance knows what Bob was poked for last.
         for n in range(3):
-            await _commit_without_a_poke(path, n)
+            heard = silence("a poke is lost without a trace, with `verify_every_s` 1")
+            await commit_unpoked(path, message(id=f"lost {n}"))
             await wait_until(partial(_has_all, received, n + 1))
+            heard()
     assert received == ["lost 0", "lost 1", "lost 2"]
     assert await _count(instance, Metric.POKES_LOST) in {1, 2}
 
@@ -54,7 +48,7 @@ async def _count(instance: Instance, metric: Metric) -> int:
 
 
 async def test_a_poke_that_can_not_be_published_is_made_up_for(
-    serve: Serve, tmp_path: Path
+    serve: Serve, tmp_path: Path, silence: Silence
 ) -> None:
     """The message is taken and pulled in time. A poke alone is refused, and says what to change."""
     long, other = "r" * 236 + '"' * 20, "urn:user:other"
@@ -75,10 +69,12 @@ async def test_a_poke_that_can_not_be_published_is_made_up_for(
         ):
             await one.wait_ready()
             await another.wait_ready()
+            heard = silence("a poke exceeds `max_payload` of NATS, with `verify_every_s` 1")
             for recipient in (long, other):
-                message = {"recipient": recipient, "body": 1, "id": recipient[:8]}
-                assert (await http.post("/v1/messages", json=message)).status_code == 202
+                given = {"recipient": recipient, "body": 1, "id": recipient[:8]}
+                assert (await http.post("/v1/messages", json=given)).status_code == 202
             await wait_until(lambda: set(received) == {long[:8], other[:8]})
+            heard()
             refused = await http.post("/v1/pokes", json={"recipients": [other, long]})
             assert refused.status_code == 422
             assert long in refused.json()["detail"]
@@ -88,7 +84,7 @@ async def test_a_poke_that_can_not_be_published_is_made_up_for(
 
 
 async def test_a_message_is_pulled_while_the_engine_is_away(
-    serve: Serve, own_nats_server: Daemon, tmp_path: Path
+    serve: Serve, own_nats_server: Daemon, tmp_path: Path, silence: Silence
 ) -> None:
     """Nothing can be published, and a connected client pulls all the same."""
     mailbox = f"sqlite:///{tmp_path}/mailbox.db"
@@ -107,7 +103,9 @@ async def test_a_message_is_pulled_while_the_engine_is_away(
         await client.wait_ready()
         await asyncio.to_thread(own_nats_server.kill)
         for number in range(3):
-            message = {"recipient": BOB, "body": number, "id": f"{number}"}
-            (await http.post("/v1/messages", json=message)).raise_for_status()
+            given = {"recipient": BOB, "body": number, "id": f"{number}"}
+            heard = silence("NATS is away for all, with `verify_every_s` 1")
+            (await http.post("/v1/messages", json=given)).raise_for_status()
             await wait_until(partial(_has_all, received, number + 1), 60)
+            heard()
     assert not own_nats_server.is_running()
