@@ -28,6 +28,7 @@ _LABELS = {
     Metric.BUILD_INFO: ("version", "instance"),
     Metric.HANDSHAKES: ("status",),
     Metric.PUSHES: ("result",),
+    Metric.DISAGREEMENTS: ("setting",),
     Metric.INGRESS_MESSAGES: ("result",),
     Metric.UNFORESEEN_INPUTS: ("border",),
     Metric.TASK_FAILURES: ("task",),

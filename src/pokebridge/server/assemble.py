@@ -88,9 +88,7 @@ def assemble(
     """
     mailbox, tracing = opened.mailbox, opened.tracing
     verifier = token_verifier(settings)
-    config = gateway_config(settings, room)
-    gateway = Gateway(config, opened.transport, verifier, opened.heads, opened.record_acks)
-    gateway.beacons.mailbox = lambda: opened.mailbox_identity
+    gateway = _gateway(settings, opened, verifier, room)
     publisher = _publisher(settings, opened.transport, gateway)
     upkeep = "processor" in settings.roles
     processor = None if mailbox is None else Processor(mailbox, publisher, does_upkeep=upkeep)
@@ -139,6 +137,15 @@ def assemble(
         )
     )
     return instance
+
+
+def _gateway(
+    settings: Settings, opened: Adapters, verifier: TokenVerifier, room: Room | None
+) -> Gateway:
+    config = gateway_config(settings, room)
+    gateway = Gateway(config, opened.transport, verifier, opened.heads, opened.record_acks)
+    gateway.beacons.mailbox = lambda: opened.mailbox_identity
+    return gateway
 
 
 def _publisher(settings: Settings, transport: Transport, gateway: Gateway) -> Publisher:
