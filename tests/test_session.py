@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from pokebridge.framing import Opcode
-from pokebridge.session import Session, State, Timing
-from pokebridge.wire import PING_CONTROL_FRAME
+from pokebridge.session import ListenedRecipient, Session, State, Timing
+from pokebridge.wire import PING_CONTROL_FRAME, address_poke, poke_frame
 
 TIMING = Timing()
 
@@ -232,6 +232,140 @@ class SlowReader(RuleBasedStateMachine):
 
 
 TestSlowReader = SlowReader.TestCase
+
+
+RECIPIENTS = ["urn:doc:1", "urn:doc:2", "urn:doc:3"]
+
+
+class ManyRecipients(RuleBasedStateMachine):
+    """Whatever happens to one recipient: of each that is listened to, the newest version is told.
+
+    ``told`` has, for each recipient that is heard, what its client knows: after ``listening`` it
+    pulls.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.session = make(expires_at=1e9)
+        self.newest = dict.fromkeys(RECIPIENTS, 1)
+        self.told: dict[str, int] = {}
+        self.blocked = False
+        self.now = 0.0
+
+    def heard(self, recipient: str) -> ListenedRecipient | None:
+        """What the session listens to."""
+        return (self.session.listened or {}).get(recipient)
+
+    def take(self, frame: bytes, recipient: str) -> None:
+        """The client reads a frame, which must be about ``recipient``."""
+        message = text(frame)
+        assert message["recipient"] == recipient
+        if message["type"] == "unlistened":
+            del self.told[recipient]
+        else:
+            self.told[recipient] = message.get("version", self.newest[recipient])
+
+    @rule(recipient=st.sampled_from(RECIPIENTS), lives_s=st.floats(1, 60))
+    def listen(self, recipient: str, lives_s: float) -> None:
+        """A token is accepted: the first, or a newer one."""
+        if (heard := self.heard(recipient)) is None:
+            expires_at = self.now + lives_s
+            ListenedRecipient(self.session, recipient, expires_at=expires_at, now=self.now)
+        elif frame := heard.renew(self.now + lives_s, self.now):
+            self.take(frame, recipient)
+
+    @rule(recipient=st.sampled_from(RECIPIENTS))
+    def become_live(self, recipient: str) -> None:
+        """The subscription is proven live. It is said once."""
+        heard = self.heard(recipient)
+        if heard is not None and (frame := heard.begin(self.now)):
+            self.take(frame, recipient)
+            assert heard.begin(self.now) == b""
+
+    @rule(recipient=st.sampled_from(RECIPIENTS), names_it=st.booleans())
+    def poke(self, recipient: str, names_it: bool) -> None:  # noqa: FBT001 - Hypothesis passes names
+        """A commit, and its poke."""
+        self.newest[recipient] += 1
+        version = self.newest[recipient] if names_it else None
+        heard = self.heard(recipient)
+        if heard is not None and heard.poke(version):
+            self.take(address_poke(poke_frame(version), recipient), recipient)
+
+    @rule(recipient=st.sampled_from(RECIPIENTS), says_so=st.booleans())
+    def end(self, recipient: str, says_so: bool) -> None:  # noqa: FBT001 - Hypothesis passes names
+        """The client needs it no more, or the server ends it."""
+        if (heard := self.heard(recipient)) is not None:
+            frame = heard.end(4401, "revoked")
+            assert heard.end(4401, "revoked") == b""
+            if says_so and recipient in self.told:
+                self.take(frame, recipient)
+            self.told.pop(recipient, None)
+
+    @rule(after_s=st.floats(0.1, 40))
+    def pass_time(self, after_s: float) -> None:
+        """Deadlines pass, each at its time."""
+        until = self.now + after_s
+        while due := [
+            each for each in (self.session.listened or {}).values() if each.due_at <= until
+        ]:
+            first = min(due, key=lambda each: each.due_at)
+            self.now = first.due_at
+            frame = first.tick(self.now)
+            assert text(frame)["code"] in {4401, 1013}
+            self.told.pop(first.recipient, None)
+        self.now = until
+
+    @rule()
+    def block_or_drain(self) -> None:
+        """The peer stops reading, or reads everything."""
+        if not self.blocked:
+            self.session.block(self.now)
+        else:
+            self.session.drain(self.now)
+            frames = self.session.drain_listened()
+            assert len(frames) <= len(RECIPIENTS)
+            for frame in frames:
+                self.take(frame, text(frame)["recipient"])
+        self.blocked = not self.blocked
+
+    @invariant()
+    def told_unless_blocked(self) -> None:
+        """Of each recipient that is heard, a peer that reads knows the newest version."""
+        if not self.blocked:
+            for recipient, told in self.told.items():
+                assert told == self.newest[recipient]
+
+    @invariant()
+    def heard_while_said(self) -> None:
+        """What the client was told it hears is heard, and the session goes on."""
+        assert self.told.keys() <= (self.session.listened or {}).keys()
+        assert self.session.state is State.OPEN
+
+
+TestManyRecipients = ManyRecipients.TestCase
+
+
+def test_nothing_is_said_of_a_recipient_once_the_session_ends() -> None:
+    """A poke, a deadline or the end of what a closing session listens to writes nothing."""
+    session = make()
+    heard = ListenedRecipient(session, "urn:doc:1", expires_at=50, now=0)
+    assert text(heard.begin(1))["type"] == "listening"
+    session.close(1012, "bye", 2)
+    assert heard.is_closed
+    assert not heard.poke(3)
+    assert heard.tick(50) == b""
+    assert not session.listened
+
+
+def test_too_many_listens_are_noticed() -> None:
+    """Between two pings, twice as many as a session may listen to recipients, and a hundred."""
+    timing = Timing(max_listened=10)
+    session = Session("b", "d", "s", expires_at=1000, now=0, timing=timing)
+    session.open(instance="i", now=0, first_ping_s=25)
+    assert all(session.may_listen() for _ in range(120))
+    assert not session.may_listen()
+    session.tick(25)
+    assert session.may_listen()
 
 
 @given(st.lists(st.floats(0, 100), max_size=40))

@@ -8,13 +8,14 @@ from typing import Any
 import msgspec
 import pytest
 
+from pokebridge import wire
 from pokebridge.client.core import ClientCore
 from pokebridge.client.events import Opened, Start, Text, Token
 from pokebridge.client.policy import Policy
 from pokebridge.errors import FrameError
 from pokebridge.framing import Opcode
-from pokebridge.session import Session, Timing
-from pokebridge.wire import Ack, Auth, Ping, decode_client_message, poke_frame
+from pokebridge.session import ListenedRecipient, Session, Timing
+from pokebridge.wire import Ack, Auth, Ping, address_poke, decode_client_message, poke_frame
 
 # A client that does nothing of its own for a while.
 UNHURRIED = Policy(open_within_s=1e6, ready_within_s=1e6, poll_after_s=1e6, ping_after_s=1e6)
@@ -33,10 +34,24 @@ class Open(Event, frozen=True, tag="open"):
     takes_acks: bool = False
 
 
+class Listen(Event, frozen=True, tag="listen"):
+    """A ``listen`` message brought a token that is good until ``expires_at``."""
+
+    recipient: str
+    expires_at: float
+
+
+class Live(Event, frozen=True, tag="live"):
+    """The subscription of a recipient that is listened to is live."""
+
+    recipient: str
+
+
 class Poke(Event, frozen=True, tag="poke"):
-    """A poke for the recipient came."""
+    """A poke came, for the session's recipient or for one that it listens to."""
 
     version: int | None = None
+    recipient: str | None = None
 
 
 class Block(Event, frozen=True, tag="block"):
@@ -52,27 +67,31 @@ class Pong(Event, frozen=True, tag="pong"):
 
 
 class Renew(Event, frozen=True, tag="renew"):
-    """An ``auth`` message brought a token that is good until ``expires_at``."""
+    """An ``auth`` or a ``listen`` message brought a token that is good until ``expires_at``."""
 
     expires_at: float
+    recipient: str | None = None
 
 
 class Close(Event, frozen=True, tag="close"):
-    """The session is to end."""
+    """The session, or what it listens to, is to end."""
 
     code: int
     reason: str
+    recipient: str | None = None
 
 
 class Tick(Event, frozen=True, tag="tick"):
     """The time is ``due_at``, or later."""
+
+    recipient: str | None = None
 
 
 class Step(msgspec.Struct, forbid_unknown_fields=True):
     """An event, and what must come of it."""
 
     at: float
-    event: Open | Poke | Block | Drain | Pong | Renew | Close | Tick
+    event: Open | Listen | Live | Poke | Block | Drain | Pong | Renew | Close | Tick
     sent: list[dict[str, Any]]
     state: str
     due_at: float
@@ -85,6 +104,7 @@ class Scenario(msgspec.Struct, forbid_unknown_fields=True):
     expires_at: float
     steps: list[Step]
     ends_at: float | None = None
+    listens: int = 0
 
 
 class Message(msgspec.Struct, forbid_unknown_fields=True):
@@ -108,12 +128,17 @@ class Messages(msgspec.Struct, forbid_unknown_fields=True):
     messages: list[Message]
 
 
-SCENARIOS = msgspec.json.decode((VECTORS / "session.json").read_bytes(), type=Sessions).scenarios
+ALONE, LISTENING = (
+    msgspec.json.decode((VECTORS / name).read_bytes(), type=Sessions).scenarios
+    for name in ("session.json", "listening.json")
+)
 MESSAGES = msgspec.json.decode((VECTORS / "messages.json").read_bytes(), type=Messages).messages
 
 
 def carry_out(session: Session, event: Event, now: float) -> bytes:
     """Tell the session what happened; what it wants written."""
+    if (recipient := getattr(event, "recipient", None)) is not None:
+        return carry_out_for(session, recipient, event, now)
     sent = b""
     match event:
         case Open(instance=instance, first_ping_s=first_ping_s, takes_acks=takes_acks):
@@ -125,7 +150,7 @@ def carry_out(session: Session, event: Event, now: float) -> bytes:
         case Block():
             session.block(now)
         case Drain():
-            sent = session.drain(now)
+            sent = session.drain(now) + b"".join(session.drain_listened())
         case Pong():
             session.pong(now)
         case Renew(expires_at=expires_at):
@@ -134,6 +159,29 @@ def carry_out(session: Session, event: Event, now: float) -> bytes:
             sent = session.close(code, reason, now)
         case Tick():
             sent = session.tick(now)
+    return sent
+
+
+def carry_out_for(session: Session, recipient: str, event: Event, now: float) -> bytes:
+    """The same for a recipient that the session listens to."""
+    if isinstance(event, Listen):
+        ListenedRecipient(session, recipient, expires_at=event.expires_at, now=now)
+        return b""
+    assert session.listened is not None
+    listened = session.listened[recipient]
+    sent = b""
+    match event:
+        case Live():
+            sent = listened.begin(now)
+        case Poke(version=version):
+            poke = poke_frame(version)
+            sent = address_poke(poke, recipient) if listened.poke(version) else b""
+        case Renew(expires_at=expires_at):
+            sent = listened.renew(expires_at, now)
+        case Close(code=code, reason=reason):
+            sent = listened.end(code, reason)
+        case Tick():
+            sent = listened.tick(now)
     return sent
 
 
@@ -158,7 +206,7 @@ def frames(data: bytes) -> list[dict[str, Any]]:
     return [frame, *frames(rest)]
 
 
-@pytest.mark.parametrize("scenario", [pytest.param(s, id=s.name) for s in SCENARIOS])
+@pytest.mark.parametrize("scenario", [pytest.param(s, id=s.name) for s in ALONE + LISTENING])
 def test_the_session_does_what_the_scenario_says(scenario: Scenario) -> None:
     """Every event sends exactly the frames, and leaves the state and the timer, that it has."""
     session = Session(
@@ -168,18 +216,26 @@ def test_the_session_does_what_the_scenario_says(scenario: Scenario) -> None:
         expires_at=scenario.expires_at,
         ends_at=inf if scenario.ends_at is None else scenario.ends_at,
         now=0,
-        timing=Timing(),
+        timing=Timing(max_listened=scenario.listens),
     )
     for number, step in enumerate(scenario.steps, 1):
         sent = frames(carry_out(session, step.event, step.at))
-        got = Step(step.at, step.event, sent, session.state.name.lower(), session.due_at)
+        listened = (session.listened or {}).values()
+        due_at = min([session.due_at, *(each.due_at for each in listened)])
+        got = Step(step.at, step.event, sent, session.state.name.lower(), due_at)
         assert got == step, f"step {number}"
 
 
 @pytest.mark.parametrize("message", [pytest.param(m, id=m.text[:40]) for m in MESSAGES])
 def test_what_a_client_may_say(message: Message) -> None:
-    """``ping``, ``auth``, ``ack``, with whatever a later client adds; all else closes with 1008."""
-    kinds = {"ping": Ping, "auth": Auth, "ack": Ack}
+    """The messages of docs/protocol.md, and what a later client adds; all else is 1008."""
+    kinds = {
+        "ping": Ping,
+        "auth": Auth,
+        "ack": Ack,
+        "listen": wire.Listen,
+        "unlisten": wire.Unlisten,
+    }
     if message.message is None:
         with pytest.raises(FrameError) as refused:
             decode_client_message(message.text.encode())
@@ -192,7 +248,7 @@ def test_a_client_understands_what_a_session_says() -> None:
     """Every frame of these scenarios makes a client pull or renew its token, or ends a session."""
     texts = {
         json.dumps(frame["text"])
-        for scenario in SCENARIOS
+        for scenario in ALONE
         for step in scenario.steps
         for frame in step.sent
         if "text" in frame

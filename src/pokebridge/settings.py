@@ -276,6 +276,8 @@ class Settings(BaseModel):
     max_sessions_per_recipient: Annotated[int, Field(ge=1)] = 64
     """Most open sessions of one recipient on this instance. One more closes the oldest. For a
     group there is no such limit."""
+    max_listened_recipients: Annotated[int, Field(ge=0, le=10_000)] = 100
+    """To how many recipients beside its own a session may listen. 0: to none."""
     max_sessions_per_address: Limit = unless_dev(1000)
     """Most open sessions from one client address, or from one /64 network of IPv6. 0: no limit. Set
     trusted_proxies if clients come through a proxy."""

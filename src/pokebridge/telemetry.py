@@ -29,6 +29,7 @@ class Metric(StrEnum):
 
     BUILD_INFO = "pokebridge_build_info", "Always 1 (version, instance)"
     SESSIONS = "pokebridge_sessions", "Open sessions"
+    LISTENED = "pokebridge_listened_recipients", "Recipients that sessions listen to beside theirs"
     SESSIONS_MOVED = "pokebridge_sessions_moved_total", "Sessions moved to the owner of their shard"
     HANDSHAKES = "pokebridge_handshakes_total", "WebSocket handshakes answered (status)"
     SIGNALS = "pokebridge_signals_total", "Signals that the transport delivered, with probes"

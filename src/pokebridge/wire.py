@@ -285,6 +285,15 @@ def poke_frame(version: int | None, within_ms: int = 0) -> bytes:
     return _VERSION_POKE_HEADS[len(rest)] + rest
 
 
+_POKE = b'{"type":"poke"'
+
+
+def address_poke(frame: bytes, recipient: str) -> bytes:
+    """Return the poke ``frame`` with the recipient that it is for."""
+    named = b'%s,"recipient":%s' % (_POKE, _encode_json(recipient))
+    return encode_frame(Opcode.TEXT, named + frame_text(frame)[len(_POKE) :])
+
+
 def ready_frame(
     *,
     session: str,
@@ -292,10 +301,12 @@ def ready_frame(
     expires_in_s: int,
     version: int | None = None,
     takes_acks: bool = False,
+    listens: int = 0,
 ) -> bytes:
     """Return the first frame of a session: its subscription delivers, so the client pulls now.
 
-    With ``takes_acks`` the client may ack over its socket.
+    With ``takes_acks`` the client may ack over its socket. It may listen to so many further
+    recipients as ``listens`` says.
     """
     message: dict[str, Any] = {
         "type": "ready",
@@ -307,7 +318,25 @@ def ready_frame(
         message["version"] = version
     if takes_acks:
         message["acks"] = True
+    if listens:
+        message["listens"] = listens
     return _text_frame(message)
+
+
+def listening_frame(recipient: str, expires_in_s: int) -> bytes:
+    """Return the frame that says that ``recipient`` is heard, so the client pulls its data now."""
+    return _text_frame({"type": "listening", "recipient": recipient, "expires_in": expires_in_s})
+
+
+def unlistened_frame(recipient: str | None, code: int, reason: str) -> bytes:
+    """Return the frame that says why ``recipient`` is not heard. ``None``: an unreadable token's.
+
+    ``code`` is a close code, although only this recipient is concerned.
+    """
+    message: dict[str, Any] = {"type": "unlistened"}
+    if recipient is not None:
+        message["recipient"] = recipient
+    return _text_frame(message | {"code": code, "reason": reason})
 
 
 def move_frame(url: str) -> bytes:
@@ -348,7 +377,20 @@ class Ack(msgspec.Struct, tag="ack", tag_field="type", gc=False):
     version: Annotated[int, msgspec.Meta(ge=0, le=MAX_VERSION)]
 
 
-ClientMessage = Ping | Auth | Ack
+class Listen(msgspec.Struct, tag="listen", tag_field="type"):
+    """A wish to hear the recipient of ``token`` too; ``recipient`` says which one that is."""
+
+    token: str
+    recipient: _Name | None = None
+
+
+class Unlisten(msgspec.Struct, tag="unlisten", tag_field="type"):
+    """``recipient`` need not be heard any more."""
+
+    recipient: _Name
+
+
+ClientMessage = Ping | Auth | Ack | Listen | Unlisten
 _decode_client_message: Callable[[bytes], ClientMessage]
 _decode_client_message = msgspec.json.Decoder(ClientMessage).decode
 
@@ -365,7 +407,7 @@ def decode_client_message(text: bytes) -> ClientMessage:
         message = _decode_client_message(text)
     except (msgspec.DecodeError, RecursionError):  # the latter when it is nested too deeply
         message = None
-    if len(text) > MAX_TEXT_BYTES and not isinstance(message, Auth):
+    if len(text) > MAX_TEXT_BYTES and not isinstance(message, Auth | Listen):
         raise FrameError(1009, f"a message without a token is at most {MAX_TEXT_BYTES} bytes")
     if message is None:
         raise FrameError(1008, "not a client message of pokebridge.v1")

@@ -18,6 +18,7 @@ from pokebridge.gateway.audiences import SLICE
 from pokebridge.gateway.gateway import Gateway
 from pokebridge.gateway.polling import PolledSession
 from pokebridge.model import NewMessage, Page
+from pokebridge.session import Timing
 from pokebridge.sharding import shard_of
 from pokebridge.tokens import TokenVerifier
 from pokebridge.transport.base import Feed
@@ -310,3 +311,44 @@ async def test_the_answers_to_a_large_audience_are_spread() -> None:
         async with asyncio.timeout(LONG_S / 2):
             for call in calls:
                 assert (await call).json()["frames"] == [{"type": "poke"}]
+
+
+async def test_a_polled_session_listens_to_more() -> None:
+    """Its client sends ``listen`` by another call; answers and pokes come as frames."""
+    async with serving(timing=Timing(max_listened=2)) as world:
+        session = await world.begin()
+
+        async def send(subject: str = BOB, **frame: str) -> int:
+            headers = {
+                "Authorization": f"Bearer {world.tokens.setdefault(subject, token(subject))}"
+            }
+            path = f"/v1/pokes/frames?session={session}"
+            answer = await world.http.post(path, json={"frames": [frame]}, headers=headers)
+            return answer.status_code
+
+        async def frames(wait_s: float = LONG_S) -> Any:
+            answer = await world.call(f"/v1/pokes?session={session}&wait_s={wait_s}")
+            return answer.json()["frames"]
+
+        assert await send(type="listen", recipient="urn:doc:7", token=token("urn:doc:7")) == 204
+        (answer,) = await frames()
+        assert (answer["type"], answer["recipient"]) == ("listening", "urn:doc:7")
+        call = await world.waiting(f"/v1/pokes?session={session}&wait_s={LONG_S}")
+        await world.server.poke("urn:doc:7", 3)
+        assert (await call).json()["frames"] == [
+            {"type": "poke", "recipient": "urn:doc:7", "version": 3}
+        ]
+        for version in (4, 6, 5):
+            await world.server.poke("urn:doc:7", version)
+        await world.server.poke(BOB, 1)
+        assert await frames() == [
+            {"type": "poke", "version": 1},
+            {"type": "poke", "recipient": "urn:doc:7", "version": 6},
+        ]
+        assert await send(type="listen", recipient="urn:doc:8", token="x.y.z") == 204
+        (refusal,) = await frames()
+        assert (refusal["type"], refusal["code"]) == ("unlistened", 4401)
+        assert await send(type="unlisten", recipient="urn:doc:7") == 204
+        assert world.server.gateway.sessions.listened == 0
+        assert await send(EVE, type="unlisten", recipient="urn:doc:7") == 404
+        assert await send(type="auth", token="x") == 422

@@ -22,6 +22,7 @@ from pokebridge.gateway.config import GatewayConfig
 from pokebridge.gateway.connection import Connection
 from pokebridge.gateway.gateway import Gateway
 from pokebridge.gateway.subscriptions import SubscriptionTiming
+from pokebridge.gateway.verification import Heads
 from pokebridge.model import Poke
 from pokebridge.publisher import Publisher
 from pokebridge.server.http import HttpProtocol
@@ -134,6 +135,7 @@ async def running(
     timing: Timing = PATIENT,
     verifier: Any = None,
     record_acks: RecordAcks | None = None,
+    heads: Heads | None = None,
     create_app: Callable[[Gateway], ASGIApp] = lambda _: not_found,
     **config: Any,
 ) -> AsyncIterator[Running]:
@@ -152,7 +154,7 @@ async def running(
         **config,
     )
     verifier = verifier or TokenVerifier(secret=SECRET)
-    gateway = Gateway(settings, transport, verifier, record_acks=record_acks)
+    gateway = Gateway(settings, transport, verifier, heads, record_acks)
     await gateway.start()
     state = ServerState()
     app: Any = create_app(gateway)

@@ -93,6 +93,7 @@ def test_old_noise_leaves_the_window() -> None:
 @dataclass
 class _Session:
     recipient: str
+    is_session = True
 
     def notify(self, _version: int | None, _frame: bytes) -> bool:
         return True

@@ -14,6 +14,7 @@ class Socket:
     """Anything that belongs to a recipient."""
 
     recipient: str
+    is_session: bool = True
 
 
 def test_a_recipient_may_have_several_sessions() -> None:
@@ -85,6 +86,21 @@ def test_a_large_group_costs_no_more_than_a_small_one() -> None:
     If the sessions were copied, it would take a hundred times as long.
     """
     assert change_cpu_s(10_000) < 20 * change_cpu_s(100)
+
+
+def test_who_listens_from_another_session_is_found_and_not_counted() -> None:
+    """The limit, and the length, are for the sessions of the recipient itself."""
+    sessions = SessionMap[Socket](1)
+    listeners = [Socket("doc", is_session=False) for _ in range(3)]
+    for each in listeners:
+        assert sessions.add(each) is None
+    old, new = Socket("doc"), Socket("doc")
+    assert sessions.add(old) is None
+    assert sessions.add(new) is old
+    assert list(sessions.find("doc")) == [*listeners, new]
+    assert (len(sessions), sessions.listened, sessions.recipients) == (1, 3, 1)
+    assert sessions.remove(listeners[1])
+    assert (len(sessions), sessions.listened) == (1, 2)
 
 
 @given(

@@ -16,6 +16,7 @@ from pokebridge.gateway.config import GatewayConfig
 from pokebridge.gateway.gateway import Gateway
 from pokebridge.publisher import Publisher
 from pokebridge.server.http import HttpProtocol
+from pokebridge.session import Timing
 from pokebridge.tokens import TokenVerifier
 from pokebridge.workers.channel import Channel
 from pokebridge.workers.frames import ToWorker, decode_to_worker
@@ -45,6 +46,7 @@ class Host:
     gateway: Gateway
     transport: DeafTransport
     publisher: Publisher
+    timing: Timing = field(default_factory=Timing)
     links: list[WorkerLink] = field(default_factory=list)
     workers: list[InProcessWorker] = field(default_factory=list)
     clients: list[Client] = field(default_factory=list)
@@ -80,7 +82,7 @@ async def running_host(
     await gateway.start()
     publisher = HostPublisher(transport, linger_s=0)
     publisher.deliver = gateway.deliver
-    host = Host(gateway, transport, publisher)
+    host = Host(gateway, transport, publisher, config.get("timing", Timing()))
     async with AsyncExitStack() as stack:
         for number in range(1, workers + 1):
             await stack.enter_async_context(_working(host, number))
@@ -99,7 +101,9 @@ async def _working(host: Host, number: int) -> AsyncIterator[None]:
     link = WorkerLink(number, host.gateway)
     ours, its = socket.socketpair()
     worker.channel = Channel(decode_to_worker, worker.take, lambda: None)
-    config = GatewayConfig(instance="i-1", max_sessions_per_recipient=64, verify_every_s=60)
+    config = GatewayConfig(
+        instance="i-1", max_sessions_per_recipient=64, verify_every_s=60, timing=host.timing
+    )
     takes_acks = host.gateway.on_ack is not None
     verifier = TokenVerifier(secret=SECRET)
     worker.gateway = WorkerGateway(config, verifier, worker.channel.send, takes_acks=takes_acks)

@@ -9,15 +9,16 @@ from pokebridge.gateway.shard_routing import Reach
 from pokebridge.gateway.subscriptions import SubscriptionTiming
 from pokebridge.model import Ack, Poke
 from pokebridge.placement import ShardMap
-from pokebridge.session import State
+from pokebridge.session import State, Timing
 from pokebridge.wire import Disconnect, poke_frame
 from pokebridge.workers import frames
 from pokebridge.workers.worker_gateway import ANSWER_WITHIN_S
-from tests.gateway.harness import BOB
+from tests.gateway.harness import BOB, token
 from tests.support.waiting import wait_until
 from tests.workers.host import running_host
 
 EVE = "urn:user:eve"
+DOC = "urn:doc:7"
 
 
 async def test_a_poke_reaches_all_sessions_of_its_recipient_and_no_other() -> None:
@@ -215,8 +216,8 @@ async def test_a_number_is_free_only_when_the_hub_has_forgotten_its_session() ->
         second = asyncio.ensure_future(host.open(0))
         await wait_until(lambda: len(held) == 2)
         worker.take(frames.Open(0))
-        (connection,) = worker.connections()
-        assert connection.number == 1
+        (connection,) = worker.numbered()
+        assert worker._by_number == [None, connection]
         assert connection.session.state is State.WAITING
         link.channel._on_message = take
         for message in held:
@@ -289,3 +290,56 @@ async def test_each_session_of_a_group_is_poked_once_on_its_worker() -> None:
         await host.publisher.publish([Poke(room, 3)])
         for client in (*clients[4:], late):
             assert (await client.message())["version"] == 3
+
+
+async def test_a_session_of_a_worker_listens_to_more() -> None:
+    """The hub hears what it listens to, tells it when that is live, and ends it alone."""
+    listens = Timing(max_listened=2)
+    async with running_host(timing=listens, mode="partitioned") as host:
+        bob, eve = await host.open(0), await host.open(1, EVE)
+        for client in (bob, eve):
+            client.say({"type": "listen", "recipient": DOC, "token": token(DOC)})
+            assert (await client.message())["type"] == "listening"
+        assert (len(host.gateway.sessions), host.gateway.sessions.listened) == (2, 2)
+        assert host.gateway.entrance.sessions == 2
+        await host.publisher.publish([Poke(DOC, 7)])
+        for client in (bob, eve):
+            assert await client.message() == {"type": "poke", "recipient": DOC, "version": 7}
+        bob.say({"type": "unlisten", "recipient": DOC})
+        await wait_until(lambda: host.gateway.sessions.listened == 1)
+        await host.publisher.publish([Poke(DOC, 8)])
+        assert (await eve.message())["version"] == 8
+        host.gateway.bridge.disconnect(Disconnect(DOC))
+        assert (await eve.message())["type"] == "unlistened"
+        await wait_until(lambda: not host.gateway.sessions.listened)
+        for client, recipient in ((bob, BOB), (eve, EVE)):
+            await host.publisher.publish([Poke(recipient, 1)])
+            assert await client.message() == {"type": "poke", "version": 1}
+
+
+async def test_listening_waits_until_the_hub_hears() -> None:
+    """As ``ready`` does; a client that leaves meanwhile leaves nothing behind."""
+    async with running_host(timing=Timing(max_listened=2), mode="partitioned") as host:
+        bob, eve = await host.open(0), await host.open(1, EVE)
+        host.transport.deaf = True
+        for client in (bob, eve):
+            client.say({"type": "listen", "recipient": DOC, "token": token(DOC)})
+        await wait_until(lambda: host.gateway.sessions.listened == 2)
+        await eve.close()
+        await wait_until(lambda: host.gateway.sessions.listened == 1)
+        host.transport.deaf = False
+        assert (await bob.message())["type"] == "listening"
+        await bob.close()
+        await wait_until(lambda: not host.gateway.sessions.recipients)
+        assert not host.gateway.shard_routing.interest
+
+
+async def test_a_dead_worker_takes_what_its_sessions_listened_to() -> None:
+    """Nothing of it is left at the hub."""
+    async with running_host(timing=Timing(max_listened=2)) as host:
+        bob = await host.open(0)
+        bob.say({"type": "listen", "token": token(DOC)})
+        assert (await bob.message())["type"] == "listening"
+        host.workers[0].channel.close()
+        await wait_until(lambda: not host.gateway.sessions.recipients)
+        assert host.links[0].sessions == 0

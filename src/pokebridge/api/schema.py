@@ -17,10 +17,12 @@ from pokebridge.model import (
     Mode,
 )
 from pokebridge.submission import MessageId, Recipient, visible_ascii
+from pokebridge.wire import Listen, Unlisten
 
 MAX_PAGE = 500
 DEFAULT_PAGE = 50
 MAX_TOKEN_TTL_S = 31_536_000
+MAX_SENT_FRAMES = 100
 MAX_WAIT_S = 60
 """Above this, proxies would cut a call that waits."""
 
@@ -91,6 +93,18 @@ class PollQuery(Struct):
     wait_s: WaitS = 0
     device: Device | UnsetType = UNSET
     moved: Annotated[bool, Meta(description="The client was sent here by a `move`.")] = False
+
+
+class FramesQuery(Struct):
+    """The session whose client sends frames."""
+
+    session: Annotated[str, Meta(max_length=64, examples=["c0ffee"])]
+
+
+class SentFrames(_Request):
+    """The frames that the client of a session without a WebSocket sends."""
+
+    frames: Annotated[list[Listen | Unlisten], Meta(max_length=MAX_SENT_FRAMES)]
 
 
 class Close(Struct):

@@ -1,7 +1,7 @@
 """Calls that wait, for clients whose network lets no WebSocket pass.
 
 A call that waits is a session of the gateway, in its limits, its metrics and a drain. Here are the
-call that fetches a session's frames, and what lets a pull wait for something new.
+calls that fetch a session's frames and bring it some, and what lets a pull wait for something new.
 """
 
 import asyncio
@@ -12,8 +12,17 @@ from typing import TypeVar
 from msgspec import UNSET, Raw
 
 from pokebridge.api import schema
-from pokebridge.api.exchange import Request, Response, Route, json_response, read_query
+from pokebridge.api.exchange import (
+    Request,
+    Response,
+    Route,
+    body_reader,
+    json_response,
+    no_content,
+    read_query,
+)
 from pokebridge.api.openapi import Call
+from pokebridge.api.pokes import POKES_CAP_BYTES
 from pokebridge.errors import (
     AuthError,
     ConflictError,
@@ -26,6 +35,7 @@ from pokebridge.gateway.gateway import Gateway
 from pokebridge.gateway.handshake import client_address, forwarded_for
 from pokebridge.gateway.polling import PolledSession
 from pokebridge.model import DEFAULT_DEVICE, check_device
+from pokebridge.wire import Listen
 
 PROOF_WITHIN_S = 2.0
 """How long a pull waits for its recipient's subscription to be proven. Then it answers at once."""
@@ -44,6 +54,7 @@ class Waiting:
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
+        self._read_frames = body_reader(schema.SentFrames)
 
     @property
     def ends_soon(self) -> bool:
@@ -116,10 +127,7 @@ class Waiting:
             device = DEFAULT_DEVICE if query.device is UNSET else check_device(query.device)
             polled = self._begin(request, device, lasts=True, moved=query.moved)
         else:
-            found = self._gateway.entrance.find_polled(query.session, request.caller)
-            if found is None:
-                raise NotFoundError("there is no such session here: begin one without `session`")
-            polled = found
+            polled = self._find(request, query.session)
         watch = _end_if_gone(request, polled)
         try:
             frames = await polled.fetch(query.wait_s)
@@ -129,6 +137,24 @@ class Waiting:
         polled_frames = [Raw(frame) for frame in frames]
         return json_response(schema.Polled(polled.session.id, polled_frames, close))
 
+    async def send(self, request: Request) -> Response:
+        """POST /v1/pokes/frames."""
+        query = read_query(request, schema.FramesQuery)
+        sent = await self._read_frames(request)
+        polled = self._find(request, query.session)
+        for frame in sent.frames:
+            if isinstance(frame, Listen):
+                self._gateway.listen(polled, frame)
+            else:
+                self._gateway.unlisten(polled, frame.recipient)
+        return no_content()
+
+    def _find(self, request: Request, session: str) -> PolledSession:
+        polled = self._gateway.entrance.find_polled(session, request.caller)
+        if polled is None:
+            raise NotFoundError("there is no such session here: begin one without `session`")
+        return polled
+
     def _begin(self, request: Request, device: str, *, lasts: bool, moved: bool) -> PolledSession:
         scope, gateway = request.scope, self._gateway
         peer = scope["client"][0] if scope.get("client") else ""
@@ -136,7 +162,7 @@ class Waiting:
         return gateway.poll(request.caller, device, address, lasts=lasts, moved=moved)
 
     def routes(self) -> Iterable[Route]:
-        """The call that fetches frames."""
+        """The calls for frames."""
         yield Call(
             "GET",
             "/v1/pokes",
@@ -145,6 +171,17 @@ class Waiting:
             query=schema.PollQuery,
             answers={200: schema.Polled},
             problems=[HTTPStatus.NOT_FOUND, HTTPStatus.TOO_MANY_REQUESTS],
+        )
+        yield Call(
+            "POST",
+            "/v1/pokes/frames",
+            self.send,
+            "Listen to more recipients without a WebSocket",
+            limit_bytes=POKES_CAP_BYTES,
+            query=schema.FramesQuery,
+            body=schema.SentFrames,
+            answers={204: "The answers come with the next frames of the session."},
+            problems=[HTTPStatus.NOT_FOUND],
         )
 
 

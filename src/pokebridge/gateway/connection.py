@@ -27,9 +27,17 @@ from pokebridge.framing import (
     whole_text,
 )
 from pokebridge.gateway.listener import HasSession
-from pokebridge.gateway.wheel import Wheel
+from pokebridge.gateway.listening import ListeningHost
 from pokebridge.session import UNKNOWN_VERSION, Session, State
-from pokebridge.wire import PONG_FRAME, Ack, Ping, decode_client_message, move_frame
+from pokebridge.wire import (
+    PONG_FRAME,
+    Ack,
+    Auth,
+    Listen,
+    Ping,
+    decode_client_message,
+    move_frame,
+)
 
 log = structlog.get_logger(__name__)
 # Knows at once whether a level is logged. structlog takes 8 us to find out, for every session.
@@ -61,23 +69,24 @@ def _socket_under(transport: asyncio.Transport) -> socket.SocketType | None:
     return own
 
 
-class ConnectionHost(Protocol):
+class ConnectionHost(ListeningHost, Protocol):
     """What a connection needs from the gateway that it belongs to."""
 
     instance: str
     """The instance's id."""
-    wheel: Wheel
-    """Where the connection's deadline is kept."""
 
     @property
     def on_ack(self) -> Callable[[str, str, int], None] | None:
         """Takes the recipient, the device and the version of an ack. ``None``: none is taken."""
 
-    def now(self) -> float:
-        """The time on the event loop's clock, in seconds."""
-
     def renew(self, connection: "Connection", token: str) -> None:
         """The client of ``connection`` has sent a new token."""
+
+    def listen(self, connection: "Connection", wanted: Listen) -> None:
+        """The client of ``connection`` wants to hear a further recipient."""
+
+    def unlisten(self, connection: "Connection", recipient: str) -> None:
+        """The client of ``connection`` need not hear ``recipient`` any more."""
 
     def forget(self, connection: "Connection") -> None:
         """The socket of ``connection`` is closed."""
@@ -183,6 +192,15 @@ class Connection(asyncio.Protocol, HasSession):
             self._transport.write(frame[sent:])
         return True
 
+    def send(self, frame: bytes) -> None:
+        """Send ``frame``, which concerns a recipient that the session listens to."""
+        sent = 0
+        if self._direct is not None:
+            with contextlib.suppress(OSError):  # the transport finds out as well, and acts
+                sent = self._direct.send(frame)
+        if sent < len(frame):
+            self._transport.write(frame[sent:])
+
     def close(self, code: int, reason: str) -> None:
         """Start the closing handshake."""
         frame = self.session.close(code, reason, self._host.now())
@@ -245,7 +263,7 @@ class Connection(asyncio.Protocol, HasSession):
 
     def resume_writing(self) -> None:
         """The peer has read everything: send the merged poke."""
-        data = self.session.drain(self._host.now())
+        data = self.session.drain(self._host.now()) + b"".join(self.session.drain_listened())
         self._follow()
         if self.session.state is not State.WAITING:
             self._transport.resume_reading()
@@ -294,8 +312,14 @@ class Connection(asyncio.Protocol, HasSession):
             self._on_ack(message.version)
         elif isinstance(message, Ping):
             self._transport.write(PONG_FRAME)
-        else:
+        elif isinstance(message, Auth):
             self._host.renew(self, message.token)
+        elif not self.session.listens_at_most:
+            raise FrameError(1008, "this instance takes no `listen`: `ready` did not offer it")
+        elif isinstance(message, Listen):
+            self._host.listen(self, message)
+        else:
+            self._host.unlisten(self, message.recipient)
 
     def _on_ack(self, version: int) -> None:
         on_ack, session = self._host.on_ack, self.session

@@ -1,4 +1,4 @@
-"""The entrance of an instance: it admits sessions, and renews their tokens.
+"""The entrance of an instance: it admits sessions, and takes the tokens that they bring later.
 
 HTTP upgrade → ``upgrade`` → [token] → ``Connection`` → ``on_admitted``: an answer and a place
 """
@@ -31,10 +31,12 @@ from pokebridge.gateway.handshake import (
     refusal_response,
 )
 from pokebridge.gateway.listener import Listener
+from pokebridge.gateway.listening import Listening
 from pokebridge.gateway.polling import PolledSession, PollingHost
 from pokebridge.gateway.sockets import Sockets
 from pokebridge.session import Session, State
 from pokebridge.supervisor import run_once
+from pokebridge.wire import Listen, unlistened_frame
 
 log = structlog.get_logger(__name__)
 # Knows at once whether a level is logged. structlog takes 8 us to find out, for every session.
@@ -85,7 +87,7 @@ class Host(ConnectionHost, PollingHost, Protocol):
 
 
 class Entrance:
-    """Answers upgrade requests, and renews the tokens of open sessions."""
+    """Answers upgrade requests, and verifies the further tokens of open sessions."""
 
     serves = False
     """Whether this instance takes sessions at all. Otherwise each request is answered with 404."""
@@ -123,6 +125,8 @@ class Entrance:
         self._lasting: dict[str, PolledSession] = {}
         # Verifications that wait for a key.
         self._tasks: set[asyncio.Task[None]] = set()
+        # Those of them that a `listen` waits for.
+        self._listens_later: dict[tuple[Connection | PolledSession, str | None], Listen] = {}
 
     @property
     def sessions(self) -> int:
@@ -348,6 +352,81 @@ class Entrance:
             connection.close(4403, "a new token must be of the same recipient")
         elif connection.session.state is State.OPEN:
             connection.renew(self._on_the_loops_clock(identity.expires_at))
+
+    # --- further recipients -------------------------------------------------------------------
+
+    def listen(self, connection: Connection | PolledSession, wanted: Listen) -> None:
+        """The client of ``connection`` wants to hear the recipient of a token."""
+        if not connection.is_open:
+            return
+        if not connection.session.may_listen():
+            connection.send(unlistened_frame(wanted.recipient, 1013, "too many `listen`s just now"))
+            return
+        try:
+            identity = self._verifier.verify_now(wanted.token)
+        except KeysUnavailableError:
+            self._listens_later[connection, wanted.recipient] = wanted
+            self._spawn("listen", self._listen_later(connection, wanted))
+        except AuthError as error:
+            self._refuse_to_listen(connection, wanted.recipient, error)
+        else:
+            self._listen(connection, wanted, identity)
+
+    def unlisten(self, connection: Connection | PolledSession, recipient: str) -> None:
+        """The client of ``connection`` need not hear ``recipient`` any more."""
+        self._listens_later.pop((connection, recipient), None)
+        listened = (connection.session.listened or {}).get(recipient)
+        if isinstance(listened, Listening):
+            listened.abort()
+
+    async def _listen_later(self, connection: Connection | PolledSession, wanted: Listen) -> None:
+        try:
+            identity = await self._verifier.verify(wanted.token)
+        except AuthError as error:
+            if self._is_still_wanted(connection, wanted):
+                self._refuse_to_listen(connection, wanted.recipient, error)
+        else:
+            if self._is_still_wanted(connection, wanted):
+                self._listen(connection, wanted, identity)
+
+    def _is_still_wanted(self, connection: Connection | PolledSession, wanted: Listen) -> bool:
+        key = (connection, wanted.recipient)
+        if self._listens_later.get(key) is not wanted:
+            return False  # the client has changed its mind meanwhile
+        del self._listens_later[key]
+        return connection.is_open
+
+    def _refuse_to_listen(
+        self, connection: Connection | PolledSession, recipient: str | None, error: AuthError
+    ) -> None:
+        """Say why. What is listened to already ends, except when no key can be fetched now."""
+        listened = (connection.session.listened or {}).get(recipient or "")
+        if not isinstance(listened, Listening):
+            connection.send(unlistened_frame(recipient, error.close_code, str(error)))
+        elif isinstance(error, KeysUnavailableError):
+            log.warning("token_renewal_without_keys", session=connection.session.id)
+        else:
+            listened.close(error.close_code, str(error))
+
+    def _listen(
+        self, connection: Connection | PolledSession, wanted: Listen, identity: Identity
+    ) -> None:
+        session, recipient = connection.session, identity.subject
+        expires_at = self._on_the_loops_clock(identity.expires_at)
+        listened = session.listened or {}
+        if wanted.recipient not in {None, recipient}:
+            refusal = "the token is of another recipient"
+        elif recipient == session.recipient:
+            refusal = "the session is of this recipient, and hears it without `listen`"
+        elif isinstance(known := listened.get(recipient), Listening):
+            known.extend(expires_at)
+            return
+        elif len(listened) >= session.listens_at_most:
+            refusal = f"a session listens to at most {session.listens_at_most} recipients"
+        else:
+            self._host.hear(Listening(self._host, connection, recipient, expires_at))
+            return
+        connection.send(unlistened_frame(wanted.recipient or recipient, 4403, refusal))
 
     def _on_the_loops_clock(self, unix_s: float) -> float:
         return self._host.now() + (unix_s - time.time())

@@ -24,6 +24,7 @@ from pokebridge.gateway.connection import Connection
 from pokebridge.gateway.entrance import Entrance, Identity, Verifier
 from pokebridge.gateway.handshake import Handshake, Network
 from pokebridge.gateway.listener import Listener
+from pokebridge.gateway.listening import listenings
 from pokebridge.gateway.polling import PolledSession
 from pokebridge.gateway.recall import Recall
 from pokebridge.gateway.roster import Roster
@@ -38,7 +39,7 @@ from pokebridge.placement import Placement, ShardMap
 from pokebridge.sharding import shard_of
 from pokebridge.supervisor import keep_doing, run_once, supervise
 from pokebridge.transport.base import Signal, Transport
-from pokebridge.wire import Beacon, encode_beacon
+from pokebridge.wire import Beacon, Listen, encode_beacon
 
 log = structlog.get_logger(__name__)
 
@@ -68,7 +69,7 @@ class Gateway:
         """This instance's id."""
         limits = (config.max_sessions_per_recipient, config.group_prefixes)
         self.sessions: SessionMap[Listener] = SessionMap(*limits)
-        """The sessions by recipient, those that wait for ``ready`` included."""
+        """All sessions by recipient, even before ``ready``, and what else they listen to."""
         self.bridge = Bridge(self.sessions, lambda: self._audience_pulls_per_s)
         """Routes signals to the sessions."""
         self.subscriptions = SubscriptionManager(
@@ -238,7 +239,9 @@ class Gateway:
         await asyncio.sleep(self._config.move_delay_s)
         shard_count = self._config.shard_count
         leaving = [
-            each for each in self.sessions if shard_of(each.recipient, shard_count) in shards
+            each
+            for each in self.sessions
+            if each.is_session and shard_of(each.recipient, shard_count) in shards
         ]
         random.shuffle(leaving)
         for connection in leaving:
@@ -269,7 +272,7 @@ class Gateway:
             self._supervise("send_away", self._send_all_away)
 
     async def _send_all_away(self) -> None:
-        leaving = list(self.sessions)
+        leaving = [each for each in self.sessions if each.is_session]
         random.shuffle(leaving)
         log.info("sessions_offered_elsewhere", sessions=len(leaving))
         for connection in leaving:
@@ -283,7 +286,7 @@ class Gateway:
     @property
     def _all_sessions(self) -> list[Listener]:
         """Every session whose socket is not closed yet, those that are closing included."""
-        return [*self.sessions, *self._leaving]
+        return [*(each for each in self.sessions if each.is_session), *self._leaving]
 
     def _admitted(self, connection: Connection, handshake: Handshake) -> None:
         self.add(connection, moved=handshake.moved, response=handshake.response)
@@ -300,6 +303,11 @@ class Gateway:
             session.answer(response)
             self._send_away(session, 1012)
             return
+        self.hear(session, response)
+
+    def hear(self, session: Listener, response: bytes = b"") -> None:
+        """Add a session, or what one listens to, and open it once its shard is live."""
+        recipient = session.recipient
         replaced = self.sessions.add(session)
         if self.shard_routing.enter(recipient):
             # Not with the next tick: the subscription that covers this shard may be retiring.
@@ -422,19 +430,31 @@ class Gateway:
         """The client of ``connection`` has sent a new token."""
         self.entrance.renew(connection, token)
 
+    def listen(self, connection: Connection | PolledSession, wanted: Listen) -> None:
+        """The client of ``connection`` wants to hear a further recipient."""
+        self.entrance.listen(connection, wanted)
+
+    def unlisten(self, connection: Connection | PolledSession, recipient: str) -> None:
+        """The client of ``connection`` need not hear ``recipient`` any more."""
+        self.entrance.unlisten(connection, recipient)
+
     def forget(self, connection: Connection | PolledSession) -> None:
         """The session of ``connection`` is over."""
+        for listening in listenings(connection.session):
+            listening.abort()
         self.wheel.cancel(connection)
         self.remove(connection)
 
     def remove(self, session: Listener) -> None:
-        """Forget ``session``, whose socket is closed."""
+        """Forget ``session``, whose socket is closed, or what a session listened to."""
         if self.sessions.remove(session):
             self.shard_routing.leave(session.recipient)
+        self._waiting.pop(session, None)
+        if not session.is_session:
+            return
         self._leaving.discard(session)
         if not self.sessions and not self._leaving:
             self._all_gone.set()
-        self._waiting.pop(session, None)
         self.entrance.left(session)
 
 

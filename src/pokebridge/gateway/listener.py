@@ -1,4 +1,4 @@
-"""A session as the gateway sees it, whichever process holds its socket."""
+"""Who hears a recipient's pokes, as the gateway sees it, whichever process holds the socket."""
 
 from typing import Protocol
 
@@ -6,18 +6,24 @@ from pokebridge.session import Session, State
 
 
 class Listener(Protocol):
-    """One session: a ``Connection`` of this process, or a session of a worker.
+    """A session, or one of the recipients that a session listens to beside its own.
 
+    It is in this process, or in a worker.
+
+    - ``is_session``: which of the two it is
     - ``recipient``, ``device``: whose it is
     - ``address``: the address that it counts against; empty when there is no such limit
     - ``began_at``: when it began, in Unix seconds, rounded down
     - ``told``: the newest version that it was poked for, or ``UNKNOWN_VERSION``
-    - ``is_open``: whether ``ready`` is said and the end has not begun
+    - ``is_open``: whether ``ready`` or ``listening`` is said and the end has not begun
     - ``is_closed``: whether the socket is gone, or about to be
     """
 
     @property
-    def recipient(self) -> str: ...  # noqa: D102 - see above, as for all of these
+    def is_session(self) -> bool: ...  # noqa: D102 - see above, as for all of these
+
+    @property
+    def recipient(self) -> str: ...  # noqa: D102
 
     @property
     def device(self) -> str: ...  # noqa: D102
@@ -41,7 +47,7 @@ class Listener(Protocol):
         """Accept the handshake; ``ready`` follows later."""
 
     def open(self, first_ping_s: float, response: bytes = b"") -> None:
-        """Send ``ready``, after ``response`` if that accepts the handshake."""
+        """Send ``ready`` or ``listening``, after ``response`` if that accepts the handshake."""
 
     def notify(self, version: int | None, frame: bytes) -> bool:
         """Send the poke ``frame``, or merge it. Returns whether it was sent."""
@@ -61,6 +67,7 @@ class HasSession:
 
     __slots__ = ()
 
+    is_session = True
     session: Session
 
     @property

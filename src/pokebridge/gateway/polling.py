@@ -17,7 +17,7 @@ import structlog
 from pokebridge.backoff import spread
 from pokebridge.framing import decode_close
 from pokebridge.gateway.listener import HasSession
-from pokebridge.gateway.wheel import Wheel
+from pokebridge.gateway.listening import ListeningHost
 from pokebridge.session import UNKNOWN_VERSION, Session, State
 from pokebridge.wire import POKE_FRAME, frame_text, move_frame
 
@@ -35,16 +35,11 @@ class Ending(NamedTuple):
     reason: str
 
 
-class PollingHost(Protocol):
+class PollingHost(ListeningHost, Protocol):
     """What a polled session needs from the gateway that it belongs to."""
 
     instance: str
     """The instance's id."""
-    wheel: Wheel
-    """Where the session's deadline is kept."""
-
-    def now(self) -> float:
-        """The time on the event loop's clock, in seconds."""
 
     def forget(self, polled: "PolledSession") -> None:
         """The session has ended."""
@@ -137,6 +132,7 @@ class PolledSession(HasSession):
         poke = self.session.drain(self._host.now())
         if poke and not self._owes_poke:
             self._frames.append(poke)
+        self._frames += self.session.drain_listened()
 
     def _take(self) -> Sequence[bytes]:
         frames = [frame_text(frame) for frame in self._frames]
@@ -194,6 +190,13 @@ class PolledSession(HasSession):
             session.poke(version)
             self._answer()
         return True
+
+    def send(self, frame: bytes) -> None:
+        """Have the call that waits, or the next one, bring ``frame``."""
+        self._frames.append(frame)
+        if self.is_awaited:
+            self.session.block(self._host.now())
+            self._answer()
 
     def renew(self, expires_at: float, token_expires_at: float) -> None:
         """A new token was used. It expires at ``expires_at`` on the loop's clock."""

@@ -13,11 +13,15 @@ FEW: Final = 8
 
 
 class Addressed(Protocol):
-    """What the map holds: anything that belongs to a recipient."""
+    """What the map holds: a session of a recipient, or another session that listens to it."""
 
     @property
     def recipient(self) -> str:
         """The recipient that it belongs to."""
+
+    @property
+    def is_session(self) -> bool:
+        """Whether it is a session of this recipient. Only these are counted and limited."""
 
 
 T = TypeVar("T", bound=Addressed)
@@ -30,25 +34,27 @@ class SessionMap(Generic[T]):
     have any number.
     """
 
-    __slots__ = ("_count", "_groups", "_limit", "_sessions")
+    __slots__ = ("_count", "_groups", "_limit", "_sessions", "listened")
 
     def __init__(self, max_sessions_per_recipient: int, groups: tuple[str, ...] = ()) -> None:
         self._limit = max_sessions_per_recipient
         self._groups = groups
         self._sessions: dict[str, tuple[T, ...] | dict[T, None]] = {}
         self._count = 0
+        self.listened = 0
+        """To how many recipients beside their own the sessions listen, all sessions together."""
 
     def __len__(self) -> int:
         """How many sessions there are."""
         return self._count
 
     def __iter__(self) -> Iterator[T]:
-        """Every session, as of now: the map may change meanwhile."""
+        """All that is in the map, as of now: it may change meanwhile."""
         return iter([session for sessions in self._sessions.values() for session in sessions])
 
     @property
     def recipients(self) -> int:
-        """How many recipients have a session."""
+        """How many recipients are heard."""
         return len(self._sessions)
 
     def find(self, recipient: str) -> Collection[T]:
@@ -69,12 +75,17 @@ class SessionMap(Generic[T]):
             if len(sessions) > FEW:
                 sessions = dict.fromkeys(sessions)
             self._sessions[recipient] = sessions
+        if not session.is_session:
+            self.listened += 1
+            return None
         self._count += 1
         if len(sessions) <= self._limit or recipient.startswith(self._groups):
             return None
-        oldest = next(iter(sessions))
-        self.remove(oldest)
-        return oldest
+        own = [each for each in sessions if each.is_session]
+        if len(own) <= self._limit:
+            return None
+        self.remove(own[0])
+        return own[0]
 
     def remove(self, session: T) -> bool:
         """Take out exactly ``session``, never one that came after it; False when it is not in."""
@@ -91,5 +102,8 @@ class SessionMap(Generic[T]):
             self._sessions[recipient] = kept
         else:
             del self._sessions[recipient]
-        self._count -= 1
+        if session.is_session:
+            self._count -= 1
+        else:
+            self.listened -= 1
         return True

@@ -272,6 +272,8 @@ def gateway_config(settings: Settings, room: Room | None) -> GatewayConfig:
         verify_every_s=settings.verify_every_s,
         deaf_after_s=settings.deaf_after_s,
         timing=Timing(
-            ping_interval_s=settings.ping_interval_s, pong_timeout_s=settings.pong_timeout_s
+            ping_interval_s=settings.ping_interval_s,
+            pong_timeout_s=settings.pong_timeout_s,
+            max_listened=settings.max_listened_recipients,
         ),
     )

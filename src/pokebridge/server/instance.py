@@ -356,6 +356,7 @@ def _doors(gateway: Gateway) -> dict[Metric, metrics.Value]:
     return {
         Metric.HANDSHAKES: {(status,): count for status, count in handshakes.items()},
         Metric.SESSIONS: len(gateway.sessions),
+        Metric.LISTENED: gateway.sessions.listened,
         Metric.SESSIONS_MOVED: gateway.moved,
         Metric.CONNECTIONS: len(gateway.sockets),
         Metric.CONNECTIONS_LIMITED: gateway.sockets.limited,

@@ -3,9 +3,10 @@
 A frame is its length, four bytes, and a message in MessagePack. Both ends are always the same
 release, since the hub starts its workers. So these messages may change at any time.
 
-A session is named by a number, which its worker gives it. The worker gives the number of a session
-that has ended to another one only when the hub has said that it is :class:`Forgotten`. So neither
-end can mistake one session for another, whatever is under way between them.
+A session, or what one listens to beside its own recipient, is named by a number, which its worker
+gives it. The worker gives the number of one that has ended to another only when the hub has said
+that it is :class:`Forgotten`. So neither end can mistake one for another, whatever is under way
+between them.
 """
 
 import struct
@@ -162,7 +163,8 @@ class Ready(Message, tag=0):
 class Enter(Message, tag=1):
     """A client with a valid token wants a session. It waits for the hub's answer.
 
-    ``moved``: it was sent here by another instance.
+    ``moved``: it was sent here by another instance. Without ``is_session``, the client's session
+    wants to listen to this recipient beside its own.
     """
 
     session: int
@@ -171,6 +173,7 @@ class Enter(Message, tag=1):
     address: str
     began_at: int
     moved: bool
+    is_session: bool = True
 
 
 class Leave(Message, tag=2):

@@ -6,6 +6,7 @@ a recipient without a session here costs one look-up, however many workers there
 """
 
 from collections.abc import Callable, Iterator
+from typing import ClassVar
 
 import msgspec
 
@@ -50,6 +51,8 @@ class RemoteSession(msgspec.Struct, gc=False, eq=False):
     - ``recipient``, ``device``, ``address``, ``began_at``, ``told``: as the protocol says
     - ``state``: what the worker was told
     """
+
+    is_session: ClassVar[bool] = True
 
     link: "WorkerLink"
     number: int
@@ -111,12 +114,18 @@ class RemoteSession(msgspec.Struct, gc=False, eq=False):
             self.link.send(message)
 
 
+class RemoteListening(RemoteSession, gc=False, eq=False):
+    """What a session of a worker listens to beside its own recipient."""
+
+    is_session: ClassVar[bool] = False
+
+
 class WorkerLink:
     """The hub's end of one worker.
 
     - ``number``: the worker's number on this host, from 1
     - ``channel``, ``answers``: to the worker, and what does its calls
-    - ``sessions``: how many it has, those that are closing included
+    - ``sessions``: how many it has, those that are closing included, and what they listen to
     - ``on_ready``, ``on_report``, ``on_broken``, ``on_gone``, ``on_pulled``: called with what the
       worker says
     - ``_gateway``: holds the sessions
@@ -204,19 +213,23 @@ class WorkerLink:
     def _enter(self, enter: Enter) -> None:
         by_number, number = self._by_number, enter.session
         by_number.extend([None] * (number + 1 - len(by_number)))
+        address = enter.address
         try:
-            address = self._gateway.entrance.admit(enter.address)
+            if enter.is_session:
+                address = self._gateway.entrance.admit(address)
         except RefusedError as error:
             self.send(Refuse(number, int(error.status), str(error), error.headers))
             return
         # One object for all that have the same: an own one takes 32 to 64 bytes of each session.
         device = DEFAULT_DEVICE if enter.device == DEFAULT_DEVICE else enter.device
-        session = RemoteSession(
-            self, number, enter.recipient, device, address, whole_second(enter.began_at)
-        )
+        kind = RemoteSession if enter.is_session else RemoteListening
+        session = kind(self, number, enter.recipient, device, address, whole_second(enter.began_at))
         by_number[number] = session
         self.sessions += 1
-        self._gateway.add(session, moved=enter.moved)
+        if session.is_session:
+            self._gateway.add(session, moved=enter.moved)
+        else:
+            self._gateway.hear(session)
 
     def _leave(self, leave: Leave) -> None:
         session = self._by_number[leave.session]

@@ -18,11 +18,12 @@ from pokebridge.gateway.connection import Connection
 from pokebridge.gateway.disconnects import Disconnects
 from pokebridge.gateway.entrance import Entrance, Verifier
 from pokebridge.gateway.handshake import Handshake, Network, refusal_response
+from pokebridge.gateway.listening import Listening, listenings
 from pokebridge.gateway.polling import PolledSession
 from pokebridge.gateway.sockets import Sockets
 from pokebridge.gateway.wheel import Wheel
 from pokebridge.supervisor import run_once
-from pokebridge.wire import Disconnect, poke_frame
+from pokebridge.wire import Disconnect, Listen, poke_frame
 from pokebridge.workers.frames import (
     Acked,
     Answer,
@@ -66,8 +67,9 @@ class WorkerGateway:
     - ``sessions``: how many there are, those whose handshake is not answered included
     - ``all_gone``: set while there is none
     - ``_by_number``: the connections by their numbers, those whose handshake is not answered
-      included; ``None`` where there is none
-    - ``_free``: numbers that may be given to the next connections
+      included, and what they listen to; ``None`` where there is none
+    - ``_listening``: the numbers of what they listen to
+    - ``_free``: numbers that may be given to the next ones
     - ``_unanswered``: by number, the response that accepts a handshake which waits for the hub's
       answer. The oldest are first
     """
@@ -92,7 +94,8 @@ class WorkerGateway:
         self._config = config
         self._send = send
         self._takes_acks = takes_acks
-        self._by_number: list[NumberedConnection | None] = []
+        self._by_number: list[NumberedConnection | Listening | None] = []
+        self._listening: dict[Listening, int] = {}
         self._free: list[int] = []
         self._unanswered: dict[int, bytes] = {}
         self._loop = asyncio.get_running_loop()
@@ -105,13 +108,13 @@ class WorkerGateway:
     def close(self) -> None:
         """Drop the connections that are still open, and stop."""
         self.entrance.close()
-        for connection in self.connections():
-            connection.abort()
+        for each in self.numbered():
+            each.abort()
         self.wheel.stop()
 
-    def connections(self) -> Iterator[NumberedConnection]:
-        """The connections whose handshake was passed to the hub."""
-        return (connection for connection in self._by_number if connection is not None)
+    def numbered(self) -> Iterator[NumberedConnection | Listening]:
+        """The connections whose handshake was passed to the hub, and what they listen to."""
+        return (each for each in self._by_number if each is not None)
 
     @property
     def on_ack(self) -> Callable[[str, str, int], None] | None:
@@ -150,8 +153,7 @@ class WorkerGateway:
             status, headers = HTTPStatus.SERVICE_UNAVAILABLE, retry_within(5, 15)
             self._refuse(connection, RefusedError(status, "too many handshakes just now", headers))
             return
-        number = connection.number = self._free.pop() if self._free else self._new_number()
-        self._by_number[number] = connection
+        number = connection.number = self._number(connection)
         self._unanswered[number] = handshake.response
         self.sessions += 1
         self.all_gone.clear()
@@ -167,9 +169,26 @@ class WorkerGateway:
             )
         )
 
-    def _new_number(self) -> int:
-        self._by_number.append(None)
-        return len(self._by_number) - 1
+    def hear(self, listening: Listening) -> None:
+        """Ask the hub to hear what a session listens to."""
+        number = self._listening[listening] = self._number(listening)
+        of_session = (listening.device, listening.address, listening.began_at)
+        self._send(Enter(number, listening.recipient, *of_session, moved=True, is_session=False))
+
+    def remove(self, listening: Listening) -> None:
+        """``listening`` has ended."""
+        number = self._listening.pop(listening, _NO_NUMBER)
+        if number != _NO_NUMBER:
+            self._by_number[number] = None
+            self._send(Leave(number))
+
+    def _number(self, named: NumberedConnection | Listening) -> int:
+        if not self._free:
+            self._by_number.append(named)
+            return len(self._by_number) - 1
+        number = self._free.pop()
+        self._by_number[number] = named
+        return number
 
     def refuse_overdue(self, unix_s: float) -> None:
         """Refuse the handshakes that the hub has left without an answer; to be called every second.
@@ -178,7 +197,10 @@ class WorkerGateway:
         """
         for number in list(self._unanswered):
             connection = self._by_number[number]
-            if connection is None or unix_s - connection.began_at < ANSWER_WITHIN_S:
+            if (
+                not isinstance(connection, Connection)
+                or unix_s - connection.began_at < ANSWER_WITHIN_S
+            ):
                 return
             del self._unanswered[number]
             status, headers = HTTPStatus.SERVICE_UNAVAILABLE, retry_within(1, 5)
@@ -188,10 +210,20 @@ class WorkerGateway:
         """The client of ``connection`` has sent a new token."""
         self.entrance.renew(connection, token)
 
+    def listen(self, connection: Connection | PolledSession, wanted: Listen) -> None:
+        """The client of ``connection`` wants to hear a further recipient."""
+        self.entrance.listen(connection, wanted)
+
+    def unlisten(self, connection: Connection | PolledSession, recipient: str) -> None:
+        """The client of ``connection`` need not hear ``recipient`` any more."""
+        self.entrance.unlisten(connection, recipient)
+
     def forget(self, connection: Connection | PolledSession) -> None:
         """The socket of ``connection`` is closed."""
         if isinstance(connection, PolledSession):
             return  # calls that wait are the hub's
+        for listening in listenings(connection.session):
+            listening.abort()
         self.wheel.cancel(connection)
         self.entrance.left(connection)
         number = cast("NumberedConnection", connection).number
@@ -241,7 +273,7 @@ class WorkerGateway:
             connection.open(self._first_ping_s(), response)
         elif isinstance(answer, Answer):
             connection.answer(response)
-        else:
+        elif isinstance(connection, Connection):
             refusal = RefusedError(HTTPStatus(answer.status), answer.detail, answer.headers)
             self._refuse(connection, refusal)
 
@@ -263,7 +295,7 @@ class WorkerGateway:
         return spread(self._config.timing.ping_interval_s, 0.5, 1.0)
 
     async def _wake(self, within_ms: int) -> None:
-        connections, frame = list(self.connections()), poke_frame(None, within_ms)
+        connections, frame = list(self.numbered()), poke_frame(None, within_ms)
         for start in range(0, len(connections), SLICE):
             for connection in connections[start : start + SLICE]:
                 connection.notify(None, frame)
