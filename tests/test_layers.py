@@ -99,6 +99,7 @@ def test_handle_poke_and_the_session_map_know_nothing_of_phases() -> None:
         "errors",
         "framing",
         "gateway",
+        "gateway.audiences",
         "gateway.bridge",
         "gateway.connection",
         "gateway.disconnects",
