@@ -14,7 +14,7 @@ from pokebridge.api.app import create_api
 from pokebridge.api.waiting import Waiting
 from pokebridge.asgi import ASGIApp
 from pokebridge.durations import PULL
-from pokebridge.gateway.audiences import SLICE
+from pokebridge.gateway.audiences import LARGE
 from pokebridge.gateway.gateway import Gateway
 from pokebridge.gateway.polling import PolledSession
 from pokebridge.model import NewMessage, Page
@@ -300,7 +300,7 @@ async def test_the_answers_to_a_large_audience_are_spread() -> None:
     """They come within the time that its pulls need, and each with a poke."""
     room = "urn:group:room"
     async with serving(group_prefixes=("urn:group:",), audience_pulls_per_s=100) as world:
-        sessions = [await world.begin(room) for _ in range(SLICE + 1)]
+        sessions = [await world.begin(room) for _ in range(LARGE + 1)]
         calls = [
             await world.waiting(f"/v1/pokes?session={each}&wait_s={LONG_S}", room)
             for each in sessions[:20]

@@ -89,6 +89,7 @@ def test_every_flag_reaches_the_model(run: Run) -> None:
         "shards": 30,
         "sessions": 5000,
         "misplaced_share": 0.25,
+        "recipients_per_session": 3,
         "pokes_per_message": 4,
         "poke_size_bytes": 80,
         "red_line_ops_per_s": 700,

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from pokebridge.gateway.audiences import SLICE
+from pokebridge.gateway.audiences import LARGE, SLICE
 from pokebridge.gateway.bridge import Bridge
 from pokebridge.gateway.session_map import SessionMap
 from pokebridge.model import Poke
@@ -20,7 +20,7 @@ from tests.gateway.harness import running
 from tests.support.waiting import wait_until
 
 ROOM, BOB = "urn:group:room", "urn:user:bob"
-MANY = 10 * SLICE
+MANY = 10 * LARGE
 
 
 @dataclass(eq=False)
@@ -117,7 +117,7 @@ async def test_the_pulls_of_an_audience_are_spread() -> None:
         world.poke(7)
         await wait_until(lambda: world.reached == MANY)
         assert world.room[0].heard == [{"type": "poke", "version": 7, "within_ms": MANY // 2}]
-        few = [world.join("urn:group:few") for _ in range(SLICE)]
+        few = [world.join("urn:group:few") for _ in range(LARGE)]
         world.poke(7, "urn:group:few")
         assert {tuple(map(str, each.heard)) for each in few} == {
             ("{'type': 'poke', 'version': 7}",)
@@ -193,13 +193,13 @@ async def test_a_gap_wakes_an_audience_in_slices() -> None:
 async def test_the_sockets_of_a_group() -> None:
     """More than a user may have: each hears a poke once, and goes with its client."""
     async with running(group_prefixes=("urn:group:",), audience_pulls_per_s=1e5) as server:
-        clients = [await server.open(ROOM) for _ in range(SLICE + 20)]
+        clients = [await server.open(ROOM) for _ in range(LARGE + 20)]
         await server.poke(ROOM, 3)
         for client in clients:
             assert await client.message() == {"type": "poke", "version": 3, "within_ms": 1}
         for client in clients[:40]:
             await client.close()
-        await wait_until(lambda: len(server.gateway.sessions) == SLICE - 20)
+        await wait_until(lambda: len(server.gateway.sessions) == LARGE - 20)
         await wait_until(lambda: not server.gateway.bridge.audiences.was_poked(ROOM))
         await server.poke(ROOM, 4)
         for client in clients[40:]:

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 
-from pokebridge.gateway.audiences import SLICE
+from pokebridge.gateway.audiences import LARGE
 from pokebridge.gateway.shard_routing import Reach
 from pokebridge.gateway.subscriptions import SubscriptionTiming
 from pokebridge.model import Ack, Poke
@@ -275,7 +275,7 @@ async def test_each_session_of_a_group_is_poked_once_on_its_worker() -> None:
     """Whatever the number, and one alone can be poked, as by the verification."""
     async with running_host(group_prefixes=("urn:group:",), audience_pulls_per_s=1e5) as host:
         room = "urn:group:room"
-        clients = [await host.open(number % 2, room) for number in range(SLICE + 10)]
+        clients = [await host.open(number % 2, room) for number in range(LARGE + 10)]
         await host.publisher.publish([Poke(room, 1)])
         for client in clients:
             assert await client.message() == {"type": "poke", "version": 1, "within_ms": 1}
@@ -284,7 +284,7 @@ async def test_each_session_of_a_group_is_poked_once_on_its_worker() -> None:
         assert await clients[-1].message() == {"type": "poke", "version": 2}
         for client in clients[:4]:
             await client.close()
-        await wait_until(lambda: len(host.gateway.sessions) == SLICE + 6)
+        await wait_until(lambda: len(host.gateway.sessions) == LARGE + 6)
         late = await host.open(0, room)
         await wait_until(lambda: not host.gateway.bridge.audiences.was_poked(room))
         await host.publisher.publish([Poke(room, 3)])

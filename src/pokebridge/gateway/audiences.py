@@ -17,8 +17,10 @@ from pokebridge.model import Poke
 from pokebridge.supervisor import note_failure
 from pokebridge.wire import poke_frame
 
-SLICE: Final = 100
-"""The sessions of a walk that have their turn together. A larger audience is poked in slices."""
+LARGE: Final = 100
+"""A recipient with more sessions has a large audience."""
+SLICE: Final = 25
+"""The sessions of a large audience that have their turn together: half a millisecond for a poke."""
 
 
 class Walks:
@@ -30,29 +32,29 @@ class Walks:
 
     def do(self, sessions: Collection[Listener], act: Callable[[Listener], object]) -> None:
         """Do ``act`` to the ``sessions`` of now, in their order. To few it is done at once."""
-        walk = (iter(tuple(sessions)), act)
-        if len(sessions) <= SLICE:
-            _do_slice(*walk)
+        walk = iter(tuple(sessions))
+        if len(sessions) <= LARGE:
+            _do(act, walk)
         else:
-            self._walks.append(walk)
+            self._walks.append((walk, act))
             self._begun.set()
 
     async def run(self) -> None:
         """Walk on for as long as the task runs. Walks take turns."""
         while True:
             await self._begun.wait()
-            walk = self._walks.popleft()
-            if _do_slice(*walk) == SLICE:
-                self._walks.append(walk)
+            walk, act = self._walks.popleft()
+            if _do(act, islice(walk, SLICE)) == SLICE:
+                self._walks.append((walk, act))
             if not self._walks:
                 self._begun.clear()
             await asyncio.sleep(0)
 
 
-def _do_slice(sessions: Iterator[Listener], act: Callable[[Listener], object]) -> int:
-    """Do ``act`` to the next SLICE of ``sessions``. Returns to how many."""
+def _do(act: Callable[[Listener], object], sessions: Iterator[Listener]) -> int:
+    """Do ``act`` to each of ``sessions``. Returns to how many."""
     count = 0
-    for count, session in enumerate(islice(sessions, SLICE), 1):  # noqa: B007 - it is returned
+    for count, session in enumerate(sessions, 1):  # noqa: B007 - it is returned
         try:
             act(session)
         except Exception as error:  # noqa: BLE001 - one session must not silence those after it
@@ -82,7 +84,7 @@ class _Poked:
 
 
 class Audiences:
-    """Pokes the recipients with more than SLICE sessions.
+    """Pokes the recipients with more than LARGE sessions.
 
     The pulls that a poke causes spread over a time that the instance can bear (``within_ms`` of
     docs/protocol.md). What is published meanwhile is one more poke, after that time. Without that

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pokebridge.errors import SignalError
-from pokebridge.gateway.audiences import SLICE, Audiences, Walks
+from pokebridge.gateway.audiences import LARGE, Audiences, Walks
 from pokebridge.gateway.disconnects import SLACK_S, Disconnects
 from pokebridge.gateway.listener import Listener
 from pokebridge.gateway.meter import SAMPLE_EVERY, Meter, Traffic
@@ -134,7 +134,7 @@ class Bridge:
         if not connections:
             counters.noise += 1
             return
-        if len(connections) > SLICE:
+        if len(connections) > LARGE:
             self.audiences.poke(poke, connections)
             return
         frame = poke_frame(poke.version)
