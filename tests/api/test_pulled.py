@@ -58,3 +58,17 @@ async def test_a_pull_that_fails_is_none(http: httpx.AsyncClient, world: World) 
     answer = await http.get("/v1/messages")
     assert answer.status_code == httpx.codes.SERVICE_UNAVAILABLE
     assert world.pulled == []
+
+
+@pytest.mark.parametrize(
+    ("body", "shown"),
+    [(b"oops", "oops"), (b'"\xff"', '"\ufffd"'), (b'"\\ud800"', '"\\ud800"'), (b"1e999", "1e999")],
+)
+async def test_a_body_that_is_no_json_spoils_no_page(
+    http: httpx.AsyncClient, world: World, body: bytes, shown: str
+) -> None:
+    """Another program has written it: it is shown as text, and the next message comes with it."""
+    await world.mailbox.append(message(BOB, body=body))
+    await fill(world.mailbox, 1, BOB)
+    page = (await http.get("/v1/messages")).json()
+    assert [each["body"] for each in page["messages"]] == [shown, {}]

@@ -282,6 +282,18 @@ class TestOutages:
         async with asyncio.timeout(WAIT_S):
             await mailbox.close()
 
+    @pytest.mark.parametrize("mode", ["ACCESS EXCLUSIVE", "SHARE"])
+    async def test_locked_tables_are_told(
+        self, mailbox: PostgresMailbox, by_hand: Any, monkeypatch: pytest.MonkeyPatch, mode: str
+    ) -> None:
+        """While an operator keeps a table from being read or written, the check fails."""
+        monkeypatch.setattr(postgres_pool, "CALL_TIMEOUT_S", 1.0)
+        async with by_hand.transaction():
+            await by_hand.execute(f"LOCK TABLE heads IN {mode} MODE")
+            with pytest.raises(MailboxError):
+                await mailbox.check()
+        await mailbox.check()
+
     async def test_too_many_calls_are_refused(
         self, mailbox: PostgresMailbox, monkeypatch: pytest.MonkeyPatch
     ) -> None:

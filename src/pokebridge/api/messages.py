@@ -8,6 +8,8 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from http import HTTPStatus
 
+import msgspec
+import structlog
 from msgspec import UNSET, Raw
 
 from pokebridge.api import schema
@@ -34,6 +36,11 @@ from pokebridge.model import (
     check_device,
 )
 from pokebridge.submission import SendRequest, new_message
+
+# The end of the year 9999, the last that clients can read.
+_LATEST_MS = 253_402_300_799_999
+
+log = structlog.get_logger(__name__)
 
 _TAG = re.compile(r'(?:W/)?"(0|[1-9]\d{0,15})-([0-9a-f]{32})"')
 
@@ -151,14 +158,27 @@ class MessageCalls:
 
 
 def _pulled(message: Message) -> schema.PulledMessage:
-    seconds, milliseconds = divmod(message.sent_at_ms, 1000)
+    seconds, milliseconds = divmod(min(max(message.sent_at_ms, 0), _LATEST_MS), 1000)
     return schema.PulledMessage(
         id=message.id,
         version=message.version,
         sender=message.sender,
-        body=Raw(message.body),
+        body=Raw(_json(message)),
         sent_at=f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{milliseconds:03}Z",
     )
+
+
+def _json(message: Message) -> bytes:
+    """The body of ``message``; its text as a string if another program has written what is no JSON.
+
+    Its reader could not parse the page, and would pull the same page for ever.
+    """
+    try:
+        msgspec.json.decode(message.body)
+    except (ValueError, RecursionError):
+        log.warning("message_body_invalid", sender=message.sender, id=message.id)
+        return msgspec.json.encode(message.body.decode(errors="replace"))
+    return message.body
 
 
 def _readers_own(reader: str) -> str:

@@ -31,7 +31,7 @@ from pokebridge.mailbox.batcher import Batcher
 from pokebridge.mailbox.postgres_migration import MIGRATION_TIMEOUT_S, is_up_to_date, migrate
 from pokebridge.mailbox.postgres_pool import PostgresPool, Record
 from pokebridge.mailbox.postgres_pushes import PostgresPushes
-from pokebridge.mailbox.postgres_schema import CHECK
+from pokebridge.mailbox.postgres_schema import CHECK, TOUCH
 from pokebridge.mailbox.pushes import PushTiming
 from pokebridge.model import MAX_VERSION, Ack, Message, NewMessage, Page, Poke, Receipt
 
@@ -348,6 +348,7 @@ class PostgresMailbox:
                 raise MailboxError("PostgreSQL: tables, or privileges on them, are missing")
             if not has_functions:
                 raise MailboxError("PostgreSQL: functions, or privileges on them, are missing")
+            await connection.execute(TOUCH)
 
         await self._pool.run(check)
 

@@ -390,3 +390,11 @@ SELECT current_setting('transaction_read_only') = 'on', (
 )
 """
 """Whether writes are impossible, and whether all that they need is there and permitted."""
+
+TOUCH: Final = """
+WITH h AS (UPDATE heads SET head = head WHERE false),
+    m AS (UPDATE messages SET body = body WHERE false),
+    d AS (DELETE FROM devices WHERE false), o AS (DELETE FROM outbox WHERE false)
+SELECT
+"""
+"""Changes nothing, and waits as a write does for whoever has locked the tables."""
