@@ -148,10 +148,16 @@ async def test_without_a_proven_subscription_a_pull_returns_what_is_there() -> N
         assert page.json()["messages"] == []
 
 
+@pytest.mark.parametrize("behind", [0, 3, 300], ids=["alone", "ahead of some", "ahead of many"])
 @pytest.mark.parametrize("half", [True, False], ids=["half", "reset"])
 @pytest.mark.parametrize("path", ["/v1/messages?wait_s=50", "/v1/pokes?wait_s=50&session={}"])
-async def test_a_client_that_goes_away_frees_its_place(path: str, *, half: bool) -> None:
-    """Its session is gone as soon as the kernel says so, also when only its side is closed."""
+async def test_a_client_that_goes_away_frees_its_place(
+    path: str, *, half: bool, behind: int
+) -> None:
+    """Its session is gone as soon as the kernel says so, also when only its side is closed.
+
+    Requests behind the one that waits don't hide it.
+    """
     async with serving(max_sessions=1) as world:
         session = await world.begin() if "{}" in path else ""
         client = await world.server.dial()
@@ -159,6 +165,7 @@ async def test_a_client_that_goes_away_frees_its_place(path: str, *, half: bool)
         bearer = world.tokens.setdefault(BOB, token())
         client.send_raw(f"{request}Authorization: Bearer {bearer}\r\n\r\n".encode())
         await wait_until(world.waits)
+        client.send_raw(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n" * behind)
         assert len(world.server.gateway.sessions) == 1
         if half:
             client.writer.write_eof()

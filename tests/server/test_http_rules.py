@@ -1,12 +1,12 @@
 """HTTP/1.1 as its RFCs have it, where a library would not check it: RFC 9110, RFC 9112."""
 
 import asyncio
-import socket
 from collections.abc import AsyncIterator
 
 import h11
 import pytest
 
+from pokebridge.asgi import Receive, Scope, Send
 from pokebridge.server import http
 from tests.gateway.harness import TIMEOUT_S, Running, running, token
 from tests.support import wait_until
@@ -135,6 +135,18 @@ async def test_a_mistake_is_answered_after_the_requests_ahead_of_it(server: Runn
     assert await answers(server, large, "GET GET GET GET") == [404] * 3 + [431]
     bearer = f"Authorization: Bearer {token()}\r\n"
     assert await answers(server, f"{ahead}{HANDSHAKE}{bearer}\r\n", "GET " * 4) == [404] * 3 + [400]
+    for bad, status in (("Host: x y", 400), ("Host: x\r\nTransfer-Encoding: gzip, chunked", 501)):
+        for before in (1, 3):
+            requests = f"{GET}\r\n" * before + f"GET / HTTP/1.1\r\n{bad}\r\n\r\n"
+            given = await answers(server, requests, "GET " * (before + 1))
+            assert given == [404] * before + [status]
+
+
+async def test_few_requests_wait_for_the_answers_ahead_of_theirs(server: Running) -> None:
+    """One too many is refused in its turn, and ends the connection."""
+    statuses = [404] * (http.MAX_PIPELINED + 1) + [429]
+    requests = f"{GET}\r\n" * 5_000
+    assert await answers(server, requests, "GET " * len(statuses)) == statuses
 
 
 async def test_what_follows_a_close_is_not_answered(server: Running) -> None:
@@ -193,16 +205,37 @@ async def test_a_connection_that_asked_nothing_is_closed_without_a_word(
     await wait_until(lambda: len(server.gateway.sockets) == 0)
 
 
-async def test_who_does_not_read_an_answer_is_dropped(
-    server: Running, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A peer that reads nothing for a while holds no descriptor for ever."""
-    monkeypatch.setattr(http, "UNREAD_TIMEOUT_S", 0.5)
-    client = await server.dial(receive_buffer=4096)
+async def test_a_slow_line_is_not_dead(server: Running) -> None:
+    """A body that gets on may take longer than a request. One that drips may not."""
+    client = await server.dial()
+    client.send_raw(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n")
     await wait_until(lambda: len(server.gateway.sockets) == 1)
     (connection,) = server.gateway.sockets
-    shown = connection.transport.get_extra_info("socket")  # type: ignore[attr-defined]
-    shown.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-    client.stop_reading()
-    client.send_raw(f"{GET}\r\n".encode() * 5_000)
-    await wait_until(lambda: len(server.gateway.sockets) == 0)
+    assert isinstance(connection, http.HttpProtocol)
+    for _ in range(3):
+        client.send_raw(b"x" * http.SLOW_BODY_BYTES)
+        await wait_until(lambda: connection._body_bytes == http.SLOW_BODY_BYTES)
+        connection.wake(0.0)  # the deadline
+        assert not connection.transport.is_closing()
+    client.send_raw(b"x" * (http.SLOW_BODY_BYTES - 1))
+    await wait_until(lambda: connection._body_bytes == http.SLOW_BODY_BYTES - 1)
+    connection.wake(0.0)
+    assert await client.request("") == 408
+
+
+async def _answer_at_length(_scope: Scope, _receive: Receive, send: Send) -> None:
+    body = b"x" * 10_000_000
+    headers = [(b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def test_who_does_not_read_an_answer_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer that reads nothing for a while holds no descriptor for ever."""
+    monkeypatch.setattr(http, "UNREAD_TIMEOUT_S", 0.5)
+    async with running(create_app=lambda _: _answer_at_length) as server:
+        client = await server.dial(receive_buffer=4096)
+        client.stop_reading()
+        client.send_raw(f"{GET}\r\n".encode())
+        await wait_until(lambda: len(server.gateway.sockets) == 1)
+        await wait_until(lambda: len(server.gateway.sockets) == 0)

@@ -200,6 +200,11 @@ class Flow(FlowControl):
         self.read_paused = self.write_paused = False
         self._drained: asyncio.Future[None] | None = None
 
+    def resume_reading(self) -> None:
+        """Read on, unless the connection is closing: uvloop would raise."""
+        if not self._transport.is_closing():
+            super().resume_reading()
+
     async def drain(self) -> None:
         """Wait until the peer has read. One answer at a time does."""
         while self.write_paused:
@@ -225,6 +230,8 @@ class ExchangeProtocol(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         # A deque takes 0.6 KB, and hardly any client sends a request before the last is answered.
         self.pipeline: Any = ()
+        # The exchange that the application works on. ``cycle`` is the newest one.
+        self.running: Exchange | None = None
 
     def on_headers_complete(self) -> None:
         """Serve the request."""
@@ -267,11 +274,24 @@ class ExchangeProtocol(HttpToolsProtocol):
         if before is None or before.response_complete:
             self._start_asgi_task(exchange, self.app)
         else:
-            self.flow.pause_reading()
+            self.pause_reading()
             self.pipeline = self.pipeline or deque()
             self.pipeline.appendleft((exchange, self.app))
 
+    def pause_reading(self) -> None:
+        """Read no more until it is needed, or go on if that is how a client's end is noticed."""
+        if self.running is None or not self.running.awaits_end:
+            self.flow.pause_reading()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Tell the application too, which may work on an earlier request than the last."""
+        if self.running is not None and not self.running.response_complete:
+            self.running.disconnected = True
+            self.running.set()
+        super().connection_lost(exc)
+
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        self.running = cycle
         task = self.loop.create_task(cycle.run_asgi(app))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)

@@ -35,13 +35,18 @@ from pokebridge.gateway.handshake import (
 from pokebridge.gateway.sockets import Sockets
 from pokebridge.gateway.wheel import Wheel
 from pokebridge.server.exchange import Exchange, ExchangeProtocol, Flow
+from pokebridge.server.upgrades import head_without_upgrade, wanted_upgrade
 
 MAX_HEAD_BYTES = 16 * 1024
 """The most bytes of the target, the header fields and the trailer fields of a request together."""
 _CHUNK_BYTES = 16
 """What the framing of a chunk may take: its size in hexadecimal and two line ends."""
 REQUEST_TIMEOUT_S = 10.0
-"""How long a request may take to arrive."""
+"""How long the head of a request may take to arrive, and SLOW_BODY_BYTES of its body."""
+SLOW_BODY_BYTES = 10 * 1024
+"""With less in REQUEST_TIMEOUT_S a body does not arrive, it drips."""
+MAX_PIPELINED = 64
+"""The most requests of a connection that wait for the answers ahead of theirs."""
 KEEP_ALIVE_S = 75.0
 """How long a connection may wait for its next request. Load balancers wait less."""
 UNREAD_TIMEOUT_S = 30.0
@@ -91,8 +96,10 @@ class HttpProtocol(ExchangeProtocol):
         # Of the request that arrives: the bytes received that are neither body nor the framing of
         # chunks ...
         self._bytes = 0
-        # ... and those of its target and fields so far, which are exact in a pipeline too.
+        # ... those of its target and fields so far, which are exact in a pipeline too ...
         self._field_bytes = 0
+        # ... and those of its body since the last deadline.
+        self._body_bytes = 0
         # Whether a request has begun to arrive, and is not here as a whole ...
         self._arriving = False
         # ... whether it began with the bytes that are being parsed ...
@@ -154,7 +161,7 @@ class HttpProtocol(ExchangeProtocol):
         """The peer sends nothing more. Returns whether a request is still to be answered."""
         if not self._is_serving or (self._arriving and self._at_last is None):
             return False
-        if self.cycle.awaits_end:  # type: ignore[attr-defined] # an Exchange
+        if self.running is not None and self.running.awaits_end:
             return False  # a client that is gone would keep a place for as long as its call waits
         self.cycle.keep_alive = False
         return True
@@ -179,6 +186,9 @@ class HttpProtocol(ExchangeProtocol):
                 self.transport.abort()
         elif self._arriving and self.flow.read_paused:
             self._follow()  # by us: the requests ahead come first
+        elif self._arriving and self._is_serving and self._body_bytes >= SLOW_BODY_BYTES:
+            self._body_bytes = 0
+            self._follow()  # it arrives, if slowly
         elif self._arriving and (self._in_head or self._is_serving):
             self._hang_up(408, "the request took too long to arrive")
         elif not self._is_serving:
@@ -219,7 +229,7 @@ class HttpProtocol(ExchangeProtocol):
     def on_message_begin(self) -> None:
         """A request begins."""
         self.url, self.headers = b"", []
-        self._field_bytes = 0
+        self._field_bytes = self._body_bytes = 0
         self._is_handshake = self._ignores_upgrade = False
         self._arriving = self._has_begun = True
 
@@ -240,18 +250,22 @@ class HttpProtocol(ExchangeProtocol):
 
     def on_headers_complete(self) -> None:
         """Check the head, and begin to serve the request."""
-        self._in_head = False
         version = self.parser.get_http_version()
         self._check_target()
         if self._prefix and self.url.startswith(self._prefix + b"/"):
             self.url = self.url[len(self._prefix) :]  # unless a proxy has removed it
         fields = dict(self.headers)
         if self.parser.should_upgrade():
-            self._is_handshake = version != "1.0" and self._get_upgrade() == b"websocket"
+            self._is_handshake = version != "1.0" and wanted_upgrade(self.headers) == b"websocket"
             self._ignores_upgrade = not self._is_handshake
         self._check_fields(fields, version)
         if self._is_proxied:
             self._attribute()
+        if len(self.pipeline) >= MAX_PIPELINED:
+            raise RefusedError(
+                HTTPStatus.TOO_MANY_REQUESTS, "too many requests ahead of the answers"
+            )
+        self._in_head = False  # from now on a mistake is one of the request that is served
         if self._ignores_upgrade:
             return
         # RFC 9110, section 10.1.1: not from HTTP/1.0
@@ -271,6 +285,7 @@ class HttpProtocol(ExchangeProtocol):
     def on_body(self, body: bytes) -> None:
         """Do not count the body: the app limits its size."""
         self._bytes -= len(body)
+        self._body_bytes += len(body)
         super().on_body(body)
 
     def on_message_complete(self) -> None:
@@ -364,22 +379,15 @@ class HttpProtocol(ExchangeProtocol):
                 HTTPStatus.TOO_MANY_REQUESTS, "too many connections from this address"
             )
 
-    def _get_upgrade(self) -> bytes | None:
-        values = {b"connection": b"", b"upgrade": b""}
-        for name, value in self.headers:
-            if name in values:
-                values[name] += b"," + value.lower()
-        if b"upgrade" not in _tokens(values[b"connection"]):
-            return None
-        return b",".join(_tokens(values[b"upgrade"]))
-
     # --- upgrades ---------------------------------------------------------------------------------
 
     def _upgrade(self, rest: bytes) -> None:
         """Hand a WebSocket upgrade to the gateway. Ignore that a request asks for another."""
         self._has_begun = False
         if self._ignores_upgrade:  # RFC 9110, section 7.8
-            head = self._head_without_upgrade()
+            version = self.parser.get_http_version().encode()
+            line = b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)
+            head = head_without_upgrade(line, self.headers)
             self.parser = httptools.HttpRequestParser(self)
             self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
             self._feed(head + rest)
@@ -402,18 +410,6 @@ class HttpProtocol(ExchangeProtocol):
         # Refused it ends at once, and otherwise it counts as a session.
         self._gateway.sockets.leave(self)
         self._gateway.entrance.upgrade(self.transport, request, self._leave)
-
-    def _head_without_upgrade(self) -> bytes:
-        """Return the head of the request without its upgrade."""
-        version = self.parser.get_http_version().encode()
-        lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
-        for name, value in self.headers:
-            if name == b"connection":
-                kept = b", ".join(each for each in _tokens(value) if each.lower() != b"upgrade")
-                lines.append(b"connection: " + kept)
-            elif name != b"upgrade":
-                lines.append(b"%s: %s" % (name, value))
-        return b"\r\n".join([*lines, b"", b""])
 
     def _leave(self) -> None:
         self._gateway.wheel.cancel(self)
@@ -442,7 +438,7 @@ class HttpProtocol(ExchangeProtocol):
                 self._say_last(status, detail)
             return
         if is_own or self._is_serving:
-            self.flow.pause_reading()
+            self.pause_reading()
             self._at_last = partial(self._say_last, status, detail)
         else:
             self._say_last(status, detail)
@@ -459,13 +455,16 @@ class HttpProtocol(ExchangeProtocol):
     # --- deadlines --------------------------------------------------------------------------------
 
     def _follow(self) -> None:
-        """Start the deadline of the connection's state."""
+        """Start the deadline of the connection's state, unless that of a slow reader runs."""
+        is_read = not self.flow.write_paused
         if self._arriving:
-            self._arm(REQUEST_TIMEOUT_S)
+            if is_read:
+                self._arm(REQUEST_TIMEOUT_S)
         elif self._is_serving:  # the app limits the time to answer, and `wake` does nothing
             self._gateway.sockets.serve(self)
         else:
-            self._arm(KEEP_ALIVE_S)
+            if is_read:
+                self._arm(KEEP_ALIVE_S)
             self._gateway.sockets.wait(self)
 
     def _watch_reader(self) -> None:
@@ -488,8 +487,3 @@ def _too_large() -> RefusedError:
         HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
         f"head and trailer of a request have at most {MAX_HEAD_BYTES} bytes",
     )
-
-
-def _tokens(value: bytes) -> list[bytes]:
-    """Return the members of a field that is a list (RFC 9110, section 5.6.1)."""
-    return [token.strip() for token in value.split(b",") if token.strip()]

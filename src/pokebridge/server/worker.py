@@ -273,14 +273,15 @@ class App:
         """Answer a request here, or have the hub answer it."""
         query = scope["query_string"]
         # The sessions of calls that wait are the hub's.
-        may_wait = query and (b"wait_s" in query or b"%" in query)
+        may_wait = scope["method"] == "GET" and (b"wait_s" in query or b"%" in query)
         if (scope["method"], scope["path"]) in self._answered and not may_wait:
             await self._api(scope, receive, send)
             return
+        body = await _read_body(receive)
+        if body is None:
+            return  # nobody hears the answer
         request = HttpRequest(
-            next(self._numbers),
-            **{name: scope[name] for name in _SCOPE},
-            body=await _read_body(receive),
+            next(self._numbers), **{name: scope[name] for name in _SCOPE}, body=body
         )
         try:
             response = await self._pass_on(request, receive)
@@ -315,11 +316,16 @@ _SCOPE = (
 )
 
 
-async def _read_body(receive: Receive) -> bytes:
-    """Read the body, or so much of it that the hub sees that it is too large."""
+async def _read_body(receive: Receive) -> bytes | None:
+    """Read the body, or so much of it that the hub sees that it is too large.
+
+    ``None``: the client went away before it had sent all of it.
+    """
     body, more = b"", True
     while more and len(body) <= BODY_CAP_BYTES:
         message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
         body += message.get("body", b"")
         more = message.get("more_body", False)
     return body
