@@ -79,6 +79,15 @@ def test_a_malformed_recipient_spoils_no_batch(recipient: str) -> None:
     assert wire.decode_signal(body.encode()) == [Poke(recipient), Poke("urn:user:bob")]
 
 
+_LISTED = (
+    b'{"id":"l","from":"i","recipient":"b","sessions":[{"device":"d","address":"","since":%b}]}'
+)
+_BEACON = (
+    b'{"from":"i","incarnation":"x","n":1,"up_s":1,"every_s":1,"cluster":"c","shard_count":%b,'
+    b'"carrier":"f","assignment":"r"}'
+)
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -102,6 +111,14 @@ def test_a_malformed_recipient_spoils_no_batch(recipient: str) -> None:
         b'{"type":"disconnect"}',
         b'{"type":"probe","id":"i:1:1","beacon":{}}',
         b'{"type":"probe","id":"i:1:1","beacon":7}',
+        b'{"type":"probe","id":"l","lookup":{"id":"l","from":"i"}}',
+        b'{"type":"probe","id":"l","lookup":' + _LISTED % b"99999999999999999999" + b"}",
+        b'{"type":"probe","id":"l","lookup":' + _LISTED % b"-1" + b"}",
+        b'{"type":"probe","id":"i","beacon":' + _BEACON % (b"9" * 400) + b"}",
+        b'{"type":"disconnect","recipient":"b","at_ms":-1}',
+        b'{"type":"disconnect","recipient":"b","at_ms":1e3}',
+        b'{"type":"disconnect","recipient":"b","until_ms":99999999999999999999}',
+        b'{"type":"disconnect","recipient":"b","until_ms":' + b"9" * 400 + b"}",
         b'{"type":null,"recipient":"b"}',
         b"[" * 100_000,
         b'{"recipient":"b","x":' + b"[" * 3_000 + b"]" * 3_000 + b"}",

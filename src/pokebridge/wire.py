@@ -74,6 +74,8 @@ class Probe(NamedTuple):
 
 _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 _Number = Annotated[int, msgspec.Meta(ge=1, le=MAX_VERSION)]
+# Unix time, in seconds or milliseconds. A larger number has no encoding between processes.
+_Time = Annotated[int, msgspec.Meta(ge=0, le=MAX_VERSION)]
 
 
 class Beacon(
@@ -99,11 +101,11 @@ class Beacon(
     """How long the incarnation has run, in seconds."""
     every_s: Annotated[float, msgspec.Meta(gt=0, le=3600)]
     """About how long it is until the next beacon, in seconds."""
-    cluster: str
-    shard_count: int
-    carrier: str
-    assignment: str
-    mailbox: str = ""
+    cluster: _Name
+    shard_count: _Number
+    carrier: _Name
+    assignment: _Name
+    mailbox: Annotated[str, msgspec.Meta(max_length=256)] = ""
     """Names the mailbox that the instance has; empty if it has none."""
     last: bool = False
     """Whether the instance stops, so that no other beacon follows."""
@@ -120,8 +122,8 @@ class ListedSession(msgspec.Struct, frozen=True):
 
     device: str
     address: str
-    since: int
-    told: int | None = None
+    since: _Time
+    told: Version | None = None
 
 
 class Lookup(msgspec.Struct, frozen=True, omit_defaults=True, rename={"sender": "from"}):
@@ -148,8 +150,8 @@ class _Body(msgspec.Struct, gc=False):
     id: str | None = None
     beacon: Beacon | None = None
     lookup: Lookup | None = None
-    at_ms: int | None = None
-    until_ms: int | None = None
+    at_ms: _Time | None = None
+    until_ms: _Time | None = None
     repeated: bool = False
 
 

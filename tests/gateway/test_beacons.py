@@ -1,5 +1,6 @@
 """Beacons: numbers in, gaps out; who is silent, and who disagrees."""
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,6 +16,7 @@ from pokebridge.gateway.beacons import (
     FORGET_S,
     GAP_EVERY_S,
     HEARD_PER_S,
+    LOGGED_CLUSTERS,
     MAX_PEERS,
     OLDER_BY_S,
     REORDER_S,
@@ -258,3 +260,13 @@ class TestDisagreement:
         beacons.hear(beacon(cluster="blue", shard_count=64), 0.0)
         assert beacons.trouble is None
         assert beacons.disagreements == {"cluster": 1}
+
+    def test_made_up_instances_do_not_fill_the_log(self) -> None:
+        """Whoever may publish can make up a thousand of them in a second."""
+        beacons = listening()
+        with capture_logs() as logs:
+            for number in range(1000):
+                beacons.hear(beacon(f"i{number}", shard_count=64), 0.0)
+                beacons.hear(beacon(f"i{number}", cluster=f"c{number}"), 0.0)
+        lines = Counter(line["event"] for line in logs)
+        assert lines == {"settings_disagree": 1, "other_cluster_heard": LOGGED_CLUSTERS}

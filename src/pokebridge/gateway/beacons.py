@@ -18,6 +18,7 @@ from typing import Final, NamedTuple
 import msgspec
 import structlog
 
+from pokebridge.telemetry import LogPace
 from pokebridge.wire import Beacon
 
 log = structlog.get_logger(__name__)
@@ -39,6 +40,10 @@ FORGET_S = 60.0
 OLDER_BY_S = 5.0
 """Of two instances that disagree, the one that began this much earlier stays ready."""
 MAX_PEERS = 10_000
+LOG_AGAIN_S = 1.0
+"""One line in this time for a setting that disagrees, however many instances are made up."""
+LOGGED_CLUSTERS = 100
+"""Other clusters that are named in the log. Anyone who publishes may make up more."""
 MUST_AGREE: Final = ("shard_count", "carrier", "assignment")
 
 
@@ -120,8 +125,10 @@ class Beacons:
         # When this instance began to listen.
         self._began_at = 0.0
         self._peers: dict[tuple[str, str, str], _Peer] = {}
-        # Other clusters that were heard, so that each is logged once.
+        # Other clusters that were heard, so that each is logged once ...
         self._other_clusters: set[str] = set()
+        # ... and how often it is logged that a setting disagrees.
+        self._pace = LogPace(LOG_AGAIN_S)
         # The number of the last beacon that the engine accepted, and when the next is due.
         self._sent = 0
         self._sent_at = float("-inf")
@@ -177,7 +184,7 @@ class Beacons:
             peer = self._peers[key] = _Peer(beacon, now, first=self._first_expected(beacon, now))
         else:
             return
-        self._compare(peer)
+        self._compare(peer, now)
 
     def _first_expected(self, beacon: Beacon, now: float) -> int:
         """The first number of a new peer that should have been heard.
@@ -188,18 +195,18 @@ class Beacons:
         listening_s = now - self._began_at
         return 1 if listening_s > min(beacon.up_s, SILENT_AFTER * beacon.every_s) else beacon.number
 
-    def _compare(self, peer: _Peer) -> None:
-        theirs = peer.beacon
+    def _compare(self, peer: _Peer, now: float) -> None:
+        theirs, others = peer.beacon, self._other_clusters
         if theirs.cluster != self._me.cluster:
-            if theirs.cluster not in self._other_clusters:
-                self._other_clusters.add(theirs.cluster)
+            if theirs.cluster not in others and len(others) < LOGGED_CLUSTERS:
+                others.add(theirs.cluster)
                 log.warning("other_cluster_heard", cluster=theirs.cluster, peer=theirs.sender)
             return
         values = {name: (getattr(theirs, name), getattr(self._me, name)) for name in MUST_AGREE}
         values["mailbox"] = theirs.mailbox, self.mailbox()
         values["instance"] = theirs.sender, self._me.sender
         for setting in self._differences(peer):
-            if setting not in peer.logged:
+            if setting not in peer.logged and self._pace.allows(setting, now):
                 peer.logged.add(setting)
                 their_value, our_value = values[setting]
                 log.error(
