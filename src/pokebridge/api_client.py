@@ -6,14 +6,16 @@ Every failure is a :class:`~pokebridge.errors.PokebridgeError` whose text fits o
 import asyncio
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from http import HTTPStatus
 from types import TracebackType
 from typing import Any, Self
 
 import httpx
+import msgspec
 
+from pokebridge.api import schema
 from pokebridge.errors import (
     AuthError,
     ConfigError,
@@ -29,16 +31,25 @@ from pokebridge.wire import problem_detail, refusal_text
 TIMEOUT_S = 30.0
 """For a whole call, however its answer drips."""
 
-# What only the bridge's answers have: a login page may answer 200 as well.
-_MEMBERS = {
-    "/v1/pokes": "accepted",
-    "/v1/messages": "version",
-    "/v1/cluster": "instances",
-    "/v1/cluster/mode": "mode",
-    "/v1/cluster/drain": "instance",
-    "/v1/dev/token": "token",
-    "/v1/mailbox": "messages",
-    "/v1/sessions": "sessions",
+
+class _Mode(msgspec.Struct):
+    mode: str
+
+
+class _Drained(msgspec.Struct):
+    instance: str
+
+
+# What the bridge answers. A login page may answer 200 as well.
+_ANSWERS: Mapping[str, type[msgspec.Struct]] = {
+    "/v1/pokes": schema.PokesAccepted,
+    "/v1/messages": schema.Sent,
+    "/v1/cluster": schema.Cluster,
+    "/v1/cluster/mode": _Mode,
+    "/v1/cluster/drain": _Drained,
+    "/v1/dev/token": schema.Token,
+    "/v1/mailbox": schema.MailboxTotals,
+    "/v1/sessions": schema.RecipientState,
 }
 
 
@@ -136,11 +147,11 @@ class ApiClient:
 
     def _result(self, path: str, response: httpx.Response) -> dict[str, Any]:
         """Return the answer, or raise the refusal. What stands between may answer anything."""
-        status, answer = response.status_code, None
+        status = response.status_code
         if response.is_success:
-            with suppress(ValueError, RecursionError):
-                answer = json.loads(response.content)
-            if isinstance(answer, dict) and _member(path) in answer:
+            with suppress(msgspec.MsgspecError, ValueError, RecursionError):
+                answer: dict[str, Any] = msgspec.json.decode(response.content)
+                msgspec.convert(answer, _answer_of(path))
                 return answer
         detail = _detail(response)
         if detail is None:
@@ -151,8 +162,8 @@ class ApiClient:
         raise kind(refusal_text(self.url, status, detail))
 
 
-def _member(path: str) -> str:
-    return _MEMBERS["/v1/sessions" if path.startswith("/v1/sessions/") else path]
+def _answer_of(path: str) -> type[msgspec.Struct]:
+    return _ANSWERS["/v1/sessions" if path.startswith("/v1/sessions/") else path]
 
 
 def _detail(response: httpx.Response) -> str | None:

@@ -8,7 +8,8 @@ import pytest
 import websockets
 
 from tests.cli.conftest import Result, Run
-from tests.support import Serve, wait_until
+from tests.client.between import Between, answer
+from tests.support import Serve, free_port, wait_until
 from tests.support.daemon import Daemon
 from tests.support.serving import JWT_SECRET, Instance
 
@@ -82,3 +83,37 @@ def test_what_can_not_be_looked_up(ask: Run) -> None:
     result = ask("sessions", "no recipient")
     assert (result.status, result.out) == (2, "")
     assert "a recipient is" in result.err
+
+
+@pytest.mark.parametrize(
+    ("args", "path", "body"),
+    [
+        (["sessions", "bob"], "/v1/sessions/bob", '{"sessions":[]}'),
+        (
+            ["sessions", "bob"],
+            "/v1/sessions/bob",
+            (
+                '{"recipient":"bob","sessions":[{"instance":"a","device":"d","address":"",'
+                '"since_ms":1e400,"told":null}],"unanswered":[],"mailbox":null}'
+            ),
+        ),
+        (["sessions", ".."], "/v1/sessions/%2E%2E", '{"sessions":null}'),
+        (["cluster", "status"], "/v1/cluster", '{"instances":[5],"traffic":7}'),
+        (["poke", "bob"], "/v1/pokes", '{"accepted":"x"}'),
+        (["send", "bob", "1"], "/v1/messages", '{"version":1}'),
+        (["token", "bob"], "/v1/dev/token", '{"token":5}'),
+    ],
+)
+async def test_json_that_is_not_the_bridges_is_one_line(
+    run: Run, args: list[str], path: str, body: str
+) -> None:
+    """A server that answers something similar is no instance, and no defect of ours."""
+    secret = "" if args[0] == "token" else JWT_SECRET
+    async with Between(free_port()).run() as between:
+        between.answers[path] = [answer(200, body=body, media_type="application/json")]
+        environ = {"POKEBRIDGE_URL": between.url, "POKEBRIDGE_JWT_SECRET": secret}
+        result = await asyncio.to_thread(run, *args, **environ)
+        assert between.asked == [path]
+    assert result.out == ""
+    assert "but not as an instance of pokebridge" in result.err
+    assert result.err.count("\n") == 1

@@ -13,6 +13,7 @@ from typing import NoReturn
 
 import click
 
+from pokebridge.cli.options import printable
 from pokebridge.errors import ConfigError, InputError, PokebridgeError
 
 _FAILED = 1
@@ -105,5 +106,5 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
 
 
 def _complain(message: str, status: int) -> int:
-    click.echo(f"pokebridge: {' '.join(message.split())}", err=True)
+    click.echo(f"pokebridge: {printable(' '.join(message.split()))}", err=True)
     return status

@@ -12,7 +12,7 @@ from click.core import ParameterSource
 
 from pokebridge.bench.load_generator import LoadGenerator, Plan, Tally
 from pokebridge.cli.api import Access, api_options
-from pokebridge.cli.options import allow_clients, json_option
+from pokebridge.cli.options import Number, allow_clients, json_option
 from pokebridge.cli.storm import storm
 from pokebridge.errors import UnavailableError
 
@@ -34,20 +34,18 @@ _PROGRESS_S = 1.0
 )
 @click.option(
     "--ramp-s",
-    type=click.FloatRange(min=0),
+    type=Number(min=0),
     help=f"Seconds over which they connect. [default: {_CONNECTS_PER_S} per second]",
 )
-@click.option(
-    "--pokes-per-s", type=click.FloatRange(min=0), help="Pokes sent per second. [default: 100]"
-)
+@click.option("--pokes-per-s", type=Number(min=0), help="Pokes sent per second. [default: 100]")
 @click.option(
     "--messages-per-s",
-    type=click.FloatRange(min=0),
+    type=Number(min=0),
     help="Instead of pokes: stored messages per second.",
 )
 @click.option(
     "--duration-s",
-    type=click.FloatRange(min=0),
+    type=Number(min=0),
     default=10,
     show_default=True,
     help="Seconds of sending, after all clients have connected.",

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pokebridge.cli.api import SUBJECT, Access, api_options
-from pokebridge.cli.options import json_option
+from pokebridge.cli.options import Number, json_option
 from pokebridge.errors import NotFoundError, UnavailableError
 from pokebridge.model import Mode
 
@@ -59,6 +59,7 @@ TEXT_COLUMNS = {"instance", "state", "version", "URL"}
 _timeout_option = click.option(
     "--timeout",
     "timeout_s",
+    type=Number(min=0),
     default=60.0,
     show_default=True,
     help="Seconds to wait until it is done. 0 does not wait.",

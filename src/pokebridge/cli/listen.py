@@ -10,12 +10,13 @@ import click
 import msgspec
 
 from pokebridge.cli.api import Access, api_options
-from pokebridge.cli.options import json_option
+from pokebridge.cli.options import json_option, printable
 from pokebridge.client import PokeClient, ReceivedMessage
 from pokebridge.client.core import CLOSE_TOKEN
 from pokebridge.client.events import AnyAction, AnyEvent, Closed, Refused, Text
 from pokebridge.client.frames import parse_frame
 from pokebridge.errors import AuthError, ForbiddenError, InputError, UnavailableError
+from pokebridge.model import MAX_VERSION
 from pokebridge.tokens import unverified_subject
 
 
@@ -25,7 +26,7 @@ from pokebridge.tokens import unverified_subject
 @click.argument("recipient")
 @click.option(
     "--after",
-    type=click.IntRange(min=0),
+    type=click.IntRange(0, MAX_VERSION),
     default=0,
     show_default=True,
     help="Show messages that are newer than this version.",
@@ -118,7 +119,7 @@ class _Terminal:
         if frame.get("type") == "ready":
             self._was_ready = True
         if frame.get("type") in {"ready", "poke", "move"}:
-            click.echo(" ".join(f"{key}={frame[key]}" for key in frame), err=True)
+            click.echo(printable(" ".join(f"{key}={frame[key]}" for key in frame)), err=True)
 
     def _on_loss(self, is_about_token: bool, reason: str) -> None:  # noqa: FBT001 - one caller
         if is_about_token and (self._token_is_fixed or not self._was_ready):
@@ -126,7 +127,7 @@ class _Terminal:
         elif not self._was_ready:
             self._fail(UnavailableError(f"cannot connect to {self._url}: {reason}"))
         else:
-            click.echo(f"connection lost ({reason}), reconnecting", err=True)
+            click.echo(printable(f"connection lost ({reason}), reconnecting"), err=True)
 
     def _fail(self, error: Exception) -> None:
         if not self.failed.done():
@@ -139,6 +140,4 @@ def _json_line(message: ReceivedMessage) -> str:
 
 def _line(message: ReceivedMessage) -> str:
     body = json.dumps(message.body, ensure_ascii=False)
-    # A sender must not be able to move the cursor of this terminal.
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in body)
-    return f"{message.version} {message.sender} {shown}"
+    return printable(f"{message.version} {message.sender} {body}")

@@ -1,7 +1,9 @@
 """Options that several commands share."""
 
+import math
 import resource
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -17,6 +19,24 @@ config_option = click.option(
     help="TOML file with settings. Variable: POKEBRIDGE_CONFIG.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+class Number(click.FloatRange):
+    """A finite number, which may have limits."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Convert as click does, but refuse ``inf`` and ``nan``."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
+
+
+def printable(text: str) -> str:
+    """Return ``text``, which strangers may have written, without what moves a cursor."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
 
 
 def allow_clients(clients: int) -> None:

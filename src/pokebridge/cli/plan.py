@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
@@ -15,7 +14,7 @@ from rich.table import Table
 
 from pokebridge.bench.plot import PlotFile, save_plot
 from pokebridge.cli.api import SUBJECT, Access, token_option
-from pokebridge.cli.options import config_option, json_option
+from pokebridge.cli.options import Number, config_option, json_option
 from pokebridge.costs import (
     FANOUT,
     PARTITIONED,
@@ -70,19 +69,6 @@ _DECISIVE = ("deliveries\n/s", "dis-\ncarded", "CPU cores\nwasted", "$ a month")
 _TABLE_WIDTH = 80
 
 
-class _Number(click.FloatRange):
-    """A finite number."""
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        """Convert as click does, but refuse ``inf`` and ``nan``, which are not rates."""
-        number = float(super().convert(value, param, ctx))
-        if not math.isfinite(number):
-            self.fail(f"{value!r} is not a finite number.", param, ctx)
-        return number
-
-
 class _Measured(NamedTuple):
     """What a running cluster reports."""
 
@@ -101,11 +87,11 @@ class _Measured(NamedTuple):
 )
 @click.option(
     "--messages-per-s",
-    type=_Number(min=0),
+    type=Number(min=0),
     help="Messages published per second. A message carries one or more pokes.",
 )
 @click.option(
-    "--pokes-per-s", type=_Number(min=0), help="Instead of --messages-per-s: pokes per second."
+    "--pokes-per-s", type=Number(min=0), help="Instead of --messages-per-s: pokes per second."
 )
 @click.option("--instances", type=click.IntRange(min=1), help="Number of instances.")
 @click.option(
@@ -116,7 +102,7 @@ class _Measured(NamedTuple):
 @click.option("--sessions", type=click.IntRange(min=0), help="Open sessions. [default: 0]")
 @click.option(
     "--misplaced-share",
-    type=_Number(0, 1),
+    type=Number(0, 1),
     help="Share of sessions that are not on the owner of their shard. [default: 0]",
 )
 @click.option(
@@ -127,28 +113,28 @@ class _Measured(NamedTuple):
 )
 @click.option(
     "--pokes-per-message",
-    type=_Number(min=1),
+    type=Number(min=1),
     help=f"Pokes that share a message. [default: {_DEFAULTS['pokes_per_message']:g}]",
 )
 @click.option(
     "--poke-size-bytes",
-    type=_Number(min=1),
+    type=Number(min=1),
     help=f"Size of one poke as JSON. [default: {_DEFAULTS['poke_size_bytes']:g}]",
 )
 @click.option(
     "--messages-per-request",
-    type=_Number(min=1),
+    type=Number(min=1),
     help="Messages that share a request to Google. [default: unknown, 1 to 200]",
 )
 @click.option(
     "--usd-per-tib",
-    type=_Number(min=0),
+    type=Number(min=0),
     default=PRICES.usd_per_tib,
     show_default=True,
     help=f"Google's price, as of {PRICES.as_of}.",
 )
 @click.option(
-    "--red-line-ops-per-s", type=_Number(min=0, min_open=True), help="The red line, as for serve."
+    "--red-line-ops-per-s", type=Number(min=0, min_open=True), help="The red line, as for serve."
 )
 @click.option(
     "--engine",

@@ -10,7 +10,7 @@ import click
 
 from pokebridge.api_client import encode_json
 from pokebridge.cli.api import SUBJECT, Access, api_options
-from pokebridge.cli.options import json_option
+from pokebridge.cli.options import Number, json_option
 
 # The limit of one POST /v1/pokes (protocol.md section 4).
 RECIPIENTS_PER_REQUEST = 1000
@@ -51,7 +51,9 @@ async def _poke(recipients: tuple[str, ...], access: Access) -> int:
 @click.option(
     "--id", "message_id", help="Id of the message. A second message with the same id is not sent."
 )
-@click.option("--ttl-s", type=float, help="Seconds after which the message may be deleted unread.")
+@click.option(
+    "--ttl-s", type=Number(), help="Seconds after which the message may be deleted unread."
+)
 @api_options()
 @json_option
 def send(

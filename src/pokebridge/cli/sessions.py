@@ -9,7 +9,7 @@ from urllib.parse import quote
 import click
 
 from pokebridge.cli.api import SUBJECT, Access, api_options
-from pokebridge.cli.options import json_option
+from pokebridge.cli.options import json_option, printable
 from pokebridge.model import check_recipient
 
 
@@ -26,7 +26,7 @@ def sessions(recipient: str, *, as_json: bool, **access: Any) -> None:
     poked for. Each device that the mailbox knows has the version up to which it has acked.
     """
     state = asyncio.run(_look_up(Access(**access), check_recipient(recipient)))
-    click.echo(json.dumps(state) if as_json else "\n".join(_lines(state)))
+    click.echo(json.dumps(state) if as_json else "\n".join(map(printable, _lines(state))))
 
 
 async def _look_up(access: Access, recipient: str) -> dict[str, Any]:
@@ -90,4 +90,7 @@ async def _disconnect(access: Access, recipient: str, *, revoke: bool) -> None:
 
 
 def _path(recipient: str) -> str:
-    return f"/v1/sessions/{quote(recipient, safe='')}"
+    encoded = quote(recipient, safe="")
+    if recipient in {".", ".."}:  # which an HTTP client takes for a directory
+        encoded = encoded.replace(".", "%2E")
+    return f"/v1/sessions/{encoded}"

@@ -13,7 +13,7 @@ import uvloop
 from pokebridge.bench.fleet import FleetPlan
 from pokebridge.bench.plot import PlotFile, check_drawing, save_storm_plot
 from pokebridge.bench.storm import Storm, StormPlan, storm_failures, storm_report, storm_table
-from pokebridge.cli.options import allow_clients
+from pokebridge.cli.options import Number, allow_clients
 from pokebridge.errors import ConfigError, PokebridgeError
 from pokebridge.model import Mode
 from pokebridge.server.adapters import transport_class
@@ -40,26 +40,26 @@ from pokebridge.server.adapters import transport_class
 )
 @click.option(
     "--messages-per-s",
-    type=click.FloatRange(min=0),
+    type=Number(min=0),
     default=100,
     show_default=True,
     help="Messages per second to the clients, and as many to the clients that time the pokes.",
 )
 @click.option(
     "--calm-s",
-    type=click.FloatRange(min=0),
+    type=Number(min=0),
     default=10,
     show_default=True,
     help="Seconds of traffic before the kill, and again after all clients are back.",
 )
 @click.option(
     "--restart-s",
-    type=click.FloatRange(min=0),
+    type=Number(min=0),
     help="Seconds after which the killed instance starts again. [default: never]",
 )
 @click.option(
     "--within-s",
-    type=click.FloatRange(min=0),
+    type=Number(min=0),
     default=120,
     show_default=True,
     help="Seconds within which all clients must be back.",

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from pokebridge.cli.api import Access, api_options, configured_signer
-from pokebridge.cli.options import json_option
+from pokebridge.cli.options import Number, json_option
 from pokebridge.errors import ConfigError, UnavailableError
 
 
@@ -21,7 +21,7 @@ from pokebridge.errors import ConfigError, UnavailableError
 )
 @click.option(
     "--ttl-s",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Number(min=0, min_open=True),
     default=3600,
     show_default=True,
     help="Seconds until the token expires.",
