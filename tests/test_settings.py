@@ -133,6 +133,8 @@ def test_client_variables_and_empty_ones_are_no_settings() -> None:
         ("advertise_url", "ws://[::1]:8080", "ws://[::1]:8080"),
         ("allowed_origins", "HTTPS://A.example:443", ("https://a.example",)),
         ("allowed_origins", "https://*.a.example,*", ("https://*.a.example", "*")),
+        ("trusted_proxies", "::ffff:10.0.0.0/104", (ip_network("10.0.0.0/8"),)),
+        ("jwks_url", "https://u:p%40@[::1]:8443/k?a=b:c", "https://u:p%40@[::1]:8443/k?a=b:c"),
     ],
 )
 def test_a_value_is_brought_into_its_normal_form(name: str, value: str, meant: Any) -> None:
@@ -175,6 +177,11 @@ def test_a_value_is_brought_into_its_normal_form(name: str, value: str, meant: A
         ("advertise_url", "wss://b1?", "without user, query or fragment"),
         ("advertise_url", "wss://b1#f", "without user, query or fragment"),
         ("advertise_url", "wss://me:secret@b1", "without user, query or fragment"),
+        ("advertise_url", "wss://b1/../x", "ws:// or wss://"),
+        ("advertise_url", "wss://*", "ws:// or wss://"),
+        ("advertise_url", "wss://b1,b2", "ws:// or wss://"),
+        ("advertise_url", "wss://0.0.0.0:8080", "no address to connect to"),
+        ("advertise_url", "wss://[::]:8080", "no address to connect to"),
         ("transport", "nats", "URL"),
         ("mailbox", "pokebridge.db", "URL"),
         ("jwt_secret", "hunter2", "32 bytes"),
@@ -187,6 +194,10 @@ def test_a_value_is_brought_into_its_normal_form(name: str, value: str, meant: A
         ("jwks_url", "file:///etc/passwd", "http"),
         ("jwks_url", "https://", "http"),
         ("jwks_url", "https:///jwks", "http"),
+        ("jwks_url", "https://:443/jwks", "http"),
+        ("jwks_url", "https://user@/jwks", "http"),
+        ("jwks_url", "https://a.example,b.example/jwks", "http"),
+        ("jwks_url", "https://a.example /jwks", "http"),
         ("jwks_url", "https://issuer.example:jwks", "port"),
         ("push_webhook_url", "https://push.example:0/", "port"),
         ("allowed_origins", "https://a.example/path", "origins like"),
@@ -196,6 +207,10 @@ def test_a_value_is_brought_into_its_normal_form(name: str, value: str, meant: A
         ("trusted_proxies", "10.0.0.1/8", "networks like"),
         ("handshakes_per_s", -1, "0"),
         ("max_sessions", 0, "1"),
+        ("max_sessions", 10**400, "less than"),
+        ("handshakes_per_s", 10**400, "less than"),
+        ("max_session_s", 10**400, "less than"),
+        ("path_prefix", "/bridge/..", "path like"),
         ("max_sessions_per_recipient", 0, "1"),
         ("ping_interval_s", 0, "greater than 0"),
         ("ping_interval_s", "nan", "finite"),
@@ -282,6 +297,17 @@ def test_an_unknown_name_is_refused_with_a_guess(tmp_path: Path) -> None:
     assert variable == "POKEBRIDGE_JWT_SECRETS: unknown setting; did you mean jwt_secret?"
     path = toml(tmp_path, "[serve]\nport = 1\n")
     assert refusal(config_file=path) == f"serve in {path}: unknown setting"
+    path = toml(tmp_path, '"a\\nb" = 1\n')
+    assert "\n" not in refusal(config_file=path)
+
+
+def test_true_is_no_number(tmp_path: Path) -> None:
+    """What pydantic would take for 1. A file may begin with the mark that Windows writes."""
+    for name in ("port", "max_sessions", "lease_s", "workers"):
+        path = toml(tmp_path, f"{name} = true\n")
+        assert refusal(config_file=path) == f"{name} in {path}: must not be true or false"
+    path.write_text("\ufeffport = 80\ndev = true\n", encoding="utf-8")
+    assert load_settings(path, {}, {}).port == 80
 
 
 def test_a_config_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ GetField = Callable[[bytes], str]
 """Returns the first value of a field, whose name is in lower case; empty if it is missing."""
 
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~%-]+)(:\d{1,5})?")
-PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)+")
+# Without . and .., which browsers resolve before they send a path.
+PREFIX = re.compile(r"(/(?!\.{1,2}(?:/|$))[A-Za-z0-9._~-]+)+")
 
 
 def requested_host(get: GetField) -> str:

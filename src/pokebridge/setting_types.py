@@ -8,11 +8,11 @@ import base64
 import re
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from typing import Annotated, Any
-from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 
 from pokebridge.forwarded import PREFIX
+from pokebridge.model import MAX_VERSION
 from pokebridge.origins import normal_origin
 from pokebridge.urls import check_url
 from pokebridge.wire import CONNECT_PATH
@@ -25,6 +25,10 @@ _WITH_CREDENTIALS = frozenset(
     {"http", "https", "nats", "postgres", "postgresql", "redis", "rediss", "tls"}
 )
 _HOST_NAME = r"(?!-)[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*\.?"
+_ADVERTISED = re.compile(
+    rf"wss?://(?P<host>{_HOST_NAME}|\[[0-9a-f:.]+\])(?::(?P<port>\d{{1,5}}))?(?:{PREFIX.pattern})?/*",
+    re.IGNORECASE,
+)
 # The widest networks that are not taken for a mistake.
 _WIDEST_PROXIES = {4: 8, 6: 16}
 
@@ -77,23 +81,21 @@ def check_origin(origin: str) -> str:
 
 def check_advertise_url(text: str) -> str:
     """Return the URL without the path of the WebSocket."""
-    try:
-        url = urlsplit(text)
-        is_valid = url.port != 0 and bool(url.hostname)  # a port that is no number raises
-    except ValueError:
-        is_valid = False
-    # The text itself is searched too, because an empty query or fragment is not in the parts.
-    if not is_valid or url.scheme not in {"ws", "wss"} or re.search(r"[?#@\s]", text):
+    found = _ADVERTISED.fullmatch(text)
+    if found is None or not 0 < int(found["port"] or 1) < 65536:
         raise ValueError(
             "must be a ws:// or wss:// URL like wss://b1.example.com,"
             " without user, query or fragment"
         )
+    if found["host"].strip("[]") in {"0.0.0.0", "::", "::0"}:  # noqa: S104 - refused
+        raise ValueError("must name this instance: 0.0.0.0 and :: are no address to connect to")
     return text.rstrip("/").removesuffix(CONNECT_PATH).rstrip("/")
 
 
 def unless_dev(limit: int) -> Any:
     """A limit that is ``limit`` by default, and off with ``dev``."""
-    return Field(default_factory=lambda given: None if given.get("dev") else limit, ge=0)
+    default = lambda given: None if given.get("dev") else limit  # noqa: E731
+    return Field(default_factory=default, ge=0, le=MAX_VERSION)
 
 
 def matching(pattern: str, meaning: str) -> AfterValidator:
@@ -108,11 +110,15 @@ def matching(pattern: str, meaning: str) -> AfterValidator:
 
 
 def network(value: Any) -> IPv4Network | IPv6Network:
-    """Return ``value`` as a network."""
+    """Return ``value`` as a network. One of mapped IPv4 addresses is that of the IPv4 addresses."""
     try:
-        return ip_network(value)
+        found = ip_network(value)
     except ValueError:
         raise ValueError("must be networks like 10.0.0.0/8, separated by commas") from None
+    if found.version == 6 and found.prefixlen >= 96:
+        mapped = found.network_address.ipv4_mapped
+        return found if mapped is None else ip_network((mapped, found.prefixlen - 96))
+    return found
 
 
 def is_loopback(host: str) -> bool:
@@ -182,7 +188,10 @@ PartUrl = Annotated[str, matching(r"[a-z]+://\S*", "a URL, like memory://"), _wi
 HttpUrl = Annotated[
     str,
     _with_credentials("http", "https"),
-    matching(r"https?://[^/?]*[^/?@].*", "an http:// or https:// URL"),
+    matching(
+        r"https?://(?:[^/?]*@)?(?:[^\s/?@:,\[\]\\]+|\[[^\]]+\])(?::\d+)?(?:[/?][^\s\\]*)?",
+        "an http:// or https:// URL",
+    ),
 ]
 IngressUrl = Annotated[
     str,

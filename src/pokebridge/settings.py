@@ -35,6 +35,7 @@ from pokebridge.model import MAX_VERSION, Mode
 from pokebridge.red_line import MIGRATE_RULES, RED_LINE_OPS_PER_S
 from pokebridge.session import Timing
 from pokebridge.setting_types import (
+    CENTURY_S,
     WEBHOOK_SECRET,
     AdvertiseUrl,
     Claim,
@@ -270,10 +271,10 @@ class Settings(BaseModel):
 
     # --- Limits ---
 
-    max_sessions: Annotated[int | None, Field(ge=1)] = None
+    max_sessions: Annotated[int | None, Field(ge=1, le=MAX_VERSION)] = None
     """Most open sessions of this process, calls that wait included. By default what its file
     descriptor limit allows."""
-    max_sessions_per_recipient: Annotated[int, Field(ge=1)] = 64
+    max_sessions_per_recipient: Annotated[int, Field(ge=1, le=MAX_VERSION)] = 64
     """Most open sessions of one recipient on this instance. One more closes the oldest. For a
     group there is no such limit."""
     max_listened_recipients: Annotated[int, Field(ge=0, le=10_000)] = 100
@@ -297,7 +298,7 @@ class Settings(BaseModel):
     """Seconds between two pings of a session."""
     pong_timeout_s: Seconds = _SESSION_TIMING.pong_timeout_s
     """Seconds without a pong after which a session is closed."""
-    max_session_s: Limit = Field(default=None, ge=0)
+    max_session_s: Limit = Field(default=None, ge=0, le=CENTURY_S)
     """Longest life of a session in seconds. Then it is closed and its client reconnects. Each
     session's life is shortened at random by up to a fifth, so that they do not end at once. Set it
     below the limit of your platform, for example 3300 on Cloud Run. 0: no limit."""
@@ -435,9 +436,12 @@ def _load(
     for name, value in overrides.items():
         if value is not None:
             given[name] = _Given(value, f"--{name.replace('_', '-')}")
-    for name, (_, origin) in given.items():
+    for name, (value, origin) in given.items():
         if name not in Settings.model_fields:
-            raise ConfigError(f"{origin}: unknown setting{_did_you_mean(name)}")
+            shown = origin if origin.isprintable() else ascii(origin)
+            raise ConfigError(f"{shown}: unknown setting{_did_you_mean(name)}")
+        if isinstance(value, bool) and Settings.model_fields[name].annotation is not bool:
+            raise ConfigError(f"{origin}: must not be true or false")
     try:
         return Settings.model_validate({name: item.value for name, item in given.items()})
     except ValidationError as error:
@@ -446,7 +450,7 @@ def _load(
 
 def _from_file(path: Path) -> dict[str, _Given]:
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"config {path}: {error.strerror}") from None
     except ValueError as error:
