@@ -106,11 +106,12 @@ async def test_what_is_no_key_set_changes_nothing(name: str) -> None:
 
 
 async def test_one_bad_key_spoils_no_other() -> None:
-    """Whatever is wrong with it."""
+    """Whatever is wrong with it. A member that is null is as good as absent."""
     bad: list[Any] = [5, None, {}, {"kty": "RSA", "n": 5, "e": "AQAB"}, {"kty": "EC", "crv": "P-0"}]
     bad += [JWK | {"x": "AAAA"}, JWK | {"kty": []}, JWK | {"use": "enc"}, JWK | {"alg": 7}]
     endpoint = Endpoint()
-    endpoint.said = answer(json.dumps({"keys": [*bad, JWK]}).encode())
+    nulls = dict.fromkeys(("use", "alg", "key_ops"))
+    endpoint.said = answer(json.dumps({"keys": [*bad, JWK | nulls]}).encode())
     async with served(endpoint) as verifier:
         assert (await verifier.verify(TOKEN)).subject == "urn:user:bob"
 

@@ -154,6 +154,12 @@ def test_issuers_write_scopes_in_several_ways(given: dict[str, Any]) -> None:
     assert found.scopes == {"send", "poke"}
 
 
+def test_only_spaces_separate_scopes() -> None:
+    """Other white space is a part of a scope, so that nobody smuggles one in."""
+    found = TokenVerifier(secret=SECRET).verify_now(hs256(scope=" send  x\u00a0admin y\tadmin "))
+    assert found.scopes == {"send", "x\u00a0admin", "y\tadmin"}
+
+
 @pytest.mark.parametrize("name", ["scope", "scp"])
 @pytest.mark.parametrize("value", ["null", "[]", '""'])
 def test_an_empty_scope_grants_nothing(name: str, value: str) -> None:
@@ -165,8 +171,9 @@ def test_an_empty_scope_grants_nothing(name: str, value: str) -> None:
 
 def test_the_leeway_is_for_tokens_of_the_near_future() -> None:
     """The issuer's clock may be ahead by the leeway, and 60 s by default."""
-    ahead = hs256(nbf=time.time() + 50)
-    assert TokenVerifier(secret=SECRET).verify_now(ahead).subject == BOB
+    for ahead_s in (6, 50, 59):
+        ahead = hs256(nbf=time.time() + ahead_s)
+        assert TokenVerifier(secret=SECRET).verify_now(ahead).subject == BOB
     with pytest.raises(AuthError, match="not yet valid"):
         TokenVerifier(secret=SECRET, leeway_s=5).verify_now(ahead)
     with pytest.raises(AuthError, match="not yet valid"):
@@ -192,6 +199,12 @@ def test_both_secrets_are_accepted_during_a_rotation() -> None:
         ({"exp": "4102444800"}, "exp"),
         ({"exp": True}, "exp"),
         ({"exp": float("nan")}, "expired"),
+        ({"exp": float("inf")}, "no time"),
+        ({"exp": -float("inf")}, "expired"),
+        ({"exp": []}, "exp"),
+        ({"nbf": float("nan")}, "not yet valid"),
+        ({"nbf": float("inf")}, "not yet valid"),
+        ({"nbf": "1"}, "nbf"),
         ({"sub": None}, "sub"),
         ({"sub": 7}, "Subject"),
         ({"sub": ""}, "recipient"),
@@ -431,11 +444,12 @@ def test_a_remembered_token_is_revoked() -> None:
     verifier.refuses = lambda subject, issued_at: disconnects.refuses(subject, issued_at, now)
     old, undated, new = hs256(iat=now - 60), hs256(), hs256(iat=now + 1)
     eve = hs256(sub="urn:user:eve", iat=now - 60)
-    for token in (old, undated, new, eve):
+    odd = [hs256(iat=iat) for iat in (now + 9e6, float("inf"), float("nan"), 10**400, True, "1")]
+    for token in (old, undated, new, eve, *odd):
         verifier.verify_now(token)
     at_ms = int(now * 1000)
     disconnects.note(Disconnect(BOB, at_ms, at_ms + 60_000), now)
-    for token in (old, undated, old):
+    for token in (old, undated, old, *odd):
         with pytest.raises(AuthError, match="revoked"):
             verifier.verify_now(token)
     assert verifier.verify_now(new).subject == BOB

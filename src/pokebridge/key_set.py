@@ -177,12 +177,13 @@ def _public_keys(key_set: Any) -> list[jwt.PyJWK]:
 
 
 def _public_key(member: Any) -> jwt.PyJWK | None:
-    if not isinstance(member, dict) or member.get("use", "sig") != "sig":
+    if not isinstance(member, dict) or member.get("use") not in (None, "sig"):
         return None
     if member.get("kty") not in _PUBLIC_TYPES:
         return None
     try:
-        key = jwt.PyJWK({name: member[name] for name in _PUBLIC_MEMBERS if name in member})
+        given = {name: member.get(name) for name in _PUBLIC_MEMBERS}
+        key = jwt.PyJWK({name: value for name, value in given.items() if value is not None})
         is_usable = (
             key.algorithm_name in PUBLIC_ALGORITHMS
             and key.Algorithm.check_key_length(key.key) is None

@@ -207,8 +207,8 @@ class TokenVerifier:
 
     def _check_claims(self, payload: _Payload) -> Claims:
         now = time.time()
-        if not payload.exp > now:  # so that NaN has expired
-            raise AuthError("the token has expired")
+        if not now < payload.exp < math.inf:  # so that NaN has expired
+            raise AuthError("the token has expired, or its exp is no time")
         if payload.nbf is not None and not payload.nbf <= now + self._leeway_s:
             raise AuthError("the token is not yet valid (nbf)")
         if self._issuer is not None and payload.iss != self._issuer:
@@ -219,7 +219,12 @@ class TokenVerifier:
             raise AuthError(
                 "Subject (sub) of a token must be a recipient: 1 to 256 visible ASCII characters"
             )
-        is_time = isinstance(payload.iat, int | float) and not isinstance(payload.iat, bool)
+        # One from the future would outlive every revocation, so it counts as none.
+        is_time = (
+            isinstance(payload.iat, int | float)
+            and not isinstance(payload.iat, bool)
+            and payload.iat <= now + self._leeway_s
+        )
         return Claims(
             payload.sub,
             _scopes(payload.scope, payload.scp),
@@ -277,7 +282,7 @@ def _scopes(*given: str | list[str] | None) -> frozenset[str]:
 @functools.lru_cache(maxsize=256)
 def _scope_set(text: str) -> frozenset[str]:
     """The scopes in ``text``: one object for all tokens that grant the same."""
-    return frozenset(text.split())
+    return frozenset(filter(None, text.split(" ")))  # RFC 6749, section 3.3: no other white space
 
 
 class _Verified:
