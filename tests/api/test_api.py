@@ -515,6 +515,12 @@ class TestSessionsAndCluster:
             "instance": "b",
         }
 
+    @pytest.mark.parametrize("host", ["", ":80", "x:99999", "x:0", "[::1"])
+    async def test_connect_info_needs_a_host(self, http: httpx.AsyncClient, host: str) -> None:
+        """Without a valid one there is no URL to connect to."""
+        response = await http.get("/v1/connect-info", headers=bearer(BOB) | {"Host": host})
+        assert response.status_code == 400
+
     @pytest.mark.parametrize(("trusted", "scheme"), [("127.0.0.0/8", "wss"), ("10.0.0.0/8", "ws")])
     async def test_connect_info_behind_a_proxy(
         self, world: World, trusted: str, scheme: str
@@ -849,11 +855,18 @@ class TestProblems:
                 response = await http.get("/v1/messages", headers={**headers, "Origin": origin})
                 assert response.headers.get("access-control-allow-origin") == allowed
             preflight = {"Origin": origin, "Access-Control-Request-Method": "GET"}
-            preflight["Access-Control-Request-Headers"] = (
-                "authorization,if-none-match,traceparent,tracestate,baggage"
-            )
-            response = await http.options("/v1/messages", headers=preflight)
-        assert (response.status_code == 200) == (allowed is not None)
+            for names in (
+                "authorization,if-none-match,traceparent,tracestate,baggage",
+                "sentry-trace, x-request-id",
+            ):
+                preflight["Access-Control-Request-Headers"] = names
+                response = await http.options("/v1/messages", headers=preflight)
+                assert (response.status_code == 200) == (allowed is not None)
+                assert (response.headers.get("access-control-allow-headers") == names) == (
+                    allowed is not None
+                )
+            preflight["Access-Control-Request-Headers"] = "a(b), c"
+            assert (await http.options("/v1/messages", headers=preflight)).status_code == 400
 
 
 async def test_json_of_a_page_is_json(http: httpx.AsyncClient, world: World) -> None:

@@ -104,9 +104,12 @@ class SessionCalls:
             prefix = prefix or removed_prefix(request.header)
         scheme = "wss" if scheme == "https" else "ws"
         try:
-            host = urlsplit(f"//{host}").netloc
+            parts = urlsplit(f"//{host}")
+            is_valid = bool(parts.hostname) and parts.port != 0  # one that is too large raises
         except ValueError:
-            raise RefusedError(HTTPStatus.BAD_REQUEST, "the Host is not valid") from None
+            is_valid = False
+        if not is_valid:
+            raise RefusedError(HTTPStatus.BAD_REQUEST, "the Host is missing or not valid")
         return f"{scheme}://{host}{prefix}{CONNECT_PATH}"
 
     async def disconnect(self, request: Request) -> Response:

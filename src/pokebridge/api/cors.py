@@ -1,5 +1,6 @@
 """Cross-origin requests: which pages may call from a browser (the Fetch standard's CORS)."""
 
+import re
 from collections.abc import Sequence
 from http import HTTPStatus
 
@@ -8,16 +9,14 @@ from pokebridge.api.problems import problem
 from pokebridge.origins import is_allowed
 
 _METHODS = ("GET", "POST", "PUT", "DELETE")
-# The last three are what tracing adds to a page's requests by itself.
 _REQUEST_HEADERS = (
     *("Accept", "Accept-Language", "Authorization", "Content-Language", "Content-Type"),
-    *("If-None-Match", "baggage", "traceparent", "tracestate"),
+    "If-None-Match",
 )
-_KNOWN_HEADERS = frozenset(name.lower() for name in _REQUEST_HEADERS)
+_NAMES = re.compile(r"[-!#$%&'*+.^_`|~0-9A-Za-z, \t]*")
 _EXPOSED: Header = (b"access-control-expose-headers", b"ETag, Retry-After")
 _PREFLIGHT = {
     "Access-Control-Allow-Methods": ", ".join(_METHODS),
-    "Access-Control-Allow-Headers": ", ".join(_REQUEST_HEADERS),
     "Access-Control-Max-Age": "600",
     "Vary": "Access-Control-Request-Method, Access-Control-Request-Headers, "
     "Access-Control-Request-Private-Network",
@@ -40,15 +39,19 @@ class Cors:
         return [_EXPOSED]
 
     def preflight(self, request: Request) -> Response | None:
-        """The answer to ``request`` if it asks whether a page may call; otherwise ``None``."""
+        """The answer to ``request`` if it asks whether a page may call; otherwise ``None``.
+
+        An allowed page may send any header: tracing adds some by itself (traceparent, baggage,
+        sentry-trace, …), and a program that is no browser may send any.
+        """
         method = request.headers.get(b"access-control-request-method")
         if request.method != "OPTIONS" or method is None or b"origin" not in request.headers:
             return None
-        asked = request.header(b"access-control-request-headers").lower()
+        asked = request.header(b"access-control-request-headers").strip()
         allowed = {
             "origin": self._allows_any or self._allows(request),
             "method": method.decode("latin-1") in _METHODS,
-            "headers": _are_known(asked),
+            "headers": _NAMES.fullmatch(asked) is not None,
             "private-network": b"access-control-request-private-network" not in request.headers,
         }
         wrong = [name for name, is_allowed in allowed.items() if not is_allowed]
@@ -56,11 +59,8 @@ class Cors:
             detail = f"Disallowed CORS {', '.join(wrong)}"
             return problem(HTTPStatus.BAD_REQUEST, detail, _PREFLIGHT)
         headers = {"Content-Type": "text/plain; charset=utf-8", **_PREFLIGHT}
+        headers["Access-Control-Allow-Headers"] = asked or ", ".join(_REQUEST_HEADERS)
         return Response(HTTPStatus.OK, header_list(headers), b"OK")
 
     def _allows(self, request: Request) -> bool:
         return is_allowed(request.header(b"origin"), self._allowed)
-
-
-def _are_known(names: str) -> bool:
-    return not names or all(name.strip() in _KNOWN_HEADERS for name in names.split(","))
