@@ -22,7 +22,16 @@ from pokebridge.errors import AuthError, ConfigError
 from pokebridge.model import Poke
 from pokebridge.settings import load_settings
 from pokebridge.tokens import TokenVerifier, sign_token
-from pokebridge.wire import Beacon, encode_beacon, encode_disconnect, encode_pokes, encode_probe
+from pokebridge.wire import (
+    Beacon,
+    ListedSession,
+    Lookup,
+    encode_beacon,
+    encode_disconnect,
+    encode_lookup,
+    encode_pokes,
+    encode_probe,
+)
 from tests.fuzz.mutation import Mutator
 from tests.gateway.harness import Client
 from tests.support import Instance
@@ -62,6 +71,22 @@ async def http(instance: Instance, seed: int, count: int) -> None:
             f"{head}Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n{chunked}".encode(),
             f"{head}Upgrade: h2c\r\nConnection: Upgrade\r\n\r\n{head}\r\n".encode(),
         ]
+    await _send_all(instance, Mutator(seed, corpus), count)
+
+
+async def waiting(instance: Instance, seed: int, count: int) -> None:
+    """Calls that wait and look-ups, alone and in a pipeline."""
+    bearer = f"Authorization: Bearer {instance.token(BOB, 'admin')}\r\n"
+    corpus = []
+    for target in (
+        "/v1/messages?after=0&limit=5&wait_s=0.01",
+        "/v1/pokes?wait_s=0.01&device=d&moved=1",
+        "/v1/pokes?wait_s=0.01&session=0123456789abcdef",
+        "/v1/sessions/urn%3Auser%3Aeve",
+    ):
+        call = f"GET {target} HTTP/1.1\r\nHost: b.example\r\n{bearer}If-None-Match: *\r\n"
+        chunked = f"{call}Transfer-Encoding: chunked\r\n\r\n2\r\n{{}}\r\n0\r\n\r\n"
+        corpus += [f"{call}\r\n{call}\r\n".encode(), f"{chunked}{call}\r\n".encode()]
     await _send_all(instance, Mutator(seed, corpus), count)
 
 
@@ -162,6 +187,8 @@ SIGNALS = (
     encode_pokes([Poke(BOB), Poke("urn:user:eve", 2**53 - 1)]),
     encode_disconnect("urn:user:eve", at_ms=1, until_ms=2, is_repeated=True),
     encode_probe("a:1"),
+    encode_lookup(Lookup("1f", "other", "urn:user:eve")),
+    encode_lookup(Lookup("1f", "other", BOB, [ListedSession("phone", "::1", 5, 17)])),
     encode_beacon(
         Beacon(
             sender="other",

@@ -23,8 +23,9 @@ from tests.support.serving import JWT_SECRET
 from tests.transport.pubsub_world import TOPIC, World
 
 SIGNALS = ("nats", "redis", "pubsub")
+ON_A_SOCKET = ("http", "handshakes", "frames", "waiting")
 BORDERS = (
-    *("http", "handshakes", "frames"),
+    *ON_A_SOCKET,
     *SIGNALS,
     *("ingress", "tokens", "key_sets", "settings"),
 )
@@ -43,7 +44,7 @@ async def run(chosen: Sequence[str], count: int, seed: int, directory: Path, tel
         began_s = time.monotonic()
         with ExitStack() as stack:
             engine = _engine(border, directory, stack)
-            if border in {"http", "handshakes", "frames"} or engine is not None:
+            if border in ON_A_SOCKET or engine is not None:
                 judged = await _on_an_instance(border, count, seed, directory, engine)
             else:
                 judged = await _in_this_process(border, count, seed, directory)
@@ -120,6 +121,8 @@ async def _instance(border: str, directory: Path, engine: Daemon | None) -> Asyn
         await _make_stream(engine)
     elif engine is not None:
         settings["transport"] = engine.url
+    elif border == "waiting":  # workers pass these calls on, and leave sessions for a while
+        settings |= {"workers": 2, "pong_timeout_s": 2}
     env |= {f"POKEBRIDGE_{k.upper()}": str(v) for k, v in settings.items()}
     instance = Instance(f"fuzz-{border}", ["--dev"], env, directory)
     await asyncio.to_thread(instance.start)

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuzz.running import BORDERS, run
+from tests.fuzz.running import BORDERS, ON_A_SOCKET, run
 
-INPUTS = {"key_sets": 200, "frames": 300, "handshakes": 300, "http": 300, "ingress": 500}
+INPUTS = {"key_sets": 200, "ingress": 500}
+INPUTS |= dict.fromkeys(ON_A_SOCKET, 300)
 
 
 @pytest.mark.parametrize("border", BORDERS)

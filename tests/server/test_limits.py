@@ -3,11 +3,13 @@
 import asyncio
 import json
 import sys
+from collections import Counter
 from ipaddress import ip_network
 from pathlib import Path
 
 import httpx
 import pytest
+from structlog.testing import capture_logs
 
 from pokebridge.errors import KeysUnavailableError
 from pokebridge.gateway import connection, entrance
@@ -117,16 +119,36 @@ async def test_an_address_has_a_share_of_the_connections(*, proxied: bool) -> No
             assert await client.request(f"{GET}\r\n") == 404
 
 
+async def test_an_address_has_no_thousands_of_idle_connections() -> None:
+    """Each sends a request and then a line end. Two in three are closed, which is said once."""
+    with capture_logs() as logs:
+        async with running(max_connections_per_address=700) as server:
+            clients = []
+            for _ in range(2000):
+                clients.append(await server.dial())
+                assert await clients[-1].request(f"{GET}\r\n") == 404
+                clients[-1].send_raw(b"\r\n")
+            assert len(server.gateway.sockets) == 700
+            assert server.gateway.sockets.limited == 1300
+            assert await clients[1299].gone()
+            assert await clients[1300].request(f"{GET}\r\n") == 404
+    assert [line["event"] for line in logs].count("connections_limited") == 1
+
+
 async def test_strangers_do_not_use_up_the_pace_of_handshakes() -> None:
     """A flood without a valid token is told 401, then 429, and valid handshakes pass."""
-    async with running(handshakes_per_s=40, max_sessions_per_address=1000) as server:
-        told = set()
-        for number in range(FAILED_HANDSHAKES_PER_ADDRESS + 50):
+    async with running(handshakes_per_s=500, max_sessions_per_address=1000) as server:
+        told = Counter[int]()
+        for number in range(2300):
             headers = (f"Authorization: Bearer {token()}x",) if number % 2 else ()
-            told.add(await (await server.dial()).handshake(headers=headers))
-        assert told == {401, 429}
-        for number in range(3):
-            await server.open(f"urn:user:{number}")
+            client = await server.dial()
+            told[await client.handshake(headers=headers)] += 1
+            await client.close()
+            if number % 50 == 0 and number >= 300:
+                await server.open(f"urn:user:{number}")
+        assert told[401] >= FAILED_HANDSHAKES_PER_ADDRESS
+        assert told[429] == 2300 - told[401] > 0
+        assert server.gateway.entrance.sessions == 40
 
 
 async def test_an_unforeseen_error_harms_nobody_else(
@@ -165,14 +187,20 @@ async def test_an_unforeseen_error_harms_nobody_else(
     assert "Traceback" not in said.out + said.err
 
 
-@pytest.mark.parametrize("descriptors", [256, 512])
-async def test_few_descriptors_are_shared_out(tmp_path: Path, descriptors: int) -> None:
+@pytest.mark.parametrize(
+    ("soft", "descriptors", "idle"),
+    [(200, 256, 456), (512, 512, 712), (1024, 1024, 1224), (1500, 1500, 1050), (256, 4000, 300)],
+)
+async def test_few_descriptors_are_shared_out(
+    tmp_path: Path, soft: int, descriptors: int, idle: int
+) -> None:
     """More idle connections than fit harm nothing: pulls and sessions get in, and it is said once.
 
     The soft limit is raised, and what fits is said at the start, with more sessions than that too.
     """
     port = free_port()
-    command = f"ulimit -Sn 200; ulimit -Hn {descriptors}; exec {sys.executable} -m pokebridge serve"
+    limits = f"ulimit -Sn {soft}; ulimit -Hn {descriptors}"
+    command = f"{limits}; exec {sys.executable} -m pokebridge serve"
     flags = f"--port {port} --mailbox memory:// --max-sessions 2000"
     instance = Daemon(
         "instance",
@@ -185,7 +213,7 @@ async def test_few_descriptors_are_shared_out(tmp_path: Path, descriptors: int) 
     await asyncio.to_thread(instance.start)
     clients: list[Client] = []
     try:
-        for _ in range(descriptors + 200):
+        for _ in range(idle):
             clients.append(await Client.dial(port))
             clients[-1].send_raw(b"\r\n")
         async with httpx.AsyncClient(base_url=instance.url, trust_env=False) as http:
@@ -198,9 +226,11 @@ async def test_few_descriptors_are_shared_out(tmp_path: Path, descriptors: int) 
         (shared,) = [each for each in events if each["message"] == "descriptors_shared"]
         assert shared["descriptors"] == descriptors
         assert descriptors / 3 < shared["sessions"] < shared["sockets"] < descriptors
-        (lowered,) = [each for each in events if each["message"] == "max_sessions_lowered"]
-        assert lowered["sessions"] == shared["sessions"]
-        assert [each["message"] for each in events].count("connections_limited") == 1
+        lowered = [each for each in events if each["message"] == "max_sessions_lowered"]
+        fits = shared["sessions"] == 2000
+        assert [each["sessions"] for each in lowered] == [] if fits else [shared["sessions"]]
+        limited = [each["message"] for each in events].count("connections_limited")
+        assert limited == (idle > min(shared["sockets"], 1000))  # the share of an address
     finally:
         for client in clients:
             await client.close()
