@@ -131,7 +131,7 @@ class InstanceMeter:
             owned_per_s=owned / elapsed_s,
             pokes_per_s=delivered / elapsed_s,
             noise_ratio=traffic.noise_ratio,
-            untagged_share=untagged / signals if signals else 0.0,
+            untagged_share=min(1.0, untagged / signals) if signals else 0.0,
             gaps=subscriptions.gaps,
             lost=gateway.lost_pokes,
             doubt_s=self._doubt_s,
