@@ -107,7 +107,7 @@ class _Measured(NamedTuple):
 )
 @click.option(
     "--recipients-per-session",
-    type=_Number(min=1),
+    type=Number(min=1),
     help="Recipients that a session hears, its own included. Needs the number of sessions."
     " [default: 1]",
 )
