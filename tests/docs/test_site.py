@@ -111,9 +111,10 @@ async def test_search_works_without_a_network(site: Path, chromium: Browser) -> 
 
 def test_a_broken_link_stops_the_build(tmp_path: Path) -> None:
     """A page that leads nowhere, or to a heading that is not there, is named."""
-    page = "# One page\n\n[no page](docs/nowhere.md) and [no heading](#nowhere-either)\n"
+    missing = "nowhere.md"
+    page = f"# One page\n\n[no page]({missing}) and [no heading](#nowhere-either)\n"
     (tmp_path / "README.md").write_text(page)
     done = build(tmp_path, tmp_path / "built")
     assert done.returncode != 0
-    assert "'docs/nowhere.md'" in done.stderr
+    assert f"'{missing}'" in done.stderr
     assert "'nowhere-either'" in done.stderr

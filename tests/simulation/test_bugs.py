@@ -15,6 +15,7 @@ from pokebridge.coordination.base import Document
 from pokebridge.errors import SignalError, UnavailableError
 from pokebridge.gateway import beacons, gateway, subscriptions
 from pokebridge.gateway.acks import Acks
+from pokebridge.gateway.bridge import Bridge
 from pokebridge.gateway.connection import Connection
 from pokebridge.gateway.gateway import Gateway
 from pokebridge.gateway.recall import Recall
@@ -85,7 +86,7 @@ def ready_before_live(patch: pytest.MonkeyPatch) -> None:
 
 def no_gap_poke(patch: pytest.MonkeyPatch) -> None:
     """A gap that the transport reports wakes nobody."""
-    patch.setattr(Gateway, "_wake", lambda _self, _concerns: None)
+    patch.setattr(Bridge, "wake", lambda _self, _concerns, _pulls_per_s: None)
     only(patch, faults.restart_broker, faults.cut_from_broker)
 
 
