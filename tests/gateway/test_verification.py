@@ -106,6 +106,21 @@ async def test_a_poke_that_is_only_late_is_not_lost() -> None:
     assert verification.lost == 0
 
 
+async def test_a_poke_that_is_merged_for_a_while_is_not_lost() -> None:
+    """A session whose audience is being poked is left alone until that is over."""
+    mailbox, session, busy = Mailbox(bob=8), Session("bob", told=7), {"bob"}
+    verification = Verification(mailbox.heads, EVERY_S, busy.__contains__)
+    verification.add(session)
+    await run(verification, EVERY_S + GRACE_S + 1)
+    assert session.pokes == []
+    assert verification.lost == 0
+    busy.clear()
+    for second in range(int(EVERY_S), int(2 * EVERY_S + 2 * GRACE_S)):
+        await verification.step(float(second), in_doubt=False)
+    assert session.pokes == [8]
+    assert verification.lost == 1
+
+
 async def test_an_unknown_state_is_no_loss() -> None:
     """A session that was never poked with a version gets the head once, and is not counted."""
     mailbox, session = Mailbox(bob=8), Session("bob")

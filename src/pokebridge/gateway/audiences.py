@@ -21,6 +21,8 @@ LARGE: Final = 100
 """A recipient with more sessions has a large audience."""
 SLICE: Final = 25
 """The sessions of a large audience that have their turn together: half a millisecond for a poke."""
+MOST_S: Final = 60.0
+"""Pulls are spread over this time at most, so that a client hears of everything in bounded time."""
 
 
 class Walks:
@@ -116,7 +118,7 @@ class Audiences:
             poked.merge(poke)
             return
         self._poked[poke.recipient] = _Poked(poke.version)
-        within_s = len(sessions) / self._pulls_per_s()
+        within_s = min(len(sessions) / self._pulls_per_s(), MOST_S)
         frame = poke_frame(poke.version, within_ms=max(1, int(within_s * 1000)))
         self._walks.do(sessions, lambda session: self._notify(session, poke.version, frame))
         asyncio.get_running_loop().call_later(within_s, self._end, poke.recipient)
