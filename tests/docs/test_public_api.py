@@ -78,7 +78,7 @@ def test_a_change_is_noticed(package: griffe.Module, tmp_path: Path) -> None:
     """A removed name, an added one and a changed signature would be found."""
     source = tmp_path / "pokebridge"
     shutil.copytree(ROOT / "src" / "pokebridge", source, ignore=shutil.ignore_patterns("static"))
-    client = source / "client" / "poke_client.py"
+    client = source / "client" / "shell.py"
     text = client.read_text()
     assert "    async def wait_stopped(self)" in text
     client.write_text(

@@ -5,12 +5,15 @@ output, so that they can be tested, simulated, and compared with clients in othe
 """
 
 from pokebridge.client.core import ClientCore
-from pokebridge.client.poke_client import OnEvent, PokeClient, TokenProvider
+from pokebridge.client.listening import Listening
+from pokebridge.client.poke_client import PokeClient
 from pokebridge.client.policy import Policy
 from pokebridge.client.pulling import OnMessages, OnPoke, ReceivedMessage
+from pokebridge.client.shell import OnEvent, TokenProvider
 
 __all__ = [
     "ClientCore",
+    "Listening",
     "OnEvent",
     "OnMessages",
     "OnPoke",

@@ -1,71 +1,20 @@
-"""The client for asyncio: a driver of the core with a WebSocket and HTTP."""
+"""The client for asyncio: one socket for a user, and for all that is on their screen."""
 
-import asyncio
-import logging
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
-from ssl import SSLContext, create_default_context
+from dataclasses import replace
+from ssl import SSLContext
 from types import TracebackType
-from typing import Self
 
-import msgspec
-from websockets.asyncio.client import ClientConnection
-from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
-from websockets.http11 import Response
-
-from pokebridge.client.core import ClientCore
-from pokebridge.client.driver import Driver
-from pokebridge.client.events import (
-    Abandon,
-    AnyAction,
-    AnyEvent,
-    Closed,
-    Connect,
-    Opened,
-    PullFailed,
-    Refused,
-    Start,
-    Text,
-    Tick,
-    Token,
-    TokenFailed,
-    Try,
-    TryFailed,
-    Upgraded,
-    Wake,
-)
+from pokebridge.client.events import AnyEvent, Text, Upgraded
 from pokebridge.client.frames import parse_frame
-from pokebridge.client.opening import CLOSE_TIMEOUT_S, Opener
+from pokebridge.client.listening import Listening, SharedSocket
 from pokebridge.client.policy import Policy
-from pokebridge.client.polling import ABNORMAL_CLOSURE, PollEndedError, Poller, refusal
-from pokebridge.client.pulling import (
-    MailboxPuller,
-    OnMessages,
-    OnPoke,
-    OwnPuller,
-    Puller,
-)
+from pokebridge.client.pulling import OnMessages, OnPoke
+from pokebridge.client.shell import OnEvent, Setup, Shell, TokenProvider
 from pokebridge.client.transports import Transport
-from pokebridge.errors import ConfigError, ForbiddenError
-from pokebridge.model import DEFAULT_DEVICE, check_device
-from pokebridge.outgoing import proxy_for
-from pokebridge.urls import check_bridge_url
-from pokebridge.wire import CONNECT_PATH
-
-TOKEN_TIMEOUT_S = 30.0
-
-_OPENING_ERRORS = (OSError, WebSocketException, ValueError, ConfigError)
-
-TokenProvider = str | Callable[[], Awaitable[str]]
-"""A token that does not expire, or a coroutine function that returns a new one."""
-
-OnEvent = Callable[[AnyEvent | AnyAction], None]
-"""Called with every event and every action of the core."""
-
-_log = logging.getLogger("pokebridge.client")
+from pokebridge.model import DEFAULT_DEVICE, check_recipient
 
 
-class PokeClient(Driver):
+class PokeClient(Shell):
     """Keeps a connection to the bridge, and pulls whenever a poke arrives, until it is closed.
 
     ::
@@ -114,95 +63,63 @@ class PokeClient(Driver):
         transport: Transport = "auto",
         tls: SSLContext | None = None,
     ) -> None:
-        url = check_bridge_url("the client's url", url)
-        if tls is None and url.startswith("https:"):
-            tls = create_default_context()
-        proxy_for(url)
-        self._opener = Opener(tls)
-        self._poller = Poller(url, tls)
-        self._puller: Puller
-        if on_messages is not None and on_poke is None:
-            self._puller = MailboxPuller(
-                url,
-                on_messages,
+        super().__init__(
+            Setup(
+                url=url,
+                token=token,
+                on_messages=on_messages,
+                on_poke=on_poke,
                 device=device,
                 cursor=cursor,
+                on_event=on_event,
+                policy=policy,
+                transport=transport,
                 tls=tls,
-                leaves_acks=lambda: self._core.acks_by_socket,
             )
-        elif on_poke is not None and on_messages is None:
-            self._puller = OwnPuller(on_poke)
-        else:
-            raise TypeError("a PokeClient takes either on_messages or on_poke")
-        ws_url = f"ws{url.removeprefix('http')}{CONNECT_PATH}"
-        super().__init__(ClientCore(ws_url, cursor=cursor, policy=policy, transport=transport))
-        self._provider = token
-        self._device = check_device(device)
-        self._on_event = on_event
-        self._token = ""
-        self._main: asyncio.Task[int] | None = None
-        self._tasks = asyncio.TaskGroup()
-        self._fetching: asyncio.Task[None] | None = None
-        self._connecting: asyncio.Task[None] | None = None
-        self._trying: asyncio.Task[None] | None = None
-        self._socket: ClientConnection | None = None
-        self._stopped: asyncio.Future[int] | None = None
-        self._leaving = False
-        self._ready = asyncio.Event()
+        )
+        self._shared = SharedSocket(self._say)
 
-    @property
-    def cursor(self) -> int:
-        """The version up to which all messages are handled."""
-        return self._core.cursor
+    def listen(
+        self,
+        recipient: str,
+        token: TokenProvider,
+        on_messages: OnMessages | None = None,
+        *,
+        on_poke: OnPoke | None = None,
+        cursor: int = 0,
+    ) -> Listening:
+        """Listen to ``recipient`` as well: to a document, a room or a team.
 
-    @property
-    def connected(self) -> bool:
-        """Whether pokes arrive now: the socket is open and the bridge has sent ``ready``."""
-        return self._core.ready
+        ::
 
-    @property
-    def polls(self) -> bool:
-        """Whether pokes are polled over HTTP, because no WebSocket gets through."""
-        return self._core.polls
+            listening = client.listen("urn:doc:7", get_token_of_the_doc, on_poke=reload)
+            ...
+            await listening.close()
 
-    async def wait_ready(self, timeout_s: float | None = None) -> None:
-        """Wait until :attr:`connected` is true.
+        Its pokes come over this client's socket, and its pulls use its own token and cursor. If
+        the instance carries no further recipient, as in release 0.1.0, it has a socket of its own.
+
+        Args:
+            recipient: whom to hear; the ``sub`` of the token.
+            token: as the client's, but of this recipient.
+            on_messages: as the client's.
+            on_poke: as the client's.
+            cursor: as the client's.
 
         Raises:
-            TimeoutError: it took longer than ``timeout_s`` seconds.
-            ForbiddenError: the bridge has stopped this client for good.
+            InputError: the recipient is invalid.
+            ValueError: this client listens to it already.
         """
-        main = self._entered()
-        ready = asyncio.create_task(self._ready.wait())
-        try:
-            await asyncio.wait(
-                {ready, main}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
-            )
-        finally:
-            ready.cancel()
-        if main.done():
-            raise ForbiddenError(f"the bridge stopped this client with {main.result()}")
-        if not ready.done():
-            raise TimeoutError(f"not connected within {timeout_s} s")
-
-    async def wait_stopped(self) -> int:
-        """Wait until the bridge stops this client for good; returns the close code.
-
-        The code is 4403 (not allowed) or 4409 (replaced: the recipient has too many sessions).
-        """
-        return await asyncio.shield(self._entered())
-
-    def wake(self) -> None:
-        """Retry at once instead of after a delay: the network is back, or the machine woke up."""
         self._entered()
-        self._feed(Wake())
-
-    async def __aenter__(self) -> Self:
-        """Start the client; this does not wait for the connection."""
-        if self._main is not None:
-            raise RuntimeError("a PokeClient runs once: make a new one")
-        self._main = asyncio.create_task(self._run())
-        return self
+        setup = replace(
+            self._setup,
+            token=token,
+            on_messages=on_messages,
+            on_poke=on_poke,
+            cursor=cursor,
+            on_event=None,
+        )
+        return self._shared.listen(setup, check_recipient(recipient))
 
     async def __aexit__(
         self,
@@ -211,217 +128,24 @@ class PokeClient(Driver):
         traceback: TracebackType | None,
     ) -> None:
         """Close everything. A running handler is cancelled, and its page is not acked."""
-        main = self._entered()
-        self._leaving = True
-        main.cancel()
-        try:
-            await asyncio.wait({main})
-        finally:
-            await self._puller.close()
-            await self._poller.close()
-        if error is None and not main.cancelled():
-            main.result()  # raises the error that broke the client, if there is one
-
-    def _entered(self) -> asyncio.Task[int]:
-        if self._main is None:
-            raise RuntimeError("enter the PokeClient first: async with PokeClient(...) as client")
-        return self._main
-
-    # --- between the core and the world ---
-
-    async def _run(self) -> int:
-        self._stopped = asyncio.get_running_loop().create_future()
-        try:
-            async with self._tasks:
-                self._feed(Start())
-                code = await self._stopped
-                # A running pull may end: its messages are with the handler already.
-                for task in (self._fetching, self._connecting, self._trying):
-                    if task is not None:
-                        task.cancel()
-        finally:
-            self._set_timer(None)
-        return code
-
-    def _tick(self) -> None:
-        try:
-            super()._tick()
-        except Exception as error:  # noqa: BLE001 - a defect of the client: it ends the client and is raised
-            if self._stopped is not None and not self._stopped.done():
-                self._stopped.set_exception(error)
+        await self._shared.close()
+        await super().__aexit__(kind, error, traceback)
 
     def _feed(self, event: AnyEvent) -> None:
-        if self._leaving:
-            return  # from a handler that swallowed its cancellation
-        self._show(event)
+        if isinstance(event, Text) and self._shared.hear(event.text):
+            return
         super()._feed(event)
-
-    def _carry_out(self, action: AnyAction) -> None:
-        self._show(action)
-        super()._carry_out(action)
-
-    def _show(self, step: AnyEvent | AnyAction) -> None:
-        if self._on_event is not None and not isinstance(step, Tick):
-            try:
-                self._on_event(step)
-            except Exception:  # noqa: BLE001 - a user's code may raise anything
-                _log.exception("on_event failed")
+        if isinstance(event, Text | Upgraded) and parse_frame(event.text).get("type") == "ready":
+            self._shared.ready(event.text)
 
     def _on_ready_changed(self) -> None:
-        if self._core.ready:
-            self._ready.set()
-        else:
-            self._ready.clear()
+        super()._on_ready_changed()
+        if not self._core.ready:
+            self._shared.lose()
+
+    def _on_unsent(self) -> None:
+        self._shared.refuse()
 
     def _stop(self, code: int) -> None:
-        _log.warning("the bridge has stopped this client for good: %d", code)
-        if self._stopped is not None:
-            self._stopped.set_result(code)
-
-    # --- tokens and pulls ---
-
-    def _fetch_token(self) -> None:
-        self._fetching = self._tasks.create_task(self._get_token())
-
-    async def _get_token(self) -> None:
-        try:
-            async with asyncio.timeout(TOKEN_TIMEOUT_S):
-                self._token = await self._new_token()
-        except Exception as error:  # noqa: BLE001 - a user's code may raise anything
-            _log.warning("token provider failed and will be called again: %r", error)
-            self._feed(TokenFailed(repr(error)))
-        else:
-            self._feed(Token())
-
-    async def _new_token(self) -> str:
-        token = self._provider if isinstance(self._provider, str) else await self._provider()
-        if not token or not (token.isascii() and token.isprintable()) or " " in token:
-            raise ValueError(
-                "a token must be visible ASCII without spaces"
-            )  # or it could break the HTTP header
-        return token
-
-    def _pull(self, after: int) -> None:
-        self._tasks.create_task(self._pull_newer(after))
-
-    async def _pull_newer(self, after: int) -> None:
-        event = await self._puller.pull(after, self._token)
-        if isinstance(event, PullFailed):
-            _log.warning("a pull failed and will be tried again: %s", event.reason)
-        self._feed(event)
-
-    # --- the socket ---
-
-    def _connect(self, action: Connect) -> None:
-        query = {"device": self._device} | ({"moved": "1"} if action.moved else {})
-        hold = self._hold_polled(action.url, query) if action.poll else self._hold(action, query)
-        self._connecting = self._tasks.create_task(hold)
-
-    def _disconnect(self) -> None:
-        if self._connecting is not None:
-            self._connecting.cancel()
-
-    def _ping(self) -> None:
-        self._tasks.create_task(self._send({"type": "ping"}))
-
-    def _authenticate(self) -> None:
-        self._tasks.create_task(self._send({"type": "auth", "token": self._token}))
-
-    def _ack(self, version: int) -> None:
-        self._tasks.create_task(self._send({"type": "ack", "version": version}))
-
-    async def _hold(self, action: Connect, query: dict[str, str]) -> None:
-        try:
-            socket = await self._opener.open(
-                action.url, query, self._token, in_query=action.in_query
-            )
-        except InvalidStatus as refused:
-            event = _refused(action.url, refused.response)
-            _log.warning("%s", event.reason)
-            self._feed(event)
-        except _OPENING_ERRORS as error:
-            self._feed(Closed(ABNORMAL_CLOSURE, repr(error)))
-        else:
-            self._feed(Opened())
-            await self._listen(socket)
-
-    async def _hold_polled(self, url: str, query: dict[str, str]) -> None:
-        try:
-            polled = await self._poller.open(url, query, self._token)
-            self._feed(Opened())
-            while True:
-                self._feed(Text(await polled.recv(self._token)))
-        except PollEndedError as ended:
-            _log.warning("polling has ended: %s", ended)
-            self._feed(ended.event)
-
-    def _try(self, action: Try | Abandon) -> None:
-        if isinstance(action, Try):
-            self._trying = self._tasks.create_task(self._try_socket(action))
-        elif self._trying is not None:
-            self._trying.cancel()
-
-    async def _try_socket(self, action: Try) -> None:
-        """Open a WebSocket beside what polls, and change over to it when it is ``ready``."""
-        try:
-            query = {"device": self._device}
-            socket = await self._opener.open(
-                action.url, query, self._token, in_query=action.in_query
-            )
-        except (InvalidStatus, *_OPENING_ERRORS) as error:
-            self._feed(TryFailed(reason=repr(error)))
-            return
-        try:
-            first = await socket.recv()
-        except ConnectionClosed as closed:
-            self._feed(TryFailed(opened=True, reason=str(closed)))
-            return
-        except asyncio.CancelledError:
-            socket.transport.abort()
-            raise
-        if not isinstance(first, str) or parse_frame(first).get("type") != "ready":
-            self._feed(TryFailed(opened=True, reason="its first frame is not `ready`"))
-            await socket.close()
-            return
-        self._disconnect()
-        self._connecting, self._trying = self._trying, None
-        self._socket = socket
-        self._feed(Upgraded(first))
-        await self._listen(socket)
-
-    async def _listen(self, socket: ClientConnection) -> None:
-        self._socket = socket
-        try:
-            while True:
-                message = await socket.recv()
-                if isinstance(message, str):
-                    self._feed(Text(message))
-        except ConnectionClosed as closed:
-            close = closed.rcvd
-            if close is None:
-                self._feed(Closed(ABNORMAL_CLOSURE, str(closed)))
-            else:
-                self._feed(Closed(close.code, close.reason))
-        finally:
-            await self._hang_up(socket)
-            if self._socket is socket:
-                self._socket = None
-
-    async def _hang_up(self, socket: ClientConnection) -> None:
-        """Close the socket, after the ack that waits, if this client leaves."""
-        if (version := self._core.waiting_ack) is not None:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                    await self._send({"type": "ack", "version": version})
-        await socket.close()
-
-    async def _send(self, message: dict[str, str | int]) -> None:
-        if self._socket is not None:
-            with suppress(ConnectionClosed):
-                await self._socket.send(msgspec.json.encode(message).decode())
-
-
-def _refused(url: str, response: Response) -> Refused | Closed:
-    types, waits = (response.headers.get_all(name) for name in ("Content-Type", "Retry-After"))
-    media_type, retry_after = types[0] if types else None, waits[0] if waits else None
-    return refusal(url, response.status_code, media_type, retry_after, bytes(response.body))
+        super()._stop(code)
+        self._shared.stop(code)

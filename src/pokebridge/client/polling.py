@@ -4,6 +4,7 @@ from collections import deque
 from http import HTTPStatus
 from ssl import SSLContext
 from time import monotonic
+from typing import Any
 
 import httpx
 import msgspec
@@ -13,6 +14,11 @@ from pokebridge.outgoing import http_client
 from pokebridge.wire import CONNECT_PATH, problem_detail, refusal_text
 
 POKES_PATH = "/v1/pokes"
+FRAMES_PATH = "/v1/pokes/frames"
+SENT_OVER_HTTP = frozenset({"listen", "unlisten"})
+"""The messages of a client that a call of its own brings to a polled session."""
+# The most frames of one such call.
+FRAMES_AT_ONCE = 20
 ABNORMAL_CLOSURE = 1006  # RFC 6455, section 7.4.1: no close frame came
 OPEN_WAIT_S = 5.0
 WAIT_S = 25.0
@@ -72,7 +78,7 @@ class Poller:
 
 
 class PolledSocket:
-    """One session. Its frames come as from a WebSocket, and nothing can be sent."""
+    """One session. Its frames come as from a WebSocket, and :data:`SENT_OVER_HTTP` can be sent."""
 
     def __init__(self, poller: Poller, url: str, query: dict[str, str]) -> None:
         self._poller = poller
@@ -80,6 +86,8 @@ class PolledSocket:
         self._query = query
         self._frames: deque[str] = deque()
         self._close: _Close | None = None
+        self._unsent: list[dict[str, Any]] = []
+        self._is_sending = False
 
     async def recv(self, token: str) -> str:
         """The next frame. The calls that fetch it carry ``token``.
@@ -109,22 +117,54 @@ class PolledSocket:
         self._frames.extend(bytes(frame).decode() for frame in answer.frames)
         self._close = answer.close
 
-    async def _call(self, token: str, wait_s: float) -> _Answer:
+    async def send(self, message: dict[str, Any], token: str) -> None:
+        """Send ``message``, together with others that come while an earlier one is on its way.
+
+        Raises:
+            PollEndedError: it has not arrived.
+        """
+        self._unsent.append(message)
+        if self._is_sending:
+            return
+        self._is_sending = True
         try:
-            response = await self._poller.http.get(
-                self._url,
-                params={**self._query, "wait_s": f"{wait_s:g}"},
-                headers={"Authorization": f"Bearer {token}"},
-            )
-        except httpx.HTTPError as error:
-            raise PollEndedError(Closed(ABNORMAL_CLOSURE, repr(error))) from error
-        if response.status_code != HTTPStatus.OK:
-            raise PollEndedError(_refused(self._url, response))
+            while frames := self._unsent[:FRAMES_AT_ONCE]:
+                del self._unsent[:FRAMES_AT_ONCE]
+                url = self._url.removesuffix(POKES_PATH) + FRAMES_PATH
+                body, query = {"frames": frames}, self._query
+                await self._request("POST", url, token, HTTPStatus.NO_CONTENT, query, json=body)
+        finally:
+            self._is_sending = False
+
+    async def _call(self, token: str, wait_s: float) -> _Answer:
+        query = {**self._query, "wait_s": f"{wait_s:g}"}
+        response = await self._request("GET", self._url, token, HTTPStatus.OK, query)
         try:
             return _decode(response.content)
         except (ValueError, RecursionError) as error:
             reason = f"{self._url} does not answer as an instance of pokebridge: {error}"
             raise PollEndedError(Closed(ABNORMAL_CLOSURE, reason)) from None
+
+    async def _request(
+        self,
+        method: str,
+        url: str,
+        token: str,
+        expected: int,
+        query: dict[str, str],
+        *,
+        json: object = None,
+    ) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {token}"}
+        try:
+            response = await self._poller.http.request(
+                method, url, params=query, headers=headers, json=json
+            )
+        except httpx.HTTPError as error:
+            raise PollEndedError(Closed(ABNORMAL_CLOSURE, repr(error))) from error
+        if response.status_code != expected:
+            raise PollEndedError(_refused(url, response))
+        return response
 
 
 def _http_url(url: str) -> str:

@@ -1,0 +1,242 @@
+"""What a client listens to beside its own recipient.
+
+It is a client of its own, with a core, a token and a cursor. Its socket is a part of the client's,
+or one of its own where the instance carries no further recipient.
+"""
+
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from pokebridge.client.events import (
+    Abandon,
+    Closed,
+    Connect,
+    Opened,
+    Text,
+    Try,
+    TryFailed,
+    Wake,
+)
+from pokebridge.client.listens import SOCKET_LOST, Given, Listens
+from pokebridge.client.polling import NOTHING_NEW
+from pokebridge.client.shell import Setup, Shell
+
+
+class ListeningShell(Shell):
+    """The core of one further recipient, and what carries out its actions."""
+
+    def __init__(self, setup: Setup, recipient: str, shared: "SharedSocket") -> None:
+        super().__init__(setup)
+        self._recipient = recipient
+        self._shared = shared
+        self._is_carried = False
+
+    def begin(self) -> None:
+        """Start. ``close`` must follow."""
+        self._begin()
+
+    def attach(self) -> None:
+        """The client has a new socket: use it, unless this has one of its own."""
+        if not self._core.ready:
+            self._feed(Wake())
+
+    def hear(self, event: Text | Closed) -> None:
+        """Something came for this recipient over the client's socket, or that is gone."""
+        if self._is_carried:
+            self._is_carried = isinstance(event, Text)
+            self._feed(event)
+
+    def stop(self, code: int) -> None:
+        """The client was stopped for good."""
+        if self._stopped is not None and not self._stopped.done():
+            self._leaving = True
+            self._stop(code)
+
+    async def close(self) -> None:
+        """Stop. A running handler is cancelled, and its page is not acked."""
+        self._shared.forget(self._recipient)
+        self._is_carried = False
+        await self.__aexit__(None, None, None)
+
+    def _connect(self, action: Connect) -> None:
+        self._is_carried = self._shared.carry(self._recipient)
+        if self._is_carried:
+            self._connecting = self._tasks.create_task(self._hold_part())
+        elif self._shared.is_absent:
+            self._connecting = self._tasks.create_task(self._miss_socket())
+        else:
+            super()._connect(action)
+
+    async def _hold_part(self) -> None:
+        self._feed(Opened())
+        self._ask()
+
+    async def _miss_socket(self) -> None:
+        # The core tries again later, and ``attach`` makes it do so at once.
+        self._feed(Closed(SOCKET_LOST, "the client has no socket"))
+
+    def _ask(self) -> None:
+        frame = {"type": "listen", "recipient": self._recipient, "token": self._token}
+        self._shared.say(frame)
+
+    def _disconnect(self) -> None:
+        super()._disconnect()
+        if self._is_carried:
+            self._is_carried = False
+            self._shared.drop(self._recipient)
+
+    async def _send(self, message: dict[str, Any]) -> None:
+        if not self._is_carried:
+            await super()._send(message)
+        elif message["type"] == "auth":
+            self._ask()
+        elif message["type"] == "ping":
+            self._feed(Text(NOTHING_NEW))  # the client watches over the socket
+
+    def _try(self, action: Try | Abandon) -> None:
+        if not self._is_carried:
+            super()._try(action)
+        elif isinstance(action, Try):
+            self._trying = self._tasks.create_task(self._try_nothing())
+
+    async def _try_nothing(self) -> None:
+        self._feed(TryFailed(reason="the client's socket carries this recipient"))
+
+
+class SharedSocket:
+    """A client's socket, as far as it carries what the client listens to.
+
+    - ``say``: sends a message over the socket, if there is one
+    - ``_listens``: what the socket carries
+    - ``_shells``: by recipient, all that the client listens to
+    """
+
+    def __init__(self, say: Callable[[dict[str, Any]], None]) -> None:
+        self.say = say
+        self._listens = Listens()
+        self._shells: dict[str, ListeningShell] = {}
+
+    def listen(self, setup: Setup, recipient: str) -> "Listening":
+        """Begin to listen to ``recipient``.
+
+        Raises:
+            ValueError: it is listened to already.
+        """
+        if recipient in self._shells:
+            raise ValueError(f"this client listens to {recipient} already: close that first")
+        shell = self._shells[recipient] = ListeningShell(setup, recipient, self)
+        shell.begin()
+        return Listening(shell)
+
+    async def close(self) -> None:
+        """End all of it."""
+        for shell in list(self._shells.values()):
+            await shell.close()
+
+    # --- what happens to the socket ---------------------------------------------------------------
+
+    def hear(self, text: str) -> bool:
+        """Take a frame. Returns whether it was for what the client listens to."""
+        given = self._listens.hear(text)
+        if given is not None:
+            self._give([given])
+        return given is not None
+
+    def ready(self, text: str) -> None:
+        """There is a new socket, whose first frame is ``text``."""
+        self._give(self._listens.ready(text))
+        for shell in list(self._shells.values()):
+            shell.attach()
+
+    def lose(self) -> None:
+        """The socket is gone."""
+        self._give(self._listens.lose())
+
+    def refuse(self) -> None:
+        """The socket does not take what is sent."""
+        self._give(self._listens.refuse())
+
+    def stop(self, code: int) -> None:
+        """The bridge has stopped the client for good."""
+        for shell in self._shells.values():
+            shell.stop(code)
+
+    def _give(self, given: Sequence[Given]) -> None:
+        for recipient, event in given:
+            if (shell := self._shells.get(recipient)) is not None:
+                shell.hear(event)
+
+    # --- called by what listens -------------------------------------------------------------------
+
+    @property
+    def is_absent(self) -> bool:
+        """Whether there is no socket now, so that nobody knows what it would carry."""
+        return self._listens.at_most is None
+
+    def carry(self, recipient: str) -> bool:
+        """Whether the socket takes ``recipient``. Then ``listen`` is to be sent."""
+        return self._listens.carry(recipient)
+
+    def drop(self, recipient: str) -> None:
+        """``recipient`` needs its part of the socket no more."""
+        if self._listens.drop(recipient):
+            self.say({"type": "unlisten", "recipient": recipient})
+
+    def forget(self, recipient: str) -> None:
+        """Nobody listens to ``recipient`` any more."""
+        self.drop(recipient)
+        self._shells.pop(recipient, None)
+
+
+class Listening:
+    """What a client listens to beside its own recipient, until it is closed.
+
+    It ends with the client, too. It is an async context manager, which closes it.
+    """
+
+    def __init__(self, shell: ListeningShell) -> None:
+        self._shell = shell
+
+    @property
+    def cursor(self) -> int:
+        """The version up to which all messages of the recipient are handled."""
+        return self._shell.cursor
+
+    @property
+    def connected(self) -> bool:
+        """Whether pokes of the recipient arrive now."""
+        return self._shell.connected
+
+    async def wait_ready(self, timeout_s: float | None = None) -> None:
+        """Wait until :attr:`connected` is true.
+
+        Raises:
+            TimeoutError: it took longer than ``timeout_s`` seconds.
+            ForbiddenError: the bridge has refused this recipient for good.
+        """
+        await self._shell.wait_ready(timeout_s)
+
+    async def wait_stopped(self) -> int:
+        """Wait until the bridge refuses this recipient for good; returns the code.
+
+        The code is 4403 (not allowed), or that with which the whole client was stopped.
+        """
+        return await self._shell.wait_stopped()
+
+    async def close(self) -> None:
+        """Listen to this recipient no more. A running handler is cancelled."""
+        await self._shell.close()
+
+    async def __aenter__(self) -> Self:
+        """It has begun already."""
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close it."""
+        await self.close()
