@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pokebridge.cli.api import SUBJECT, Access, api_options
-from pokebridge.cli.options import Number, json_option
+from pokebridge.cli.options import Number, counted, json_option
 from pokebridge.errors import NotFoundError, UnavailableError
 from pokebridge.model import Mode
 
@@ -301,12 +301,15 @@ def _load(view: View) -> Text:
 
 
 def _mailbox(totals: View) -> Text:
-    owed = f"{totals['pokes_owed']:,} pokes owed"
+    owed = f"{counted(totals['pokes_owed'], 'poke')} owed"
     if (since_ms := totals["poke_owed_since_ms"]) is not None:
         owed += f" for {_age(time.time() - since_ms / 1000)}"
-    kept = f"{totals['messages']:,} messages ({totals['bytes'] / 2**20:,.1f} MiB)"
+    size = totals["bytes"]
+    stored = f"{size / 2**20:,.1f} MiB" if size >= 2**20 else counted(size, "byte")
+    kept = f"{counted(totals['messages'], 'message')} ({stored})"
     pushes = f", {totals['pushes_owed']:,} pushes owed" if totals["pushes_owed"] else ""
-    return Text(f"mailbox: {kept} of {totals['recipients']:,} recipients, {owed}{pushes}")
+    recipients = counted(totals["recipients"], "recipient")
+    return Text(f"mailbox: {kept} of {recipients}, {owed}{pushes}")
 
 
 def _age(seconds: float) -> str:

@@ -18,6 +18,13 @@ config_option = click.option(
     metavar="FILE",
     help="TOML file with settings. Variable: POKEBRIDGE_CONFIG.",
 )
+
+
+def counted(number: int, what: str) -> str:
+    """So many of ``what``, as people write it: ``1 message``, ``1,200 messages``."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 

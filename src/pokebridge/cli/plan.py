@@ -14,7 +14,7 @@ from rich.table import Table
 
 from pokebridge.bench.plot import PlotFile, save_plot
 from pokebridge.cli.api import SUBJECT, Access, token_option
-from pokebridge.cli.options import Number, config_option, json_option
+from pokebridge.cli.options import Number, config_option, counted, json_option
 from pokebridge.costs import (
     FANOUT,
     PARTITIONED,
@@ -291,17 +291,19 @@ def _figures(outcome: Outcome) -> dict[str, Any]:
 
 def _headlines(load: Workload, measured: _Measured | None, prices: Prices | None) -> Sequence[str]:
     pokes = f"{load.pokes_per_message:g} poke{'' if load.pokes_per_message == 1 else 's'} each"
+    instances, shards = counted(load.instances, "instance"), counted(load.shards, "shard")
     asked = (
-        f"{_round(load.messages_per_s)} messages/s ({pokes}), {load.instances:,} instances,"
-        f" {load.shards:,} shards, red line at {_round(load.red_line_ops_per_s)} deliveries/s"
+        f"{_round(load.messages_per_s)} messages/s ({pokes}), {instances},"
+        f" {shards}, red line at {_round(load.red_line_ops_per_s)} deliveries/s"
     )
     data = "costs of CPU time as measured, see docs/redline.md"
     if prices is not None:
         data = f"prices as of {prices.as_of}; {data}"
     if measured is None:
         return [asked, data]
+    reached = f"{measured.copies:.3g} instance{'' if measured.copies == 1 else 's'}"
     noise = (
-        f"measured in {measured.mode}: a message reaches {measured.copies:.3g} instances,"
+        f"measured in {measured.mode}: a message reaches {reached},"
         f" {measured.noise_ratio:.1%} of the CPU time is noise"
     )
     return [asked, noise, data]

@@ -9,7 +9,7 @@ from urllib.parse import quote
 import click
 
 from pokebridge.cli.api import SUBJECT, Access, api_options
-from pokebridge.cli.options import json_option, printable
+from pokebridge.cli.options import counted, json_option, printable
 from pokebridge.model import check_recipient
 
 
@@ -40,7 +40,8 @@ def _lines(state: dict[str, Any]) -> list[str]:
     if state["unanswered"]:
         lines.append(f"no answer from {', '.join(state['unanswered'])}: sessions may be missing")
     if (mailbox := state["mailbox"]) is not None:
-        kept = f"{mailbox['messages']:,} messages kept ({mailbox['bytes']:,} bytes)"
+        messages, size = counted(mailbox["messages"], "message"), counted(mailbox["bytes"], "byte")
+        kept = f"{messages} kept ({size})"
         lines.append(f"mailbox: version {mailbox['head']}, {kept}")
         if mailbox["poke_owed_since_ms"] is not None:
             lines.append(f"a poke is owed since {_ago(mailbox['poke_owed_since_ms'])}")

@@ -1,7 +1,7 @@
 // One recipient: where it is connected, and what is owed to it.
 
 import { confirm } from "./confirm.js";
-import { formatCount, formatDuration } from "./format.js";
+import { formatCount, formatDuration, plural } from "./format.js";
 
 export class LookUp {
   #root;
@@ -83,7 +83,7 @@ export class LookUp {
   }
 
   *#linesOf({ head, messages, poke_owed_since_ms: owedSinceMs, devices }) {
-    yield `The newest version is ${head}; ${formatCount(messages)} messages are kept.`;
+    yield `The newest version is ${head}. Kept: ${plural(messages, "message")}.`;
     if (owedSinceMs !== null) yield `A poke is owed since ${ageOf(owedSinceMs)}.`;
     for (const { device, acked, behind } of devices) {
       yield `Device ${device} has acked version ${acked}: ${formatCount(behind)} behind.`;
