@@ -61,8 +61,10 @@ test-long: setup test-deps  ## run the tests that take minutes: long acts, large
 # What the suite needs beside Python, as PROGRAM or PROGRAM:PACKAGE. Where something can't be had the tests say so: they
 # skip, and in CI they fail.
 # Debian starts a server that it installs, unless policy-rc.d says 101 (invoke-rc.d(8)); the tests start their own.
+NEEDS := chromium firefox-esr nginx haproxy pgbouncer redis-cli:redis-tools promtool:prometheus
+test-long: NEEDS += WebKitWebDriver:webkit2gtk-driver Xvfb:xvfb
 test-deps: $(HELM)
-	@missing=; for need in chromium nginx haproxy pgbouncer redis-cli:redis-tools promtool:prometheus; do \
+	@missing=; for need in $(NEEDS); do \
 	  PATH="$$PATH:/usr/sbin" command -v $${need%:*} >/dev/null || missing="$$missing $${need#*:}"; done; \
 	if [ -z "$$missing" ]; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \

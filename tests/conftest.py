@@ -8,7 +8,7 @@ from hypothesis import settings
 
 from tests.support import daemon
 from tests.support.blocking import no_blocking_calls
-from tests.support.browser import chromium
+from tests.support.browser import browser, browsers
 from tests.support.engines import (
     nats_server,
     own_nats_server,
@@ -27,7 +27,8 @@ from tests.support.serving import serve
 from tests.support.silence import silence
 
 __all__ = [
-    "chromium",
+    "browser",
+    "browsers",
     "client_package",
     "names",
     "nats_server",

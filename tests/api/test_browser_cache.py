@@ -2,9 +2,13 @@
 
 import asyncio
 
+import pytest
 from playwright.async_api import Browser
 
+from tests.support.browser import in_both
 from tests.support.serving import Serve
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 ALICE, BOB = "urn:user:alice", "urn:user:bob"
 
@@ -16,13 +20,14 @@ PULL = """async token => {
 }"""
 
 
-async def test_a_user_never_sees_what_another_pulled(serve: Serve, chromium: Browser) -> None:
+@in_both
+async def test_a_user_never_sees_what_another_pulled(serve: Serve, browser: Browser) -> None:
     """Alice signs out and Bob signs in: plain fetch of the same URL, and both heads are 1."""
     instance = await asyncio.to_thread(serve, mailbox="memory://")
     async with instance.async_http("urn:backend", "send") as http:
         for recipient in (ALICE, BOB):
             await http.post("/v1/messages", json={"recipient": recipient, "body": recipient})
-    page = await chromium.new_page()
+    page = await browser.new_page()
     await page.goto(f"{instance.url}/healthz")
     for reader in (ALICE, BOB, ALICE, BOB):
         assert await page.evaluate(PULL, instance.token(reader)) == [reader]

@@ -13,13 +13,11 @@ from typing import Any
 import pytest
 import pytest_asyncio
 import websockets
-from playwright.async_api import Browser, Page, Request, async_playwright
+from playwright.async_api import Browser, Page, Request
 
 from pokebridge.sharding import shard_of
 from tests.support import Daemon, Instance, wait_until
-from tests.support.browser import FLAGS
 from tests.support.engines import run_nats
-from tests.support.missing import require
 from tests.support.serving import JWT_SECRET
 
 NAMES = ("one", "two", "three")
@@ -180,6 +178,10 @@ class Complaints:
         page.on("request", self._note)
         page.on("websocket", lambda socket: self.urls.append(socket.url))
 
+    def forget(self, text: str) -> None:
+        """Drop the lines with ``text``, which only Chromium writes."""
+        self.lines = [line for line in self.lines if text not in line]
+
     def _note(self, request: Request) -> None:
         self.urls.append(request.url)
 
@@ -190,21 +192,10 @@ def complaints() -> Complaints:
     return Complaints([], [])
 
 
-@pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def browser() -> AsyncIterator[Browser]:
-    """A headless browser that the tests share."""
-    path = require("chromium")
-    async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(executable_path=path, args=FLAGS)
-        yield browser
-        await browser.close()
-
-
 @pytest_asyncio.fixture(loop_scope="session")
-async def page(browser: Browser, complaints: Complaints) -> AsyncIterator[Page]:
+async def page(browser: Browser, complaints: Complaints) -> Page:
     """An empty page, 1280 px wide, in a profile of its own."""
     context = await browser.new_context(viewport={"width": 1280, "height": 900})
     page = await context.new_page()
     complaints.listen(page)
-    yield page
-    await context.close()
+    return page

@@ -1,21 +1,21 @@
 """An instance below a path prefix, behind a real nginx that removes the prefix, or does not."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
-from playwright.async_api import Page, async_playwright, expect
+from playwright.async_api import Browser, expect
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
 from pokebridge.client import PokeClient, ReceivedMessage
 from tests.deploy.proxies import Proxy, nginx_with
 from tests.support import Instance, Serve, free_port, wait_until
-from tests.support.browser import FLAGS
-from tests.support.missing import require
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 BOB = "urn:user:bob"
 LOCATION = """
@@ -105,19 +105,11 @@ async def test_the_own_origin_is_allowed(serve: Serve, tmp_path: Path, kind: str
             assert refused.value.response.status_code == 403
 
 
-@pytest.fixture
-async def tab() -> AsyncIterator[Page]:
-    """A tab of a browser."""
-    async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(executable_path=require("chromium"), args=FLAGS)
-        yield await browser.new_page()
-        await browser.close()
-
-
 @pytest.mark.parametrize("kind", ["removed", "kept"])
-async def test_pages_work(serve: Serve, tmp_path: Path, kind: str, tab: Page) -> None:
+async def test_pages_work(serve: Serve, tmp_path: Path, kind: str, browser: Browser) -> None:
     """The playground, the console and the API's description load everything, and connect."""
     failed: list[str] = []
+    tab = await browser.new_page()
     tab.on(
         "response",
         lambda response: failed.append(response.url) if response.status >= 400 else None,

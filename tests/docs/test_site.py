@@ -11,6 +11,7 @@ import pytest
 from playwright.async_api import Browser, Request, expect
 
 from tests.docs.blocks import ROOT
+from tests.support.browser import in_chromium
 
 BUILDER = Path(sys.executable).with_name("sphinx-build")
 # What a browser fetches by itself, and not only when it is clicked.
@@ -90,9 +91,11 @@ def test_every_link_and_asset_is_in_the_site(site: Path) -> None:
     assert not problems
 
 
-async def test_search_works_without_a_network(site: Path, chromium: Browser) -> None:
+@in_chromium
+@pytest.mark.asyncio(loop_scope="session")
+async def test_search_works_without_a_network(site: Path, browser: Browser) -> None:
     """From the folder, without a server: a search finds a page, and no page asks another host."""
-    page = await chromium.new_page()
+    page = await browser.new_page()
     foreign: list[str] = []
 
     def note(request: Request) -> None:

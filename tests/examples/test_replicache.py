@@ -10,7 +10,10 @@ from playwright.async_api import Browser, Page, Response, expect
 
 from tests.examples.apps import EXAMPLES, run_app
 from tests.support import Daemon, Instance, Serve, wait_until
+from tests.support.browser import in_chromium
 from tests.support.npm import build
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 WEB = EXAMPLES / "replicache" / "web"
 TIMEOUT_S = 120.0
@@ -35,9 +38,9 @@ def answered(app: Daemon, call: str) -> int:
     return app.log().count(f'"POST /replicache/{call} HTTP/1.1" 200')
 
 
-async def open_list(chromium: Browser, app: Daemon, bridge: Instance) -> Page:
+async def open_list(browser: Browser, app: Daemon, bridge: Instance) -> Page:
     """The list, in a browser profile of its own, once pokes are heard."""
-    page = await (await chromium.new_context()).new_page()
+    page = await (await browser.new_context()).new_page()
     await page.clock.install()  # it runs as ever, but for a test that moves it
     await page.goto(f"{app.url}/?bridge={bridge.url}")
     await expect(page.locator("output")).to_have_text("connected")
@@ -56,11 +59,11 @@ async def expect_list(page: Page, *texts: str) -> None:
 
 
 @pytest.mark.usefixtures("page_built")
-async def test_two_browsers(chromium: Browser, bridge: Instance, tmp_path: Path) -> None:
+async def test_two_browsers(browser: Browser, bridge: Instance, tmp_path: Path) -> None:
     """What one changes the other shows, for one pull each; without a poke hardly anybody pulls."""
     async with asyncio.timeout(TIMEOUT_S):
         with run_app("replicache", bridge, tmp_path) as app:
-            ann, bob = [await open_list(chromium, app, bridge) for _ in range(2)]
+            ann, bob = [await open_list(browser, app, bridge) for _ in range(2)]
             await add(ann, "water the plants")
             await expect_list(bob, "water the plants")
             await bob.get_by_role("button", name="Done").click()
@@ -76,12 +79,12 @@ async def test_two_browsers(chromium: Browser, bridge: Instance, tmp_path: Path)
 
 
 @pytest.mark.usefixtures("page_built")
-async def test_the_bridge_is_away(chromium: Browser, bridge: Instance, tmp_path: Path) -> None:
+async def test_the_bridge_is_away(browser: Browser, bridge: Instance, tmp_path: Path) -> None:
     """Pushes go on meanwhile; once it is back all is shown, for a pull on ready and one poke."""
     loop = asyncio.get_running_loop()
     async with asyncio.timeout(TIMEOUT_S):
         with run_app("replicache", bridge, tmp_path) as app:
-            ann, bob = [await open_list(chromium, app, bridge) for _ in range(2)]
+            ann, bob = [await open_list(browser, app, bridge) for _ in range(2)]
             killed_s = loop.time()
             await asyncio.to_thread(bridge.kill)
             for page in (ann, bob):
@@ -104,12 +107,13 @@ async def test_the_bridge_is_away(chromium: Browser, bridge: Instance, tmp_path:
             assert answered(app, "pull") <= at_start + on_ready + for_pokes + polls
 
 
+@in_chromium  # which shows the bodies of answers
 @pytest.mark.usefixtures("page_built")
-async def test_the_app_is_restarted(chromium: Browser, bridge: Instance, tmp_path: Path) -> None:
+async def test_the_app_is_restarted(browser: Browser, bridge: Instance, tmp_path: Path) -> None:
     """Its list is in memory: pages that show the old one go on with the new one."""
     async with asyncio.timeout(TIMEOUT_S):
         with run_app("replicache", bridge, tmp_path) as app:
-            ann, bob = [await open_list(chromium, app, bridge) for _ in range(2)]
+            ann, bob = [await open_list(browser, app, bridge) for _ in range(2)]
             pulls: list[Response] = []
             ann.on("response", lambda each: pulls.append(each) if "pull" in each.url else None)
 

@@ -3,6 +3,7 @@
 import os
 import threading
 from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from playwright.async_api import Browser, BrowserContext, async_playwright
+from playwright.async_api import Browser, BrowserContext
 
 from tests.js.driving import (
     TIMEOUT_S,
@@ -21,18 +22,11 @@ from tests.js.driving import (
     released,
     run_node,
 )
-from tests.support import Instance, free_port
-from tests.support.browser import FLAGS
-from tests.support.missing import require
+from tests.support import Instance, wait_until
+from tests.support.browser import BROWSERS, Browsers
 from tests.support.npm import ROOT
 from tests.support.serving import JWT_SECRET
-
-# What Playwright switches off, and users have.
-NOT_AS_A_USERS = [
-    "--disable-background-timer-throttling",
-    "--disable-backgrounding-occluded-windows",
-    "--disable-renderer-backgrounding",
-]
+from tests.support.webkit import run_webkit
 
 
 class Site(SimpleHTTPRequestHandler):
@@ -75,32 +69,10 @@ def instance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
     instance.kill()
 
 
-@pytest.fixture(scope="session")
-def devtools_port() -> int:
-    """Where Chromium can be asked for a tab that Playwright has no hand in."""
-    return free_port()
-
-
-@pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def browser(devtools_port: int) -> AsyncIterator[Browser]:
-    """A headless browser that the tests share. It throttles what is hidden, as a user's does."""
-    path = require("chromium")
-    async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(
-            executable_path=path,
-            args=[*FLAGS, f"--remote-debugging-port={devtools_port}"],
-            ignore_default_args=NOT_AS_A_USERS,
-        )
-        yield browser
-        await browser.close()
-
-
 @pytest_asyncio.fixture(loop_scope="session")
-async def context(browser: Browser) -> AsyncIterator[BrowserContext]:
+async def context(browser: Browser) -> BrowserContext:
     """A fresh profile: its tabs know each other, and none of another test's."""
-    context = await browser.new_context()
-    yield context
-    await context.close()
+    return await browser.new_context()
 
 
 @pytest_asyncio.fixture(loop_scope="session")
@@ -124,7 +96,36 @@ async def node(shared_node: NodeRuntime) -> AsyncIterator[NodeRuntime]:
     await shared_node.evaluate("harness.client?.close()")
 
 
-@pytest.fixture(params=["page", "node"])
-def client(request: pytest.FixtureRequest) -> Client:
-    """A client that is not started yet: in a browser, and once more in Node."""
-    return Client(request.getfixturevalue(request.param))
+@pytest_asyncio.fixture(loop_scope="session")
+async def pages(browsers: Browsers, site: str) -> AsyncIterator[dict[str, PageRuntime]]:
+    """A tab with the harness in it, in each browser."""
+    async with AsyncExitStack() as opened:
+        yield {
+            name: await opened.enter_async_context(_page(browsers, name, site)) for name in BROWSERS
+        }
+
+
+@asynccontextmanager
+async def _page(browsers: Browsers, name: str, site: str) -> AsyncIterator[PageRuntime]:
+    context = await (await browsers.start(name)).new_context()
+    yield await open_page(context, site)
+    await context.close()
+
+
+@pytest_asyncio.fixture(
+    loop_scope="session", params=[*BROWSERS, "node", pytest.param("webkit", marks=pytest.mark.long)]
+)
+async def client(
+    request: pytest.FixtureRequest, browsers: Browsers, site: str, node: NodeRuntime
+) -> AsyncIterator[Client]:
+    """A client that is not started yet: in each browser, in Node, and in the long run in WebKit."""
+    if request.param == "node":
+        yield Client(node)
+    elif request.param == "webkit":
+        async with run_webkit() as webkit:
+            await webkit.goto(f"{site}/tests/js/page.html")
+            await wait_until(lambda: webkit.evaluate("!!globalThis.harness"))
+            yield Client(webkit)
+    else:
+        async with _page(browsers, request.param, site) as page:
+            yield Client(page)

@@ -1,4 +1,4 @@
-"""Drives the JavaScript client where it runs: in a page of Chromium, or in a Node process."""
+"""Drives the JavaScript client where it runs: in a page of a browser, or in a Node process."""
 
 import asyncio
 import json
@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from playwright.async_api import BrowserContext, CDPSession, Page
+from playwright.async_api import BrowserContext, Page
 
 from tests.support import Instance, wait_until
 from tests.support.missing import require
@@ -34,22 +34,18 @@ class Runtime(Protocol):
 
 
 class PageRuntime:
-    """A tab of Chromium."""
+    """A tab of a browser."""
 
-    def __init__(self, page: Page, devtools: CDPSession) -> None:
+    def __init__(self, page: Page) -> None:
         self.page = page
-        self._devtools = devtools
 
     async def evaluate(self, expression: str) -> Any:
         """In the page."""
         return await self.page.evaluate(expression)
 
     async def set_offline(self, *, offline: bool) -> None:
-        """Chromium's own emulation: connections break, and ``navigator.onLine`` says so."""
-        conditions = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
-        await self._devtools.send(
-            "Network.emulateNetworkConditions", {"offline": offline, **conditions}
-        )
+        """The browser's own emulation: connections break, and ``navigator.onLine`` says so."""
+        await self.page.context.set_offline(offline)
 
 
 async def open_page(context: BrowserContext, site: str) -> PageRuntime:
@@ -57,7 +53,7 @@ async def open_page(context: BrowserContext, site: str) -> PageRuntime:
     page = await context.new_page()
     await page.goto(f"{site}/tests/js/page.html")
     await page.wait_for_function("globalThis.harness")
-    return PageRuntime(page, await context.new_cdp_session(page))
+    return PageRuntime(page)
 
 
 async def open_pages(context: BrowserContext, site: str, number: int) -> list[PageRuntime]:

@@ -1,4 +1,4 @@
-"""One life of a client after the other, in a browser and in Node, against real instances.
+"""One life of a client after the other, in browsers and in Node, against real instances.
 
 No pull may be missed, and none may be needless: every scenario counts them.
 """
@@ -8,9 +8,9 @@ import signal
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
-from playwright.async_api import async_playwright
 
 from tests.js.driving import (
     QUICK,
@@ -24,8 +24,7 @@ from tests.js.driving import (
     wait_sessions,
 )
 from tests.support import CutProxy, Instance, Serve, wait_until
-from tests.support.browser import FLAGS
-from tests.support.missing import require
+from tests.support.browser import in_both, in_chromium
 
 # Only the network's return can bring a socket back in time.
 LAZY = {"base_s": 1e4, "cap_s": 1e4}
@@ -63,12 +62,13 @@ async def test_own_pulls(client: Client, instance: Instance) -> None:
 
 
 async def test_killed_restarted_drained(
-    page: PageRuntime, node: NodeRuntime, serve: Serve, tmp_path: Path
+    pages: dict[str, PageRuntime], node: NodeRuntime, serve: Serve, tmp_path: Path
 ) -> None:
     """Nothing is lost when the instance dies, comes back and stops in good order."""
     mailbox = f"sqlite:///{tmp_path / 'mailbox.db'}"
     instance = await asyncio.to_thread(serve, mailbox=mailbox, drain_s=0.1)
-    clients = {"urn:user:page": Client(page), "urn:user:node": Client(node)}
+    clients = {f"urn:user:{name}": Client(page) for name, page in pages.items()}
+    clients["urn:user:node"] = Client(node)
 
     async def for_each(step: Callable[[str, Client], Awaitable[object]]) -> None:
         await asyncio.gather(*(step(sub, client) for sub, client in clients.items()))
@@ -99,42 +99,37 @@ async def test_killed_restarted_drained(
         assert 3 <= await client.count("pull") <= await client.heard() <= 3 + 3
 
 
+@in_both
 async def test_offline_and_back_in_a_browser(page: PageRuntime, instance: Instance) -> None:
-    """Back online, what was missed is pulled at once, and once: by Chromium's own emulation."""
-    client = Client(page)
-    await client.start(instance.url, "urn:user:page-offline", policy=LAZY)
+    """Back online, what was missed is pulled at once, and once: by the browser's own emulation."""
+    client, sub = Client(page), f"urn:user:offline-{uuid4().hex}"
+    await client.start(instance.url, sub, policy=LAZY)
     await client.idle()
     await page.set_offline(offline=True)
     await client.wait_state("connecting")
-    await send(instance, "urn:user:page-offline", "missed")
+    await send(instance, sub, "missed")
     await page.set_offline(offline=False)
     await client.wait_shown("missed")
-    await send(instance, "urn:user:page-offline", "heard")
+    await send(instance, sub, "heard")
     await client.wait_shown("missed", "heard")
     assert await client.count("pull") == 3
 
 
-async def test_the_way_back_to_a_page_that_was_kept(site: str, instance: Instance) -> None:
+@in_chromium  # under WebDriver Firefox loads the page anew
+async def test_the_way_back_to_a_page_that_was_kept(
+    page: PageRuntime, site: str, instance: Instance
+) -> None:
     """A page from the back/forward cache has a new socket at once, and pulls what it missed."""
-    path = require("chromium")
-    async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(
-            executable_path=path, args=FLAGS, ignore_default_args=["--disable-back-forward-cache"]
-        )
-        page = await browser.new_page()
-        await page.goto(f"{site}/tests/js/page.html")
-        await page.wait_for_function("globalThis.harness")
-        client = Client(PageRuntime(page, await page.context.new_cdp_session(page)))
-        await client.start(instance.url, "urn:user:kept", policy=LAZY, share=False)
-        await client.idle()
-        await page.goto(f"{site}/deploy/")
-        await wait_sessions(instance, 0)
-        await send(instance, "urn:user:kept", "missed")
-        await page.evaluate("history.back()")
-        await page.wait_for_function("globalThis.harness?.shown.length")
-        assert await client.shown() == ["missed"]
-        assert await client.count("connect") == 2, "the page was kept, not loaded anew"
-        await browser.close()
+    client, tab = Client(page), page.page
+    await client.start(instance.url, "urn:user:kept", policy=LAZY, share=False)
+    await client.idle()
+    await tab.goto(f"{site}/deploy/")
+    await wait_sessions(instance, 0)
+    await send(instance, "urn:user:kept", "missed")
+    await tab.evaluate("history.back()")
+    await tab.wait_for_function("globalThis.harness?.shown.length")
+    assert await client.shown() == ["missed"]
+    assert await client.count("connect") == 2, "the page was kept, not loaded anew"
 
 
 async def test_offline_and_back_in_node(node: NodeRuntime, instance: Instance) -> None:
@@ -206,14 +201,19 @@ async def test_replaced(page: PageRuntime, node: NodeRuntime, serve: Serve) -> N
     await second.wait_state("stopped")
 
 
-async def test_time_passes(page: PageRuntime, node: NodeRuntime, instance: Instance) -> None:
+async def test_time_passes(
+    pages: dict[str, PageRuntime], node: NodeRuntime, instance: Instance
+) -> None:
     """Tokens are renewed over the socket before they run out, and a process that slept wakes up.
 
-    Both take seconds, so they are done side by side.
+    Both take seconds, so all clients do it side by side.
     """
     async with run_node() as sleeper:
         await asyncio.gather(
-            renew(Client(page), instance, "urn:user:page-renews"),
+            *(
+                renew(Client(page), instance, f"urn:user:{name}-renews")
+                for name, page in pages.items()
+            ),
             renew(Client(node), instance, "urn:user:node-renews"),
             sleep(sleeper, instance),
         )

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 import websockets
-from playwright.async_api import Browser, BrowserContext
+from playwright.async_api import BrowserContext
 
 from tests.js.driving import (
     QUICK,
@@ -21,11 +21,13 @@ from tests.js.driving import (
     sessions,
     wait_sessions,
 )
-from tests.support import Instance, wait_until
+from tests.support import Instance, free_port, wait_until
+from tests.support.browser import in_both, in_chromium, run_browser
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
+@in_both
 async def test_four_tabs_one_socket(context: BrowserContext, site: str, instance: Instance) -> None:
     """One socket and one pull a message serve four tabs; another tab takes over when it is gone."""
     await wait_sessions(instance, 0)
@@ -158,13 +160,13 @@ async def raw_tab(port: int, url: str) -> AsyncIterator[RawTab]:
             await http.get(f"/json/close/{target['id']}")
 
 
-async def test_a_tab_in_the_background(
-    browser: Browser, devtools_port: int, site: str, instance: Instance
-) -> None:
+async def test_a_tab_in_the_background(site: str, instance: Instance) -> None:
     """A hidden tab, throttled by Chromium, is poked as ever; a frozen one pulls when it thaws."""
+    port = free_port()
     async with (
-        raw_tab(devtools_port, f"{site}/tests/js/page.html") as tab,
-        raw_tab(devtools_port, "about:blank"),
+        run_browser("chromium", f"--remote-debugging-port={port}"),
+        raw_tab(port, f"{site}/tests/js/page.html") as tab,
+        raw_tab(port, "about:blank"),
     ):
         await wait_until(lambda: tab.evaluate("!!globalThis.harness && document.hidden"))
         client = Client(tab)
@@ -184,6 +186,7 @@ async def test_a_tab_in_the_background(
         await client.close()
 
 
+@in_chromium  # the tabs of a site share a process in Firefox, so that none sleeps alone
 async def test_a_leading_tab_that_sleeps(
     context: BrowserContext, site: str, instance: Instance
 ) -> None:

@@ -2,7 +2,7 @@
 
 Fixtures (``tests/conftest.py`` loads them all): ``serve``; ``nats_server``, ``valkey_server``,
 ``postgres_server``, ``postgres_database``, ``pubsub_emulator``, and an ``own_…`` one of each
-server for tests that kill it; ``chromium``; ``client_package``. Every async test fails when
+server for tests that kill it; ``browser``; ``client_package``. Every async test fails when
 pokebridge blocks its loop.
 """
 

@@ -1,18 +1,22 @@
-"""A real browser: Debian's Chromium, driven by Playwright."""
+"""Real browsers, driven by Playwright: Debian's Chromium and, over WebDriver BiDi, its Firefox."""
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import Any, Protocol
 
 import pytest
-from playwright.async_api import Browser, Page, async_playwright, expect
+import pytest_asyncio
+from playwright.async_api import Browser, async_playwright, expect
 
 from tests.support.missing import missing, require
 
+BROWSERS = ("chromium", "firefox")
 AXE = Path(__file__).parents[1] / "node" / "node_modules" / "axe-core" / "axe.min.js"
 
 # No sandbox: the tests may run as root, on pages of their own. The rest keeps it off the network.
-FLAGS = [
+_FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
     "--disable-quic",
@@ -22,19 +26,92 @@ FLAGS = [
     "--disable-sync",
     "--no-first-run",
 ]
+# What Playwright passes, and users do not: theirs keeps pages for the way back, and throttles them.
+_NOT_AS_A_USERS = [
+    "--disable-back-forward-cache",
+    "--disable-background-timer-throttling",
+    "--disable-backgrounding-occluded-windows",
+    "--disable-renderer-backgrounding",
+]
 
 # How long a page may take to show what is expected: a limit for what hangs, as all of them are.
 expect.set_options(timeout=30_000)
 
 
-@pytest.fixture
-async def chromium() -> AsyncIterator[Browser]:
-    """A headless browser; a test takes ``await chromium.new_page()``."""
-    path = require("chromium")
+@asynccontextmanager
+async def run_browser(name: str, *flags: str) -> AsyncIterator[Browser]:
+    """A headless browser, one of ``BROWSERS``; ``flags`` are for its command line."""
     async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(executable_path=path, args=FLAGS)
-        yield browser
-        await browser.close()
+        if name == "firefox":
+            path = require("firefox-esr")
+            starting = playwright.firefox.launch(
+                channel="moz-firefox", executable_path=path, args=flags
+            )
+        else:
+            starting = playwright.chromium.launch(
+                executable_path=require("chromium"),
+                args=[*_FLAGS, *flags],
+                ignore_default_args=_NOT_AS_A_USERS,
+            )
+        browser = await starting
+        try:
+            yield browser
+        finally:
+            await browser.close()
+
+
+class Browsers:
+    """Starts each browser when a test first asks for it, and keeps it for the tests after it."""
+
+    def __init__(self) -> None:
+        self._running: dict[str, Browser] = {}
+        self._opened = AsyncExitStack()
+
+    async def start(self, name: str) -> Browser:
+        """One of ``BROWSERS``."""
+        if name not in self._running:
+            self._running[name] = await self._opened.enter_async_context(run_browser(name))
+        return self._running[name]
+
+    async def close(self) -> None:
+        """Stop them all."""
+        await self._opened.aclose()
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def browsers() -> AsyncIterator[Browsers]:
+    """The browsers that the tests share."""
+    browsers = Browsers()
+    yield browsers
+    await browsers.close()
+
+
+@pytest_asyncio.fixture(
+    loop_scope="session", params=["chromium", pytest.param("firefox", marks=pytest.mark.long)]
+)
+async def browser(request: pytest.FixtureRequest, browsers: Browsers) -> AsyncIterator[Browser]:
+    """A browser without a page: Chromium, and in the long run once more Firefox.
+
+    The profiles that a test opens in it are closed for the test.
+    """
+    browser = await browsers.start(request.param)
+    yield browser
+    for context in browser.contexts:
+        await context.close()
+
+
+in_both = pytest.mark.parametrize("browser", BROWSERS, indirect=True)
+"""Marks a test that runs in Firefox each time, too."""
+
+in_chromium = pytest.mark.parametrize("browser", ["chromium"], indirect=True)
+"""Marks a test of what Chromium alone can be told to do, or of what is no browser's matter."""
+
+
+class Page(Protocol):
+    """A page that evaluates JavaScript, whatever drives it."""
+
+    async def evaluate(self, expression: str, /) -> Any:
+        """The value of an expression, awaited."""
 
 
 # A colour is not its own while it fades in; an animation without an end is never waited for.
@@ -47,7 +124,8 @@ async def axe_violations(page: Page) -> list[str]:
     """What axe-core finds wrong with a page: each rule with the elements that break it."""
     if not AXE.exists():
         missing("axe-core (npm ci in tests/node)")
-    await page.evaluate(await asyncio.to_thread(AXE.read_text))
+    source = await asyncio.to_thread(AXE.read_text)
+    await page.evaluate(f"void (() => {{ {source}\n}})()")
     await page.evaluate(_ANIMATIONS_END)
     found = await page.evaluate("axe.run().then(({ violations }) => violations)")
     return [f"{each['id']}: {[node['html'] for node in each['nodes']]}" for each in found]

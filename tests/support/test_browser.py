@@ -1,10 +1,16 @@
-"""The browser is real and runs a page's script."""
+"""The browsers are real and run a page's script."""
 
+import pytest
 from playwright.async_api import Browser
 
+from tests.support.browser import in_both
 
-async def test_a_page_runs_its_script(chromium: Browser) -> None:
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+
+@in_both
+async def test_a_page_runs_its_script(browser: Browser) -> None:
     """A script on a page changes what the page shows."""
-    page = await chromium.new_page()
+    page = await browser.new_page()
     await page.set_content("<p>no</p><script>document.querySelector('p').textContent=6*7</script>")
     assert await page.inner_text("p") == "42"
