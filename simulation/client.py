@@ -170,10 +170,12 @@ class SimClient(Driver):
         instance = self._route(url, self)
         if instance is not None and instance.vanished:
             return  # nobody answers: the core has a deadline
-        if instance is None or not instance.listens:
+        door = None if instance is None or not instance.listens else instance.door()
+        if door is None:
             self.loop.deliver(self.network.latency_s(), self._refused_by_nobody)
             return
-        wire = self._wire = Wire(self.network, self, instance.loop)
+        server_loop, port = door
+        wire = self._wire = Wire(self.network, self, server_loop)
         self.instance = instance
         self._unparsed, self._is_open, self._close_code = b"", False, _ABNORMAL
         query = f"device={self.device}" + ("&moved=1" if moved else "")
@@ -186,7 +188,7 @@ class SimClient(Driver):
             (b"authorization", b"Bearer " + self._token.encode()),
         ]
         request = UpgradeRequest("GET", f"/v1/connect?{query}", headers, self.name)
-        wire.carry(instance.loop, instance.accept, wire, request)
+        wire.carry(server_loop, port.accept, wire, request)
 
     def _refused_by_nobody(self) -> None:
         if self._wire is None:

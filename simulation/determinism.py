@@ -23,6 +23,7 @@ from pokebridge.cluster import load as cluster_load
 from pokebridge.gateway.connection import Connection
 from pokebridge.model import Feed
 from pokebridge.server import token_keys
+from pokebridge.workers.link import RemoteSession
 from simulation.loop import VirtualLoop
 from simulation.tokens import SimVerifier
 
@@ -55,6 +56,7 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
     # An object's hash is its address, a string's hash has a seed of its own: the order of sets
     # would follow them.
     yield Connection, "__hash__", lambda each: hash(int(each.session.id, 16))
+    yield RemoteSession, "__hash__", lambda each: hash((each.link.number, each.number))
     yield Feed, "__hash__", lambda each: _FEED_HASHES[each.value]
     yield cluster_load, "memory_bytes", lambda: 0
     yield token_keys, "TokenVerifier", lambda **_: SimVerifier()

@@ -14,8 +14,11 @@ from simulation.client import HOME_URL, SimClient
 from simulation.instance import SimInstance
 from simulation.network import Server, Trouble
 from simulation.servers import Route
+from simulation.workers import SimWorker
 from simulation.world import Fault, World
 
+_STALLED_AFTER_S = 5.0
+"""When a hub kills a worker that stands still, about."""
 _ONE_POKE_BYTES = 150
 """Room for a signal with one poke, and not for two."""
 _POISON = (
@@ -37,6 +40,11 @@ def _victim(world: World, *, well: bool = True) -> SimInstance | None:
     spared = world.rng.choice(well_ones)
     candidates = well_ones if well else world.running
     return world.rng.choice([each for each in candidates if each is not spared])
+
+
+def _worker(world: World) -> SimWorker | None:
+    workers = [worker for each in world.well_instances for worker in each.serving_workers]
+    return world.rng.choice(workers) if workers else None
 
 
 def _client(world: World) -> SimClient | None:
@@ -162,6 +170,47 @@ async def _ask(world: World, through: SimInstance, call: Callable[[], Awaitable[
     through.loop.deliver(0.0, lambda: through.loop.create_task(carry_out()))
     await asyncio.wait([done], timeout=20.0)
     return done.done() and done.result()
+
+
+# --- workers --------------------------------------------------------------------------------------
+
+
+async def kill_worker(world: World) -> None:
+    """SIGKILL for a worker; its hub starts another one."""
+    if worker := _worker(world):
+        world.trace.note(worker.name, "is killed")
+        worker.kill()
+
+
+async def break_channel(world: World) -> None:
+    """The channel between a hub and a worker breaks, as when one of them reads nothing."""
+    if worker := _worker(world):
+        world.trace.note(worker.name, "loses its channel")
+        worker.break_channel()
+
+
+async def stop_worker(world: World) -> None:
+    """SIGSTOP for a worker, while its clients are poked often. Its hub kills it after a time."""
+    worker = _worker(world)
+    if worker is None:
+        return
+    world.trace.note(worker.name, "is stopped")
+    worker.loop.pause()
+    clients = [each for each in world.clients if each.wire and each.wire.server_loop is worker.loop]
+    for client in clients:
+        client.trouble.begin()
+    began_s = world.scheduler.now
+    for _ in range(world.rng.randrange(60) if clients else 0):
+        world.send_soon(world.rng.choice(clients).recipient)
+        await world.nap(world.rng.uniform(0.01, 0.1))
+    await world.nap(world.rng.uniform(0.5, 6.0))
+    if world.scheduler.now - began_s > _STALLED_AFTER_S:
+        worker.kill()
+    elif not worker.loop.dead:
+        world.trace.note(worker.name, "goes on")
+        worker.loop.resume()
+    for client in clients:
+        client.trouble.end()
 
 
 # --- servers --------------------------------------------------------------------------------------
@@ -545,6 +594,9 @@ ALL: Mapping[str, Fault] = {
         migrate_over_a_gap,
         add_instance,
         remove_instance,
+        kill_worker,
+        break_channel,
+        stop_worker,
         restart_broker,
         break_subscription,
         cut_from_broker,

@@ -2,20 +2,24 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from itertools import count
 from typing import Any
 
 from pokebridge.errors import PokebridgeError
-from pokebridge.gateway.handshake import UpgradeRequest
+from pokebridge.gateway.entrance import Entrance
 from pokebridge.model import NewMessage, Page, Receipt
 from pokebridge.server.assemble import assemble
 from pokebridge.server.from_settings import Adapters
 from pokebridge.settings import Settings
+from pokebridge.wire import Disconnect
 from simulation.http import Answer, Call
 from simulation.invariants import Oracle
 from simulation.loop import VirtualLoop
 from simulation.network import Peer, Trouble
 from simulation.scene import Scene
-from simulation.sockets import Network, Socket, Wire
+from simulation.sockets import Network, Port
+from simulation.workers import SimWorker
 
 _GRACE_S = 5.0
 
@@ -31,8 +35,6 @@ class SimInstance(Peer):
         self._scene = scene
         self._oracle = oracle
         self.url = f"wss://{name}.sim"
-        self.listens = False
-        """Whether its port is open."""
         self.began_at = scene.scheduler.now
         self.stopping = False
         self.vanished = False
@@ -43,10 +45,14 @@ class SimInstance(Peer):
         self.ended: asyncio.Future[None] = scene.outside.create_future()
         self.denial = Trouble(scene.outside)
         """When the broker does not let it subscribe to everything."""
-        self._sockets: list[Socket] = []
         config = scene.config
-        settings = Settings(
+        self.workers: list[SimWorker | None] = [None] * config.workers
+        """Its worker processes, if there are several; ``None`` for one that has not begun."""
+        self.loops = [loop]
+        """The loops of all its processes so far."""
+        settings = self._settings = Settings(
             instance=name,
+            workers=config.workers,
             advertise_url=self.url,
             transport="sim://broker",
             mailbox="sim://mailbox",
@@ -71,6 +77,9 @@ class SimInstance(Peer):
             ),
             url=self.url,
         )
+        self.real.gateway.bridge.on_revoked = self._tell_workers
+        self.port = self._new_port(self.real.gateway.entrance)
+        """Where clients connect, if it has no workers."""
 
     # --- its life ---------------------------------------------------------------------------------
 
@@ -87,9 +96,37 @@ class SimInstance(Peer):
         except PokebridgeError as error:
             self._scene.trace.note(self.name, f"can't start: {error}")
             self._exit()
-        else:
-            self.listens = True
-            self._scene.trace.note(self.name, "listens")
+            return
+        if len(self.workers) > 1:
+            for place in range(len(self.workers)):
+                self.loop.create_task(self._keep_worker(place))
+            while len(self.serving_workers) < len(self.workers):  # noqa: ASYNC110 - it is short
+                await asyncio.sleep(0.05)
+        self.port.is_open = True
+        self._scene.trace.note(self.name, "listens")
+
+    async def _keep_worker(self, place: int) -> None:
+        for life in count(1):
+            worker = self.workers[place] = SimWorker(
+                self.loop,
+                f"{self.name}/{place + 1}.{life}",
+                place + 1,
+                self.real.gateway,
+                self._settings,
+                self._new_port,
+                self._scene.rng,
+            )
+            self.loops.append(worker.loop)
+            await worker.ended
+            self._scene.trace.note(worker.name, "has ended")
+            await asyncio.sleep(self._scene.rng.uniform(0.0, 0.2))
+
+    def _tell_workers(self, disconnect: Disconnect) -> None:
+        for worker in self.serving_workers:
+            worker.revoke(disconnect)
+
+    def _new_port(self, entrance: Entrance) -> Port:
+        return Port(entrance, partial(self._oracle.written, self))
 
     def stop(self) -> None:
         """SIGTERM."""
@@ -103,7 +140,7 @@ class SimInstance(Peer):
     async def _shut_down(self) -> None:
         if self.listens:
             await self.real.drain()
-            self.listens = False
+            self.port.is_open = False
             waits_until = self.loop.time() + _GRACE_S
             while self.calls and self.loop.time() < waits_until:  # noqa: ASYNC110 - as uvicorn does
                 await asyncio.sleep(0.1)
@@ -112,26 +149,22 @@ class SimInstance(Peer):
 
     def _exit(self) -> None:
         self._die()
-        for socket in self._sockets:
-            socket.cut()
 
     def kill(self, *, machine: bool = False) -> None:
         """SIGKILL, or the whole ``machine`` loses power: then nobody tells its clients."""
         if self.died_at is not None:
             return
         self.vanished = machine
-        self._die()
-        for socket in self._sockets:
-            if machine:
-                socket.wire.lose()
-            else:
-                socket.cut()
+        self._die(machine=machine)
         if not machine:
             for call in self.calls:
                 call.answer(None)
 
-    def _die(self) -> None:
-        self.listens = False
+    def _die(self, *, machine: bool = False) -> None:
+        for worker in self.workers:
+            if worker is not None:
+                worker.kill(machine=machine)
+        self.port.close(tells=not machine)
         self.died_at = self._scene.scheduler.now
         self.trouble.begin()
         self.loop.kill()
@@ -140,16 +173,17 @@ class SimInstance(Peer):
 
     # --- what comes over the network --------------------------------------------------------------
 
-    def accept(self, wire: Wire, request: UpgradeRequest) -> None:
-        """A client connects and asks for an upgrade."""
-        self._sockets = [socket for socket in self._sockets if not socket.is_gone]
-        written, client = self._oracle.written, wire.client
-        socket = Socket(wire, lambda data, unsent: written(self, client, data, unsent))
-        if not self.listens:
-            socket.cut()
-            return
-        self._sockets.append(socket)
-        self.real.gateway.entrance.upgrade(socket, request, lambda: None)
+    def door(self) -> tuple[VirtualLoop, Port] | None:
+        """Where a new connection gets to: of the workers that serve, the one with the fewest."""
+        if len(self.workers) == 1:
+            return self.loop, self.port
+        doors = [(worker.loop, worker.port) for worker in self.serving_workers]
+        return min(doors, key=lambda door: door[1].load, default=None)
+
+    @property
+    def serving_workers(self) -> Sequence[SimWorker]:
+        """Its workers that take connections."""
+        return [worker for worker in self.workers if worker is not None and worker.serves]
 
     async def pull(self, recipient: str, device: str, after: int, limit: int) -> Page:
         """``GET /v1/messages``."""
@@ -200,9 +234,9 @@ class SimInstance(Peer):
         return self.real.gateway.subscriptions.gaps
 
     @property
-    def sockets(self) -> Sequence[Socket]:
-        """The open sockets of its clients."""
-        return self._sockets
+    def listens(self) -> bool:
+        """Whether its port is open."""
+        return self.port.is_open
 
 
 Work = Callable[[SimInstance], Awaitable[Any]]

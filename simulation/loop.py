@@ -200,6 +200,12 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         self._not_before = float("-inf")
         self._reaped = False
 
+    def sibling(self, name: str) -> "VirtualLoop":
+        """The loop of another process on the same machine, whose clocks are the same."""
+        return self.scheduler.process(
+            name, clock_s=self._clock_s, pace=self._pace, wall_ahead_s=self._wall_ahead_s
+        )
+
     # --- time -------------------------------------------------------------------------------------
 
     def time(self) -> float:

@@ -34,6 +34,8 @@ class Config:
     legacy_share: float
     """Of the messages, those of a backend that pokes by hand and does not tag."""
     faults: Sequence[str]
+    workers: int
+    """The worker processes of each instance; 1: it has none."""
 
 
 class Scene:

@@ -11,6 +11,8 @@ from random import Random
 from typing import Any, NamedTuple, Protocol
 
 from pokebridge.framing import Opcode
+from pokebridge.gateway.entrance import Entrance
+from pokebridge.gateway.handshake import UpgradeRequest
 from simulation.loop import VirtualLoop
 
 WINDOW_BYTES = 512
@@ -336,3 +338,47 @@ class Socket(asyncio.Transport):
         wire.carry(wire.client.loop, wire.arrive, END)
         if self._protocol is not None:
             wire.server_loop.call_soon(self._protocol.connection_lost, error)
+
+
+class Port:
+    """Where clients connect: the sockets of one process.
+
+    - ``is_open``: whether connections are accepted; at first they are not
+    - ``sockets``: the open sockets
+    - ``_written``: called with the client, the bytes and the number of bytes that wait
+    """
+
+    def __init__(
+        self,
+        entrance: Entrance,
+        written: Callable[[ClientEnd, bytes, int], None],
+    ) -> None:
+        self.is_open = False
+        self.sockets: list[Socket] = []
+        self._entrance = entrance
+        self._written = written
+
+    @property
+    def load(self) -> int:
+        """How many sockets are open."""
+        return sum(not socket.is_gone for socket in self.sockets)
+
+    def accept(self, wire: Wire, request: UpgradeRequest) -> None:
+        """A client connects and asks for an upgrade."""
+        self.sockets = [socket for socket in self.sockets if not socket.is_gone]
+        written, client = self._written, wire.client
+        socket = Socket(wire, lambda data, unsent: written(client, data, unsent))
+        if not self.is_open:
+            socket.cut()
+            return
+        self.sockets.append(socket)
+        self._entrance.upgrade(socket, request, lambda: None)
+
+    def close(self, *, tells: bool) -> None:
+        """The process has ended. Unless the kernel ``tells`` the clients, they must find out."""
+        self.is_open = False
+        for socket in self.sockets:
+            if tells:
+                socket.cut()
+            else:
+                socket.wire.lose()

@@ -27,6 +27,8 @@ from simulation.witness import WitnessOracle
 
 T = TypeVar("T")
 
+WORKERS: Sequence[int] = (1, 1, 2, 3)
+"""How many worker processes the instances of a world may have."""
 RECOVERY_BOUND_S = 110.0
 """How long the cluster has to recover after the last fault; derived in docs/simulation.md."""
 DEAF_BOUND_S = 17.0
@@ -58,6 +60,7 @@ def draw_config(rng: Random, faults: Collection[str]) -> Config:
         message_every_s=rng.uniform(0.2, 1.0),
         legacy_share=rng.choice((0.0, 0.3)),
         faults=[fault for fault in faults if rng.random() < 0.5] or ["kill"],
+        workers=rng.choice(WORKERS) if len(WORKERS) > 1 else WORKERS[0],
     )
 
 
@@ -320,7 +323,7 @@ class World(Scene):
         if story.done():
             story.result()
         outcome = self._outcome()
-        for loop in [self.outside, *(each.loop for each in self._all)]:
+        for loop in [self.outside, *(loop for each in self._all for loop in each.loops)]:
             loop.reap()
         return outcome
 

@@ -32,6 +32,7 @@ from pokebridge.server.revocations import Revocations
 from pokebridge.session import Session, State
 from pokebridge.sharding import shard_of
 from pokebridge.wire import decode_signal
+from pokebridge.workers.link import WorkerLink
 from simulation import faults, world
 from simulation.runner import simulate
 from simulation.scene import Config
@@ -43,9 +44,10 @@ Plant = Callable[[pytest.MonkeyPatch], None]
 
 
 def only(patch: pytest.MonkeyPatch, *wanted: Fault) -> None:
-    """Let only these faults occur, and kills, in every world.
+    """Let only these faults occur, and kills, in every world, and no instance have workers.
 
-    Among all faults too few seeds show the bug.
+    Among all faults too few seeds show the bug. With workers a poke that begins on a host is heard
+    there without the engine.
     """
 
     def draw_config(rng: Random, kinds: Collection[str]) -> Config:
@@ -53,6 +55,7 @@ def only(patch: pytest.MonkeyPatch, *wanted: Fault) -> None:
 
     real = world.draw_config
     patch.setattr(world, "draw_config", draw_config)
+    patch.setattr(world, "WORKERS", (1,))
     patch.setattr(faults, "ALL", {fault.__name__: fault for fault in (faults.kill, *wanted)})
 
 
@@ -63,6 +66,12 @@ def _without_beacons(patch: pytest.MonkeyPatch) -> None:
         pass
 
     patch.setattr(Gateway, "_keep_beacons", nothing)
+
+
+def with_workers(patch: pytest.MonkeyPatch, *wanted: Fault) -> None:
+    """Let only these faults occur in every world, and each instance have two workers."""
+    only(patch, *wanted)
+    patch.setattr(world, "WORKERS", (2,))
 
 
 def break_before_make(patch: pytest.MonkeyPatch) -> None:
@@ -111,6 +120,12 @@ def poke_before_commit(patch: pytest.MonkeyPatch) -> None:
         return receipt
 
     patch.setattr(Processor, "send", send)
+
+
+def overflow_forgotten(patch: pytest.MonkeyPatch) -> None:
+    """A worker that has caught up is not poked for what its hub has dropped meanwhile."""
+    patch.setattr(WorkerLink, "_make_up", lambda _self: None)
+    with_workers(patch, faults.stop_worker)
 
 
 def queue_for_a_slow_reader(patch: pytest.MonkeyPatch) -> None:
@@ -368,6 +383,7 @@ PLANTS: list[tuple[Plant, str]] = [
     (no_gap_poke, "no silence"),
     (fenceless_leader, "epochs only grow"),
     (poke_before_commit, "no silence"),
+    (overflow_forgotten, "no silence"),
     (queue_for_a_slow_reader, "a slow reader costs O(1)"),
     (stale_disconnect_evicts, "no silence"),
     (no_sweep, "no silence"),

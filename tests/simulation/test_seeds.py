@@ -51,6 +51,7 @@ def test_worlds_differ() -> None:
     assert {config.mode for config in configs} == {"fanout", "partitioned"}
     assert {config.assignment for config in configs} == {"coordinator", "ring"}
     assert {config.instances for config in configs} == {2, 3, 4, 5}
+    assert {config.workers for config in configs} == {1, 2, 3}
     kinds = [set(config.faults) for config in configs]
     assert min(sum(kind in each for each in kinds) for kind in set.union(*kinds)) > SEEDS / 4
 
