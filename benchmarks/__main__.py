@@ -26,6 +26,7 @@ from benchmarks import (
     tokens,
     transports,
     verification,
+    workers,
 )
 from benchmarks.harness import BenchmarkError, Figure, progress
 from pokebridge.telemetry import configure_logging
@@ -43,6 +44,7 @@ MEASURES: dict[str, Callable[[], Awaitable[list[Figure]]]] = {
     "cycle": cycle.measure,
     "mailbox": mailbox.measure,
     "verification": verification.measure,
+    "workers": workers.measure,
 }
 
 

@@ -5,13 +5,10 @@ import itertools
 from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple, Protocol
 
-from benchmarks.harness import Server
+from benchmarks.harness import Server, quiet
 
 CALLERS = 32
 """Connections on which requests are made, each when the last is answered."""
-# A server is quiet when it uses less than 1% of a core for so long, which is longer than it puts
-# off confirmations and acks. It is looked at so often at most.
-_LOOK_S, _QUIET_SHARE, _LOOKS = 0.25, 0.01, 20
 
 
 class Cost(NamedTuple):
@@ -75,7 +72,7 @@ class Carrier:
         """CPU of ``work``, which returns how much of it there was, and of all that follows it."""
         server_s, engines_s = self._cpu_s()
         count = await work()
-        await self._quiet()
+        await quiet(self.server)
         server_after_s, engines_after_s = self._cpu_s()
         each_us = 1e6 / count
         return Cost((server_after_s - server_s) * each_us, (engines_after_s - engines_s) * each_us)
@@ -88,10 +85,3 @@ class Carrier:
             return len(await self.carry(self._messages))
 
         return await self.cost(work)
-
-    async def _quiet(self) -> None:
-        for _ in range(_LOOKS):
-            before_s = self.server.cpu_s()
-            await asyncio.sleep(_LOOK_S)
-            if self.server.cpu_s() - before_s < _LOOK_S * _QUIET_SHARE:
-                return

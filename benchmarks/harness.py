@@ -23,6 +23,9 @@ SECRET = "a secret for benchmarks, which guards nothing"
 PATIENCE_S = 60.0
 _POLL_S = 0.02
 _POKES_NOT_COUNTED = 1 << 40
+# A server is quiet when it uses less than 1% of a core for so long, which is longer than it puts
+# off confirmations and acks. It is looked at so often at most.
+_LOOK_S, _QUIET_SHARE, _LOOKS = 0.25, 0.01, 20
 
 
 class BenchmarkError(Exception):
@@ -62,32 +65,48 @@ def compare(
 
 
 class Server(NamedTuple):
-    """A server process under measurement."""
+    """A server under measurement: a process, and its child processes if it has some."""
 
     port: int
     process: psutil.Process
 
     def cpu_s(self) -> float:
-        """CPU seconds that it and its child processes have used, user and system, in all threads.
+        """CPU seconds that it has used, user and system, in all threads."""
+        return sum(self.cpu_s_by_process().values())
+
+    def cpu_s_by_process(self) -> dict[int, float]:
+        """The same of each process, by its id.
 
         In nanoseconds (Linux, sched-stats.rst), where the clock of a process has steps of 10 ms.
         """
-        return sum(_schedstat(task)[0] for task in self._tasks()) / 1e9
+        return {
+            process.pid: sum(_schedstat(task)[0] for task in _tasks_of(process)) / 1e9
+            for process in self.processes()
+        }
 
     def run_on(self, cores: Iterable[int]) -> None:
-        """Give it and its child processes these cores alone."""
-        for task in self._tasks():
-            with contextlib.suppress(ProcessLookupError):  # it has ended
-                os.sched_setaffinity(int(task.name), cores)
+        """Give it these cores alone."""
+        for process in self.processes():
+            for task in _tasks_of(process):
+                with contextlib.suppress(ProcessLookupError):  # it has ended
+                    os.sched_setaffinity(int(task.name), cores)
 
     def rss_bytes(self) -> int:
-        """Its resident memory (RSS)."""
-        return int(self.process.memory_info().rss)
+        """Its resident memory (RSS). What processes share counts in each of them."""
+        return sum(int(process.memory_info().rss) for process in self.processes())
 
-    def _tasks(self) -> Iterator[Path]:
-        """The directories of all threads (``proc_pid_task(5)``)."""
-        for process in (self.process, *self.process.children(recursive=True)):
-            yield from Path(f"/proc/{process.pid}/task").iterdir()
+    def open_files(self) -> int:
+        """How many descriptors it has open."""
+        return sum(process.num_fds() for process in self.processes())
+
+    def processes(self) -> list[psutil.Process]:
+        """It and its child processes."""
+        return [self.process, *self.process.children(recursive=True)]
+
+
+def _tasks_of(process: psutil.Process) -> Iterator[Path]:
+    """The directories of all threads (``proc_pid_task(5)``)."""
+    return Path(f"/proc/{process.pid}/task").iterdir()
 
 
 def waited_s(pid: int) -> float:
@@ -126,6 +145,15 @@ async def until(condition: Callable[[], bool], what: str) -> None:
         if time.monotonic() > deadline:
             raise BenchmarkError(f"not within {PATIENCE_S:.0f} s: {what}")
         await asyncio.sleep(_POLL_S)
+
+
+async def quiet(server: Server) -> None:
+    """Return when ``server`` has done what follows the calls, or does not come to rest."""
+    for _ in range(_LOOKS):
+        before_s = server.cpu_s()
+        await asyncio.sleep(_LOOK_S)
+        if server.cpu_s() - before_s < _LOOK_S * _QUIET_SHARE:
+            return
 
 
 # --- processes --------------------------------------------------------------------------------
@@ -295,8 +323,8 @@ async def herd(
 
 async def connect_and_leave(server: Server, bearers: Sequence[str]) -> float:
     """Connect and disconnect a client for each token; returns the CPU seconds it took."""
-    open_files, before_s = server.process.num_fds(), server.cpu_s()
+    open_files, before_s = server.open_files(), server.cpu_s()
     async with herd(server.port, bearers):
         used_s = server.cpu_s() - before_s
-    await until(lambda: server.process.num_fds() <= open_files, "all clients have left")
+    await until(lambda: server.open_files() <= open_files, "all clients have left")
     return used_s

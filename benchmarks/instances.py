@@ -13,7 +13,7 @@ import psutil
 
 from benchmarks.callers import Answer, HttpConnection, Socket, request
 from benchmarks.carriers import CALLERS, Carrier, Cost, Measured
-from benchmarks.harness import SECRET, BenchmarkError, Server, instance, recipient
+from benchmarks.harness import SECRET, BenchmarkError, Server, instance, quiet, recipient
 from benchmarks.mailbox import BODY
 from pokebridge.tokens import sign_token
 from tests.support.engines import run_configured_nats, run_postgres
@@ -21,12 +21,15 @@ from tests.support.engines import run_configured_nats, run_postgres
 
 @contextlib.asynccontextmanager
 async def open_instance(
-    mailbox: str, clients: int, requests: int, messages: int
+    mailbox: str, clients: int, requests: int, messages: int, **more: str
 ) -> AsyncIterator["Instance"]:
-    """An instance with this kind of mailbox, ``clients`` that listen, and CALLERS that do not."""
+    """An instance with this kind of mailbox, ``clients`` that listen, and CALLERS that do not.
+
+    ``more`` are further settings.
+    """
     async with contextlib.AsyncExitStack() as opened:
         settings, engines = opened.enter_context(_settings(mailbox))
-        server = await opened.enter_async_context(instance(**settings))
+        server = await opened.enter_async_context(instance(**settings, **more))
 
         def http() -> HttpConnection:
             connection = HttpConnection(server.port)
@@ -237,7 +240,7 @@ class Instance(Carrier):
         sweeps = max(1, self._count // len(self._clients))
         for _ in range(sweeps):
             heads = await asyncio.gather(*(client.send() for client in self._clients))
-        await self._quiet()
+        await quiet(self.server)
 
         async def work() -> int:
             for left in range(sweeps - 1, -1, -1):

@@ -28,9 +28,9 @@ _DIALED_AT_ONCE = 100
 
 async def measure(*, clients: int = 10_000, warm_up: int = 300) -> list[Figure]:
     """Connect ``clients``, after ``warm_up`` others have come and gone."""
-    ours_kb = await _growth_kb(instance(), clients, warm_up)
+    ours_kb = await growth_kb(instance(), clients, warm_up)
     progress("memory: pokebridge is measured")
-    theirs_kb = await _growth_kb(websockets_server(), clients, warm_up)
+    theirs_kb = await growth_kb(websockets_server(), clients, warm_up)
     waiting_kb = await _waiting_kb(min(clients, WAITING_CALLS), warm_up)
     name = f"RSS of an idle session, at {clients:,}"
     return [
@@ -62,7 +62,7 @@ async def _waiting_kb(calls: int, warm_up: int) -> float:
 
 async def _wait(server: Server, bearers: Sequence[str]) -> int:
     """Have a pull wait for each token. Returns the RSS meanwhile."""
-    open_files = server.process.num_fds()
+    open_files = server.open_files()
     with ExitStack() as opened:
         calls = []
         for number, bearer in enumerate(bearers):
@@ -72,17 +72,17 @@ async def _wait(server: Server, bearers: Sequence[str]) -> int:
             calls.append(asyncio.ensure_future(connection.ask(question)))
             if number % _DIALED_AT_ONCE == 0:
                 await until(
-                    lambda: server.process.num_fds() >= open_files + number,  # noqa: B023 - called at once
+                    lambda: server.open_files() >= open_files + number,  # noqa: B023 - called at once
                     "the server has accepted",
                 )
         await until(
-            lambda: server.process.num_fds() >= open_files + len(calls), "all calls are accepted"
+            lambda: server.open_files() >= open_files + len(calls), "all calls are accepted"
         )
         await until(lambda: _is_idle(server), "all calls wait")
         rss_bytes = server.rss_bytes()
     for call in calls:
         call.cancel()
-    await until(lambda: server.process.num_fds() <= open_files, "all callers have left")
+    await until(lambda: server.open_files() <= open_files, "all callers have left")
     return rss_bytes
 
 
@@ -90,9 +90,10 @@ def _is_idle(server: Server) -> bool:
     return server.process.cpu_percent(interval=0.3) < 10  # percent of a core
 
 
-async def _growth_kb(
+async def growth_kb(
     starting: AbstractAsyncContextManager[Server], clients: int, warm_up: int
 ) -> float:
+    """What each of ``clients`` adds to the RSS of a server, after ``warm_up`` others have left."""
     async with starting as server:
         await connect_and_leave(server, tokens(warm_up))
         before = server.rss_bytes()
