@@ -106,8 +106,8 @@ site: setup  ## build the documentation as a site into dist/site
 	@$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --conf-dir tools/site . dist/site
 	@echo "Open dist/site/index.html. It needs no server and no network."
 
-chaos: setup test-deps  ## five instances and 2,000 clients through every misfortune, for some minutes
-	@$(BIN)/python -m tests.cluster.chaos
+chaos: setup test-deps  ## five instances and 2,000 clients through every misfortune, for some minutes; TESTED_WORKERS=2
+	@$(BIN)/python -m tests.cluster.chaos $(if $(TESTED_WORKERS),--workers $(TESTED_WORKERS))
 
 fuzz: setup  ## send INPUTS (100000) that are almost valid to each border, SEED=1; ONLY=http for one
 	@$(BIN)/python -m tests.fuzz --inputs $(or $(INPUTS),100000) --seed $(or $(SEED),1) \

@@ -87,6 +87,8 @@ class Size:
     route_cut_s: float
     lag_s: float
     deaf_s: float
+    workers: int = 1
+    """Of each instance."""
 
 
 SMALL = Size(
@@ -303,6 +305,7 @@ def _instance(name: str, engine_urls: Mapping[str, str], size: Size, directory: 
         "lease_s": size.lease_s,
         "drain_s": 2,
         "verify_every_s": size.verify_every_s,
+        "workers": size.workers,
     }
     env = {k: v for k, v in os.environ.items() if not k.startswith("POKEBRIDGE_")}
     env |= {f"POKEBRIDGE_{key.upper()}": str(value) for key, value in settings.items()}
@@ -333,6 +336,16 @@ async def kill_one(stage: Stage) -> None:
         await stage.settled("partitioned", 4)
     async with stage.act("it comes back", "one"):
         await asyncio.to_thread(stage.instances["one"].start)
+        await stage.settled("partitioned")
+
+
+async def kill_worker(stage: Stage) -> None:
+    """A worker of an instance dies: its clients come back, and nothing moves."""
+    victim = stage.instances["five"]
+    async with stage.act("a worker is killed", "five"):
+        pids = await asyncio.to_thread(victim.worker_pids)
+        os.kill(pids[0], signal.SIGKILL)
+        await wait_until(lambda: len({*victim.worker_pids()} - {pids[0]}) == len(pids))
         await stage.settled("partitioned")
 
 
@@ -505,9 +518,15 @@ ACTS: Sequence[Play] = (
 VALKEY_ACTS: Sequence[Play] = (kill_one, restart_broker, deafen_one, demote_primary, fail_over)
 
 
-async def play(stage: Stage, acts: Sequence[Play] = ACTS) -> Sequence[Outcome]:
+def acts(kind: Kind, size: Size) -> Sequence[Play]:
+    """What is played on ``kind``."""
+    of_workers = (kill_worker,) if size.workers > 1 else ()
+    return (*of_workers, *(ACTS if kind == "nats" else VALKEY_ACTS))
+
+
+async def play(stage: Stage) -> Sequence[Outcome]:
     """The acts, one after the other; at the end nothing that was answered is missing."""
-    for act in acts:
+    for act in acts(stage.engines.kind, stage.size):
         await act(stage)
     await stage.crowd.stop_sending()
     await wait_until(lambda: not stage.crowd.outstanding, 40, "everything being pulled")
@@ -527,7 +546,7 @@ async def _main(size: Size, kinds: Collection[Kind]) -> int:
                 engines(directory, kind) as started,
                 stage(directory, started, size, tell) as played,
             ):
-                outcomes += await play(played, ACTS if kind == "nats" else VALKEY_ACTS)
+                outcomes += await play(played)
     missed = [outcome for outcome in outcomes if not outcome.kept]
     for outcome in missed:
         tell(f"over its limit: {outcome}")
@@ -538,6 +557,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clients", type=int, default=FULL.clients, help="sessions in all")
     parser.add_argument("--on", choices=["nats", "redis"], help="only with this transport")
+    parser.add_argument("--workers", type=int, default=1, help="worker processes of each instance")
     asked = parser.parse_args()
+    full = replace(FULL, clients=asked.clients, workers=asked.workers)
     on: Sequence[Kind] = [asked.on] if asked.on else ["nats", "redis"]
-    sys.exit(uvloop.run(_main(replace(FULL, clients=asked.clients), on)))
+    sys.exit(uvloop.run(_main(full, on)))

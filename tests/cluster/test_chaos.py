@@ -1,16 +1,13 @@
 """The play of misfortunes in small: everything is pulled, and nobody waits for long."""
 
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.cluster.chaos import (
-    ACTS,
     SMALL,
-    VALKEY_ACTS,
     Kind,
-    Play,
     engines,
     play,
     stage,
@@ -23,15 +20,16 @@ PATIENCE_S = 30
 @pytest.mark.long
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    ("kind", "acts"),
+    ("kind", "workers"),
     [
-        pytest.param("nats", ACTS, id="on NATS"),
-        pytest.param("redis", VALKEY_ACTS, id="on Valkey"),
+        pytest.param("nats", 1, id="on NATS"),
+        pytest.param("redis", 1, id="on Valkey"),
+        pytest.param("nats", 2, id="on NATS, with workers"),
     ],
 )
 async def test_five_instances_through_every_misfortune(
     kind: Kind,
-    acts: Sequence[Play],
+    workers: int,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -39,9 +37,9 @@ async def test_five_instances_through_every_misfortune(
     with capsys.disabled():
         async with (
             engines(tmp_path, kind) as started,
-            stage(tmp_path, started, SMALL, print) as played,
+            stage(tmp_path, started, replace(SMALL, workers=workers), print) as played,
         ):
-            outcomes = await play(played, acts)
+            outcomes = await play(played)
     for outcome in outcomes:
         assert outcome.others_s <= outcome.limit_others_s + PATIENCE_S, outcome
         assert outcome.struck_s <= outcome.limit_struck_s + PATIENCE_S, outcome
