@@ -147,6 +147,8 @@ def test_broken_limits_are_named(run: Run) -> None:
         ([*SAFE, "--pokes-per-s", "1"], "--pokes-per-s and --messages-per-s exclude each other"),
         (["--messages-per-s", "-1", "--instances", "1"], "--messages-per-s"),
         (["--messages-per-s", "1", "--instances", "0"], "--instances"),
+        (["--messages-per-s", "1e308", "--instances", "1"], "--messages-per-s"),
+        (["--messages-per-s", "1", "--instances", "9" * 400], "--instances"),
         ([*SAFE, "--shards", "10001"], "--shards"),
         ([*SAFE, "--plot", "plan.pdf"], "plan.pdf must end in .svg or .png"),
         ([*SAFE, "--plot", "/no/such/directory/plan.svg"], "No such file or directory"),
@@ -263,7 +265,8 @@ def test_a_png_by_its_name(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "args", [("0", "4"), ("0.5", "2"), ("20000", "3"), ("10", "5000"), ("1", "1")]
+    "args",
+    [("0", "4"), ("0.5", "2"), ("20000", "3"), ("10", "5000"), ("1", "1"), ("1e12", f"{10**12}")],
 )
 def test_extremes_can_be_drawn(run: Run, tmp_path: Path, args: tuple[str, str]) -> None:
     """No messages, hardly any, one instance, the line crossed by the first or far away."""

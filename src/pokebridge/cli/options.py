@@ -34,11 +34,11 @@ class Number(click.FloatRange):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
-        """Convert as click does, but refuse ``inf`` and ``nan``."""
-        number = float(super().convert(value, param, ctx))
+        """Convert as click does, but refuse ``inf`` and ``nan``, and say so."""
+        number = float(click.FLOAT.convert(value, param, ctx))
         if not math.isfinite(number):
             self.fail(f"{value!r} is not a finite number.", param, ctx)
-        return number
+        return float(super().convert(value, param, ctx))
 
 
 def printable(text: str) -> str:

@@ -38,6 +38,8 @@ from pokebridge.sharding import MAX_SHARD_COUNT
 
 _DEFAULTS = {field.name: field.default for field in fields(Workload)}
 _WIDE_ENOUGH = 200
+# The largest figure that is taken: products of several are still numbers.
+_MOST = 1e12
 
 _ENGINE_TITLES: dict[Engine, str] = {
     "pubsub": "Google Pub/Sub",
@@ -87,19 +89,19 @@ class _Measured(NamedTuple):
 )
 @click.option(
     "--messages-per-s",
-    type=Number(min=0),
+    type=Number(0, _MOST),
     help="Messages published per second. A message carries one or more pokes.",
 )
 @click.option(
-    "--pokes-per-s", type=Number(min=0), help="Instead of --messages-per-s: pokes per second."
+    "--pokes-per-s", type=Number(0, _MOST), help="Instead of --messages-per-s: pokes per second."
 )
-@click.option("--instances", type=click.IntRange(min=1), help="Number of instances.")
+@click.option("--instances", type=click.IntRange(1, int(_MOST)), help="Number of instances.")
 @click.option(
     "--shards",
     type=click.IntRange(1, MAX_SHARD_COUNT),
     help="Number of shards. [default: shard_count]",
 )
-@click.option("--sessions", type=click.IntRange(min=0), help="Open sessions. [default: 0]")
+@click.option("--sessions", type=click.IntRange(0, int(_MOST)), help="Open sessions. [default: 0]")
 @click.option(
     "--misplaced-share",
     type=Number(0, 1),
@@ -107,34 +109,36 @@ class _Measured(NamedTuple):
 )
 @click.option(
     "--recipients-per-session",
-    type=Number(min=1),
+    type=Number(1, _MOST),
     help="Recipients that a session hears, its own included. Needs the number of sessions."
     " [default: 1]",
 )
 @click.option(
     "--pokes-per-message",
-    type=Number(min=1),
+    type=Number(1, _MOST),
     help=f"Pokes that share a message. [default: {_DEFAULTS['pokes_per_message']:g}]",
 )
 @click.option(
     "--poke-size-bytes",
-    type=Number(min=1),
+    type=Number(1, _MOST),
     help=f"Size of one poke as JSON. [default: {_DEFAULTS['poke_size_bytes']:g}]",
 )
 @click.option(
     "--messages-per-request",
-    type=Number(min=1),
+    type=Number(1, _MOST),
     help="Messages that share a request to Google. [default: unknown, 1 to 200]",
 )
 @click.option(
     "--usd-per-tib",
-    type=Number(min=0),
+    type=Number(0, _MOST),
     default=PRICES.usd_per_tib,
     show_default=True,
     help=f"Google's price, as of {PRICES.as_of}.",
 )
 @click.option(
-    "--red-line-ops-per-s", type=Number(min=0, min_open=True), help="The red line, as for serve."
+    "--red-line-ops-per-s",
+    type=Number(0, _MOST, min_open=True),
+    help="The red line, as for serve.",
 )
 @click.option(
     "--engine",
@@ -205,27 +209,35 @@ async def _measure(access: Access, recipients_per_session: float) -> _Measured:
         cluster = await api.get("/v1/cluster", await api.token_for(SUBJECT, ["admin"]))
     try:
         traffic, members = cluster["traffic"], cluster["instances"]
-        messages_per_s = float(traffic["messages_per_s"])
-        global_ops_per_s = float(traffic["global_ops_per_s"])
+        messages_per_s = _figure(traffic["messages_per_s"])
+        global_ops_per_s = _figure(traffic["global_ops_per_s"])
         copies = global_ops_per_s / messages_per_s if messages_per_s else 1.0
         mode: Mode = "partitioned" if cluster["mode"] == "partitioned" else "fanout"
         load: dict[str, Any] = {
             "messages_per_s": messages_per_s,
             "instances": max(len(members), 1),
-            "shards": int(cluster["shard_count"]),
-            "sessions": sum(int(member["sessions"]) for member in members),
-            "red_line_ops_per_s": float(traffic["red_line"]),
+            "shards": int(_figure(cluster["shard_count"])),
+            "sessions": int(_figure(sum(member["sessions"] for member in members))),
+            "red_line_ops_per_s": _figure(traffic["red_line"]),
             "recipients_per_session": recipients_per_session,
         }
         if mode == "partitioned":
             load["misplaced_share"] = misplaced_share(Workload(**load), copies)
         engine = cluster.get("engine")
         known: Engine | None = engine if engine in get_args(Engine) else None
-        return _Measured(known, mode, float(traffic["noise_ratio"]), copies, load)
+        return _Measured(known, mode, _figure(traffic["noise_ratio"]), copies, load)
     except (KeyError, TypeError, ValueError):
         raise UnavailableError(
             f"{access.url} answered, but not as an instance of pokebridge"
         ) from None
+
+
+def _figure(value: Any) -> float:
+    """A figure of a running cluster. Raises ValueError when nothing can be computed with it."""
+    figure = float(value)
+    if not 0 <= figure <= _MOST:
+        raise ValueError("no such figure is measured")
+    return figure
 
 
 def _load(given: dict[str, Any], measured: _Measured | None, config: Path | None) -> Workload:
