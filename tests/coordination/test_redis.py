@@ -95,6 +95,22 @@ async def test_a_leader_without_a_lease_is_replaced(connect_to: ConnectTo, url: 
     assert not await store.lead("two", 60.0)
 
 
+async def test_what_another_program_has_written_lasts_no_longer_than_it_must(
+    connect_to: ConnectTo, url: str
+) -> None:
+    """A lease without end is dropped by the next renewal; an invalid revision is an outage."""
+    store = await connect_to(url)
+    async with Valkey.from_url(url) as client:
+        await client.zadd("pokebridge:{default}:leases", {"ghost": 9e15})
+        with pytest.raises(CoordinationError, match="lost the records of 1"):
+            await store.members()
+        await store.renew(member("one"), 60.0)
+        assert [each.id for each in await store.members()] == ["one"]
+        await client.hset("pokebridge:{default}:document", "revision", "x")
+        with pytest.raises(CoordinationError, match="invalid revision"):
+            await store.read()
+
+
 async def gone(client: Valkey, key: str) -> bool:
     """Whether the server has forgotten the cluster's ``key``."""
     return not await client.exists(f"pokebridge:{{default}}:{key}")

@@ -52,12 +52,17 @@ _NOW = """
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 """
-# KEYS: members, leases, changes. ARGV: id, record, lease in ms, '1' if it is a change.
+# KEYS: members, leases, changes. ARGV: id, record, lease in ms, '1' if it is a change. A lease of
+# more than an hour is nobody's: the server's clock was set back, or another program has written it.
 _RENEW = f"""{_NOW}
-for _, gone in ipairs(redis.call('ZRANGE', KEYS[2], '-inf', now, 'BYSCORE')) do
-    redis.call('HDEL', KEYS[1], gone)
+local function drop(from, upto)
+    for _, gone in ipairs(redis.call('ZRANGE', KEYS[2], from, upto, 'BYSCORE')) do
+        redis.call('HDEL', KEYS[1], gone)
+    end
+    redis.call('ZREMRANGEBYSCORE', KEYS[2], from, upto)
 end
-redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now)
+drop('-inf', now)
+drop(now + 3600000, '+inf')
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
 redis.call('ZADD', KEYS[2], now + ARGV[3], ARGV[1])
 local last = redis.call('ZRANGE', KEYS[2], -1, -1, 'WITHSCORES')[2]
@@ -211,7 +216,12 @@ class RedisCoordination:
             lambda redis: redis.hmget(key, "body", "revision")
         )
         body, revision = values
-        return None if revision is None else Document(body or b"", int(revision))
+        if revision is None:
+            return None
+        try:
+            return Document(body or b"", int(revision))
+        except ValueError:  # another program has written it
+            raise CoordinationError("the shard map in the store has an invalid revision") from None
 
     async def write(self, body: bytes, revision: int | None) -> bool:
         """Replace the document if its revision is ``revision``."""
