@@ -68,11 +68,10 @@ async def measure(
                 f" {taken.waited:.0%} of the time for a free CPU"
             )
             if taken is during:
+                made_of += f"; the room heard {pokes:,.0f} pokes a second"
+            if taken is during and more:  # else the requests take more than the pokes
                 slice_ms = SLICE * (during.cpu - before.cpu) / pokes * 1e3
-                made_of += (
-                    f"; the room heard {pokes:,.0f} pokes a second, {SLICE} in a turn of the loop,"
-                    f" which took {slice_ms:.2f} ms of CPU"
-                )
+                made_of += f", {SLICE} in a turn of the loop, which took {slice_ms:.2f} ms of CPU"
             figures.append(
                 Figure("audience", f"{name}, p99 {label}", taken.p99_ms, "ms", at_most, made_of)
             )
