@@ -21,6 +21,7 @@ from tests.support.engines import run_nats
 from tests.support.serving import JWT_SECRET
 
 NAMES = ("one", "two", "three")
+WITH_WORKERS, WORKERS = "three", 2
 SHARDS = 60
 RED_LINE = 150
 
@@ -145,6 +146,7 @@ def _start(name: str, nats_url: str, directory: Path, opened: ExitStack) -> Inst
         "verify_every_s": 1,
         "red_line_ops_per_s": RED_LINE,
         "drain_s": 0.2,
+        "workers": WORKERS if name == WITH_WORKERS else 1,
     }
     env = {k: v for k, v in os.environ.items() if not k.startswith("POKEBRIDGE_")}
     env |= {f"POKEBRIDGE_{key.upper()}": str(value) for key, value in settings.items()}

@@ -16,7 +16,7 @@ from pokebridge.telemetry import Metric
 from pokebridge.testing.mailbox_kit import message
 from tests.cluster.clusters import metrics
 from tests.cluster.traffic import session
-from tests.console.conftest import NAMES, RED_LINE, SHARDS, Complaints, Trio
+from tests.console.conftest import NAMES, RED_LINE, SHARDS, WITH_WORKERS, Complaints, Trio
 from tests.support import wait_until
 from tests.support.browser import axe_violations, in_both, in_chromium
 from tests.support.unpoked import commit_unpoked
@@ -184,6 +184,15 @@ async def test_lost_pokes_are_told(console: Page, trio: Trio) -> None:
     tile = console.locator("[data-figure=gaps]")
     await expect(tile.locator("small")).to_have_text(re.compile(r"^\d+ lost pokes? sent again$"))
     await expect(tile).to_have_class(re.compile("bad"))
+
+
+async def test_the_sessions_of_each_worker(console: Page, trio: Trio) -> None:
+    """An instance with workers shows how many sessions each of them has, and others only all."""
+    async with trio.sessions(USERS):  # a third of them on each instance
+        await expect(cell(console, WITH_WORKERS, "Sessions")).to_have_text(
+            re.compile(r"^4 \(\d \+ \d\)$")
+        )
+        await expect(cell(console, "two", "Sessions")).to_have_text("4")
 
 
 @in_both
