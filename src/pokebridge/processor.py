@@ -313,7 +313,7 @@ class Processor:
 def _is_valid(poke: Poke) -> bool:
     try:
         check_pokes([poke])
-    except InputError:
+    except (InputError, TypeError):  # SQLite stores values of any type
         return False
     return True
 

@@ -23,8 +23,11 @@ from pokebridge.mailbox.sqlite_generation import SideFile, state_of
 from pokebridge.mailbox.sqlite_guard import FileGuard
 from pokebridge.mailbox.sqlite_workers import WorkerPool, commit_together
 from pokebridge.model import Receipt
+from pokebridge.processor import Processor
+from pokebridge.publisher import Publisher
 from pokebridge.testing.mailbox import Connect, DurableMailboxContract
 from pokebridge.testing.mailbox_kit import BOB, ManualClock, fill, kept, message, unpoked, versions
+from pokebridge.transport.memory import MemoryTransport
 from tests.support.waiting import block_until, wait_until
 
 APPENDER = Path(__file__).with_name("appender.py")
@@ -312,6 +315,41 @@ class TestReading:
             for statement in statements:
                 plan = db.execute(f"EXPLAIN QUERY PLAN {statement}").fetchall()
                 assert all("USING PRIMARY KEY" in step[3] for step in plan), plan
+
+    async def test_an_error_keeps_no_later_read_at_its_moment(
+        self, path: Path, mailbox: SqliteMailbox
+    ) -> None:
+        """A row that can't be decoded ends a read amid its rows, and the next ones see commits."""
+        await fill(mailbox, 1)
+        by_hand = sqlite3.connect(path)
+        by_hand.execute("INSERT INTO outbox VALUES (CAST(x'ff00' AS TEXT), 1, 0), ('z', 1, 0)")
+        by_hand.commit()
+        errors = []
+        for _ in range(4):  # each reader has its turn
+            with pytest.raises(MailboxError) as raised:
+                await mailbox.claim_outbox(older_than_s=0, limit=10)
+            errors.append(raised.value)
+        await fill(mailbox, 1)
+        for _ in range(4):
+            assert await versions(mailbox) == [1, 2]
+        by_hand.close()
+
+    async def test_a_row_of_any_type_holds_up_no_sweep(
+        self, path: Path, mailbox: SqliteMailbox
+    ) -> None:
+        """An entry whose recipient or version is of another type is set aside."""
+        by_hand = sqlite3.connect(path)
+        by_hand.execute("INSERT INTO outbox VALUES (x'ff00', 1, 0), ('z', 'abc', 0)")
+        by_hand.commit()
+        by_hand.close()
+        transport = MemoryTransport()
+        async with Publisher(transport) as publisher, Processor(mailbox, publisher) as sender:
+            await wait_until(lambda: sender.stats.pokes_unpublishable == 2)
+            await wait_until(lambda: _owes_nothing(mailbox))
+
+
+async def _owes_nothing(mailbox: SqliteMailbox) -> bool:
+    return (await mailbox.stats()).outbox == 0
 
 
 class TestVacuuming:

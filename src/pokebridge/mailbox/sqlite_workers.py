@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from queue import Empty, SimpleQueue
 from threading import Thread
+from traceback import clear_frames
 from typing import Any, Final, NamedTuple, TypeVar
 
 from pokebridge.backoff import spread
@@ -136,6 +137,8 @@ def _do(db: sqlite3.Connection, job: Job) -> Outcome:
     try:
         return Outcome(job, job.work(db))
     except Exception as error:  # noqa: BLE001 - any error belongs to the caller, not the thread
+        # A cursor among the variables of its frames would keep all later reads at this moment.
+        clear_frames(error.__traceback__)
         return Outcome(job, None, error)
 
 
