@@ -742,9 +742,9 @@ async def test_leaving_closes_everything(bridge: FaultyBridge, handler: Handler)
     async with PokeClient(bridge.url, "token", handler) as client:
         await client.wait_ready(5)
         await wait_until(lambda: handler.running)
-        assert any("PokeClient" in repr(task) for task in asyncio.all_tasks())
+        assert any("Shell" in repr(task) for task in asyncio.all_tasks())
     assert handler.cancelled
-    assert not any("PokeClient" in repr(task) for task in asyncio.all_tasks())
+    assert not any("Shell" in repr(task) for task in asyncio.all_tasks())
     await wait_until(lambda: bridge.closes == [1000])
     assert bridge.acks == []
 

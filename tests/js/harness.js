@@ -7,10 +7,11 @@ export function makeHarness(connect, runtime = {}) {
     states: [],
     errors: [],
 
+    listening: {},
+
     /** Connect as `sub`; `kind` is "mailbox" or "own"; other settings are those of `connect`. */
     start({ kind = "mailbox", sub, ttl_s = 3600, bad_tokens = 0, ...options }) {
-      const token = async () => {
-        if (bad_tokens-- > 0) return "e30.eyJzdWIiOiJ4In0.c2ln";
+      const tokenOf = async (sub) => {
         const response = await fetch(`${options.url}/v1/dev/token`, {
           method: "POST",
           headers: { "Content-Type": "application/json" },
@@ -18,6 +19,7 @@ export function makeHarness(connect, runtime = {}) {
         });
         return (await response.json()).token;
       };
+      const token = async () => (bad_tokens-- > 0 ? "e30.eyJzdWIiOiJ4In0.c2ln" : tokenOf(sub));
       const show = (body) => {
         harness.shown.push(body);
         globalThis.document?.body.append(String(body), document.createElement("br"));
@@ -33,6 +35,15 @@ export function makeHarness(connect, runtime = {}) {
         harness.errors.push({ text: String(error), connects: harness.count("connect") });
       });
       harness.client = client;
+      harness.tokenOf = tokenOf;
+    },
+
+    /** Listen to `recipient` as well, with the token of `sub`; what comes is in `listening[recipient].shown`. */
+    listen(recipient, sub = recipient) {
+      const shown = [];
+      const onMessages = (messages) => messages.forEach(({ body }) => shown.push(body));
+      const listening = harness.client.listen(recipient, { token: () => harness.tokenOf(sub), onMessages });
+      harness.listening[recipient] = { listening, shown };
     },
 
     /** How often an event or an action of that type has passed. */

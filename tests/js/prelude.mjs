@@ -8,11 +8,11 @@ globalThis.localStorage = {
   setItem: (key, value) => stored.set(key, value),
 };
 globalThis.show = (what) => console.log("shown:", JSON.stringify(what));
-globalThis.getToken = async () => {
+globalThis.getToken = async (sub = process.env.RECIPIENT) => {
   const response = await fetch(`${process.env.BRIDGE}/v1/dev/token`, {
     method: "POST",
     headers: { "Content-Type": "application/json" },
-    body: JSON.stringify({ sub: process.env.RECIPIENT, scope: "send poke admin" }),
+    body: JSON.stringify({ sub, scope: "send poke admin" }),
   });
   return (await response.json()).token;
 };

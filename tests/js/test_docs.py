@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from playwright.async_api import BrowserContext, Page, expect
 
-from tests.js.driving import HERE, TIMEOUT_S, send, wait_sessions
+from tests.js.driving import HERE, TIMEOUT_S, poke, send, wait_sessions
 from tests.support import Instance
 from tests.support.missing import require
 from tests.support.npm import CLIENT, ROOT
@@ -37,7 +37,7 @@ TSCONFIG = {
         "allowJs": True,
         "noEmit": True,
     },
-    "include": ["globals.d.ts", "snippet-*.mts", "Inbox.jsx"],
+    "include": ["globals.d.ts", "snippet-*.mts", "Inbox.jsx", "Document.jsx"],
 }
 OWN_DATA = "https://api.example.org/todos"
 
@@ -112,12 +112,12 @@ async def test_snippets(project: Path, instance: Instance) -> None:
             await line_with(process, f"shown: {expected}")
 
     modules = snippets("js")
-    assert len(modules) == 7
+    assert len(modules) == 8
     await asyncio.gather(*(run(number, snippet) for number, snippet in enumerate(modules)))
 
 
 GLOBALS = """
-declare function getToken(): Promise<string>;
+declare function getToken(recipient?: string): Promise<string>;
 declare function show(what: unknown): void;
 """
 
@@ -130,8 +130,8 @@ async def test_snippets_have_types(project: Path, client_package: Path) -> None:
     (project / "globals.d.ts").write_text(GLOBALS)
     for number, snippet in enumerate(snippets("js")):
         (project / f"snippet-{number}.mts").write_text(snippet)
-    (component,) = snippets("jsx")
-    (project / "Inbox.jsx").write_text(component)
+    for name, component in zip(("Inbox", "Document"), snippets("jsx"), strict=True):
+        (project / f"{name}.jsx").write_text(component)
     (project / "tsconfig.json").write_text(json.dumps(TSCONFIG))
     tsc = installed / ".bin" / "tsc"
     process = await asyncio.create_subprocess_exec(tsc, cwd=project, stdout=PIPE)
@@ -151,7 +151,7 @@ async def test_the_hook(
     context: BrowserContext, site: str, instance: Instance, project: Path
 ) -> None:
     """The component of the documents shows what comes, in React's strict mode."""
-    (component,) = snippets("jsx")
+    component, _ = snippets("jsx")
     (project / "Inbox.jsx").write_text(component.replace(BRIDGE, instance.url))
     (project / "main.jsx").write_text(
         """import { StrictMode } from "react";
@@ -167,6 +167,33 @@ async def test_the_hook(
     await expect(page.locator("output")).to_have_text("connected")
     await send(instance, "urn:user:react", {"text": "one"}, {"text": "two"})
     await expect(page.locator("p")).to_have_text(["one", "two"])
+
+
+async def test_the_hook_that_listens(
+    context: BrowserContext, site: str, instance: Instance, project: Path
+) -> None:
+    """The other component is told of each poke for the document, in React's strict mode."""
+    _, component = snippets("jsx")
+    (project / "Document.jsx").write_text(component.replace(BRIDGE, instance.url))
+    tokens = {who: instance.token(who) for who in ("urn:user:react-2", "urn:doc:react")}
+    (project / "main.jsx").write_text(
+        f"""import {{ StrictMode }} from "react";
+        import {{ createRoot }} from "react-dom/client";
+        import {{ Document }} from "./Document.jsx";
+        const tokens = {json.dumps(tokens)};
+        const getToken = async (id = "urn:user:react-2") => tokens[id];
+        createRoot(document.body).render(
+          <StrictMode><Document user="ann" id="urn:doc:react" getToken={{getToken}} /></StrictMode>,
+        );"""
+    )
+    page = await open_with_token(context, f"{site}/tests/js/page.html", "")
+    await page.add_script_tag(path=bundle(project / "main.jsx", project))
+    output = page.locator("output")
+    await expect(output).to_have_text(re.compile("connected: version [1-9]"))
+    before = await output.text_content()
+    await poke(instance, "urn:doc:react")
+    await expect(output).not_to_have_text(before or "")
+    await expect(output).to_have_text(re.compile("connected: version [1-9]"))
 
 
 async def test_the_page_without_a_build(

@@ -1,11 +1,12 @@
 // The shell around the core: a WebSocket, HTTP, timers, and the browser's other tabs.
 
 import { HttpError } from "./answers.js";
-import { Core, type Policy } from "./core.js";
+import { Core, parseFrame, type Policy } from "./core.js";
 import type { Action, Event } from "./events.js";
 import { Poller, type PollEnd } from "./polling.js";
 import { Http, MailboxPuller, OwnPuller } from "./pulling.js";
 import type { OnMessages, OnPoke, Page, Puller, Sharing } from "./pulling.js";
+import { noSocket, Part, SharedSocket, type Listener as Listens, type ListenFrame } from "./sharing.js";
 import { Tabs, type Note } from "./tabs.js";
 import type { Transport } from "./transports.js";
 
@@ -19,6 +20,7 @@ const OLD_TOKEN_MS = 30_000;
 // A leading tab that does not answer within this time is taken to be asleep.
 const LEADER_ANSWERS_WITHIN_MS = 2_000;
 const ABNORMAL_CLOSURE = 1006; // RFC 6455, section 7.4.1: no close frame came
+const CLOSE_OVERLOAD = 1013;
 const CLOSE_TOKEN = 4401;
 // A browser does not say why a handshake failed, so HTTP is asked: at the first failure of a client that
 // has never had a socket, and then at every third in a row. More questions would double a storm's load.
@@ -64,8 +66,21 @@ interface CommonOptions {
 }
 
 /** A pull reads the bridge's mailbox for `onMessages`, or calls `onPoke`. */
-export type Options = CommonOptions &
-  ({ onMessages: OnMessages; onPoke?: never } | { onPoke: OnPoke; onMessages?: never });
+type Handlers = { onMessages: OnMessages; onPoke?: never } | { onPoke: OnPoke; onMessages?: never };
+
+export type Options = CommonOptions & Handlers;
+
+/** Of a recipient that a client listens to beside its own: as the client's. */
+export type ListenOptions = Pick<CommonOptions, "token" | "cursor"> & Handlers;
+
+/** What a client listens to beside its own recipient, until it is closed; it ends with the client, too. */
+export type Listening = Pick<Client, "cursor" | "state" | "stopCode" | "on" | "close">;
+
+/** The client whose socket carries the recipient. */
+interface Upstream {
+  recipient: string;
+  shared: SharedSocket;
+}
 
 /** `connected`: pokes arrive. `stopped`: by the bridge, for good. `closed`: by `close()`. */
 export type State = "connecting" | "connected" | "stopped" | "closed";
@@ -109,10 +124,17 @@ export class Client {
   /** In a tab that follows: the connection that it would make if it led. */
   #wanted: Connect | undefined;
   #leaderIsConnected = false;
+  /** The first frame of the socket, this tab's or the leading one's. */
+  #ready: string | undefined;
+  readonly #shared = new SharedSocket((frame) => this.#say(frame));
+  readonly #id = Math.random().toString(36).slice(2);
   #leaderTimer: ReturnType<typeof setTimeout> | undefined;
 
   /** @internal */
-  constructor(options: Options) {
+  constructor(
+    options: Options,
+    private readonly upstream?: Upstream,
+  ) {
     checkOptions(options);
     this.#options = options;
     if (!this.#webSocket) {
@@ -127,7 +149,11 @@ export class Client {
     // Not called as a method: a browser's fetch accepts no other `this`.
     const send: typeof fetch = (...call) => (options.fetch ?? fetch)(...call);
     this.#http = new Http(this.#url, this.#device, send);
-    this.#poller = new Poller(send, () => this.#token);
+    this.#poller = new Poller(
+      send,
+      () => this.#token,
+      () => this.#shared.refuse(),
+    );
     const sharing: Sharing = {
       leads: () => this.#leads && !this.#ended,
       acksBySocket: () => this.#core.acksBySocket,
@@ -165,6 +191,45 @@ export class Client {
     return this.#stopCode;
   }
 
+  /**
+   * Listen to `recipient` as well: to a document, a room or a team. Its pokes come over this client's socket, and its
+   * pulls use its own token and cursor. If the instance carries no further recipient, it has a socket of its own.
+   *
+   * @throws TypeError an option is missing or invalid, or the client listens to `recipient` already.
+   */
+  listen(recipient: string, options: ListenOptions): Listening {
+    if (typeof recipient !== "string" || !/^[!-~]{1,256}$/.test(recipient)) {
+      throw new TypeError(`\`recipient\` must be 1 to 256 visible ASCII characters: ${recipient}`);
+    }
+    if (this.#ended) throw new TypeError("the client has ended");
+    const { onMessages: _, onPoke: __, ...common } = this.#options;
+    const { token, cursor = 0, onMessages, onPoke } = options;
+    const handlers = { ...(onMessages && { onMessages }), ...(onPoke && { onPoke }) } as Handlers;
+    let client!: Client;
+    this.#shared.add(recipient, () => {
+      client = new Client({ ...common, token, cursor, ...handlers }, { recipient, shared: this.#shared });
+      return client.#asListener();
+    });
+    return client;
+  }
+
+  #asListener(): Listens {
+    const token = () => this.#token;
+    return {
+      get token() {
+        return token();
+      },
+      attach: () => {
+        if (!this.#core.ready) this.wake();
+      },
+      stop: (code) => {
+        this.#stopCode = code;
+        this.#end("stopped");
+      },
+      close: () => this.close(),
+    };
+  }
+
   /** Call `listener` at each such event. Returns a function that ends this. */
   on<Name extends keyof ClientEvents>(name: Name, listener: Listener<Name>): () => void {
     this.#listeners[name].add(listener);
@@ -187,7 +252,13 @@ export class Client {
     if (this.#ended) return;
     if (event.type !== "tick") this.#emit("step", event);
     const now = (performance.now() + this.#asleepMs) / 1000;
-    for (const action of this.#core.handle(event, now, Math.random())) {
+    const wasReady = this.#core.ready;
+    const actions = this.#core.handle(event, now, Math.random());
+    if (wasReady && !this.#core.ready) {
+      this.#ready = undefined;
+      this.#shared.lose();
+    }
+    for (const action of actions) {
       this.#emit("step", action);
       if (!this.#ended) this.#perform(action);
     }
@@ -295,6 +366,8 @@ export class Client {
   #end(state: "closed" | "stopped"): void {
     if (this.#ended) return;
     this.#setState(state);
+    this.#shared.close(this.#stopCode);
+    this.upstream?.shared.forget(this.upstream.recipient);
     clearTimeout(this.#timer);
     clearTimeout(this.#leaderTimer);
     this.#listening.abort();
@@ -339,10 +412,17 @@ export class Client {
 
   #open({ url, moved, poll, in_query }: Connect): void {
     let socket: SocketLike;
+    let part: Part | undefined;
     let opened = false;
     try {
+      part = this.upstream?.shared.open(this.upstream.recipient);
+    } catch {
+      setTimeout(() => this.#feed(noSocket)); // not now: an action is running
+      return;
+    }
+    try {
       const query: Record<string, string> = { device: this.#device, ...(moved ? { moved: "1" } : {}) };
-      socket = poll ? this.#poller.open(url, query) : this.#dial(url, query, in_query);
+      socket = part ?? (poll ? this.#poller.open(url, query) : this.#dial(url, query, in_query));
     } catch (error) {
       // The address of a move is invalid, or the page's policy forbids it. Not now: an action is running.
       setTimeout(() => this.#lose(String(error)));
@@ -351,12 +431,12 @@ export class Client {
     this.#own(socket);
     socket.onopen = () => {
       opened = true;
-      if (!poll) this.#hasSocket();
+      if (!poll && !part) this.#hasSocket();
       if (this.#socket === socket) this.#feed({ type: "opened" });
     };
     const close = socket.onclose!;
     socket.onclose = async (end: PollEnd) => {
-      const ask = this.#socket === socket && !opened && !poll && this.#shouldAskWhy();
+      const ask = this.#socket === socket && !opened && !poll && !part && this.#shouldAskWhy();
       const isRefused = ask && (await this.#askWhyRefused(url));
       close(isRefused ? { ...end, refused: { type: "refused", status: 401 } } : end);
     };
@@ -377,10 +457,29 @@ export class Client {
   #own(socket: SocketLike): void {
     this.#socket = socket;
     const feed = (event: Event) => this.#socket === socket && this.#feed(event);
-    socket.onmessage = ({ data }) => typeof data === "string" && feed({ type: "text", text: data });
+    socket.onmessage = ({ data }) => {
+      if (typeof data === "string" && this.#socket === socket) this.#onText(data);
+    };
     socket.onclose = (end: PollEnd) =>
       feed(end.refused ?? { type: "closed", code: end.code, reason: end.reason });
     socket.onerror = () => {}; // a close follows
+  }
+
+  /** The socket has brought a frame. */
+  #onText(text: string): void {
+    if (this.#shared.hear(text)) {
+      this.#tabs?.tell({ type: "down", text });
+      return;
+    }
+    this.#feed({ type: "text", text });
+    if (parseFrame(text).type === "ready") this.#isReady(text);
+  }
+
+  #isReady(text: string): void {
+    if (this.#ended) return;
+    this.#ready = text;
+    this.#shared.ready(text);
+    this.#tellThatWeLead();
   }
 
   #hasSocket(): void {
@@ -395,6 +494,7 @@ export class Client {
     let socket: SocketLike;
     try {
       if (!this.#leads) throw new Error("another tab leads");
+      if (this.#socket instanceof Part) throw new Error("the client's socket carries this recipient");
       socket = this.#dial(url, { device: this.#device }, in_query);
     } catch (error) {
       setTimeout(() => fail(String(error))); // not now: an action is running
@@ -421,6 +521,7 @@ export class Client {
       this.#own(socket);
       this.#hasSocket();
       this.#feed({ type: "upgraded", text: data });
+      this.#isReady(data);
     };
   }
 
@@ -470,6 +571,11 @@ export class Client {
     this.#socket?.send(JSON.stringify(message));
   }
 
+  /** Send `frame` over the socket, whichever tab has it. */
+  #say(frame: ListenFrame): void {
+    this.#leads ? this.#send(frame) : this.#tabs?.tell({ type: "up", frame, by: this.#id });
+  }
+
   // --- the other tabs ---
 
   /** Whether the socket is this client's own. */
@@ -480,7 +586,7 @@ export class Client {
   #share(): void {
     const kind = this.#options.onMessages ? "mailbox" : "own";
     try {
-      const { sub } = claims(this.#token);
+      const sub = this.upstream?.recipient ?? claims(this.#token).sub;
       if (!sub) throw new TypeError("the token has no `sub`");
       const name = ["pokebridge", kind, this.#url, this.#device, sub].join(" ");
       this.#tabs = new Tabs(
@@ -520,7 +626,7 @@ export class Client {
   }
 
   #tellThatWeLead(): void {
-    this.#tabs?.tell({ type: "lead", connected: this.#state === "connected" });
+    this.#tabs?.tell({ type: "lead", connected: this.#state === "connected", ready: this.#ready });
   }
 
   #onNote(note: Note): void {
@@ -529,7 +635,13 @@ export class Client {
         if (this.#leads) this.#tellThatWeLead();
         break;
       case "lead":
-        if (!this.#leads) this.#onLeader(note.connected);
+        if (!this.#leads) this.#onLeader(note.connected, note.ready);
+        break;
+      case "up":
+        if (this.#leads && !this.#shared.relay(note.frame, note.by)) this.#refuseToRelay(note.frame);
+        break;
+      case "down":
+        if (!this.#leads) this.#shared.hear(note.text);
         break;
       case "page":
         this.#onPage(note.after, note.page);
@@ -542,7 +654,13 @@ export class Client {
     }
   }
 
-  #onLeader(connected: boolean): void {
+  /** The socket carries no more: the other tab tries again later. */
+  #refuseToRelay({ recipient }: ListenFrame): void {
+    const frame = { type: "unlistened", recipient, code: CLOSE_OVERLOAD, reason: "the tabs listen to too many" };
+    this.#tabs?.tell({ type: "down", text: JSON.stringify(frame) });
+  }
+
+  #onLeader(connected: boolean, ready?: string): void {
     clearTimeout(this.#leaderTimer);
     this.#leaderIsConnected = connected;
     if (this.#wanted) {
@@ -552,6 +670,9 @@ export class Client {
     } else {
       this.#hear({ type: "pong" });
     }
+    if (ready === this.#ready) return;
+    this.#ready = ready;
+    ready ? this.#shared.ready(ready) : this.#shared.lose();
   }
 
   #onPage(after: number, page: Page): void {

@@ -84,7 +84,7 @@ const DEFAULTS: Policy = {
 };
 
 /** The message in `text`; an empty one when it is not a JSON object. */
-function parseFrame(text: string): Record<string, unknown> {
+export function parseFrame(text: string): Record<string, unknown> {
   try {
     return Object(JSON.parse(text)); // a list has no `type`, so it is ignored like an unknown message
   } catch {
@@ -631,7 +631,7 @@ function isWss(url: string): boolean {
 }
 
 /** A number that a server sent; 0 when it is not a number, negative, or absurd. */
-function number(value: unknown): number {
+export function number(value: unknown): number {
   return typeof value === "number" && value >= 0 && value < 1e9 ? value : 0;
 }
 

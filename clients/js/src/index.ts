@@ -1,6 +1,6 @@
 import { Client, type Options } from "./client.js";
 
-export type { Client, ClientEvents, Options, SocketLike, State } from "./client.js";
+export type { Client, ClientEvents, Listening, ListenOptions, Options, SocketLike, State } from "./client.js";
 export type { Policy } from "./core.js";
 export type { Action, Event } from "./events.js";
 export type { Transport } from "./transports.js";

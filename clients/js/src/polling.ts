@@ -6,6 +6,7 @@ import type { Event } from "./events.js";
 import { HttpError, problemDetail } from "./answers.js";
 
 const CONNECT_PATH = "/v1/connect";
+const FRAMES_AT_ONCE = 20;
 const OPEN_WAIT_S = 5;
 const WAIT_S = 25;
 const LEAST_WAIT_S = 3;
@@ -29,6 +30,8 @@ export class Poller {
     readonly send: typeof fetch,
     /** The token of the next call. */
     readonly token: () => string,
+    /** A frame that the client has sent did not arrive. */
+    readonly onUnsent: () => void,
   ) {}
 
   /** Begin a session at `url`, a WebSocket address. */
@@ -37,7 +40,7 @@ export class Poller {
   }
 }
 
-/** One session. It looks like a WebSocket, to which nothing can be sent. */
+/** One session. It looks like a WebSocket. Of what is sent only `listen` and `unlisten` leave, in calls of their own. */
 class PolledSocket implements SocketLike {
   onopen: ((event: any) => void) | null = null;
   onmessage: ((event: any) => void) | null = null;
@@ -46,6 +49,8 @@ class PolledSocket implements SocketLike {
   readonly #url: string;
   readonly #controller = new AbortController();
   #query: Record<string, string>;
+  #unsent: object[] = [];
+  #isSending = false;
 
   constructor(
     private readonly poller: Poller,
@@ -60,7 +65,26 @@ class PolledSocket implements SocketLike {
   }
 
   /** A waiting call has a token of its own, acks go over HTTP, and an answer is a sign of life. */
-  send(): void {}
+  send(data: string): void {
+    const frame = JSON.parse(data);
+    if (!["listen", "unlisten"].includes(frame.type)) return;
+    this.#unsent.push(frame);
+    if (!this.#isSending) void this.#sendAll();
+  }
+
+  async #sendAll(): Promise<void> {
+    this.#isSending = true;
+    try {
+      while (this.#unsent.length) {
+        const frames = this.#unsent.splice(0, FRAMES_AT_ONCE);
+        await this.#request("/frames", this.#query, 204, { frames });
+      }
+    } catch {
+      if (!this.#controller.signal.aborted) this.poller.onUnsent();
+    } finally {
+      this.#isSending = false;
+    }
+  }
 
   close(): void {
     this.onopen = this.onmessage = this.onclose = null;
@@ -100,24 +124,31 @@ class PolledSocket implements SocketLike {
   }
 
   async #call(waitS: number): Promise<{ session: string; frames: object[]; close?: PollEnd }> {
-    const { send, token } = this.poller;
-    const query = new URLSearchParams({ ...this.#query, wait_s: String(waitS) });
-    const response = await send(`${this.#url}?${query}`, {
-      headers: { Authorization: `Bearer ${token()}` },
-      cache: "no-store",
-      redirect: "manual",
-      signal: this.#controller.signal,
-    });
-    const text = await response.text();
-    if (response.status !== 200) {
-      const wait = Number(response.headers.get("Retry-After") ?? NaN);
-      const detail = problemDetail(response.status, response.headers.get("Content-Type"), text);
-      throw new HttpError(this.#url, response.status, wait >= 0 ? wait : undefined, detail);
-    }
+    const text = await this.#request("", { ...this.#query, wait_s: String(waitS) }, 200);
     const answer = JSON.parse(text);
     if (typeof answer?.session !== "string" || !Array.isArray(answer.frames)) {
       throw new TypeError(`${this.#url} does not answer as pokebridge does`);
     }
     return answer;
+  }
+
+  async #request(path: string, query: Record<string, string>, expected: number, body?: object): Promise<string> {
+    const { send, token } = this.poller;
+    const url = this.#url + path;
+    const response = await send(`${url}?${new URLSearchParams(query)}`, {
+      headers: { Authorization: `Bearer ${token()}`, ...(body ? { "Content-Type": "application/json" } : {}) },
+      cache: "no-store",
+      redirect: "manual",
+      signal: this.#controller.signal,
+      ...(body ? { method: "POST", body: JSON.stringify(body) } : {}),
+    });
+    const text = await response.text();
+    const { status, headers } = response;
+    if (status !== expected) {
+      const wait = Number(headers.get("Retry-After") ?? NaN);
+      const detail = problemDetail(status, headers.get("Content-Type"), text);
+      throw new HttpError(url, status, wait >= 0 ? wait : undefined, detail);
+    }
+    return text;
   }
 }

@@ -1,6 +1,6 @@
 import { useEffect, useRef, useState } from "react";
 
-import { connect, type Options, type State } from "./index.js";
+import { connect, type Client, type Listening, type ListenOptions, type Options, type State } from "./index.js";
 
 /**
  * Stay connected while the component is mounted; returns the client's state.
@@ -10,27 +10,62 @@ import { connect, type Options, type State } from "./index.js";
  * instead of options when nobody is signed in: that closes the connection.
  */
 export function usePokebridge(options: Options | null, key = ""): State {
-  const [state, setState] = useState<State>("connecting");
-  const latest = useRef(options);
-  useEffect(() => {
-    latest.current = options;
-  });
+  return useStateOf(usePokebridgeClient(options, key), options ? "connecting" : "closed");
+}
+
+/** The same, but returns the client, for `useListen`; null while there is none. */
+export function usePokebridgeClient(options: Options | null, key = ""): Client | null {
+  const [client, setClient] = useState<Client | null>(null);
+  const latest = useLatest(options);
   const { url, device } = options ?? {};
   useEffect(() => {
-    if (!latest.current) return setState("closed");
-    const client = connect(forwarding(latest));
-    setState(client.state);
-    const unlisten = client.on("state", setState);
-    return () => {
-      unlisten();
-      client.close();
-    };
+    if (!latest.current) return setClient(null);
+    const connected = connect(forwarding(latest));
+    setClient(connected);
+    return () => connected.close();
   }, [url, device, key]);
+  return client;
+}
+
+/**
+ * Listen to `recipient` as well while the component is mounted: `client.listen`; returns the state of that.
+ *
+ * The functions in `options` may change with every rendering. A client listens to a recipient once: let one
+ * component do it, and pass on what it gets.
+ */
+export function useListen(client: Client | null, recipient: string | null, options: ListenOptions): State {
+  const [listening, setListening] = useState<Listening | null>(null);
+  const latest = useLatest<ListenOptions | null>(options);
+  useEffect(() => {
+    if (!client || !recipient || client.state === "closed" || client.state === "stopped") return setListening(null);
+    const begun = client.listen(recipient, forwarding(latest));
+    setListening(begun);
+    return () => begun.close();
+  }, [client, recipient]);
+  return useStateOf(listening, client && recipient ? "connecting" : "closed");
+}
+
+function useLatest<T>(value: T): { current: T } {
+  const latest = useRef(value);
+  useEffect(() => {
+    latest.current = value;
+  });
+  return latest;
+}
+
+/** The state of `client`; `without` one, another. */
+function useStateOf(client: Listening | null, without: State): State {
+  const [state, setState] = useState<State>(without);
+  useEffect(() => {
+    if (!client) return setState(without);
+    setState(client.state);
+    return client.on("state", setState) as () => void;
+  }, [client, without]);
   return state;
 }
 
 /** Options whose functions call those of the latest rendering. What is missing stays missing. */
-function forwarding(latest: { current: Options | null }): Options {
+function forwarding<T extends ListenOptions>(latest: { current: T | null }): T {
   const options: Record<string, any> = latest.current!;
   const now = (): Record<string, any> => latest.current ?? options;
   const forwarded = { ...options };
@@ -40,5 +75,5 @@ function forwarding(latest: { current: Options | null }): Options {
   for (const name of ["onMessages", "onPoke"]) {
     if (options[name]) forwarded[name] = (argument: unknown) => now()[name]?.(argument);
   }
-  return forwarded as Options;
+  return forwarded as T;
 }

@@ -2,6 +2,7 @@
 // carries what the leading tab hears to the others.
 
 import type { Relayed } from "./pulling.js";
+import type { ListenFrame } from "./sharing.js";
 
 // How long the lock is kept after `stop`. No other tab may lead before it has heard of the stop.
 const STOP_LINGER_MS = 1_000;
@@ -10,8 +11,12 @@ const STOP_LINGER_MS = 1_000;
 export type Note =
   /** A tab that follows asks for a sign of life. */
   | { type: "hello" }
-  /** The leading tab's sign of life; `connected`: whether it hears pokes. */
-  | { type: "lead"; connected: boolean }
+  /** The leading tab's sign of life; `connected`: whether it hears pokes. `ready`: its socket's first frame. */
+  | { type: "lead"; connected: boolean; ready?: string | undefined }
+  /** A tab that follows has the leading one send a frame: it listens to a further recipient. */
+  | { type: "up"; frame: ListenFrame; by: string }
+  /** A frame about a further recipient. */
+  | { type: "down"; text: string }
   /** The bridge has stopped this client for good. */
   | { type: "stop"; code: number }
   | Relayed;

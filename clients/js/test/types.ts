@@ -1,6 +1,6 @@
 // The API as its users call it. Nothing here runs: `npm run check` compiles it against dist/.
-import { connect, type Client, type Message, type State } from "@pokebridge/client";
-import { usePokebridge } from "@pokebridge/client/react";
+import { connect, type Client, type Listening, type Message, type State } from "@pokebridge/client";
+import { useListen, usePokebridge, usePokebridgeClient } from "@pokebridge/client/react";
 import { WebSocket } from "ws";
 
 const url = "https://bridge.example.org";
@@ -22,10 +22,19 @@ client.wake();
 client.close();
 usePokebridge({ url, token, onPoke: () => {} }, "bob") satisfies State;
 usePokebridge(null);
+const listening: Listening = client.listen("urn:doc:7", { token, onPoke: () => {} });
+client.listen("urn:doc:8", { token, onMessages: async ([first]) => console.log(first?.body.text), cursor: 7 }).close();
+listening.on("state", (state: State) => state === "stopped");
+const shared: Client | null = usePokebridgeClient({ url, token, onPoke: () => {} }, "bob");
+useListen(shared, "urn:doc:7", { token, onPoke: () => {} }) satisfies State;
 void [off, cursor, state, code];
 
 // @ts-expect-error: neither onMessages nor onPoke
 connect({ url, token });
+// @ts-expect-error: neither onMessages nor onPoke
+client.listen("urn:doc:7", { token });
+// @ts-expect-error: what is listened to has no listeners of its own
+listening.listen("urn:doc:8", { token, onPoke: () => {} });
 // @ts-expect-error: both
 connect({ url, token, onMessages: () => {}, onPoke: () => {} });
 // @ts-expect-error: a token is needed

@@ -1,0 +1,70 @@
+// The recipients that a client's socket carries beside the client's own. Each has a core of its own, whose socket is
+// a part of the client's: what comes for one is given to its core as what a socket of its own would have brought.
+
+import { number, parseFrame } from "./core.js";
+import type { Event } from "./events.js";
+
+/** The close code for a core whose part of the socket is gone with it: it listens again. */
+export const SOCKET_LOST = 1001;
+const ABNORMAL_CLOSURE = 1006;
+
+/** An event for the core of a recipient. */
+export interface Given {
+  recipient: string;
+  event: Event & { type: "text" | "closed" };
+}
+
+/** What a socket carries. */
+export class Listens {
+  /** How many recipients the socket may carry, as its `ready` said; undefined while there is no socket. */
+  atMost: number | undefined;
+  readonly #carried = new Set<string>();
+
+  /** A new socket is ready: `text` is its first frame. It carries nothing yet. */
+  ready(text: string): Given[] {
+    const lost = this.lose();
+    this.atMost = Math.floor(number(parseFrame(text).listens));
+    return lost;
+  }
+
+  /** The socket is gone. */
+  lose(): Given[] {
+    const closed = { type: "closed", code: SOCKET_LOST, reason: "the socket is gone" } as const;
+    const lost = [...this.#carried].map((recipient) => ({ recipient, event: closed }));
+    this.#carried.clear();
+    this.atMost = undefined;
+    return lost;
+  }
+
+  /** The socket does not take what is sent. From now on each recipient has its own. */
+  refuse(): Given[] {
+    const lost = this.lose();
+    this.atMost = 0;
+    return lost;
+  }
+
+  /** Whether the socket takes `recipient`. Then `listen` is to be sent. */
+  carry(recipient: string): boolean {
+    if (this.#carried.size >= (this.atMost ?? 0) && !this.#carried.has(recipient)) return false;
+    this.#carried.add(recipient);
+    return true;
+  }
+
+  /** Carry `recipient` no more. Returns whether `unlisten` is to be sent. */
+  drop(recipient: string): boolean {
+    return this.#carried.delete(recipient);
+  }
+
+  /** What a frame says of a recipient; undefined if it says nothing of any, and is for the client's own core. */
+  hear(text: string): Given | undefined {
+    const { type, recipient, ...frame } = parseFrame(text);
+    if (typeof recipient !== "string" || !["poke", "listening", "unlistened"].includes(type as string)) return;
+    if (type === "unlistened") {
+      this.#carried.delete(recipient);
+      const code = Math.floor(number(frame.code)) || ABNORMAL_CLOSURE;
+      return { recipient, event: { type: "closed", code, reason: String(frame.reason ?? "") } };
+    }
+    const heard = { type: type === "poke" ? "poke" : "ready", ...frame };
+    return { recipient, event: { type: "text", text: JSON.stringify(heard) } };
+  }
+}
