@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as bench
-from benchmarks import audience, handshakes, latency, mailbox, memory, noise, pokes, verification
+from benchmarks import (
+    audience,
+    handshakes,
+    latency,
+    mailbox,
+    memory,
+    noise,
+    pokes,
+    polling,
+    verification,
+)
 from benchmarks import tokens as token_measure
 from benchmarks.harness import (
     BenchmarkError,
@@ -88,6 +98,13 @@ async def test_audience() -> None:
     assert all(between(0, figure, 10_000) for figure in figures)
     during = [figure.detail for figure in figures if "during" in figure.name]
     assert all(re.search(r"the room heard [1-9][0-9,]* pokes a second", each) for each in during)
+
+
+async def test_polling() -> None:
+    """Every message is pulled by a call that waits or upon a poke, both in a likely time."""
+    (figure,) = await polling.measure(clients=10, messages_each=2, rate_per_s=100)
+    assert between(-10_000, figure, 10_000)
+    assert all(0 < float(ms) < 10_000 for ms in figure.detail.removesuffix(" ms").split(" to "))
 
 
 async def test_mailbox() -> None:

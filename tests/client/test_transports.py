@@ -9,7 +9,9 @@ import pytest
 from pokebridge.client import PokeClient, Policy, ReceivedMessage
 from tests.api.test_waiting import World, serving
 from tests.client.middlebox import Middlebox, Mode
+from tests.client.switching import switch_under_traffic
 from tests.gateway.harness import BOB, token
+from tests.support import Serve
 from tests.support.waiting import wait_until
 
 QUICK = Policy(
@@ -69,8 +71,7 @@ async def test_a_token_that_is_refused_in_a_header_goes_into_the_query() -> None
         await wait_until(lambda: it.got == ["hello"])
 
 
-@pytest.mark.parametrize("switches", [10, pytest.param(100, marks=pytest.mark.long)])
-async def test_no_message_is_missed_while_it_switches(switches: int) -> None:
+async def test_no_message_is_missed_while_it_switches() -> None:
     """Changes between the two, each in the midst of traffic: all messages come, once, in order."""
     sent = 0
     async with between("pass") as it, it.client() as client:
@@ -83,7 +84,7 @@ async def test_no_message_is_missed_while_it_switches(switches: int) -> None:
                 await asyncio.sleep(0.003)
 
         sending = asyncio.create_task(send())
-        for number in range(switches):
+        for number in range(10):
             polls = number % 2 == 0
             it.box.mode = "refuse" if polls else "pass"
             if polls:
@@ -93,3 +94,27 @@ async def test_no_message_is_missed_while_it_switches(switches: int) -> None:
         await asyncio.gather(sending, return_exceptions=True)
         await wait_until(lambda: len(it.got) >= sent)
         assert it.got == list(range(len(it.got)))
+
+
+@pytest.mark.long
+async def test_no_message_is_missed_while_the_bridge_comes_and_goes(
+    serve: Serve,
+) -> None:
+    """A hundred changes under traffic, and the instance killed and drained: all come, in order."""
+    instance = await asyncio.to_thread(serve, mailbox="sqlite:///mailbox.db", drain_s=0.1)
+    got: list[object] = []
+
+    async def keep(messages: Sequence[ReceivedMessage]) -> None:
+        got.extend(message.body for message in messages)
+
+    async with (
+        Middlebox(instance.port, "pass").run() as box,
+        PokeClient(box.url, instance.token(BOB), keep, policy=QUICK) as client,
+    ):
+
+        async def until_it_polls(polls: bool) -> None:  # noqa: FBT001 - a callback
+            await wait_until(lambda: client.connected and client.polls is polls)
+
+        sent = await switch_under_traffic(instance, box, BOB, until_it_polls)
+        await wait_until(lambda: len(got) >= sent)
+        assert got == list(range(sent))

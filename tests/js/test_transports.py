@@ -1,4 +1,4 @@
-"""The JavaScript client on networks that break WebSockets, in Chromium and in Node."""
+"""The JavaScript client on networks that break WebSockets, in browsers and in Node."""
 
 import asyncio
 from uuid import uuid4
@@ -6,8 +6,9 @@ from uuid import uuid4
 import pytest
 
 from tests.client.middlebox import Middlebox, Mode
+from tests.client.switching import switch_under_traffic
 from tests.js.driving import TIMEOUT_S, Client, NodeRuntime, send
-from tests.support import Instance, wait_until
+from tests.support import Instance, Serve, wait_until
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -95,4 +96,22 @@ async def test_no_message_is_missed_while_it_switches(
         await wait_until(is_all_shown, TIMEOUT_S, "all messages")
         shown = await client.shown()
         assert shown == list(range(len(shown)))
+        await client.close()
+
+
+@pytest.mark.long
+async def test_no_message_is_missed_while_the_bridge_comes_and_goes(
+    client: Client, serve: Serve
+) -> None:
+    """A hundred changes under traffic, and the instance killed and drained: all come, in order."""
+    sub = f"urn:user:comes-and-goes-{uuid4().hex}"
+    instance = await asyncio.to_thread(serve, mailbox="sqlite:///mailbox.db", drain_s=0.1)
+    async with Middlebox(instance.port, "pass").run() as box:
+        await client.begin(box.url, sub, policy=QUICK)
+
+        async def until_it_polls(polls: bool) -> None:  # noqa: FBT001 - a callback
+            await wait_polls(client, polls=polls)
+
+        sent = await switch_under_traffic(instance, box, sub, until_it_polls)
+        await client.wait_shown(*range(sent))
         await client.close()
