@@ -232,6 +232,19 @@ async def test_a_polled_session_hears_what_a_socket_hears() -> None:
         assert (await world.call("/v1/pokes?session=none&wait_s=1")).status_code == 404
 
 
+async def test_a_session_that_is_ending_may_be_woken_before_its_time() -> None:
+    """A deadline of its last call may come then. The next call still hears why it has ended."""
+    async with serving() as world:
+        session = await world.begin()
+        (polled,) = world.server.gateway.sessions
+        assert isinstance(polled, PolledSession)
+        polled.close(1012, "drained")
+        polled.wake(world.server.gateway.now())
+        answer = await world.call(f"/v1/pokes?session={session}")
+        assert answer.json()["close"] == {"code": 1012, "reason": "drained"}
+        await wait_until(lambda: world.server.gateway.entrance.sessions == 0)
+
+
 async def test_a_newer_call_takes_the_place_of_the_older() -> None:
     """The older one is answered with nothing. A newer token is told until when it is good."""
     async with serving() as world:

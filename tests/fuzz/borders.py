@@ -148,6 +148,8 @@ async def frames(instance: Instance, seed: int, count: int) -> None:
         b'{"type":"ping"}',
         json.dumps({"type": "auth", "token": instance.token(BOB)}).encode(),
         b'{"type":"ack","version":7}',
+        json.dumps({"type": "listen", "token": instance.token("urn:group:x")}).encode(),
+        b'{"type":"unlisten","recipient":"urn:group:x"}',
     ]
     corpus = [Frame(Opcode.TEXT, text).serialize(mask=True) for text in texts]
     corpus += [

@@ -231,7 +231,7 @@ class PolledSession(HasSession):
         frame = self.session.tick(now)
         if self.session.state is State.CLOSED:
             self.abort()
-        elif self.session.state is State.CLOSING:
+        elif self.session.state is State.CLOSING and frame:  # without one it is just closing
             closing = frame_text(frame)
             self._end_with(Ending(decode_close(closing) or 1006, closing[2:].decode()))
         else:
