@@ -134,7 +134,8 @@ def test_the_forbidden_is_recognised(line: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "at_least"), [("requirements.lock", 50), ("requirements-run.lock", 20)]
+    ("name", "at_least"),
+    [("requirements.lock", 50), ("requirements-run.lock", 20), ("requirements-helm.lock", 1)],
 )
 def test_a_lock_is_hashed_and_names_no_index(name: str, at_least: int) -> None:
     """Every locked release is pinned, with hashes, and the lock works with any mirror."""
