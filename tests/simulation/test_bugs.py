@@ -16,20 +16,19 @@ from pokebridge.errors import SignalError, UnavailableError
 from pokebridge.gateway import beacons, gateway, subscriptions
 from pokebridge.gateway.acks import Acks
 from pokebridge.gateway.bridge import Bridge
-from pokebridge.gateway.connection import Connection
 from pokebridge.gateway.gateway import Gateway
 from pokebridge.gateway.recall import Recall
 from pokebridge.gateway.session_map import SessionMap
 from pokebridge.gateway.shard_routing import ShardRouting
 from pokebridge.gateway.subscriptions import SubscriptionManager
-from pokebridge.gateway.verification import Verification
+from pokebridge.gateway.verification import Verification, Verified
 from pokebridge.mailbox import memory
 from pokebridge.mailbox.memory import MemoryMailbox
 from pokebridge.model import MAX_VERSION, Feed, NewMessage, Poke, Receipt
 from pokebridge.placement import Placement, ShardMap, Steps
 from pokebridge.processor import Processor
 from pokebridge.server.revocations import Revocations
-from pokebridge.session import Session, State
+from pokebridge.session import UNKNOWN_VERSION, Session, State
 from pokebridge.sharding import shard_of
 from pokebridge.wire import decode_signal
 from pokebridge.workers.link import WorkerLink
@@ -215,14 +214,11 @@ def no_verification(patch: pytest.MonkeyPatch) -> None:
 def unversioned_pokes_believed(patch: pytest.MonkeyPatch) -> None:
     """Verification takes a session that was poked without a version for one that knows all."""
 
-    def notify(self: Connection, version: int | None, frame: bytes) -> bool:
-        sent = real(self, version, frame)
-        if version is None:
-            self.session.told = MAX_VERSION
-        return sent
+    async def verify(self: Verification, sessions: Sequence[Verified], now: float) -> None:
+        await real(self, [each for each in sessions if each.told != UNKNOWN_VERSION], now)
 
-    real = Connection.notify
-    patch.setattr(Connection, "notify", notify)
+    real = Verification._verify
+    patch.setattr(Verification, "_verify", verify)
 
 
 def generation_at_the_restored_head(patch: pytest.MonkeyPatch) -> None:
