@@ -6,6 +6,9 @@ PORT ?= 8080
 WORKERS ?= 5
 # A file's tests share what they start. tests/conftest.py says which files begin.
 SPREAD := --dist loadfile --no-loadscope-reorder
+# What `make test-long` runs once more with instances that have workers.
+OF_WORKERS := tests/client/test_real_instance.py tests/mailbox/test_crashes.py \
+  $(addprefix tests/server/test_,acks.py crash_and_stop.py devices.py verification.py)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
@@ -55,8 +58,9 @@ run: $(if $(wildcard $(STAMP)),$(STAMP),$(RUN_STAMP))  ## start a development in
 test: setup test-deps  ## run the test suite, real engines included
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -q --numprocesses $(WORKERS) $(SPREAD)
 
-test-long: setup test-deps  ## run the tests that take minutes: long acts, large crowds, many seeds
+test-long: setup test-deps  ## run the tests that take minutes: long acts, large crowds, many seeds; some with workers
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -q -m long --numprocesses 2 $(SPREAD)
+	@PYTHONDONTWRITEBYTECODE= TESTED_WORKERS=2 $(BIN)/pytest -q --numprocesses 2 $(SPREAD) $(OF_WORKERS)
 
 # What the suite needs beside Python, as PROGRAM or PROGRAM:PACKAGE. Where something can't be had the tests say so: they
 # skip, and in CI they fail.
