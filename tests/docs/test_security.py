@@ -28,7 +28,13 @@ ROWS = {
             "head of a request, with trailers and the framing of chunks",
             f"{http.MAX_HEAD_BYTES} bytes",
         ),
-        ("time for a request to arrive", f"{http.REQUEST_TIMEOUT_S:g} s"),
+        (
+            (
+                "time for the head of a request to arrive, and for each"
+                f" {http.SLOW_BODY_BYTES // 1024} KiB of its body"
+            ),
+            f"{http.REQUEST_TIMEOUT_S:g} s",
+        ),
         ("time between two requests of a connection", f"{http.KEEP_ALIVE_S:g} s"),
         ("time in which a peer reads nothing of its answer", f"{http.UNREAD_TIMEOUT_S:g} s"),
         ("body of `POST /v1/messages` and all other calls", f"{app.BODY_CAP_BYTES} bytes"),

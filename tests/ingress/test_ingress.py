@@ -23,7 +23,7 @@ from pokebridge.ingress.base import Delivery, Source
 from pokebridge.ingress.google_pubsub import GooglePubSubSource
 from pokebridge.ingress.ingress import Ingress
 from pokebridge.ingress.nats import NatsSource
-from pokebridge.mailbox import postgres_pool
+from pokebridge.mailbox import postgres, postgres_pool
 from pokebridge.mailbox.base import Limits
 from pokebridge.mailbox.memory import MemoryMailbox
 from pokebridge.mailbox.postgres import PostgresMailbox
@@ -598,6 +598,7 @@ async def test_a_database_that_refuses_is_waited_out(
     """However PostgreSQL words it, nothing is lost or buried, and it recovers by itself."""
     monkeypatch.setattr(ingress_module, "RETRY_DELAY_S", 0.0)
     monkeypatch.setattr(postgres_pool, "CALL_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(postgres, "TURN_TIMEOUT_S", 0.5)
     role = f"role_{secrets.token_hex(8)}"
     by_hand = await asyncpg.connect(postgres_database)
     await by_hand.execute(f"CREATE ROLE {role} LOGIN")
