@@ -6,7 +6,7 @@ PORT ?= 8080
 WORKERS ?= 5
 # A file's tests share what they start. tests/conftest.py says which files begin.
 SPREAD := --dist loadfile --no-loadscope-reorder
-# What `make test-long` runs once more with instances that have workers.
+# What runs once more with instances that have workers.
 OF_WORKERS := tests/client/test_real_instance.py tests/mailbox/test_crashes.py \
   $(addprefix tests/server/test_,acks.py crash_and_stop.py devices.py verification.py)
 VENV := .venv
@@ -19,7 +19,7 @@ NODE := tests/node clients/js examples/replicache/web
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-long test-deps simulate check fix docs chaos fuzz bench lock release site clean
+.PHONY: help setup run test test-long test-workers test-deps simulate check fix docs chaos fuzz bench lock release site clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
@@ -58,8 +58,11 @@ run: $(if $(wildcard $(STAMP)),$(STAMP),$(RUN_STAMP))  ## start a development in
 test: setup test-deps  ## run the test suite, real engines included
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -q --numprocesses $(WORKERS) $(SPREAD)
 
-test-long: setup test-deps  ## run the tests that take minutes: long acts, large crowds, many seeds; some with workers
+test-long: setup test-deps  ## run the tests that take minutes: long acts, large crowds, many seeds; then test-workers
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -q -m long --numprocesses 2 $(SPREAD)
+	@$(MAKE) test-workers
+
+test-workers: setup test-deps  ## run some tests of real instances once more, with workers
 	@PYTHONDONTWRITEBYTECODE= TESTED_WORKERS=2 $(BIN)/pytest -q --numprocesses 2 $(SPREAD) $(OF_WORKERS)
 
 # What the suite needs beside Python, as PROGRAM or PROGRAM:PACKAGE. Where something can't be had the tests say so: they
