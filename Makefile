@@ -22,7 +22,7 @@ MAKEFLAGS += --no-print-directory
 .PHONY: help setup run test test-long test-workers test-deps simulate check fix docs chaos fuzz bench lock release site clean
 
 help:  ## list these commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
 
 setup: $(STAMP)  ## put everything the project needs into .venv
 
