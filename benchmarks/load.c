@@ -121,6 +121,15 @@ static void drain(struct client *client) {
     take(client, data, size);
 }
 
+/* Each process has a loopback address of its own, since one address has 28,000 ports for a server. */
+static void bind_to_own_address(int fd) {
+    struct sockaddr_in own = loopback(0);
+    own.sin_addr.s_addr = htonl(INADDR_LOOPBACK + getpid());
+    int late = 1; /* connect() chooses the port */
+    setsockopt(fd, IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, &late, sizeof late);
+    if (bind(fd, (const void *)&own, sizeof own) < 0) fail("bind");
+}
+
 static void dial(struct client *client, const struct sockaddr_in *address) {
     char token[TOKEN_BYTES], request[TOKEN_BYTES + 512];
     if (!fgets(token, sizeof token, stdin)) fail("a token on stdin");
@@ -131,7 +140,9 @@ static void dial(struct client *client, const struct sockaddr_in *address) {
         "Sec-WebSocket-Version: 13\r\nAuthorization: Bearer %s\r\n\r\n",
         ntohs(address->sin_port), token);
     client->fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    if (client->fd < 0 || connect(client->fd, (const void *)address, sizeof *address) < 0) fail("connect");
+    if (client->fd < 0) fail("socket");
+    bind_to_own_address(client->fd);
+    if (connect(client->fd, (const void *)address, sizeof *address) < 0) fail("connect");
     struct linger reset = {1, 0}; /* the end of a run leaves no port in TIME_WAIT */
     setsockopt(client->fd, SOL_SOCKET, SO_LINGER, &reset, sizeof reset);
     if (send(client->fd, request, size, 0) != size) fail("send");

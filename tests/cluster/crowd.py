@@ -145,8 +145,9 @@ class Crowd(Observer):
     def longest_silence_s(self, act: Act, until_s: float, *, struck: bool) -> float:
         """How long a message had to wait at most, of those that were under way during ``act``.
 
-        For the ``struck`` it counts from their client's last ``ready`` before the pull, if that is
-        later: until then they were not connected. Time in which nobody could hear does not count.
+        It counts from the client's last ``ready`` before the pull, if that is later: until then it
+        was not connected. For those that were not ``struck`` only a ``ready`` before the act counts,
+        since an earlier act has struck them. Time in which nobody could hear does not count.
         """
         ready_s = {client.recipient: client.ready_s for client in self.clients}
         longest_s = 0.0
@@ -156,9 +157,9 @@ class Crowd(Observer):
                 continue
             if (message.recipient in act.struck) != struck:
                 continue
-            if struck:
-                again = [at_s for at_s in ready_s[message.recipient] if at_s < message.pulled_s]
-                begun_s = max([begun_s, *again[-1:]])
+            ends_s = message.pulled_s if struck else act.began_s
+            again = [at_s for at_s in ready_s[message.recipient] if at_s < ends_s]
+            begun_s = max([begun_s, *again[-1:]])
             if act.excused[0] - 1 < begun_s < act.excused[1]:
                 begun_s = act.excused[1]
             longest_s = max(longest_s, message.pulled_s - begun_s)
