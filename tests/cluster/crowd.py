@@ -146,7 +146,7 @@ class Crowd(Observer):
         """How long a message had to wait at most, of those that were under way during ``act``.
 
         It counts from the client's last ``ready`` before the pull, if that is later: until then it
-        was not connected. For those that were not ``struck`` only a ``ready`` before the act counts,
+        was not connected. For those that were not ``struck`` only a ``ready`` before the act does,
         since an earlier act has struck them. Time in which nobody could hear does not count.
         """
         ready_s = {client.recipient: client.ready_s for client in self.clients}
