@@ -22,12 +22,12 @@ from tests.js.driving import (
     wait_sessions,
 )
 from tests.support import Instance, free_port, wait_until
-from tests.support.browser import in_both, in_chromium, run_browser
+from tests.support.browser import in_chromium, run_browser
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
-@in_both
+@in_chromium  # Firefox makes timers of a hidden tab without a socket wait, on a busy machine up to 15 s
 async def test_four_tabs_one_socket(context: BrowserContext, site: str, instance: Instance) -> None:
     """One socket and one pull a message serve four tabs; another tab takes over when it is gone."""
     await wait_sessions(instance, 0)
