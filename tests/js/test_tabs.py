@@ -27,7 +27,7 @@ from tests.support.browser import in_chromium, run_browser
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
-@in_chromium  # Firefox makes timers of a hidden tab without a socket wait, on a busy machine up to 15 s
+@in_chromium  # on a busy machine Firefox may hold timers of hidden tabs back for 15 s
 async def test_four_tabs_one_socket(context: BrowserContext, site: str, instance: Instance) -> None:
     """One socket and one pull a message serve four tabs; another tab takes over when it is gone."""
     await wait_sessions(instance, 0)
