@@ -1,9 +1,12 @@
 """A box between a client and its bridge that breaks WebSockets in one way or another."""
 
 import asyncio
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Literal
 
 from tests.client.between import Between
+from tests.support.stream_server import relay
 
 Mode = Literal["pass", "refuse", "kill", "buffer", "token"]
 
@@ -37,53 +40,41 @@ class Middlebox(Between):
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
         if b"upgrade: websocket" not in head.lower():
-            await self._relay(reader, writer, head)
+            await relay(reader, writer, self._port, first=head)
             return
         mode = self.mode
         if mode == "refuse" or (mode == "token" and b"access_token=" not in head):
             writer.write(_REFUSAL)
-            await writer.drain()
             return
         self._sockets.add(writer)
         try:
             async with asyncio.timeout(KILL_AFTER_S if mode == "kill" else None):
-                await self._relay(reader, writer, head, holds_back=mode == "buffer")
+                carry = self._hold_back if mode == "buffer" else relay
+                await carry(reader, writer, self._port, first=head)
         except TimeoutError:
             pass
         finally:
             self._sockets.discard(writer)
 
-    async def _relay(
-        self,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        head: bytes,
-        *,
-        holds_back: bool = False,
+    async def _hold_back(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, port: int, *, first: bytes
     ) -> None:
-        from_bridge, to_bridge = await asyncio.open_connection("127.0.0.1", self._port)
+        """Relay, but answer the handshake alone."""
+        from_bridge, to_bridge = await asyncio.open_connection("127.0.0.1", port)
+        to_bridge.write(first)
+        ends: list[asyncio.Task[None]] = []
         try:
-            to_bridge.write(head)
-            if holds_back:
-                writer.write(await from_bridge.readuntil(b"\r\n\r\n"))
-                writer = to_bridge  # never to the client
-            async with asyncio.TaskGroup() as both:
-                both.create_task(_pump(reader, to_bridge))
-                both.create_task(_drop(from_bridge) if holds_back else _pump(from_bridge, writer))
-        except* (OSError, EOFError):
-            pass
+            writer.write(await from_bridge.readuntil(b"\r\n\r\n"))
+            ends.append(asyncio.create_task(_read_all(reader, to_bridge.write)))
+            ends.append(asyncio.create_task(_read_all(from_bridge, lambda _: None)))
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         finally:
+            for end in ends:
+                end.cancel()
             to_bridge.transport.abort()
 
 
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    while data := await reader.read(65536):
-        writer.write(data)
-        await writer.drain()
-    raise EOFError
-
-
-async def _drop(reader: asyncio.StreamReader) -> None:
-    while await reader.read(65536):
-        pass
-    raise EOFError
+async def _read_all(source: asyncio.StreamReader, take: Callable[[bytes], None]) -> None:
+    with suppress(OSError):
+        while data := await source.read(65536):
+            take(data)

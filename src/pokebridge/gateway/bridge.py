@@ -138,7 +138,7 @@ class Bridge:
             self.audiences.poke(poke, connections)
             return
         frame = poke_frame(poke.version)
-        for connection in tuple(connections):
+        for connection in tuple(connections):  # as in _notify, without a call for each session
             if connection.notify(poke.version, frame):
                 counters.delivered += 1
             else:
