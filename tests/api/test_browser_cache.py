@@ -5,7 +5,6 @@ import asyncio
 import pytest
 from playwright.async_api import Browser
 
-from tests.support.browser import in_both
 from tests.support.serving import Serve
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -20,7 +19,6 @@ PULL = """async token => {
 }"""
 
 
-@in_both
 async def test_a_user_never_sees_what_another_pulled(serve: Serve, browser: Browser) -> None:
     """Alice signs out and Bob signs in: plain fetch of the same URL, and both heads are 1."""
     instance = await asyncio.to_thread(serve, mailbox="memory://")

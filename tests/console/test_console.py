@@ -18,7 +18,7 @@ from tests.cluster.clusters import metrics
 from tests.cluster.traffic import session
 from tests.console.conftest import NAMES, RED_LINE, SHARDS, WITH_WORKERS, Complaints, Trio
 from tests.support import wait_until
-from tests.support.browser import axe_violations, in_both, in_chromium
+from tests.support.browser import axe_violations, in_chromium
 from tests.support.unpoked import commit_unpoked
 
 VERSION = version("pokebridge")
@@ -120,7 +120,6 @@ async def test_a_token_that_ends_signs_out(page: Page, trio: Trio) -> None:
     await expect(page.locator(".cluster")).to_be_hidden()
 
 
-@in_both
 async def test_three_instances(console: Page, trio: Trio) -> None:
     """Each shows its state and figures; the grid shows an owner for every shard."""
     for name in NAMES:
@@ -195,7 +194,6 @@ async def test_the_sessions_of_each_worker(console: Page, trio: Trio) -> None:
         await expect(cell(console, "two", "Sessions")).to_have_text("4")
 
 
-@in_both
 async def test_a_recipient_is_looked_up(console: Page, trio: Trio) -> None:
     """The page tells where somebody is, on whichever instance, and closes their sessions."""
     section = console.locator(".look-up")
@@ -349,7 +347,6 @@ async def _tab_to(page: Page, target: Locator) -> None:
     pytest.fail("Tab does not lead there")
 
 
-@in_both
 async def test_accessible(page: Page, trio: Trio) -> None:
     """Axe finds nothing wrong with the sign-in, with the cluster, or with a question."""
     await page.goto(f"{trio.one.url}/console")
@@ -363,7 +360,6 @@ async def test_accessible(page: Page, trio: Trio) -> None:
     assert await axe_violations(page) == []
 
 
-@in_both
 @pytest.mark.parametrize("width", [390, 1280])
 async def test_it_fits(console: Page, width: int) -> None:
     """Nothing sticks out to the side, the dialog included, on a desk or in a hand."""

@@ -10,7 +10,7 @@ import pytest_asyncio
 from playwright.async_api import Browser, Locator, Page, expect
 
 from tests.support import Instance, Serve
-from tests.support.browser import axe_violations, in_both, in_chromium
+from tests.support.browser import axe_violations, in_chromium
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -62,7 +62,6 @@ async def expect_steps(trace: Locator, steps: list[str]) -> None:
     await expect(trace.locator(".total")).to_have_text(re.compile(r"^\d+(\.\d)? ms$"))
 
 
-@in_both
 async def test_both_ways(page: Page) -> None:
     """A message is shown at the other user with all its steps timed, in both directions."""
     for sender, recipient, names in (
@@ -201,7 +200,6 @@ async def test_frames_leave_room_for_messages(page: Page) -> None:
     assert card["y"] >= composer["y"] + composer["height"]
 
 
-@in_both
 async def test_accessible(page: Page) -> None:
     """Axe finds nothing wrong with the page, empty or with so many messages that lists scroll."""
     assert await axe_violations(page) == []
@@ -215,7 +213,6 @@ async def test_accessible(page: Page) -> None:
     assert await axe_violations(page) == []
 
 
-@in_both
 @pytest.mark.parametrize("width", [1280, 390])
 async def test_fits(page: Page, width: int) -> None:
     """Nothing sticks out to the side, on a desk or in a hand, however long a message is."""

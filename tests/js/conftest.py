@@ -3,7 +3,7 @@
 import os
 import threading
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,7 +23,7 @@ from tests.js.driving import (
     run_node,
 )
 from tests.support import Instance, wait_until
-from tests.support.browser import BROWSERS, Browsers
+from tests.support.browser import Browsers
 from tests.support.npm import ROOT
 from tests.support.serving import JWT_SECRET
 from tests.support.webkit import run_webkit
@@ -96,15 +96,6 @@ async def node(shared_node: NodeRuntime) -> AsyncIterator[NodeRuntime]:
     await shared_node.evaluate("harness.client?.close()")
 
 
-@pytest_asyncio.fixture(loop_scope="session")
-async def pages(browsers: Browsers, site: str) -> AsyncIterator[dict[str, PageRuntime]]:
-    """A tab with the harness in it, in each browser."""
-    async with AsyncExitStack() as opened:
-        yield {
-            name: await opened.enter_async_context(_page(browsers, name, site)) for name in BROWSERS
-        }
-
-
 @asynccontextmanager
 async def _page(browsers: Browsers, name: str, site: str) -> AsyncIterator[PageRuntime]:
     context = await (await browsers.start(name)).new_context()
@@ -113,12 +104,18 @@ async def _page(browsers: Browsers, name: str, site: str) -> AsyncIterator[PageR
 
 
 @pytest_asyncio.fixture(
-    loop_scope="session", params=[*BROWSERS, "node", pytest.param("webkit", marks=pytest.mark.long)]
+    loop_scope="session",
+    params=[
+        "chromium",
+        "node",
+        pytest.param("firefox", marks=pytest.mark.long),
+        pytest.param("webkit", marks=pytest.mark.long),
+    ],
 )
 async def client(
     request: pytest.FixtureRequest, browsers: Browsers, site: str, node: NodeRuntime
 ) -> AsyncIterator[Client]:
-    """A client that is not started yet: in each browser, in Node, and in the long run in WebKit."""
+    """A client that is not started yet: in Chromium and Node, in the long run in the others."""
     if request.param == "node":
         yield Client(node)
     elif request.param == "webkit":

@@ -24,7 +24,7 @@ from tests.js.driving import (
     wait_sessions,
 )
 from tests.support import CutProxy, Instance, Serve, wait_until
-from tests.support.browser import in_both, in_chromium
+from tests.support.browser import in_chromium
 
 # Only the network's return can bring a socket back in time.
 LAZY = {"base_s": 1e4, "cap_s": 1e4}
@@ -62,13 +62,12 @@ async def test_own_pulls(client: Client, instance: Instance) -> None:
 
 
 async def test_killed_restarted_drained(
-    pages: dict[str, PageRuntime], node: NodeRuntime, serve: Serve, tmp_path: Path
+    page: PageRuntime, node: NodeRuntime, serve: Serve, tmp_path: Path
 ) -> None:
     """Nothing is lost when the instance dies, comes back and stops in good order."""
     mailbox = f"sqlite:///{tmp_path / 'mailbox.db'}"
     instance = await asyncio.to_thread(serve, mailbox=mailbox, drain_s=0.1)
-    clients = {f"urn:user:{name}": Client(page) for name, page in pages.items()}
-    clients["urn:user:node"] = Client(node)
+    clients = {"urn:user:browser": Client(page), "urn:user:node": Client(node)}
 
     async def for_each(step: Callable[[str, Client], Awaitable[object]]) -> None:
         await asyncio.gather(*(step(sub, client) for sub, client in clients.items()))
@@ -99,7 +98,6 @@ async def test_killed_restarted_drained(
         assert 3 <= await client.count("pull") <= await client.heard() <= 3 + 3
 
 
-@in_both
 async def test_offline_and_back_in_a_browser(page: PageRuntime, instance: Instance) -> None:
     """Back online, what was missed is pulled at once, and once: by the browser's own emulation."""
     client, sub = Client(page), f"urn:user:offline-{uuid4().hex}"
@@ -201,19 +199,14 @@ async def test_replaced(page: PageRuntime, node: NodeRuntime, serve: Serve) -> N
     await second.wait_state("stopped")
 
 
-async def test_time_passes(
-    pages: dict[str, PageRuntime], node: NodeRuntime, instance: Instance
-) -> None:
+async def test_time_passes(page: PageRuntime, node: NodeRuntime, instance: Instance) -> None:
     """Tokens are renewed over the socket before they run out, and a process that slept wakes up.
 
     Both take seconds, so all clients do it side by side.
     """
     async with run_node() as sleeper:
         await asyncio.gather(
-            *(
-                renew(Client(page), instance, f"urn:user:{name}-renews")
-                for name, page in pages.items()
-            ),
+            renew(Client(page), instance, "urn:user:browser-renews"),
             renew(Client(node), instance, "urn:user:node-renews"),
             sleep(sleeper, instance),
         )

@@ -5,6 +5,7 @@ import json
 import uuid
 from collections.abc import AsyncIterator
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import asyncpg
@@ -268,6 +269,22 @@ class TestOutages:
             assert await versions(mailbox, EVE) == [1]
             await mailbox.close()
 
+    async def test_an_append_while_the_position_is_asked_is_no_step_back(
+        self, mailbox: PostgresMailbox, by_hand: Any
+    ) -> None:
+        """A new connection's look at the log begins no generation when an append overtakes it."""
+        await mailbox.append(message())
+
+        async def fetchval(query: str) -> Any:
+            position = await by_hand.fetchval(query)
+            await mailbox.append(message())
+            return position
+
+        connection: Any = SimpleNamespace(fetchval=fetchval, execute=by_hand.execute)
+        await mailbox._compare_position(connection)
+        await mailbox.append(message())
+        assert await versions(mailbox) == [1, 2, 3]
+
     async def test_a_server_that_is_gone_is_an_error_in_time(
         self, own_postgres_server: Daemon, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -399,6 +416,28 @@ class TestOpening:
             await by_hand.execute(permit)
             await mailbox.check()
             await mailbox.append(message())
+        await mailbox.close()
+
+    @pytest.mark.parametrize("table", ["heads", "messages"])
+    async def test_rows_that_a_policy_would_hide_are_told(
+        self, url: str, by_hand: Any, table: str
+    ) -> None:
+        """Under row-level security no pull hears that there is nothing, and the check says why."""
+        role = f"role_{uuid.uuid4().hex}"
+        await by_hand.execute(f"CREATE ROLE {role} LOGIN")
+        await by_hand.execute(f"CREATE SCHEMA {url.partition('?schema=')[2]} AUTHORIZATION {role}")
+        mailbox = await PostgresMailbox.open(url.replace("postgres@", f"{role}@"))
+        await fill(mailbox, 2)
+        await by_hand.execute(
+            f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY"
+        )
+        with pytest.raises(MailboxError, match="row-level security"):
+            await mailbox.check()
+        with pytest.raises(MailboxError, match=r"see this instance's log$"):
+            await mailbox.read(BOB, after=0, limit=10)
+        await by_hand.execute(f"ALTER TABLE {table} DISABLE ROW LEVEL SECURITY")
+        await mailbox.check()
+        assert await versions(mailbox) == [1, 2]
         await mailbox.close()
 
 

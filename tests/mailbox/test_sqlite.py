@@ -266,7 +266,7 @@ class TestCheckpoints:
         """The thread goes on, since the writer's own checkpoint may succeed, and the next copy."""
         path.write_text("no database" * 100)
         db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        guard = FileGuard(path, SideFile(path))
+        guard = FileGuard(path, SideFile(path), frozenset())
         checkpointer = Checkpointer(db, guard)
         for _ in range(2):
             checkpointer._is_due.set()
@@ -319,32 +319,68 @@ class TestReading:
     async def test_an_error_keeps_no_later_read_at_its_moment(
         self, path: Path, mailbox: SqliteMailbox
     ) -> None:
-        """A row that can't be decoded ends a read amid its rows, and the next ones see commits."""
-        await fill(mailbox, 1)
-        by_hand = sqlite3.connect(path)
-        by_hand.execute("INSERT INTO outbox VALUES (CAST(x'ff00' AS TEXT), 1, 0), ('z', 1, 0)")
-        by_hand.commit()
+        """An error ends a read amid its rows, and the next ones see commits."""
+        await fill(mailbox, 2)
+
+        def fail_amid(db: sqlite3.Connection) -> None:
+            next(rows := db.execute("SELECT version FROM messages"))
+            raise MailboxError(f"amid {rows}")
+
         errors = []
         for _ in range(4):  # each reader has its turn
             with pytest.raises(MailboxError) as raised:
-                await mailbox.claim_outbox(older_than_s=0, limit=10)
+                await mailbox._reads.do(fail_amid)
             errors.append(raised.value)
         await fill(mailbox, 1)
         for _ in range(4):
-            assert await versions(mailbox) == [1, 2]
-        by_hand.close()
+            assert await versions(mailbox) == [1, 2, 3]
+
+    async def test_a_damaged_text_harms_only_itself(
+        self, path: Path, mailbox: SqliteMailbox
+    ) -> None:
+        """A message whose sender is no UTF-8 is delivered, and so are those after it."""
+        await fill(mailbox, 3)
+        with closing(sqlite3.connect(path)) as by_hand:
+            by_hand.execute("UPDATE messages SET sender = CAST(x'ff' AS TEXT) WHERE version = 2")
+            by_hand.commit()
+        page = await mailbox.read(BOB, after=0, limit=10)
+        assert [kept.version for kept in page.messages] == [1, 2, 3]
+        assert page.messages[1].sender == "\N{REPLACEMENT CHARACTER}"
+
+    @pytest.mark.parametrize("name", ["heads", "outbox", "messages_by_expiry", "share_grows"])
+    async def test_a_schema_with_a_hole_is_told(
+        self, path: Path, mailbox: SqliteMailbox, name: str
+    ) -> None:
+        """While a table, an index or a trigger is missing, the check fails and names it."""
+        await mailbox.check()
+        with closing(sqlite3.connect(path)) as by_hand:
+            kind, definition = by_hand.execute(
+                "SELECT type, sql FROM sqlite_master WHERE name = ?", (name,)
+            ).fetchone()
+            taken_away, put_back = f"DROP {kind} {name}", definition
+            if kind == "table":
+                taken_away = f"ALTER TABLE {name} RENAME TO elsewhere"
+                put_back = f"ALTER TABLE elsewhere RENAME TO {name}"
+            by_hand.execute(taken_away)
+            with pytest.raises(MailboxError, match=name):
+                await mailbox.check()
+            by_hand.execute(put_back)
+        await mailbox.check()
 
     async def test_a_row_of_any_type_holds_up_no_sweep(
         self, path: Path, mailbox: SqliteMailbox
     ) -> None:
-        """An entry whose recipient or version is of another type is set aside."""
+        """An entry is set aside whose recipient or version is of another type, or no UTF-8."""
         by_hand = sqlite3.connect(path)
-        by_hand.execute("INSERT INTO outbox VALUES (x'ff00', 1, 0), ('z', 'abc', 0)")
+        by_hand.execute(
+            "INSERT INTO outbox VALUES (x'ff00', 1, 0), ('z', 'abc', 0), (x'7a', 1, 0),"
+            " (CAST(x'ff00' AS TEXT), 1, 0), (CAST(x'ff' AS TEXT), 1, 0)"
+        )
         by_hand.commit()
         by_hand.close()
         transport = MemoryTransport()
         async with Publisher(transport) as publisher, Processor(mailbox, publisher) as sender:
-            await wait_until(lambda: sender.stats.pokes_unpublishable == 2)
+            await wait_until(lambda: sender.stats.pokes_unpublishable == 5)
             await wait_until(lambda: _owes_nothing(mailbox))
 
 

@@ -100,9 +100,6 @@ async def browser(request: pytest.FixtureRequest, browsers: Browsers) -> AsyncIt
         await context.close()
 
 
-in_both = pytest.mark.parametrize("browser", BROWSERS, indirect=True)
-"""Marks a test that runs in Firefox each time, too."""
-
 in_chromium = pytest.mark.parametrize("browser", ["chromium"], indirect=True)
 """Marks a test of what Chromium alone can be told to do, or of what is no browser's matter."""
 

@@ -3,12 +3,9 @@
 import pytest
 from playwright.async_api import Browser
 
-from tests.support.browser import in_both
-
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
-@in_both
 async def test_a_page_runs_its_script(browser: Browser) -> None:
     """A script on a page changes what the page shows."""
     page = await browser.new_page()

@@ -136,6 +136,7 @@ class PostgresCoordination:
             "coordination",
             url,
             timeout_s=DIAL_TIMEOUT_S,
+            settings={"row_security": "off"},  # an error, not members that a policy hides
             server_settings={"application_name": f"pokebridge {cluster}"},
         )
         connection = StoreConnection(

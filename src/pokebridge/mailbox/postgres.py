@@ -341,9 +341,12 @@ class PostgresMailbox:
         """See the port."""
 
         async def check(connection: Connection) -> None:
-            ((is_read_only, has_tables, has_functions),) = await connection.fetch(CHECK)
+            (row,) = await connection.fetch(CHECK)
+            is_read_only, has_policies, has_tables, has_functions = row
             if is_read_only:
                 raise MailboxError("PostgreSQL: it is read-only, as a standby is")
+            if has_policies:
+                raise MailboxError("PostgreSQL: row-level security applies to this role")
             if not has_tables:
                 raise MailboxError("PostgreSQL: tables, or privileges on them, are missing")
             if not has_functions:
@@ -409,9 +412,10 @@ class PostgresMailbox:
 
         This happens when its directory was put back as a copy, so every connection is a new one.
         """
-        if self._position:
+        known = self._position  # an append may raise it while the server is asked
+        if known:
             position = await connection.fetchval(WAL_POSITION)
-            if position is not None and position < self._position:
+            if position is not None and position < known:
                 await connection.execute(BEGIN_GENERATION)
                 self._position = position
 

@@ -40,6 +40,8 @@ SERVER_SETTINGS: Final = {
     "lock_timeout": f"{LOCK_TIMEOUT_S * 1000:.0f}",
     # A client that was cut off or stopped within a transaction would keep its locks for hours.
     "idle_in_transaction_session_timeout": f"{IDLE_TIMEOUT_S * 1000:.0f}",
+    # Rows that a policy of row-level security hides would be messages that nobody pulls: an error.
+    "row_security": "off",
     # All our statements are a few look-ups in an index. With these settings they are planned once,
     # by index, even while the tables are tiny, so the plans stay right when the tables grow.
     "plan_cache_mode": "force_generic_plan",

@@ -376,6 +376,9 @@ MIGRATIONS: Final = (_TABLES + _NOW + _APPEND + _DEVICES + _UPKEEP, _PUSHES)
 CHECK: Final = """
 WITH ours AS (SELECT to_regnamespace(quote_ident(current_schema())) AS namespace)
 SELECT current_setting('transaction_read_only') = 'on', (
+    SELECT bool_or(row_security_active(pg_class.oid))
+    FROM pg_class JOIN ours ON relnamespace = namespace WHERE relkind = 'r'
+), (
     SELECT count(*) = 10 AND bool_and(has_table_privilege(oid, 'SELECT')
         AND has_table_privilege(oid, 'INSERT') AND has_table_privilege(oid, 'UPDATE')
         AND (relname = 'generation' OR has_table_privilege(oid, 'DELETE')))
@@ -389,7 +392,7 @@ SELECT current_setting('transaction_read_only') = 'on', (
         'current_history', 'see_devices', 'ack', 'delete_acked', 'purge_messages')
 )
 """
-"""Whether writes are impossible, and whether all that they need is there and permitted."""
+"""Whether writes are impossible, whether policies may hide rows, and what is permitted."""
 
 TOUCH: Final = """
 WITH h AS (UPDATE heads SET head = head WHERE false),

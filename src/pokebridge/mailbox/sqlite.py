@@ -13,8 +13,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
+from pokebridge.errors import MailboxError
 from pokebridge.mailbox import sqlite_generation as generation
 from pokebridge.mailbox.base import (
     FORGET_BATCH,
@@ -30,7 +31,7 @@ from pokebridge.mailbox.base import (
 )
 from pokebridge.mailbox.pushes import PushTiming
 from pokebridge.mailbox.sqlite_checkpoints import Checkpointer
-from pokebridge.mailbox.sqlite_file import open_file, pragma
+from pokebridge.mailbox.sqlite_file import objects, open_file, pragma
 from pokebridge.mailbox.sqlite_guard import FileGuard
 from pokebridge.mailbox.sqlite_pushes import SqlitePushes, owe
 from pokebridge.mailbox.sqlite_workers import Job, Outcome, WorkerPool, commit_together, do_each
@@ -216,7 +217,7 @@ class SqliteMailbox:
         return await self._writes.do(lambda db: generation.begin(db, self._clock()))
 
     async def check(self) -> None:
-        """Return when a transaction was committed and a reader answered.
+        """Return when a transaction was committed and a reader found the whole schema.
 
         After a write that failed, for lack of room for example, it writes much and deletes it.
         """
@@ -226,7 +227,8 @@ class SqliteMailbox:
             await self._writes.do(lambda db: db.execute(PROBE, (PROBE_BYTES,)))
             await self._writes.do(lambda db: db.execute("DELETE FROM probe"))
             self._guard.recovered()
-        await self._reads.do(lambda db: _head(db, ""))
+        if missing := self._guard.objects - await self._reads.do(objects):
+            raise MailboxError(f"the mailbox's SQLite file has lost {', '.join(sorted(missing))}")
 
     async def close(self) -> None:
         """See the port."""
@@ -391,10 +393,11 @@ class _Old(NamedTuple):
 
     def find(self, db: sqlite3.Connection, now_ms: int) -> list[Poke]:
         rows = db.execute(
-            "SELECT recipient, version FROM outbox WHERE since_ms <= ? OR since_ms > ? LIMIT ?",
+            "SELECT recipient, version, CAST(recipient AS BLOB) FROM outbox"
+            " WHERE since_ms <= ? OR since_ms > ? LIMIT ?",
             (now_ms - int(self.older_than_s * 1000), now_ms, self.limit),
         )
-        return [Poke(*row) for row in rows]
+        return [Poke(_name(recipient, raw), version) for recipient, version, raw in rows]
 
     def claim(self, db: sqlite3.Connection, now_ms: int) -> list[Poke]:
         pokes = self.find(db, now_ms)
@@ -405,8 +408,16 @@ class _Old(NamedTuple):
         return pokes
 
 
+def _name(recipient: Any, raw: bytes) -> Any:
+    """An outbox entry's recipient: what another program wrote that is no UTF-8 stays bytes."""
+    return recipient if isinstance(recipient, str) and recipient.encode() == raw else raw
+
+
 def _confirm_outbox(db: sqlite3.Connection, pokes: Sequence[Poke], now_ms: int) -> None:
     confirmed = [(poke.recipient, poke.version) for poke in pokes if poke.version is not None]
+    for recipient, _ in confirmed:
+        if isinstance(recipient, bytes):
+            db.execute("DELETE FROM outbox WHERE CAST(recipient AS BLOB) = ?", (recipient,))
     statement = "DELETE FROM outbox WHERE recipient = ? AND version <= ?"
     if db.executemany(statement, confirmed).rowcount < len(confirmed):  # some have a newer version
         db.executemany(

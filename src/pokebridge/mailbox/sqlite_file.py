@@ -156,7 +156,7 @@ def _open(path: Path, now_s: float) -> tuple[list[sqlite3.Connection], FileGuard
         for connection in connections:
             connection.execute("SELECT 1 FROM heads").fetchone()  # opens SQLite's log as well
         _close_to_others(path.resolve())
-        guard = FileGuard(path, side_file)
+        guard = FileGuard(path, side_file, objects(connections[0]))
         on_error.pop_all()
         return connections, guard
 
@@ -203,11 +203,17 @@ def _connect(path: Path) -> sqlite3.Connection:
     db = sqlite3.connect(
         path, timeout=LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False
     )
+    db.text_factory = _decode
     db.execute("PRAGMA synchronous = FULL")  # a commit is flushed to the disk
     db.execute(f"PRAGMA cache_size = -{CACHE_SIZE_BYTES // 1024}")
     db.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
     db.execute(f"PRAGMA journal_size_limit = {WAL_SIZE_BYTES}")
     return db
+
+
+def _decode(text: bytes) -> str:
+    """So that a row which another program has damaged is no error for all that are read with it."""
+    return text.decode(errors="replace")
 
 
 def _bring_up_to_date(
@@ -255,6 +261,11 @@ def _migrate(db: sqlite3.Connection, done: int) -> None:
         for statement in statements:
             db.execute(statement)
     db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+
+
+def objects(db: sqlite3.Connection) -> frozenset[str]:
+    """The names of the tables, indices and triggers."""
+    return frozenset(name for (name,) in db.execute("SELECT name FROM sqlite_master"))
 
 
 def pragma(db: sqlite3.Connection, name: str) -> int:

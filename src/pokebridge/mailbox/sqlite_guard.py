@@ -43,6 +43,7 @@ class FileGuard:
     holds for a file that was cut or damaged, or that an older copy was written over.
 
     - ``trouble``: why the last write failed, until one is proven to work; ``None`` when well
+    - ``objects``: the names of the tables, indices and triggers, as they were opened
     - ``_identities``: device and inode by path, as they were opened
     - ``_real``: the file that a link leads to
     - ``_seen``: its size and the time of its last change (ns), at the last look
@@ -51,8 +52,9 @@ class FileGuard:
     - ``_is_recorded``: whether the side file could be written
     """
 
-    def __init__(self, path: Path, side_file: SideFile) -> None:
+    def __init__(self, path: Path, side_file: SideFile, objects: frozenset[str]) -> None:
         self.trouble: str | None = None
+        self.objects = objects
         self._path = path
         self._side_file = side_file
         real = path.resolve()
