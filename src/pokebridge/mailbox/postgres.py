@@ -13,7 +13,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from pokebridge.engines.postgres import Connection
 from pokebridge.engines.urls import check_engine_url, unsplit
-from pokebridge.errors import ConfigError, InputError, MailboxError
+from pokebridge.errors import ConfigError, InputError
 from pokebridge.mailbox.base import (
     ACKS_BATCH,
     FORGET_BATCH,
@@ -28,10 +28,9 @@ from pokebridge.mailbox.base import (
     page_of,
 )
 from pokebridge.mailbox.batcher import Batcher
-from pokebridge.mailbox.postgres_migration import MIGRATION_TIMEOUT_S, is_up_to_date, migrate
+from pokebridge.mailbox.postgres_migration import MIGRATION_TIMEOUT_S, check, is_up_to_date, migrate
 from pokebridge.mailbox.postgres_pool import PostgresPool, Record
 from pokebridge.mailbox.postgres_pushes import PostgresPushes
-from pokebridge.mailbox.postgres_schema import CHECK, TOUCH
 from pokebridge.mailbox.pushes import PushTiming
 from pokebridge.model import MAX_VERSION, Ack, Message, NewMessage, Page, Poke, Receipt
 
@@ -339,20 +338,6 @@ class PostgresMailbox:
 
     async def check(self) -> None:
         """See the port."""
-
-        async def check(connection: Connection) -> None:
-            (row,) = await connection.fetch(CHECK)
-            is_read_only, has_policies, has_tables, has_functions = row
-            if is_read_only:
-                raise MailboxError("PostgreSQL: it is read-only, as a standby is")
-            if has_policies:
-                raise MailboxError("PostgreSQL: row-level security applies to this role")
-            if not has_tables:
-                raise MailboxError("PostgreSQL: tables, or privileges on them, are missing")
-            if not has_functions:
-                raise MailboxError("PostgreSQL: functions, or privileges on them, are missing")
-            await connection.execute(TOUCH)
-
         await self._pool.run(check)
 
     async def close(self) -> None:

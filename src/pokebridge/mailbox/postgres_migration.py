@@ -1,4 +1,4 @@
-"""Brings the schema of a PostgreSQL mailbox up to date.
+"""Brings the schema of a PostgreSQL mailbox up to date, and checks that it is whole.
 
 The migrations are counted in two tables. ``migrations`` are those that earlier releases can't work
 with. They can work with the ``additions``.
@@ -7,9 +7,9 @@ with. They can work with the ``additions``.
 from typing import Final
 
 from pokebridge.engines.postgres import Connection
-from pokebridge.errors import ConfigError
+from pokebridge.errors import ConfigError, MailboxError
 from pokebridge.mailbox.postgres_additions import ADDITIONS
-from pokebridge.mailbox.postgres_schema import MIGRATION_LOCK, MIGRATIONS
+from pokebridge.mailbox.postgres_schema import CHECK, MIGRATION_LOCK, MIGRATIONS, TOUCH
 
 MIGRATION_TIMEOUT_S: Final = 600.0
 # From the catalogues, since to_regclass() may not see yet what another session has just created.
@@ -70,3 +70,22 @@ async def _count_done(connection: Connection, schema: str, table: str) -> int:
     newest = f"SELECT coalesce(max(version), 0) FROM {schema}.{table}"  # noqa: S608 - ours
     done: int = await connection.fetchval(newest)
     return done
+
+
+async def check(connection: Connection) -> None:
+    """Return when the schema is whole, and everything in it can be seen and written.
+
+    Raises:
+        MailboxError: it is not.
+    """
+    (row,) = await connection.fetch(CHECK)
+    is_read_only, has_policies, has_tables, has_functions = row
+    if is_read_only:
+        raise MailboxError("PostgreSQL: it is read-only, as a standby is")
+    if has_policies:
+        raise MailboxError("PostgreSQL: row-level security applies to this role")
+    if not has_tables:
+        raise MailboxError("PostgreSQL: tables, or privileges on them, are missing")
+    if not has_functions:
+        raise MailboxError("PostgreSQL: functions, or privileges on them, are missing")
+    await connection.execute(TOUCH)
