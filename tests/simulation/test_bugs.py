@@ -405,6 +405,19 @@ PLANTS: list[tuple[Plant, str]] = [
 ]
 """Each bug, and the invariant that it breaks."""
 
+FIRST = {
+    "overflow_forgotten": 18,
+    "gap_forgotten_at_retiring": 54,
+    "no_verification": 79,
+    "no_sweep": 25,
+    "deaf_to_some_shards_is_well": 53,
+    "forged_versions_believed": 31,
+    "invalid_entry_blocks_the_sweep": 45,
+    "gap_forgets_disconnects": 27,
+    "young_generation_deletes": 9,
+}
+"""Which seed to try first. It saves time: from another seed on all are tried as well."""
+
 
 @pytest.mark.parametrize(("plant", "breaks"), PLANTS, ids=[each.__name__ for each, _ in PLANTS])
 def test_a_planted_bug_is_caught(
@@ -412,7 +425,8 @@ def test_a_planted_bug_is_caught(
 ) -> None:
     """Some of the seeds that pass with the real code fail with the bug, for the right reason."""
     plant(monkeypatch)
-    for seed in range(SEEDS):
+    first = FIRST.get(plant.__name__, 0)
+    for seed in (*range(first, SEEDS), *range(first)):
         violation = simulate(seed).violation
         if violation is not None:
             assert violation.invariant == breaks, violation
