@@ -79,6 +79,26 @@ async def test_both_ways(page: Page) -> None:
         await expect_steps(trace, STEPS)
 
 
+async def test_the_room(page: Page) -> None:
+    """What is sent to the room is shown to both who joined, over the socket that they have."""
+    for user in (alice(page), bob(page)):
+        await user.get_by_label("in the room").check()
+        await expect(user.locator(".room-state")).to_have_text("connected")
+    await alice(page).get_by_role("textbox", name="message to").fill("hello, all")
+    await alice(page).get_by_role("button", name="To the room").click()
+    for user in (alice(page), bob(page)):
+        await expect(user.locator(".message .body")).to_have_text("hello, all")
+        await expect(user.locator(".message .note")).to_have_text(re.compile("alice · .* · room"))
+    await bob(page).get_by_label("in the room").uncheck()
+    await expect(bob(page).get_by_role("button", name="To the room")).to_be_hidden()
+    await alice(page).get_by_role("textbox", name="message to").fill("bob is out")
+    await alice(page).get_by_role("button", name="To the room").click()
+    await expect(alice(page).locator(".message .body")).to_have_text(["hello, all", "bob is out"])
+    await send(alice(page), "to you alone")
+    await expect(bob(page).locator(".message .body")).to_have_text(["hello, all", "to you alone"])
+    await expect(page.locator(".trace")).to_have_count(1)
+
+
 async def test_poke_only(page: Page) -> None:
     """A bare poke makes the other one pull, and the pull finds nothing new."""
     await alice(page).get_by_role("button", name="Poke only").click()

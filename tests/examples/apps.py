@@ -17,7 +17,8 @@ def run_app(example: str, bridge: Instance, directory: Path) -> Iterator[Daemon]
     port = free_port()
     app_dir = str(EXAMPLES / example)
     command = [sys.executable, "-m", "uvicorn", "--app-dir", app_dir, "app:app"]
-    env = os.environ | {"BRIDGE_URL": bridge.url, "NOTES_DB": str(directory / "notes.db")}
+    databases = {f"{name}_DB": str(directory / f"{name}.db") for name in ("NOTES", "DOCUMENTS")}
+    env = os.environ | databases | {"BRIDGE_URL": bridge.url}
     app = Daemon(
         f"{example}-app",
         [*command, "--port", str(port)],

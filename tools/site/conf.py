@@ -28,6 +28,7 @@ NAVIGATION = {
         "examples/react/README",
         "examples/node-worker/README",
         "examples/own-table/README",
+        "examples/document/README",
         "examples/replicache/README",
         "examples/fcm/README",
         "examples/three-instances/README",

@@ -4,6 +4,7 @@ import { Api, devToken, home, reach, whyStopped } from "../shared/api.js";
 import { connect } from "../vendor/pokebridge-client/index.js";
 import { pickDevice } from "./device.js";
 import { Flow } from "./flow.js";
+import { ROOM, Room } from "./room.js";
 import { Trace, TraceList, formatMs } from "./trace.js";
 
 const TOKEN_TTL_S = 3600;
@@ -69,6 +70,7 @@ const isPull = (url, { method }) => method === "GET" && new URL(url).pathname.en
  * One of the two users: a client of the bridge, and what is shown of it.
  *
  * - `#client`, `#api`: the connection, and calls beside it
+ * - `#room`: the place in the room, which the same connection carries
  * - `#version`: up to which messages were pulled
  * - `#cause`: what the next pull answers: {kind: "ready" | "poke", at}, or null
  * - `#pull`: the latest pull: {cause, startedAt, status, hadMessages}
@@ -82,6 +84,7 @@ class User {
   #subject = "";
   #client = null;
   #api = null;
+  #room;
   #version = 0;
   #cause = null;
   #pull = null;
@@ -105,6 +108,9 @@ class User {
       this.#send();
     });
     this.#find(".poke-only").addEventListener("click", () => this.#pokeOnly());
+    this.#room = new Room(root, (message) => this.#showFromRoom(message));
+    this.#find(".join").addEventListener("change", () => this.#enterRoom());
+    this.#find(".to-room").addEventListener("click", () => this.#sendToRoom());
     if (!hasMailbox) this.#find(".poke-only").textContent = "Poke";
   }
 
@@ -165,6 +171,11 @@ class User {
     listen("error", (error) => this.#log(`failed: ${error.message}`));
     listen("state", () => this.#showState());
     this.#showState();
+    this.#enterRoom();
+  }
+
+  #enterRoom() {
+    this.#room.enter(this.#client, `${this.#cursorKey} ${ROOM}`);
   }
 
   /** The other user's name has changed. */
@@ -236,6 +247,25 @@ class User {
     }
   }
 
+  /** What is sent to the room comes back from it, to everybody who has joined. */
+  async #sendToRoom() {
+    const input = this.#find(".text");
+    const text = input.value;
+    if (!text) return;
+    input.value = "";
+    const steps = { from: this.name, to: "the room" };
+    flow.show("send", steps, `${this.name} sends a message to the room.`);
+    try {
+      const message = { recipient: ROOM, body: { text }, id: randomId(), ttl_s: MESSAGE_TTL_S };
+      const { version } = await this.#api.call("POST", "/v1/messages", message);
+      flow.show("commit", steps, `The room's mailbox has committed it as version ${version}.`);
+      this.#fail("");
+    } catch (error) {
+      if (!input.value) input.value = text;
+      this.#fail(`Not sent: ${error.message}`);
+    }
+  }
+
   async #pokeOnly() {
     const trace = this.#begin("poke");
     this.other.#barePokes.push(trace);
@@ -275,7 +305,7 @@ class User {
 
   /** The client's `fetch`: the same, and it notes what is shown of a request. */
   async #fetch(url, options) {
-    const pull = isPull(url, options) ? this.#pull : null;
+    const pull = isPull(url, options) && !this.#room.asked(options) ? this.#pull : null;
     if (pull) pull.startedAt = performance.now();
     const response = await fetch(url, options);
     if (pull) pull.status = response.status;
@@ -320,7 +350,7 @@ class User {
       this.#cause = { kind: "ready", at };
       this.#showPlace(frame);
     }
-    if (frame.type === "poke") {
+    if (frame.type === "poke" && frame.recipient === undefined) {
       const news = frame.version === undefined || frame.version > this.#version;
       if (news) this.#cause = { kind: "poke", at };
       this.#onPoke({ version: frame.version, at, news });
@@ -399,6 +429,15 @@ class User {
     }
     flow.show("pull", trace, `${this.name} pulls what is new.`);
     return { trace, note };
+  }
+
+  #showFromRoom({ version, sender, body, sent_at: sentAt }) {
+    const from = nameOf(sender);
+    const note = `${from} · ${clock.format(new Date(sentAt))} · room, version ${version}`;
+    const isOwn = sender === this.#subject;
+    this.#addMessage(isOwn ? "own" : "theirs", textOf(body), note);
+    if (isOwn) return;
+    flow.show("pull", { from, to: this.name }, `${this.name} pulls what is new in the room.`);
   }
 
   // --- what is shown -------------------------------------------------------------------------
