@@ -1,7 +1,11 @@
 """Brings the fixtures of ``tests.support``, and the servers' logs into the report of a failure."""
 
+import os
 import signal
 from collections.abc import Generator
+
+# Before grpc is imported by anybody: else it writes to the standard error of what is tested here.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 import pytest
 from hypothesis import settings

@@ -12,6 +12,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+# Else grpc writes lines of its own among our log lines. It reads this when it is imported.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
 import google.auth
 import google.auth.exceptions
 import grpc
