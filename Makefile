@@ -68,7 +68,7 @@ test-workers: setup test-deps  ## run some tests of real instances once more, wi
 # What the suite needs beside Python, as PROGRAM or PROGRAM:PACKAGE. Where something can't be had the tests say so: they
 # skip, and in CI they fail.
 # Debian starts a server that it installs, unless policy-rc.d says 101 (invoke-rc.d(8)); the tests start their own.
-NEEDS := chromium nginx haproxy pgbouncer redis-cli:redis-tools promtool:prometheus
+NEEDS := chromium curl nginx haproxy pgbouncer redis-cli:redis-tools promtool:prometheus
 test-long: NEEDS += firefox-esr WebKitWebDriver:webkit2gtk-driver Xvfb:xvfb
 test-deps: $(HELM)
 	@missing=; for need in $(NEEDS); do \

@@ -1,12 +1,15 @@
 """Clients that others wrote, against a real instance."""
 
 import asyncio
+import contextlib
 import json
 from asyncio.subprocess import PIPE
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import pytest
+import websocket
 import websockets
 
 from tests.support.missing import missing, require
@@ -66,6 +69,45 @@ async def test_aiohttp(serve: Serve) -> None:
         message = await socket.receive()
         assert message.type is aiohttp.WSMsgType.CLOSE
         assert message.data == 1003
+
+
+async def test_websocket_client(serve: Serve) -> None:
+    """`websocket-client` sends the Origin of its URL, which no setting has to allow."""
+    instance = await asyncio.to_thread(serve, dev=False, mailbox="memory://")
+
+    def listen() -> None:
+        opened = websocket.create_connection(
+            instance.ws_url, TIMEOUT_S, header=instance.headers(BOB)
+        )
+        with contextlib.closing(opened) as socket:
+            assert json.loads(socket.recv())["type"] == "ready"
+            asyncio.run(poke_bob(instance))
+            assert json.loads(socket.recv()) == {"type": "poke"}
+
+    await asyncio.to_thread(listen)
+
+
+@pytest.mark.parametrize("framing", ["Expect: 100-continue", "Transfer-Encoding: chunked"])
+async def test_curl_offers_http_2(serve: Serve, framing: str) -> None:
+    """`curl --http2` asks for an upgrade to h2c, and is served over HTTP/1.1, body and all."""
+    curl = require("curl")
+    instance = await asyncio.to_thread(serve, mailbox="memory://")
+    token = instance.token(BOB, "send")
+    message = json.dumps({"recipient": BOB, "body": "\u00e9" * 5_000})
+    process = await asyncio.create_subprocess_exec(
+        *(curl, "--http2", "--silent", "--noproxy", "*", "--max-time", str(TIMEOUT_S)),
+        *("--write-out", "%{http_version} %{http_code}", "--output", "/dev/null"),
+        *("--header", f"Authorization: Bearer {token}", "--header", framing),
+        *("--header", "Content-Type: application/json", "--data-binary", "@-"),
+        f"{instance.url}/v1/messages",
+        stdin=PIPE,
+        stdout=PIPE,
+    )
+    said, _ = await process.communicate(message.encode())
+    assert said == b"1.1 202"
+    async with instance.async_http(BOB) as http:
+        (sent,) = (await http.get("/v1/messages")).json()["messages"]
+        assert sent["body"] == "\u00e9" * 5_000
 
 
 async def test_node_ws(serve: Serve) -> None:

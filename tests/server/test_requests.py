@@ -1,7 +1,9 @@
 """HTTP requests that no library sends, at a running instance."""
 
 import asyncio
+import contextlib
 import json
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -15,6 +17,7 @@ UPGRADE = (
     "Host: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
     "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
 )
+CHUNKED = b"GET /healthz HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
 @asynccontextmanager
@@ -88,10 +91,35 @@ async def test_chunked_requests_are_limited(serve: Serve, begin: bytes, drip: by
     """All that a chunked request has beside its body counts against the limit of a head."""
     instance = await asyncio.to_thread(serve, mailbox="memory://")
     async with dialed(instance) as client:
-        client.send_raw(b"GET /healthz HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
-        client.send_raw(begin)
+        client.send_raw(CHUNKED + begin)
         for size in (15_000, 5_000):  # in pieces, of which the last one is past the limit
             client.send_raw(drip * (size // len(drip)))
             await asyncio.sleep(0)
         async with asyncio.timeout(TIMEOUT_S):
             assert b"HTTP/1.1 431 " in await client.reader.read()
+
+
+async def test_trailers_without_end_take_no_memory(serve: Serve) -> None:
+    """Of 32 MB the kernels take some, the instance keeps none, and the answer is 431."""
+    instance = await asyncio.to_thread(serve, mailbox="memory://")
+    end = 32 * 2**20
+
+    def flood() -> tuple[int, bytes]:
+        sent_bytes, said = 0, b""
+        with socket.create_connection(("127.0.0.1", instance.port), TIMEOUT_S) as stranger:
+            stranger.sendall(CHUNKED + b"0\r\n")
+            with contextlib.suppress(ConnectionError):
+                while sent_bytes < end:
+                    sent_bytes += stranger.send(b"X-A: %s\r\n" % (b"b" * 1000))
+            with contextlib.suppress(ConnectionError):
+                while piece := stranger.recv(65536):
+                    said += piece
+        return sent_bytes, said
+
+    await asyncio.to_thread(flood)  # buffers, and what is imported late
+    before_bytes = instance.rss_bytes()
+    for _ in range(3):
+        sent_bytes, said = await asyncio.to_thread(flood)
+        assert b"HTTP/1.1 431 " in said
+        assert sent_bytes < end / 2
+    assert instance.rss_bytes() - before_bytes < 4 * 2**20
