@@ -211,6 +211,8 @@ def test_a_value_is_brought_into_its_normal_form(name: str, value: str, meant: A
         ("handshakes_per_s", 10**400, "less than"),
         ("max_session_s", 10**400, "less than"),
         ("path_prefix", "/bridge/..", "path like"),
+        ("path_prefix", "/v1", "own paths"),
+        ("path_prefix", "/docs/bridge/", "own paths"),
         ("max_sessions_per_recipient", 0, "1"),
         ("ping_interval_s", 0, "greater than 0"),
         ("ping_interval_s", "nan", "finite"),

@@ -29,6 +29,9 @@ _ADVERTISED = re.compile(
     rf"wss?://(?P<host>{_HOST_NAME}|\[[0-9a-f:.]+\])(?::(?P<port>\d{{1,5}}))?(?:{PREFIX.pattern})?/*",
     re.IGNORECASE,
 )
+# Where own paths begin that have more parts. With such a prefix one could not tell whether a proxy
+# has removed it.
+_OWN_PARTS = (["v1"], ["docs"], ["assets"])
 # The widest networks that are not taken for a mistake.
 _WIDEST_PROXIES = {4: 8, 6: 16}
 
@@ -155,6 +158,8 @@ def _check_path_prefix(prefix: str) -> str:
     prefix = prefix.rstrip("/")
     if prefix and PREFIX.fullmatch(prefix) is None:
         raise ValueError("must be a path like /bridge: letters, digits, and . _ ~ -")
+    if prefix.split("/")[1:2] in _OWN_PARTS:
+        raise ValueError("must not begin like the instance's own paths: /v1, /docs or /assets")
     return prefix
 
 

@@ -5,7 +5,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from pokebridge.client import PokeClient, Policy, ReceivedMessage, pulling
+from pokebridge.client import PokeClient, Policy, ReceivedMessage, polling, pulling
 from pokebridge.client.events import AnyAction, AnyEvent, FetchToken, PullFailed, Stop
 from pokebridge.errors import ForbiddenError
 from tests.client.between import DRIPS, STRANGERS, Between, FirstProtocolOnly, problem
@@ -118,6 +118,21 @@ async def test_an_answer_without_end_is_given_up(
     world.between.answers[PULL] = [[head, *[b" " * 2000] * 1000]]
     async with world.client():
         await wait_until(lambda: world.bridge.acks == [1, 1])
+
+
+async def test_a_poll_without_end_is_given_up(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call for pokes is given up when its answer is longer than any, whatever its status."""
+    monkeypatch.setattr(polling, "MAX_ANSWER_BYTES", 100_000)
+    url = world.between.url.replace("http", "ws") + CONNECT
+    poller = polling.Poller(world.between.url, None)
+    for status in (b"200 OK", b"503 Service Unavailable"):
+        head = b"HTTP/1.1 %s\r\n\r\n" % status
+        world.between.answers[polling.POKES_PATH] = [[head, *[b" " * 20_000] * 1000]]
+        with pytest.raises(polling.PollEndedError, match="more than 100000 bytes"):
+            await poller.open(url, {}, "token")
+    await poller.close()
 
 
 @pytest.mark.parametrize("drip", ["status line", "header fields", "body", "chunk sizes"])

@@ -26,6 +26,8 @@ LEAST_WAIT_S = 3.0
 # Of the time after which something cut a call, the share that the next calls wait.
 _SHARE = 0.7
 KEEPALIVE_S = 3.0
+# The pokes of all recipients that a session may listen to take less.
+MAX_ANSWER_BYTES = 8 * 1024 * 1024
 # Shows the core that the bridge is there although it has nothing to say.
 NOTHING_NEW = '{"type":"pong"}'
 
@@ -138,9 +140,9 @@ class PolledSocket:
 
     async def _call(self, token: str, wait_s: float) -> _Answer:
         query = {**self._query, "wait_s": f"{wait_s:g}"}
-        response = await self._request("GET", self._url, token, HTTPStatus.OK, query)
+        body = await self._request("GET", self._url, token, HTTPStatus.OK, query)
         try:
-            return _decode(response.content)
+            return _decode(body)
         except (ValueError, RecursionError) as error:
             reason = f"{self._url} does not answer as an instance of pokebridge: {error}"
             raise PollEndedError(Closed(ABNORMAL_CLOSURE, reason)) from None
@@ -154,17 +156,29 @@ class PolledSocket:
         query: dict[str, str],
         *,
         json: object = None,
-    ) -> httpx.Response:
+    ) -> bytes:
+        """The body of the answer. The core limits the time, which a dripping answer uses up."""
         headers = {"Authorization": f"Bearer {token}"}
         try:
-            response = await self._poller.http.request(
+            async with self._poller.http.stream(
                 method, url, params=query, headers=headers, json=json
-            )
+            ) as response:
+                body = await _read(url, response)
         except httpx.HTTPError as error:
             raise PollEndedError(Closed(ABNORMAL_CLOSURE, repr(error))) from error
         if response.status_code != expected:
-            raise PollEndedError(_refused(url, response))
-        return response
+            raise PollEndedError(_refused(url, response, body))
+        return body
+
+
+async def _read(url: str, response: httpx.Response) -> bytes:
+    body = bytearray()
+    async for piece in response.aiter_bytes():
+        body += piece
+        if len(body) > MAX_ANSWER_BYTES:
+            reason = f"{url} answered more than {MAX_ANSWER_BYTES} bytes"
+            raise PollEndedError(Closed(ABNORMAL_CLOSURE, reason))
+    return bytes(body)
 
 
 def _http_url(url: str) -> str:
@@ -173,13 +187,13 @@ def _http_url(url: str) -> str:
     return f"http{base.removeprefix('ws')}{POKES_PATH}"
 
 
-def _refused(url: str, response: httpx.Response) -> Refused | Closed:
+def _refused(url: str, response: httpx.Response, body: bytes) -> Refused | Closed:
     return refusal(
         url,
         response.status_code,
         response.headers.get("Content-Type"),
         response.headers.get("Retry-After"),
-        response.content,
+        body,
     )
 
 
