@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 
+import msgspec
 import pytest
 
 from pokebridge.client import PokeClient, ReceivedMessage, core
@@ -167,6 +168,30 @@ async def test_a_token_is_renewed_before_it_expires(monkeypatch: pytest.MonkeyPa
             await wait_until(lambda: fetched == 3)
             await hears(world, doc, "with the new token")
             assert world.server.gateway.sessions.find(DOC) == (heard,)
+
+
+async def test_a_wake_concerns_all_of_it() -> None:
+    """Whatever waits out a delay is tried at once, also what the client listens to."""
+    async with serving(timing=LISTENS) as world:
+        fetched = 0
+
+        async def get_token() -> str:
+            nonlocal fetched
+            fetched += 1
+            if fetched == 1:
+                raise ConnectionError("no network")
+            return token(DOC)
+
+        patient = msgspec.structs.replace(QUICK, base_s=1e9, cap_s=1e9)
+        url = f"http://127.0.0.1:{world.server.port}"
+        async with PokeClient(url, token(BOB), Inbox(), policy=patient) as client:
+            listening = client.listen(DOC, get_token, Inbox())
+
+            def is_connected_after_a_wake() -> bool:
+                client.wake()
+                return listening.connected
+
+            await wait_until(is_connected_after_a_wake)
 
 
 async def test_what_stops_the_client_stops_all_of_it() -> None:

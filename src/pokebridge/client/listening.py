@@ -6,7 +6,7 @@ or one of its own where the instance carries no further recipient.
 
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from pokebridge.client.events import (
     Abandon,
@@ -104,18 +104,37 @@ class ListeningShell(Shell):
         self._feed(TryFailed(reason="the client's socket carries this recipient"))
 
 
+class Part(Protocol):
+    """What listens to one recipient, and may use a part of the client's socket."""
+
+    def attach(self) -> None:
+        """The client has a new socket: use it, unless this has one of its own."""
+
+    def hear(self, event: Text | Closed) -> None:
+        """Something came for this recipient over the client's socket, or that is gone."""
+
+    def wake(self) -> None:
+        """Retry at once instead of after a delay."""
+
+    def stop(self, code: int) -> None:
+        """The client was stopped for good."""
+
+    async def close(self) -> None:
+        """Stop."""
+
+
 class SharedSocket:
     """A client's socket, as far as it carries what the client listens to.
 
     - ``say``: sends a message over the socket, if there is one
     - ``_listens``: what the socket carries
-    - ``_shells``: by recipient, all that the client listens to
+    - ``_parts``: by recipient, all that the client listens to
     """
 
     def __init__(self, say: Callable[[dict[str, Any]], None]) -> None:
         self.say = say
         self._listens = Listens()
-        self._shells: dict[str, ListeningShell] = {}
+        self._parts: dict[str, Part] = {}
 
     def listen(self, setup: Setup, recipient: str) -> "Listening":
         """Begin to listen to ``recipient``.
@@ -123,16 +142,25 @@ class SharedSocket:
         Raises:
             ValueError: it is listened to already.
         """
-        if recipient in self._shells:
-            raise ValueError(f"this client listens to {recipient} already: close that first")
-        shell = self._shells[recipient] = ListeningShell(setup, recipient, self)
+        shell = ListeningShell(setup, recipient, self)
+        self.enter(recipient, shell)
         shell.begin()
         return Listening(shell)
 
+    def enter(self, recipient: str, part: Part) -> None:
+        """Have ``part`` use the socket for ``recipient``, until ``forget``.
+
+        Raises:
+            ValueError: another one does.
+        """
+        if recipient in self._parts:
+            raise ValueError(f"this client listens to {recipient} already: close that first")
+        self._parts[recipient] = part
+
     async def close(self) -> None:
         """End all of it."""
-        for shell in list(self._shells.values()):
-            await shell.close()
+        for part in list(self._parts.values()):
+            await part.close()
 
     # --- what happens to the socket ---------------------------------------------------------------
 
@@ -146,8 +174,8 @@ class SharedSocket:
     def ready(self, text: str) -> None:
         """There is a new socket, whose first frame is ``text``."""
         self._give(self._listens.ready(text))
-        for shell in list(self._shells.values()):
-            shell.attach()
+        for part in list(self._parts.values()):
+            part.attach()
 
     def lose(self) -> None:
         """The socket is gone."""
@@ -159,13 +187,18 @@ class SharedSocket:
 
     def stop(self, code: int) -> None:
         """The bridge has stopped the client for good."""
-        for shell in self._shells.values():
-            shell.stop(code)
+        for part in self._parts.values():
+            part.stop(code)
+
+    def wake(self) -> None:
+        """The network is back, or the machine woke up."""
+        for part in list(self._parts.values()):
+            part.wake()
 
     def _give(self, given: Sequence[Given]) -> None:
         for recipient, event in given:
-            if (shell := self._shells.get(recipient)) is not None:
-                shell.hear(event)
+            if (part := self._parts.get(recipient)) is not None:
+                part.hear(event)
 
     # --- called by what listens -------------------------------------------------------------------
 
@@ -186,7 +219,7 @@ class SharedSocket:
     def forget(self, recipient: str) -> None:
         """Nobody listens to ``recipient`` any more."""
         self.drop(recipient)
-        self._shells.pop(recipient, None)
+        self._parts.pop(recipient, None)
 
 
 class Listening:

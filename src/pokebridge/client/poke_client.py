@@ -131,6 +131,11 @@ class PokeClient(Shell):
         await self._shared.close()
         await super().__aexit__(kind, error, traceback)
 
+    def wake(self) -> None:
+        """Retry at once instead of after a delay: the network is back, or the machine woke up."""
+        super().wake()
+        self._shared.wake()
+
     def _feed(self, event: AnyEvent) -> None:
         if isinstance(event, Text) and self._shared.hear(event.text):
             return

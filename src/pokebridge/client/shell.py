@@ -237,8 +237,9 @@ class Shell(Driver):
                 self._stopped.set_exception(error)
 
     def _feed(self, event: AnyEvent) -> None:
-        if self._leaving:
-            return  # from a handler that swallowed its cancellation
+        # Before the start, as by a `wake`; or from a handler that swallowed its cancellation.
+        if self._stopped is None or self._leaving:
+            return
         self._show(event)
         super()._feed(event)
 
