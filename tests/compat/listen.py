@@ -1,7 +1,8 @@
 """Runs clients of whichever ``pokebridge`` it finds, and prints a JSON line for each message.
 
 The argument is a JSON list of clients, each with the ``url``, ``token``, ``device`` and ``policy``
-to use. The first line that is printed says which ``pokebridge`` it is.
+to use. One of this release may ``listen``, with the token of each recipient. The first line that is
+printed says which ``pokebridge`` it is.
 """
 
 import asyncio
@@ -29,7 +30,7 @@ async def _main(clients: list[dict[str, Any]]) -> None:
                 for message in messages:
                     _tell({"device": device, "body": message.body})
 
-            await stack.enter_async_context(
+            its = await stack.enter_async_context(
                 PokeClient(
                     client["url"],
                     client["token"],
@@ -38,6 +39,8 @@ async def _main(clients: list[dict[str, Any]]) -> None:
                     policy=Policy(**client["policy"]),
                 )
             )
+            for recipient, token in client.get("listen", {}).items():
+                its.listen(recipient, token, show)
         await asyncio.Event().wait()
 
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tarfile
 from asyncio.subprocess import DEVNULL, PIPE
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +32,14 @@ NAMES = ("a", "b")
 SHARDS = 8
 RECIPIENTS = [f"urn:user:{number}" for number in range(4)]
 DEVICES = ("python-old", "python-new", "js-old", "js-new")
+DOC = "urn:doc:7"
+LISTENING = ("python-new", "js-new")
+"""The devices whose first client listens to DOC, too."""
+HEARD = [
+    *((device, recipient) for device in DEVICES for recipient in RECIPIENTS),
+    *((device, DOC) for device in LISTENING),
+]
+"""Every device, with each recipient whose messages it pulls."""
 # Reconnects soon, and never pulls without being told to: a message that comes was announced.
 POLICY = {"base_s": 0.05, "cap_s": 1.0, "poll_after_s": 600}
 SEND_EVERY_S = 0.05
@@ -100,13 +108,18 @@ class Cluster:
                 views.append((await http.get("/v1/cluster")).json())
         return views
 
-    async def agree(self, mode: str) -> None:
-        """Wait until both read the same map, hold what it gives them, and know all sessions."""
+    async def agree(self, mode: str, *, own_sockets: int | None = None) -> None:
+        """Wait until both read the same map, hold what it gives them, and know all sessions.
+
+        At an instance of 0.1.0 what is listened to has a socket of its own. ``None``: it depends on
+        where these clients are how many there are.
+        """
         views: list[Any] = []
+        more = range(len(LISTENING) + 1) if own_sockets is None else [own_sockets]
 
         async def do_agree() -> bool:
             views[:] = await self.views()
-            return all(self._is_whole(view, mode) for view in views) and same(views)
+            return all(self._is_whole(view, mode, more) for view in views) and same(views)
 
         def same(views: list[Any]) -> bool:
             return len({json.dumps([view["epoch"], owners_in(view)]) for view in views}) == 1
@@ -117,15 +130,16 @@ class Cluster:
             raise AssertionError(f"not both {mode}: {json.dumps(views, indent=1)}") from None
 
     @staticmethod
-    def _is_whole(view: Any, mode: str) -> bool:
+    def _is_whole(view: Any, mode: str, more: Collection[int]) -> bool:
         members = view["instances"]
+        sessions = sum(each["sessions"] for each in members)
         return (
             view["mode"] == mode
             and sorted(each["id"] for each in members) == list(NAMES)
             and all(each["state"] == "active" and each["settled"] for each in members)
             and all(each["epoch"] == view["epoch"] for each in members)
             and (mode == "fanout" or sorted(owners_in(view)) == list(range(SHARDS)))
-            and sum(each["sessions"] for each in members) == len(RECIPIENTS) * len(DEVICES)
+            and sessions - len(RECIPIENTS) * len(DEVICES) in more
         )
 
 
@@ -134,7 +148,9 @@ class Traffic:
     """What was sent to each recipient, and what each of the devices has pulled."""
 
     cluster: Cluster
-    sent: dict[str, list[str]] = field(default_factory=lambda: {each: [] for each in RECIPIENTS})
+    sent: dict[str, list[str]] = field(
+        default_factory=lambda: {each: [] for each in (*RECIPIENTS, DOC)}
+    )
     pulled: dict[tuple[str, str], list[str]] = field(default_factory=dict)
     """By device and recipient."""
 
@@ -142,7 +158,7 @@ class Traffic:
         """Send to each recipient in turn; each message names its recipient and its number."""
         number = 0
         while True:
-            for recipient in RECIPIENTS:
+            for recipient in (*RECIPIENTS, DOC):
                 number += 1
                 await self._send(recipient, f"{recipient} {number}")
                 await asyncio.sleep(SEND_EVERY_S)
@@ -164,14 +180,13 @@ class Traffic:
     async def everybody_pulls(self, more: int = 3) -> None:
         """Wait until all devices have pulled all messages, ``more`` that are sent now included."""
         expected = {each: len(bodies) + more for each, bodies in self.sent.items()}
-        pairs = [(device, each) for device in DEVICES for each in RECIPIENTS]
 
         def silent() -> dict[tuple[str, str], int]:
-            have = {pair: set(self.pulled.get(pair, [])) for pair in pairs}
-            want = {each: self.sent[each][: expected[each]] for each in RECIPIENTS}
+            have = {pair: set(self.pulled.get(pair, [])) for pair in HEARD}
+            want = {each: bodies[: expected[each]] for each, bodies in self.sent.items()}
             return {
                 pair: missing
-                for pair in pairs
+                for pair in HEARD
                 if (missing := expected[pair[1]] - len(have[pair].intersection(want[pair[1]])))
             }
 
@@ -196,11 +211,10 @@ class Traffic:
 
     async def introduce_devices(self) -> None:
         """Make all devices known: a message that all known devices have acked is deleted."""
-        for recipient in RECIPIENTS:
+        for device, recipient in HEARD:
             async with self.cluster.running["a"].async_http(recipient) as http:
-                for device in DEVICES:
-                    answer = await http.get("/v1/messages", params={"device": device})
-                    answer.raise_for_status()
+                answer = await http.get("/v1/messages", params={"device": device})
+                answer.raise_for_status()
 
     @asynccontextmanager
     async def device(
@@ -209,7 +223,7 @@ class Traffic:
         """Run the clients of ``device``: one a recipient, by turns at either instance."""
         turn = DEVICES.index(device)
         instances = [self.cluster.running[name] for name in NAMES]
-        clients = [
+        clients: list[dict[str, object]] = [
             {
                 "url": instances[(turn + number) % 2].url,
                 "token": instances[0].token(recipient),
@@ -218,6 +232,8 @@ class Traffic:
             }
             for number, recipient in enumerate(RECIPIENTS)
         ]
+        if device in LISTENING:
+            clients[0]["listen"] = {DOC: instances[0].token(DOC)}
         process = await asyncio.create_subprocess_exec(
             *command, json.dumps(clients), stdout=PIPE, stderr=DEVNULL, env=environ(python_path)
         )
@@ -286,7 +302,11 @@ async def test_there_and_back(
     tmp_path: Path,
     coordination: str,
 ) -> None:
-    """Old and new instances are one cluster in both modes, whoever leads; no client is silent."""
+    """Old and new instances are one cluster in both modes, whoever leads; no client is silent.
+
+    A new client that listens to more has a socket for each recipient at an old instance, and one
+    for all at a new one.
+    """
     settings = {
         "jwt_secret": JWT_SECRET,
         "transport": nats_server.url,
@@ -315,7 +335,7 @@ async def test_there_and_back(
         await traffic.everybody_pulls()
 
         await cluster.run("a", old=False)
-        await cluster.agree("partitioned")
+        await cluster.agree("partitioned", own_sockets=0)
         await traffic.everybody_pulls()
 
         await cluster.run("a", old=True)  # the new one leads
@@ -326,5 +346,5 @@ async def test_there_and_back(
         await traffic.everybody_pulls()
 
         await cluster.run("b", old=True)
-        await cluster.agree("fanout")
+        await cluster.agree("fanout", own_sockets=len(LISTENING))
         await traffic.everybody_pulls()

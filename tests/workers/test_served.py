@@ -1,11 +1,13 @@
 """`pokebridge serve --workers 2`: one instance on one port, whose workers may be killed."""
 
 import asyncio
+import json
 import os
 import random
 import re
 import signal
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from time import monotonic
 
@@ -13,6 +15,7 @@ import httpx
 import psutil
 import pytest
 import websockets
+from websockets.asyncio.client import ClientConnection
 
 from tests.cluster.clusters import run_command
 from tests.cluster.crowd import Act, Crowd
@@ -93,14 +96,16 @@ async def test_fifty_killed_workers(serve: Serve) -> None:
 
 
 async def test_one_port_one_instance(serve: Serve) -> None:
-    """Sockets are spread evenly; metrics and the cluster view show the sum, and each worker."""
+    """Sockets are spread evenly, may listen to a room, and are shown as a sum, and by worker."""
     instance = await asyncio.to_thread(serve, workers=2, mailbox="memory://", max_sessions=20)
+    sockets: list[ClientConnection] = []
     async with AsyncExitStack() as stack:
         for number in range(20):
             headers = instance.headers(f"urn:user:{number}")
             connect = websockets.connect(instance.ws_url, additional_headers=headers)
             socket = await stack.enter_async_context(connect)
             assert '"ready"' in str(await socket.recv())
+            sockets.append(socket)
         with pytest.raises(websockets.InvalidStatus, match="503"):
             await websockets.connect(instance.ws_url, additional_headers=headers)
 
@@ -116,7 +121,28 @@ async def test_one_port_one_instance(serve: Serve) -> None:
             assert metrics[f'pokebridge_worker_starts_total{{worker="{number}"}}'] == 1
         shown = await asyncio.to_thread(run_command, instance, "cluster", "status")
         assert f"20 ({each[0]:.0f}+{each[1]:.0f})" in shown.stdout
+        await _listen_to_a_room(instance, sockets)
     assert "worker=1" in instance.log()
+
+
+async def _listen_to_a_room(instance: Instance, sockets: Sequence[ClientConnection]) -> None:
+    """What is published once reaches whoever listens, on both workers, until it listens no more."""
+    room, told = "urn:group:1", {"type": "poke", "recipient": "urn:group:1"}
+    listen = {"type": "listen", "recipient": room, "token": instance.token(room)}
+    unlisten = {"type": "unlisten", "recipient": room}
+    for socket in sockets:
+        await socket.send(json.dumps(listen))
+    for socket in sockets:
+        assert json.loads(await socket.recv())["type"] == "listening"
+    async with instance.async_http("urn:backend", "poke") as http:
+        for hearing in (sockets, sockets[::2]):
+            (await http.post("/v1/pokes", json={"recipient": room})).raise_for_status()
+            for socket in hearing:
+                assert json.loads(await socket.recv()) == told
+            for socket in sockets[1::2]:
+                await socket.send(json.dumps(unlisten))
+                await socket.send(json.dumps({"type": "ping"}))
+                assert json.loads(await socket.recv()) == {"type": "pong"}
 
 
 async def test_many_senders_share_the_file_of_one_writer(serve: Serve) -> None:
