@@ -1,10 +1,16 @@
-"""A client: the real, pure :class:`ClientCore`, with a simulated socket, HTTP and token issuer."""
+"""A client: the real, pure :class:`ClientCore`, with simulated connections, HTTP and token issuer.
+
+It may listen to further recipients. Each of them has a core of its own, whose socket is a part of
+the client's as long as that carries it.
+"""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from pokebridge.client.core import ClientCore
 from pokebridge.client.driver import Driver
 from pokebridge.client.events import (
+    Abandon,
     AnyEvent,
     Closed,
     Connect,
@@ -16,18 +22,24 @@ from pokebridge.client.events import (
     Text,
     Token,
     TokenFailed,
+    Try,
+    TryFailed,
+    Upgraded,
     Wake,
 )
-from pokebridge.framing import Opcode
-from pokebridge.gateway.handshake import UpgradeRequest
+from pokebridge.client.frames import parse_frame
+from pokebridge.client.listening import SharedSocket
+from pokebridge.client.listens import SOCKET_LOST
+from pokebridge.client.transports import Transport
 from pokebridge.model import Page
+from simulation.connections import ABNORMAL, Connection, Polled, WebSocket
 from simulation.http import Answer
 from simulation.instance import SimInstance, Work, ask
 from simulation.invariants import Oracle
 from simulation.loop import VirtualLoop
 from simulation.network import Trouble
 from simulation.scene import Scene
-from simulation.sockets import Network, Wire, masked_frame, read_frame
+from simulation.sockets import Network, Wire
 from simulation.tokens import issue_token
 
 HOME_URL = "wss://home/v1/connect"
@@ -35,49 +47,59 @@ HOME_URL = "wss://home/v1/connect"
 PAGE_LIMIT = 5
 """Small, so that a client that was away pulls several pages."""
 TOKEN_LIFE_S = (45.0, 200.0)
-_ABNORMAL = 1006  # RFC 6455, section 7.4.1: no close frame came
 
 
-Route = Callable[[str, "SimClient"], SimInstance | None]
+Route = Callable[[str, "SimShell"], SimInstance | None]
 """Finds the instance that a client's connection to a URL gets to."""
 
 
-class SimClient(Driver):
-    """One device of a recipient."""
+class Machine(NamedTuple):
+    """Where a client runs, and what surrounds it.
 
-    def __init__(
-        self,
-        scene: Scene,
-        oracle: Oracle,
-        route: Route,
-        loop: VirtualLoop,
-        recipient: str,
-        device: str,
-    ) -> None:
-        self.core = ClientCore(HOME_URL)
-        super().__init__(self.core, scene.rng.random)
-        self._scene = scene
-        self._oracle = oracle
-        self._route = route
-        self.loop = loop
+    - ``loop``: its process, whose name is that of the device
+    - ``network``, ``trouble``: its network, and what is wrong with either
+    - ``transport``: by what it connects
+    - ``route``: finds the instance that a connection gets to
+    """
+
+    loop: VirtualLoop
+    network: Network
+    trouble: Trouble
+    transport: Transport
+    route: Route
+    scene: Scene
+    oracle: Oracle
+
+
+class SimShell(Driver):
+    """A core of one recipient, with all that carries out its actions.
+
+    - ``core``, ``recipient``, ``device``, ``token``: what it is
+    - ``machine``, ``loop``, ``network``, ``trouble``: where it runs
+    - ``pulls_from``: the instance that answers its running pull
+    - ``failing``: whether its last pull failed
+    - ``left``: whether it has left for good
+    - ``token_trouble``: whether the token issuer does not answer it
+    - ``_connection``: its socket, or what polls one
+    - ``_tried``: the WebSocket that it tries beside
+    """
+
+    def __init__(self, machine: Machine, recipient: str, cursor: int = 0) -> None:
+        self.core = ClientCore(HOME_URL, cursor=cursor, transport=machine.transport)
+        super().__init__(self.core, machine.scene.rng.random)
+        self.machine = machine
+        self.loop, self.network, self.trouble = machine.loop, machine.network, machine.trouble
+        self._scene, self._oracle, self._route = machine.scene, machine.oracle, machine.route
         self.recipient = recipient
-        self.device = device
-        self.rng = scene.rng
-        self.network = Network(scene.rng)
-        self.trouble = Trouble(scene.outside)
-        self.instance: SimInstance | None = None
-        """The instance that its socket is connected to."""
+        self.device = machine.loop.name
+        self.token = ""
+        self.rng = machine.scene.rng
         self.pulls_from: SimInstance | None = None
-        """The instance that answers its running pull."""
         self.failing = False
-        """Whether its last pull failed."""
         self.left = False
         self.token_trouble = False
-        self._token = ""
-        self._wire: Wire | None = None
-        self._unparsed = b""
-        self._is_open = False
-        self._close_code = _ABNORMAL
+        self._connection: Connection | None = None
+        self._tried: Connection | None = None
         self._pull_began_at = 0.0
 
     @property
@@ -87,8 +109,18 @@ class SimClient(Driver):
 
     @property
     def wire(self) -> Wire | None:
-        """Its connection, if it has one."""
-        return self._wire
+        """What carries its connection, if it has one of its own."""
+        return None if self._connection is None else self._connection.wire
+
+    @property
+    def instance(self) -> SimInstance | None:
+        """The instance that it is connected to."""
+        return None if self._connection is None else self._connection.instance
+
+    @property
+    def session(self) -> object:
+        """Another object for each session of it; ``None`` while it has none."""
+        return self._connection
 
     @property
     def ready(self) -> bool:
@@ -108,9 +140,9 @@ class SimClient(Driver):
         concerned = (self.trouble, self.pulls_from.trouble, self._scene.post.trouble)
         return max(trouble.over_at for trouble in concerned) >= self._pull_began_at
 
-    def start(self) -> None:
-        """Start the client."""
-        self.loop.deliver(0.0, self._feed, Start())
+    def begin(self) -> None:
+        """Start."""
+        self._feed(Start())
 
     def wake(self) -> None:
         """The machine woke up, or changed its network."""
@@ -121,13 +153,16 @@ class SimClient(Driver):
         self.left = True
         self._disconnect()
 
-    def lose_socket(self) -> None:
-        """The connection breaks, and both sides notice."""
-        wire = self._wire
-        if wire is not None:
-            wire.hang_up(rudely=True)
-            self._disconnect()
-            self.loop.deliver(0.0, self._feed, Closed(_ABNORMAL))
+    def lose_connection(self) -> None:
+        """The connections break, and both sides notice."""
+        tried = self._tried
+        if tried is not None:
+            tried.drop(rudely=True)
+            self.loop.deliver(0.0, self.ended, tried, ABNORMAL)
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.drop(rudely=True)
+            self.loop.deliver(0.0, self._feed, Closed(ABNORMAL))
 
     # --- between the core and the world -----------------------------------------------------------
 
@@ -146,17 +181,20 @@ class SimClient(Driver):
             self._feed(TokenFailed())
             return
         now = self._scene.outside.wall()
-        self._token = issue_token(self.recipient, now, self.rng.uniform(*TOKEN_LIFE_S))
+        self.token = issue_token(self.recipient, now, self.rng.uniform(*TOKEN_LIFE_S))
         self._feed(Token())
 
     def _ping(self) -> None:
-        self._say(b'{"type":"ping"}')
+        if self._connection is not None:
+            self._connection.say({"type": "ping"})
 
     def _authenticate(self) -> None:
-        self._say(b'{"type":"auth","token":"%b"}' % self._token.encode())
+        if self._connection is not None:
+            self._connection.say({"type": "auth", "token": self.token})
 
     def _ack(self, version: int) -> None:
-        self._say(b'{"type":"ack","version":%d}' % version)
+        if self._connection is not None:
+            self._connection.say({"type": "ack", "version": version})
 
     def _stop(self, code: int) -> None:
         self._scene.trace.note(self.name, f"told to stop: {code}")
@@ -166,86 +204,66 @@ class SimClient(Driver):
 
     def _connect(self, action: Connect) -> None:
         self._disconnect()
-        url, moved = action.url, action.moved
-        instance = self._route(url, self)
-        if instance is not None and instance.vanished:
-            return  # nobody answers: the core has a deadline
-        door = None if instance is None or not instance.listens else instance.door()
-        if door is None:
-            self.loop.deliver(self.network.latency_s(), self._refused_by_nobody)
-            return
-        server_loop, port = door
-        wire = self._wire = Wire(self.network, self, server_loop)
-        self.instance = instance
-        self._unparsed, self._is_open, self._close_code = b"", False, _ABNORMAL
-        query = f"device={self.device}" + ("&moved=1" if moved else "")
-        headers = [
-            (b"host", b"home"),
-            (b"upgrade", b"websocket"),
-            (b"connection", b"Upgrade"),
-            (b"sec-websocket-key", b"dGhlIHNhbXBsZSBub25jZQ=="),
-            (b"sec-websocket-version", b"13"),
-            (b"authorization", b"Bearer " + self._token.encode()),
-        ]
-        request = UpgradeRequest("GET", f"/v1/connect?{query}", headers, self.name)
-        wire.carry(server_loop, port.accept, wire, request)
+        connection: Connection
+        connection = Polled(self, self._on_unsent) if action.poll else WebSocket(self)
+        self._oracle.polled += action.poll
+        self._connection = connection
+        connection.open(self._route(action.url, self), moved=action.moved)
 
-    def _refused_by_nobody(self) -> None:
-        if self._wire is None:
-            self._feed(Closed(_ABNORMAL))
+    def _try(self, action: Try | Abandon) -> None:
+        tried, self._tried = self._tried, None
+        if tried is not None:
+            tried.drop()
+        if isinstance(action, Try):
+            self._tried = WebSocket(self)
+            self._tried.open(self._route(action.url, self), moved=False)
 
     def _disconnect(self) -> None:
-        wire, self._wire = self._wire, None
-        self.instance = None
-        if wire is not None:
-            wire.hang_up()
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.drop()
 
-    def _say(self, text: bytes) -> None:
-        if self._wire is not None:
-            self._wire.send(masked_frame(Opcode.TEXT, text))
+    def _on_unsent(self) -> None:
+        """A frame has not arrived, although frames are polled."""
 
-    def on_data(self, wire: Wire, data: bytes) -> None:
-        """Bytes from the instance."""
-        self._unparsed += data
-        while self._wire is wire and (self._is_open or self._has_opened()):
-            found = read_frame(self._unparsed)
-            if found is None:
-                return
-            frame, self._unparsed = found
-            if frame.opcode is Opcode.TEXT:
-                text = frame.payload.decode()
-                self._oracle.heard(self, text)
-                self._feed(Text(text))
-            elif frame.opcode is Opcode.PING:
-                wire.send(masked_frame(Opcode.PONG, frame.payload))
-            elif frame.opcode is Opcode.CLOSE:
-                self._close_code = int.from_bytes(frame.payload[:2], "big")
-                wire.send(masked_frame(Opcode.CLOSE, frame.payload[:2]))
-
-    def _has_opened(self) -> bool:
-        """Read the answer to the handshake; whether it is there and says yes."""
-        head, end, rest = self._unparsed.partition(b"\r\n\r\n")
-        if not end:
-            return False
-        status = int(head.split()[1])
-        if status == 101:
-            self._unparsed, self._is_open = rest, True
+    def opened(self, connection: Connection) -> None:
+        """The bridge has accepted a connection."""
+        if connection is self._connection:
             self._feed(Opened())
-            return self._wire is not None
-        asked_s = None
-        for line in head.decode().split("\r\n"):
-            name, _, value = line.partition(": ")
-            if name == "Retry-After":
-                asked_s = float(value)
-        self._disconnect()
-        self._feed(Refused(status, asked_s))
-        return False
 
-    def on_end(self, wire: Wire) -> None:
-        """The instance has closed, or the connection broke."""
-        if self._wire is wire:
+    def heard(self, connection: Connection, text: str) -> None:
+        """A frame has come over a connection."""
+        if connection is self._tried:
+            self._tried = None
+            if parse_frame(text).get("type") != "ready":
+                connection.drop()
+                self._feed(TryFailed(opened=True))
+                return
             self._disconnect()
-            self._feed(Closed(self._close_code))
+            self._connection = connection
+            self._oracle.switched += 1
+            self._oracle.heard(self, text)
+            self._feed(Upgraded(text))
+        elif connection is self._connection:
+            self._oracle.heard(self, text)
+            self._feed(Text(text))
+
+    def refused(self, connection: Connection, status: int, retry_after_s: float | None) -> None:
+        """The bridge has refused a connection."""
+        if connection is self._tried:
+            self.ended(connection, ABNORMAL)
+        elif connection is self._connection:
+            self._disconnect()
+            self._feed(Refused(status, retry_after_s))
+
+    def ended(self, connection: Connection, code: int) -> None:
+        """A connection is closed, or could not be opened."""
+        if connection is self._tried:
+            self._tried = None
+            self._feed(TryFailed(opened=connection.is_open))
+        elif connection is self._connection:
+            self._disconnect()
+            self._feed(Closed(code))
 
     # --- pulls ------------------------------------------------------------------------------------
 
@@ -255,6 +273,8 @@ class SimClient(Driver):
         self._ask(lambda at: at.pull(recipient, device, after, PAGE_LIMIT), self._on_page)
 
     def _on_page(self, page: Page | None) -> None:
+        if self.left:
+            return
         if page is None:
             self._end_pull(PullFailed())
             return
@@ -286,3 +306,191 @@ class SimClient(Driver):
         self.pulls_from = None
         self.failing = failed
         self._feed(event)
+
+
+class SimClient(SimShell):
+    """One device of a recipient, with all that it listens to: as the real ``PokeClient``."""
+
+    def __init__(
+        self,
+        scene: Scene,
+        oracle: Oracle,
+        route: Route,
+        loop: VirtualLoop,
+        recipient: str,
+        *,
+        transport: Transport,
+    ) -> None:
+        network, trouble = Network(scene.rng), Trouble(scene.outside)
+        super().__init__(
+            Machine(loop, network, trouble, transport, route, scene, oracle), recipient
+        )
+        self._shared = SharedSocket(self._say)
+        self._listens: dict[str, SimListening] = {}
+        """By recipient, what it listens to or has listened to."""
+
+    @property
+    def listens(self) -> list["SimListening"]:
+        """What it listens to now."""
+        return [each for each in self._listens.values() if not each.left]
+
+    def start(self) -> None:
+        """Start the client."""
+        self.loop.deliver(0.0, self.begin)
+
+    def wake(self) -> None:
+        """The machine woke up, or changed its network."""
+        super().wake()
+        self._shared.wake()
+
+    def leave(self) -> None:
+        """Leave for good, with all that it listens to."""
+        for each in self.listens:
+            each.leave()
+        super().leave()
+
+    def lose_socket(self) -> None:
+        """Its connections break, and both sides notice."""
+        for each in (self, *self.listens):
+            each.lose_connection()
+
+    def listen(self, recipient: str) -> None:
+        """Listen to ``recipient`` as well, from where it was left before."""
+        before = self._listens.get(recipient)
+        if self.left or (before is not None and not before.left):
+            return
+        listening = SimListening(self, self._shared, recipient, self._oracle.handled(before))
+        if before is not None:
+            self._oracle.goes_on(before, listening)
+        self._listens[recipient] = listening
+        self._shared.enter(recipient, listening)
+        listening.begin()
+
+    def _say(self, message: dict[str, object]) -> None:
+        if self._connection is not None:
+            self._connection.say(message)
+
+    def _feed(self, event: AnyEvent) -> None:
+        if isinstance(event, Text) and self._shared.hear(event.text):
+            return
+        super()._feed(event)
+        if isinstance(event, Text | Upgraded) and parse_frame(event.text).get("type") == "ready":
+            self._shared.ready(event.text)
+
+    def _on_ready_changed(self) -> None:
+        super()._on_ready_changed()
+        if not self.core.ready:
+            self._shared.lose()
+
+    def _on_unsent(self) -> None:
+        self._shared.refuse()
+
+    def _stop(self, code: int) -> None:
+        super()._stop(code)
+        self._shared.stop(code)
+
+
+class SimListening(SimShell):
+    """What a client listens to, until it leaves: as the real ``ListeningShell``."""
+
+    def __init__(
+        self, client: SimClient, shared: SharedSocket, recipient: str, cursor: int
+    ) -> None:
+        super().__init__(client.machine, recipient, cursor)
+        self._client = client
+        self._shared = shared
+        self._part: object = None
+        """Its part of the client's socket, another object for each."""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.loop.name}+{self.recipient}"
+
+    @property
+    def instance(self) -> SimInstance | None:
+        """The instance that it is connected to."""
+        return super().instance if self._part is None else self._client.instance
+
+    @property
+    def session(self) -> object:
+        """Another object for each session of it; ``None`` while it has none."""
+        return self._part or super().session
+
+    @property
+    def active(self) -> bool:
+        """Whether it listens."""
+        return super().active and self._client.active
+
+    def _on_ready_changed(self) -> None:
+        super()._on_ready_changed()
+        self._oracle.listened += self.core.ready
+
+    def attach(self) -> None:
+        """The client has a new socket: use it, unless this has one of its own."""
+        if not self.core.ready:
+            self._feed(Wake())
+
+    def hear(self, event: Text | Closed) -> None:
+        """Something came for this recipient over the client's socket, or that is gone."""
+        if self._part is not None:
+            if isinstance(event, Closed):
+                self._part = None
+            else:
+                self._oracle.heard(self, event.text)
+            self._feed(event)
+
+    def stop(self, code: int) -> None:
+        """The client was stopped for good."""
+        self.left = True
+        self._stop(code)
+
+    def leave(self) -> None:
+        """Listen no more."""
+        self._shared.forget(self.recipient)
+        self._part = None
+        super().leave()
+
+    async def close(self) -> None:
+        """The same."""
+        self.leave()
+
+    def _connect(self, action: Connect) -> None:
+        if self._shared.carry(self.recipient):
+            self._part = part = object()
+            self.loop.deliver(0.0, self._hold_part, part)
+        elif self._shared.is_absent:
+            # The core tries again later, and ``attach`` makes it do so at once.
+            self.loop.deliver(0.0, self._feed, Closed(SOCKET_LOST))
+        else:
+            super()._connect(action)
+
+    def _hold_part(self, part: object) -> None:
+        if self._part is part:
+            self._feed(Opened())
+            self._authenticate()
+
+    def _authenticate(self) -> None:
+        if self._part is None:
+            super()._authenticate()
+        else:
+            frame = {"type": "listen", "recipient": self.recipient, "token": self.token}
+            self._shared.say(frame)
+
+    def _ping(self) -> None:
+        if self._part is None:
+            super()._ping()
+        else:  # the client watches over the socket
+            self.loop.deliver(0.0, self._feed, Text('{"type":"pong"}'))
+
+    def _try(self, action: Try | Abandon) -> None:
+        if self._part is None:
+            super()._try(action)
+        elif isinstance(action, Try):
+            self.loop.deliver(0.0, self._feed, TryFailed())
+
+    def _disconnect(self) -> None:
+        super()._disconnect()
+        if self._part is not None:
+            self._part = None
+            self._shared.drop(self.recipient)

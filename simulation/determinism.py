@@ -21,6 +21,7 @@ import structlog
 
 from pokebridge.cluster import load as cluster_load
 from pokebridge.gateway.connection import Connection
+from pokebridge.gateway.polling import PolledSession
 from pokebridge.model import Feed
 from pokebridge.server import token_keys
 from pokebridge.workers.link import RemoteSession
@@ -56,6 +57,7 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
     # An object's hash is its address, a string's hash has a seed of its own: the order of sets
     # would follow them.
     yield Connection, "__hash__", lambda each: hash(int(each.session.id, 16))
+    yield PolledSession, "__hash__", lambda each: hash(int(each.session.id, 16))
     yield RemoteSession, "__hash__", lambda each: hash((each.link.number, each.number))
     yield Feed, "__hash__", lambda each: _FEED_HASHES[each.value]
     yield cluster_load, "memory_bytes", lambda: 0

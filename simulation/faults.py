@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from pokebridge.errors import PokebridgeError
 from pokebridge.model import MAX_VERSION, Feed, Mode
-from simulation.client import HOME_URL, SimClient
+from simulation.client import HOME_URL, SimClient, SimShell
 from simulation.instance import SimInstance
 from simulation.network import Server, Trouble
 from simulation.servers import Route
@@ -196,7 +196,7 @@ async def stop_worker(world: World) -> None:
         return
     world.trace.note(worker.name, "is stopped")
     worker.loop.pause()
-    clients = [each for each in world.clients if each.wire and each.wire.server_loop is worker.loop]
+    clients = [each for each in world.hearers if each.wire and each.wire.server_loop is worker.loop]
     for client in clients:
         client.trouble.begin()
     began_s = world.scheduler.now
@@ -523,7 +523,7 @@ async def sleep_and_wake(world: World) -> None:
 
 
 async def slow_reader(world: World) -> None:
-    """A client does not read its socket for a while, and is sent much."""
+    """A client reads nothing for a while, and is sent much."""
     client = _client(world)
     if client is None or client.wire is None:
         return
@@ -568,9 +568,38 @@ async def _end_sessions(world: World, *, revokes: bool) -> None:
         world.witnesses.disconnected(through, sessions, revoked=revokes)
 
 
-def _sessions_of(world: World, recipient: str) -> Sequence[tuple[SimClient, object]]:
-    """The clients of ``recipient`` that are ready, and their connections."""
-    return [(each, each.wire) for each in world.clients_of(recipient) if each.ready]
+def _sessions_of(world: World, recipient: str) -> Sequence[tuple[SimShell, object]]:
+    """Who hears ``recipient`` and is ready, and their sessions."""
+    return [(each, each.session) for each in world.hearers_of(recipient) if each.ready]
+
+
+async def block_sockets(world: World) -> None:
+    """What is between a client and the bridge lets no WebSocket work, and HTTP passes."""
+    client = _client(world)
+    if client is None:
+        return
+    client.network.middlebox = world.rng.choice(("refuse", "cut", "buffer"))
+    world.trace.note(client.name, f"is behind what can only {client.network.middlebox} sockets")
+    client.lose_socket()
+    await world.nap(world.rng.uniform(5.0, 30.0))
+    world.trace.note(client.name, "can use sockets again")
+    client.network.middlebox = None
+    if world.rng.random() < 0.5:
+        client.wake()
+
+
+async def listen(world: World) -> None:
+    """A client begins to listen to somebody, perhaps again, or ends it."""
+    client = _client(world)
+    if client is None:
+        return
+    if client.listens and world.rng.random() < 0.5:
+        leaving = world.rng.choice(client.listens)
+        world.trace.note(leaving.name, "listens no more")
+        leaving.leave()
+    else:
+        others = [each for each in world.everyone if each != client.recipient]
+        world.listen(client, world.rng.choice(others))
 
 
 async def come_and_go(world: World) -> None:
@@ -627,6 +656,8 @@ ALL: Mapping[str, Fault] = {
         no_tokens,
         disconnect,
         revoke,
+        block_sockets,
+        listen,
         come_and_go,
     )
 }

@@ -17,7 +17,8 @@ from simulation.http import Answer, Call
 from simulation.invariants import Oracle
 from simulation.loop import VirtualLoop
 from simulation.network import Peer, Trouble
-from simulation.scene import Scene
+from simulation.polls import WaitingCalls, send_frames
+from simulation.scene import GROUP_PREFIX, Scene
 from simulation.sockets import Network, Port
 from simulation.workers import SimWorker
 
@@ -66,6 +67,8 @@ class SimInstance(Peer):
             max_sessions=1000,
             handshakes_per_s=0,
             max_sessions_per_address=0,
+            max_listened_recipients=config.listens_at_most,
+            group_prefixes=(GROUP_PREFIX,),
         )
         self._mailbox = scene.post.connect(self)
         self.real = assemble(
@@ -126,7 +129,8 @@ class SimInstance(Peer):
             worker.revoke(disconnect)
 
     def _new_port(self, entrance: Entrance) -> Port:
-        return Port(entrance, partial(self._oracle.written, self))
+        http = partial(WaitingCalls, self.real.gateway, self.real.parts.verifier)
+        return Port(entrance, partial(self._oracle.written, self), http)
 
     def stop(self) -> None:
         """SIGTERM."""
@@ -202,6 +206,10 @@ class SimInstance(Peer):
         processor = self.real.parts.processor
         assert processor is not None
         return await processor.send(message)
+
+    async def send_frames(self, token: str, session: str, body: bytes) -> bool:
+        """``POST /v1/pokes/frames``."""
+        return await send_frames(self.real.gateway, self.real.parts.verifier, token, session, body)
 
     async def disconnect(self, recipient: str) -> None:
         """``DELETE /v1/sessions/{recipient}``."""

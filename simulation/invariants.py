@@ -4,6 +4,7 @@ The oracle knows what no process can know: what is committed, which subscription
 is in trouble. docs/simulation.md lists the invariants.
 """
 
+import re
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -18,7 +19,7 @@ from pokebridge.placement import ShardMap
 from pokebridge.sharding import shard_of
 from simulation.network import Peer, Trouble
 from simulation.scene import Scene
-from simulation.sockets import ClientEnd
+from simulation.sockets import ClientEnd, Wire
 from simulation.stores import Written
 
 SILENCE_BOUND_S: Final = 5.0
@@ -28,6 +29,8 @@ UNSENT_BOUND_BYTES: Final = 512
 """How many bytes may wait for a client that does not read: a few small frames."""
 _LOOK_AGAIN_S: Final = 1.0
 
+_LISTENING = re.compile(rb'"type":"listening","recipient":"([^"]+)"')
+_UNLISTENED = re.compile(rb'"type":"unlistened","recipient":"([^"]+)"')
 _decode_map = msgspec.json.Decoder(ShardMap).decode
 
 
@@ -105,6 +108,9 @@ class Oracle:
         """The same for clients that only the broker disturbed, or that it kept in the dark."""
         self.waits_s: list[float] = []
         """How long each message waited for each client, whatever the reason."""
+        self.listened = self.polled = self.switched = 0
+        """How often a client began to hear a further recipient, polled a session, and changed from
+        that to a WebSocket."""
         self.moves = 0
         self._scene = scene
         self._commits: dict[str, list[_Commit]] = {}
@@ -223,6 +229,14 @@ class Oracle:
             self._note_waits(client, commit.at_s)
         self._cursors[client] = max(cursor, page.version if not versions else versions[-1])
 
+    def handled(self, client: WatchedClient | None) -> int:
+        """The version up to which ``client`` has pulled everything."""
+        return (self._cursors.get(client) or 0) if client is not None else 0
+
+    def goes_on(self, before: WatchedClient, after: WatchedClient) -> None:
+        """The client ``after`` goes on where ``before`` has left."""
+        self._cursors[after] = self._cursors.get(before)
+
     def owes_ack(self, client: WatchedClient, acked: int) -> bool:
         """Whether an ack of ``client`` is lost: of its device only those up to ``acked`` are known.
 
@@ -313,17 +327,28 @@ class Oracle:
         """``client`` has heard a message of its session."""
         self._scene.trace.note(client.name, f"hears {text}")
 
-    def written(self, instance: Peer, client: ClientEnd, data: bytes, unsent: int) -> None:
-        """``instance`` has written ``data`` to the socket of ``client``; ``unsent`` bytes wait."""
+    def written(self, instance: Peer, wire: Wire, data: bytes, unsent: int) -> None:
+        """``instance`` has written ``data`` to a client, for whom ``unsent`` bytes wait."""
+        client = wire.client
         if unsent > UNSENT_BOUND_BYTES:
             self.fail("a slow reader costs O(1)", f"{unsent} bytes wait for {client.name}")
         if b'"type":"ready"' in data:
-            shard = shard_of(client.recipient, self._scene.config.shard_count)
-            if not self._scene.broker.has_covered(instance, shard):
-                self.fail(
-                    "ready only when live",
-                    f"{instance.name} said ready to {client.name}; shard {shard} is not delivered",
-                )
+            self._check_live(instance, client, client.recipient)
+        for recipient in map(bytes.decode, _LISTENING.findall(data)):
+            # It is said again when a token is renewed, whatever has become of the subscription.
+            if recipient not in wire.listened:
+                wire.listened.add(recipient)
+                self._check_live(instance, client, recipient)
+        wire.listened.difference_update(map(bytes.decode, _UNLISTENED.findall(data)))
+
+    def _check_live(self, instance: Peer, client: ClientEnd, recipient: str) -> None:
+        shard = shard_of(recipient, self._scene.config.shard_count)
+        if not self._scene.broker.has_covered(instance, shard):
+            self.fail(
+                "ready only when live",
+                f"{instance.name} said to {client.name} that it hears {recipient};"
+                f" shard {shard} is not delivered",
+            )
 
     # --- the shard map ----------------------------------------------------------------------------
 

@@ -3,13 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Literal
+from typing import Final, Literal
 
+from pokebridge.mailbox.base import Limits
 from pokebridge.model import Mode
 from simulation.broker import Broker
 from simulation.loop import Scheduler
-from simulation.stores import Post, Store
+from simulation.stores import Post, RestorableMailbox, Store
 from simulation.trace import Trace
+
+GROUP_PREFIX: Final = "urn:group:"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +39,14 @@ class Config:
     faults: Sequence[str]
     workers: int
     """The worker processes of each instance; 1: it has none."""
+    groups: int
+    """How many groups there are beside the recipients, to whom many clients listen."""
+    listen_share: float
+    """The chance of a client to listen to a group, or to another recipient."""
+    listens_at_most: int
+    """How many further recipients a socket carries. What is beyond has a socket of its own."""
+    poll_share: float
+    """Of the clients, those that never try a WebSocket."""
 
 
 class Scene:
@@ -51,5 +62,6 @@ class Scene:
         self.broker = Broker(self.outside, rng, trace, servers=config.broker_servers)
         self.store = Store(self.outside, rng, trace)
         """The coordination store."""
-        self.post = Post(self.outside, rng, trace)
+        kept = RestorableMailbox(self.outside.wall, Limits(group_prefixes=(GROUP_PREFIX,)))
+        self.post = Post(self.outside, rng, trace, kept)
         """The mailbox."""

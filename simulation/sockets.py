@@ -8,7 +8,7 @@ import asyncio
 import struct
 from collections.abc import Callable
 from random import Random
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from pokebridge.framing import Opcode
 from pokebridge.gateway.entrance import Entrance
@@ -80,6 +80,9 @@ class Network:
     def __init__(self, rng: Random) -> None:
         self.rng = rng
         self.quiet = False
+        self.middlebox: Literal["refuse", "cut", "buffer"] | None = None
+        """What lets no WebSocket work: it refuses upgrades, kills sockets after a moment, or lets
+        nothing of them through."""
         self.wires: list[Wire] = []
 
     def latency_s(self) -> float:
@@ -109,6 +112,8 @@ class Wire:
         self.socket: Socket | None = None
         self.reads = True
         """Whether the client reads."""
+        self.listened: set[str] = set()
+        """The further recipients that the instance has said to be heard."""
         self.unread_bytes = 0
         """What the instance has handed to the kernel and the client has not read."""
         self._lost = False
@@ -345,18 +350,22 @@ class Port:
 
     - ``is_open``: whether connections are accepted; at first they are not
     - ``sockets``: the open sockets
-    - ``_written``: called with the client, the bytes and the number of bytes that wait
+    - ``_entrance``: takes WebSockets
+    - ``_written``: called with the wire, the bytes and the number of bytes that wait
+    - ``_http``: makes the protocol of an HTTP connection
     """
 
     def __init__(
         self,
         entrance: Entrance,
-        written: Callable[[ClientEnd, bytes, int], None],
+        written: Callable[[Wire, bytes, int], None],
+        http: Callable[[asyncio.Transport], asyncio.Protocol],
     ) -> None:
         self.is_open = False
         self.sockets: list[Socket] = []
         self._entrance = entrance
         self._written = written
+        self._http = http
 
     @property
     def load(self) -> int:
@@ -365,14 +374,23 @@ class Port:
 
     def accept(self, wire: Wire, request: UpgradeRequest) -> None:
         """A client connects and asks for an upgrade."""
+        if socket := self._socket(wire):
+            self._entrance.upgrade(socket, request, lambda: None)
+
+    def accept_http(self, wire: Wire) -> None:
+        """A client connects for calls that wait."""
+        if socket := self._socket(wire):
+            socket.set_protocol(self._http(socket))
+
+    def _socket(self, wire: Wire) -> Socket | None:
         self.sockets = [socket for socket in self.sockets if not socket.is_gone]
-        written, client = self._written, wire.client
-        socket = Socket(wire, lambda data, unsent: written(client, data, unsent))
+        written = self._written
+        socket = Socket(wire, lambda data, unsent: written(wire, data, unsent))
         if not self.is_open:
             socket.cut()
-            return
+            return None
         self.sockets.append(socket)
-        self._entrance.upgrade(socket, request, lambda: None)
+        return socket
 
     def close(self, *, tells: bool) -> None:
         """The process has ended. Unless the kernel ``tells`` the clients, they must find out."""

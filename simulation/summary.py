@@ -8,6 +8,10 @@ from typing import Any, Final
 from simulation.world import Outcome
 
 _FAILURES_KEPT: Final = 20
+_COUNTED: Final = (
+    *("callbacks", "messages", "deliveries", "lost", "doubled", "moves"),
+    *("listened", "polled", "switched"),
+)
 
 
 class Summary:
@@ -31,7 +35,7 @@ class Summary:
         self.virtual_s += outcome.virtual_s
         self._digests.append((outcome.seed, outcome.digest))
         self._faults += outcome.faults
-        for name in ("callbacks", "messages", "deliveries", "lost", "doubled", "moves"):
+        for name in _COUNTED:
             self._counts[name] += getattr(outcome, name)
         self._silences_s += outcome.silences_s
         self._bounded_s += outcome.bounded_s
@@ -68,6 +72,11 @@ class Summary:
         yield (
             f"{figures['deliveries']:,} signals delivered, {figures['lost']:,} lost,"
             f" {figures['doubled']:,} doubled"
+        )
+        yield (
+            f"{figures['listened']:,} times a client began to hear a further recipient,"
+            f" {figures['polled']:,} times it polled, and {figures['switched']:,} times it changed"
+            " to a WebSocket"
         )
         faults: dict[str, int] = figures["faults"]
         yield f"{sum(faults.values()):,} faults: " + ", ".join(

@@ -61,8 +61,8 @@ class Connected(Protocol):
         """The instance that its socket is connected to."""
 
     @property
-    def wire(self) -> object:
-        """Its connection, if it has one."""
+    def session(self) -> object:
+        """Another object for each session of it; ``None`` while it has none."""
 
     @property
     def trouble(self) -> Trouble:
@@ -84,7 +84,7 @@ class _Session(NamedTuple):
     """A session that is to end."""
 
     client: Connected
-    wire: object
+    session: object
     at_s: float
     revoked: bool
     restores: int
@@ -153,17 +153,17 @@ class WitnessOracle:
     ) -> None:
         """``through`` has confirmed to an administrator that it ends ``sessions``.
 
-        They are the clients that were ready when it was asked, and their connections then.
+        They are the clients that were ready when it was asked, and their sessions then.
         """
-        for client, wire in sessions:
+        for client, its in sessions:
             self._knowing.setdefault(client.recipient, {})[through] = self._now
-            session = _Session(client, wire, self._now, revoked, self.restores)
+            session = _Session(client, its, self._now, revoked, self.restores)
             bound_s = REVOCATION_BOUND_S if revoked else DISCONNECT_BOUND_S
             self._scene.outside.deliver(bound_s, self._look_at, session)
 
     def _look_at(self, session: _Session) -> None:
         client = session.client
-        if client.wire is not session.wire or client.wire is None:
+        if client.session is not session.session or client.session is None:
             return
         due_at = self._due_at(session)
         if due_at is None:

@@ -14,13 +14,13 @@ from pokebridge.model import NewMessage, Poke, Receipt, Selection
 from pokebridge.sharding import shard_of
 from pokebridge.transport.base import Signal
 from pokebridge.wire import encode_pokes
-from simulation.client import HOME_URL, SimClient
+from simulation.client import HOME_URL, SimClient, SimShell
 from simulation.http import TIMEOUT_S as HTTP_TIMEOUT_S
 from simulation.instance import SimInstance, ask
 from simulation.invariants import Oracle, Violation
 from simulation.loop import LivelockError, Scheduler, VirtualLoop
 from simulation.network import Peer
-from simulation.scene import Config, Scene
+from simulation.scene import GROUP_PREFIX, Config, Scene
 from simulation.sockets import Network
 from simulation.trace import Trace
 from simulation.witness import WitnessOracle
@@ -42,8 +42,17 @@ _LOOK_EVERY_S = 0.5
 _DRAINED_LOOKS = 40
 
 
+def _apart(rng: Random) -> Random:
+    """Another generator, which takes nothing from ``rng``.
+
+    Who listens or polls is drawn from it. So a seed's world is the same as if nobody could.
+    """
+    return Random(str(rng.getstate()))  # noqa: S311 - it is to be repeated
+
+
 def draw_config(rng: Random, faults: Collection[str]) -> Config:
     """A world at random, with some of the ``faults``."""
+    apart = _apart(rng)
     return Config(
         instances=rng.randint(2, 5),
         broker_servers=rng.choice((1, 1, 2, 3)),
@@ -61,6 +70,10 @@ def draw_config(rng: Random, faults: Collection[str]) -> Config:
         legacy_share=rng.choice((0.0, 0.3)),
         faults=[fault for fault in faults if rng.random() < 0.5] or ["kill"],
         workers=rng.choice(WORKERS) if len(WORKERS) > 1 else WORKERS[0],
+        groups=apart.randint(1, 2),
+        listen_share=apart.choice((0.0, 0.1, 0.3)),
+        listens_at_most=apart.choice((0, 1, 10, 10)),
+        poll_share=apart.choice((0.0, 0.0, 0.2)),
     )
 
 
@@ -80,6 +93,9 @@ class Outcome:
     lost: int
     doubled: int
     moves: int
+    listened: int
+    polled: int
+    switched: int
     faults: Counter[str]
     silences_s: Sequence[float]
     bounded_s: Sequence[float]
@@ -100,12 +116,17 @@ class World(Scene):
         self.seed = seed
         rng = Random(seed)  # noqa: S311 - it is to be repeated
         super().__init__(draw_config(rng, faults), rng, scheduler, trace)
+        self._listen_rng = _apart(rng)
         self._possible_faults = faults
         self.oracle = Oracle(self)
         self.witnesses = WitnessOracle(self, self.oracle.fail)
         self.names: dict[str, SimInstance | None] = {}
         """The instances that the supervisor keeps running, by name; None while one is down."""
         self.clients: list[SimClient] = []
+        numbers = range(self.config.recipients)
+        self.users = [f"urn:user:{UUID(int=number)}" for number in numbers]
+        self.everyone = [*self.users, *(f"{GROUP_PREFIX}{n}" for n in range(self.config.groups))]
+        """All recipients: users, each with clients of its own, and groups."""
         self.faults: Counter[str] = Counter()
         self.denials: dict[str, frozenset[Selection]] = {}
         """What the broker does not let an instance subscribe to, by the name that stays."""
@@ -146,9 +167,14 @@ class World(Scene):
         """The instances that serve and have no trouble."""
         return [each for each in self.running if each.is_well]
 
-    def clients_of(self, recipient: str) -> list[SimClient]:
-        """The devices of ``recipient``."""
-        return [each for each in self.clients if each.recipient == recipient and each.active]
+    @property
+    def hearers(self) -> list[SimShell]:
+        """The clients, and what they listen to."""
+        return [each for client in self.clients for each in (client, *client.listens)]
+
+    def hearers_of(self, recipient: str) -> list[SimShell]:
+        """Who hears ``recipient``."""
+        return [each for each in self.hearers if each.recipient == recipient and each.active]
 
     def add_instance(self) -> None:
         """Have a supervisor keep one more instance running."""
@@ -195,9 +221,25 @@ class World(Scene):
         """One more device of ``recipient``."""
         self._client_loops += 1
         name = f"c{self._client_loops}"
-        client = SimClient(self, self.oracle, self.route, self._process(name), recipient, name)
+        client = SimClient(
+            *(self, self.oracle, self.route, self._process(name), recipient),
+            transport="poll" if self._listen_rng.random() < self.config.poll_share else "auto",
+        )
         self.clients.append(client)
-        self.outside.call_later(self.rng.uniform(0, 3.0), client.start)
+        start_s = self.rng.uniform(0, 3.0)
+        self.outside.call_later(start_s, client.start)
+        for other in self.everyone:
+            if other != recipient and self._listen_rng.random() < self._listen_share(other):
+                self.outside.call_later(start_s + 0.1, self.listen, client, other)
+
+    def _listen_share(self, recipient: str) -> float:
+        """Many listen to a group, and few to another user."""
+        share = self.config.listen_share
+        return share if recipient.startswith(GROUP_PREFIX) else share / self.config.recipients
+
+    def listen(self, client: SimClient, recipient: str) -> None:
+        """Have ``client`` listen to ``recipient`` as well."""
+        client.loop.deliver(0.0, client.listen, recipient)
 
     def _process(self, name: str) -> VirtualLoop:
         """A process with clocks of its own."""
@@ -210,7 +252,7 @@ class World(Scene):
 
     # --- the network between ----------------------------------------------------------------------
 
-    def route(self, url: str, client: SimClient | None = None) -> SimInstance | None:
+    def route(self, url: str, client: SimShell | None = None) -> SimInstance | None:
         """The instance that a connection to ``url`` gets to."""
         if url != HOME_URL:
             return self._by_name.get(url.removeprefix("wss://").partition(".")[0])
@@ -233,8 +275,8 @@ class World(Scene):
         return max(instance.trouble.lasts_s, instance.line.lasts_s) < _UNNOTICED_S
 
     def _on_committed(self, peer: Peer, message: NewMessage, receipt: Receipt) -> None:
-        clients = self.clients_of(message.recipient)
-        self.oracle.on_committed(peer, message, receipt, clients)
+        hearers = self.hearers_of(message.recipient)
+        self.oracle.on_committed(peer, message, receipt, hearers)
         spare = [each for each in self.well_instances if each is not peer]
         if self.kills_next_committer and isinstance(peer, SimInstance) and spare:
             self.kills_next_committer = False
@@ -336,14 +378,13 @@ class World(Scene):
         self.trace.note("world", repr(config))
         for _ in range(config.instances):
             self.add_instance()
-        everyone = [f"urn:user:{UUID(int=number)}" for number in range(config.recipients)]
-        for recipient in everyone:
+        for recipient in self.users:
             for _ in range(self.rng.choice((1, 1, 2))):
                 self.add_client(recipient)
         looking = self.outside.create_task(self._look())
         await self._until_nothing(self._who_is_missing, _START_BOUND_S, "all start")
         self._chaos_ends_at = self.scheduler.now + config.chaos_s
-        sending = self.outside.create_task(self._keep_sending(everyone))
+        sending = self.outside.create_task(self._keep_sending())
         await self._cause_chaos()
         sending.cancel()
         self.pauses_next_writer = self.kills_next_committer = False
@@ -356,7 +397,7 @@ class World(Scene):
         await asyncio.sleep(max(0.0, healed_at + HTTP_TIMEOUT_S - self.scheduler.now))
         self.broker.late_share = 0.0
         sent_at = self.scheduler.now
-        for recipient in everyone:
+        for recipient in self.everyone:
             self.send_soon(recipient)
         await self._until_nothing(self._what_is_unaccepted, STEADY_BOUND_S, "all recovers")
         await self._until_nothing(
@@ -391,15 +432,15 @@ class World(Scene):
             if each.trouble.over_at > long_ago:
                 continue
             if each.line.lasts_s > bound_s and each.denial.lasts_s == 0:
-                self.oracle.look_at_deaf(each, self.clients, long_ago)
+                self.oracle.look_at_deaf(each, self.hearers, long_ago)
             if each.denial.lasts_s > bound_s:
                 self.oracle.look_at_denied(each, long_ago)
 
-    async def _keep_sending(self, everyone: Sequence[str]) -> None:
+    async def _keep_sending(self) -> None:
         while True:
             await asyncio.sleep(self.rng.expovariate(1 / self.config.message_every_s))
             legacy = self.rng.random() < self.config.legacy_share
-            self.send_soon(self.rng.choice(everyone), legacy=legacy)
+            self.send_soon(self.rng.choice(self.everyone), legacy=legacy)
 
     async def _cause_chaos(self) -> None:
         under_way = []
@@ -432,7 +473,7 @@ class World(Scene):
         """Clients that miss messages although nothing has disturbed them since ``since_s``."""
         return " ".join(
             f"{each.name} on {each.instance and each.instance.name}"
-            for each in self.clients
+            for each in self.hearers
             if each.active and self.oracle.undisturbed_since(each) <= since_s
             if not self.oracle.is_up_to_date(each)
         )
@@ -441,11 +482,13 @@ class World(Scene):
         """What is not yet right in a cluster without faults; empty when everything is."""
         if missing := self._what_is_unaccepted() or self._who_is_missing():
             return f"missing: {missing}"
+        for hearer in self.hearers:
+            if hearer.active and not self.oracle.is_well_and_up_to_date(hearer):
+                return f"{hearer.name} is not connected, or not up to date"
         for client in self.clients:
-            if client.active and not self.oracle.is_well_and_up_to_date(client):
-                return f"{client.name} is not connected, or not up to date"
             acked = self.post.mailbox.acked(client.recipient, client.device)
-            if client.active and self.oracle.owes_ack(client, acked):
+            is_judged = client.active and client.core.acks_by_socket
+            if is_judged and self.oracle.owes_ack(client, acked):
                 return f"{client.name} has acked {acked} as far as the mailbox knows"
         return self._what_is_unsettled()
 
@@ -481,6 +524,9 @@ class World(Scene):
             lost=broker.lost,
             doubled=broker.doubled,
             moves=oracle.moves,
+            listened=oracle.listened,
+            polled=oracle.polled,
+            switched=oracle.switched,
             faults=self.faults,
             silences_s=oracle.silences_s,
             bounded_s=oracle.bounded_s,

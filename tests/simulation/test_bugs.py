@@ -9,7 +9,8 @@ import pytest
 
 from pokebridge import processor, publisher
 from pokebridge.client.core import ClientCore
-from pokebridge.client.events import Ack
+from pokebridge.client.events import Ack, TryFailed, Upgraded
+from pokebridge.client.listens import Given, Listens
 from pokebridge.cluster.membership import Membership
 from pokebridge.coordination.base import Document
 from pokebridge.errors import SignalError, UnavailableError
@@ -17,6 +18,8 @@ from pokebridge.gateway import beacons, gateway, subscriptions
 from pokebridge.gateway.acks import Acks
 from pokebridge.gateway.bridge import Bridge
 from pokebridge.gateway.gateway import Gateway
+from pokebridge.gateway.listener import Listener
+from pokebridge.gateway.polling import PolledSession
 from pokebridge.gateway.recall import Recall
 from pokebridge.gateway.session_map import SessionMap
 from pokebridge.gateway.shard_routing import ShardRouting
@@ -30,7 +33,7 @@ from pokebridge.processor import Processor
 from pokebridge.server.revocations import Revocations
 from pokebridge.session import UNKNOWN_VERSION, Session, State
 from pokebridge.sharding import shard_of
-from pokebridge.wire import decode_signal
+from pokebridge.wire import decode_signal, poke_frame
 from pokebridge.workers.link import WorkerLink
 from simulation import faults, world
 from simulation.runner import simulate
@@ -42,16 +45,18 @@ SEEDS = 200
 Plant = Callable[[pytest.MonkeyPatch], None]
 
 
-def only(patch: pytest.MonkeyPatch, *wanted: Fault) -> None:
+def only(patch: pytest.MonkeyPatch, *wanted: Fault, **config: Any) -> None:
     """Let only these faults occur, and kills, in every world, and no instance have workers.
 
-    Among all faults too few seeds show the bug. With workers a poke that begins on a host is heard
-    there without the engine.
+    Nor does anybody listen to more or only poll, unless the ``config`` says so. Among all faults
+    too few seeds show the bug. With workers a poke that begins on a host is heard there without the
+    engine.
     """
 
     def draw_config(rng: Random, kinds: Collection[str]) -> Config:
-        return replace(real(rng, kinds), faults=list(kinds))
+        return replace(real(rng, kinds), faults=list(kinds), **plain | config)
 
+    plain: dict[str, Any] = {"groups": 0, "listen_share": 0.0, "poll_share": 0.0}
     real = world.draw_config
     patch.setattr(world, "draw_config", draw_config)
     patch.setattr(world, "WORKERS", (1,))
@@ -130,6 +135,7 @@ def overflow_forgotten(patch: pytest.MonkeyPatch) -> None:
 def queue_for_a_slow_reader(patch: pytest.MonkeyPatch) -> None:
     """Pokes for a peer that does not read pile up."""
     patch.setattr(Session, "poke", lambda self, _version: self.state is State.OPEN)
+    only(patch, faults.slow_reader)
 
 
 def stale_disconnect_evicts(patch: pytest.MonkeyPatch) -> None:
@@ -148,6 +154,7 @@ def no_sweep(patch: pytest.MonkeyPatch) -> None:
         pass
 
     patch.setattr(Processor, "_sweep", nothing)
+    only(patch, faults.kill_after_commit)
 
 
 def owners_only(patch: pytest.MonkeyPatch) -> None:
@@ -203,12 +210,14 @@ def confirmed_unpublished(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_verification(patch: pytest.MonkeyPatch) -> None:
-    """Nobody compares sessions with the mailbox."""
+    """Nobody compares sessions with the mailbox. Nor do beacons show what was lost."""
 
     async def nothing(_self: Verification, _now: float, *, in_doubt: bool) -> None:
         pass
 
     patch.setattr(Verification, "step", nothing)
+    _without_beacons(patch)
+    only(patch, faults.break_route, faults.demote_server)
 
 
 def unversioned_pokes_believed(patch: pytest.MonkeyPatch) -> None:
@@ -370,6 +379,87 @@ def device_of_an_ack_ignored(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Acks, "add", add)
 
 
+def listening(patch: pytest.MonkeyPatch, *wanted: Fault, at_most: int = 10) -> None:
+    """Let many clients listen to two groups, and only these faults occur.
+
+    A socket carries ``at_most`` of the recipients that a client listens to.
+    """
+    only(patch, *wanted, groups=2, listen_share=0.5, listens_at_most=at_most)
+
+
+def listening_before_live(patch: pytest.MonkeyPatch) -> None:
+    """``listening`` does not wait for the subscription to be proven."""
+
+    def hear(self: Gateway, session: Listener, response: bytes = b"") -> None:
+        real(self, session, response)
+        if not session.is_session and self._waiting.pop(session, self) is None:
+            self._open(session)
+
+    real = Gateway.hear
+    patch.setattr(Gateway, "hear", hear)
+
+
+def gap_wakes_no_listener(patch: pytest.MonkeyPatch) -> None:
+    """After a gap sessions are poked for their own recipients alone."""
+
+    def wake(self: Bridge, concerns: Callable[[str], bool], _pulls_per_s: float) -> None:
+        for each in self._sessions:
+            if each.is_session and concerns(each.recipient):
+                each.notify(None, poke_frame(None))
+
+    patch.setattr(Bridge, "wake", wake)
+    listening(patch, faults.restart_broker, faults.cut_from_broker)
+
+
+def listeners_unverified(patch: pytest.MonkeyPatch) -> None:
+    """Verification compares sessions for their own recipients alone. Nor do beacons make up."""
+
+    def add(self: Verification, session: Any) -> None:
+        if session.is_session:
+            real(self, session)
+
+    real = Verification.add
+    patch.setattr(Verification, "add", add)
+    _without_beacons(patch)
+    listening(patch, faults.break_route, faults.demote_server, faults.lag_route)
+
+
+def lost_socket_not_told(patch: pytest.MonkeyPatch) -> None:
+    """When a client's socket is gone, what listens over it is not told."""
+
+    def lose(self: Listens) -> Sequence[Given]:
+        real(self)
+        return ()
+
+    real = Listens.lose
+    patch.setattr(Listens, "lose", lose)
+    listening(patch, faults.lose_socket)
+
+
+def switch_forgets_the_cursor(patch: pytest.MonkeyPatch) -> None:
+    """A client that changes from polling to a WebSocket begins at the beginning."""
+
+    def on_try(self: ClientCore, event: Upgraded | TryFailed) -> None:
+        if isinstance(event, Upgraded):
+            self._pulls.cursor = 0
+        real(self, event)
+
+    real = ClientCore._on_try
+    patch.setattr(ClientCore, "_on_try", on_try)
+    listening(patch, faults.block_sockets, at_most=0)
+
+
+def waiting_call_not_answered(patch: pytest.MonkeyPatch) -> None:
+    """A poke does not end the wait of a call."""
+
+    def notify(self: PolledSession, version: int | None, frame: bytes) -> bool:
+        return not self.is_awaited and real(self, version, frame)
+
+    real = PolledSession.notify
+    patch.setattr(PolledSession, "notify", notify)
+    only(patch, poll_share=1.0)
+
+
 PLANTS: list[tuple[Plant, str]] = [
     (ack_before_the_pull, "no message lost or doubled"),
     (ack_sent_once, "all recovers"),
@@ -402,14 +492,19 @@ PLANTS: list[tuple[Plant, str]] = [
     (gap_forgets_disconnects, "a disconnect reaches every session"),
     (revocations_unread, "a disconnect reaches every session"),
     (young_generation_deletes, "no message lost or doubled"),
+    (listening_before_live, "ready only when live"),
+    (gap_wakes_no_listener, "no silence"),
+    (listeners_unverified, "no silence"),
+    (lost_socket_not_told, "no silence"),
+    (switch_forgets_the_cursor, "no message lost or doubled"),
+    (waiting_call_not_answered, "no silence"),
 ]
 """Each bug, and the invariant that it breaks."""
 
 FIRST = {
+    "unversioned_pokes_believed": 40,
     "overflow_forgotten": 18,
     "gap_forgotten_at_retiring": 54,
-    "no_verification": 79,
-    "no_sweep": 25,
     "deaf_to_some_shards_is_well": 53,
     "forged_versions_believed": 31,
     "invalid_entry_blocks_the_sweep": 45,
