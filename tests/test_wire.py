@@ -56,6 +56,7 @@ def test_a_beacon_round_trips() -> None:
         shard_count=100,
         carrier="filter",
         assignment="coordinator",
+        group_prefixes="urn:doc:,urn:room:",
         last=True,
     )
     body = wire.encode_beacon(beacon)

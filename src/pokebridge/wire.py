@@ -73,6 +73,7 @@ class Probe(NamedTuple):
 
 
 _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+_Text = Annotated[str, msgspec.Meta(max_length=256)]
 _Number = Annotated[int, msgspec.Meta(ge=1, le=MAX_VERSION)]
 # Unix time, in seconds or milliseconds. A larger number has no encoding between processes.
 _Time = Annotated[int, msgspec.Meta(ge=0, le=MAX_VERSION)]
@@ -104,8 +105,11 @@ class Beacon(
     cluster: _Name
     shard_count: _Number
     carrier: _Name
-    assignment: _Name
-    mailbox: Annotated[str, msgspec.Meta(max_length=256)] = ""
+    assignment: _Name | None = None
+    """``None`` where it does not matter, since the instance neither owns nor assigns shards."""
+    group_prefixes: _Text | None = None
+    """The prefixes in order, separated by commas; ``None`` from an instance that does not tell."""
+    mailbox: _Text = ""
     """Names the mailbox that the instance has; empty if it has none."""
     last: bool = False
     """Whether the instance stops, so that no other beacon follows."""

@@ -4,6 +4,7 @@ import asyncio
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -189,6 +190,24 @@ async def test_shard_counts_that_differ_are_told(serve: Serve, nats_server: Daem
         assert "shard_count" in reason
         assert other in reason
         assert "64" in reason
+
+
+async def test_groups_that_differ_are_told(serve: Serve, nats_server: Daemon) -> None:
+    """A processor without sessions has other groups than the gateway, which says so.
+
+    The one would delete by an ack what the other keeps for all readers of a room.
+    """
+    common: dict[str, Any] = {
+        "cluster": "groups",
+        "transport": nats_server.url,
+        "mailbox": "sqlite:///shared.db",
+    }
+    gateway = await asyncio.to_thread(
+        serve, roles="gateway", group_prefixes="urn:room:,urn:doc:", **common
+    )
+    await asyncio.to_thread(serve, roles="api,processor", instance="other", **common)
+    told = ("settings_disagree", "setting=group_prefixes", "peer=other", "ours=urn:doc:,urn:room:")
+    await wait_until(lambda: all(each in gateway.log() for each in told))
 
 
 async def test_mailboxes_that_are_not_one_are_told(serve: Serve, nats_server: Daemon) -> None:

@@ -18,6 +18,7 @@ BEACON = Beacon(
     shard_count=100,
     carrier="filter",
     assignment="coordinator",
+    group_prefixes="urn:room:",
 )
 READ_IT = """
 import sys

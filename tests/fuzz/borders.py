@@ -202,6 +202,7 @@ SIGNALS = (
             shard_count=100,
             carrier="filter",
             assignment="coordinator",
+            group_prefixes="urn:room:",
             last=True,
         )
     ),

@@ -18,10 +18,13 @@ from pokebridge.gateway.beacons import (
     HEARD_PER_S,
     LOGGED_CLUSTERS,
     MAX_PEERS,
+    MAX_TEXT,
     OLDER_BY_S,
     REORDER_S,
     SILENT_AFTER,
+    UNHEARING_S,
     Beacons,
+    group_prefixes_text,
 )
 from pokebridge.wire import Beacon
 
@@ -40,6 +43,7 @@ def beacon(sender: str = "two", number: int = 1, **other: Any) -> Beacon:
         shard_count=100,
         carrier="filter",
         assignment="coordinator",
+        group_prefixes="urn:room:",
     )
     return msgspec.structs.replace(said, **other)
 
@@ -145,6 +149,16 @@ class TestPublishing:
         beacons.hear(beacon(), ALONE_S + FASTEST_S)
         assert beacons.next(ALONE_S + FASTEST_S) is not None
 
+    def test_who_hears_nobody_says_little(self) -> None:
+        """There may be many of those, and they can't know."""
+        beacons = Beacons(beacon("one"))
+        beacons.begin(0.0, hears=False)
+        said = beacons.next(0.0)
+        assert said is not None
+        assert said.every_s == UNHEARING_S
+        assert beacons.next(UNHEARING_S - 1) is None
+        assert beacons.next(UNHEARING_S) is not None
+
     def test_many_are_heard_four_times_a_second(self) -> None:
         """With more instances each publishes less often."""
         beacons = listening()
@@ -203,7 +217,14 @@ class TestDisagreement:
     """Settings that must be the same in a cluster."""
 
     @pytest.mark.parametrize(
-        ("setting", "theirs"), [("shard_count", 64), ("carrier", "topic"), ("assignment", "ring")]
+        ("setting", "theirs"),
+        [
+            ("shard_count", 64),
+            ("carrier", "topic"),
+            ("assignment", "ring"),
+            ("group_prefixes", ""),
+            ("group_prefixes", "urn:doc:,urn:room:"),
+        ],
     )
     def test_it_is_told_and_counted(self, setting: str, theirs: Any) -> None:
         """The younger one is not ready, and says what differs from whom."""
@@ -213,6 +234,33 @@ class TestDisagreement:
         assert beacons.trouble is not None
         assert setting in beacons.trouble
         assert "'two'" in beacons.trouble
+
+    @pytest.mark.parametrize("setting", ["assignment", "group_prefixes"])
+    def test_who_does_not_tell_agrees(self, setting: str) -> None:
+        """An instance that has no part in it, or that is too old to know it."""
+        beacons = listening()
+        beacons.hear(beacon(up_s=500.0, **{setting: None}), 100.0)
+        assert beacons.disagreements[setting] == 0
+        assert beacons.trouble is None
+
+    @pytest.mark.parametrize(
+        ("prefixes", "text"),
+        [
+            ([], ""),
+            (["urn:room:", "urn:doc:", "urn:room:"], "urn:doc:,urn:room:"),
+            (["urn:room:open:", "urn:room:", "urn:roof:", "urn:room:z"], "urn:roof:,urn:room:"),
+        ],
+    )
+    def test_prefixes_that_mean_the_same_agree(self, prefixes: list[str], text: str) -> None:
+        """In any order, and with those that another one includes."""
+        assert group_prefixes_text(prefixes) == text
+
+    def test_long_prefixes_are_compared_too(self) -> None:
+        """As much as a beacon holds, and a digest."""
+        ends = ("a", "b")
+        texts = [group_prefixes_text(["x" * 200, f"y{'z' * 99}{end}"]) for end in ends]
+        assert texts[0] != texts[1]
+        assert {len(text) for text in texts} == {MAX_TEXT}
 
     def test_the_older_one_stays_ready(self) -> None:
         """One wrong instance must not take the whole cluster away. Together, both are wrong."""

@@ -7,12 +7,13 @@ as well, and everything is treated as after a gap of the transport.
 
 A beacon also carries the settings that must agree in a cluster, so that a difference is noticed
 even where the instances share no store. So are two instances of one name, and mailboxes that are
-not one.
+not one. An instance without sessions publishes beacons for that alone, and hears none.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
+from hashlib import sha256
 from typing import Final, NamedTuple
 
 import msgspec
@@ -29,6 +30,8 @@ HEARD_PER_S = 4.0
 less often."""
 ALONE_S = 10.0
 """How often an instance publishes while it hears no other."""
+UNHEARING_S = 60.0
+"""How often an instance without sessions publishes. It hears nobody, and may be one of many."""
 REORDER_S = 1.0
 """A missing number may still arrive for this long, since an engine may reorder signals."""
 GAP_EVERY_S = 10.0
@@ -40,11 +43,13 @@ FORGET_S = 60.0
 OLDER_BY_S = 5.0
 """Of two instances that disagree, the one that began this much earlier stays ready."""
 MAX_PEERS = 10_000
+MAX_TEXT = 256
+"""The longest text of a setting in a beacon."""
 LOG_AGAIN_S = 1.0
 """One line in this time for a setting that disagrees, however many instances are made up."""
 LOGGED_CLUSTERS = 100
 """Other clusters that are named in the log. Anyone who publishes may make up more."""
-MUST_AGREE: Final = ("shard_count", "carrier", "assignment")
+MUST_AGREE: Final = ("shard_count", "carrier", "assignment", "group_prefixes")
 
 
 class _Hole(NamedTuple):
@@ -122,8 +127,9 @@ class Beacons:
         self.members: AbstractSet[str] | None = None
         self.mailbox: Callable[[], str] = str
         self._me = me
-        # When this instance began to listen.
+        # When this instance began, and whether it listens.
         self._began_at = 0.0
+        self._hears = True
         self._peers: dict[tuple[str, str, str], _Peer] = {}
         # Other clusters that were heard, so that each is logged once ...
         self._other_clusters: set[str] = set()
@@ -136,15 +142,17 @@ class Beacons:
         self._owes_gap = False
         self._gap_at = float("-inf")
 
-    def begin(self, now: float) -> None:
-        """This instance listens from now on."""
-        self._began_at = now
+    def begin(self, now: float, *, hears: bool = True) -> None:
+        """This instance runs from now on. Unless it ``hears``, it does not listen to others."""
+        self._began_at, self._hears = now, hears
 
     # --- publishing -------------------------------------------------------------------------------
 
     @property
     def every_s(self) -> float:
         """How often this instance publishes a beacon now."""
+        if not self._hears:
+            return UNHEARING_S
         return max(FASTEST_S, len(self._peers) / HEARD_PER_S) if self._peers else ALONE_S
 
     def next(self, now: float, jitter: float = 1.0) -> Beacon | None:
@@ -220,7 +228,11 @@ class Beacons:
     def _differences(self, peer: _Peer) -> list[str]:
         """What is wrong between ``peer`` and this instance, by the names of the settings."""
         theirs = peer.beacon
-        names = [name for name in MUST_AGREE if getattr(theirs, name) != getattr(self._me, name)]
+        names = [
+            name
+            for name in MUST_AGREE
+            if getattr(theirs, name) not in {None, getattr(self._me, name)}
+        ]
         mailboxes = {theirs.mailbox, self.mailbox()}
         if len(mailboxes) > 1 and "" not in mailboxes:
             names.append("mailbox")
@@ -297,9 +309,10 @@ class Beacons:
             for name in self._differences(peer):
                 if name not in MUST_AGREE:
                     continue
+                ours, theirs = getattr(self._me, name), getattr(peer.beacon, name)
                 return (
-                    f"{name} is {getattr(self._me, name)} here and"
-                    f" {getattr(peer.beacon, name)} at instance {peer.beacon.sender!r}:"
+                    f"{name} is {_shown(ours)} here and"
+                    f" {_shown(theirs)} at instance {peer.beacon.sender!r}:"
                     " set the same everywhere in the cluster"
                 )
         return None
@@ -307,3 +320,24 @@ class Beacons:
     def _mine(self) -> Iterator[_Peer]:
         """The peers of this instance's cluster."""
         return (peer for peer in self._peers.values() if peer.beacon.cluster == self._me.cluster)
+
+
+def group_prefixes_text(prefixes: Iterable[str]) -> str:
+    """``prefixes`` as beacons compare them: the same text wherever the same names are groups.
+
+    A text that is too long for a beacon is cut, and ends with a digest of the whole.
+    """
+    needed: list[str] = []
+    for prefix in sorted(prefixes):  # a shorter one comes before those that it includes
+        if not (needed and prefix.startswith(needed[-1])):
+            needed.append(prefix)
+    text = ",".join(needed)
+    if len(text) <= MAX_TEXT:
+        return text
+    digest = sha256(text.encode()).hexdigest()[:16]
+    return f"{text[: MAX_TEXT - len(digest) - 1]}…{digest}"
+
+
+def _shown(value: object) -> object:
+    """``value`` of a setting, in words if it is empty."""
+    return "not set" if value == "" else value

@@ -44,9 +44,11 @@ class GatewayConfig:
     subscription_timing: SubscriptionTiming = field(default_factory=SubscriptionTiming)
     shard_count: int = DEFAULT_SHARD_COUNT
     cluster: str = "default"
-    """The cluster's name. With the next two it is compared with what other instances have."""
+    """The cluster's name. It is compared with what other instances have, and so are ``carrier``,
+    ``assignment``, ``shard_count`` and ``group_prefixes``."""
     carrier: str = "filter"
-    assignment: str = "coordinator"
+    assignment: str | None = "coordinator"
+    """``None`` if the instance neither owns nor assigns shards."""
     mode: Mode = "fanout"
     """The mode until the first shard map arrives."""
     deaf_after_s: float = 5.0

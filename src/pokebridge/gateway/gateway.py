@@ -17,7 +17,7 @@ import structlog
 from pokebridge.backoff import spread
 from pokebridge.errors import TransportError
 from pokebridge.gateway.acks import RECORD_EVERY_S, Acks, RecordAcks
-from pokebridge.gateway.beacons import FASTEST_S, Beacons
+from pokebridge.gateway.beacons import FASTEST_S, Beacons, group_prefixes_text
 from pokebridge.gateway.bridge import Bridge
 from pokebridge.gateway.config import GatewayConfig
 from pokebridge.gateway.connection import Connection
@@ -120,21 +120,24 @@ class Gateway:
     async def start(self, *, serves: bool = True) -> None:
         """Subscribe, and begin to take sessions. Unless it ``serves``, refuse them all.
 
+        It publishes beacons either way, since other settings than those of the instances with
+        sessions would lead its pokes astray.
+
         Raises:
             TransportError: the transport is unavailable.
         """
         self._loop = asyncio.get_running_loop()
         self.entrance.serves = serves
         self.wheel.start(self._loop)
+        self.beacons.begin(self.now(), hears=serves)
+        self._supervise("beacons", self._keep_beacons)
         if not serves:
             return
-        self.beacons.begin(self.now())
         self.bridge.on_beacon = lambda beacon: self.beacons.hear(beacon, self.now())
         self.bridge.on_lookup = self.roster.hear
         await self.subscriptions.start(self.shard_routing.wanted(self.now()))
         self._supervise("gateway_clock", self._keep_time)
         self._supervise("walks", self.bridge.walks.run)
-        self._supervise("beacons", self._keep_beacons)
         if self.verification is not None:
             self._supervise("verification", partial(self._keep_verifying, self.verification))
         if self.acks is not None:
@@ -470,4 +473,5 @@ def _identity(config: GatewayConfig) -> Beacon:
         shard_count=config.shard_count,
         carrier=config.carrier,
         assignment=config.assignment,
+        group_prefixes=group_prefixes_text(config.group_prefixes),
     )

@@ -266,7 +266,7 @@ def gateway_config(settings: Settings, room: Room | None) -> GatewayConfig:
         shard_count=settings.shard_count,
         cluster=settings.cluster,
         carrier=settings.carrier,
-        assignment=settings.assignment,
+        assignment=settings.assignment if settings.roles & {"gateway", "coordinator"} else None,
         mode=settings.initial_mode,
         max_session_s=settings.max_session_s or inf,
         verify_every_s=settings.verify_every_s,
