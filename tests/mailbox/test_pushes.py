@@ -1,8 +1,10 @@
 """Every mailbox keeps the contract of pushes; without a timing it owes none."""
 
 import asyncio
+import sqlite3
 import uuid
 from collections.abc import AsyncIterator
+from contextlib import closing
 from pathlib import Path
 
 import asyncpg
@@ -13,7 +15,7 @@ from pokebridge.mailbox.memory import MemoryMailbox
 from pokebridge.mailbox.postgres import PostgresMailbox
 from pokebridge.mailbox.pushes import PushTiming
 from pokebridge.mailbox.sqlite import SqliteMailbox
-from pokebridge.testing.mailbox_kit import BOB, ManualClock, fill, message, versions
+from pokebridge.testing.mailbox_kit import BOB, EVE, ManualClock, fill, message, versions
 from pokebridge.testing.mailbox_pushes import TIMING, PushContract
 from tests.support import Daemon, wait_until
 
@@ -36,6 +38,26 @@ class TestSqlitePushes(PushContract):
         mailbox = await SqliteMailbox.open(tmp_path / "mailbox.db", clock, push_timing=TIMING)
         yield mailbox
         await mailbox.close()
+
+    @pytest.mark.parametrize("damage", ["recipient = CAST(x'ff' AS TEXT)", "version = 'abc'"])
+    async def test_a_damaged_push_is_set_aside(
+        self, mailbox: SqliteMailbox, clock: ManualClock, tmp_path: Path, damage: str
+    ) -> None:
+        """It is buried at its first claim, instead of being posted again and again."""
+        assert mailbox.pushes is not None
+        await fill(mailbox, 1, BOB)
+        await fill(mailbox, 1, EVE)
+        with closing(sqlite3.connect(tmp_path / "mailbox.db")) as by_hand:
+            by_hand.execute(f"UPDATE pushes SET {damage} WHERE recipient = ?", (EVE,))
+            by_hand.commit()
+        clock.now_s += TIMING.grace_s + 1
+        claimed = await mailbox.pushes.claim(limit=10, lease_s=5)
+        assert [push.recipient for push in claimed] == [BOB]
+        await mailbox.pushes.sent(claimed[0])
+        clock.now_s += 10
+        assert await mailbox.pushes.claim(limit=10, lease_s=5) == []
+        stats = await mailbox.stats()
+        assert (stats.pushes, stats.dead_pushes) == (0, 1)
 
 
 class TestPostgresPushes(PushContract):

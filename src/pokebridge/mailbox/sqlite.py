@@ -34,7 +34,14 @@ from pokebridge.mailbox.sqlite_checkpoints import Checkpointer
 from pokebridge.mailbox.sqlite_file import objects, open_file, pragma
 from pokebridge.mailbox.sqlite_guard import FileGuard
 from pokebridge.mailbox.sqlite_pushes import SqlitePushes, owe
-from pokebridge.mailbox.sqlite_workers import Job, Outcome, WorkerPool, commit_together, do_each
+from pokebridge.mailbox.sqlite_workers import (
+    Job,
+    Outcome,
+    WorkerPool,
+    commit_together,
+    do_each,
+    is_intact,
+)
 from pokebridge.model import MAX_VERSION, Ack, Message, NewMessage, Page, Poke, Receipt
 
 # Jobs that a thread takes at once. A write batch is a transaction; a read batch saves wake-ups.
@@ -410,7 +417,7 @@ class _Old(NamedTuple):
 
 def _name(recipient: Any, raw: bytes) -> Any:
     """An outbox entry's recipient: what another program wrote that is no UTF-8 stays bytes."""
-    return recipient if isinstance(recipient, str) and recipient.encode() == raw else raw
+    return recipient if is_intact(recipient, raw) else raw
 
 
 def _confirm_outbox(db: sqlite3.Connection, pokes: Sequence[Poke], now_ms: int) -> None:

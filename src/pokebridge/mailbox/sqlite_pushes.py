@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from pokebridge.mailbox.pushes import DEAD_KEPT_MS, OwedPush, PushTiming
-from pokebridge.mailbox.sqlite_workers import WorkerPool
+from pokebridge.mailbox.sqlite_workers import WorkerPool, is_intact
 
 TABLES: Final = (
     """CREATE TABLE pushes (
@@ -116,10 +116,28 @@ def _are_due(db: sqlite3.Connection, now_ms: int) -> bool:
 def _claim(db: sqlite3.Connection, limit: int, lease_ms: int, now_ms: int) -> list[OwedPush]:
     rows = db.execute(
         f"UPDATE pushes SET due_ms = ? + ?, attempts = attempts + 1 WHERE recipient IN ({_DUE})"  # noqa: S608 - ours
-        f" RETURNING {_COLUMNS}",
+        f" RETURNING {_COLUMNS}, CAST(recipient AS BLOB)",
         (now_ms, lease_ms, now_ms, limit),
     )
-    return [OwedPush(*row) for row in rows.fetchall()]
+    pushes: list[OwedPush] = []
+    for *columns, raw in rows.fetchall():
+        push = OwedPush(*columns)
+        if is_intact(push.recipient, raw) and isinstance(push.version, int):
+            pushes.append(push)
+        else:
+            _set_aside(db, raw, now_ms)
+    return pushes
+
+
+def _set_aside(db: sqlite3.Connection, raw: bytes, now_ms: int) -> None:
+    """Bury what another program has damaged. Its row could not be found by what was read of it."""
+    where = "FROM pushes WHERE CAST(recipient AS BLOB) = ?"
+    reason = "the recipient is no UTF-8, or the version no number"
+    db.execute(
+        f"INSERT OR IGNORE INTO dead_pushes SELECT {_COLUMNS}, ?, ? {where}",
+        (reason, now_ms, raw),
+    )
+    db.execute(f"DELETE {where}", (raw,))
 
 
 def _is_owed(db: sqlite3.Connection, recipient: str) -> bool:

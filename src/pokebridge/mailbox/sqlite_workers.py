@@ -209,6 +209,11 @@ def _begin(db: sqlite3.Connection) -> None:
         time.sleep(spread(0.002, 0.25, 1.5))
 
 
+def is_intact(text: object, raw: bytes) -> bool:
+    """Whether ``text``, as it was read, is a text that stands in the file like that (``raw``)."""
+    return isinstance(text, str) and text.encode() == raw
+
+
 def result_code(error: sqlite3.Error) -> int:
     """The primary result code. 0: the error comes from Python's module, not from SQLite."""
     return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
