@@ -1,7 +1,7 @@
 """The longest silence after each fault, on real engines: ``python -m tests.silences``.
 
 It runs all tests that use the fixture ``silence``, long ones included, and prints a table for
-docs/simulation.md.
+docs/simulation.md. ``python -m tests.silences tests/ingress`` runs those of one directory.
 """
 
 import sys
@@ -34,8 +34,9 @@ class Table:
 def main() -> int:
     """Run them and print the table. Returns pytest's exit status."""
     table = Table()
-    arguments = [str(Path(__file__).parent), "-q", "-m", "long or not long", "-p", "no:randomly"]
-    status = pytest.main([*arguments, *sys.argv[1:]], plugins=[table])
+    given = sys.argv[1:] or [str(Path(__file__).parent)]
+    arguments = ["-q", "-m", "long or not long", "-p", "no:randomly"]
+    status = pytest.main([*arguments, *given], plugins=[table])
     print(table)  # noqa: T201 - a program's output
     return int(status)
 

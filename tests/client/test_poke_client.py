@@ -15,6 +15,7 @@ from pokebridge.errors import ConfigError, ForbiddenError, InputError
 from tests.client.faulty_bridge import Bad, FaultyBridge, problem
 from tests.support import CutProxy, wait_until
 from tests.support.mute import LIVE, MUTE, Names, mute_listener
+from tests.support.silence import Silence
 from tests.transport.certificates import make_certificates
 
 # Nothing waits for long; polling and pings stay out of the way where a test does not want them.
@@ -311,15 +312,17 @@ async def test_a_pull_that_fails_is_retried(
 
 
 async def test_a_slow_line_gets_through(
-    bridge: FaultyBridge, handler: Handler, monkeypatch: pytest.MonkeyPatch
+    bridge: FaultyBridge, handler: Handler, monkeypatch: pytest.MonkeyPatch, silence: Silence
 ) -> None:
     """A page that takes longer than the deadline is pulled once: the deadline is between bytes."""
     bodies = [f"{number:02}" + "x" * 60_000 for number in range(16)]
     bridge.commit(*bodies)
     monkeypatch.setattr(pulling, "PROGRESS_WITHIN_S", 1)
     bridge.bytes_per_s = 500_000
+    pulled = silence("a page of 960 KB on a line of 500 kB/s: Python client")
     async with PokeClient(bridge.url, "token", handler, policy=QUICK):
         await handler.has(*bodies)
+    pulled()
     assert [pull["limit"] for pull in bridge.pulls] == ["50"]
 
 
@@ -566,16 +569,18 @@ async def test_tls(tmp_path: Path, handler: Handler) -> None:
 
 
 async def test_a_mute_first_address_is_no_outage(
-    bridge: FaultyBridge, handler: Handler, names: Names
+    bridge: FaultyBridge, handler: Handler, names: Names, silence: Silence
 ) -> None:
     """It does not accept: the socket and the pull go to the second address of the name."""
     names("bridge.test", [MUTE, LIVE])
     bridge.commit("a")
     port = urlsplit(bridge.url).port or 0
     with mute_listener(accepts=False, port=port):
+        pulled = silence("the first address of the bridge's name is mute: Python client")
         async with PokeClient(f"http://bridge.test:{port}", "token", handler) as client:
             await client.wait_ready(30)
             await handler.has("a")
+        pulled()
     assert len(bridge.connects) == 1
 
 

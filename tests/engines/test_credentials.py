@@ -22,6 +22,7 @@ from pokebridge.testing.transport import subscribe_live
 from pokebridge.transport.nats import NatsTransport
 from tests.support import Daemon, wait_until
 from tests.support.engines import run_configured_nats
+from tests.support.silence import Silence
 from tests.transport.outages import assert_hears
 
 USER = "jetstream: {{}}\nauthorization {{ user: me, password: {} }}"
@@ -69,15 +70,17 @@ def nats(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, 
         yield f"nats://{user}{server.address}?password_file={path}", Secret(path, change)
 
 
-async def test_nats(nats: tuple[str, Secret]) -> None:
+async def test_nats(nats: tuple[str, Secret], silence: Silence) -> None:
     """The transport is a gap, the store is asked again, and both go on."""
     url, secret = nats
     transport = await NatsTransport.connect(url)
     store = await NatsCoordination.connect(url, cluster="c")
     _, receiver = await subscribe_live(transport, 7)
     await secret.set("second")
+    heard_again = silence("a password is changed, and its connections are ended: NATS")
     await receiver.wait_for(lambda heard: bool(heard.gaps))
     await assert_hears(transport, receiver, 7)
+    heard_again()
     await wait_until(partial(answers, store))
     await store.close()
     await transport.close()
@@ -149,7 +152,9 @@ async def postgres_secret(own_postgres_server: Daemon, tmp_path: Path) -> Secret
     return Secret(path, change)
 
 
-async def test_postgres(own_postgres_server: Daemon, postgres_secret: Secret) -> None:
+async def test_postgres(
+    own_postgres_server: Daemon, postgres_secret: Secret, silence: Silence
+) -> None:
     """A mailbox goes on without a failed call, and the store after a refusal at most."""
     address = own_postgres_server.address
     url = f"postgresql://bridge@{address}/postgres?password_file={postgres_secret.path}"
@@ -157,7 +162,9 @@ async def test_postgres(own_postgres_server: Daemon, postgres_secret: Secret) ->
     store = await PostgresCoordination.connect(url, cluster="c")
     assert (await mailbox.append(message())).version == 1
     await postgres_secret.set("second")
+    answered = silence("a password is changed, and its connections are ended: PostgreSQL")
     assert (await mailbox.append(message())).version == 2
+    answered()
     await wait_until(partial(answers, store))
     await store.close()
     await mailbox.close()

@@ -29,6 +29,7 @@ from pokebridge.transport.redis import RedisTransport
 from tests.support import CutProxy, Daemon, wait_until
 from tests.support.engines import ask, has_role, run_valkey
 from tests.support.mute import LIVE, MUTE, Names, mute_listener
+from tests.support.silence import Silence
 
 Use = Callable[[str], Awaitable[None]]
 Mute = Callable[..., AbstractContextManager[str]]
@@ -119,23 +120,32 @@ def url_of(request: pytest.FixtureRequest, fixture: str) -> str:
 
 @pytest.mark.parametrize(("server", "use"), ENGINES)
 async def test_the_second_address_of_a_name_is_used(
-    request: pytest.FixtureRequest, names: Names, server: str, use: Use, mute: Mute
+    request: pytest.FixtureRequest,
+    names: Names,
+    server: str,
+    use: Use,
+    mute: Mute,
+    silence: Silence,
 ) -> None:
     """The first address of the engine's name is mute."""
     url = url_of(request, server)
     names("engine.test", [MUTE, LIVE])
     with mute(port=urlsplit(url).port):
+        used = silence(f"the first address of a name is mute: {use.__name__}")
         await use(url.replace(LIVE, "engine.test"))
+        used()
 
 
 @pytest.mark.parametrize(("server", "use"), ENGINES)
 async def test_the_second_host_is_used(
-    request: pytest.FixtureRequest, server: str, use: Use, mute: Mute
+    request: pytest.FixtureRequest, server: str, use: Use, mute: Mute, silence: Silence
 ) -> None:
     """The first host in the URL is mute."""
     url = url_of(request, server)
     with mute() as first:
+        used = silence(f"the first of two hosts is mute: {use.__name__}")
         await use(url.replace(LIVE, f"{first},{LIVE}"))
+        used()
 
 
 @pytest.mark.parametrize("use", [use_mailbox, use_postgres_store])
@@ -180,7 +190,7 @@ async def test_many_mute_hosts_cost_no_more_than_a_few(nats_server: Daemon) -> N
 
 
 async def test_a_mailbox_goes_on_when_its_first_host_falls_mute(
-    postgres_database: str, postgres_server: Daemon
+    postgres_database: str, postgres_server: Daemon, silence: Silence
 ) -> None:
     """The calls that it has interrupted succeed at the second host, and so do the next."""
     async with CutProxy(LIVE, postgres_server.port) as first:
@@ -188,7 +198,9 @@ async def test_a_mailbox_goes_on_when_its_first_host_falls_mute(
         mailbox = await PostgresMailbox.open(url)
         await mailbox.append(message())
         first.cut()
+        answered = silence("the first of PostgreSQL's two hosts falls mute in use")
         assert (await mailbox.append(message())).version == 2
+        answered()
         assert (await mailbox.append(message())).version == 3
         await mailbox.close()
 

@@ -2,15 +2,19 @@
 
 import asyncio
 import json
+import secrets
 from functools import partial
 from pathlib import Path
 
+import asyncpg
 import httpx
 
 from pokebridge.mailbox.sqlite import SqliteMailbox
+from pokebridge.telemetry import Metric
 from pokebridge.testing.mailbox_kit import ALICE, BOB, head
 from tests.ingress.queues import NatsQueue
-from tests.support import Daemon, Serve, wait_until
+from tests.support import Daemon, Instance, Serve, wait_until
+from tests.support.silence import Silence
 
 COUNT = 1_000
 
@@ -71,3 +75,62 @@ async def test_every_message_is_committed_once_whoever_is_killed(
         assert (await http.get("/readyz")).status_code == httpx.codes.OK
     await mailbox.close()
     await queue.close()
+
+
+async def test_a_role_that_is_refused_is_waited_out(
+    nats_server: Daemon, postgres_database: str, serve: Serve, silence: Silence
+) -> None:
+    """While PostgreSQL refuses the instance, its queue waits, and callers get 503 without names."""
+    queue = await NatsQueue.make(nats_server.url)
+    role = f"role_{secrets.token_hex(8)}"
+    by_hand = await asyncpg.connect(postgres_database)
+    await by_hand.execute(f"CREATE ROLE {role} LOGIN; CREATE SCHEMA {role} AUTHORIZATION {role}")
+    url = postgres_database.replace("postgres@", f"{role}@")
+    instance = await asyncio.to_thread(
+        serve,
+        transport=nats_server.url,
+        mailbox=f"{url}?schema={role}",
+        ingress=queue.url,
+        cluster=queue.cluster,
+    )
+    end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = $1"
+    await by_hand.execute(f"ALTER ROLE {role} NOLOGIN")
+    await by_hand.execute(end, role)
+    told = silence("PostgreSQL refuses the mailbox's role, until readiness tells")
+    await wait_until(lambda: is_not_ready(instance))
+    told()
+    await queue.publish(
+        *(json.dumps({"sender": ALICE, "recipient": BOB, "body": n}).encode() for n in range(20))
+    )
+    async with instance.async_http(ALICE, "send") as http:
+        answer = await http.post("/v1/messages", json={"recipient": BOB, "body": 1})
+    assert answer.status_code == httpx.codes.SERVICE_UNAVAILABLE
+    assert "Retry-After" in answer.headers
+    assert role not in answer.text
+    await wait_until(lambda: has_retried(instance))
+    await by_hand.execute(f"ALTER ROLE {role} LOGIN")
+    pulled = silence("PostgreSQL accepts the mailbox's role again, until 20 queued messages came")
+
+    async def has_all() -> bool:
+        async with instance.async_http(BOB) as http:
+            answer = await http.get("/v1/messages")
+        return answer.is_success and len(answer.json()["messages"]) == 20
+
+    await wait_until(has_all)
+    pulled()
+    assert await queue.dead_letters() == []
+    await queue.close()
+    await by_hand.close()
+
+
+async def is_not_ready(instance: Instance) -> bool:
+    """Whether readiness tells of trouble."""
+    async with instance.async_http() as http:
+        return (await http.get("/readyz")).status_code == httpx.codes.SERVICE_UNAVAILABLE
+
+
+async def has_retried(instance: Instance) -> bool:
+    """Whether queued messages went back into the queue."""
+    async with instance.async_http() as http:
+        page = (await http.get("/metrics")).text
+    return f'{Metric.INGRESS_MESSAGES}{{result="retried"}} 0.0' not in page

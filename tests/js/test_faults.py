@@ -12,6 +12,7 @@ from tests.client.between import problem as refused
 from tests.client.faulty_bridge import Bad, FaultyBridge, problem
 from tests.js.driving import QUICK, Client, NodeRuntime, run_node
 from tests.support import Instance, free_port, wait_until
+from tests.support.silence import Silence
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -322,13 +323,17 @@ async def hasty(client_package: object) -> AsyncIterator[NodeRuntime]:
         yield node
 
 
-async def test_a_slow_line_gets_through(hasty: NodeRuntime, bridge: FaultyBridge) -> None:
+async def test_a_slow_line_gets_through(
+    hasty: NodeRuntime, bridge: FaultyBridge, silence: Silence
+) -> None:
     """A page that takes longer than the deadline is pulled once: the deadline is between bytes."""
     bodies = [f"{number:02}" + "x" * 60_000 for number in range(16)]
     bridge.commit(*bodies)
     bridge.bytes_per_s = 60_000 * HASTE
+    pulled = silence("a page of 960 KB on a line of 600 kB/s: JavaScript client")
     client = await start(hasty, bridge)
     await client.wait_shown(*bodies)
+    pulled()
     assert [pull["limit"] for pull in bridge.pulls] == ["50"]
     assert await client.errors() == []
 

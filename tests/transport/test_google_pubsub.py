@@ -23,6 +23,7 @@ from pokebridge.transport import google_pubsub, google_pubsub_subscription
 from pokebridge.transport.base import Feed, Selection, Signal
 from pokebridge.transport.google_pubsub import GooglePubSubTransport
 from tests.support import CutProxy, Daemon, wait_until
+from tests.support.silence import Silence
 from tests.support.waiting import WAIT_S
 from tests.transport.pubsub_world import TOPIC, Clock, World, crash
 
@@ -372,38 +373,51 @@ async def test_a_killed_emulator_is_a_gap(
         await assert_hears(publisher, receiver)
 
 
-async def test_a_deleted_topic_is_restored(world: World) -> None:
+async def test_a_deleted_topic_is_restored(world: World, silence: Silence) -> None:
     """The next publish makes it anew, and all of this instance's subscriptions with it."""
     transport = await world.connect()
     _, receiver = await subscribe_live(transport, Feed.ALL)
     _, of_shard = await subscribe_live(transport, 42)
     await world.publisher.delete_topic(topic=world.topic)
+    heard_again = silence("a Pub/Sub topic is deleted, and the next publish makes it again")
     await transport.publish([Signal(b"{}", 42)])
     await hear_gap(receiver)
     await hear_gap(of_shard, 42)
     await assert_hears(transport, receiver)
     await assert_hears(transport, of_shard)
+    heard_again()
 
 
+@pytest.mark.parametrize(
+    ("silent_s", "watch_s"), [(0.2, 0.1), pytest.param(8.0, 5.0, marks=pytest.mark.long)]
+)
 async def test_a_subscription_on_a_deleted_topic_notices(
-    either: World, monkeypatch: pytest.MonkeyPatch
+    either: World,
+    monkeypatch: pytest.MonkeyPatch,
+    silent_s: float,
+    watch_s: float,
+    silence: Silence,
 ) -> None:
     """Another makes a topic of the same name: no error is seen, only silence, and it is enough.
 
     No probe is waited for: the service says what the subscription is attached to.
     """
-    monkeypatch.setattr(google_pubsub_subscription, "SILENT_S", 0.2)
-    monkeypatch.setattr(google_pubsub_subscription, "WATCH_S", 0.1)
+    monkeypatch.setattr(google_pubsub_subscription, "SILENT_S", silent_s)
+    monkeypatch.setattr(google_pubsub_subscription, "WATCH_S", watch_s)
     transport = await either.connect()
     publisher = await either.connect()
     _, receiver = await subscribe_live(transport, Feed.ALL)
     _, of_shard = await subscribe_live(transport, 42)
     await either.publisher.delete_topic(topic=either.topic)
     await either.publisher.create_topic(name=either.topic)
+    heard_again = silence(
+        f"a Pub/Sub topic is deleted and made again, and looked at after {silent_s:g} s of silence"
+    )
     await hear_gap(receiver)
     await hear_gap(of_shard, 42)
     await assert_hears(publisher, receiver)
     await assert_hears(publisher, of_shard)
+    heard_again()
 
 
 async def test_a_subscription_that_hears_nothing_is_probed(

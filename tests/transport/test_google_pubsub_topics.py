@@ -21,6 +21,7 @@ from pokebridge.testing.transport import (
 )
 from pokebridge.transport.base import Feed, Selection, Signal
 from pokebridge.transport.google_pubsub import GooglePubSubTransport
+from tests.support.silence import Silence
 from tests.transport.pubsub_world import TOPIC, World, crash
 
 SHARD_COUNT = 8
@@ -127,16 +128,20 @@ async def test_everything_is_live_only_with_its_last_topic(
 
 
 @pytest.mark.parametrize("selection", [Feed.ALL, 5])
-async def test_a_deleted_topic_is_restored(world: World, selection: Selection) -> None:
+async def test_a_deleted_topic_is_restored(
+    world: World, selection: Selection, silence: Silence
+) -> None:
     """A shard's topic that is deleted is made anew by the next publish: a gap of what took it."""
     transport, publisher = await connect(world), await connect(world)
     _, receiver = await subscribe_live(transport, selection)
     await world.publisher.delete_topic(topic=f"{world.topic}-5")
+    heard_again = silence("a Pub/Sub topic is deleted, and the next publish makes it again")
     await transport.publish([Signal(b"{}", 5)])
     await receiver.wait_for(lambda heard: bool(heard.gaps))
     assert receiver.gaps[0][0] == selection
     await publisher.publish([Signal(b'{"after":1}', 5)])
     await receiver.wait_for(lambda heard: b'{"after":1}' in heard.payloads)
+    heard_again()
 
 
 async def test_a_deleted_part_of_everything_is_a_gap(either: World) -> None:

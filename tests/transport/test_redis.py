@@ -17,6 +17,7 @@ from pokebridge.transport.base import Feed, Signal
 from pokebridge.transport.redis import PUBLISH_CONNECTIONS, RedisTransport
 from tests.support import CutProxy, Daemon, wait_until
 from tests.support.engines import ask, has_role, run_valkey
+from tests.support.silence import Silence
 from tests.support.stream_server import relay, stream_server
 from tests.transport.certificates import Certificates
 from tests.transport.engines import (
@@ -304,7 +305,7 @@ class TestCredentials(PermissionContract):
             await intruder.publish([Signal(b"{}")])
 
     async def test_a_changed_password_is_read_from_its_file(
-        self, server: Daemon, connect_url: ConnectUrl, tmp_path: Path
+        self, server: Daemon, connect_url: ConnectUrl, tmp_path: Path, silence: Silence
     ) -> None:
         """After a rotation the connections that the server ends come back by themselves."""
         path = tmp_path / "password"
@@ -316,8 +317,10 @@ class TestCredentials(PermissionContract):
             admin.execute_command("ACL", "SETUSER", "me", "resetpass", ">n3w")
             await asyncio.to_thread(path.write_text, "n3w")
             admin.execute_command("CLIENT", "KILL", "USER", "me")
+        heard_again = silence("a password is changed, and its connections are ended: Valkey")
         await receiver.wait_for(lambda heard: bool(heard.gaps))
         await assert_hears(transport, receiver, 7)
+        heard_again()
 
     async def test_an_unreadable_password_file_fails_the_start(
         self, server: Daemon, connect_url: ConnectUrl
