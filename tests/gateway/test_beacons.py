@@ -239,7 +239,8 @@ class TestDisagreement:
     def test_who_does_not_tell_agrees(self, setting: str) -> None:
         """An instance that has no part in it, or that is too old to know it."""
         beacons = listening()
-        beacons.hear(beacon(up_s=500.0, **{setting: None}), 100.0)
+        silent: Any = {setting: None}
+        beacons.hear(beacon(up_s=500.0, **silent), 100.0)
         assert beacons.disagreements[setting] == 0
         assert beacons.trouble is None
 
