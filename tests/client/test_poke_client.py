@@ -3,11 +3,13 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from websockets.protocol import State
 
 from pokebridge.client import OnPoke, PokeClient, Policy, ReceivedMessage, core, opening, pulling
 from pokebridge.client.events import Closed, Connect, Pull, Pulled, PullFailed, Refused, Text, Tick
@@ -767,6 +769,24 @@ async def test_leaving_before_anything_happened(bridge: FaultyBridge, handler: H
             await client.wait_ready(0)
         await asyncio.sleep(0)
         assert asyncio.all_tasks() <= before
+
+
+async def test_leaving_in_a_hurry_drops_the_socket(bridge: FaultyBridge, handler: Handler) -> None:
+    """Who is cancelled while the close is not answered leaves no socket behind."""
+    async with CutProxy("127.0.0.1", int(bridge.url.rpartition(":")[2])) as proxy:
+        entered = AsyncExitStack()
+        client = PokeClient(f"http://{proxy.address}", "token", handler)
+        await entered.enter_async_context(client)
+        await client.wait_ready(5)
+        socket, connecting = client._socket, client._connecting
+        assert socket is not None
+        assert connecting is not None
+        proxy.cut()
+        leaving = asyncio.create_task(entered.aclose())
+        await wait_until(lambda: socket.state is State.CLOSING)
+        connecting.cancel()
+        await leaving
+        assert socket.transport.is_closing()
 
 
 async def test_a_handler_that_ignores_its_cancellation_does_no_harm(

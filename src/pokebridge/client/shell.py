@@ -399,11 +399,14 @@ class Shell(Driver):
 
     async def _hang_up(self, socket: ClientConnection) -> None:
         """Close the socket, after the ack that waits, if this client leaves."""
-        if (version := self._core.waiting_ack) is not None:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                    await self._send({"type": "ack", "version": version})
-        await socket.close()
+        try:
+            if (version := self._core.waiting_ack) is not None:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                        await self._send({"type": "ack", "version": version})
+            await socket.close()
+        finally:
+            socket.transport.abort()  # whoever is cancelled once more can't wait for the answer
 
     def _say(self, message: dict[str, Any]) -> None:
         """Send ``message`` soon, if there is a socket."""

@@ -12,11 +12,12 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import msgspec
+import structlog
 
 from pokebridge.errors import MailboxError
 from pokebridge.gateway.disconnects import KEPT_S
 from pokebridge.mailbox.base import Mailbox
-from pokebridge.model import REVOCATIONS, NewMessage
+from pokebridge.model import REVOCATIONS, Message, NewMessage
 from pokebridge.publisher import Publisher
 from pokebridge.server.late_mailbox import LateMailbox
 from pokebridge.supervisor import keep_doing
@@ -33,6 +34,8 @@ class _Entry(msgspec.Struct):
 
 
 _decode = msgspec.json.Decoder(_Entry).decode
+
+log = structlog.get_logger(__name__)
 
 
 class Revocations:
@@ -131,9 +134,18 @@ class Revocations:
         while more:
             page = await mailbox.read(REVOCATIONS, after=self._cursor, limit=_PAGE)
             for message in page.messages:
-                if message.sender == REVOCATIONS:
-                    self._on_known(_disconnect(_decode(message.body)))
+                if message.sender == REVOCATIONS and (entry := _read_entry(message)) is not None:
+                    self._on_known(_disconnect(entry))
             self._cursor, more = page.version, page.more
+
+
+def _read_entry(message: Message) -> _Entry | None:
+    """The entry, or ``None`` for one that is damaged: those after it count as well."""
+    try:
+        return _decode(message.body)
+    except msgspec.DecodeError as error:
+        log.warning("revocation_invalid", version=message.version, reason=str(error))
+        return None
 
 
 def _disconnect(entry: _Entry) -> Disconnect:
