@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Final, Literal
 
+from pokebridge.client.transports import Transport
 from pokebridge.mailbox.base import Limits
 from pokebridge.model import Mode
 from simulation.broker import Broker
@@ -45,6 +46,8 @@ class Config:
     """The chance of a client to listen to a group, or to another recipient."""
     listens_at_most: int
     """How many further recipients a socket carries. What is beyond has a socket of its own."""
+    transport: Transport
+    """By what clients connect: mostly by what they choose themselves, else by a WebSocket alone."""
     poll_share: float
     """Of the clients, those that never try a WebSocket."""
 

@@ -73,6 +73,7 @@ def draw_config(rng: Random, faults: Collection[str]) -> Config:
         groups=apart.randint(1, 2),
         listen_share=apart.choice((0.0, 0.1, 0.3)),
         listens_at_most=apart.choice((0, 1, 10, 10)),
+        transport=apart.choice(("auto", "auto", "websocket")),
         poll_share=apart.choice((0.0, 0.0, 0.2)),
     )
 
@@ -221,9 +222,10 @@ class World(Scene):
         """One more device of ``recipient``."""
         self._client_loops += 1
         name = f"c{self._client_loops}"
+        polls = self._listen_rng.random() < self.config.poll_share
         client = SimClient(
             *(self, self.oracle, self.route, self._process(name), recipient),
-            transport="poll" if self._listen_rng.random() < self.config.poll_share else "auto",
+            transport="poll" if polls else self.config.transport,
         )
         self.clients.append(client)
         start_s = self.rng.uniform(0, 3.0)

@@ -48,7 +48,7 @@ Plant = Callable[[pytest.MonkeyPatch], None]
 def only(patch: pytest.MonkeyPatch, *wanted: Fault, **config: Any) -> None:
     """Let only these faults occur, and kills, in every world, and no instance have workers.
 
-    Nor does anybody listen to more or only poll, unless the ``config`` says so. Among all faults
+    Nor does anybody listen to more or poll, unless the ``config`` says so. Among all faults
     too few seeds show the bug. With workers a poke that begins on a host is heard there without the
     engine.
     """
@@ -56,7 +56,8 @@ def only(patch: pytest.MonkeyPatch, *wanted: Fault, **config: Any) -> None:
     def draw_config(rng: Random, kinds: Collection[str]) -> Config:
         return replace(real(rng, kinds), faults=list(kinds), **plain | config)
 
-    plain: dict[str, Any] = {"groups": 0, "listen_share": 0.0, "poll_share": 0.0}
+    plain: dict[str, Any] = {"groups": 0, "listen_share": 0.0}
+    plain |= {"transport": "websocket", "poll_share": 0.0}
     real = world.draw_config
     patch.setattr(world, "draw_config", draw_config)
     patch.setattr(world, "WORKERS", (1,))
@@ -379,12 +380,10 @@ def device_of_an_ack_ignored(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Acks, "add", add)
 
 
-def listening(patch: pytest.MonkeyPatch, *wanted: Fault, at_most: int = 10) -> None:
-    """Let many clients listen to two groups, and only these faults occur.
-
-    A socket carries ``at_most`` of the recipients that a client listens to.
-    """
-    only(patch, *wanted, groups=2, listen_share=0.5, listens_at_most=at_most)
+def listening(patch: pytest.MonkeyPatch, *wanted: Fault, **config: Any) -> None:
+    """Let many clients listen to two groups, and only these faults occur."""
+    many = {"groups": 2, "listen_share": 0.5, "listens_at_most": 10}
+    only(patch, *wanted, **many | config)
 
 
 def listening_before_live(patch: pytest.MonkeyPatch) -> None:
@@ -446,7 +445,7 @@ def switch_forgets_the_cursor(patch: pytest.MonkeyPatch) -> None:
 
     real = ClientCore._on_try
     patch.setattr(ClientCore, "_on_try", on_try)
-    listening(patch, faults.block_sockets, at_most=0)
+    listening(patch, faults.block_sockets, listens_at_most=0, transport="auto")
 
 
 def waiting_call_not_answered(patch: pytest.MonkeyPatch) -> None:
