@@ -501,6 +501,7 @@ PLANTS: list[tuple[Plant, str]] = [
 """Each bug, and the invariant that it breaks."""
 
 FIRST = {
+    "owners_only": 3,  # where nobody listens to more, and falls silent before the end
     "unversioned_pokes_believed": 40,
     "overflow_forgotten": 18,
     "gap_forgotten_at_retiring": 54,
