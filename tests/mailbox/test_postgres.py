@@ -249,20 +249,20 @@ class TestOutages:
         self, postgres_server: Daemon, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """When packets are dropped, every call fails in time; after the heal all is well."""
-        monkeypatch.setattr(postgres_pool, "CALL_TIMEOUT_S", 0.6)
-        monkeypatch.setattr(postgres_pool, "ATTEMPT_TIMEOUT_S", 0.2)
         async with CutProxy("127.0.0.1", postgres_server.port) as proxy:
             url = postgres_server.url.replace(str(postgres_server.port), str(proxy.port))
             mailbox = await PostgresMailbox.open(url + new_schema())
             await asyncio.gather(*(mailbox.read(f"r{n}", after=0, limit=1) for n in range(20)))
             proxy.cut()
-            for call in (
-                mailbox.append(message()),
-                mailbox.read(BOB, after=0, limit=1),
-                mailbox.check(),
-            ):
-                with pytest.raises(MailboxError, match=r"within 0\.6 s"):
-                    await call
+            with monkeypatch.context() as patch:
+                patch.setattr(postgres_pool, "CALL_TIMEOUT_S", 0.6)
+                for call in (
+                    mailbox.append(message()),
+                    mailbox.read(BOB, after=0, limit=1),
+                    mailbox.check(),
+                ):
+                    with pytest.raises(MailboxError, match=r"within 0\.6 s"):
+                        await call
             proxy.heal()
             await wait_until(lambda: _answers(mailbox))
             await mailbox.append(message(EVE))
@@ -304,11 +304,12 @@ class TestOutages:
         self, mailbox: PostgresMailbox, by_hand: Any, monkeypatch: pytest.MonkeyPatch, mode: str
     ) -> None:
         """While an operator keeps a table from being read or written, the check fails."""
-        monkeypatch.setattr(postgres_pool, "CALL_TIMEOUT_S", 1.0)
         async with by_hand.transaction():
             await by_hand.execute(f"LOCK TABLE heads IN {mode} MODE")
-            with pytest.raises(MailboxError):
-                await mailbox.check()
+            with monkeypatch.context() as patch:
+                patch.setattr(postgres_pool, "CALL_TIMEOUT_S", 1.0)
+                with pytest.raises(MailboxError):
+                    await mailbox.check()
         await mailbox.check()
 
     async def test_too_many_calls_are_refused(

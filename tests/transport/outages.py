@@ -126,11 +126,11 @@ class OutageContract:
     ) -> None:
         """A cut that closes nothing, amid traffic, is noticed and healed by itself."""
         monkeypatch.setattr(reconnecting_link, "HEARTBEAT_S", 0.5)
-        monkeypatch.setattr(reconnecting_link, "DIAL_TIMEOUT_S", 1.0)
         direct = await connect_to(own_server.address)
         async with CutProxy("127.0.0.1", own_server.port) as proxy:
             transport = await connect_to(proxy.address)
             _, receiver = await subscribe_live(transport, Feed.ALL)
+            monkeypatch.setattr(reconnecting_link, "DIAL_TIMEOUT_S", 1.0)
             proxy.cut()
             big = [Signal(b"x" * 500_000, 3)]
             published = asyncio.gather(
