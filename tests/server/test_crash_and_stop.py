@@ -43,12 +43,15 @@ class Puller:
             with contextlib.suppress(
                 OSError, websockets.WebSocketException, httpx.HTTPError, EOFError
             ):
-                async with websockets.connect(
+                socket = await websockets.connect(
                     self.instance.ws_url, additional_headers=self.instance.headers(self.recipient)
-                ) as socket:
+                )
+                try:
                     async for _ in socket:
                         cursor = self.got[-1][0] if self.got else 0
                         self.got += await pull_all(self.instance, self.recipient, cursor)
+                finally:
+                    socket.transport.abort()  # a close that is cancelled would leave it open
             await asyncio.sleep(0.05)
 
 
