@@ -1,6 +1,7 @@
 """The JavaScript client on networks that break WebSockets, in browsers and in Node."""
 
 import asyncio
+import json
 from uuid import uuid4
 
 import pytest
@@ -115,3 +116,25 @@ async def test_no_message_is_missed_while_the_bridge_comes_and_goes(
         sent = await switch_under_traffic(instance, box, sub, until_it_polls)
         await client.wait_shown(*range(sent))
         await client.close()
+
+
+async def test_a_poll_without_end_is_given_up(node: NodeRuntime, instance: Instance) -> None:
+    """Whatever stands between may answer more than a page: it is not kept, the next counts."""
+    start = """harness.start({
+      url: URL, sub: "urn:user:endless", transport: "poll",
+      fetch: (url, options) => {
+        if (!url.includes("/v1/pokes") || globalThis.flooded) return fetch(url, options);
+        globalThis.flooded = 0;
+        return Promise.resolve(new Response(new ReadableStream({
+          pull(stream) {
+            stream.enqueue(new Uint8Array(2 ** 20));
+            if (++globalThis.flooded === 30) stream.close();
+          },
+        })));
+      },
+    })"""
+    await node.evaluate(start.replace("URL", json.dumps(instance.url)))
+    client = Client(node)
+    await client.wait_state("connected")
+    assert "more than 8388608 characters" in str(await client.steps())
+    assert await node.evaluate("flooded") < 12

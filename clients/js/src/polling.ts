@@ -4,6 +4,7 @@
 import type { SocketLike } from "./client.js";
 import type { Event } from "./events.js";
 import { HttpError, problemDetail } from "./answers.js";
+import { readText } from "./pulling.js";
 
 const CONNECT_PATH = "/v1/connect";
 const FRAMES_AT_ONCE = 20;
@@ -142,7 +143,7 @@ class PolledSocket implements SocketLike {
       signal: this.#controller.signal,
       ...(body ? { method: "POST", body: JSON.stringify(body) } : {}),
     });
-    const text = await response.text();
+    const text = await readText(response);
     const { status, headers } = response;
     if (status !== expected) {
       const wait = Number(headers.get("Retry-After") ?? NaN);

@@ -218,7 +218,7 @@ export class Http {
           ...(body ? { body: JSON.stringify(body) } : {}),
         },
       );
-      text = await read(response, progress);
+      text = await readText(response, progress);
     } catch (error: any) {
       if (progress.signal.aborted) {
         throw new IncompleteError(`${url} does not get on with its answer`);
@@ -280,11 +280,11 @@ class Progress {
   }
 }
 
-/** The whole body as text. */
-async function read(response: Response, progress: Progress): Promise<string> {
+/** The whole body as text, of a length that a page may have: whatever stands between may answer. */
+export async function readText(response: Response, progress?: Progress): Promise<string> {
   const reader = response.body?.getReader?.();
   if (!reader) {
-    progress.isUnseen(); // an empty body, or a `fetch` that can't stream
+    progress?.isUnseen(); // an empty body, or a `fetch` that can't stream
     return response.text();
   }
   const decoder = new TextDecoder();
@@ -292,7 +292,7 @@ async function read(response: Response, progress: Progress): Promise<string> {
   for (;;) {
     const { done, value } = await reader.read();
     if (done) return text + decoder.decode();
-    progress.add(value.length);
+    progress?.add(value.length);
     text += decoder.decode(value, { stream: true });
     if (text.length > MAX_ANSWER_CHARS) {
       void reader.cancel();
