@@ -243,6 +243,7 @@ class SimShell(Driver):
             self._connection = connection
             self._oracle.switched += 1
             self._oracle.heard(self, text)
+            self._oracle.readiness_changed(self)  # the core stays ready, now by this connection
             self._feed(Upgraded(text))
         elif connection is self._connection:
             self._oracle.heard(self, text)
