@@ -29,8 +29,8 @@ _ADVERTISED = re.compile(
     rf"wss?://(?P<host>{_HOST_NAME}|\[[0-9a-f:.]+\])(?::(?P<port>\d{{1,5}}))?(?:{PREFIX.pattern})?/*",
     re.IGNORECASE,
 )
-# Where own paths begin that have more parts. With such a prefix one could not tell whether a proxy
-# has removed it.
+# The first parts of our own paths that have several. With such a prefix nobody could tell whether a
+# proxy has removed it.
 _OWN_PARTS = (["v1"], ["docs"], ["assets"])
 # The widest networks that are not taken for a mistake.
 _WIDEST_PROXIES = {4: 8, 6: 16}

@@ -406,7 +406,7 @@ class Shell(Driver):
                         await self._send({"type": "ack", "version": version})
             await socket.close()
         finally:
-            socket.transport.abort()  # whoever is cancelled once more can't wait for the answer
+            socket.transport.abort()  # a second cancellation would leave it open
 
     def _say(self, message: dict[str, Any]) -> None:
         """Send ``message`` soon, if there is a socket."""

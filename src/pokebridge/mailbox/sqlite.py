@@ -416,7 +416,7 @@ class _Old(NamedTuple):
 
 
 def _name(recipient: Any, raw: bytes) -> Any:
-    """An outbox entry's recipient: what another program wrote that is no UTF-8 stays bytes."""
+    """The recipient of an outbox entry. One that another program has damaged stays bytes."""
     return recipient if is_intact(recipient, raw) else raw
 
 

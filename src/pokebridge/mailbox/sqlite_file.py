@@ -212,7 +212,7 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 def _decode(text: bytes) -> str:
-    """So that a row which another program has damaged is no error for all that are read with it."""
+    """Replace what is no UTF-8, so that one damaged row does not fail the read of the others."""
     return text.decode(errors="replace")
 
 

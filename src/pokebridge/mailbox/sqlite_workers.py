@@ -210,7 +210,7 @@ def _begin(db: sqlite3.Connection) -> None:
 
 
 def is_intact(text: object, raw: bytes) -> bool:
-    """Whether ``text``, as it was read, is a text that stands in the file like that (``raw``)."""
+    """Whether ``text`` is a string, and its bytes are those in the file (``raw``)."""
     return isinstance(text, str) and text.encode() == raw
 
 
