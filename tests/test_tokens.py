@@ -423,6 +423,18 @@ def test_a_signature_is_checked_once(checks: list[str]) -> None:
     assert checks == [token]
 
 
+async def test_a_token_may_be_known_and_yet_not_be_remembered(checks: list[str]) -> None:
+    """What is verified without ``remember`` is forgotten, but what others brought is found."""
+    verifier = TokenVerifier(secret=SECRET)
+    token = hs256()
+    assert verifier.verify_now(token, remember=False).subject == BOB
+    assert (await verifier.verify(token, remember=False)).subject == BOB
+    assert checks == [token, token]
+    known = verifier.verify_now(token)
+    assert verifier.verify_now(token, remember=False) is known
+    assert checks == [token, token, token]
+
+
 def test_a_remembered_token_expires(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is accepted until the moment that ``exp`` names, and not in it."""
     verifier = TokenVerifier(secret=SECRET, leeway_s=600)

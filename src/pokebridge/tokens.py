@@ -133,8 +133,10 @@ class TokenVerifier:
                 meaning="tokens that the issuer made for other services are accepted too",
             )
 
-    def verify_now(self, token: str) -> Claims:
+    def verify_now(self, token: str, *, remember: bool = True) -> Claims:
         """The claims of ``token``, without waiting for anything; at once when it is remembered.
+
+        Without ``remember`` it is not remembered from now on.
 
         Raises :class:`~pokebridge.errors.AuthError` when it is not valid, and
         :class:`~pokebridge.errors.KeysUnavailableError` when the key that it names is not known:
@@ -146,7 +148,8 @@ class TokenVerifier:
         claims = self._verified.find(digest)
         if claims is None:
             claims = self._check_signature(token)
-            self._verified.add(digest, claims)
+            if remember:
+                self._verified.add(digest, claims)
         elif self._key_set is not None:
             self._key_set.keep_fresh()  # or a key that was withdrawn would stay in use
         if not claims.expires_at > time.time():
@@ -155,17 +158,17 @@ class TokenVerifier:
             raise AuthError("the token was revoked")
         return claims
 
-    async def verify(self, token: str) -> Claims:
+    async def verify(self, token: str, *, remember: bool = True) -> Claims:
         """Like :meth:`verify_now`, but fetches a key that is not known yet.
 
         :class:`~pokebridge.errors.KeysUnavailableError` then means that the fetch has failed.
         """
         try:
-            return self.verify_now(token)
+            return self.verify_now(token, remember=remember)
         except KeysUnavailableError:
             if self._key_set is not None:
                 await self._key_set.fetched()
-        return self.verify_now(token)
+        return self.verify_now(token, remember=remember)
 
     async def check(self) -> None:
         """Fetch the key set, unless that has succeeded before: keys are kept through an outage.

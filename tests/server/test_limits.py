@@ -32,17 +32,17 @@ class SlowVerifier(TokenVerifier):
         self.asked = asyncio.Event()
         self.answers = asyncio.Event()
 
-    def verify_now(self, token: str) -> Claims:
+    def verify_now(self, token: str, *, remember: bool = True) -> Claims:
         """Not before it may."""
         if not self.answers.is_set():
             raise KeysUnavailableError("not yet")
-        return super().verify_now(token)
+        return super().verify_now(token, remember=remember)
 
-    async def verify(self, token: str) -> Claims:
+    async def verify(self, token: str, *, remember: bool = True) -> Claims:
         """When it may."""
         self.asked.set()
         await self.answers.wait()
-        return super().verify_now(token)
+        return super().verify_now(token, remember=remember)
 
 
 def bearer(subject: str = "urn:user:bob") -> str:

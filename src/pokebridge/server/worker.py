@@ -44,7 +44,7 @@ from pokebridge.server.uvicorn_server import http_config
 from pokebridge.settings import Settings
 from pokebridge.supervisor import failing_tasks, supervise, task_failures
 from pokebridge.telemetry import configure_logging
-from pokebridge.tokens import TokenVerifier
+from pokebridge.tokens import Claims, TokenVerifier
 from pokebridge.workers import methods
 from pokebridge.workers.calls import Calls
 from pokebridge.workers.channel import Channel
@@ -206,7 +206,7 @@ class Worker:
         self.settings = settings
         self.verifier = token_verifier(settings)
         self.gateway = WorkerGateway(
-            config, self.verifier, self.tell, takes_acks=welcome.takes_acks
+            config, SessionVerifier(self.verifier), self.tell, takes_acks=welcome.takes_acks
         )
         disconnects = self.gateway.disconnects
         self.verifier.refuses = lambda recipient, issued_at: disconnects.refuses(
@@ -245,6 +245,25 @@ class Worker:
         """The hub is gone: clients must find another instance, and the port must be free."""
         if not self._is_done:
             os._exit(1)
+
+
+class SessionVerifier:
+    """Verifies the tokens that come over sessions, and remembers none of them.
+
+    A session brings its token once. The client's HTTP calls with the same token may reach any
+    worker. Those that such a call reaches remember it, and no other has to.
+    """
+
+    def __init__(self, verifier: TokenVerifier) -> None:
+        self._verifier = verifier
+
+    def verify_now(self, token: str) -> Claims:
+        """As :meth:`TokenVerifier.verify_now`."""
+        return self._verifier.verify_now(token, remember=False)
+
+    async def verify(self, token: str) -> Claims:
+        """As :meth:`TokenVerifier.verify`."""
+        return await self._verifier.verify(token, remember=False)
 
 
 class App:
