@@ -28,7 +28,7 @@ from pokebridge.client.events import (
     Wake,
 )
 from pokebridge.client.frames import parse_frame
-from pokebridge.client.listening import SharedSocket
+from pokebridge.client.listening import SharedSocket, SharingDriver
 from pokebridge.client.listens import SOCKET_LOST
 from pokebridge.client.transports import Transport
 from pokebridge.model import Page
@@ -223,9 +223,6 @@ class SimShell(Driver):
         if connection is not None:
             connection.drop()
 
-    def _on_unsent(self) -> None:
-        """A frame has not arrived, although frames are polled."""
-
     def opened(self, connection: Connection) -> None:
         """The bridge has accepted a connection."""
         if connection is self._connection:
@@ -309,7 +306,7 @@ class SimShell(Driver):
         self._feed(event)
 
 
-class SimClient(SimShell):
+class SimClient(SharingDriver, SimShell):
     """One device of a recipient, with all that it listens to: as the real ``PokeClient``."""
 
     def __init__(
@@ -370,25 +367,6 @@ class SimClient(SimShell):
     def _say(self, message: dict[str, object]) -> None:
         if self._connection is not None:
             self._connection.say(message)
-
-    def _feed(self, event: AnyEvent) -> None:
-        if isinstance(event, Text) and self._shared.hear(event.text):
-            return
-        super()._feed(event)
-        if isinstance(event, Text | Upgraded) and parse_frame(event.text).get("type") == "ready":
-            self._shared.ready(event.text)
-
-    def _on_ready_changed(self) -> None:
-        super()._on_ready_changed()
-        if not self.core.ready:
-            self._shared.lose()
-
-    def _on_unsent(self) -> None:
-        self._shared.refuse()
-
-    def _stop(self, code: int) -> None:
-        super()._stop(code)
-        self._shared.stop(code)
 
 
 class SimListening(SimShell):

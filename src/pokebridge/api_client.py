@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from http import HTTPStatus
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import httpx
 import msgspec
@@ -23,13 +23,26 @@ from pokebridge.errors import (
     PokebridgeError,
     UnavailableError,
 )
-from pokebridge.outgoing import http_client
+from pokebridge.outgoing import http_client, read_body
 from pokebridge.tokens import SignToken
 from pokebridge.urls import check_bridge_url
 from pokebridge.wire import problem_detail, refusal_text
 
 TIMEOUT_S = 30.0
 """For a whole call, however its answer drips."""
+MAX_ANSWER_BYTES = 32 * 1024 * 1024
+"""Far more than the description of the largest cluster takes."""
+
+
+class _Answer(NamedTuple):
+    status: int
+    media_type: str | None
+    body: bytes
+
+    @property
+    def detail(self) -> str | None:
+        """What the bridge says of a refusal; ``None`` when somebody else answered."""
+        return problem_detail(self.status, self.media_type, self.body)
 
 
 class _Mode(msgspec.Struct):
@@ -97,13 +110,13 @@ class ApiClient:
         if self._sign is not None:
             return self._sign(subject, scopes, ttl_s)
         body = {"sub": subject, "scope": " ".join(scopes), "ttl_s": ttl_s}
-        response = await self._send_json("POST", "/v1/dev/token", {}, body)
-        if response.status_code == HTTPStatus.NOT_FOUND and _detail(response):
+        answer = await self._send_json("POST", "/v1/dev/token", {}, body)
+        if answer.status == HTTPStatus.NOT_FOUND and answer.detail:
             raise ConfigError(
                 "no token: give --token, or configure jwt_secret (POKEBRIDGE_JWT_SECRET);"
                 f" {self.url} hands none out, for it does not run with --dev"
             )
-        return str(self._result("/v1/dev/token", response)["token"])
+        return str(self._result("/v1/dev/token", answer)["token"])
 
     async def get(self, path: str, token: str) -> dict[str, Any]:
         """GET and return the JSON of the answer."""
@@ -119,13 +132,13 @@ class ApiClient:
 
     async def delete(self, path: str, token: str) -> None:
         """DELETE. The answer is empty."""
-        response = await self._request("DELETE", path, _bearer(token))
-        if response.status_code != HTTPStatus.NO_CONTENT:
-            self._result(path, response)
+        answer = await self._request("DELETE", path, _bearer(token))
+        if answer.status != HTTPStatus.NO_CONTENT:
+            self._result(path, answer)
 
     async def _send_json(
         self, method: str, path: str, headers: dict[str, str], body: Any
-    ) -> httpx.Response:
+    ) -> _Answer:
         content = body if isinstance(body, bytes) else encode_json(body)
         return await self._request(
             method, path, {"Content-Type": "application/json"} | headers, content
@@ -133,27 +146,28 @@ class ApiClient:
 
     async def _request(
         self, method: str, path: str, headers: dict[str, str], content: bytes | None = None
-    ) -> httpx.Response:
+    ) -> _Answer:
         try:
             async with asyncio.timeout(TIMEOUT_S):
-                return await self._http.request(
+                async with self._http.stream(
                     method, self.url + path, headers=headers, content=content
-                )
+                ) as response:
+                    body = await read_body(response, MAX_ANSWER_BYTES)
         except TimeoutError:
             raise UnavailableError(f"{self.url} did not answer within {TIMEOUT_S:g} s") from None
         except httpx.HTTPError as error:
             reason = str(error) or type(error).__name__
             raise UnavailableError(f"{self.url} can't be reached: {reason}") from error
+        return _Answer(response.status_code, response.headers.get("Content-Type"), body)
 
-    def _result(self, path: str, response: httpx.Response) -> dict[str, Any]:
-        """Return the answer, or raise the refusal. What stands between may answer anything."""
-        status = response.status_code
-        if response.is_success:
+    def _result(self, path: str, answer: _Answer) -> dict[str, Any]:
+        """Return the JSON, or raise the refusal. What stands between may answer anything."""
+        status, detail = answer.status, answer.detail
+        if status // 100 == 2:
             with suppress(msgspec.MsgspecError, ValueError, RecursionError):
-                answer: dict[str, Any] = msgspec.json.decode(response.content)
-                msgspec.convert(answer, _answer_of(path))
-                return answer
-        detail = _detail(response)
+                content: dict[str, Any] = msgspec.json.decode(answer.body)
+                msgspec.convert(content, _answer_of(path))
+                return content
         if detail is None:
             raise UnavailableError(refusal_text(self.url, status, None))
         if status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
@@ -164,11 +178,6 @@ class ApiClient:
 
 def _answer_of(path: str) -> type[msgspec.Struct]:
     return _ANSWERS["/v1/sessions" if path.startswith("/v1/sessions/") else path]
-
-
-def _detail(response: httpx.Response) -> str | None:
-    media_type = response.headers.get("Content-Type")
-    return problem_detail(response.status_code, media_type, response.content)
 
 
 def encode_json(value: Any) -> bytes:

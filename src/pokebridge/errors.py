@@ -19,6 +19,7 @@
         ├── TransportError
         │   ├── SignalRefusedError  the engine works, and refuses one signal
         │   └── NotPublishedError   some pokes were not accepted, and the others were
+        ├── AnswerTooLongError      the answer of another server exceeds its size limit
         ├── MailboxError
         │   └── MailboxRefusedError the store works, and refuses one call
         └── CoordinationError
@@ -30,6 +31,7 @@ table. Messages are for people, say what to change, and never contain a secret.
 from http import HTTPStatus
 
 __all__ = [
+    "AnswerTooLongError",
     "AuthError",
     "ConfigError",
     "ConflictError",
@@ -171,6 +173,10 @@ class UnavailableError(PokebridgeError):
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
     close_code = 1013
+
+
+class AnswerTooLongError(UnavailableError):
+    """The answer of another server exceeds its size limit. The message names both."""
 
 
 class TransportError(UnavailableError):

@@ -12,6 +12,7 @@ import msgspec
 
 from pokebridge.backoff import backoff_s
 from pokebridge.errors import (
+    AnswerTooLongError,
     AuthError,
     ForbiddenError,
     InputError,
@@ -19,7 +20,7 @@ from pokebridge.errors import (
     TransportError,
 )
 from pokebridge.model import Poke, Receipt, check_recipient
-from pokebridge.outgoing import http_client
+from pokebridge.outgoing import http_client, read_body
 from pokebridge.poke_merger import LINGER_S, MAX_PENDING_RECIPIENTS, PokeCalls
 from pokebridge.urls import check_bridge_url
 from pokebridge.wire import problem_detail, refusal_text
@@ -165,7 +166,9 @@ class HttpPublisher(PokeCalls):
         request = self._http.build_request("POST", url, content=content, headers=headers)
         response = await self._http.send(request, stream=True)
         try:
-            return response, await _read(response)
+            return response, await read_body(response, MAX_ANSWER_BYTES)
+        except AnswerTooLongError as error:
+            raise TransportError(str(error)) from None
         finally:
             await response.aclose()
 
@@ -173,15 +176,6 @@ class HttpPublisher(PokeCalls):
 def _chunks(recipients: Sequence[str]) -> Iterator[Sequence[str]]:
     for start in range(0, len(recipients), MAX_RECIPIENTS_PER_REQUEST):
         yield recipients[start : start + MAX_RECIPIENTS_PER_REQUEST]
-
-
-async def _read(response: httpx.Response) -> bytes:
-    body = bytearray()
-    async for chunk in response.aiter_bytes():
-        body += chunk
-        if len(body) > MAX_ANSWER_BYTES:
-            raise TransportError(f"{response.url} answered more than {MAX_ANSWER_BYTES} bytes")
-    return bytes(body)
 
 
 def _accepted(response: httpx.Response, body: bytes, kind: type[_Answer]) -> _Answer:

@@ -7,7 +7,7 @@ A server on this machine is always reached directly.
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from ssl import SSLContext
 from typing import Any
@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from pokebridge.engines.addresses import addresses_of
-from pokebridge.errors import ConfigError
+from pokebridge.errors import AnswerTooLongError, ConfigError
 
 _DEFAULT_PORTS = {"http": 80, "ws": 80, "https": 443, "wss": 443}
 _VARIABLES = {
@@ -55,6 +55,28 @@ def http_client(
     else:
         transport = _NextAddress(verify=verify, limits=limits)
     return httpx.AsyncClient(transport=transport, trust_env=False, **options)
+
+
+async def read_body(
+    response: httpx.Response, max_bytes: int, on_size: Callable[[int], None] | None = None
+) -> bytes:
+    """Return the whole body of a streamed ``response``.
+
+    ``on_size`` is called with the bytes that are there, whenever there are more.
+
+    Raises:
+        AnswerTooLongError: it has more than ``max_bytes``.
+        httpx.HTTPError: it broke off.
+    """
+    body = bytearray()
+    async for piece in response.aiter_bytes():
+        body += piece
+        if len(body) > max_bytes:
+            url = response.url.copy_with(query=None)
+            raise AnswerTooLongError(f"{url} answered more than {max_bytes} bytes")
+        if on_size is not None:
+            on_size(len(body))
+    return bytes(body)
 
 
 class _NextAddress(httpx.AsyncHTTPTransport):

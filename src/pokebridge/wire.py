@@ -72,8 +72,10 @@ class Probe(NamedTuple):
     id: str
 
 
-_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
-_Text = Annotated[str, msgspec.Meta(max_length=256)]
+MAX_BEACON_TEXT_CHARS = 256
+"""The longest text of a setting in a beacon."""
+_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_BEACON_TEXT_CHARS)]
+_Text = Annotated[str, msgspec.Meta(max_length=MAX_BEACON_TEXT_CHARS)]
 _Number = Annotated[int, msgspec.Meta(ge=1, le=MAX_VERSION)]
 # Unix time, in seconds or milliseconds. A larger number has no encoding between processes.
 _Time = Annotated[int, msgspec.Meta(ge=0, le=MAX_VERSION)]

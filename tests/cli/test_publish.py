@@ -7,6 +7,7 @@ import zlib
 import pytest
 from websockets.asyncio.client import connect
 
+from pokebridge.api_client import MAX_ANSWER_BYTES
 from tests.cli.conftest import Run
 from tests.client.between import STRANGERS, Between
 from tests.support.serving import JWT_SECRET, Instance, Serve
@@ -198,3 +199,14 @@ async def test_what_is_not_the_bridge_is_one_line(
     assert result.err.startswith(f"pokebridge: {between.url} ")
     assert result.err.count("\n") == 1
     assert "token" not in result.err
+
+
+async def test_an_answer_without_end_is_one_line(instance: Instance, ask: Run, bob: str) -> None:
+    """A command reads no more of an answer than any answer of an instance has."""
+    head = b"HTTP/1.1 200 OK\r\n\r\n"
+    async with Between(instance.port).run() as between:
+        between.answers["/v1/messages"] = [[head, *[b" " * 1_000_000] * 100]]
+        result = await asyncio.to_thread(ask, "send", bob, "1", POKEBRIDGE_URL=between.url)
+    assert (result.status, result.out) == (1, "")
+    url = f"{between.url}/v1/messages"
+    assert result.err == f"pokebridge: {url} answered more than {MAX_ANSWER_BYTES} bytes\n"

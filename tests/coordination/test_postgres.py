@@ -82,6 +82,29 @@ async def test_members_that_start_together_make_the_tables_once(
     assert len(await ends[0].members()) == 10
 
 
+async def test_members_that_a_policy_would_hide_are_told(
+    connect_to: ConnectTo, postgres_database: str
+) -> None:
+    """Under row-level security a call fails and says so; nobody seems to have left the cluster."""
+    role = f"bridge_{uuid.uuid4().hex}"
+    await run(
+        postgres_database,
+        f"CREATE ROLE {role} LOGIN; GRANT CREATE, USAGE ON SCHEMA public TO {role}",
+    )
+    store = await connect_to(postgres_database.replace("//postgres@", f"//{role}@"))
+    try:
+        await store.renew(member("a"), 60)
+        policy = "ALTER TABLE pokebridge_members {} ROW LEVEL SECURITY"
+        await run(postgres_database, policy.format("ENABLE ROW LEVEL SECURITY, FORCE"))
+        with pytest.raises(CoordinationError, match="row-level security"):
+            await store.members()
+        await run(postgres_database, policy.format("DISABLE"))
+        assert await store.members() == [member("a")]
+    finally:
+        await store.close()
+        await run(postgres_database, f"DROP OWNED BY {role}; DROP ROLE {role}")
+
+
 async def test_the_documented_permissions_are_enough(
     connect_to: ConnectTo, postgres_database: str
 ) -> None:

@@ -56,7 +56,9 @@ def _resolved(arguments: list[str]) -> tuple[click.Command, str, list[str]]:
 def _check(command: Command) -> None:
     """Parse the command as the program would, and its settings, if it takes any."""
     parser, name, rest = _resolved(list(command.arguments))
-    parsed = parser.make_context(name, rest).params
+    # Without the parent its help would have no -h, and it is kept for whoever asks next.
+    parent = click.Context(cli, **cli.context_settings)
+    parsed = parser.make_context(name, rest, parent=parent).params
     if name in {"serve", "coordinator"}:
         roles = {"roles": "coordinator"} if name == "coordinator" else {}
         load_settings(parsed.pop("config"), parsed | roles, command.variables)

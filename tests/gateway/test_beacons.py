@@ -18,7 +18,6 @@ from pokebridge.gateway.beacons import (
     HEARD_PER_S,
     LOGGED_CLUSTERS,
     MAX_PEERS,
-    MAX_TEXT,
     OLDER_BY_S,
     REORDER_S,
     SILENT_AFTER,
@@ -26,7 +25,7 @@ from pokebridge.gateway.beacons import (
     Beacons,
     group_prefixes_text,
 )
-from pokebridge.wire import Beacon
+from pokebridge.wire import MAX_BEACON_TEXT_CHARS, Beacon
 
 LONG = 1000.0  # this instance has listened for so long
 
@@ -261,7 +260,7 @@ class TestDisagreement:
         ends = ("a", "b")
         texts = [group_prefixes_text(["x" * 200, f"y{'z' * 99}{end}"]) for end in ends]
         assert texts[0] != texts[1]
-        assert {len(text) for text in texts} == {MAX_TEXT}
+        assert {len(text) for text in texts} == {MAX_BEACON_TEXT_CHARS}
 
     def test_the_older_one_stays_ready(self) -> None:
         """One wrong instance must not take the whole cluster away. Together, both are wrong."""

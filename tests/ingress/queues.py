@@ -39,6 +39,9 @@ class Queue(Protocol):
     async def dead_letters(self) -> Sequence[DeadLetter]:
         """What was put aside so far; each is shown once."""
 
+    async def delete_dead_letters(self) -> None:
+        """Delete what keeps them."""
+
     async def close(self) -> None:
         """Disconnect all."""
 
@@ -105,6 +108,11 @@ class NatsQueue:
             found.append(DeadLetter(message.data or b"", headers["Pokebridge-Reason"]))
         return found
 
+    async def delete_dead_letters(self) -> None:
+        """Delete what keeps them."""
+        await self._jetstream.delete_stream(f"pokebridge-{self.cluster}-dead-letters")
+        self._seen = 0
+
     async def unacked(self) -> int:
         """Messages that the engine would deliver again."""
         info = await self._jetstream.consumer_info(self.stream, f"pokebridge-{self.cluster}")
@@ -141,6 +149,19 @@ class PubSubQueue:
     def _topic(self) -> str:
         return f"projects/{self._world.project}/topics/orders-topic"
 
+    @property
+    def _dead_subscription(self) -> str:
+        return f"projects/{self._world.project}/subscriptions/orders-dead-letters"
+
+    async def delete_dead_letters(self) -> None:
+        """Delete what keeps them."""
+        await self._world.subscriber.delete_subscription(subscription=self._dead_subscription)
+
+    async def delete_dead_topic(self) -> None:
+        """Delete the topic of the dead letters, and leave the subscription."""
+        topic = f"projects/{self._world.project}/topics/orders-dead-letters"
+        await self._world.publisher.delete_topic(topic=topic)
+
     async def publish(self, *bodies: bytes) -> None:
         """Put messages in."""
         messages = [PubsubMessage(data=body) for body in bodies]
@@ -153,7 +174,7 @@ class PubSubQueue:
 
     async def dead_letters(self) -> Sequence[DeadLetter]:
         """What was put aside so far; each is shown once."""
-        name = f"projects/{self._world.project}/subscriptions/orders-dead-letters"
+        name = self._dead_subscription
         if name.rpartition("/")[2] not in await self._world.subscriptions():
             return []
         try:

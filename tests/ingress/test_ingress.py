@@ -19,7 +19,7 @@ from structlog.testing import capture_logs
 from pokebridge.errors import ConfigError, MailboxError, TransportError
 from pokebridge.ingress import ingress as ingress_module
 from pokebridge.ingress import nats as nats_ingress
-from pokebridge.ingress.base import Delivery, Source
+from pokebridge.ingress.base import DEAD_BODY_BYTES, Delivery, Source
 from pokebridge.ingress.google_pubsub import GooglePubSubSource
 from pokebridge.ingress.ingress import Ingress
 from pokebridge.ingress.nats import NatsSource
@@ -185,6 +185,49 @@ async def test_poison_is_put_aside_with_the_reason(queue: Queue) -> None:
     assert ingress.results["refused"] == len(poison)
 
 
+async def test_a_dead_letter_has_room_for_its_reason(queue: Queue) -> None:
+    """Poison as large as the engine allows is cut, so that it does not stay for ever."""
+    largest_bytes = 1024 * 1024 if isinstance(queue, NatsQueue) else 9_999_900
+    async with reading(await queue.source(), Sender()) as ingress:
+        await queue.publish(b"x" * largest_bytes, order())
+        [letter] = await buried(queue, 1)
+        await wait_until(lambda: ingress.results["committed"] == 1)
+    assert letter.body == b"x" * DEAD_BODY_BYTES
+
+
+async def test_dead_letters_are_kept_after_their_place_was_deleted(queue: Queue) -> None:
+    """Nothing is published to where nobody keeps it."""
+    async with reading(await queue.source(), Sender()):
+        await queue.publish(b"no JSON")
+        await buried(queue, 1)
+        await queue.delete_dead_letters()
+        await queue.publish(b"no JSON either")
+        [letter] = await buried(queue, 1)
+    assert letter.body == b"no JSON either"
+
+
+async def test_dead_letters_wait_for_a_subscription_that_keeps_them(
+    pubsub_emulator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that its topic has left keeps none: nothing is published until it is gone."""
+    monkeypatch.setenv("PUBSUB_EMULATOR_HOST", pubsub_emulator)
+    monkeypatch.setattr(ingress_module, "RETRY_DELAY_S", 0.0)
+    queue = await PubSubQueue.make(pubsub_emulator)
+    with capture_logs() as logs:
+        async with reading(await queue.source(), Sender()) as ingress:
+            await queue.publish(b"no JSON")
+            await buried(queue, 1)
+            await queue.delete_dead_topic()
+            await queue.publish(b"no JSON either")
+            await wait_until(lambda: ingress.is_down)
+            await queue.delete_dead_letters()
+            [letter] = await buried(queue, 1)
+    assert letter.body == b"no JSON either"
+    [reason] = {line["error"] for line in logs if line["event"] == "part_unavailable"}
+    assert "is not attached to" in reason
+    await queue.close()
+
+
 async def test_what_a_full_mailbox_refuses_is_put_aside(queue: Queue) -> None:
     """There is no sender to tell, and nothing else waits for room."""
     sender = Sender(Limits(max_messages=1))
@@ -342,6 +385,25 @@ async def test_a_stream_that_is_missing_is_named(nats_server: Daemon) -> None:
     await source.close()
     with pytest.raises(TransportError, match="closed"):
         await source.fetch(1)
+
+
+async def test_a_consumer_that_is_deleted_is_made_again(nats_queue: NatsQueue) -> None:
+    """Alone or with its stream: what comes next is committed, and what was is not again."""
+    jetstream, sender = nats_queue._jetstream, Sender()
+    async with reading(await nats_queue.source(), sender) as ingress:
+        await nats_queue.publish(order(body=1))
+        await wait_until(lambda: ingress.results["committed"] == 1)
+        await jetstream.delete_consumer(nats_queue.stream, f"pokebridge-{nats_queue.cluster}")
+        await nats_queue.publish(order(body=2))
+        await wait_until(lambda: ingress.results["committed"] == 2, 30)
+        await jetstream.delete_stream(nats_queue.stream)
+        await wait_until(lambda: ingress.is_down, 30)
+        subjects = [nats_queue.subject.replace("paid", "*")]
+        await jetstream.add_stream(name=nats_queue.stream, subjects=subjects)
+        await nats_queue.publish(order(body=3))
+        await wait_until(lambda: ingress.results["committed"] == 3, 30)
+    page = await sender.mailbox.read(BOB, after=0, limit=10)
+    assert [kept.body for kept in page.messages] == [b"1", b"2", b"3"]
 
 
 @pytest.mark.parametrize(

@@ -90,9 +90,9 @@ class Driver(ABC):
             case _:
                 assert_never(action)
 
-    @abstractmethod
     def _on_ready_changed(self) -> None:
         """The core has become ready, or no longer is; called before its actions are done."""
+        raise NotImplementedError
 
     @abstractmethod
     def _fetch_token(self) -> None: ...
@@ -119,5 +119,8 @@ class Driver(ABC):
         """Only a core that may poll asks for this."""
         raise NotImplementedError
 
-    @abstractmethod
-    def _stop(self, code: int) -> None: ...
+    def _on_unsent(self) -> None:  # noqa: B027 - most need not know
+        """What was to be sent has not arrived, over a socket whose frames are polled."""
+
+    def _stop(self, code: int) -> None:
+        raise NotImplementedError

@@ -8,16 +8,20 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from pokebridge.client.driver import Driver
 from pokebridge.client.events import (
     Abandon,
+    AnyEvent,
     Closed,
     Connect,
     Opened,
     Text,
     Try,
     TryFailed,
+    Upgraded,
     Wake,
 )
+from pokebridge.client.frames import parse_frame
 from pokebridge.client.listens import SOCKET_LOST, Given, Listens
 from pokebridge.client.polling import NOTHING_NEW
 from pokebridge.client.shell import Setup, Shell
@@ -220,6 +224,34 @@ class SharedSocket:
         """Nobody listens to ``recipient`` any more."""
         self.drop(recipient)
         self._parts.pop(recipient, None)
+
+
+class SharingDriver(Driver):
+    """Tells what a client listens to what happens to the client's socket.
+
+    A base of the client, before the one that has the socket.
+    """
+
+    _shared: SharedSocket
+
+    def _feed(self, event: AnyEvent) -> None:
+        if isinstance(event, Text) and self._shared.hear(event.text):
+            return
+        super()._feed(event)
+        if isinstance(event, Text | Upgraded) and parse_frame(event.text).get("type") == "ready":
+            self._shared.ready(event.text)
+
+    def _on_ready_changed(self) -> None:
+        super()._on_ready_changed()
+        if not self._core.ready:
+            self._shared.lose()
+
+    def _on_unsent(self) -> None:
+        self._shared.refuse()
+
+    def _stop(self, code: int) -> None:
+        super()._stop(code)
+        self._shared.stop(code)
 
 
 class Listening:

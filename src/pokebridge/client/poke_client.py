@@ -4,9 +4,7 @@ from dataclasses import replace
 from ssl import SSLContext
 from types import TracebackType
 
-from pokebridge.client.events import AnyEvent, Text, Upgraded
-from pokebridge.client.frames import parse_frame
-from pokebridge.client.listening import Listening, SharedSocket
+from pokebridge.client.listening import Listening, SharedSocket, SharingDriver
 from pokebridge.client.policy import Policy
 from pokebridge.client.pulling import OnMessages, OnPoke
 from pokebridge.client.shell import OnEvent, Setup, Shell, TokenProvider
@@ -14,7 +12,7 @@ from pokebridge.client.transports import Transport
 from pokebridge.model import DEFAULT_DEVICE, check_recipient
 
 
-class PokeClient(Shell):
+class PokeClient(SharingDriver, Shell):
     """Keeps a connection to the bridge, and pulls whenever a poke arrives, until it is closed.
 
     ::
@@ -135,22 +133,3 @@ class PokeClient(Shell):
         """Retry at once instead of after a delay: the network is back, or the machine woke up."""
         super().wake()
         self._shared.wake()
-
-    def _feed(self, event: AnyEvent) -> None:
-        if isinstance(event, Text) and self._shared.hear(event.text):
-            return
-        super()._feed(event)
-        if isinstance(event, Text | Upgraded) and parse_frame(event.text).get("type") == "ready":
-            self._shared.ready(event.text)
-
-    def _on_ready_changed(self) -> None:
-        super()._on_ready_changed()
-        if not self._core.ready:
-            self._shared.lose()
-
-    def _on_unsent(self) -> None:
-        self._shared.refuse()
-
-    def _stop(self, code: int) -> None:
-        super()._stop(code)
-        self._shared.stop(code)

@@ -10,7 +10,8 @@ import httpx
 import msgspec
 
 from pokebridge.client.events import Closed, Refused
-from pokebridge.outgoing import http_client
+from pokebridge.errors import AnswerTooLongError
+from pokebridge.outgoing import http_client, read_body
 from pokebridge.wire import CONNECT_PATH, problem_detail, refusal_text
 
 POKES_PATH = "/v1/pokes"
@@ -163,22 +164,14 @@ class PolledSocket:
             async with self._poller.http.stream(
                 method, url, params=query, headers=headers, json=json
             ) as response:
-                body = await _read(url, response)
+                body = await read_body(response, MAX_ANSWER_BYTES)
+        except AnswerTooLongError as error:
+            raise PollEndedError(Closed(ABNORMAL_CLOSURE, str(error))) from None
         except httpx.HTTPError as error:
             raise PollEndedError(Closed(ABNORMAL_CLOSURE, repr(error))) from error
         if response.status_code != expected:
             raise PollEndedError(_refused(url, response, body))
         return body
-
-
-async def _read(url: str, response: httpx.Response) -> bytes:
-    body = bytearray()
-    async for piece in response.aiter_bytes():
-        body += piece
-        if len(body) > MAX_ANSWER_BYTES:
-            reason = f"{url} answered more than {MAX_ANSWER_BYTES} bytes"
-            raise PollEndedError(Closed(ABNORMAL_CLOSURE, reason))
-    return bytes(body)
 
 
 def _http_url(url: str) -> str:

@@ -12,7 +12,8 @@ import httpx
 import msgspec
 
 from pokebridge.client.events import Pulled, PullFailed
-from pokebridge.outgoing import http_client
+from pokebridge.errors import AnswerTooLongError
+from pokebridge.outgoing import http_client, read_body
 from pokebridge.wire import problem_detail, refusal_text
 
 # An answer may take as long as it needs, but each KiB of it must come within this time.
@@ -206,6 +207,8 @@ class MailboxPuller:
                     await response.aclose()
         except TimeoutError:
             raise _IncompleteError(f"{request.url} does not get on with its answer") from None
+        except AnswerTooLongError as error:
+            raise _RequestError(str(error)) from None
         except httpx.HTTPError as error:
             if response is not None:
                 raise _IncompleteError(f"{request.url} broke off: {error!r}") from error
@@ -219,16 +222,15 @@ async def _read(response: httpx.Response, deadline: asyncio.Timeout) -> bytes:
     """The whole body. Each KiB of it moves ``deadline``: an answer that drips would never end."""
     loop = asyncio.get_running_loop()
     ends_at = loop.time() + ANSWER_WITHIN_S
-    body = bytearray()
     awaited = PROGRESS_BYTES
-    async for chunk in response.aiter_bytes():
-        body += chunk
-        if len(body) > MAX_ANSWER_BYTES:
-            raise _RequestError(f"{response.url} answered more than {MAX_ANSWER_BYTES} bytes")
-        if len(body) >= awaited:
-            awaited = len(body) + PROGRESS_BYTES
+
+    def on_size(size_bytes: int) -> None:
+        nonlocal awaited
+        if size_bytes >= awaited:
+            awaited = size_bytes + PROGRESS_BYTES
             deadline.reschedule(min(loop.time() + PROGRESS_WITHIN_S, ends_at))
-    return bytes(body)
+
+    return await read_body(response, MAX_ANSWER_BYTES, on_size)
 
 
 class _RequestError(Exception):

@@ -424,9 +424,6 @@ class Shell(Driver):
                 _log.warning("a frame could not be sent: %s", failed)
                 self._on_unsent()
 
-    def _on_unsent(self) -> None:
-        """A frame of the client has not arrived, although frames are polled."""
-
 
 def _refused(url: str, response: Response) -> Refused | Closed:
     types, waits = (response.headers.get_all(name) for name in ("Content-Type", "Retry-After"))

@@ -20,7 +20,7 @@ import msgspec
 import structlog
 
 from pokebridge.telemetry import LogPace
-from pokebridge.wire import Beacon
+from pokebridge.wire import MAX_BEACON_TEXT_CHARS, Beacon
 
 log = structlog.get_logger(__name__)
 
@@ -43,8 +43,6 @@ FORGET_S = 60.0
 OLDER_BY_S = 5.0
 """Of two instances that disagree, the one that began this much earlier stays ready."""
 MAX_PEERS = 10_000
-MAX_TEXT = 256
-"""The longest text of a setting in a beacon."""
 LOG_AGAIN_S = 1.0
 """One line in this time for a setting that disagrees, however many instances are made up."""
 LOGGED_CLUSTERS = 100
@@ -332,10 +330,10 @@ def group_prefixes_text(prefixes: Iterable[str]) -> str:
         if not (needed and prefix.startswith(needed[-1])):
             needed.append(prefix)
     text = ",".join(needed)
-    if len(text) <= MAX_TEXT:
+    if len(text) <= MAX_BEACON_TEXT_CHARS:
         return text
     digest = sha256(text.encode()).hexdigest()[:16]
-    return f"{text[: MAX_TEXT - len(digest) - 1]}…{digest}"
+    return f"{text[: MAX_BEACON_TEXT_CHARS - len(digest) - 1]}…{digest}"
 
 
 def _shown(value: object) -> object:

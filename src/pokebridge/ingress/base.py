@@ -2,7 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
+
+DEAD_BODY_BYTES: Final = 512 * 1024
+"""What a dead letter keeps of a body. It is well below what any engine accepts by default, headers
+included, and a valid message is smaller."""
 
 
 @dataclass(frozen=True, slots=True)

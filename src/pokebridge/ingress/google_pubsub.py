@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Final, Self
 
 from pokebridge.errors import ConfigError, TransportError
-from pokebridge.ingress.base import Delivery
+from pokebridge.ingress.base import DEAD_BODY_BYTES, Delivery
 from pokebridge.transport.google_pubsub_api import PubSubApi, PubSubError, PubsubMessage
 
 # The server ends an empty pull long before this. A pull that is given up here may have been given
@@ -76,12 +76,13 @@ class GooglePubSubSource:
     async def bury(self, delivery: Delivery, reason: str) -> None:
         """See the port."""
         message = PubsubMessage(
-            data=delivery.body,
+            data=delivery.body[:DEAD_BODY_BYTES],
             attributes={
                 "pokebridge_reason": reason[:_MAX_REASON],
                 "pokebridge_id": delivery.id,
             },
         )
+        await self._check_dead_letters()
         try:
             await self._api.call("Publish", topic=self._dead_topic, messages=[message])
         except PubSubError as error:
@@ -96,6 +97,22 @@ class GooglePubSubSource:
         if not self._closed:
             self._closed = True
             await self._api.close()
+
+    async def _check_dead_letters(self) -> None:
+        """Look for the subscription. Without one the topic accepts a dead letter and loses it."""
+        try:
+            kept = await self._api.call("GetSubscription", subscription=self._dead_subscription)
+        except PubSubError as error:
+            if error.is_missing:
+                await self._make_dead_letters()
+            elif not error.is_denied:  # an account that may not look must believe its operator
+                raise
+        else:
+            if kept.detached or kept.topic != self._dead_topic:
+                raise TransportError(
+                    f"{self._dead_subscription} is not attached to {self._dead_topic}, so dead"
+                    " letters would be lost: read what it holds, and delete it"
+                )
 
     async def _make_dead_letters(self) -> None:
         """Create the topic, and a subscription that keeps what is published there."""

@@ -32,7 +32,7 @@ from pokebridge.engines.nats import (
 )
 from pokebridge.engines.urls import check_engine_url, unsplit, without_secrets
 from pokebridge.errors import ConfigError, TransportError
-from pokebridge.ingress.base import Delivery
+from pokebridge.ingress.base import DEAD_BODY_BYTES, Delivery
 
 DIAL_TIMEOUT_S: Final = 3.0
 CALL_TIMEOUT_S: Final = 4.0
@@ -41,8 +41,6 @@ FETCH_S: Final = 2.0
 ACK_WAIT_S: Final = 10.0
 MAX_ACK_PENDING: Final = 10_000
 DEAD_KEPT_S: Final = 30 * 24 * 3600.0
-# With the headers well below a server's default limit of 1 MiB. A valid message is smaller.
-DEAD_BODY_BYTES: Final = 512 * 1024
 # A server accepts 64 KiB of headers.
 DEAD_HEADERS_BYTES: Final = 32 * 1024
 # Headers by which a publisher controls the server: for a dead letter they are not meant.
