@@ -135,7 +135,7 @@ async def test_a_gap_in_what_is_about_to_go_wakes_everyone() -> None:
         subscriptions = server.gateway.subscriptions
         server.gateway.apply(bobs_mine(server), {})
         await wait_until(
-            lambda: shard_of(BOB) in subscriptions.selections and subscriptions.trouble is None
+            lambda: shard_of(BOB) in subscriptions.selections and subscriptions.all_live
         )
         assert Feed.ALL in subscriptions.selections
         server.transport.receivers[0].on_gap(Feed.ALL, "the test says so")
@@ -162,7 +162,7 @@ async def test_what_is_needed_again_stays() -> None:
         subscriptions, mine = server.gateway.subscriptions, bobs_mine(server)
         server.gateway.apply(mine, {})
         await wait_until(
-            lambda: subscriptions.trouble is None and len(subscriptions.selections) > 1
+            lambda: subscriptions.all_live and len(subscriptions.selections) > 1
         )
         server.gateway.apply(replace(mine, epoch=2, mode="fanout"), {})
         await wait_until(lambda: subscriptions.settled)

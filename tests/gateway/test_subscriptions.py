@@ -149,6 +149,28 @@ async def managing(
         assert world.bus.open == []
 
 
+async def test_a_shard_that_is_gained_is_no_trouble_until_its_proof_fails() -> None:
+    """An instance stays ready through a rebalance, although it is not settled yet."""
+    async with managing(Feed.UNTAGGED) as world:
+        world.bus.deaf.add(BOBS)
+        world.manager.want({Feed.UNTAGGED, BOBS})
+        assert world.manager.trouble is None
+        assert not world.manager.settled
+        assert not world.manager.covers(BOB)
+        await wait_until(lambda: world.manager.trouble is not None, what="the failed proof")
+        world.bus.deaf.clear()
+        await wait_until(lambda: world.manager.settled)
+        assert world.manager.trouble is None
+
+
+async def test_at_the_start_all_must_be_proven() -> None:
+    """What is not proven yet is a trouble until all were live once."""
+    async with managing(Feed.ALL, live=False) as world:
+        assert world.manager.trouble == "the subscription is not proven live yet"
+        world.bus.deaf.clear()
+        await wait_until(lambda: world.manager.settled)
+
+
 async def test_a_subscription_is_live_only_once_its_probe_came_back() -> None:
     """While probes get lost there is no coverage; the first that arrives brings it."""
     async with managing(Feed.ALL, live=False) as world:

@@ -106,6 +106,8 @@ class SubscriptionManager:
         self._wanted: frozenset[Selection] = frozenset()
         self._managed: dict[Selection, _ManagedSubscription] = {}
         self._closing: set[asyncio.Task[None]] = set()
+        # Whether all that were wanted have been live at some time.
+        self._were_live = False
         # What may have missed signals and is live again or replaced, until the timer runs out.
         self._missed: set[Selection] = set()
         self._waker: asyncio.TimerHandle | None = None
@@ -113,19 +115,30 @@ class SubscriptionManager:
 
     @property
     def trouble(self) -> str | None:
-        """Why a subscription that is wanted or refused is not live. ``None`` when all are."""
+        """Why this instance can't hear all that it should. ``None`` when it can.
+
+        Until all subscriptions were live once, one that is not proven yet is a trouble. Afterwards
+        it is one only when its proof has failed: a rebalance must not take every instance that
+        gains a shard out of service. Sessions of that shard wait for ``ready`` meanwhile.
+        """
         if not self._wanted:
             return "nothing is subscribed"
         for selection, managed in self._managed.items():
             is_needed = selection in self._wanted or self._is_unheard(managed)
-            if is_needed and managed.trouble is not None:
+            is_expected = self._were_live and managed.is_new
+            if is_needed and managed.trouble is not None and not is_expected:
                 return managed.trouble
         return None
 
     @property
+    def all_live(self) -> bool:
+        """Whether all that is wanted is proven live."""
+        return all(map(self._is_live, self._wanted))
+
+    @property
     def settled(self) -> bool:
         """Whether the wanted subscriptions are proven live, and no others are left."""
-        return self._managed.keys() == self._wanted and self.trouble is None
+        return self._managed.keys() == self._wanted and self.all_live
 
     @property
     def is_in_doubt(self) -> bool:
@@ -203,6 +216,7 @@ class SubscriptionManager:
 
     def became_live(self, managed: "_ManagedSubscription", *, missed: bool) -> None:
         """A probe came back. ``missed``: the subscription was live before, and failed since."""
+        self._were_live = self._were_live or self.all_live
         self._step()
         self._on_live()
         if missed:
@@ -295,6 +309,11 @@ class _ManagedSubscription:
         # The probe under way, and whether it was delivered.
         self._probe = b""
         self._probe_back = asyncio.Event()
+
+    @property
+    def is_new(self) -> bool:
+        """Whether its first proof is under way."""
+        return self.trouble is not None and not self._failed
 
     @property
     def is_refused(self) -> bool:
