@@ -161,9 +161,7 @@ async def test_what_is_needed_again_stays() -> None:
         await server.open()
         subscriptions, mine = server.gateway.subscriptions, bobs_mine(server)
         server.gateway.apply(mine, {})
-        await wait_until(
-            lambda: subscriptions.all_live and len(subscriptions.selections) > 1
-        )
+        await wait_until(lambda: subscriptions.all_live and len(subscriptions.selections) > 1)
         server.gateway.apply(replace(mine, epoch=2, mode="fanout"), {})
         await wait_until(lambda: subscriptions.settled)
         assert server.transport.subscribed.count(Feed.ALL) == 1
