@@ -7,7 +7,7 @@ WORKERS ?= 5
 # A file's tests share what they start. tests/conftest.py says which files begin.
 SPREAD := --dist loadfile --no-loadscope-reorder
 # What runs once more with instances that have workers.
-OF_WORKERS := tests/client/test_real_instance.py tests/mailbox/test_crashes.py \
+OF_WORKERS := tests/cli/test_storm.py tests/client/test_real_instance.py tests/mailbox/test_crashes.py \
   $(addprefix tests/server/test_,acks.py crash_and_stop.py devices.py verification.py)
 VENV := .venv
 BIN := $(VENV)/bin

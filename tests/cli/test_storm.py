@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -33,6 +34,7 @@ def test_a_storm_loses_nobody_and_nothing(
     options = {
         "transport": nats_server.url,
         "instances": 2,
+        "workers": os.environ.get("TESTED_WORKERS", "1"),
         "clients": CLIENTS,
         "handshakes-per-s": LIMIT_PER_S,
         "messages-per-s": 40,

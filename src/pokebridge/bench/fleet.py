@@ -6,7 +6,7 @@ import random
 import secrets
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ class FleetPlan:
     """How many instances to start, and the settings that all of them get."""
 
     instances: int
+    workers: int
     transport: str
     mailbox: str | None
     coordination: str | None
@@ -114,26 +115,38 @@ class StormInstance(Endpoint):
             await process.wait()
 
     def cpu_s(self) -> float | None:
-        """CPU seconds of the process so far, user and system; ``None`` when they are unknown.
+        """CPU seconds of its processes so far, user and system; ``None`` when they are unknown.
 
-        This reads a file of /proc: call it in a thread.
+        This reads files of /proc: call it in a thread.
         """
         process = self._process
         if process is None:
             return None
         try:
-            stat = Path(f"/proc/{process.pid}/stat").read_text(encoding="ascii")
+            return sum(_cpu_s(pid) for pid in _tree(process.pid))
         except OSError:
             return None
-        # Fields 14 and 15 of proc(5), counted from after the command's name, which may hold blanks.
-        user, system = stat.rpartition(")")[2].split()[11:13]
-        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
     async def _last_words(self) -> str:
         text = await asyncio.to_thread(self._log.read_text, errors="replace")
         lines = text.split("\n")
         last = next((line for line in reversed(lines) if line.strip()), "")
         return f": {last}" if last else ""
+
+
+def _tree(pid: int) -> Iterator[int]:
+    """The process and its descendants, which are its workers."""
+    yield pid
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text(encoding="ascii").split():
+            yield from _tree(int(child))
+
+
+def _cpu_s(pid: int) -> float:
+    stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii")
+    # Fields 14 and 15 of proc(5), counted from after the command's name, which may hold blanks.
+    user, system = stat.rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 class Fleet:
@@ -193,6 +206,7 @@ def _serve_command(
         "transport": plan.transport,
         "mailbox": mailbox,
         "mode": plan.mode,
+        "workers": plan.workers,
         "handshakes_per_s": plan.handshakes_per_s,
         "max_sessions_per_address": 0,  # all clients share one address
         "log_level": "warning",

@@ -30,6 +30,13 @@ from pokebridge.server.adapters import transport_class
 @click.option("--coordination", metavar="URL", help="As for serve. [default: none]")
 @click.option("--mode", type=click.Choice(get_args(Mode)), default="fanout", show_default=True)
 @click.option("--instances", type=click.IntRange(min=2), default=3, show_default=True)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Worker processes of each instance.",
+)
 @click.option("--clients", type=click.IntRange(min=2), default=3000, show_default=True)
 @click.option(
     "--handshakes-per-s",
