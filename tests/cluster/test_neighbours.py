@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,32 @@ async def test_ready_holds_for_what_another_server_is_given(
 
         poked = await asyncio.gather(*(is_poked(f"urn:user:{number}") for number in range(24)))
         assert all(poked)
+
+
+async def test_a_shard_that_is_gained_leaves_an_instance_ready(
+    serve: Serve, nats_server: Daemon
+) -> None:
+    """Sessions wait until their new shard is proven; no load balancer sees the instance red."""
+    instance = await asyncio.to_thread(
+        serve,
+        cluster="gains",
+        transport=f"{nats_server.url}?interest_spread_s=2",
+        coordination="static://?ordinal=0&replicas=2",
+        mode="partitioned",
+    )
+    [before] = await metrics(instance, Metric.SUBSCRIPTIONS)
+    async with AsyncExitStack() as opened, instance.async_http() as http:
+        sessions = (session(instance, f"urn:user:{number}") for number in range(8))
+        opening = asyncio.gather(*map(opened.enter_async_context, sessions))
+
+        async def all_are_ready() -> bool:
+            assert (await http.get("/readyz")).status_code == httpx.codes.OK
+            return opening.done()
+
+        await wait_until(all_are_ready, 30)
+        await opening
+    [after] = await metrics(instance, Metric.SUBSCRIPTIONS)
+    assert after > before
 
 
 async def test_shard_counts_that_differ_are_told(serve: Serve, nats_server: Daemon) -> None:
