@@ -10,13 +10,15 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[2]
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _INDENTED = re.compile(r"(?:^    .*\n)+", re.MULTILINE)
-_SHELL = re.compile(r"^(?:export \w+=|(?:\w+=\S+ )*(?:\.venv/bin/)?pokebridge )", re.MULTILINE)
+_SHELL = re.compile(
+    r"^(?:export \w+=|make \w|curl |(?:\w+=\S+ )*(?:\.venv/bin/)?pokebridge )", re.MULTILINE
+)
 _RANDOM = re.compile(r"\$\((openssl rand [^()]*)\)")
 _ASSIGNMENT = re.compile(r"(\w+)=(.*)", re.DOTALL)
 
 
 class Block(NamedTuple):
-    """A fenced block, or an indented one that sets variables or has a command of ours in it."""
+    """A fenced block, or an indented one with a command that a reader of ours types."""
 
     page: Path
     language: str

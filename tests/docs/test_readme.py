@@ -16,6 +16,8 @@ PAGE = ROOT / "README.md"
 README = PAGE.read_text()
 DOCUMENTED_URL = "http://127.0.0.1:8080"
 TIMEOUT_S = 120.0
+# What is not typed into the script: the server that it finds running, and what needs a cluster.
+NOT_TYPED = ("make run", "broker:4222", "cluster mode")
 # What the reader does beside typing: a terminal for each program that listens, and a look at it.
 BEGIN = """
 set -eu
@@ -41,7 +43,7 @@ def _typed(url: str) -> str:
             script.append(LISTENING.format(block=text, name="listen.txt", sessions=1))
         elif "listen.py" in text:
             script.append(LISTENING.format(block=text, name="client.txt", sessions=2))
-        elif "broker:4222" not in text and "cluster mode" not in text:  # these need a cluster
+        elif not any(each in text for each in NOT_TYPED):
             script.append(text)
     script.append("""until_shown '{"text": "hello"}' cat listen.txt\n""")
     script.append("""until_shown "urn:service:shop {'text': 'hello'}" cat client.txt\n""")
