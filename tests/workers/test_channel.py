@@ -31,19 +31,41 @@ def test_frames_arrive_whole_however_the_bytes_are_cut(numbers: list[int], size:
         framer.add(Wake(number))
     data = framer.take()
     pieces = [data[start : start + size] for start in range(0, len(data), size)]
-    heard = [decode_to_worker(frame) for piece in pieces for frame in deframer.feed(piece)]
+    frames_heard = [frame for piece in pieces for frame in deframer.feed(piece)]
+    heard = [message for frame in frames_heard for message in decode_to_worker(frame)]
     assert heard == [Wake(number) for number in numbers]
 
 
 def test_a_message_that_is_too_long_harms_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is refused where it is made, and those before and after it are sent."""
-    monkeypatch.setattr(frames, "MAX_FRAME_BYTES", 100)
+    monkeypatch.setattr(frames, "MAX_MESSAGE_BYTES", 100)
     framer = Framer()
     framer.add(Wake(1))
     with pytest.raises(ChannelError, match="too long"):
         framer.add(frames.Poke([0], None, b"x" * 101))
     framer.add(Wake(2))
-    assert [decode_to_worker(each) for each in Deframer().feed(framer.take())] == [Wake(1), Wake(2)]
+    (frame,) = Deframer().feed(framer.take())
+    assert decode_to_worker(frame) == [Wake(1), Wake(2)]
+
+
+def test_a_message_that_is_too_long_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is sent for it where it would have been the first of its frame."""
+    monkeypatch.setattr(frames, "MAX_MESSAGE_BYTES", 100)
+    framer = Framer()
+    with pytest.raises(ChannelError, match="too long"):
+        framer.add(frames.Poke([0], None, b"x" * 101))
+    assert framer.take() == b""
+
+
+def test_large_messages_share_no_frame() -> None:
+    """However much one turn of the loop sends, a frame can be received."""
+    sent = [frames.Poke([0], n, bytes(frames.MAX_MESSAGE_BYTES - 100)) for n in range(3)]
+    framer = Framer()
+    for message in sent:
+        framer.add(Wake(1))
+        framer.add(message)
+    heard = [decode_to_worker(frame) for frame in Deframer().feed(framer.take())]
+    assert heard == [[Wake(1), message] for message in sent]
 
 
 def test_a_length_from_a_defect_allocates_nothing() -> None:
@@ -138,7 +160,7 @@ async def test_a_request_with_too_long_an_answer_fails_alone(
         return HttpResponse(200, [], bytes(1000))
 
     ends.answers.offer(HTTP, http)
-    monkeypatch.setattr(frames, "MAX_FRAME_BYTES", 500)
+    monkeypatch.setattr(frames, "MAX_MESSAGE_BYTES", 500)
     request = HttpRequest(1, "GET", "/", b"/", b"", "http", "1.1", [], None, None, b"")
     with pytest.raises(PokebridgeError, match="too long"):
         await ends.calls.call(HTTP, request)

@@ -175,10 +175,12 @@ class Worker:
     # --- what the hub says ------------------------------------------------------------------------
 
     def _take(self, message: ToWorker) -> None:
-        if isinstance(message, Result | Failure):
+        if isinstance(message, Result):
             self.calls.settle(message)
         elif isinstance(message, Ask):
             self.tell(self._report(message.number))
+        elif isinstance(message, Failure):
+            self.calls.settle(message)
         elif isinstance(message, Stop):
             if self.server is not None:
                 self.server.should_exit = True

@@ -79,7 +79,7 @@ class Calls:
         if future is None or future.done():
             return  # nobody waits any more
         if isinstance(answer, Result):
-            future.set_result(answer.value.copy())
+            future.set_result(answer.value)
         else:
             future.set_exception(_error(answer))
 
@@ -89,13 +89,14 @@ class Answers:
 
     - ``_send``: sends a message to the worker
     - ``_handlers``: what does each method, and the method
-    - ``_tasks``: the calls under way
+    - ``_tasks``: the calls under way, by their numbers
     """
 
     def __init__(self, send: Callable[[Message], None]) -> None:
         self._send = send
         self._handlers: dict[str, tuple[Method[Any, Any], Callable[..., Awaitable[Any]]]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._loop = asyncio.get_running_loop()
 
     def offer(self, method: Method[P, R], handler: Callable[P, Awaitable[R]]) -> None:
         """Have ``handler`` do ``method``."""
@@ -105,9 +106,7 @@ class Answers:
         """Do ``call`` in the background."""
         method, handler = self._handlers[call.method]
         work = handler(*method.decode_arguments(call.arguments))
-        task = asyncio.ensure_future(self._answer(call.number, work))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks[call.number] = self._loop.create_task(self._answer(call.number, work))
 
     async def _answer(self, number: int, work: Awaitable[Any]) -> None:
         try:
@@ -118,6 +117,8 @@ class Answers:
         except Exception as error:  # noqa: BLE001 - a defect: the caller must hear
             note_failure("worker_call", error)
             self._send(Failure(number, "PokebridgeError", "a defect: see the log", {}))
+        finally:
+            del self._tasks[number]
 
 
 def _failure(number: int, error: PokebridgeError) -> Failure:

@@ -33,7 +33,7 @@ class Channel(asyncio.Protocol, Generic[Received]):
     - ``is_congested``: whether the peer reads more slowly than this end writes
     - ``on_drained``: called when the channel is no longer congested
     - ``on_flush``: called before each write, to send what was still being put together
-    - ``_decode``, ``_on_message``: decodes and takes what arrives
+    - ``_decode``, ``_on_message``: decode a frame, and take each message of it
     - ``_on_broken``: called once, when the channel has ended
     - ``_framer``, ``_deframer``: what is not written yet, and what has not arrived as a whole
     - ``_flush_is_due``: whether a write is scheduled
@@ -41,7 +41,7 @@ class Channel(asyncio.Protocol, Generic[Received]):
 
     def __init__(
         self,
-        decode: Callable[[memoryview], Received],
+        decode: Callable[[memoryview], list[Received]],
         on_message: Callable[[Received], None],
         on_broken: Callable[[], None],
     ) -> None:
@@ -108,7 +108,8 @@ class Channel(asyncio.Protocol, Generic[Received]):
         """Take the messages that have arrived."""
         try:
             for frame in self._deframer.feed(data):
-                self._on_message(self._decode(frame))
+                for message in self._decode(frame):
+                    self._on_message(message)
         except Exception as error:  # noqa: BLE001 - both ends are ours: it is a defect
             note_failure("worker_channel", error)
             if self._transport is not None:

@@ -1,6 +1,7 @@
 """What a hub and its workers say to each other, and how it is framed.
 
-A frame is its length, four bytes, and a message in MessagePack. Both ends are always the same
+A frame is its length, four bytes, and an array of messages in MessagePack: what one end sends in
+one turn of its loop. So the other end decodes all of it by one call. Both ends are always the same
 release, since the hub starts its workers. So these messages may change at any time.
 
 A session, or what one listens to beside its own recipient, is named by a number, which its worker
@@ -17,9 +18,14 @@ import msgspec
 
 from pokebridge.errors import InputError, PokebridgeError
 
-MAX_FRAME_BYTES = 16 * 1024 * 1024
-"""Longer frames are an error. A full page of messages has a little more than 1 MiB."""
+MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+"""Longer messages are an error. A full page of a mailbox has a little more than 1 MiB."""
+_FULL_BYTES = 64 * 1024
+"""A frame that has so many bytes takes no further message."""
 _LENGTH = struct.Struct("!I")
+# With what follows the length: the head of an array (MessagePack's array 32).
+_HEAD = struct.Struct("!IBI")
+_ARRAY = 0xDD
 
 
 class ChannelError(PokebridgeError):
@@ -246,18 +252,24 @@ class Gone(Message, tag=7):
 
 ToHub = Ready | Enter | Leave | Acked | Pulled | Call | Report | Gone
 
-decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode
-"""Decode what a hub sent."""
-decode_to_hub = msgspec.msgpack.Decoder(ToHub).decode
-"""Decode what a worker sent."""
+decode_to_worker = msgspec.msgpack.Decoder(list[ToWorker]).decode
+"""Decode a frame of a hub."""
+decode_to_hub = msgspec.msgpack.Decoder(list[ToHub]).decode
+"""Decode a frame of a worker."""
 
 
 class Framer:
-    """Collects messages to send as one piece of bytes."""
+    """Collects messages to send as one piece of bytes, which is one frame unless they are large.
+
+    - ``_pending``: the frames
+    - ``_start``: where the last of them begins
+    - ``_count``: how many messages that one has
+    """
 
     def __init__(self) -> None:
         self._encode_into = msgspec.msgpack.Encoder().encode_into
         self._pending = bytearray()
+        self._start = self._count = 0
 
     def __len__(self) -> int:
         """How many bytes are collected."""
@@ -270,22 +282,40 @@ class Framer:
             InputError: it has a text or a number that has no encoding. It is not added.
             ChannelError: it is too long. It is not added.
         """
-        pending, start = self._pending, len(self._pending)
+        pending = self._pending
+        if not self._count:
+            self._start = len(pending)
+            pending += bytes(_HEAD.size)
+        start = len(pending)
         try:
-            self._encode_into(message, pending, start + _LENGTH.size)
+            self._encode_into(message, pending, start)
         except (UnicodeEncodeError, OverflowError):
-            del pending[start:]
+            self._drop(start)
             raise InputError("a text or a number has no encoding") from None
-        length = len(pending) - start - _LENGTH.size
-        if length > MAX_FRAME_BYTES:
-            del pending[start:]
-            raise ChannelError(f"{length} bytes are too long for a call: {MAX_FRAME_BYTES} fit")
-        _LENGTH.pack_into(pending, start, length)
+        length = len(pending) - start
+        if length > MAX_MESSAGE_BYTES:
+            self._drop(start)
+            raise ChannelError(f"{length} bytes are too long for a call: {MAX_MESSAGE_BYTES} fit")
+        self._count += 1
+        if len(pending) - self._start > _FULL_BYTES:
+            self._end()
 
     def take(self) -> bytes:
         """Everything that was added since the last call."""
+        if self._count:
+            self._end()
         pending, self._pending = self._pending, bytearray()
         return bytes(pending)
+
+    def _drop(self, start: int) -> None:
+        """Remove the message that begins at ``start``, and its frame if that has no other."""
+        del self._pending[start if self._count else self._start :]
+
+    def _end(self) -> None:
+        """End the last frame."""
+        length = len(self._pending) - self._start - _LENGTH.size
+        _HEAD.pack_into(self._pending, self._start, length, _ARRAY, self._count)
+        self._count = 0
 
 
 class Deframer:
@@ -304,7 +334,7 @@ class Deframer:
         view, start = memoryview(data), 0
         while len(data) - start >= _LENGTH.size:
             (length,) = _LENGTH.unpack_from(data, start)
-            if length > MAX_FRAME_BYTES:
+            if length > MAX_MESSAGE_BYTES + _FULL_BYTES + _HEAD.size:
                 raise ChannelError(f"a frame says that it has {length} bytes")
             end = start + _LENGTH.size + length
             if end > len(data):
