@@ -107,6 +107,7 @@ async def _working(host: Host, number: int) -> AsyncIterator[None]:
     takes_acks = host.gateway.on_ack is not None
     verifier = TokenVerifier(secret=SECRET)
     worker.gateway = WorkerGateway(config, verifier, worker.channel.send, takes_acks=takes_acks)
+    worker.channel.on_flush = worker.gateway.send_acks
     worker.gateway.start(serves=True)
     await link.channel.connect(ours)
     await worker.channel.connect(its)

@@ -4,6 +4,8 @@ import asyncio
 import time
 from collections.abc import Sequence
 
+import pytest
+
 from pokebridge.gateway.audiences import LARGE
 from pokebridge.gateway.shard_routing import Reach
 from pokebridge.gateway.subscriptions import SubscriptionTiming
@@ -11,7 +13,7 @@ from pokebridge.model import Ack, Poke
 from pokebridge.placement import ShardMap
 from pokebridge.session import State, Timing
 from pokebridge.wire import Disconnect, poke_frame
-from pokebridge.workers import frames
+from pokebridge.workers import frames, worker_gateway
 from pokebridge.workers.worker_gateway import ANSWER_WITHIN_S
 from tests.gateway.harness import BOB, token
 from tests.support.waiting import wait_until
@@ -170,6 +172,25 @@ async def test_acks_reach_the_hub() -> None:
         client.say({"type": "ack", "version": 3})
         await wait_until(lambda: bool(recorded))
         assert recorded == [Ack(BOB, "phone", 3)]
+
+
+async def test_acks_go_with_what_is_sent_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They wait for that, and no longer."""
+    monkeypatch.setattr(worker_gateway, "ACKS_WITHIN_S", 3600.0)
+    recorded: list[Ack] = []
+
+    async def record(acks: Sequence[Ack]) -> None:
+        recorded.extend(acks)
+
+    async with running_host(record_acks=record) as host:
+        client = await host.open(0)
+        for version in (3, 4):
+            client.say({"type": "ack", "version": version})
+        await wait_until(lambda: len(host.workers[0].gateway._acks) == 2)
+        assert not recorded
+        await host.open(0)
+        await wait_until(lambda: bool(recorded))
+        assert recorded == [Ack(BOB, "default", 4)]
 
 
 async def test_a_dead_worker_takes_its_own_sessions_alone() -> None:

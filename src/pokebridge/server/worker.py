@@ -210,6 +210,7 @@ class Worker:
         self.gateway = WorkerGateway(
             config, SessionVerifier(self.verifier), self.tell, takes_acks=welcome.takes_acks
         )
+        self._channel.on_flush = self.gateway.send_acks
         disconnects = self.gateway.disconnects
         self.verifier.refuses = lambda recipient, issued_at: disconnects.refuses(
             recipient, issued_at, time.time()

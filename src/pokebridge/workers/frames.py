@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from pokebridge.errors import InputError, PokebridgeError
+from pokebridge.model import Ack
 
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 """Longer messages are an error. A full page of a mailbox has a little more than 1 MiB."""
@@ -189,11 +190,9 @@ class Leave(Message, tag=2):
 
 
 class Acked(Message, tag=3):
-    """An ack came over a session's socket."""
+    """Acks came over the sockets of sessions."""
 
-    recipient: str
-    device: str
-    version: int
+    acks: list[Ack]
 
 
 class Pulled(Message, tag=4):

@@ -5,7 +5,7 @@ redirects are decided once on a host, by the code that decides them in a single 
 a recipient without a session here costs one look-up, however many workers there are.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar
 
 import msgspec
@@ -13,7 +13,7 @@ import msgspec
 from pokebridge.errors import RefusedError
 from pokebridge.gateway.connection import whole_second
 from pokebridge.gateway.gateway import Gateway
-from pokebridge.model import DEFAULT_DEVICE
+from pokebridge.model import DEFAULT_DEVICE, Ack
 from pokebridge.session import UNKNOWN_VERSION, State
 from pokebridge.workers.calls import Answers
 from pokebridge.workers.channel import Channel
@@ -199,8 +199,7 @@ class WorkerLink:
         elif isinstance(message, Leave):
             self._leave(message)
         elif isinstance(message, Acked):
-            if self._gateway.on_ack is not None:
-                self._gateway.on_ack(message.recipient, message.device, message.version)
+            self._note_acks(message.acks)
         elif isinstance(message, Pulled):
             self.on_pulled(message.recipient, message.version)
         elif isinstance(message, Gone):
@@ -209,6 +208,12 @@ class WorkerLink:
             self.on_ready()
         else:
             self.on_report(message)
+
+    def _note_acks(self, acks: Sequence[Ack]) -> None:
+        on_ack = self._gateway.on_ack
+        if on_ack is not None:
+            for ack in acks:
+                on_ack(*ack)
 
     def _enter(self, enter: Enter) -> None:
         by_number, number = self._by_number, enter.session

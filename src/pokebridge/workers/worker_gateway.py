@@ -22,6 +22,7 @@ from pokebridge.gateway.listening import Listening, listenings
 from pokebridge.gateway.polling import PolledSession
 from pokebridge.gateway.sockets import Sockets
 from pokebridge.gateway.wheel import Wheel
+from pokebridge.model import Ack
 from pokebridge.supervisor import run_once
 from pokebridge.wire import Disconnect, Listen, poke_frame
 from pokebridge.workers.frames import (
@@ -45,6 +46,9 @@ MAX_UNANSWERED: Final = 10_000
 """Handshakes that wait for the hub at most. Further ones are refused."""
 ANSWER_WITHIN_S: Final = 10.0
 """A handshake that the hub has not answered for so long is refused, and its client tries again."""
+ACKS_WITHIN_S: Final = 0.1
+"""How long acks wait at most for something else to be sent. An own write for each would wake the
+hub a third more often."""
 _NO_NUMBER: Final = -1
 
 
@@ -70,6 +74,8 @@ class WorkerGateway:
       included, and what they listen to; ``None`` where there is none
     - ``_listening``: the numbers of what they listen to
     - ``_free``: numbers that may be given to the next ones
+    - ``_acks``, ``_ack_timer``: those that wait for something else to be sent to the hub, and the
+      end of the wait
     - ``_unanswered``: by number, the response that accepts a handshake which waits for the hub's
       answer. The oldest are first
     """
@@ -98,6 +104,8 @@ class WorkerGateway:
         self._listening: dict[Listening, int] = {}
         self._free: list[int] = []
         self._unanswered: dict[int, bytes] = {}
+        self._acks: list[Ack] = []
+        self._ack_timer: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
 
     def start(self, *, serves: bool) -> None:
@@ -122,7 +130,19 @@ class WorkerGateway:
         return self._ack if self._takes_acks else None
 
     def _ack(self, recipient: str, device: str, version: int) -> None:
-        self._send(Acked(recipient, device, version))
+        self._acks.append(Ack(recipient, device, version))
+        if self._ack_timer is None:
+            self._ack_timer = self._loop.call_later(ACKS_WITHIN_S, self._send_last_acks)
+
+    def _send_last_acks(self) -> None:
+        self._ack_timer = None
+        self.send_acks()
+
+    def send_acks(self) -> None:
+        """Send the hub the acks that have come; to be called whenever something else is sent."""
+        if self._acks:
+            acks, self._acks = self._acks, []
+            self._send(Acked(acks))
 
     def now(self) -> float:
         """The time on the loop's clock in seconds."""
