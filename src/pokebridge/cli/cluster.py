@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pokebridge.cli.api import SUBJECT, Access, api_options
-from pokebridge.cli.options import Number, counted, json_option
+from pokebridge.cli.options import Number, age, counted, json_option
 from pokebridge.errors import NotFoundError, UnavailableError
 from pokebridge.model import Mode
 
@@ -47,7 +47,7 @@ COLUMNS: Mapping[str, Callable[[View], str]] = {
     "pokes/s": lambda each: f"{each['pokes_per_s']:,.1f}",
     "CPU": lambda each: f"{each['cpu_share']:.0%}",
     "MiB": lambda each: f"{each['memory_bytes'] / 2**20:,.0f}",
-    "age": lambda each: _age(time.time() - each["joined_at_ms"] / 1000),
+    "age": lambda each: age(time.time() - each["joined_at_ms"] / 1000),
     "version": lambda each: each.get("version", ""),
     "URL": lambda each: each["url"],
 }
@@ -303,18 +303,10 @@ def _load(view: View) -> Text:
 def _mailbox(totals: View) -> Text:
     owed = f"{counted(totals['pokes_owed'], 'poke')} owed"
     if (since_ms := totals["poke_owed_since_ms"]) is not None:
-        owed += f" for {_age(time.time() - since_ms / 1000)}"
+        owed += f" for {age(time.time() - since_ms / 1000)}"
     size = totals["bytes"]
     stored = f"{size / 2**20:,.1f} MiB" if size >= 2**20 else counted(size, "byte")
     kept = f"{counted(totals['messages'], 'message')} ({stored})"
     pushes = f", {totals['pushes_owed']:,} pushes owed" if totals["pushes_owed"] else ""
     recipients = counted(totals["recipients"], "recipient")
     return Text(f"mailbox: {kept} of {recipients}, {owed}{pushes}")
-
-
-def _age(seconds: float) -> str:
-    """A duration in its largest unit."""
-    for size_s, unit in ((86400, "d"), (3600, "h"), (60, "m")):
-        if seconds >= size_s:
-            return f"{seconds // size_s:.0f}{unit}"
-    return f"{max(seconds, 0):.0f}s"

@@ -25,6 +25,14 @@ def counted(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
+def age(seconds: float) -> str:
+    """A duration in its largest unit."""
+    for size_s, unit in ((86400, "d"), (3600, "h"), (60, "m")):
+        if seconds >= size_s:
+            return f"{seconds // size_s:.0f}{unit}"
+    return f"{max(seconds, 0):.0f}s"
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 

@@ -9,7 +9,7 @@ from urllib.parse import quote
 import click
 
 from pokebridge.cli.api import SUBJECT, Access, api_options
-from pokebridge.cli.options import counted, json_option, printable
+from pokebridge.cli.options import age, counted, json_option, printable
 from pokebridge.model import check_recipient
 
 
@@ -44,7 +44,7 @@ def _lines(state: dict[str, Any]) -> list[str]:
         kept = f"{messages} kept ({size})"
         lines.append(f"mailbox: version {mailbox['head']}, {kept}")
         if mailbox["poke_owed_since_ms"] is not None:
-            lines.append(f"a poke is owed since {_ago(mailbox['poke_owed_since_ms'])}")
+            lines.append(f"a poke is owed for {_since(mailbox['poke_owed_since_ms'])}")
         lines += [
             f"device {each['device']}: acked {each['acked']}, {each['behind']} behind"
             for each in mailbox["devices"]
@@ -56,11 +56,11 @@ def _session(each: dict[str, Any]) -> str:
     told = "no version named yet" if each["told"] is None else f"poked for version {each['told']}"
     address = f" from {each['address']}" if each["address"] else ""
     where = f"connected to {each['instance']}{address}, device {each['device']}"
-    return f"{where}, since {_ago(each['since_ms'])}, {told}"
+    return f"{where}, for {_since(each['since_ms'])}, {told}"
 
 
-def _ago(at_ms: int) -> str:
-    return f"{max(0, time.time() - at_ms / 1000):,.0f} s ago"
+def _since(at_ms: int) -> str:
+    return age(time.time() - at_ms / 1000)
 
 
 @click.command(

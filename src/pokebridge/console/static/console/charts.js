@@ -3,6 +3,7 @@
 import { formatCount, formatMs, formatRate, formatShare } from "./format.js";
 
 const HEIGHT_PX = 170;
+const WIDEST_LABEL_PX = 70; // such as 1,000 ms
 const WINDOW_S = 600;
 const LEAST_SPAN_S = 60;
 const stepped = uPlot.paths.stepped({ align: 1 });
@@ -152,7 +153,7 @@ class Chart {
       },
       axes: [
         { ...axis, space: 70, size: 26 },
-        { ...axis, size: 56, values: (_, ticks) => ticks.map((tick) => shortened(tick, format)) },
+        { ...axis, size: WIDEST_LABEL_PX, values: (_, ticks) => ticks.map((tick) => shortened(tick, format)) },
       ],
       series: [
         {},
