@@ -299,14 +299,17 @@ class _Verified:
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._key = secrets.token_bytes(32)
+        # A copy of it hashes a token sooner than a new one, which would take in the key again.
+        self._keyed = hashlib.blake2b(digest_size=_DIGEST_BYTES, key=secrets.token_bytes(32))
         self._claims: dict[bytes, Claims] = {}
         # The keys of ``_claims``: a dict finds its own oldest key only behind all deleted ones.
         self._order: deque[bytes] = deque()
 
     def digest(self, token: str) -> bytes:
         """The key of ``token`` here."""
-        return hashlib.blake2b(token.encode(), digest_size=_DIGEST_BYTES, key=self._key).digest()
+        keyed = self._keyed.copy()
+        keyed.update(token.encode())
+        return keyed.digest()
 
     def find(self, digest: bytes) -> Claims | None:
         """The claims that were added for ``digest``."""

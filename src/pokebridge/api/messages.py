@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from http import HTTPStatus
 
 import msgspec
@@ -86,21 +87,12 @@ class MessageCalls:
         if query.device is not UNSET:
             await self._devices.see(reader, check_device(query.device))
         own, if_none_match = _readers_own(reader), request.header(b"if-none-match")
-
-        async def read() -> Page:
-            page = await self._mailbox.read(
-                reader,
-                after=query.after,
-                limit=query.limit,
-                unless_head=_known_head(if_none_match, own),
-            )
-            self._on_pulled(reader, page.version if page.more else page.head)
-            return page
-
-        def is_news(page: Page) -> bool:
-            return page.version != query.after and not _matches(if_none_match, _etag(page, own))
-
+        read = partial(self._read, reader, query, _known_head(if_none_match, own))
         if query.wait_s and self._waiting is not None:
+
+            def is_news(page: Page) -> bool:
+                return page.version != query.after and not _matches(if_none_match, _etag(page, own))
+
             page = await self._waiting.read(request, query.wait_s, read, is_news)
         else:
             page = await read()
@@ -112,6 +104,13 @@ class MessageCalls:
             return Response(HTTPStatus.NOT_MODIFIED, [*headers, NEVER_CACHED])
         messages = [_pulled(message) for message in page.messages]
         return json_response(schema.Pulled(messages, page.version, page.more), headers=headers)
+
+    async def _read(self, reader: str, query: schema.PullQuery, known_head: int | None) -> Page:
+        page = await self._mailbox.read(
+            reader, after=query.after, limit=query.limit, unless_head=known_head
+        )
+        self._on_pulled(reader, page.version if page.more else page.head)
+        return page
 
     async def ack(self, request: Request) -> Response:
         """POST /v1/messages/ack."""
@@ -181,6 +180,7 @@ def _json(message: Message) -> bytes:
     return message.body
 
 
+@lru_cache(maxsize=4096)
 def _readers_own(reader: str) -> str:
     """The part of an entity tag that no other reader's page ever has.
 
@@ -206,7 +206,7 @@ def _known_head(if_none_match: str, own: str) -> int | None:
 
 def _matches(if_none_match: str, etag: str) -> bool:
     """Whether the header names ``etag``, compared weakly (RFC 9110, section 13.1.2)."""
-    if not if_none_match:
-        return False
+    if not if_none_match or if_none_match == etag:  # usually
+        return bool(if_none_match)
     tags = [tag.strip().removeprefix("W/") for tag in if_none_match.split(",")]
     return etag in tags or tags == ["*"]

@@ -6,7 +6,6 @@ host, and no sockets of clients (docs/cores.md).
 
 import asyncio
 import contextlib
-import gc
 import os
 import pickle
 import signal
@@ -25,6 +24,7 @@ from pokebridge.coordination.base import WorkerLoad
 from pokebridge.errors import PokebridgeError, UnavailableError
 from pokebridge.server.door import Door
 from pokebridge.server.fork_server import ForkServer
+from pokebridge.server.garbage import keep_what_exists
 from pokebridge.server.hub_http import PassedRequests
 from pokebridge.server.instance import Instance
 from pokebridge.server.uvicorn_server import tell_address
@@ -222,8 +222,7 @@ class Hub:
         await self._has_started.wait()
         if any(slot.is_failing for slot in self.slots):
             raise PokebridgeError("workers: they end as soon as they are started; see the log")
-        gc.collect()
-        gc.freeze()  # as in uvicorn_server
+        keep_what_exists()
         self._door.open()
 
     async def _stop(self) -> None:

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import functools
-import gc
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ import uvicorn
 
 from pokebridge.asgi import ASGIApp
 from pokebridge.errors import ConfigError
+from pokebridge.server.garbage import keep_what_exists
 from pokebridge.server.http import HttpHost, HttpProtocol
 from pokebridge.server.instance import Instance
 
@@ -127,10 +127,7 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Log the address, once the server listens."""
         await super().startup(sockets)
-        # The objects that exist now stay. A full collection, which runs whenever the number of
-        # objects has grown by a quarter, would visit all of them and delay pokes by 0.1 s.
-        gc.collect()
-        gc.freeze()
+        keep_what_exists()
         for listener in sockets or []:
             tell_address(listener, self._on_listening)
 

@@ -6,7 +6,6 @@ and the hub answers them. A worker ends with its hub, however that ends.
 
 import asyncio
 import contextlib
-import gc
 import math
 import os
 import pickle
@@ -39,6 +38,7 @@ from pokebridge.model import NewMessage, Poke, Receipt
 from pokebridge.processor import Processor
 from pokebridge.server import descriptors
 from pokebridge.server.from_settings import gateway_config, has_own_mailbox, open_mailbox
+from pokebridge.server.garbage import keep_what_exists
 from pokebridge.server.token_keys import token_verifier
 from pokebridge.server.uvicorn_server import http_config
 from pokebridge.settings import Settings
@@ -392,8 +392,7 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Open the door."""
         await super().startup(sockets)
-        gc.collect()
-        gc.freeze()
+        keep_what_exists()
         self._door.settimeout(0)
         asyncio.get_running_loop().add_reader(self._door.fileno(), self._let_in)
         self._worker.serves()
