@@ -9,7 +9,6 @@ write-ahead log into the file.
 import asyncio
 import sqlite3
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -62,6 +61,11 @@ DELETE FROM devices WHERE recipient = ?1 AND device IN (
     ORDER BY seen_ms DESC LIMIT -1 OFFSET ?3
 )
 """
+# The messages that every known device has acked. Without a device: none.
+DELETE_ACKED: Final = (
+    "DELETE FROM messages WHERE recipient = ?1"
+    " AND version <= (SELECT min(acked) FROM devices WHERE recipient = ?1)"
+)
 # Writes more than the largest message and its row.
 PROBE: Final = "INSERT OR REPLACE INTO probe VALUES (1, zeroblob(?))"
 PROBE_BYTES: Final = 72 * 1024
@@ -185,8 +189,9 @@ class SqliteMailbox:
 
         def ack_all(db: sqlite3.Connection) -> None:
             now_ms = self._now_ms()
-            for ack in own:
-                _ack(db, *ack, now_ms)
+            for recipient, device, version in own:
+                _see_device(db, recipient, device, min(version, MAX_VERSION), now_ms)
+            _delete_acked(db, (ack.recipient for ack in own), now_ms)
 
         if own:
             await self._writes.do(ack_all)
@@ -355,41 +360,12 @@ def _see_device(
         return
     db.execute(SEE_NEW, seen)
     if db.execute(FORGET_OLDEST, (recipient, device, MAX_DEVICES - 1)).rowcount:
-        _delete_acked(db, recipient, now_ms)
+        _delete_acked(db, [recipient], now_ms)
 
 
-def _ack(db: sqlite3.Connection, recipient: str, device: str, version: int, now_ms: int) -> None:
-    _see_device(db, recipient, device, min(version, MAX_VERSION), now_ms)
-    _delete_acked(db, recipient, now_ms)
-
-
-def _delete_acked(db: sqlite3.Connection, recipient: str, now_ms: int) -> None:
-    """Delete the messages that every known device has acked. Without a device: none."""
-    if is_young(generation.base_of(db), now_ms):
-        return
-    _delete(
-        db,
-        "recipient = ?1 AND version <= (SELECT min(acked) FROM devices WHERE recipient = ?1)",
-        (recipient,),
-    )
-
-
-def _delete(db: sqlite3.Connection, where: str, parameters: Iterable[str | int]) -> int:
-    """Delete the messages that match ``where``, and update the counts. Returns how many."""
-    deleted = db.execute(
-        f"DELETE FROM messages WHERE {where} RETURNING recipient, length(body)",  # noqa: S608 - ours
-        tuple(parameters),
-    ).fetchall()
-    sizes_bytes: Counter[str] = Counter()
-    for recipient, size_bytes in deleted:
-        sizes_bytes[recipient] += size_bytes
-    counts = Counter(recipient for recipient, _ in deleted)
-    db.executemany(
-        "UPDATE heads SET kept_messages = kept_messages - ?, kept_bytes = kept_bytes - ?"
-        " WHERE recipient = ?",
-        [(count, sizes_bytes[recipient], recipient) for recipient, count in counts.items()],
-    )
-    return len(deleted)
+def _delete_acked(db: sqlite3.Connection, recipients: Iterable[str], now_ms: int) -> None:
+    if not is_young(generation.base_of(db), now_ms):
+        db.executemany(DELETE_ACKED, ((recipient,) for recipient in recipients))
 
 
 class _Old(NamedTuple):
@@ -434,12 +410,11 @@ def _confirm_outbox(db: sqlite3.Connection, pokes: Sequence[Poke], now_ms: int) 
 
 
 def _purge(db: sqlite3.Connection, limit: int, limits: Limits, now_ms: int) -> int:
-    messages = _delete(
-        db,
-        "(recipient, version) IN"
+    messages = db.execute(
+        "DELETE FROM messages WHERE (recipient, version) IN"
         " (SELECT recipient, version FROM messages WHERE expires_ms <= ? LIMIT ?)",
         (now_ms, limit),
-    )
+    ).rowcount
     receipts = db.execute(
         "DELETE FROM receipts WHERE (sender, id) IN"
         " (SELECT sender, id FROM receipts WHERE at_ms <= ? LIMIT ?)",
@@ -451,8 +426,7 @@ def _purge(db: sqlite3.Connection, limit: int, limits: Limits, now_ms: int) -> i
         " (SELECT recipient, device FROM devices WHERE seen_ms <= ? LIMIT ?) RETURNING recipient",
         (limits.unseen_since_ms(now_ms), at_most),
     ).fetchall()
-    for (recipient,) in forgotten:
-        _delete_acked(db, recipient, now_ms)
+    _delete_acked(db, (recipient for (recipient,) in forgotten), now_ms)
     free = pragma(db, "freelist_count")
     if free > VACUUM_PAGES and free > pragma(db, "page_count") // 4:
         for _ in range(VACUUM_PAGES):  # one a statement, since Python takes one step of each
@@ -464,7 +438,7 @@ def _clear(db: sqlite3.Connection, recipient: str) -> int:
     db.execute("DELETE FROM devices WHERE recipient = ?", (recipient,))
     db.execute("DELETE FROM outbox WHERE recipient = ?", (recipient,))
     db.execute("DELETE FROM pushes WHERE recipient = ?", (recipient,))
-    return _delete(db, "recipient = ?", (recipient,))
+    return db.execute("DELETE FROM messages WHERE recipient = ?", (recipient,)).rowcount
 
 
 def _stats(db: sqlite3.Connection) -> MailboxStats:

@@ -107,6 +107,13 @@ SHARES: Final = (
 """How many messages of each sender are kept. By triggers, so that it is true of what processes of
 release 0.1.0 do to the file, for which ``user_version`` stays."""
 
+COUNT_KEPT: Final = """CREATE TEMP TRIGGER kept_shrinks AFTER DELETE ON main.messages BEGIN
+    UPDATE heads SET kept_messages = kept_messages - 1, kept_bytes = kept_bytes - length(old.body)
+        WHERE recipient = old.recipient;
+END"""
+"""What a recipient's limits are checked against. A trigger of the writer's connection, and not of
+the file, because processes of release 0.1.0 count what they delete themselves."""
+
 _UNUSABLE: Final = {
     sqlite3.SQLITE_CANTOPEN,
     sqlite3.SQLITE_CORRUPT,
@@ -152,6 +159,7 @@ def _open(path: Path, now_s: float) -> tuple[list[sqlite3.Connection], FileGuard
     with ExitStack() as on_error:
         connections = [on_error.enter_context(closing(_connect(path))) for _ in range(2 + READERS)]
         _bring_up_to_date(connections[0], path, side_file, now_s)
+        connections[0].execute(COUNT_KEPT)
         connections[0].execute("PRAGMA busy_timeout = 0")  # the worker pool waits by itself
         for connection in connections:
             connection.execute("SELECT 1 FROM heads").fetchone()  # opens SQLite's log as well
