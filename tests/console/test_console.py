@@ -206,8 +206,10 @@ async def test_a_recipient_is_looked_up(console: Page, trio: Trio) -> None:
         async with console.expect_response("**/v1/pokes") as answer:
             await section.get_by_role("button", name="Send a test poke").click()
         assert (await answer.value).status == 202
+        await expect(found.first).to_contain_text("the test poke is accepted")
     await section.get_by_role("button", name="Disconnect").click()
     await console.get_by_role("dialog").get_by_role("button", name="Disconnect").click()
+    await expect(found.first).to_contain_text("disconnected. Clients come back")
     await expect(found.filter(has_text="is not connected")).to_have_count(1)
 
 

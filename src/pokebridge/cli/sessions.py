@@ -44,7 +44,7 @@ def _lines(state: dict[str, Any]) -> list[str]:
         kept = f"{messages} kept ({size})"
         lines.append(f"mailbox: version {mailbox['head']}, {kept}")
         if mailbox["poke_owed_since_ms"] is not None:
-            lines.append(f"a poke is owed for {_since(mailbox['poke_owed_since_ms'])}")
+            lines.append(f"a poke has been owed for {_since(mailbox['poke_owed_since_ms'])}")
         lines += [
             f"device {each['device']}: acked {each['acked']}, {each['behind']} behind"
             for each in mailbox["devices"]

@@ -1,7 +1,7 @@
 // One recipient: where it is connected, and what is owed to it.
 
 import { confirm } from "./confirm.js";
-import { formatCount, formatDuration, plural } from "./format.js";
+import { formatCount, formatDuration, formatTime, plural } from "./format.js";
 
 export class LookUp {
   #root;
@@ -42,14 +42,16 @@ export class LookUp {
     }
   }
 
-  async #look() {
-    this.#show(await this.#live().lookUp(this.#recipient));
+  /** Show what is known now, after what has just been `done`. */
+  async #look(done = []) {
+    const found = await this.#live().lookUp(this.#recipient);
+    this.#show([...done, ...this.#linesOf(found)]);
     this.#find(".buttons").hidden = false;
   }
 
   async #poke() {
     await this.#live().poke(this.#recipient);
-    await this.#look();
+    await this.#look([`${formatTime(Date.now())}: the test poke is accepted.`]);
   }
 
   #askToDisconnect() {
@@ -60,31 +62,35 @@ export class LookUp {
       yes: "Disconnect",
       act: async () => {
         await this.#live().disconnect(recipient);
-        await this.#attempt(() => this.#look());
+        const done = `${formatTime(Date.now())}: disconnected. Clients come back within seconds; look up again to see them.`;
+        await this.#attempt(() => this.#look([done]));
       },
     });
   }
 
-  #show({ sessions, unanswered, mailbox }) {
-    const lines = sessions.map((each) => this.#lineOf(each));
-    if (sessions.length === 0) lines.push(`${this.#recipient} is not connected.`);
-    if (unanswered.length > 0) lines.push(`No answer from ${unanswered.join(", ")}: sessions may be missing.`);
-    if (mailbox !== null) lines.push(...this.#linesOf(mailbox));
+  #show(lines) {
     const items = lines.map((line) => Object.assign(document.createElement("li"), { textContent: line }));
     const list = document.createElement("ul");
     list.append(...items);
     this.#find(".found").replaceChildren(list);
   }
 
-  #lineOf({ instance, device, address, since_ms: sinceMs, told }) {
+  *#linesOf({ sessions, unanswered, mailbox }) {
+    yield* sessions.map((each) => this.#lineOfSession(each));
+    if (sessions.length === 0) yield `${this.#recipient} is not connected.`;
+    if (unanswered.length > 0) yield `No answer from ${unanswered.join(", ")}: sessions may be missing.`;
+    if (mailbox !== null) yield* this.#linesOfMailbox(mailbox);
+  }
+
+  #lineOfSession({ instance, device, address, since_ms: sinceMs, told }) {
     const from = address ? ` from ${address}` : "";
     const poked = told === null ? "no poke has named a version yet" : `last poked for version ${told}`;
     return `Connected to ${instance}${from}, device ${device}, for ${ageOf(sinceMs)}; ${poked}.`;
   }
 
-  *#linesOf({ head, messages, poke_owed_since_ms: owedSinceMs, devices }) {
+  *#linesOfMailbox({ head, messages, poke_owed_since_ms: owedSinceMs, devices }) {
     yield `The newest version is ${head}. Kept: ${plural(messages, "message")}.`;
-    if (owedSinceMs !== null) yield `A poke is owed since ${ageOf(owedSinceMs)}.`;
+    if (owedSinceMs !== null) yield `A poke has been owed for ${ageOf(owedSinceMs)}.`;
     for (const { device, acked, behind } of devices) {
       yield `Device ${device} has acked version ${acked}: ${formatCount(behind)} behind.`;
     }
