@@ -21,8 +21,9 @@ from pokebridge.model import Ack
 
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 """Longer messages are an error. A full page of a mailbox has a little more than 1 MiB."""
-_FULL_BYTES = 64 * 1024
-"""A frame that has so many bytes takes no further message."""
+_FULL_BYTES = 16 * 1024
+"""A frame that has so many bytes takes no further message. All messages of a frame are in memory at
+a time."""
 _LENGTH = struct.Struct("!I")
 # With what follows the length: the head of an array (MessagePack's array 32).
 _HEAD = struct.Struct("!IBI")
