@@ -24,6 +24,7 @@ from pokebridge.costs import (
     Workload,
     advise,
     evaluate,
+    format_share,
     format_usd,
     misplaced_share,
 )
@@ -377,3 +378,9 @@ def test_dollars_for_people() -> None:
     """Whole dollars, and one figure where both ends are the same."""
     assert format_usd(Range(17.4, 4875.5)) == "$17-4,876"
     assert format_usd(Range(0.2, 0.3)) == "$0"
+
+
+def test_a_share_is_rounded() -> None:
+    """Three digits, and no more noughts than somebody reads."""
+    shares = (0, 0.0000597, 0.0001, 0.99812, 1)
+    assert [format_share(each) for each in shares] == ["0%", "<0.01%", "0.01%", "99.8%", "100%"]

@@ -16,6 +16,7 @@ from pokebridge.red_line import MIGRATE_RULES, RED_LINE_OPS_PER_S
 Engine = Literal["pubsub", "nats", "redis"]
 
 SECONDS_A_MONTH = 730 * 3600  # 365 days / 12, as cloud prices count
+LEAST_SHARE = 0.0001  # what is less is shown as less than this
 NEAR_SHARE = 0.8
 """From this share of the line on it is time to get ready."""
 
@@ -461,4 +462,6 @@ def format_usd(amount: Range) -> str:
 
 def format_share(share: float) -> str:
     """``share`` for people, in percent: three digits, so that 99.8% is not all."""
+    if 0 < share < LEAST_SHARE:
+        return f"<{LEAST_SHARE:.2%}"
     return f"{share * 100:.3g}%"
