@@ -76,7 +76,7 @@ class Terminal:
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGINT)
         try:
-            block_until(self._has_ended, what=f"the end of {self.command}")
+            block_until(self._has_ended, LIMIT_S, f"the end of {self.command}")
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)

@@ -165,12 +165,14 @@ async def test_the_readme_of_three_instances(
     await asyncio.to_thread(checkout.type, setup)
     shown = await asyncio.to_thread(checkout.type, run)
     readme = await asyncio.to_thread((EXAMPLES / "three-instances" / "README.md").read_text)
-    story = re.findall(r"^    (\w+ {2,}.+)$", readme, re.MULTILINE)
 
-    def after_the_broker(lines: list[str]) -> list[str]:
-        return [re.sub(r"127\.0\.0\.1:\d+", "", line) for line in lines[1:]]
+    def after_the_broker(text: str, indent: str = "") -> list[str]:
+        story = re.findall(rf"^{indent}(\w+ {{2,}}.+)$", text, re.MULTILINE)
+        return [re.sub(r"127\.0\.0\.1:\d+", "", line) for line in story[1:]]
 
-    assert after_the_broker(shown.splitlines()[:-1]) == after_the_broker(story)
+    # An instance on a busy machine may log something in between.
+    assert after_the_broker(shown) == after_the_broker(readme, " " * 4)
     for url in re.findall(r"http://\S+", shown):
         async with httpx.AsyncClient(trust_env=False) as http:
             assert (await http.get(f"{url}/")).status_code == httpx.codes.OK
+    await asyncio.to_thread(checkout.close)  # before its broker is gone

@@ -34,4 +34,5 @@ async def test_it_tells_the_story_of_its_readme() -> None:
     def without_ports(lines: list[str]) -> list[str]:
         return [re.sub(r"127\.0\.0\.1:\d+", "", line) for line in lines]
 
-    assert without_ports(said) == without_ports(story)
+    # An instance on a busy machine may log something in between.
+    assert without_ports([line for line in said if line[0] != "{"]) == without_ports(story)
