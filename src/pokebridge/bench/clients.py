@@ -82,9 +82,9 @@ class StormClient(Driver):
         "_loop",
         "_observer",
         "_pulled_after_ready",
-        "_readies",
         "_socket",
         "_token",
+        "readies",
         "recipient",
         "where",
     )
@@ -96,7 +96,8 @@ class StormClient(Driver):
         self._observer = observer
         self._token = token
         self._socket: _Socket | None = None
-        self._readies = 0
+        self.readies = 0
+        """How often it has become ready."""
         self._pulled_after_ready = 0
         self.recipient = recipient
         self.where: Endpoint | None = None
@@ -110,7 +111,7 @@ class StormClient(Driver):
     @property
     def caught_up(self) -> bool:
         """Whether it is ready, and has pulled since it became ready."""
-        return self._core.ready and self._pulled_after_ready == self._readies
+        return self._core.ready and self._pulled_after_ready == self.readies
 
     def start(self) -> None:
         """Connect, and reconnect until stopped."""
@@ -122,7 +123,7 @@ class StormClient(Driver):
         self._disconnect()
 
     def _on_ready_changed(self) -> None:
-        self._readies += self._core.ready
+        self.readies += self._core.ready
         self._observer.on_connected(1 if self._core.ready else -1)
 
     def _fetch_token(self) -> None:
@@ -204,7 +205,7 @@ class StormClient(Driver):
             f"GET /v1/messages?after={after} HTTP/1.1\r\nHost: {HOST}\r\n"
             f"Authorization: Bearer {self._token}\r\n\r\n"
         )
-        readies = self._readies
+        readies = self.readies
 
         def done(answer: Answer | None) -> None:
             self._on_pulled(answer, readies)

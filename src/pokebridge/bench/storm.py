@@ -150,11 +150,18 @@ class Storm:
         victim = self._victim
         self.watcher.struck = frozenset(each for each in self._clients if each.where is victim)
         self._say(f"killing {victim.name} and its {len(self.watcher.struck)} sessions")
+        readies = {client: client.readies for client in self.watcher.struck}
+
+        def all_are_back() -> bool:
+            # A client hears of the kill a moment later, or when the victim's workers have ended.
+            are_struck = all(client.readies > before for client, before in readies.items())
+            return are_struck and self._all_are_back()
+
         course.killed_s, course.killed = monotonic(), victim.name
         await self.fleet.kill(victim)
         if plan.restart_s is not None:
             self._spawn(self._restart(victim, plan.restart_s))
-        if await self._until(self._all_are_back, plan.within_s):
+        if await self._until(all_are_back, plan.within_s):
             course.back_s = monotonic()
             self._say(f"all are back after {course.back_s - course.killed_s:.1f} s")
             if plan.restart_s is not None:
