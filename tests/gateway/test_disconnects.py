@@ -27,6 +27,15 @@ def test_the_recent_ones_are_repeated_for_some_minutes_unless_somebody_has_done_
     assert not kept.to_repeat(NOW + 1 + KEPT_S, unless_heard_since_s=NOW + KEPT_S)
 
 
+def test_an_older_one_that_is_repeated_does_not_stand_for_the_newest() -> None:
+    """Another instance repeats what it knows: the newest is still to be repeated."""
+    kept = Disconnects()
+    kept.note(at(5), NOW + 5)
+    assert not kept.note(at(0)._replace(is_repeated=True), NOW + 9)
+    (repeated,) = kept.to_repeat(NOW + 10, unless_heard_since_s=NOW + 8)
+    assert repeated == at(5)._replace(is_repeated=True)
+
+
 def test_no_more_are_kept_than_the_limit() -> None:
     """The oldest go."""
     kept = Disconnects()

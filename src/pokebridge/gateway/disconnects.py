@@ -30,17 +30,18 @@ class Disconnects:
     def note(self, disconnect: Disconnect, now_s: float) -> bool:
         """Keep ``disconnect``, which has an ``at_ms``. Returns whether it was not known yet."""
         key, at_ms = (disconnect.recipient, disconnect.until_ms is not None), disconnect.at_ms or 0
-        _, known = self._recent.pop(key, (0.0, None))
-        is_new = known is None or (known.at_ms or 0) < at_ms
-        if known is not None and not is_new:
-            disconnect = known
-        if now_s - (disconnect.at_ms or 0) / 1000 < KEPT_S:
+        _, known = self._recent.get(key, (0.0, None))
+        known_ms = 0 if known is None else known.at_ms or 0
+        if known is not None and at_ms < known_ms:
+            return False  # so nobody has repeated the newer one
+        self._recent.pop(key, None)
+        if now_s - at_ms / 1000 < KEPT_S:
             self._recent[key] = (now_s, disconnect)
         if len(self._recent) > MAX_RECENT:
             del self._recent[next(iter(self._recent))]
         if disconnect.until_ms is not None:
             self._revoke(disconnect, now_s)
-        return is_new
+        return known is None or known_ms < at_ms
 
     def to_repeat(self, now_s: float, *, unless_heard_since_s: float) -> Sequence[Disconnect]:
         """The recent disconnects that nobody has repeated since ``unless_heard_since_s``."""

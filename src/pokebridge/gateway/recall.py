@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 from pokebridge.backoff import spread
 from pokebridge.errors import TransportError
@@ -17,6 +17,8 @@ from pokebridge.wire import MISSED, encode_disconnect, encode_probe
 # been in the same gap, and hear only the second question.
 ASK_AFTER_S = (0.5, 10.0)
 ANSWER_WITHIN_S = 1.0
+# How often an answer is tried: whoever knows may be stopped when the second question comes.
+ANSWER_TRIES = 10
 
 
 class Recall:
@@ -68,13 +70,17 @@ class Recall:
     async def _answer(self) -> None:
         """Repeat what is known, unless another instance has done it in the meantime."""
         asked_s = time.time()
-        await asyncio.sleep(spread(ANSWER_WITHIN_S, 0.0, 1.0))
-        self._will_answer = False
+        for _ in range(ANSWER_TRIES):
+            await asyncio.sleep(spread(ANSWER_WITHIN_S, 0.0, 1.0))
+            self._will_answer = False
+            with contextlib.suppress(TransportError):
+                if signals := self._known_since(asked_s):
+                    await self._transport.publish(signals)
+                return
+
+    def _known_since(self, asked_s: float) -> Sequence[Signal]:
         known = self._disconnects.to_repeat(time.time(), unless_heard_since_s=asked_s)
-        signals = [
+        return [
             Signal(encode_disconnect(**each._asdict()), shard_of(each.recipient, self._shard_count))
             for each in known
         ]
-        if signals:
-            with contextlib.suppress(TransportError):  # whoever is in the next gap asks again
-                await self._transport.publish(signals)
