@@ -189,9 +189,11 @@ class SqliteMailbox:
 
         def ack_all(db: sqlite3.Connection) -> None:
             now_ms = self._now_ms()
+            young = is_young(generation.base_of(db), now_ms)
             for recipient, device, version in own:
                 _see_device(db, recipient, device, min(version, MAX_VERSION), now_ms)
-            _delete_acked(db, (ack.recipient for ack in own), now_ms)
+                if not young:  # in turn: a device that comes later has no part in it
+                    db.execute(DELETE_ACKED, (recipient,))
 
         if own:
             await self._writes.do(ack_all)
