@@ -13,8 +13,8 @@ import jwt
 import structlog
 
 from pokebridge.border import note_unforeseen
-from pokebridge.errors import AuthError, KeysUnavailableError
-from pokebridge.outgoing import http_client
+from pokebridge.errors import AnswerTooLongError, AuthError, KeysUnavailableError
+from pokebridge.outgoing import http_client, read_body
 from pokebridge.supervisor import run_once
 
 PUBLIC_ALGORITHMS = ("RS256", "ES256", "EdDSA")
@@ -149,17 +149,15 @@ class KeySet:
 
     async def _read(self) -> bytes:
         """The endpoint's answer. Not compressed, because a small one could become a huge one."""
-        document = bytearray()
         headers = {"Accept": "application/json", "Accept-Encoding": "identity"}
         async with self._http.stream("GET", self._url, headers=headers) as response:
             response.raise_for_status()
             if response.headers.get("content-encoding", "identity").lower() != "identity":
                 raise ValueError("the key set is compressed")
-            async for piece in response.aiter_raw():
-                document += piece
-                if len(document) > MAX_KEY_SET_BYTES:
-                    raise ValueError("the key set is too large")
-        return bytes(document)
+            try:
+                return await read_body(response, MAX_KEY_SET_BYTES)
+            except AnswerTooLongError as error:
+                raise ValueError(str(error)) from None
 
 
 def _public_keys(key_set: Any) -> list[jwt.PyJWK]:

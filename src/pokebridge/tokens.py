@@ -136,7 +136,7 @@ class TokenVerifier:
     def verify_now(self, token: str, *, remember: bool = True) -> Claims:
         """The claims of ``token``, without waiting for anything; at once when it is remembered.
 
-        Without ``remember`` it is not remembered from now on.
+        Unless ``remember`` is set, a token that is new here is not remembered.
 
         Raises :class:`~pokebridge.errors.AuthError` when it is not valid, and
         :class:`~pokebridge.errors.KeysUnavailableError` when the key that it names is not known:

@@ -206,7 +206,9 @@ def _known_head(if_none_match: str, own: str) -> int | None:
 
 def _matches(if_none_match: str, etag: str) -> bool:
     """Whether the header names ``etag``, compared weakly (RFC 9110, section 13.1.2)."""
-    if not if_none_match or if_none_match == etag:  # usually
-        return bool(if_none_match)
+    if not if_none_match:
+        return False
+    if if_none_match == etag:  # as usual
+        return True
     tags = [tag.strip().removeprefix("W/") for tag in if_none_match.split(",")]
     return etag in tags or tags == ["*"]

@@ -1,8 +1,8 @@
 """When Python looks for garbage: objects that are no longer in use, and refer to each other.
 
-All others are freed at once. A look visits the objects that were made since the last one and are
-still there. Python looks after 700 of them, which is as many as a few dozen requests under way
-have. So it would look at the same objects again and again, without finding any garbage.
+All others are freed at once. By default Python looks for garbage whenever it has made 700 objects
+more than it has freed. A few dozen requests under way have as many. So it would visit the objects
+of such requests again and again, and find no garbage.
 """
 
 import gc

@@ -87,6 +87,12 @@ class DevicesContract:
         assert await versions(mailbox, BOB) == [4]
         assert await versions(mailbox, EVE) == []
 
+    async def test_acks_of_many_count_in_turn(self, mailbox: Mailbox) -> None:
+        """A device that a call makes known has no part in what was acked before it in that call."""
+        await fill(mailbox, 2)
+        await mailbox.ack_all([Ack(BOB, "phone", 1), Ack(BOB, "tablet", 0)])
+        assert await versions(mailbox) == [2]
+
     async def test_acks_of_many_meet_in_several_calls(self, mailbox: Mailbox) -> None:
         """Calls that name the same recipients in different orders wait for each other, and end."""
         names = [f"urn:user:{number}" for number in range(20)]
