@@ -16,7 +16,6 @@ JUSTIFIED = {
     ("gateway/entrance.py", "(coroutine)"): "one handshake or one new token",
     ("gateway/recall.py", "(self._answer)"): "repeats what it knows once",
     ("gateway/recall.py", "(self._ask)"): "asks a few times",
-    ("key_set.py", "_refresh"): "reads one answer, of limited size and within a limited time",
     ("server/hub.py", "(work)"): "one part of a worker's start, awaited there",
     ("server/hub.py", "wait"): "the end of the instance, awaited beside that start",
     ("server/worker.py", "_until_gone"): "one call's client, for as long as the call waits",
