@@ -49,8 +49,8 @@ PAGE_LIMIT = 5
 TOKEN_LIFE_S = (45.0, 200.0)
 
 
-Route = Callable[[str, "SimShell"], SimInstance | None]
-"""Finds the instance that a client's connection to a URL gets to."""
+Route = Callable[[str, str], SimInstance | None]
+"""Finds the instance that a connection to a URL gets to, for a recipient."""
 
 
 class Machine(NamedTuple):
@@ -208,7 +208,7 @@ class SimShell(Driver):
         connection = Polled(self, self._on_unsent) if action.poll else WebSocket(self)
         self._oracle.polled += action.poll
         self._connection = connection
-        connection.open(self._route(action.url, self), moved=action.moved)
+        connection.open(self._route(action.url, self.recipient), moved=action.moved)
 
     def _try(self, action: Try | Abandon) -> None:
         tried, self._tried = self._tried, None
@@ -216,7 +216,7 @@ class SimShell(Driver):
             tried.drop()
         if isinstance(action, Try):
             self._tried = WebSocket(self)
-            self._tried.open(self._route(action.url, self), moved=False)
+            self._tried.open(self._route(action.url, self.recipient), moved=False)
 
     def _disconnect(self) -> None:
         connection, self._connection = self._connection, None
@@ -294,7 +294,7 @@ class SimShell(Driver):
         )
 
     def _ask(self, work: Work, done: Answer) -> None:
-        self.pulls_from = self._route(HOME_URL, self)
+        self.pulls_from = self._route(HOME_URL, self.recipient)
         ask(self.loop, self.network, self.pulls_from, work, done)
 
     def _end_pull(self, event: Pulled | PullFailed) -> None:

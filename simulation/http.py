@@ -16,12 +16,14 @@ Answer = Callable[[Any], None]
 class Call:
     """One request and its one answer."""
 
-    def __init__(self, loop: VirtualLoop, network: Network, done: Answer) -> None:
+    def __init__(
+        self, loop: VirtualLoop, network: Network, done: Answer, timeout_s: float = TIMEOUT_S
+    ) -> None:
         self._loop = loop
         self._network = network
         self._done = done
         self._over = False
-        self._timeout = loop.call_later(TIMEOUT_S, self._end, None)
+        self._timeout = loop.call_later(timeout_s, self._end, None)
 
     def answer(self, result: Any) -> None:
         """The answer is on its way, unless the network is quiet: then it never comes."""

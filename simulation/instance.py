@@ -13,7 +13,7 @@ from pokebridge.server.assemble import assemble
 from pokebridge.server.from_settings import Adapters
 from pokebridge.settings import Settings
 from pokebridge.wire import Disconnect
-from simulation.http import Answer, Call
+from simulation.http import TIMEOUT_S, Answer, Call
 from simulation.invariants import Oracle
 from simulation.loop import VirtualLoop
 from simulation.network import Peer, Trouble
@@ -69,6 +69,7 @@ class SimInstance(Peer):
             max_sessions_per_address=0,
             max_listened_recipients=config.listens_at_most,
             group_prefixes=(GROUP_PREFIX,),
+            audience_pulls_per_s=config.audience_pulls_per_s,
         )
         self._mailbox = scene.post.connect(self)
         self.real = assemble(
@@ -196,6 +197,19 @@ class SimInstance(Peer):
         await devices.see(recipient, device)
         return await self._mailbox.read(recipient, after=after, limit=limit)
 
+    async def pull_when_new(
+        self, token: str, device: str, after: int, limit: int, wait_s: float
+    ) -> Page:
+        """``GET /v1/messages?wait_s``."""
+        identity = await self.real.parts.verifier.verify(token)
+        polled = self.real.gateway.poll(identity, device, "", lasts=False, moved=True)
+        return await polled.read_when_new(
+            wait_s,
+            self.real.gateway.verify_every_s,
+            lambda: self.pull(identity.subject, device, after, limit),
+            lambda page: page.version != after,
+        )
+
     async def ack(self, recipient: str, device: str, version: int) -> bool:
         """``POST /v1/messages/ack``."""
         await self._mailbox.ack(recipient, device, version)
@@ -252,10 +266,15 @@ Work = Callable[[SimInstance], Awaitable[Any]]
 
 
 def ask(
-    loop: VirtualLoop, network: Network, instance: SimInstance | None, work: Work, done: Answer
+    loop: VirtualLoop,
+    network: Network,
+    instance: SimInstance | None,
+    work: Work,
+    done: Answer,
+    timeout_s: float = TIMEOUT_S,
 ) -> None:
     """Send a request to ``instance`` for a caller on ``loop``; ``done`` takes the answer."""
-    call = Call(loop, network, done)
+    call = Call(loop, network, done, timeout_s)
     if network.quiet or (instance is not None and instance.vanished):
         return
     if instance is None or not instance.listens:

@@ -50,6 +50,12 @@ class Config:
     """By what clients connect: mostly by what they choose themselves, else by a WebSocket alone."""
     poll_share: float
     """Of the clients, those that never try a WebSocket."""
+    callers: int
+    """How many programs repeat ``GET /v1/messages?wait_s`` and know nothing else."""
+    large_audience: int
+    """With more sessions on an instance a recipient has a large audience there."""
+    audience_pulls_per_s: float
+    """The rate to which an instance spreads the pulls of a large audience."""
 
 
 class Scene:

@@ -2,22 +2,34 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Collection,
+    Coroutine,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from random import Random
 from typing import TypeVar
+from unittest.mock import patch
 from uuid import UUID
 
 from pokebridge.errors import TransportError, UnavailableError
+from pokebridge.gateway import audiences, bridge
+from pokebridge.gateway.audiences import LARGE
 from pokebridge.model import NewMessage, Poke, Receipt, Selection
 from pokebridge.sharding import shard_of
 from pokebridge.transport.base import Signal
 from pokebridge.wire import encode_pokes
+from simulation.caller import SimCaller
 from simulation.client import HOME_URL, SimClient, SimShell
 from simulation.http import TIMEOUT_S as HTTP_TIMEOUT_S
 from simulation.instance import SimInstance, ask
-from simulation.invariants import Oracle, Violation
+from simulation.invariants import Oracle, Violation, WatchedClient
 from simulation.loop import LivelockError, Scheduler, VirtualLoop
 from simulation.network import Peer
 from simulation.scene import GROUP_PREFIX, Config, Scene
@@ -75,7 +87,21 @@ def draw_config(rng: Random, faults: Collection[str]) -> Config:
         listens_at_most=apart.choice((0, 1, 10, 10)),
         transport=apart.choice(("auto", "auto", "websocket")),
         poll_share=apart.choice((0.0, 0.0, 0.2)),
+        callers=apart.choice((0, 1, 3)),
+        large_audience=apart.choice((2, LARGE)),
+        audience_pulls_per_s=apart.choice((10.0, 1000.0)),
     )
+
+
+@contextmanager
+def _large_audiences(sessions: int) -> Iterator[None]:
+    """Have instances take more than ``sessions`` of a recipient for a large audience."""
+    slice_ = min(sessions, audiences.SLICE)
+    with (
+        patch.multiple(audiences, LARGE=sessions, SLICE=slice_),
+        patch.object(bridge, "LARGE", sessions),
+    ):
+        yield
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +150,7 @@ class World(Scene):
         self.names: dict[str, SimInstance | None] = {}
         """The instances that the supervisor keeps running, by name; None while one is down."""
         self.clients: list[SimClient] = []
+        self.callers: list[SimCaller] = []
         numbers = range(self.config.recipients)
         self.users = [f"urn:user:{UUID(int=number)}" for number in numbers]
         self.everyone = [*self.users, *(f"{GROUP_PREFIX}{n}" for n in range(self.config.groups))]
@@ -172,6 +199,11 @@ class World(Scene):
     def hearers(self) -> list[SimShell]:
         """The clients, and what they listen to."""
         return [each for client in self.clients for each in (client, *client.listens)]
+
+    @property
+    def watched(self) -> Sequence[WatchedClient]:
+        """Who must get every message."""
+        return [*self.hearers, *self.callers]
 
     def hearers_of(self, recipient: str) -> list[SimShell]:
         """Who hears ``recipient``."""
@@ -234,6 +266,15 @@ class World(Scene):
             if other != recipient and self._listen_rng.random() < self._listen_share(other):
                 self.outside.call_later(start_s + 0.1, self.listen, client, other)
 
+    def add_caller(self) -> None:
+        """A program that only calls, for a user or a group."""
+        self._client_loops += 1
+        process = self._process(f"p{self._client_loops}")
+        recipient = self._listen_rng.choice(self.everyone)
+        caller = SimCaller(self, self.oracle, self._route_home, process, recipient, self._network)
+        self.callers.append(caller)
+        self.outside.call_later(self._listen_rng.uniform(0, 3.0), caller.start)
+
     def _listen_share(self, recipient: str) -> float:
         """Many listen to a group, and few to another user."""
         share = self.config.listen_share
@@ -254,8 +295,8 @@ class World(Scene):
 
     # --- the network between ----------------------------------------------------------------------
 
-    def route(self, url: str, client: SimShell | None = None) -> SimInstance | None:
-        """The instance that a connection to ``url`` gets to."""
+    def route(self, url: str, recipient: str = "") -> SimInstance | None:
+        """The instance that a connection to ``url`` gets to, for ``recipient`` if that is known."""
         if url != HOME_URL:
             return self._by_name.get(url.removeprefix("wss://").partition(".")[0])
         rotation = [each for each in self._all if self._is_in_rotation(each)]
@@ -263,9 +304,12 @@ class World(Scene):
             rotation = [each for each in self.running if each.listens and not each.stopping]
         if not rotation:
             return None
-        if client is not None and self.config.sticky:
-            return rotation[shard_of(client.recipient, len(rotation))]
+        if recipient and self.config.sticky:
+            return rotation[shard_of(recipient, len(rotation))]
         return self.rng.choice(rotation)
+
+    def _route_home(self, recipient: str) -> SimInstance | None:
+        return self.route(HOME_URL, recipient)
 
     def _is_in_rotation(self, instance: SimInstance) -> bool:
         """Whether the load balancer sends to it: the balancer notices a failure late."""
@@ -277,8 +321,9 @@ class World(Scene):
         return max(instance.trouble.lasts_s, instance.line.lasts_s) < _UNNOTICED_S
 
     def _on_committed(self, peer: Peer, message: NewMessage, receipt: Receipt) -> None:
-        hearers = self.hearers_of(message.recipient)
-        self.oracle.on_committed(peer, message, receipt, hearers)
+        concerned = [each for each in self.watched if each.recipient == message.recipient]
+        active = [each for each in concerned if each.active]
+        self.oracle.on_committed(peer, message, receipt, active)
         spare = [each for each in self.well_instances if each is not peer]
         if self.kills_next_committer and isinstance(peer, SimInstance) and spare:
             self.kills_next_committer = False
@@ -360,7 +405,9 @@ class World(Scene):
         story = self.outside.create_task(self._tell())
         story.add_done_callback(lambda _: self.scheduler.stop())
         try:
-            if not self.scheduler.run(_AT_MOST_S):
+            with _large_audiences(self.config.large_audience):
+                has_ended = self.scheduler.run(_AT_MOST_S)
+            if not has_ended:
                 self.oracle.fail("an end", "the story does not end")
         except LivelockError as error:
             self.oracle.fail("time goes on", str(error))
@@ -383,6 +430,8 @@ class World(Scene):
         for recipient in self.users:
             for _ in range(self.rng.choice((1, 1, 2))):
                 self.add_client(recipient)
+        for _ in range(config.callers):
+            self.add_caller()
         looking = self.outside.create_task(self._look())
         await self._until_nothing(self._who_is_missing, _START_BOUND_S, "all start")
         self._chaos_ends_at = self.scheduler.now + config.chaos_s
@@ -433,7 +482,7 @@ class World(Scene):
         for each in self.running:
             if each.trouble.over_at > long_ago:
                 continue
-            if each.line.lasts_s > bound_s and each.denial.lasts_s == 0:
+            if each.line.lasts_s > bound_s and each.denial.over_at <= long_ago:
                 self.oracle.look_at_deaf(each, self.hearers, long_ago)
             if each.denial.lasts_s > bound_s:
                 self.oracle.look_at_denied(each, long_ago)
@@ -475,7 +524,7 @@ class World(Scene):
         """Clients that miss messages although nothing has disturbed them since ``since_s``."""
         return " ".join(
             f"{each.name} on {each.instance and each.instance.name}"
-            for each in self.hearers
+            for each in self.watched
             if each.active and self.oracle.undisturbed_since(each) <= since_s
             if not self.oracle.is_up_to_date(each)
         )
@@ -484,7 +533,7 @@ class World(Scene):
         """What is not yet right in a cluster without faults; empty when everything is."""
         if missing := self._what_is_unaccepted() or self._who_is_missing():
             return f"missing: {missing}"
-        for hearer in self.hearers:
+        for hearer in self.watched:
             if hearer.active and not self.oracle.is_well_and_up_to_date(hearer):
                 return f"{hearer.name} is not connected, or not up to date"
         for client in self.clients:

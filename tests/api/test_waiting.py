@@ -138,6 +138,15 @@ async def test_nothing_is_missed_between_the_read_and_the_wait() -> None:
         assert len(page.json()["messages"]) == 1
 
 
+async def test_a_pull_that_waits_finds_a_message_whose_poke_was_lost() -> None:
+    """It looks again every ``verify_every_s``, as verification does for the sessions that last."""
+    async with serving(verify_every_s=0.2) as world:
+        call = await world.waiting(f"/v1/messages?wait_s={LONG_S}")
+        await world.mailbox.append(NewMessage(BOB, EVE, "1", b'"hi"', ttl_s=600))
+        async with asyncio.timeout(LONG_S / 2):
+            assert len((await call).json()["messages"]) == 1
+
+
 async def test_without_a_proven_subscription_a_pull_returns_what_is_there() -> None:
     """It waits for the proof for a moment, not for a poke that may never come."""
     async with serving() as world:

@@ -16,6 +16,7 @@ from pokebridge.coordination.base import Document
 from pokebridge.errors import SignalError, UnavailableError
 from pokebridge.gateway import beacons, gateway, subscriptions
 from pokebridge.gateway.acks import Acks
+from pokebridge.gateway.audiences import LARGE, Audiences, Walks
 from pokebridge.gateway.bridge import Bridge
 from pokebridge.gateway.gateway import Gateway
 from pokebridge.gateway.listener import Listener
@@ -48,9 +49,9 @@ Plant = Callable[[pytest.MonkeyPatch], None]
 def only(patch: pytest.MonkeyPatch, *wanted: Fault, **config: Any) -> None:
     """Let only these faults occur, and kills, in every world, and no instance have workers.
 
-    Nor does anybody listen to more or poll, unless the ``config`` says so. Among all faults
-    too few seeds show the bug. With workers a poke that begins on a host is heard there without the
-    engine.
+    Nor does anybody listen to more or poll, or is an audience large, unless the ``config`` says so.
+    Among all faults too few seeds show the bug. With workers a poke that begins on a host is heard
+    there without the engine.
     """
 
     def draw_config(rng: Random, kinds: Collection[str]) -> Config:
@@ -58,6 +59,7 @@ def only(patch: pytest.MonkeyPatch, *wanted: Fault, **config: Any) -> None:
 
     plain: dict[str, Any] = {"groups": 0, "listen_share": 0.0}
     plain |= {"transport": "websocket", "poll_share": 0.0}
+    plain |= {"callers": 0, "large_audience": LARGE, "audience_pulls_per_s": 1000.0}
     real = world.draw_config
     patch.setattr(world, "draw_config", draw_config)
     patch.setattr(world, "WORKERS", (1,))
@@ -459,6 +461,57 @@ def waiting_call_not_answered(patch: pytest.MonkeyPatch) -> None:
     only(patch, poll_share=1.0)
 
 
+def pull_waits_without_a_look(patch: pytest.MonkeyPatch) -> None:
+    """A pull waits for a poke although something new is there."""
+
+    async def read_when_new(self: PolledSession, wait_s: float, *given: Any) -> Any:
+        _, read, _ = given
+        await self.fetch(wait_s)
+        self.abort()
+        return await read()
+
+    patch.setattr(PolledSession, "read_when_new", read_when_new)
+    only(patch, callers=3)
+
+
+def waiting_pulls_unverified(patch: pytest.MonkeyPatch) -> None:
+    """A pull that waits for a poke believes that it will come."""
+
+    async def read_when_new(self: PolledSession, wait_s: float, *given: Any) -> Any:
+        _, read, is_news = given
+        return await real(self, wait_s, wait_s, read, is_news)
+
+    real = PolledSession.read_when_new
+    patch.setattr(PolledSession, "read_when_new", read_when_new)
+    only(patch, faults.break_route, faults.demote_server, faults.lose_broker, callers=3)
+
+
+def gathering(patch: pytest.MonkeyPatch, *wanted: Fault) -> None:
+    """Let many clients listen to groups, each of which has large audiences."""
+    listening(patch, *wanted, listen_share=0.9, large_audience=2, audience_pulls_per_s=10.0)
+
+
+def only_one_slice_poked(patch: pytest.MonkeyPatch) -> None:
+    """Of a large audience the first few are poked, and the others forgotten."""
+
+    def do(self: Walks, sessions: Collection[Listener], act: Callable[[Listener], object]) -> None:
+        real(self, list(sessions)[:2], act)
+
+    real = Walks.do
+    patch.setattr(Walks, "do", do)
+    gathering(patch)
+
+
+def owed_poke_forgotten(patch: pytest.MonkeyPatch) -> None:
+    """What is published while a large audience pulls is not poked for."""
+
+    def end(self: Audiences, recipient: str) -> None:
+        del self._poked[recipient]
+
+    patch.setattr(Audiences, "_end", end)
+    gathering(patch)
+
+
 PLANTS: list[tuple[Plant, str]] = [
     (ack_before_the_pull, "no message lost or doubled"),
     (ack_sent_once, "all recovers"),
@@ -497,6 +550,10 @@ PLANTS: list[tuple[Plant, str]] = [
     (lost_socket_not_told, "no silence"),
     (switch_forgets_the_cursor, "no message lost or doubled"),
     (waiting_call_not_answered, "no silence"),
+    (pull_waits_without_a_look, "no silence"),
+    (waiting_pulls_unverified, "no silence"),
+    (only_one_slice_poked, "no silence"),
+    (owed_poke_forgotten, "no silence"),
 ]
 """Each bug, and the invariant that it breaks."""
 
@@ -504,14 +561,18 @@ FIRST = {
     "holes_unnoticed": 17,
     "no_sweep": 12,
     "owners_only": 3,  # where nobody listens to more, and falls silent before the end
-    "unversioned_pokes_believed": 74,
-    "overflow_forgotten": 123,
+    "unversioned_pokes_believed": 32,
+    "overflow_forgotten": 64,
     "gap_forgotten_at_retiring": 54,
     "deaf_to_some_shards_is_well": 84,
     "forged_versions_believed": 31,
     "invalid_entry_blocks_the_sweep": 67,
     "gap_forgets_disconnects": 39,
     "young_generation_deletes": 21,
+    "listeners_unverified": 9,
+    "confirmed_unpublished": 8,
+    "deaf_instance_keeps_sessions": 3,
+    "stale_disconnect_evicts": 1,
 }
 """Which seed to try first. It saves time: from another seed on all are tried as well."""
 

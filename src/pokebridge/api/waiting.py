@@ -23,30 +23,14 @@ from pokebridge.api.exchange import (
 )
 from pokebridge.api.openapi import Call
 from pokebridge.api.pokes import POKES_CAP_BYTES
-from pokebridge.errors import (
-    AuthError,
-    ConflictError,
-    ForbiddenError,
-    NotFoundError,
-    PokebridgeError,
-    RefusedError,
-)
+from pokebridge.errors import NotFoundError, RefusedError
 from pokebridge.gateway.gateway import Gateway
 from pokebridge.gateway.handshake import client_address, forwarded_for
 from pokebridge.gateway.polling import PolledSession
 from pokebridge.model import DEFAULT_DEVICE, check_device
 from pokebridge.wire import Listen
 
-PROOF_WITHIN_S = 2.0
-"""How long a pull waits for its recipient's subscription to be proven. Then it answers at once."""
-
 T = TypeVar("T")
-
-_ERRORS: dict[int, type[PokebridgeError]] = {
-    4401: AuthError,
-    4403: ForbiddenError,
-    4409: ConflictError,
-}
 
 
 class Waiting:
@@ -70,13 +54,11 @@ class Waiting:
     ) -> T:
         """What ``read`` returns when that is news, after a poke, or after ``wait_s`` seconds.
 
-        It waits only while the recipient's subscription is proven live. On an instance without
-        sessions it does not wait.
+        On an instance without sessions it does not wait.
 
         Raises:
             RefusedError: nothing is new, and a limit forbids to wait.
-            AuthError: the token has expired, or was revoked meanwhile.
-            ConflictError: newer sessions of the recipient have taken this one's place.
+            PokebridgeError: as of :meth:`~pokebridge.gateway.polling.PolledSession.read_when_new`.
         """
         if not self._gateway.entrance.serves:
             return await read()
@@ -90,34 +72,10 @@ class Waiting:
             raise
         watch = _end_if_gone(request, polled)
         try:
-            found = await self._read_when_new(polled, wait_s, read, is_news)
+            verify_every_s = self._gateway.verify_every_s
+            return await polled.read_when_new(wait_s, verify_every_s, read, is_news)
         finally:
             watch.cancel()
-            polled.abort()
-        if polled.ending is not None and polled.ending.code in _ERRORS:
-            raise _ERRORS[polled.ending.code](polled.ending.reason)
-        return found
-
-    async def _read_when_new(
-        self,
-        polled: PolledSession,
-        wait_s: float,
-        read: Callable[[], Awaitable[T]],
-        is_news: Callable[[T], bool],
-    ) -> T:
-        ends_at = self._gateway.now() + wait_s
-        # The session is in the map by now. What is committed before this read is seen by it, and
-        # what is committed later pokes the session, if the subscription was live already.
-        was_live = polled.is_open
-        found = await read()
-        if not (was_live or is_news(found)):
-            if not polled.is_open:
-                await polled.fetch(min(wait_s, PROOF_WITHIN_S))
-            found = await read()
-        if polled.is_open and not is_news(found):
-            await polled.fetch(ends_at - self._gateway.now())
-            found = await read()
-        return found
 
     async def fetch(self, request: Request) -> Response:
         """GET /v1/pokes."""

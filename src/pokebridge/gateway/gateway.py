@@ -183,6 +183,11 @@ class Gateway:
         return self._config.path_prefix
 
     @property
+    def verify_every_s(self) -> float:
+        """How often what a session was poked for is compared with the mailbox."""
+        return self._config.verify_every_s
+
+    @property
     def _audience_pulls_per_s(self) -> float:
         """As was set, and less in proportion while the instance bears less than at its start."""
         return self._config.audience_pulls_per_s * min(1.0, self.pulls_per_s / _PULLS_PER_S)
@@ -329,7 +334,7 @@ class Gateway:
         # Sessions that began together, as after a restart, must not be pinged together.
         session.open(spread(self._config.timing.ping_interval_s, 0.5, 1.0), response)
         if isinstance(session, PolledSession) and not session.lasts:
-            return  # its own call reads the mailbox before it ends
+            return  # its own call reads the mailbox as often, and before it ends
         if self.verification is not None:
             self.verification.add(session)
         self.on_ready(session.recipient, session.device)

@@ -7,14 +7,15 @@ does not read, so pokes merge into its one slot. A call that waits is answered w
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from math import inf
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import msgspec
 import structlog
 
 from pokebridge.backoff import spread
+from pokebridge.errors import AuthError, ConflictError, PokebridgeError
 from pokebridge.framing import decode_close
 from pokebridge.gateway.listener import HasSession
 from pokebridge.gateway.listening import ListeningHost
@@ -23,9 +24,14 @@ from pokebridge.wire import POKE_FRAME, frame_text, move_frame
 
 log = structlog.get_logger(__name__)
 
+T = TypeVar("T")
 
+PROOF_WITHIN_S = 2.0
+"""How long a pull waits for its recipient's subscription to be proven. Then it answers at once."""
 # A call waits for at most this share of the time that its token has left.
 _TOKEN_SHARE = 0.75
+# What a pull is answered with whose session ends by one of these codes.
+_ERRORS: dict[int, type[PokebridgeError]] = {4401: AuthError, 4409: ConflictError}
 
 
 class Ending(NamedTuple):
@@ -116,9 +122,7 @@ class PolledSession(HasSession):
         self._read_on()
         if wait_s > 0 and not (self._frames or self._owes_poke or self.is_closed):
             call = self._call = asyncio.get_running_loop().create_future()
-            # Before its token expires, so that the next call brings a new one.
-            left_s = max(0.0, self.token_expires_at - time.time())
-            self._answer_at = self._host.now() + min(wait_s, left_s * _TOKEN_SHARE)
+            self._answer_at = self._host.now() + self._bounded(wait_s)
             self._follow()
             await call
             if self._call is not call:
@@ -126,6 +130,47 @@ class PolledSession(HasSession):
             self._call, self._answer_at = None, inf
             self._read_on()
         return self._take()
+
+    async def read_when_new(
+        self,
+        wait_s: float,
+        verify_every_s: float,
+        read: Callable[[], Awaitable[T]],
+        is_news: Callable[[T], bool],
+    ) -> T:
+        """What ``read`` returns when that is news, after a poke, or after ``wait_s`` seconds.
+
+        It waits only while the recipient's subscription is proven live, and ends the session. It
+        reads every ``verify_every_s`` seconds, in case a poke was lost.
+
+        Raises:
+            AuthError: the token has expired, or was revoked meanwhile.
+            ConflictError: newer sessions of the recipient have taken this one's place.
+        """
+        now = self._host.now
+        ends_at = now() + self._bounded(wait_s)
+        try:
+            # The session is in the map by now. What is committed before this read is seen by it,
+            # and what is committed later pokes it, if the subscription was live already.
+            was_live = self.is_open
+            found = await read()
+            if not (was_live or is_news(found)):
+                if not self.is_open:
+                    await self.fetch(min(wait_s, PROOF_WITHIN_S))
+                found = await read()
+            frames: Sequence[bytes] = ()
+            while self.is_open and not (frames or is_news(found)) and now() < ends_at:
+                frames = await self.fetch(min(ends_at - now(), verify_every_s))
+                found = await read()
+        finally:
+            self.abort()
+        if self.ending is not None and self.ending.code in _ERRORS:
+            raise _ERRORS[self.ending.code](self.ending.reason)
+        return found
+
+    def _bounded(self, wait_s: float) -> float:
+        """``wait_s``, or less: so that the next call brings a new token before this one expires."""
+        return min(wait_s, max(0.0, self.token_expires_at - time.time()) * _TOKEN_SHARE)
 
     def _read_on(self) -> None:
         """A call is here, so the session's slot is read."""
