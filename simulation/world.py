@@ -89,7 +89,7 @@ def draw_config(rng: Random, faults: Collection[str]) -> Config:
         poll_share=apart.choice((0.0, 0.0, 0.2)),
         callers=apart.choice((0, 1, 3)),
         large_audience=apart.choice((2, LARGE)),
-        audience_pulls_per_s=apart.choice((10.0, 1000.0)),
+        audience_pulls_per_s=apart.choice((50.0, 1000.0)),
     )
 
 
