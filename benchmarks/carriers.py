@@ -1,8 +1,10 @@
 """What carries messages from a sender to clients, for ``cycle``: a process, and its clients."""
 
 import asyncio
+import contextlib
 import itertools
-from collections.abc import Awaitable, Callable, Sequence
+import os
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from benchmarks.harness import Server, quiet
@@ -54,6 +56,20 @@ class Carrier:
         self.engines = engines
         self.receivers = receivers
         self._messages = messages
+
+    @contextlib.contextmanager
+    def on_one_core(self) -> Iterator[None]:
+        """Give the server one core for itself. The clients and engines get the others, if any."""
+        cores = sorted(os.sched_getaffinity(0))
+        others = cores[1:] or cores
+        self.server.run_on(cores[:1])
+        for engine in self.engines:
+            engine.run_on(others)
+        os.sched_setaffinity(0, others)
+        try:
+            yield
+        finally:
+            os.sched_setaffinity(0, cores)
 
     def parts(self) -> dict[str, Measured]:
         """What is measured in every round, in this order, by name."""

@@ -12,7 +12,6 @@ the confirmation of its poke.
 
 import asyncio
 import contextlib
-import os
 import shutil
 import sys
 import time
@@ -122,7 +121,7 @@ def _ratios(costs: Mapping[str, Sequence[Cost]]) -> list[Figure]:
 async def _capacity(carrier: Carrier, sizes: Sizes) -> list[Figure]:
     """On one core: messages a second, and the latency at a rate that is far below."""
     progress(f"cycle: {carrier.name} on one core")
-    with _pinned(carrier):
+    with carrier.on_one_core():
         began_s = time.perf_counter()
         latencies_s = await carrier.carry(sizes.messages)
         per_s = len(latencies_s) / (time.perf_counter() - began_s)
@@ -158,21 +157,6 @@ async def _carry_steadily(carrier: Carrier, for_s: float) -> list[float]:
 def _percentiles_ms(latencies_s: Sequence[float]) -> tuple[float, float]:
     cuts = quantiles(latencies_s, n=100)
     return cuts[49] * 1e3, cuts[98] * 1e3
-
-
-@contextlib.contextmanager
-def _pinned(carrier: Carrier) -> Iterator[None]:
-    """Give the server one core for itself. The clients and engines get the others, if any."""
-    cores = sorted(os.sched_getaffinity(0))
-    others = cores[1:] or cores
-    carrier.server.run_on(cores[:1])
-    for engine in carrier.engines:
-        engine.run_on(others)
-    os.sched_setaffinity(0, others)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, cores)
 
 
 # --- what is measured ---------------------------------------------------------------------------

@@ -4,12 +4,13 @@ The kernel's memory of the sockets is about the same for every server, and not i
 """
 
 import asyncio
-from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager, ExitStack
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, ExitStack
 
 from benchmarks.callers import HttpConnection, request
 from benchmarks.harness import (
     Figure,
+    Herd,
     Server,
     connect_and_leave,
     herd,
@@ -28,9 +29,9 @@ _DIALED_AT_ONCE = 100
 
 async def measure(*, clients: int = 10_000, warm_up: int = 300) -> list[Figure]:
     """Connect ``clients``, after ``warm_up`` others have come and gone."""
-    ours_kb = await growth_kb(instance(), clients, warm_up)
+    ours_kb = await growth_kb(instance(), [clients], warm_up)
     progress("memory: pokebridge is measured")
-    theirs_kb = await growth_kb(websockets_server(), clients, warm_up)
+    theirs_kb = await growth_kb(websockets_server(), [clients], warm_up)
     waiting_kb = await _waiting_kb(min(clients, WAITING_CALLS), warm_up)
     name = f"RSS of an idle session, at {clients:,}"
     return [
@@ -90,12 +91,31 @@ def _is_idle(server: Server) -> bool:
     return server.process.cpu_percent(interval=0.3) < 10  # percent of a core
 
 
+async def _nothing(_server: Server, _herds: Sequence[Herd]) -> None:
+    pass
+
+
 async def growth_kb(
-    starting: AbstractAsyncContextManager[Server], clients: int, warm_up: int
+    starting: AbstractAsyncContextManager[Server],
+    clients: Sequence[int],
+    warm_up: int,
+    look: Callable[[Server, Sequence[Herd]], Awaitable[None]] = _nothing,
 ) -> float:
-    """What each of ``clients`` adds to the RSS of a server, after ``warm_up`` others have left."""
-    async with starting as server:
+    """What each of ``clients`` adds to the RSS of a server, after ``warm_up`` others have left.
+
+    They are those of several processes. ``look`` is called when all of one are connected. Each of
+    them can be poked once.
+    """
+    async with AsyncExitStack() as opened:
+        server = await opened.enter_async_context(starting)
         await connect_and_leave(server, tokens(warm_up))
         before = server.rss_bytes()
-        async with herd(server.port, tokens(clients)):
-            return (server.rss_bytes() - before) / clients / 1024
+        herds: list[Herd] = []
+        total = 0
+        for count in clients:
+            opening = herd(server.port, tokens(count, first=total), pokes_at_once=count)
+            herds.append(await opened.enter_async_context(opening))
+            total += count
+            grown_kb = (server.rss_bytes() - before) / total / 1024
+            await look(server, herds)
+        return grown_kb

@@ -2,7 +2,9 @@
 
 Memory of a session, CPU of a handshake and of a poke for another instance: all processes of the
 host together. The capacity of the whole message: CPU of the process that uses most of it, since
-that one is the first to fill its core. Then as many sessions on one port as two processes can open.
+that one is the first to fill its core. For that all processes of a host share one core, which is
+busy all the time: a process that finds more to do in a turn needs less for each.
+Memory is measured with as many sessions on one port as two processes can open, and half of that.
 """
 
 import asyncio
@@ -25,7 +27,6 @@ from benchmarks.harness import (
     Server,
     compare,
     connect_and_leave,
-    herd,
     instance,
     progress,
     quiet,
@@ -59,7 +60,7 @@ _Pair = tuple[list[float], list[float]]
 class Sizes(NamedTuple):
     """How much is measured, in each round where there are rounds."""
 
-    sessions: int = 10_000
+    sessions: Sequence[int] = (10_000, 9_000)
     warm_up: int = 300
     handshakes: int = 2000
     signals: int = 10_000
@@ -67,26 +68,17 @@ class Sizes(NamedTuple):
     listeners: int = 96
     rounds: int = 5
     crowd: Sequence[int] = (10_000, 14_000, 14_000)
-    """The clients of each process that has clients."""
+    """The sessions of the host: the clients of each process that has clients. ``sessions`` are
+    those of one process."""
 
 
 async def measure(*, sizes: Sizes | None = None) -> list[Figure]:
     """All of it."""
     sizes = sizes or Sizes()
-    figures = [await _memory(sizes)]
-    figures += await _handshakes_and_noise(sizes)
+    figures = await _handshakes_and_noise(sizes)
     for mailbox in MAILBOXES:
         figures += await _capacity(mailbox, sizes)
-    return figures + await crowd(sizes.crowd)
-
-
-async def _memory(sizes: Sizes) -> Figure:
-    alone_kb = await growth_kb(instance(), sizes.sessions, sizes.warm_up)
-    progress("workers: memory of one process")
-    workers_kb = await growth_kb(instance(workers=WORKERS), sizes.sessions, sizes.warm_up)
-    progress("workers: memory of all")
-    name = f"RSS of an idle session, at {sizes.sessions:,}"
-    return _compare(name, ([workers_kb], [alone_kb]), "KB", MEMORY_AT_MOST)
+    return figures + await crowd(sizes)
 
 
 def _compare(name: str, pair: _Pair, unit: str, at_most: float | None = None) -> Figure:
@@ -185,7 +177,8 @@ async def _capacity(mailbox: str, sizes: Sizes) -> list[Figure]:
     ):
         for number in range(sizes.rounds + 1):  # the first warms up
             for index, carrier in enumerate((host, alone)):
-                used_us = await _cpu_us(carrier, sizes.messages)
+                with carrier.on_one_core():
+                    used_us = await _cpu_us(carrier, sizes.messages)
                 if number:
                     busiest[index].append(max(used_us))
                     together[index].append(sum(used_us))
@@ -210,31 +203,31 @@ async def _cpu_us(carrier: Carrier, messages: int) -> list[float]:
 # --- one port -------------------------------------------------------------------------------------
 
 
-async def crowd(clients: Sequence[int]) -> list[Figure]:
-    """Connect ``clients``, of several processes, and poke each of them. Returns how even they are.
+async def crowd(sizes: Sizes) -> list[Figure]:
+    """Fill a host, and poke each session. Returns how even they are, and what they weigh.
 
     Raises:
         BenchmarkError: a session or a poke is missing.
     """
+    alone_kb = await growth_kb(instance(), sizes.sessions, sizes.warm_up)
+    progress(f"workers: {sum(sizes.sessions):,} sessions of one process")
     figures = []
-    async with contextlib.AsyncExitStack() as opened:
-        host = await opened.enter_async_context(instance(workers=WORKERS))
-        herds: list[Herd] = []
-        total = 0
-        for count in clients:
-            bearers = tokens(count, first=total)
-            opening = herd(host.port, bearers, pokes_at_once=count)
-            herds.append(await opened.enter_async_context(opening))
-            total += count
-            sessions = await _metric(host.port, _SESSIONS)
-            if sum(sessions) != total:
-                raise BenchmarkError(f"{sessions} sessions are open where {total} are connected")
-            progress(f"workers: {total:,} sessions on one port")
-            figures.append(_evenness(total, sessions))
-        await _poke_all(host.port, total)
-        for each, count in zip(herds, clients, strict=True):
-            await each.hear(count)
-    return figures
+
+    async def look(host: Server, herds: Sequence[Herd]) -> None:
+        total = sum(sizes.crowd[: len(herds)])
+        sessions = await _metric(host.port, _SESSIONS)
+        if sum(sessions) != total:
+            raise BenchmarkError(f"{sessions} sessions are open where {total} are connected")
+        progress(f"workers: {total:,} sessions on one port")
+        figures.append(_evenness(total, sessions))
+        if len(herds) == len(sizes.crowd):
+            await _poke_all(host.port, total)
+            for each, count in zip(herds, sizes.crowd, strict=True):
+                await each.hear(count)
+
+    host_kb = await growth_kb(instance(workers=WORKERS), sizes.crowd, sizes.warm_up, look)
+    name = f"RSS of an idle session, at {sum(sizes.crowd):,}"
+    return [*figures, _compare(name, ([host_kb], [alone_kb]), "KB", MEMORY_AT_MOST)]
 
 
 def _evenness(total: int, sessions: Sequence[float]) -> Figure:
