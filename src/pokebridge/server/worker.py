@@ -26,7 +26,7 @@ from pokebridge.api.app import BODY_CAP_BYTES
 from pokebridge.api.dispatch import Api
 from pokebridge.api.exchange import Route
 from pokebridge.api.messages import MailboxSide, MessageCalls
-from pokebridge.api.pokes import PokeCalls
+from pokebridge.api.pokes import POKES_CAP_BYTES, PokeCalls
 from pokebridge.api.problems import problem
 from pokebridge.asgi import Receive, Scope, Send
 from pokebridge.border import unforeseen
@@ -339,12 +339,12 @@ _SCOPE = (
 
 
 async def _read_body(receive: Receive) -> bytes | None:
-    """Read the body, or so much of it that the hub sees that it is too large.
+    """Read the body, or so much of it that the hub sees that it is too large for any call.
 
     ``None``: the client went away before it had sent all of it.
     """
     body, more = b"", True
-    while more and len(body) <= BODY_CAP_BYTES:
+    while more and len(body) <= POKES_CAP_BYTES:
         message = await receive()
         if message["type"] == "http.disconnect":
             return None
