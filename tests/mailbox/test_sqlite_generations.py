@@ -302,6 +302,33 @@ async def test_a_damaged_file_is_told_once(path: Path) -> None:
     await mailbox.close()
 
 
+async def test_a_restore_by_sqlite_while_in_use(path: Path, saved: Path) -> None:
+    """As of its shell: the next transaction, even one in which a job fails, gives new versions.
+
+    One generation begins, whichever of the processes that share the file has noticed first.
+    """
+    mailbox, other = await SqliteMailbox.open(path), await SqliteMailbox.open(path)
+    await fill(mailbox, 10)
+    with closing(sqlite3.connect(path)) as db, closing(sqlite3.connect(saved / "copy.db")) as copy:
+        db.backup(copy)
+        await fill(other, 10)
+        copy.backup(db)
+    await asyncio.gather(
+        mailbox.append(message()), mailbox.append(message(id="\ud800")), return_exceptions=True
+    )
+    first = await head(mailbox, BOB)
+    assert first > GENERATION
+    with capture_logs() as logs:
+        await fill(other, 1)
+        await fill(mailbox, 1)
+        await mailbox.check()
+    assert await head(other, BOB) == first + 2
+    assert not logs
+    await mailbox.close()
+    await other.close()
+    assert await send(path, 1) == first + 3
+
+
 async def test_an_older_copy_over_the_file_in_use(path: Path, saved: Path) -> None:
     """Its content is replaced, and the file stays: no version is given twice, then or later."""
     await send(path, 10)

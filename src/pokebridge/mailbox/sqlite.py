@@ -11,6 +11,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -102,7 +103,8 @@ class SqliteMailbox:
         self._limits = limits
         self._push_timing = push_timing
         self._checkpointer = Checkpointer(checkpointer, guard)
-        commit = self._checkpointer.watching(guard.writing(_commit))
+        restores = generation.RestoreWatch(guard.path, guard.side_file, clock)
+        commit = self._checkpointer.watching(guard.writing(partial(_commit, restores.look)))
         self._writes = WorkerPool("mailbox-writer", [writer], commit, WRITE_BATCH)
         self._reads = WorkerPool("mailbox-reader", readers, guard.reading(do_each), READ_BATCH)
         self.pushes = (
@@ -302,9 +304,11 @@ def _append(db: sqlite3.Connection, message: NewMessage, limits: Limits, now_ms:
     return Receipt(message.id, version)
 
 
-def _commit(db: sqlite3.Connection, jobs: Sequence[Job]) -> list[Outcome]:
-    """Do ``jobs`` in one transaction, and count the messages that it appends."""
-    return commit_together(db, jobs, _count_appended)
+def _commit(
+    look: Callable[[sqlite3.Connection], None], db: sqlite3.Connection, jobs: Sequence[Job]
+) -> list[Outcome]:
+    """Do ``jobs`` in one transaction, after a ``look``, and count the messages that it appends."""
+    return commit_together(db, jobs, _count_appended, look)
 
 
 def _count_appended(db: sqlite3.Connection, outcomes: Sequence[Outcome]) -> None:

@@ -9,6 +9,9 @@ about FILE, and a generation too many does no harm.
 FILE itself lags behind, since commits go to FILE-wal first. What it holds without FILE-wal only
 grows, so an older copy that was written over it is noticed as well. A copy that ``VACUUM INTO`` has
 made may hold more than FILE does, in other places. It has a schema version that FILE never had.
+
+SQLite itself may write the content of a backup into FILE while it is in use: ``.restore`` of its
+shell does. That is a transaction like any other, so the next one looks what it did.
 """
 
 import fcntl
@@ -16,10 +19,12 @@ import os
 import sqlite3
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Final, NamedTuple
+
+import structlog
 
 from pokebridge.mailbox.base import next_base
 
@@ -39,6 +44,8 @@ TABLES: Final = (
 # system's clock may be some ticks behind.
 TOLERANCE_NS: Final = 5_000_000
 WRITE_ATTEMPTS: Final = 20
+
+log = structlog.get_logger(__name__)
 
 
 class State(NamedTuple):
@@ -163,6 +170,13 @@ class SideFile:
         self.held = known.held
         return known.state, True
 
+    def recorded(self) -> State | None:
+        """The last state that a process has recorded. ``None`` when that can't be read."""
+        with suppress(OSError), _locked(os.open(self._path, os.O_RDONLY), fcntl.LOCK_SH) as file:
+            record = _read(file, check_time=False)
+            return record and record.state
+        return None
+
     def write(self, state: State) -> None:
         """Record ``state``, unless another process has recorded a later one of its lineage."""
         record = _Record(state, self.held)
@@ -189,6 +203,43 @@ class SideFile:
             if os.geteuid() == 0:
                 os.fchown(file, mailbox.st_uid, mailbox.st_gid)
             return file
+
+
+class RestoreWatch:
+    """Begins a generation in the transaction that finds FILE restored while it was in use.
+
+    - ``_version``: what SQLite changes when another connection commits, at the last look
+    - ``_base``: the generation's base then
+    """
+
+    def __init__(self, mailbox: Path, side_file: SideFile, clock: Callable[[], float]) -> None:
+        """``clock`` gives Unix time in seconds."""
+        self._mailbox = mailbox
+        self._side_file = side_file
+        self._clock = clock
+        self._version = self._base = -1
+
+    def look(self, db: sqlite3.Connection) -> None:
+        """Look whether FILE has gone back, if another connection than ``db`` has committed.
+
+        To be called at the beginning of each transaction of ``db``.
+        """
+        version = int(db.execute("PRAGMA data_version").fetchone()[0])
+        if version == self._version:
+            return
+        base, known = base_of(db), self._side_file.recorded()
+        if known is None or not self._is_back(state_of(db), base, known):
+            self._version, self._base = version, base
+            return
+        # The version is not noted, since this transaction may be undone.
+        begin(db, self._clock())
+        reason = "the file was restored while it was in use"
+        log.warning("mailbox_generation_begun", path=str(self._mailbox), reason=reason)
+
+    def _is_back(self, state: State, base: int, known: State) -> bool:
+        if state.lineage == known.lineage:
+            return state.appended < known.appended
+        return base <= self._base  # else another process has begun a generation
 
 
 @contextmanager

@@ -44,6 +44,7 @@ class FileGuard:
 
     - ``trouble``: why the last write failed, until one is proven to work; ``None`` when well
     - ``objects``: the names of the tables, indices and triggers, as they were opened
+    - ``path``, ``side_file``: of the file, and what lies beside it
     - ``_identities``: device and inode by path, as they were opened
     - ``_real``: the file that a link leads to
     - ``_seen``: its size and the time of its last change (ns), at the last look
@@ -55,8 +56,8 @@ class FileGuard:
     def __init__(self, path: Path, side_file: SideFile, objects: frozenset[str]) -> None:
         self.trouble: str | None = None
         self.objects = objects
-        self._path = path
-        self._side_file = side_file
+        self.path = path
+        self.side_file = side_file
         real = path.resolve()
         paths = [path, *(real.with_name(real.name + suffix) for suffix in SUFFIXES)]
         self._identities = {it: found for it in paths if (found := _identity(it)) is not None}
@@ -111,12 +112,12 @@ class FileGuard:
         """
         self._find_gone()
         if held is not None:
-            self._side_file.held = held
+            self.side_file.held = held
 
     def recovered(self) -> None:
         """Note that a large write was committed after ``trouble``."""
         self.trouble = None
-        log.info("mailbox_writable_again", path=str(self._path))
+        log.info("mailbox_writable_again", path=str(self.path))
 
     def _refusals(self, jobs: Sequence[Job]) -> list[Outcome]:
         if (gone := self._gone or self._find_gone()) is None:
@@ -128,7 +129,7 @@ class FileGuard:
             if (now := _identity(path)) != identity:
                 return self._give_up(path, "deleted" if now is None else "replaced")
         if (what := self._what_changed()) is not None:
-            return self._give_up(self._path, what)
+            return self._give_up(self.path, what)
         return None
 
     def _give_up(self, path: Path, what: str) -> str:
@@ -144,7 +145,7 @@ class FileGuard:
                 log.error("mailbox_file_gone", path=str(path), reason=what)
                 if what not in _OTHER_FILE:  # SQLite may yet copy its log into it
                     with suppress(OSError):
-                        self._side_file.delete()
+                        self.side_file.delete()
             return self._gone
 
     def _what_changed(self) -> str | None:
@@ -158,7 +159,7 @@ class FileGuard:
                 return "cut"
             if (held := held_in(self._real)) is None:
                 return None
-            known = self._side_file.state
+            known = self.side_file.state
             is_rewritten = known is not None and held.is_rewritten(known)
             if is_rewritten and time.time_ns() - found[1] < SETTLED_NS:
                 self._seen = (found[0], 0)  # SQLite may be copying its log into it: look again
@@ -171,22 +172,22 @@ class FileGuard:
     def _note_damage(self, outcomes: Sequence[Outcome]) -> None:
         for outcome in outcomes:
             if isinstance(outcome.error, sqlite3.Error) and result_code(outcome.error) in _DAMAGED:
-                self._give_up(self._path, "damaged")
+                self._give_up(self.path, "damaged")
 
     def _note(self, error: sqlite3.Error) -> None:
         if result_code(error) in _UNWRITABLE and self.trouble is None:
             self.trouble = str(error)
-            log.error("mailbox_unwritable", path=str(self._path), reason=str(error))
+            log.error("mailbox_unwritable", path=str(self.path), reason=str(error))
 
     def _record(self, db: sqlite3.Connection) -> None:
         if self._gone is not None:
             return
         try:
-            self._side_file.write(state_of(db))
+            self.side_file.write(state_of(db))
             self._is_recorded = True
         except (OSError, sqlite3.Error) as error:
             if self._is_recorded:
-                log.warning("mailbox_state_unrecorded", path=str(self._path), reason=str(error))
+                log.warning("mailbox_state_unrecorded", path=str(self.path), reason=str(error))
             self._is_recorded = False
 
 

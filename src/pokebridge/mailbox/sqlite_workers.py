@@ -146,18 +146,22 @@ def commit_together(
     db: sqlite3.Connection,
     jobs: Sequence[Job],
     before_commit: Callable[[sqlite3.Connection, Sequence[Outcome]], None] = lambda *_: None,
+    after_begin: Callable[[sqlite3.Connection], None] = lambda _: None,
 ) -> list[Outcome]:
     """Do ``jobs`` in one transaction. A failed job is undone alone, unless the commit fails.
 
     Jobs rarely fail, and a savepoint for each costs an eighth of an append. So there are none at
-    first. When a job fails the transaction is undone, and done again with savepoints.
+    first. When a job fails the transaction is undone, and done again with savepoints. What
+    ``after_begin`` and ``before_commit`` do is a part of it.
     """
     try:
         _begin(db)
+        after_begin(db)
         outcomes = _do_all(db, jobs)
         if outcomes is None:
             db.rollback()
             _begin(db)
+            after_begin(db)
             outcomes = [_do_undoably(db, job) for job in jobs]
         before_commit(db, outcomes)
         db.execute("COMMIT")
