@@ -20,7 +20,7 @@ from pokebridge.errors import (
     TransportError,
 )
 from pokebridge.model import Poke, Receipt, check_recipient
-from pokebridge.outgoing import http_client, read_body
+from pokebridge.outgoing import check_token, http_client, read_body
 from pokebridge.poke_merger import LINGER_S, MAX_PENDING_RECIPIENTS, PokeCalls
 from pokebridge.urls import check_bridge_url
 from pokebridge.wire import problem_detail, refusal_text
@@ -162,7 +162,10 @@ class HttpPublisher(PokeCalls):
 
     async def _call(self, url: str, content: bytes) -> tuple[httpx.Response, bytes]:
         token = self._token if isinstance(self._token, str) else await self._token()
-        headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+        headers = {
+            "Authorization": f"Bearer {check_token(token)}",
+            "Content-Type": "application/json",
+        }
         request = self._http.build_request("POST", url, content=content, headers=headers)
         response = await self._http.send(request, stream=True)
         try:

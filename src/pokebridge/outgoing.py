@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from pokebridge.engines.addresses import addresses_of
-from pokebridge.errors import AnswerTooLongError, ConfigError
+from pokebridge.errors import AnswerTooLongError, AuthError, ConfigError
 
 _DEFAULT_PORTS = {"http": 80, "ws": 80, "https": 443, "wss": 443}
 _VARIABLES = {
@@ -77,6 +77,17 @@ async def read_body(
         if on_size is not None:
             on_size(len(body))
     return bytes(body)
+
+
+def check_token(token: str) -> str:
+    """Return ``token``, which goes into a header.
+
+    Raises:
+        AuthError: no header can bring it. The text shows nothing of it, as httpx's would.
+    """
+    if not token or not (token.isascii() and token.isprintable()) or " " in token:
+        raise AuthError("a token must be visible ASCII without spaces and line ends")
+    return token
 
 
 class _NextAddress(httpx.AsyncHTTPTransport):

@@ -113,6 +113,16 @@ async def test_refusals_are_not_repeated(instance: Instance, publisher: HttpPubl
             await stranger.send(BOB, None)
 
 
+@pytest.mark.parametrize("token", ["secret.token\n", "sécret", ""])
+async def test_no_error_shows_a_token(token: str) -> None:
+    """One that no header can bring, like a file's with its line end, is refused and not shown."""
+    async with HttpPublisher("http://127.0.0.1:9", token) as publisher:
+        for call in (publisher.send(BOB, None), publisher.poke(BOB)):
+            with pytest.raises(AuthError, match="a token must be visible ASCII") as refused:
+                await call
+            assert "cret" not in repr(refused.value)
+
+
 async def test_patience_ends(instance: Instance, publisher: HttpPublisher) -> None:
     """Nobody answers: the error says where."""
     await asyncio.to_thread(instance.kill)

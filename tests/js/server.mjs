@@ -35,5 +35,12 @@ told.invalid = (await failure(direct.send("no recipient", 1))).status;
 const dead = new Publisher({ url: "http://127.0.0.1:9", token, timeout_s: 0.3 });
 told.dead = (await failure(dead.poke("urn:user:bob"))).message;
 
+const withSecrets = [() => new Publisher({ url: "https://shop:secret@bridge", token })];
+for (const bad of ["secret\n.2", "sécret", ""]) {
+  withSecrets.push(() => new Publisher({ url, token: bad }));
+  withSecrets.push(() => new Publisher({ url, token: () => bad }).send("urn:user:bob", 1));
+}
+told.withSecrets = await Promise.all(withSecrets.map((call) => failure((async () => call())()).then(String)));
+
 told.cjs = typeof createRequire(import.meta.url)("@pokebridge/client/server").Publisher;
 console.log(JSON.stringify(told));

@@ -188,7 +188,8 @@ async def test_a_token_that_cannot_be_had(node: NodeRuntime, bridge: FaultyBridg
         ({"url": None}, "http://"),
         ({"url": "bridge.example"}, "http://"),
         ({"url": "https://"}, "http://"),
-        ({"url": "https://bridge.example/?cluster=1"}, "without ? and #"),
+        ({"url": "https://bridge.example/?cluster=1"}, "without user, ? and #"),
+        ({"url": "https://shop:secret@bridge.example"}, "without user, ? and #"),
         ({"token": None}, "`token` must be a JWT"),
         ({"token": 5}, "`token` must be a JWT"),
         ({"token": "two words"}, "`token` must be a JWT"),
@@ -213,6 +214,7 @@ async def test_wrong_options(node: NodeRuntime, options: dict[str, object], comp
     )
     assert said.startswith("TypeError")
     assert complaint in said
+    assert "secret" not in said
 
 
 async def test_a_dead_port_is_told_at_once(client: Client) -> None:

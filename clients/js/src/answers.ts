@@ -1,4 +1,4 @@
-// What the bridge answers when it refuses (RFC 9457), and what is no answer of the bridge.
+// What the bridge is called with, what it answers when it refuses (RFC 9457), and what is no answer of the bridge.
 
 /**
  * An HTTP answer with another status than expected, with the reason that the bridge gave (RFC 9457).
@@ -18,6 +18,18 @@ export class HttpError extends Error {
     super(`${url} answered ${status}${detail === undefined ? ", but not as an instance of pokebridge" : `: ${detail}`}`);
     this.isTheBridges = detail !== undefined;
   }
+}
+
+/** @throws TypeError `url` is not the bridge's address. The text shows nothing of it, as a password may be in it. */
+export function checkUrl(url: unknown): void {
+  if (typeof url !== "string" || !/^https?:\/\/[^/?#@]+(\/[^?#]*)?$/.test(url)) {
+    throw new TypeError("`url` must be the bridge's address, http://… or https://… without user, ? and #");
+  }
+}
+
+/** Whether `token` can be in an HTTP header. `fetch` would show any other in its error. */
+export function isToken(token: unknown): token is string {
+  return typeof token === "string" && /^[!-~]+$/.test(token);
 }
 
 /** Why the bridge refused with `status` (RFC 9457); undefined if the answer is not the bridge's. */

@@ -1,6 +1,6 @@
 // The shell around the core: a WebSocket, HTTP, timers, and the browser's other tabs.
 
-import { HttpError } from "./answers.js";
+import { checkUrl, HttpError, isToken } from "./answers.js";
 import { Core, parseFrame, type Policy } from "./core.js";
 import type { Action, Event } from "./events.js";
 import { Poller, type PollEnd } from "./polling.js";
@@ -308,8 +308,7 @@ export class Client {
     const { token } = this.#options;
     try {
       const fresh = await within(TOKEN_TIMEOUT_MS, typeof token === "string" ? token : token());
-      // Anything else could break an HTTP header.
-      if (!/^[!-~]+$/.test(fresh)) {
+      if (!isToken(fresh)) {
         throw new TypeError("`token` must return a JWT: a string of visible ASCII characters");
       }
       this.#token = fresh;
@@ -689,12 +688,8 @@ export class Client {
 /** @throws TypeError with what is wrong, what was expected. */
 function checkOptions(options: Options): void {
   const { url, token, device, cursor, transport, onMessages, onPoke } = (options ?? {}) as Record<string, any>;
-  if (typeof url !== "string" || !/^https?:\/\/[^/?#]+[^?#]*$/.test(url)) {
-    throw new TypeError(
-      `\`url\` must be the bridge's address, http://… or https://… without ? and #: ${url}`,
-    );
-  }
-  if (typeof token !== "function" && (typeof token !== "string" || !/^[!-~]+$/.test(token))) {
+  checkUrl(url);
+  if (typeof token !== "function" && !isToken(token)) {
     throw new TypeError("`token` must be a JWT, or a function that returns one");
   }
   if ((onMessages === undefined) === (onPoke === undefined)) {

@@ -1,6 +1,6 @@
 // What a backend does: send messages, poke, end sessions. For Node ≥ 20, and any runtime with `fetch`.
 
-import { HttpError, problemDetail } from "./answers.js";
+import { checkUrl, HttpError, isToken, problemDetail } from "./answers.js";
 
 // For one attempt, and longer by what a large message takes on a slow line.
 const ATTEMPT_MS = 10_000;
@@ -61,10 +61,8 @@ export class Publisher {
   /** @throws TypeError an option is missing or invalid. */
   constructor(options: PublisherOptions) {
     const { url, token, timeout_s = 30 } = (options ?? {}) as PublisherOptions;
-    if (typeof url !== "string" || !/^https?:\/\/[^/?#]+[^?#]*$/.test(url)) {
-      throw new TypeError(`\`url\` must be the bridge's address, http://… or https://… without ? and #: ${url}`);
-    }
-    if (typeof token !== "function" && (typeof token !== "string" || !token)) {
+    checkUrl(url);
+    if (typeof token !== "function" && !isToken(token)) {
       throw new TypeError("`token` must be a JWT, or a function that returns one");
     }
     if (!(timeout_s >= 0)) throw new TypeError(`\`timeout_s\` must be 0 or more: ${timeout_s}`);
@@ -114,9 +112,11 @@ export class Publisher {
     const { token, fetch: send = fetch } = this.#options;
     const url = this.#url + path;
     const content = body === undefined ? undefined : JSON.stringify(body);
-    const headers: Record<string, string> = {
-      Authorization: `Bearer ${typeof token === "string" ? token : await token()}`,
-    };
+    const fresh = typeof token === "string" ? token : await token();
+    if (!isToken(fresh)) {
+      throw new TypeError("`token` must return a JWT: a string of visible ASCII characters");
+    }
+    const headers: Record<string, string> = { Authorization: `Bearer ${fresh}` };
     if (content !== undefined) headers["Content-Type"] = "application/json";
     const signal = AbortSignal.timeout(ATTEMPT_MS + Math.ceil((content?.length ?? 0) / SLOW_LINE_BYTES_PER_MS));
     let response: Response;

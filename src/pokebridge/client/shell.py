@@ -56,7 +56,7 @@ from pokebridge.client.pulling import (
 from pokebridge.client.transports import Transport
 from pokebridge.errors import ConfigError, ForbiddenError
 from pokebridge.model import check_device
-from pokebridge.outgoing import proxy_for
+from pokebridge.outgoing import check_token, proxy_for
 from pokebridge.urls import check_bridge_url
 from pokebridge.wire import CONNECT_PATH
 
@@ -282,12 +282,7 @@ class Shell(Driver):
 
     async def _new_token(self) -> str:
         provider = self._setup.token
-        token = provider if isinstance(provider, str) else await provider()
-        if not token or not (token.isascii() and token.isprintable()) or " " in token:
-            raise ValueError(
-                "a token must be visible ASCII without spaces"
-            )  # or it could break the HTTP header
-        return token
+        return check_token(provider if isinstance(provider, str) else await provider())
 
     def _pull(self, after: int) -> None:
         self._tasks.create_task(self._pull_newer(after))
