@@ -1,5 +1,6 @@
 """Verification: whoever is behind the mailbox is poked in time, whatever the transport lost."""
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -187,6 +188,27 @@ async def test_a_mailbox_that_is_away_costs_nobody_a_turn() -> None:
     for now in (2 * EVERY_S + 1, 2 * EVERY_S + 2 + GRACE_S):
         await verification.step(now, in_doubt=False)
     assert not verification.is_blind
+    assert session.pokes == [8]
+
+
+@pytest.mark.parametrize("error", [asyncio.CancelledError, RuntimeError])
+async def test_an_unforeseen_error_costs_nobody_the_verification(
+    error: type[BaseException],
+) -> None:
+    """A defect, or a driver that cancels what it waits for: the session is verified afterwards."""
+    mailbox, session = Mailbox(bob=8), Session("bob", told=7)
+    failures = [error()]
+
+    async def heads(recipients: Sequence[str]) -> Mapping[str, int]:
+        if failures:
+            raise failures.pop()
+        return await mailbox.heads(recipients)
+
+    verification = Verification(heads, EVERY_S)
+    verification.add(session)
+    with pytest.raises(error):
+        await run(verification, EVERY_S)
+    await run(verification, EVERY_S + GRACE_S + 1)
     assert session.pokes == [8]
 
 

@@ -97,10 +97,12 @@ class Verification:
         try:
             for start in range(0, len(due), BATCH):
                 await self._verify(due[start : start + BATCH], now)
-        except MailboxError:  # its own readiness check reports it
+        except BaseException as error:  # whatever it was, none of them may be lost
             self.is_blind = True
             self._budget += len(due)
             self._queue.extendleft(reversed(due))
+            if not isinstance(error, MailboxError):  # of which its own readiness check tells
+                raise
         else:
             self.is_blind = self.is_blind and not due
             self._queue.extend(due)
