@@ -244,3 +244,20 @@ async def test_a_worker_that_stands_still_is_replaced(serve: Serve) -> None:
         await crowd.stop_sending()
         await wait_until(lambda: crowd.outstanding == 0, 30, "all that was accepted is pulled")
     assert "worker_stalled" in instance.log()
+
+
+@pytest.mark.long
+async def test_clients_leave_a_host_whose_hub_stands_still(serve: Serve) -> None:
+    """Its workers would answer their pings and poke nobody: they end, and are back with the hub."""
+    instance = await asyncio.to_thread(serve, workers=2, mailbox="memory://")
+    workers = instance.worker_pids()
+    headers = instance.headers("urn:user:bob")
+    socket = await websockets.connect(instance.ws_url, additional_headers=headers)
+    await socket.recv()
+    os.kill(instance.pid, signal.SIGSTOP)
+    try:
+        await asyncio.wait_for(socket.wait_closed(), 30)
+    finally:
+        os.kill(instance.pid, signal.SIGCONT)
+    await wait_until(lambda: len({*instance.worker_pids()} - {*workers}) == 2, 30)
+    assert "hub_stalled" in instance.log()

@@ -1,7 +1,8 @@
 """A worker process: it serves connections that its hub accepts (docs/cores.md).
 
 It answers the calls about messages and pokes. All other HTTP requests concern the whole instance,
-and the hub answers them. A worker ends with its hub, however that ends.
+and the hub answers them. A worker ends with its hub, however that ends, and when its hub stands
+still: it would answer the pings of clients whom nobody pokes.
 """
 
 import asyncio
@@ -65,6 +66,8 @@ from pokebridge.workers.mailbox import HubMailbox
 from pokebridge.workers.methods import HttpRequest, HttpResponse
 from pokebridge.workers.worker_gateway import WorkerGateway
 
+HUB_STALLED_AFTER = 10
+"""A hub that has said nothing for so many seconds stands still. It asks for a report in each."""
 _AT_ONCE = 64
 _CONNECTIONS_TO_RELIEVE = 32
 _FAMILIES = {b"4": socket.AF_INET, b"6": socket.AF_INET6}
@@ -83,6 +86,7 @@ class Worker:
     - ``server``: serves the connections, once it is made
     - ``_channel``: to the hub
     - ``_welcomed``: set by the welcome
+    - ``_unheard``: for how many seconds the hub has said nothing, while this process ran
     - ``_is_done``: whether the worker has stopped as it was told
     """
 
@@ -99,6 +103,7 @@ class Worker:
         self.tell = self._channel.send
         self.calls = Calls(self.tell)
         self._welcomed = asyncio.Event()
+        self._unheard = 0
         self._is_done = False
 
     async def run(self, channel: socket.socket, door: socket.socket) -> None:
@@ -168,13 +173,21 @@ class Worker:
     async def _keep_time(self) -> None:
         while True:
             await asyncio.sleep(1.0)
+            self._watch_hub()
             self.gateway.refuse_overdue(time.time())
             if descriptors.are_used_up():
                 self.gateway.sockets.relieve(_CONNECTIONS_TO_RELIEVE)
 
+    def _watch_hub(self) -> None:
+        self._unheard += 1
+        if self._unheard > HUB_STALLED_AFTER:
+            log.error("hub_stalled", silent_s=HUB_STALLED_AFTER)
+            self._orphaned()
+
     # --- what the hub says ------------------------------------------------------------------------
 
     def _take(self, message: ToWorker) -> None:
+        self._unheard = 0
         if isinstance(message, Result):
             self.calls.settle(message)
         elif isinstance(message, Ask):
@@ -245,7 +258,7 @@ class Worker:
         )
 
     def _orphaned(self) -> None:
-        """The hub is gone: clients must find another instance, and the port must be free."""
+        """The hub is gone or stands still: clients must find another instance."""
         if not self._is_done:
             os._exit(1)
 
