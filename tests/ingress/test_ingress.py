@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import asyncpg
+import nats
 import pytest
-from nats.js.api import StreamConfig
+from nats.js.api import RetentionPolicy, StreamConfig
 from structlog.testing import capture_logs
 
 from pokebridge.errors import ConfigError, MailboxError, TransportError
@@ -226,6 +227,32 @@ async def test_dead_letters_wait_for_a_subscription_that_keeps_them(
     [reason] = {line["error"] for line in logs if line["event"] == "part_unavailable"}
     assert "is not attached to" in reason
     await queue.close()
+
+
+@pytest.mark.parametrize("retention", [RetentionPolicy.LIMITS, RetentionPolicy.WORK_QUEUE])
+async def test_a_stream_that_takes_its_own_dead_letters(
+    nats_server: Daemon, retention: RetentionPolicy
+) -> None:
+    """Poison is put aside once, not again and again; what would be lost is not acked."""
+    cluster, stream = f"test-{secrets.token_hex(4)}", f"OWN-{secrets.token_hex(4)}"
+    client = await nats.connect(nats_server.url)
+    jetstream, subjects = client.jetstream(), [f"pokebridge.{cluster}.*"]
+    await jetstream.add_stream(name=stream, subjects=subjects, retention=retention)
+    source = NatsSource(f"{nats_server.url}/{stream}", cluster=cluster)
+    async with reading(source, Sender()) as ingress:
+        await jetstream.publish(f"pokebridge.{cluster}.in", b"no JSON")
+        is_kept = retention is RetentionPolicy.LIMITS
+        await wait_until(lambda: ingress.results["refused"] == 2 if is_kept else ingress.is_down)
+        await jetstream.publish(f"pokebridge.{cluster}.in", order())
+        await wait_until(lambda: ingress.results["committed"] == 1)
+
+        async def are_left() -> bool:
+            state = (await jetstream.stream_info(stream)).state
+            return state.messages == (3 if is_kept else 1)
+
+        await wait_until(are_left)
+    await jetstream.delete_stream(stream)
+    await client.close()
 
 
 async def test_what_a_full_mailbox_refuses_is_put_aside(queue: Queue) -> None:

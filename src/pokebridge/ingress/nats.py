@@ -19,7 +19,7 @@ from urllib.parse import unquote, urlsplit
 from nats import errors
 from nats.aio.msg import Msg
 from nats.js import JetStreamContext
-from nats.js.api import AckPolicy, ConsumerConfig, StreamConfig
+from nats.js.api import AckPolicy, ConsumerConfig, RetentionPolicy, StreamConfig
 from nats.js.errors import NoStreamResponseError, NotFoundError
 
 from pokebridge.engines.addresses import first_of
@@ -41,6 +41,8 @@ FETCH_S: Final = 2.0
 ACK_WAIT_S: Final = 10.0
 MAX_ACK_PENDING: Final = 10_000
 DEAD_KEPT_S: Final = 30 * 24 * 3600.0
+# The dead letters of any cluster.
+_DEAD_SUBJECT: Final = re.compile(r"pokebridge\.[^.]+\.dead-letters")
 # A server accepts 64 KiB of headers.
 DEAD_HEADERS_BYTES: Final = 32 * 1024
 # Headers by which a publisher controls the server: for a dead letter they are not meant.
@@ -108,7 +110,25 @@ class NatsSource:
                 await delivery.handle.nak(delay=delay_s)
 
     async def bury(self, delivery: Delivery, reason: str) -> None:
-        """See the port."""
+        """See the port. What is a dead letter already stays in the stream that is read."""
+        message: Msg = delivery.handle
+        async with self._connected() as connection:
+            if _DEAD_SUBJECT.fullmatch(message.subject):
+                await self._check_kept(connection.jetstream)
+            else:
+                await self._publish_dead(connection, delivery, reason)
+            await message.ack()
+
+    async def _check_kept(self, jetstream: JetStreamContext) -> None:
+        """Look whether the stream keeps what is acked."""
+        stream = await jetstream.stream_info(self._stream)
+        if stream.config.retention != RetentionPolicy.LIMITS:
+            raise TransportError(
+                f"the stream {self._stream} takes dead letters, and would lose them: take"
+                f" {self._dead_subject} out of its subjects"
+            )
+
+    async def _publish_dead(self, connection: _Connection, delivery: Delivery, reason: str) -> None:
         message: Msg = delivery.handle
         headers = {
             **_kept(message.headers or {}),
@@ -116,20 +136,18 @@ class NatsSource:
             "Pokebridge-Reason": reason[:_MAX_REASON],
             "Pokebridge-Subject": message.subject,
         }
-        async with self._connected() as connection:
-            body = delivery.body[: min(DEAD_BODY_BYTES, connection.client.max_payload // 2)]
-            try:
-                await connection.jetstream.publish(self._dead_subject, body, headers=headers)
-            except NoStreamResponseError:
-                await connection.jetstream.add_stream(
-                    StreamConfig(
-                        name=f"{self._name}-dead-letters",
-                        subjects=[self._dead_subject],
-                        max_age=DEAD_KEPT_S,
-                    )
+        body = delivery.body[: min(DEAD_BODY_BYTES, connection.client.max_payload // 2)]
+        try:
+            await connection.jetstream.publish(self._dead_subject, body, headers=headers)
+        except NoStreamResponseError:
+            await connection.jetstream.add_stream(
+                StreamConfig(
+                    name=f"{self._name}-dead-letters",
+                    subjects=[self._dead_subject],
+                    max_age=DEAD_KEPT_S,
                 )
-                await connection.jetstream.publish(self._dead_subject, body, headers=headers)
-            await message.ack()
+            )
+            await connection.jetstream.publish(self._dead_subject, body, headers=headers)
 
     async def close(self) -> None:
         """See the port."""
