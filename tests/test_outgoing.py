@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from pokebridge import http_publisher
+from pokebridge.api_client import ApiClient
 from pokebridge.client import PokeClient
 from pokebridge.errors import ConfigError, TransportError
 from pokebridge.fallback.webhook import Webhook, WebhookError
@@ -123,6 +124,9 @@ def test_what_no_proxy_exempts(host: str, no_proxy: str, is_exempt: bool) -> Non
         "http://u:hunter2?@p:1",
         "http://[hunter2@p",
         "http://p:99999",
+        "http://u:hunter2@10.0.0.256:1",
+        "http://u:hunter2@[:::]:1",
+        "http://💩.example",
         "http://p/path",
         "two words",
         "://",
@@ -150,6 +154,17 @@ async def test_every_caller_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
             make("https://a.example")
     async with HttpPublisher("http://127.0.0.1:1", "t"):
         pass
+
+
+@pytest.mark.parametrize("host", ["10.0.0.256", "[1::2::3]", "💩.example", "ü" * 70, "xn--"])
+async def test_a_host_that_can_not_be_is_refused_when_a_caller_is_made(host: str) -> None:
+    """Otherwise each call would fail in a way that looks like a defect."""
+
+    async def show(_: object) -> None: ...
+
+    for make in (ApiClient, lambda url: HttpPublisher(url, "t"), lambda url: _client(url, show)):
+        with pytest.raises(ConfigError, match="host"):
+            make(f"https://{host}")
 
 
 def _client(url: str, show: object) -> PokeClient:

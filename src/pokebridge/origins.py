@@ -6,12 +6,15 @@ An allowed origin may be a pattern, ``https://*.example.com``. It matches every 
 
 import re
 from collections.abc import Collection, Iterator
+from ipaddress import IPv4Address, IPv6Address
 
 _ORIGIN = re.compile(
     r"([a-z][a-z0-9+.-]*)://"
-    r"((?:\*\.)?[^/?#@*:\[\]\\\s]+|\[[0-9a-f:.]+\])"
+    r"((?:\*\.)?[^/?#@*:\[\]\\\s%<>^|]+|\[[0-9a-f:.]+\])"
     r"(?::(\d{1,5}))?"
 )
+# What browsers take for an IPv4 address, as in the URL standard: 127.1 is 127.0.0.1.
+_ENDS_IN_A_NUMBER = re.compile(r"(?:.*\.)?(?:\d+|0x[0-9a-f]*)\.?")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 # Longer ones are of no host that exists, and would take long to compare.
 _MAX_LENGTH = 300
@@ -23,19 +26,32 @@ def normal_origin(text: str) -> str:
     That is in lower case, with the ASCII form of the host and without the scheme's default port.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is neither, or browsers write its host in a way that is not known here.
     """
     found = _ORIGIN.fullmatch(text.lower())
     if found is None or len(text) > _MAX_LENGTH:
         raise ValueError("not an origin")
     scheme, host, port = found.groups()
-    if not host.isascii():
-        host = host.encode("idna").decode()
+    host = _normal_host(host)
     if port is None or int(port) == _DEFAULT_PORTS.get(scheme):
         return f"{scheme}://{host}"
     if int(port) > 65535:
         raise ValueError("not a port")
     return f"{scheme}://{host}:{int(port)}"
+
+
+def _normal_host(host: str) -> str:
+    if host.startswith("["):
+        return f"[{IPv6Address(host[1:-1])}]"
+    if _ENDS_IN_A_NUMBER.fullmatch(host):
+        return str(IPv4Address(host))
+    if host.isascii():
+        return host
+    encoded = host.encode("idna")
+    # Python maps ß to ss, as browsers did once. Now they encode it.
+    if encoded.decode("idna") != host:
+        raise ValueError("not in the form that has an encoding")
+    return encoded.decode()
 
 
 def is_allowed(origin: str, allowed: Collection[str]) -> bool:

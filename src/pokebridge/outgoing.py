@@ -42,8 +42,10 @@ def http_client(
     those that ``SSL_CERT_FILE`` and ``SSL_CERT_DIR`` name, are trusted. ``options`` are httpx's.
 
     Raises:
-        ConfigError: the proxy in the environment can't be used.
+        ConfigError: the host of ``url`` can't be, or the proxy in the environment can't be used.
     """
+    if not _has_valid_host(url):
+        raise ConfigError(f"no server can have the host {urlsplit(url).hostname}: correct the URL")
     proxy = proxy_for(url)
     if tls is None and urlsplit(url).scheme == "https":
         tls = httpx.create_ssl_context()
@@ -148,6 +150,14 @@ def proxy_for(url: str, environ: Mapping[str, str] | None = None) -> str | None:
     return None
 
 
+def _has_valid_host(url: str) -> bool:
+    """Whether httpx accepts the host. Otherwise each call would raise what is no HTTPError."""
+    try:
+        return bool(httpx.URL(url).host)
+    except (httpx.InvalidURL, ValueError):  # of an address, or of a name that has no IDNA encoding
+        return False
+
+
 def _value(variable: str, environ: Mapping[str, str]) -> tuple[str, str]:
     """Return the name, in lower or upper case, that is set, and its value."""
     upper = variable.upper()
@@ -214,9 +224,10 @@ def _checked_proxy(variable: str, value: str, host: str) -> str:
             f"{variable}: SOCKS proxies are not supported: set it to http://HOST:PORT, {way_out}"
         )
     try:
-        parts = urlsplit(value if "://" in value else f"http://{value}")
+        url = value if "://" in value else f"http://{value}"
+        parts = urlsplit(url)
         port = parts.port or _DEFAULT_PORTS[parts.scheme]
-        is_valid = parts.scheme in {"http", "https"} and bool(parts.hostname)
+        is_valid = parts.scheme in {"http", "https"} and _has_valid_host(url)
     except (ValueError, KeyError):
         is_valid = False
     if not is_valid or parts.path.strip("/") or re.search(r"[?#\s]", value):

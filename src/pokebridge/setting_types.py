@@ -74,6 +74,7 @@ def check_origin(origin: str) -> str:
         raise ValueError(
             "must be origins like https://app.example.com or https://*.example.com, without a path,"
             " or * for any"
+            + ("" if origin.isascii() else "; write this host in ASCII, like xn--bcher-kva.example")
         ) from None
     if normal.startswith(("ws://", "wss://")):
         raise ValueError(
@@ -90,7 +91,11 @@ def check_advertise_url(text: str) -> str:
             "must be a ws:// or wss:// URL like wss://b1.example.com,"
             " without user, query or fragment"
         )
-    if found["host"].strip("[]") in {"0.0.0.0", "::", "::0"}:  # noqa: S104 - refused
+    try:
+        host = normal_origin(f"wss://{found['host']}").removeprefix("wss://")
+    except ValueError:
+        raise ValueError("must have a host that is a name, or a valid IP address") from None
+    if host in {"0.0.0.0", "[::]"}:  # noqa: S104 - refused
         raise ValueError("must name this instance: 0.0.0.0 and :: are no address to connect to")
     return text.rstrip("/").removesuffix(CONNECT_PATH).rstrip("/")
 

@@ -6,11 +6,13 @@ for a host, a port, a path or an option, and be shown in an error about that.
 
 import re
 from collections.abc import Collection
+from ipaddress import IPv4Address, IPv6Address
 
 from pokebridge.errors import ConfigError
 
 _USER_AND_PASSWORD = re.compile(r"(?:[^#?/\[\]@%\s]|%[0-9A-Fa-f]{2})*")
-_HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+(?:%[^\]]+)?\]|[^:\[\]]*)(?::(\d{1,5}))?")
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+(?:%[^\]]+)?\]|[^:\[\]]*)(?::(\d{1,5}))?")
+_FOUR_NUMBERS = re.compile(r"\d+(?:\.\d+){3}")
 _ENCODE = (
     "percent-encode the user and the password:"
     " write # ? / [ ] @ : % in them as %23 %3F %2F %5B %5D %40 %3A %25"
@@ -37,11 +39,23 @@ def check_url(url: str, schemes: Collection[str]) -> None:
         raise ValueError(_ENCODE)
     for host in hosts.split(","):
         found = _HOST.fullmatch(host)
-        if found is None or (found[1] is not None and not 0 < int(found[1]) < 65536):
+        if found is None or (found[2] is not None and not 0 < int(found[2]) < 65536):
             raise ValueError(
                 "a port must be a number from 1 to 65535."
                 f" If that is a part of a password, {_ENCODE}"
             )
+        _check_host(found[1])
+
+
+def _check_host(host: str) -> None:
+    """Raise ``ValueError`` if ``host`` is an IP address that there can't be."""
+    try:
+        if host.startswith("["):
+            IPv6Address(host[1:-1])
+        elif _FOUR_NUMBERS.fullmatch(host):
+            IPv4Address(host)
+    except ValueError:
+        raise ValueError("a host must be a name, or a valid IP address") from None
 
 
 def check_bridge_url(name: str, url: str) -> str:

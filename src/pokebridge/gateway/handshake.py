@@ -249,9 +249,10 @@ def _parse_address(text: str) -> _Address | None:
 
     An IPv4 address that is mapped into IPv6, as a socket for both shows it, is the IPv4 address.
     """
-    bare = _WITH_PORT.fullmatch(text.strip(' "'))
+    text = text.strip(' \t"')
+    bare = _WITH_PORT.fullmatch(text)
     try:
-        address = ipaddress.ip_address((bare[1] or bare[2]) if bare else text.strip(' "'))
+        address = ipaddress.ip_address((bare[1] or bare[2]) if bare else text)
     except ValueError:
         return None
     mapped = address.ipv4_mapped if address.version == 6 else None
