@@ -6,7 +6,7 @@ import sqlite3
 import sys
 import threading
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +21,13 @@ from pokebridge.mailbox.sqlite import SqliteMailbox
 from pokebridge.mailbox.sqlite_checkpoints import Checkpointer
 from pokebridge.mailbox.sqlite_generation import SideFile, state_of
 from pokebridge.mailbox.sqlite_guard import FileGuard
-from pokebridge.mailbox.sqlite_workers import WorkerPool, commit_together
+from pokebridge.mailbox.sqlite_workers import (
+    Job,
+    Outcome,
+    WorkerPool,
+    commit_together,
+    do_each,
+)
 from pokebridge.model import Receipt
 from pokebridge.processor import Processor
 from pokebridge.publisher import Publisher
@@ -182,6 +188,22 @@ class TestTheWriter:
         assert [type(answer) for answer in await both] == [MailboxError, MailboxError]
         assert await first
         await add("parent", 1)
+        await pool.close()
+
+    async def test_a_defect_ends_no_thread(self) -> None:
+        """An error beside the jobs is told to all who wait, and the next call is done."""
+        errors = [RuntimeError("a defect")]
+
+        def do(db: sqlite3.Connection, jobs: Sequence[Job]) -> list[Outcome]:
+            if errors:
+                raise errors.pop()
+            return do_each(db, jobs)
+
+        db = sqlite3.connect(":memory:", check_same_thread=False)
+        pool = WorkerPool("test", [db], do, batch_size=10)
+        with pytest.raises(MailboxError, match="see the log"):
+            await pool.do(lambda _: 1)
+        assert await pool.do(lambda _: 2) == 2
         await pool.close()
 
     async def test_a_commit_is_flushed(self, mailbox: SqliteMailbox) -> None:

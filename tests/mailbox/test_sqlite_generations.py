@@ -329,6 +329,35 @@ async def test_a_restore_by_sqlite_while_in_use(path: Path, saved: Path) -> None
     assert await send(path, 1) == first + 3
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        ["DELETE FROM heads", "DELETE FROM messages"],
+        ["DELETE FROM generation"],
+        ["UPDATE generation SET appended = 'x'"],
+    ],
+    ids=["heads", "generation", "row"],
+)
+@pytest.mark.parametrize("in_use", [True, False], ids=["in_use", "stopped"])
+async def test_rows_that_another_program_deletes(
+    path: Path, damage: list[str], *, in_use: bool
+) -> None:
+    """As a restore of the data does, or an operator: no call hangs, and no version comes again."""
+    mailbox = await SqliteMailbox.open(path)
+    await fill(mailbox, 10)
+    if not in_use:
+        await mailbox.close()
+    await asyncio.to_thread(change, path, *damage)
+    if not in_use:
+        mailbox = await SqliteMailbox.open(path)
+    await fill(mailbox, 2)
+    await mailbox.check()
+    first = (await mailbox.read(BOB, after=10, limit=1)).messages[0].version
+    assert GENERATION < first == await head(mailbox, BOB) - 1
+    await mailbox.close()
+    assert await send(path, 1) == first + 2
+
+
 async def test_an_older_copy_over_the_file_in_use(path: Path, saved: Path) -> None:
     """Its content is replaced, and the file stays: no version is given twice, then or later."""
     await send(path, 10)

@@ -11,7 +11,7 @@ grows, so an older copy that was written over it is noticed as well. A copy that
 made may hold more than FILE does, in other places. It has a schema version that FILE never had.
 
 SQLite itself may write the content of a backup into FILE while it is in use: ``.restore`` of its
-shell does. That is a transaction like any other, so the next one looks what it did.
+shell does, and so do statements. These are transactions, so the next one looks what they did.
 """
 
 import fcntl
@@ -38,7 +38,12 @@ TABLES: Final = (
         lineage TEXT NOT NULL
     )""",
     "CREATE TABLE IF NOT EXISTS probe (one INTEGER PRIMARY KEY, body BLOB NOT NULL)",
+    # A restore into the same tables: rows of heads, which we never delete, are replaced.
+    """CREATE TRIGGER IF NOT EXISTS mark_restored AFTER DELETE ON heads BEGIN
+        UPDATE generation SET lineage = 'restored';
+    END""",
 )
+RESTORED: Final = "restored"
 # By how much the file system's time of a record may be later than the time that it names. A copied
 # or restored file has a later one, which no program can set back. An earlier one is right: the file
 # system's clock may be some ticks behind.
@@ -77,10 +82,23 @@ class _Record(NamedTuple):
     held: Held
 
 
+class DamagedError(sqlite3.DatabaseError):
+    """Another program has deleted or spoilt the row of ``generation``."""
+
+
+def _row(db: sqlite3.Connection) -> tuple[int, int, str]:
+    row = db.execute("SELECT base, appended, lineage FROM generation").fetchone()
+    try:
+        base, appended, lineage = row
+        return int(base), int(appended), str(lineage)
+    except (TypeError, ValueError):
+        raise DamagedError("the table generation has no valid row") from None
+
+
 def held_by(db: sqlite3.Connection) -> Held:
     """What FILE holds once all that ``db`` sees is copied into it."""
-    base, appended = db.execute("SELECT base, appended FROM generation").fetchone()
-    return Held(int(base), int(appended), _schema_of(db))
+    base, appended, _ = _row(db)
+    return Held(base, appended, _schema_of(db))
 
 
 def held_in(path: Path) -> Held | None:
@@ -88,13 +106,13 @@ def held_in(path: Path) -> Held | None:
     try:
         with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro&immutable=1", uri=True)) as db:
             return held_by(db)
-    except (sqlite3.Error, TypeError, ValueError):  # no such table yet, or it is being written
+    except sqlite3.Error:  # no such table yet, or it is being written
         return None
 
 
 def state_of(db: sqlite3.Connection) -> State:
     """What the mailbox says of itself."""
-    lineage, appended = db.execute("SELECT lineage, appended FROM generation").fetchone()
+    _, appended, lineage = _row(db)
     return State(lineage, appended, _schema_of(db))
 
 
@@ -104,7 +122,7 @@ def _schema_of(db: sqlite3.Connection) -> int:
 
 def base_of(db: sqlite3.Connection) -> int:
     """The base of the current generation."""
-    return int(db.execute("SELECT base FROM generation").fetchone()[0])
+    return _row(db)[0]
 
 
 def count_appended(db: sqlite3.Connection, messages: int) -> None:
@@ -119,6 +137,10 @@ def begin(db: sqlite3.Connection, now_s: float) -> int:
     return base
 
 
+def _make_row(db: sqlite3.Connection) -> None:
+    db.execute("INSERT OR REPLACE INTO generation VALUES (1, 0, 0, ?)", (uuid.uuid4().hex,))
+
+
 def why_new(db: sqlite3.Connection, known: State | None, *, exists: bool) -> str | None:
     """Prepare the tables, within a transaction, and compare them with what is ``known``.
 
@@ -127,15 +149,15 @@ def why_new(db: sqlite3.Connection, known: State | None, *, exists: bool) -> str
     """
     for statement in TABLES:
         db.execute(statement)
-    row = db.execute("SELECT 1 FROM generation").fetchone()
-    if row is None:
-        db.execute("INSERT INTO generation VALUES (1, 0, 0, ?)", (uuid.uuid4().hex,))
+    try:
+        state = state_of(db)
+    except DamagedError:
+        _make_row(db)
         return "another file was here before" if exists else None
     if not exists:
         return "the file was copied here, or its .generation file was deleted"
     if known is None:
         return "the .generation file was copied or restored"
-    state = state_of(db)
     if state.lineage != known.lineage:
         return "another file was here before"
     if state.appended < known.appended:
@@ -227,18 +249,25 @@ class RestoreWatch:
         version = int(db.execute("PRAGMA data_version").fetchone()[0])
         if version == self._version:
             return
-        base, known = base_of(db), self._side_file.recorded()
-        if known is None or not self._is_back(state_of(db), base, known):
-            self._version, self._base = version, base
-            return
+        known, reason = self._side_file.recorded(), "the file was restored while it was in use"
+        try:
+            state, base = state_of(db), base_of(db)
+        except DamagedError as error:
+            reason = str(error)
+            _make_row(db)
+        else:
+            if known is None or not self._is_back(state, base, known):
+                self._version, self._base = version, base
+                return
         # The version is not noted, since this transaction may be undone.
         begin(db, self._clock())
-        reason = "the file was restored while it was in use"
         log.warning("mailbox_generation_begun", path=str(self._mailbox), reason=reason)
 
     def _is_back(self, state: State, base: int, known: State) -> bool:
         if state.lineage == known.lineage:
             return state.appended < known.appended
+        if state.lineage == RESTORED:
+            return True
         return base <= self._base  # else another process has begun a generation
 
 

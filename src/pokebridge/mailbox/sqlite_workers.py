@@ -17,6 +17,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 from pokebridge.backoff import spread
 from pokebridge.errors import InputError, MailboxError
 from pokebridge.mailbox.base import admit
+from pokebridge.supervisor import note_failure
 
 T = TypeVar("T")
 
@@ -98,7 +99,12 @@ class WorkerPool:
     def _run(self, db: sqlite3.Connection) -> None:
         with closing(db):
             while batch := self._next_batch():
-                outcomes = self._do_batch(db, batch)
+                try:
+                    outcomes = self._do_batch(db, batch)
+                except Exception as error:  # noqa: BLE001 - a thread that ends leaves all waiting
+                    note_failure("mailbox_thread", error)
+                    failure = MailboxError("the mailbox has met a defect, see the log")
+                    outcomes = [Outcome(job, None, failure) for job in batch]
                 # One wake-up of the loop for the batch. The loop may be closed already.
                 with suppress(RuntimeError):
                     self._loop.call_soon_threadsafe(self._settle, outcomes)
