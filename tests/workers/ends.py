@@ -52,7 +52,8 @@ async def connected() -> AsyncIterator[Ends]:
     ends, pair = Ends(), socket.socketpair()
     ends.hub = Channel(decode_to_hub, ends.to_hub, lambda: ends.broken.append("hub"))
     ends.worker = Channel(decode_to_worker, ends.to_worker, lambda: ends.broken.append("worker"))
-    ends.answers, ends.calls = Answers(ends.hub.send), Calls(ends.worker.send)
+    ends.answers = Answers(ends.hub.send, ends.hub.room)
+    ends.calls = Calls(ends.worker.send, ends.worker.room)
     await ends.hub.connect(pair[0])
     await ends.worker.connect(pair[1])
     yield ends

@@ -1,5 +1,6 @@
 """The channel between a hub and a worker: whole, in order, bounded, and broken for good."""
 
+import asyncio
 from http import HTTPStatus
 
 import pytest
@@ -17,6 +18,7 @@ from pokebridge.errors import (
 from pokebridge.model import Poke
 from pokebridge.workers import channel as channel_module
 from pokebridge.workers import frames
+from pokebridge.workers.calls import Method
 from pokebridge.workers.frames import ChannelError, Deframer, Framer, Wake, decode_to_worker
 from pokebridge.workers.methods import HTTP, PUBLISH, HttpRequest, HttpResponse
 from tests.support.waiting import wait_until
@@ -105,6 +107,22 @@ async def test_it_breaks_when_too_much_is_unsent(
     await wait_until(lambda: sorted(ends.broken) == ["hub", "worker"])
     ends.hub.send(Wake(1))
     ends.worker.send(frames.Ready())
+
+
+async def test_any_number_of_long_calls_breaks_nothing(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one turn of the loop would send waits for room, on the way there and on the way back."""
+    monkeypatch.setattr(channel_module, "MAX_UNSENT_BYTES", 3 * channel_module.CONGESTED_BYTES)
+    echo: Method[[bytes], bytes] = Method("echo", tuple[bytes], bytes)
+
+    async def answer(text: bytes) -> bytes:
+        return text
+
+    ends.answers.offer(echo, answer)
+    texts = [b"%d" % number * channel_module.CONGESTED_BYTES for number in range(10)]
+    assert await asyncio.gather(*(ends.calls.call(echo, text) for text in texts)) == texts
+    assert ends.broken == []
 
 
 async def test_what_is_no_message_breaks_it(ends: Ends) -> None:

@@ -101,7 +101,7 @@ class Worker:
         self.server: _Server | None = None
         self._channel: Channel[ToWorker] = Channel(decode_to_worker, self._take, self._orphaned)
         self.tell = self._channel.send
-        self.calls = Calls(self.tell)
+        self.calls = Calls(self.tell, self._channel.room)
         self._welcomed = asyncio.Event()
         self._unheard = 0
         self._is_done = False

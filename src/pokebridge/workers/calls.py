@@ -46,11 +46,15 @@ class Calls:
     """The worker's side.
 
     - ``_send``: sends a message to the hub
+    - ``_room``: returns when there is room for one that may be long
     - ``_waiting``: the calls without an answer yet
     """
 
-    def __init__(self, send: Callable[[Message], None]) -> None:
+    def __init__(
+        self, send: Callable[[Message], None], room: Callable[[], Awaitable[None]]
+    ) -> None:
         self._send = send
+        self._room = room
         self._numbers = count()
         self._waiting: dict[int, asyncio.Future[msgspec.Raw]] = {}
 
@@ -65,10 +69,11 @@ class Calls:
         if len(self._waiting) >= MAX_WAITING and not method.may_wait:
             raise UnavailableError(f"overloaded: {MAX_WAITING} calls are waiting")
         number = next(self._numbers)
-        # The encoder takes any value where the decoder will see bytes.
-        self._send(Call(number, method.name, cast("msgspec.Raw", arguments)))
         future = self._waiting[number] = asyncio.get_running_loop().create_future()
         try:
+            await self._room()
+            # The encoder takes any value where the decoder will see bytes.
+            self._send(Call(number, method.name, cast("msgspec.Raw", arguments)))
             return method.decode_result(await future)
         finally:
             self._waiting.pop(number, None)
@@ -88,12 +93,16 @@ class Answers:
     """The hub's side, for one worker.
 
     - ``_send``: sends a message to the worker
+    - ``_room``: returns when there is room for one that may be long
     - ``_handlers``: what does each method, and the method
     - ``_tasks``: the calls under way, by their numbers
     """
 
-    def __init__(self, send: Callable[[Message], None]) -> None:
+    def __init__(
+        self, send: Callable[[Message], None], room: Callable[[], Awaitable[None]]
+    ) -> None:
         self._send = send
+        self._room = room
         self._handlers: dict[str, tuple[Method[Any, Any], Callable[..., Awaitable[Any]]]] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._loop = asyncio.get_running_loop()
@@ -111,6 +120,7 @@ class Answers:
     async def _answer(self, number: int, work: Awaitable[Any]) -> None:
         try:
             value = await work
+            await self._room()
             self._send(Result(number, value))
         except PokebridgeError as error:
             self._send(_failure(number, error))

@@ -15,10 +15,11 @@ from pokebridge.supervisor import note_failure
 from pokebridge.workers.frames import ChannelError, Deframer, Framer, Message
 
 CONGESTED_BYTES: Final = 1024 * 1024
-"""From so many unsent bytes on the channel is congested: what can be made up for is dropped."""
+"""From so many unsent bytes on the channel is congested: what can be made up for is dropped, and
+calls and their answers wait."""
 MAX_UNSENT_BYTES: Final = 64 * 1024 * 1024
-"""With more unsent bytes the channel breaks. Its calls are limited, so only a peer that reads
-nothing causes that."""
+"""With more unsent bytes the channel breaks. All that may be long waits for room, so only a peer
+that reads nothing causes that."""
 
 log = structlog.get_logger(__name__)
 
@@ -37,6 +38,7 @@ class Channel(asyncio.Protocol, Generic[Received]):
     - ``_on_broken``: called once, when the channel has ended
     - ``_framer``, ``_deframer``: what is not written yet, and what has not arrived as a whole
     - ``_flush_is_due``: whether a write is scheduled
+    - ``_written``: set when what waits for room may find some
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Channel(asyncio.Protocol, Generic[Received]):
         self._framer = Framer()
         self._deframer = Deframer()
         self._flush_is_due = False
+        self._written = asyncio.Event()
         self._transport: asyncio.WriteTransport | None = None
         self._loop = asyncio.get_running_loop()
 
@@ -71,6 +74,15 @@ class Channel(asyncio.Protocol, Generic[Received]):
             return
         self._framer.add(message)
         self.flush_soon()
+
+    async def room(self) -> None:
+        """Return when at most CONGESTED_BYTES are unsent, or the channel is broken.
+
+        Call it before each message that may be long. Those of one turn could break the channel.
+        """
+        while self._unsent_bytes() > CONGESTED_BYTES:
+            self._written.clear()
+            await self._written.wait()
 
     def flush_soon(self) -> None:
         """Write at the end of this turn of the loop."""
@@ -91,11 +103,17 @@ class Channel(asyncio.Protocol, Generic[Received]):
         transport = self._transport
         if transport is None or not len(self._framer):
             return
-        if transport.get_write_buffer_size() + len(self._framer) > MAX_UNSENT_BYTES:
+        if self._unsent_bytes() > MAX_UNSENT_BYTES:
             log.error("channel_overflowed", bytes=MAX_UNSENT_BYTES)
             transport.abort()
             return
         transport.write(self._framer.take())
+        if not self.is_congested:
+            self._written.set()
+
+    def _unsent_bytes(self) -> int:
+        transport = self._transport
+        return 0 if transport is None else transport.get_write_buffer_size() + len(self._framer)
 
     # --- called by asyncio ------------------------------------------------------------------------
 
@@ -122,11 +140,13 @@ class Channel(asyncio.Protocol, Generic[Received]):
     def resume_writing(self) -> None:
         """The peer has caught up."""
         self.is_congested = False
+        self._written.set()
         self.on_drained()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
         """The peer is gone, or the channel was closed."""
         self._transport = None
+        self._written.set()
         self._on_broken()
 
 

@@ -139,7 +139,7 @@ class WorkerLink:
         self.channel: Channel[ToHub] = Channel(decode_to_hub, self._take, self._break)
         self.channel.on_drained = self._make_up
         self.channel.on_flush = self._send_poke
-        self.answers = Answers(self.send)
+        self.answers = Answers(self.send, self.channel.room)
         self.sessions = 0
         self.on_ready: Callable[[], None] = lambda: None
         self.on_report: Callable[[Report], None] = lambda _: None
