@@ -53,7 +53,7 @@ class Metric(StrEnum):
     PROBES = "pokebridge_probes_total", "Probes sent through the transport"
     BEACONS_LOST = "pokebridge_beacons_lost_total", "Other instances' beacons that did not arrive"
     PEERS = "pokebridge_peers", "Other instances whose beacons are heard"
-    PEERS_SILENT = "pokebridge_peers_silent", "Members of the cluster that are not heard any more"
+    PEERS_SILENT = "pokebridge_peers_silent", "Members of the cluster that are not heard"
     DISAGREEMENTS = (
         "pokebridge_disagreements",
         "Instances heard that differ in what must agree (setting)",

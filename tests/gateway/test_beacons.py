@@ -191,6 +191,22 @@ class TestSilence:
         beacons.step(LONG + 11 * FORGET_S)
         assert beacons.silent_members == 0
 
+    @pytest.mark.parametrize("count", [2, 400])
+    def test_a_member_that_was_never_heard_is_silent_too(self, count: int) -> None:
+        """It may use another engine. In a large cluster beacons are rare, so it takes longer."""
+        beacons = listening()
+        beacons.members = {"one", *(f"m{number}" for number in range(count - 1))}
+        beacons.step(LONG)
+        for late_s, silent in ((0.0, 0), (1.0, count - 1)):
+            with capture_logs() as logs:
+                beacons.step(LONG + SILENT_AFTER * max(ALONE_S, count / HEARD_PER_S) + late_s)
+            assert beacons.silent_members == silent
+            assert [line["count"] for line in logs] == [silent] * bool(silent)
+        beacons.hear(beacon("m0"), LONG * 2)
+        with capture_logs() as logs:
+            beacons.step(LONG * 2)
+        assert (beacons.silent_members, logs) == (count - 2, [])
+
     @pytest.mark.parametrize("members", [None, {"one"}])
     def test_who_has_left_is_forgotten(self, members: set[str] | None) -> None:
         """Who is no member may have crashed: nobody waits for it for long."""

@@ -179,6 +179,20 @@ async def test_a_session_is_not_left_when_what_covers_it_goes() -> None:
         assert shard_of(BOB) in subscriptions.selections
 
 
+async def test_without_a_mailbox_sessions_are_poked_while_a_member_is_not_heard(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What it publishes may be lost, although all that this instance publishes comes back."""
+    monkeypatch.setattr("pokebridge.gateway.gateway._DOUBT_POKE_EVERY_S", 1)
+    monkeypatch.setattr("pokebridge.gateway.beacons.SILENT_AFTER", 0)
+    async with running() as server:
+        client = await server.open()
+        server.gateway.beacons.members = {"i-1", "i-2"}
+        for _ in range(2):
+            assert (await client.message())["type"] == "poke"
+        assert not server.gateway.is_deaf
+
+
 async def test_without_a_mailbox_sessions_are_poked_while_the_transport_is_in_doubt(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -196,7 +196,10 @@ class Cluster:
     def _on_view(self, view: View) -> None:
         self._has_new_view.set()
         if self._has_leases:
-            self._gateway.beacons.members = view.members.keys()
+            # Release 0.1.0, which does not say its version, publishes no beacons.
+            self._gateway.beacons.members = frozenset(
+                member.id for member in view.members.values() if member.report.version
+            )
         before, self._applied = self._applied, view
         if before is None or _without_reports(before) != _without_reports(view):
             reachable = {

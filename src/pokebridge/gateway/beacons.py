@@ -115,7 +115,7 @@ class Beacons:
 
     Attributes:
         lost: beacons of other instances that did not arrive.
-        members: the ids of the cluster's members; ``None`` if nobody knows.
+        members: the ids of the cluster's members that publish beacons; ``None`` if nobody knows.
         mailbox: names the mailbox of this instance; empty if it has none that others could have.
     """
 
@@ -129,6 +129,10 @@ class Beacons:
         self._began_at = 0.0
         self._hears = True
         self._peers: dict[tuple[str, str, str], _Peer] = {}
+        # Members that were never heard, with the time since when, and those of them that are
+        # overdue: they may use another engine.
+        self._awaited: dict[str, float] = {}
+        self._unheard: AbstractSet[str] = frozenset()
         # Other clusters that were heard, so that each is logged once ...
         self._other_clusters: set[str] = set()
         # ... and how often it is logged that a setting disagrees.
@@ -258,7 +262,7 @@ class Beacons:
         return "beacons of other instances did not arrive"
 
     def _note_silence(self, now: float) -> None:
-        new: list[str] = []
+        new = self._note_unheard(now)
         for key, peer in list(self._peers.items()):
             away_s = now - peer.heard_at
             every_s = max(peer.beacon.every_s, self.every_s)
@@ -272,6 +276,16 @@ class Beacons:
         if new:  # one line: when this instance is cut off, it is all of them
             log.warning("peers_silent", count=len(new), peer=new[0])
 
+    def _note_unheard(self, now: float) -> list[str]:
+        """Note which members should have been heard by now. Returns those that are new."""
+        members = self.members if self._hears and self.members is not None else frozenset()
+        never = members - {peer.beacon.sender for peer in self._mine()} - {self._me.sender}
+        self._awaited = {member: self._awaited.get(member, now) for member in never}
+        allowed_s = SILENT_AFTER * max(ALONE_S, len(members) / HEARD_PER_S)
+        before = self._unheard
+        self._unheard = {it for it, since in self._awaited.items() if now - since > allowed_s}
+        return sorted(self._unheard - before)
+
     @property
     def heard(self) -> int:
         """How many other instances of the cluster are heard."""
@@ -279,9 +293,9 @@ class Beacons:
 
     @property
     def silent_members(self) -> int:
-        """How many members of the cluster renew their lease and are not heard any more."""
+        """How many members of the cluster renew their lease and are not heard, or no longer."""
         heard = {peer.beacon.sender for peer in self._mine() if not peer.silent}
-        silent = {peer.beacon.sender for peer in self._mine() if peer.silent}
+        silent = {peer.beacon.sender for peer in self._mine() if peer.silent} | self._unheard
         return len((silent - heard) & (self.members or frozenset()))
 
     @property

@@ -107,7 +107,7 @@ class Gateway:
         self.moved = 0
         """How many sessions were sent after their shard."""
         self._config = config
-        self._doubt_s = 0  # in which the transport was in doubt; none while this process stood
+        self._doubt_s = self._unsure_s = 0  # see _watch_doubt; none while this process stood
         # The sessions that are not, or no longer, in ``sessions``: they are closing.
         self._leaving: set[Listener] = set()
         self._all_gone = asyncio.Event()  # set while there is no session in either
@@ -387,7 +387,10 @@ class Gateway:
             self._watch_doubt()
 
     def _watch_doubt(self) -> None:
-        """Count the seconds in doubt. Poke everybody now and then if no mailbox can tell whom."""
+        """Count the seconds in which the transport was in doubt, and pokes may have been lost.
+
+        Poke everybody now and then if no mailbox can tell whom.
+        """
         was_deaf = self.is_deaf
         self._doubt_s = self._doubt_s + 1 if self.subscriptions.is_in_doubt else 0
         if self.is_deaf and not was_deaf:
@@ -397,15 +400,20 @@ class Gateway:
         elif was_deaf and not self.is_deaf:
             log.info("instance_hears_again", sessions=len(self.sessions))
             self.let_go(lets_go=False)
+        self._unsure_s = self._unsure_s + 1 if self._is_unsure else 0
         is_blind = self.verification is None or self.verification.is_blind
-        if is_blind and self._doubt_s and self._doubt_s % _DOUBT_POKE_EVERY_S == 0:
+        if is_blind and self._unsure_s and self._unsure_s % _DOUBT_POKE_EVERY_S == 0:
             self.bridge.wake(lambda _: True, self.pulls_per_s)
+
+    @property
+    def _is_unsure(self) -> bool:
+        """Whether pokes for the sessions here may be lost."""
+        return self.subscriptions.is_in_doubt or self.beacons.silent_members > 0
 
     async def _keep_verifying(self, verification: Verification) -> None:
         while True:
             await asyncio.sleep(STEP_S)
-            in_doubt = self.subscriptions.is_in_doubt or self.beacons.silent_members > 0
-            await verification.step(self.now(), in_doubt=in_doubt)
+            await verification.step(self.now(), in_doubt=self._is_unsure)
 
     async def _keep_beacons(self) -> None:
         while True:
