@@ -1,13 +1,12 @@
 """What carries messages from a sender to clients, for ``cycle``: a process, and its clients."""
 
 import asyncio
-import contextlib
 import itertools
-import os
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
-from benchmarks.harness import Server, quiet
+from benchmarks.harness import Server, on_one_core, quiet
 
 CALLERS = 32
 """Connections on which requests are made, each when the last is answered."""
@@ -57,19 +56,9 @@ class Carrier:
         self.receivers = receivers
         self._messages = messages
 
-    @contextlib.contextmanager
-    def on_one_core(self) -> Iterator[None]:
-        """Give the server one core for itself. The clients and engines get the others, if any."""
-        cores = sorted(os.sched_getaffinity(0))
-        others = cores[1:] or cores
-        self.server.run_on(cores[:1])
-        for engine in self.engines:
-            engine.run_on(others)
-        os.sched_setaffinity(0, others)
-        try:
-            yield
-        finally:
-            os.sched_setaffinity(0, cores)
+    def on_one_core(self) -> AbstractContextManager[None]:
+        """Give the server one core for itself."""
+        return on_one_core(self.server, self.engines)
 
     def parts(self) -> dict[str, Measured]:
         """What is measured in every round, in this order, by name."""
@@ -86,10 +75,11 @@ class Carrier:
 
     async def cost(self, work: Callable[[], Awaitable[int]]) -> Cost:
         """CPU of ``work``, which returns how much of it there was, and of all that follows it."""
-        server_s, engines_s = self._cpu_s()
-        count = await work()
-        await quiet(self.server)
-        server_after_s, engines_after_s = self._cpu_s()
+        with self.on_one_core():
+            server_s, engines_s = self._cpu_s()
+            count = await work()
+            await quiet(self.server)
+            server_after_s, engines_after_s = self._cpu_s()
         each_us = 1e6 / count
         return Cost((server_after_s - server_s) * each_us, (engines_after_s - engines_s) * each_us)
 

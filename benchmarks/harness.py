@@ -123,6 +123,21 @@ def _schedstat(task: Path) -> tuple[int, int]:
     return int(had_ns), int(waited_ns)
 
 
+@contextlib.contextmanager
+def on_one_core(server: Server, engines: Iterable[Server] = ()) -> Iterator[None]:
+    """Give ``server`` one core for itself. The clients and ``engines`` get the others, if any."""
+    cores = sorted(os.sched_getaffinity(0))
+    others = cores[1:] or cores
+    server.run_on(cores[:1])
+    for engine in engines:
+        engine.run_on(others)
+    os.sched_setaffinity(0, others)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
 def progress(text: str) -> None:
     """Write a line about the progress to stderr."""
     print(f"bench: {text}", file=sys.stderr, flush=True)

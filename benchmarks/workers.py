@@ -60,7 +60,7 @@ _Pair = tuple[list[float], list[float]]
 class Sizes(NamedTuple):
     """How much is measured, in each round where there are rounds."""
 
-    sessions: Sequence[int] = (10_000, 9_000)
+    sessions: Sequence[int] = (9_000, 9_000)
     warm_up: int = 300
     handshakes: int = 2000
     signals: int = 10_000
