@@ -311,7 +311,7 @@ class TestCheckpoints:
         long_bytes = path.stat().st_size
         await mailbox._writes.do(shrink)
         mailbox._checkpointer._is_due.set()
-        await wait_until(lambda: mailbox._guard._seen[0] < long_bytes)
+        await wait_until(lambda: mailbox._guard._seen.size_bytes < long_bytes)
         assert path.stat().st_size < long_bytes
         assert (await mailbox.append(message())).version == 21
 

@@ -1,12 +1,13 @@
 """Watches the open SQLite file: whether it is still the one at its path, and can be written."""
 
+import os
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import structlog
 
@@ -35,6 +36,14 @@ log = structlog.get_logger(__name__)
 DoBatch = Callable[[sqlite3.Connection, Sequence[Job]], list[Outcome]]
 
 
+class Look(NamedTuple):
+    """A file at one moment: its device and inode, its size, and the time of its last change."""
+
+    identity: tuple[int, int]
+    size_bytes: int
+    changed_ns: int
+
+
 class FileGuard:
     """Stands between the threads and the file. Made once the file is open, with its side file.
 
@@ -47,7 +56,7 @@ class FileGuard:
     - ``path``, ``side_file``: of the file, and what lies beside it
     - ``_identities``: device and inode by path, as they were opened
     - ``_real``: the file that a link leads to
-    - ``_seen``: its size and the time of its last change (ns), at the last look
+    - ``_seen``: how that was at the last look
     - ``_held``: what it held then, without SQLite's log
     - ``_gone``: what happened to the file; ``None`` while it is in its place
     - ``_is_recorded``: whether the side file could be written
@@ -60,9 +69,10 @@ class FileGuard:
         self.side_file = side_file
         real = path.resolve()
         paths = [path, *(real.with_name(real.name + suffix) for suffix in SUFFIXES)]
-        self._identities = {it: found for it in paths if (found := _identity(it)) is not None}
+        looks = {str(it): found for it in paths if (found := look_at(it)) is not None}
+        self._identities = {it: found.identity for it, found in looks.items()}
         self._real = real
-        self._seen = _look_at(real) or (0, 0)
+        self._seen = looks[str(real)]
         self._held = side_file.held = held_in(real) or Held()
         self._gone: str | None = None
         self._is_recorded = True
@@ -71,15 +81,13 @@ class FileGuard:
     @property
     def identity(self) -> str:
         """What no other file on this machine has."""
-        device, inode = self._identities[self._real]
+        device, inode = self._identities[str(self._real)]
         return f"sqlite {device}:{inode}"
 
     def reading(self, do_batch: DoBatch) -> DoBatch:
-        """``do_batch``, refused once the file is gone."""
+        """``do_batch``, whose outcomes are refused once the file is gone."""
 
         def do(db: sqlite3.Connection, jobs: Sequence[Job]) -> list[Outcome]:
-            if refusals := self._refusals(jobs):
-                return refusals
             outcomes = do_batch(db, jobs)
             self._note_damage(outcomes)
             return self._refusals(jobs) or outcomes
@@ -87,7 +95,10 @@ class FileGuard:
         return do
 
     def writing(self, do_batch: DoBatch) -> DoBatch:
-        """As :meth:`reading`. Also notes failures, and records the state after each commit."""
+        """``do_batch``, not even begun once the file is gone.
+
+        Also notes failures, and records the state after each commit.
+        """
 
         def do(db: sqlite3.Connection, jobs: Sequence[Job]) -> list[Outcome]:
             if refusals := self._refusals(jobs):
@@ -125,14 +136,18 @@ class FileGuard:
         return [Outcome(job, None, MailboxError(gone)) for job in jobs]
 
     def _find_gone(self) -> str | None:
+        now, real = self._seen, str(self._real)
         for path, identity in self._identities.items():
-            if (now := _identity(path)) != identity:
-                return self._give_up(path, "deleted" if now is None else "replaced")
-        if (what := self._what_changed()) is not None:
+            found = look_at(path)
+            if found is None or found.identity != identity:
+                return self._give_up(path, "deleted" if found is None else "replaced")
+            if path == real:
+                now = found
+        if now != self._seen and (what := self._what_changed()) is not None:
             return self._give_up(self.path, what)
         return None
 
-    def _give_up(self, path: Path, what: str) -> str:
+    def _give_up(self, path: str | Path, what: str) -> str:
         with self._lock:
             if self._gone is None:
                 self._gone = (
@@ -151,18 +166,19 @@ class FileGuard:
     def _what_changed(self) -> str | None:
         """What was done to the file since the last look that SQLite does not do."""
         with self._lock:
-            found = _look_at(self._real)
+            found = look_at(self._real)  # within the lock, so that looks come in their order
             if found is None or found == self._seen:  # None: it is just being deleted
                 return None
-            (was_bytes, _), self._seen = self._seen, found
-            if found[0] < was_bytes and not _is_whole(self._real, found[0]):
+            seen, self._seen = self._seen, found
+            if found.size_bytes < seen.size_bytes and not _is_whole(self._real, found.size_bytes):
                 return "cut"
             if (held := held_in(self._real)) is None:
                 return None
             known = self.side_file.state
             is_rewritten = known is not None and held.is_rewritten(known)
-            if is_rewritten and time.time_ns() - found[1] < SETTLED_NS:
-                self._seen = (found[0], 0)  # SQLite may be copying its log into it: look again
+            if is_rewritten and time.time_ns() - found.changed_ns < SETTLED_NS:
+                # SQLite may be copying its log into it: look again.
+                self._seen = found._replace(changed_ns=0)
                 return None
             if is_rewritten or held.is_older(self._held):
                 return "replaced by an older copy"
@@ -191,12 +207,13 @@ class FileGuard:
             self._is_recorded = False
 
 
-def _look_at(path: Path) -> tuple[int, int] | None:
+def look_at(path: str | Path) -> Look | None:
+    """How the file is now; ``None`` when there is none."""
     try:
-        found = path.stat()
+        found = os.stat(path)  # noqa: PTH116 - a Path takes longer, for every call
     except OSError:
         return None
-    return found.st_size, found.st_ctime_ns
+    return Look((found.st_dev, found.st_ino), found.st_size, found.st_ctime_ns)
 
 
 def _is_whole(path: Path, size_bytes: int) -> bool:
@@ -208,11 +225,3 @@ def _is_whole(path: Path, size_bytes: int) -> bool:
     except sqlite3.Error:
         return False
     return 0 < pages * page_bytes <= size_bytes
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
