@@ -27,7 +27,7 @@ from typing import Protocol
 import asyncpg
 
 from benchmarks.harness import BenchmarkError, Figure, compare, progress, recipient
-from pokebridge.mailbox import postgres, sqlite
+from pokebridge.mailbox import postgres, sqlite, sqlite_pages
 from pokebridge.mailbox.base import PAGE_BYTES, Limits, Mailbox
 from pokebridge.mailbox.postgres import PostgresMailbox
 from pokebridge.mailbox.postgres_pool import CONNECTIONS, SERVER_SETTINGS
@@ -252,9 +252,9 @@ class SqliteDriver:
         """See the protocol."""
 
         def read() -> None:
-            head = sqlite._head(self._db, name)
+            head = sqlite_pages.head_of(self._db, name)
             if after < head:
-                sqlite._fresh(self._db, name, after, head, 50, 0).fetchall()
+                sqlite_pages.fresh(self._db, name, after, head, 50, 0).fetchall()
 
         await self._loop.run_in_executor(self._thread, read)
 

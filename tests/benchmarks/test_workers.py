@@ -21,7 +21,7 @@ async def test_workers() -> None:
     )
     figures = await workers.measure(sizes=sizes)
     ratios = [figure for figure in figures if figure.unit == "x"]
-    assert len(ratios) == 3 + 2 * len(workers.MAILBOXES)
+    assert len(ratios) == 2 + 2 * len(workers.MAILBOXES)
     assert all(0.1 < figure.value < 10 for figure in ratios)
 
 
@@ -31,4 +31,4 @@ async def test_as_many_sessions_as_two_workers_can_open() -> None:
     """38,000 on one port: even, and each of them is poked."""
     *uneven, memory = await workers.crowd(Sizes())
     assert [figure.met for figure in uneven] == [True] * 3
-    assert 0.5 < memory.value < 1.5
+    assert memory.met

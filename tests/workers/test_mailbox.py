@@ -1,8 +1,10 @@
 """A worker's mailbox keeps the contract, over a real channel to its hub."""
 
+import sqlite3
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,19 +12,23 @@ from pokebridge.errors import InputError, MailboxError
 from pokebridge.mailbox.base import Limits, Mailbox
 from pokebridge.mailbox.memory import MemoryMailbox
 from pokebridge.mailbox.sqlite import SqliteMailbox
+from pokebridge.mailbox.sqlite_pages import SqliteReader
+from pokebridge.model import Page
 from pokebridge.testing.mailbox import MailboxContract
-from pokebridge.testing.mailbox_kit import ManualClock, message
+from pokebridge.testing.mailbox_kit import BOB, ManualClock, message
 from pokebridge.workers.calls import MAX_WAITING
 from pokebridge.workers.mailbox import HubMailbox, offer_mailbox
 from tests.workers.ends import Ends, connected
 
 
 @asynccontextmanager
-async def in_a_worker(mailbox: Mailbox) -> AsyncIterator[HubMailbox]:
+async def in_a_worker(
+    mailbox: Mailbox, reader: SqliteReader | None = None
+) -> AsyncIterator[HubMailbox]:
     """The worker's end of ``mailbox``."""
     async with connected() as ends:
         offer_mailbox(ends.answers, mailbox)
-        yield HubMailbox(ends.calls)
+        yield HubMailbox(ends.calls, reader)
 
 
 class TestMemoryMailbox(MailboxContract):
@@ -43,10 +49,93 @@ class TestSqliteMailbox(MailboxContract):
         self, clock: ManualClock, limits: Limits, tmp_path: Path
     ) -> AsyncIterator[HubMailbox]:
         """An empty mailbox."""
-        store = await SqliteMailbox.open(tmp_path / "m.db", clock=clock, limits=limits)
-        async with in_a_worker(store) as mailbox:
+        path = tmp_path / "m.db"
+        store = await SqliteMailbox.open(path, clock=clock, limits=limits)
+        async with in_a_worker(store, await SqliteReader.open(path, clock=clock)) as mailbox:
             yield mailbox
+            await mailbox.close()
         await store.close()
+
+
+class TestReadingTheFile:
+    """A worker reads the hub's file itself, and not for longer than the hub would."""
+
+    @pytest.fixture
+    async def store(self, tmp_path: Path) -> AsyncIterator[SqliteMailbox]:
+        """The hub's mailbox, which counts the pages that it reads."""
+        store = await SqliteMailbox.open(tmp_path / "m.db")
+        yield store
+        await store.close()
+
+    @pytest.fixture
+    async def mailbox(
+        self, store: SqliteMailbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> AsyncIterator[HubMailbox]:
+        """The worker's."""
+        self.asked = 0
+        read = store.read
+
+        async def count(recipient: str, **wanted: Any) -> Page:
+            self.asked += 1
+            return await read(recipient, **wanted)
+
+        monkeypatch.setattr(store, "read", count)
+        async with in_a_worker(store, await SqliteReader.open(tmp_path / "m.db")) as mailbox:
+            yield mailbox
+            await mailbox.close()
+
+    async def test_it_asks_the_hub_once_while_the_file_stays_as_it_is(
+        self, mailbox: HubMailbox
+    ) -> None:
+        """What was committed is in the next page, whoever reads it."""
+        for version in range(1, 4):
+            await mailbox.append(message(id=str(version)))
+            page = await mailbox.read(BOB, after=0, limit=9)
+            assert [each.version for each in page.messages] == list(range(1, version + 1))
+        assert self.asked == 1
+
+    async def test_a_copy_of_the_log_into_the_file_is_no_trouble(
+        self, mailbox: HubMailbox, store: SqliteMailbox
+    ) -> None:
+        """The file has changed, so the hub is asked once more."""
+        await mailbox.append(message())
+        await mailbox.read(BOB, after=0, limit=9)
+        with closing(sqlite3.connect(store._guard._real)) as db:
+            db.execute("PRAGMA wal_checkpoint(PASSIVE)")
+        for _ in range(2):
+            assert len((await mailbox.read(BOB, after=0, limit=9)).messages) == 1
+        assert self.asked == 2
+
+    @pytest.mark.parametrize("suffix", ["", "-wal", "-shm"])
+    @pytest.mark.parametrize("becomes", ["deleted", "replaced"])
+    async def test_a_file_that_the_hub_gives_up_is_read_no_more(
+        self, mailbox: HubMailbox, tmp_path: Path, suffix: str, becomes: str
+    ) -> None:
+        """The worker refuses as the hub does, although it could still read what it has open."""
+        await mailbox.append(message())
+        await mailbox.read(BOB, after=0, limit=9)
+        file = tmp_path / f"m.db{suffix}"
+        content = file.read_bytes()
+        file.unlink()
+        if becomes == "replaced":
+            file.write_bytes(content)
+        for _ in range(2):
+            with pytest.raises(MailboxError, match=becomes):
+                await mailbox.read(BOB, after=0, limit=9)
+
+    async def test_an_older_copy_written_over_the_file_is_not_read(
+        self, mailbox: HubMailbox, store: SqliteMailbox, tmp_path: Path
+    ) -> None:
+        """The hub notices it, and the worker asks the hub."""
+        older = (tmp_path / "m.db").read_bytes()
+        await mailbox.append(message())
+        await mailbox.read(BOB, after=0, limit=9)
+        with closing(sqlite3.connect(store._guard._real)) as db:
+            db.execute("PRAGMA wal_checkpoint(PASSIVE)")
+        await mailbox.read(BOB, after=0, limit=9)
+        (tmp_path / "m.db").write_bytes(older)
+        with pytest.raises(MailboxError, match="older copy"):
+            await mailbox.read(BOB, after=0, limit=9)
 
 
 async def test_a_lone_surrogate_harms_no_other_call(ends: Ends) -> None:

@@ -152,6 +152,29 @@ class RecipientStats(NamedTuple):
     devices: Mapping[str, int]
 
 
+class Wanted(NamedTuple):
+    """What a page is to hold, as :meth:`Mailbox.read` says."""
+
+    recipient: str
+    after: int
+    limit: int
+    max_bytes: int
+    unless_head: int | None
+
+
+class PageReader(Protocol):
+    """Reads a store that another process of this host, its hub, has open and watches over."""
+
+    async def read(self, wanted: Wanted) -> tuple[Page | None, object]:
+        """The page, unless the hub must be asked; and how the store looks."""
+
+    def trust(self, look: object) -> None:
+        """The hub has read the store after this ``look``: trust it as long as it looks so."""
+
+    async def close(self) -> None:
+        """Read no more."""
+
+
 class Mailbox(Protocol):
     """A durable log for each recipient.
 

@@ -10,7 +10,6 @@ import asyncio
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -26,13 +25,14 @@ from pokebridge.mailbox.base import (
     Limits,
     MailboxStats,
     RecipientStats,
+    Wanted,
     is_young,
-    page_of,
 )
 from pokebridge.mailbox.pushes import PushTiming
 from pokebridge.mailbox.sqlite_checkpoints import Checkpointer
 from pokebridge.mailbox.sqlite_file import objects, open_file, pragma
 from pokebridge.mailbox.sqlite_guard import FileGuard
+from pokebridge.mailbox.sqlite_pages import READ_BATCH, head_of, read_page
 from pokebridge.mailbox.sqlite_pushes import SqlitePushes, owe
 from pokebridge.mailbox.sqlite_workers import (
     Job,
@@ -42,11 +42,10 @@ from pokebridge.mailbox.sqlite_workers import (
     do_each,
     is_intact,
 )
-from pokebridge.model import MAX_VERSION, Ack, Message, NewMessage, Page, Poke, Receipt
+from pokebridge.model import MAX_VERSION, Ack, NewMessage, Page, Poke, Receipt
 
-# Jobs that a thread takes at once. A write batch is a transaction; a read batch saves wake-ups.
+# Jobs that the writer takes at once, as one transaction.
 WRITE_BATCH: Final = 512
-READ_BATCH: Final = 16
 # Pages that a purge gives back to the disk when more than a quarter of the file is free.
 VACUUM_PAGES: Final = 1024
 _ACKED = "max(0, min(?3, ifnull((SELECT head FROM heads WHERE recipient = ?1), 0)))"
@@ -158,20 +157,12 @@ class SqliteMailbox:
         unless_head: int | None = None,
     ) -> Page:
         """See the port."""
-
-        def read(db: sqlite3.Connection) -> Page:
-            head = _head(db, recipient)
-            if after >= head or head == unless_head:
-                return page_of((), head=head, limit=limit, max_bytes=max_bytes)
-            with closing(_fresh(db, recipient, after, head, limit, self._now_ms())) as rows:
-                messages = (Message(*row) for row in rows)
-                return page_of(messages, head=head, limit=limit, max_bytes=max_bytes)
-
-        return await self._reads.do(read)
+        wanted = Wanted(recipient, after, limit, max_bytes, unless_head)
+        return await self._reads.do(lambda db: read_page(db, wanted, self._now_ms()))
 
     async def heads(self, recipients: Sequence[str]) -> Mapping[str, int]:
         """See the port."""
-        return await self._reads.do(lambda db: {each: _head(db, each) for each in recipients})
+        return await self._reads.do(lambda db: {each: head_of(db, each) for each in recipients})
 
     async def see_device(self, recipient: str, device: str) -> None:
         """See the port."""
@@ -238,7 +229,7 @@ class SqliteMailbox:
         After a write that failed, for lack of room for example, it writes much and deletes it.
         """
         if self._guard.trouble is None:
-            await self._writes.do(lambda db: _head(db, ""))
+            await self._writes.do(lambda db: head_of(db, ""))
         else:
             await self._writes.do(lambda db: db.execute(PROBE, (PROBE_BYTES,)))
             await self._writes.do(lambda db: db.execute("DELETE FROM probe"))
@@ -326,24 +317,6 @@ def _check_share(db: sqlite3.Connection, message: NewMessage, limits: Limits) ->
     fits = size_bytes + len(message.body) <= limits.share_bytes
     if not fits or messages >= limits.share_messages:
         raise limits.refuse_share()
-
-
-def _head(db: sqlite3.Connection, recipient: str) -> int:
-    row = db.execute("SELECT head FROM heads WHERE recipient = ?", (recipient,)).fetchone()
-    return row[0] if row else 0
-
-
-def _fresh(
-    db: sqlite3.Connection, recipient: str, after: int, head: int, limit: int, now_ms: int
-) -> sqlite3.Cursor:
-    """The unexpired messages, one more than ``limit``. A body is read when its row is taken."""
-    # Cut to the head just read: a message committed since then belongs to the next page.
-    return db.execute(
-        "SELECT version, id, sender, body, sent_at_ms FROM messages"
-        " WHERE recipient = ? AND version > ? AND version <= ?"
-        " AND (expires_ms IS NULL OR expires_ms > ?) ORDER BY version LIMIT ?",
-        (recipient, max(after, 0), head, now_ms, limit + 1),
-    )
 
 
 def _was_seen(db: sqlite3.Connection, recipient: str, device: str, since_ms: int) -> bool:

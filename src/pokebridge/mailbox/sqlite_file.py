@@ -157,7 +157,7 @@ def _open(path: Path, now_s: float) -> tuple[list[sqlite3.Connection], FileGuard
     side_file = SideFile(path.resolve())
     _refuse_older(path, side_file)
     with ExitStack() as on_error:
-        connections = [on_error.enter_context(closing(_connect(path))) for _ in range(2 + READERS)]
+        connections = [on_error.enter_context(closing(connect(path))) for _ in range(2 + READERS)]
         _bring_up_to_date(connections[0], path, side_file, now_s)
         connections[0].execute(COUNT_KEPT)
         connections[0].execute("PRAGMA busy_timeout = 0")  # the worker pool waits by itself
@@ -207,9 +207,14 @@ def _close_to_others(path: Path) -> None:
                 file.chmod(mode & ~stat.S_IRWXO)
 
 
-def _connect(path: Path) -> sqlite3.Connection:
+def connect(path: Path, *, must_exist: bool = False) -> sqlite3.Connection:
+    """A connection to the file, as all of a mailbox's are."""
     db = sqlite3.connect(
-        path, timeout=LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False
+        f"{path.as_uri()}?mode={'rw' if must_exist else 'rwc'}",
+        timeout=LOCK_TIMEOUT_S,
+        isolation_level=None,
+        check_same_thread=False,
+        uri=True,
     )
     db.text_factory = _decode
     db.execute("PRAGMA synchronous = FULL")  # a commit is flushed to the disk

@@ -8,15 +8,15 @@ then.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, NoReturn, Protocol, TypeVar
 
 from pokebridge.coordination.base import Coordination
-from pokebridge.errors import ConfigError, MissingExtraError
+from pokebridge.errors import ConfigError, MailboxError, MissingExtraError
 from pokebridge.ingress.base import Source
-from pokebridge.mailbox.base import Limits, Mailbox
+from pokebridge.mailbox.base import Limits, Mailbox, PageReader
 from pokebridge.mailbox.pushes import PushTiming
 from pokebridge.model import Mode
 from pokebridge.sharding import DEFAULT_SHARD_COUNT
@@ -327,6 +327,18 @@ def _sqlite_mailbox() -> tuple[type[Mailbox], _Open[Mailbox]]:
         return await SqliteMailbox.open(path, limits=choice.limits, push_timing=choice.push_timing)
 
     return SqliteMailbox, open_it
+
+
+async def open_reader(url: str) -> PageReader | None:
+    """A reader of the file that a hub has open; ``None`` for a mailbox that is no file."""
+    path = url.removeprefix("sqlite:///")
+    if path == url:
+        return None
+    from pokebridge.mailbox.sqlite_pages import SqliteReader
+
+    with suppress(MailboxError):  # the hub knows why, and says so
+        return await SqliteReader.open(path)
+    return None
 
 
 def _postgres_mailbox() -> tuple[type[Mailbox], _Open[Mailbox]]:

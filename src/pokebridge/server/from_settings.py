@@ -21,7 +21,7 @@ from pokebridge.gateway.acks import RecordAcks
 from pokebridge.gateway.config import GatewayConfig
 from pokebridge.gateway.verification import Heads
 from pokebridge.ingress.base import Source
-from pokebridge.mailbox.base import Limits, Mailbox
+from pokebridge.mailbox.base import Limits, Mailbox, PageReader
 from pokebridge.mailbox.pushes import PushTiming
 from pokebridge.server import adapters
 from pokebridge.server.descriptors import Room
@@ -245,6 +245,11 @@ async def open_mailbox(settings: Settings, *, must_exist: bool = False) -> Mailb
     if settings.push_webhook_url is not None:
         push_timing = PushTiming(grace_s=settings.push_grace_s, quiet_s=settings.push_quiet_s)
     return await adapters.open_mailbox(settings.mailbox, limits, push_timing, must_exist=must_exist)
+
+
+async def open_reader(settings: Settings) -> PageReader | None:
+    """Open what reads the hub's mailbox in a worker; ``None``: the worker asks its hub."""
+    return await adapters.open_reader(settings.mailbox)
 
 
 def gateway_config(settings: Settings, room: Room | None) -> GatewayConfig:

@@ -38,7 +38,12 @@ from pokebridge.mailbox.devices import KnownDevices
 from pokebridge.model import NewMessage, Poke, Receipt
 from pokebridge.processor import Processor
 from pokebridge.server import descriptors
-from pokebridge.server.from_settings import gateway_config, has_own_mailbox, open_mailbox
+from pokebridge.server.from_settings import (
+    gateway_config,
+    has_own_mailbox,
+    open_mailbox,
+    open_reader,
+)
 from pokebridge.server.garbage import keep_what_exists
 from pokebridge.server.token_keys import token_verifier
 from pokebridge.server.uvicorn_server import http_config
@@ -146,7 +151,8 @@ class Worker:
                 devices=KnownDevices(mailbox),
             )
         else:
-            hubs = HubMailbox(self.calls)
+            hubs = HubMailbox(self.calls, await open_reader(settings))
+            opened.push_async_callback(hubs.close)
             side = MailboxSide(
                 mailbox=hubs,
                 send=self._send,

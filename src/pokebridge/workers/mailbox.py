@@ -1,13 +1,21 @@
 """The mailbox of a worker: the calls are its hub's, which alone writes the store.
 
 So a store that takes one writer has one, and messages that several workers send at the same time
-share the hub's group commits.
+share the hub's group commits. Pages of a file are read by the worker, as long as the hub would give
+the same.
 """
 
 from collections.abc import Mapping, Sequence
 
 from pokebridge.errors import MailboxError, UnavailableError
-from pokebridge.mailbox.base import PAGE_BYTES, Mailbox, MailboxStats, RecipientStats
+from pokebridge.mailbox.base import (
+    PAGE_BYTES,
+    Mailbox,
+    MailboxStats,
+    PageReader,
+    RecipientStats,
+    Wanted,
+)
 from pokebridge.model import MAX_VERSION, Ack, NewMessage, Page, Poke, Receipt
 from pokebridge.workers import methods
 from pokebridge.workers.calls import Answers, Calls, Method, P, R
@@ -20,9 +28,10 @@ class HubMailbox:
 
     is_shared = True
 
-    def __init__(self, calls: Calls) -> None:
-        """``calls`` reach the hub."""
+    def __init__(self, calls: Calls, reader: PageReader | None = None) -> None:
+        """``calls`` reach the hub. ``reader`` reads its store here."""
         self._calls = calls
+        self._reader = reader
         self._closed = False
 
     async def append(self, message: NewMessage) -> Receipt:
@@ -38,7 +47,15 @@ class HubMailbox:
         max_bytes: int = PAGE_BYTES,
         unless_head: int | None = None,
     ) -> Page:
-        return await self._call(methods.READ, recipient, _cut(after), limit, max_bytes, unless_head)
+        wanted = Wanted(recipient, _cut(after), limit, max_bytes, unless_head)
+        reader = self._reader
+        if reader is None or self._closed:
+            return await self._call(methods.READ, *wanted)
+        page, look = await reader.read(wanted)
+        if page is None:
+            page = await self._call(methods.READ, *wanted)
+            reader.trust(look)
+        return page
 
     async def heads(self, recipients: Sequence[str]) -> Mapping[str, int]:  # noqa: D102
         return await self._call(methods.HEADS, recipients)
@@ -82,6 +99,8 @@ class HubMailbox:
     async def close(self) -> None:
         """Refuse further calls. The hub's mailbox stays open."""
         self._closed = True
+        if self._reader is not None:
+            await self._reader.close()
 
     async def _call(self, method: Method[P, R], *arguments: P.args, **named: P.kwargs) -> R:
         if self._closed:
