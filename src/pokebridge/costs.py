@@ -189,7 +189,7 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a strategy makes of a load, in the whole cluster.
+    """The cost of a load under a strategy, for the whole cluster.
 
     ``deliveries_per_s`` are the global operations of docs/roadmap.md: messages a second, once for
     each instance that receives them. ``discarded_share`` of them find no session, at most.
@@ -216,7 +216,7 @@ class Outcome:
 def evaluate(
     load: Workload, strategy: Strategy, prices: Prices = PRICES, costs: CpuCosts = CPU_COSTS
 ) -> Outcome:
-    """What ``strategy`` makes of ``load``."""
+    """What ``load`` costs under ``strategy``."""
     copies, subscriptions, topics = _spread(load, strategy)
     filtered = max(subscriptions - copies, 0.0) if strategy.is_filtered else 0.0
     deliveries_per_s = load.messages_per_s * copies

@@ -169,7 +169,7 @@ class MailboxFullError(PokebridgeError):
 
 
 class UnavailableError(PokebridgeError):
-    """A part that we depend on does not answer. A retry may succeed."""
+    """A part that the caller depends on does not answer. A retry may succeed."""
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
     close_code = 1013
@@ -186,8 +186,8 @@ class TransportError(UnavailableError):
 class SignalRefusedError(TransportError):
     """The engine works, and refuses a signal. It may accept the others of the same publish.
 
-    ``is_too_large``: for its size, so that it can never be published. Otherwise, for example, for
-    lack of a permission.
+    ``is_too_large``: it is refused for its size, so it can never be published. Otherwise the reason
+    may be, for example, a missing permission.
     """
 
     def __init__(self, message: str, *, is_too_large: bool = False) -> None:
@@ -198,7 +198,7 @@ class SignalRefusedError(TransportError):
 class NotPublishedError(TransportError):
     """Some pokes were not accepted: those for ``recipients``. All others were.
 
-    For those of them that are in ``too_large`` no signal can be small enough.
+    The pokes for those in ``too_large`` exceed the limit even as single signals.
     """
 
     def __init__(
@@ -218,7 +218,7 @@ class MailboxError(UnavailableError):
 
 
 class MailboxRefusedError(MailboxError):
-    """The store works, and refuses a call. It may accept others: the data may be the reason."""
+    """The store works, but refuses a call, perhaps for its data. It may accept others."""
 
 
 class CoordinationError(UnavailableError):

@@ -27,7 +27,7 @@ from pokebridge.wire import problem_detail, refusal_text
 
 # The limit of one POST /v1/pokes (docs/protocol.md, section 4).
 MAX_RECIPIENTS_PER_REQUEST = 1000
-# For a whole call, and longer by what a large one takes on a slow line.
+# For a whole call. A large one may take longer, as it would on a slow line.
 HTTP_TIMEOUT_S = 10.0
 SLOW_LINE_BYTES_PER_S = 16_000
 # The answer is a number or two, or one problem.

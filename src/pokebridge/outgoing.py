@@ -93,7 +93,7 @@ def check_token(token: str) -> str:
 
 
 class _NextAddress(httpx.AsyncHTTPTransport):
-    """Leaves an address of the server's name that accepts connections and does not answer.
+    """Moves on from an address that accepts connections but does not answer.
 
     httpx connects to the first address that accepts.
     """

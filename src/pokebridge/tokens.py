@@ -5,7 +5,7 @@ no key, and neither does a public key that is used as an HMAC secret (RFC 8725, 
 message or log entry contains a token, a claim's value or a secret.
 
 Keys, signing and the check of a signature are PyJWT's. Its ``decode`` is not used: it takes three
-times as long, which counts when all clients come back with new tokens. Its verdict is the same
+times as long, which matters when all clients return with new tokens. The results are the same
 (tests/test_tokens.py).
 """
 
@@ -291,10 +291,10 @@ def _scope_set(text: str) -> frozenset[str]:
 class _Verified:
     """The claims of the tokens that were verified last: at most ``size``, the oldest go first.
 
-    A token is kept as a keyed hash, under a random key that never leaves the process. So no memory
-    dump has tokens in it, a long token needs no more room than a short one, and nobody can choose
-    tokens whose hashes resemble that of another's: how long a look-up takes says nothing about the
-    tokens that are here.
+    A token is kept as a keyed hash, under a random key that never leaves the process. So a memory
+    dump has no tokens in it, and a long token needs no more room than a short one. Nobody can
+    choose tokens whose hashes collide with another's, so the time of a look-up reveals nothing
+    about the tokens here.
     """
 
     def __init__(self, size: int) -> None:

@@ -31,7 +31,7 @@ class _Problem(msgspec.Struct):
 def problem_detail(status: int, media_type: str | None, body: bytes) -> str | None:
     """Return why an instance refused with ``status``; ``None`` if no instance sent the answer.
 
-    Proxies, firewalls and login pages answer as well, and know nothing of our tokens.
+    Proxies, firewalls and login pages answer as well, and know nothing about tokens.
     """
     if (media_type or "").partition(";")[0].strip().lower() != PROBLEM_TYPE:
         return None
@@ -108,7 +108,7 @@ class Beacon(
     shard_count: _Number
     carrier: _Name
     assignment: _Name | None = None
-    """``None`` where it does not matter, since the instance neither owns nor assigns shards."""
+    """``None`` if it does not matter, because the instance neither owns nor assigns shards."""
     group_prefixes: _Text | None = None
     """The prefixes in order, separated by commas; ``None`` from an instance that does not tell."""
     mailbox: _Text = ""
@@ -139,7 +139,7 @@ class Lookup(msgspec.Struct, frozen=True, omit_defaults=True, rename={"sender": 
     """
 
     id: Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
-    """The question's own, which answers repeat."""
+    """The id of the question, which answers repeat."""
     sender: _Name
     """The instance that asks or answers."""
     recipient: _Name
@@ -386,7 +386,7 @@ class Ack(msgspec.Struct, tag="ack", tag_field="type", gc=False):
 
 
 class Listen(msgspec.Struct, tag="listen", tag_field="type"):
-    """A wish to hear the recipient of ``token`` too; ``recipient`` says which one that is."""
+    """A request to listen to the recipient of ``token``, which ``recipient`` repeats."""
 
     token: str
     recipient: _Name | None = None

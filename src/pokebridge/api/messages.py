@@ -168,9 +168,9 @@ def _pulled(message: Message) -> schema.PulledMessage:
 
 
 def _json(message: Message) -> bytes:
-    """The body of ``message``; its text as a string if another program has written what is no JSON.
+    """The body of ``message``, or its text as a string if another program has written invalid JSON.
 
-    Its reader could not parse the page, and would pull the same page for ever.
+    Otherwise its reader could not parse the page, and would pull the same page forever.
     """
     try:
         msgspec.json.decode(message.body)
@@ -185,8 +185,8 @@ def _readers_own(reader: str) -> str:
     """The part of an entity tag that no other reader's page ever has.
 
     One URL serves every reader, so a cache on the way, or the browser's own, may validate the page
-    of one reader with the token of another. Tags of release 0.1.0 were the head alone. They match
-    nothing.
+    of one reader with the token of another. Tags of release 0.1.0 were only the head. They never
+    match.
     """
     return hashlib.blake2s(reader.encode(), digest_size=16).hexdigest()
 

@@ -1,7 +1,8 @@
 """Calls that wait, for clients whose network lets no WebSocket pass.
 
-A call that waits is a session of the gateway, in its limits, its metrics and a drain. Here are the
-calls that fetch a session's frames and bring it some, and what lets a pull wait for something new.
+A call that waits is a session of the gateway: it counts in its limits and metrics, and a drain ends
+it. This module has the calls that fetch and send a session's frames, and lets a pull wait for
+something new.
 """
 
 import asyncio
@@ -52,7 +53,7 @@ class Waiting:
         read: Callable[[], Awaitable[T]],
         is_news: Callable[[T], bool],
     ) -> T:
-        """What ``read`` returns when that is news, after a poke, or after ``wait_s`` seconds.
+        """What ``read`` returns: at once if that is new, else after a poke or ``wait_s`` seconds.
 
         On an instance without sessions it does not wait.
 

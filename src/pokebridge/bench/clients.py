@@ -65,7 +65,7 @@ class Observer:
         """A handshake was answered with ``status``; its request was sent at ``asked_s``."""
 
     def on_connected(self, change: int) -> None:
-        """One client more is ready, or one less: ``change`` is 1 or -1."""
+        """One more client is ready, or one fewer: ``change`` is 1 or -1."""
 
     def on_poke(self, client: "StormClient") -> None:
         """``client`` received a poke."""

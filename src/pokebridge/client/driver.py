@@ -1,4 +1,4 @@
-"""What every client around the core has in common: events in, a timer, and actions out."""
+"""The common part of all clients around the core: events in, a timer, and actions out."""
 
 import asyncio
 import random
@@ -44,8 +44,8 @@ class Driver(ABC):
     def _feed(self, event: AnyEvent) -> None:
         """Let the core handle ``event``, and do what it says."""
         was_ready = self._core.ready
-        # The clock of uvloop stands still while the loop is busy. A delay that began there would be
-        # over, after many connections broke at once, before it began.
+        # uvloop's clock does not advance while the loop is busy. After many connections broke at
+        # once, a delay that began at that time would already be over.
         actions = self._core.handle(event, now=monotonic(), random=self._random())
         if self._core.ready != was_ready:
             self._on_ready_changed()
@@ -54,7 +54,7 @@ class Driver(ABC):
         self._set_timer(self._core.timer)
 
     def _set_timer(self, due_at: float | None) -> None:
-        """Have the core ticked at ``due_at``, and at no other time."""
+        """Tick the core at ``due_at``, and at no other time."""
         if due_at == self._timer_at:
             return
         if self._timer is not None:
@@ -120,7 +120,7 @@ class Driver(ABC):
         raise NotImplementedError
 
     def _on_unsent(self) -> None:  # noqa: B027 - most need not know
-        """What was to be sent has not arrived, over a socket whose frames are polled."""
+        """A message over a polled socket has not arrived."""
 
     def _stop(self, code: int) -> None:
         raise NotImplementedError

@@ -1,7 +1,7 @@
 """What a client listens to beside its own recipient.
 
-It is a client of its own, with a core, a token and a cursor. Its socket is a part of the client's,
-or one of its own where the instance carries no further recipient.
+Each further recipient is a client of its own, with a core, a token and a cursor. It shares the
+client's socket, or has its own if the instance supports no further recipients.
 """
 
 from collections.abc import Callable, Sequence
@@ -128,7 +128,7 @@ class Part(Protocol):
 
 
 class SharedSocket:
-    """A client's socket, as far as it carries what the client listens to.
+    """A client's socket, as far as it carries further recipients.
 
     - ``say``: sends a message over the socket, if there is one
     - ``_listens``: what the socket carries
@@ -169,7 +169,7 @@ class SharedSocket:
     # --- what happens to the socket ---------------------------------------------------------------
 
     def hear(self, text: str) -> bool:
-        """Take a frame. Returns whether it was for what the client listens to."""
+        """Take a frame. Returns whether it was for a recipient that the client listens to."""
         given = self._listens.hear(text)
         if given is not None:
             self._give([given])
@@ -208,7 +208,7 @@ class SharedSocket:
 
     @property
     def is_absent(self) -> bool:
-        """Whether there is no socket now, so that nobody knows what it would carry."""
+        """Whether there is no socket now, so that it is unknown which recipients it would carry."""
         return self._listens.at_most is None
 
     def carry(self, recipient: str) -> bool:

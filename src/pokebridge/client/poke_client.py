@@ -1,4 +1,4 @@
-"""The client for asyncio: one socket for a user, and for all that is on their screen."""
+"""The client for asyncio: one socket for a user, and for the recipients on their screen."""
 
 from dataclasses import replace
 from ssl import SSLContext
@@ -37,8 +37,8 @@ class PokeClient(SharingDriver, Shell):
         cursor: the version up to which all messages are handled already.
         on_event: is called with every event and action of the core. None of them holds a token.
         policy: the delays.
-        transport: "auto" connects by WebSocket, and polls over HTTP where none gets through; then
-            it tries one again and again. "websocket" and "poll" do nothing else.
+        transport: "auto" connects by WebSocket, and polls over HTTP if no WebSocket works; then it
+            retries one from time to time. "websocket" and "poll" use only that transport.
         tls: for ``https``. By default, the system's certificate authorities are trusted.
 
     Raises:
@@ -94,8 +94,8 @@ class PokeClient(SharingDriver, Shell):
             ...
             await listening.close()
 
-        Its pokes come over this client's socket, and its pulls use its own token and cursor. If
-        the instance carries no further recipient, as in release 0.1.0, it has a socket of its own.
+        Its pokes come over this client's socket, and its pulls use its own token and cursor. If the
+        instance does not support that, as in release 0.1.0, it gets a separate socket.
 
         Args:
             recipient: whom to hear; the ``sub`` of the token.

@@ -17,19 +17,19 @@ from pokebridge.wire import CONNECT_PATH, problem_detail, refusal_text
 POKES_PATH = "/v1/pokes"
 FRAMES_PATH = "/v1/pokes/frames"
 SENT_OVER_HTTP = frozenset({"listen", "unlisten"})
-"""The messages of a client that a call of its own brings to a polled session."""
+"""The client messages that a separate call sends to a polled session."""
 # The most frames of one such call.
 FRAMES_AT_ONCE = 20
 ABNORMAL_CLOSURE = 1006  # RFC 6455, section 7.4.1: no close frame came
 OPEN_WAIT_S = 5.0
 WAIT_S = 25.0
 LEAST_WAIT_S = 3.0
-# Of the time after which something cut a call, the share that the next calls wait.
+# After something has cut a call, the next calls wait for this share of the time that it lasted.
 _SHARE = 0.7
 KEEPALIVE_S = 3.0
 # The pokes of all recipients that a session may listen to take less.
 MAX_ANSWER_BYTES = 8 * 1024 * 1024
-# Shows the core that the bridge is there although it has nothing to say.
+# Shows the core that the bridge is alive although it has sent no frame.
 NOTHING_NEW = '{"type":"pong"}'
 
 
@@ -175,7 +175,7 @@ class PolledSocket:
 
 
 def _http_url(url: str) -> str:
-    """Where the frames of the instance are fetched that takes WebSockets at ``url``."""
+    """The URL for the frames of the instance that accepts WebSockets at ``url``."""
     base = url.partition("?")[0].removesuffix(CONNECT_PATH)
     return f"http{base.removeprefix('ws')}{POKES_PATH}"
 

@@ -25,7 +25,7 @@ MAX_ANSWER_BYTES = 8 * 1024 * 1024
 # Servers close an idle connection after 5 s. A pull must not be sent into a closed one.
 KEEPALIVE_S = 3.0
 PAGE_LIMIT = 50
-# After an answer that did not come to its end, the next page is this much smaller.
+# After an answer that was cut off, the next page is this much smaller.
 SMALLER_PAGE = 4
 
 _log = logging.getLogger("pokebridge.client")
@@ -59,7 +59,7 @@ class Puller(Protocol):
 
 
 class OwnPuller:
-    """Leaves the pull to a function of the user."""
+    """Calls the user's own pull function."""
 
     def __init__(self, on_poke: OnPoke) -> None:
         self._on_poke = on_poke
@@ -266,7 +266,7 @@ class _RefusedError(_RequestError):
 
 
 class _IncompleteError(_RequestError):
-    """An answer that stood still, or that broke off."""
+    """An answer that stalled or broke off."""
 
 
 def retry_after_s(header: str | None) -> float | None:

@@ -1,13 +1,13 @@
-"""Instances hear each other, so that a loss between them is noticed within seconds.
+"""Instances receive each other's beacons, so a loss between them is noticed within seconds.
 
-A probe proves that an instance hears itself. An engine of several servers may still lose what
-others publish, for example while the route between two servers is down. So each instance publishes
-a numbered beacon now and then. When numbers of another instance are missing, pokes may be missing
-as well, and everything is treated as after a gap of the transport.
+A probe proves that an instance receives its own signals. An engine of several servers may still
+lose those of others, for example while the route between two servers is down. So each instance
+publishes a numbered beacon now and then. When numbers of another instance are missing, pokes may be
+missing as well, and this is treated as a gap of all subscriptions.
 
 A beacon also carries the settings that must agree in a cluster, so that a difference is noticed
-even where the instances share no store. So are two instances of one name, and mailboxes that are
-not one. An instance without sessions publishes beacons for that alone, and hears none.
+even without a coordination store. So are two instances with one name, and instances with different
+mailboxes. An instance without sessions publishes beacons only for this, and receives none.
 """
 
 from collections import Counter
@@ -26,12 +26,12 @@ log = structlog.get_logger(__name__)
 
 FASTEST_S = 2.0
 HEARD_PER_S = 4.0
-"""About how many beacons a second an instance hears at most: with more instances, each publishes
+"""About the most beacons a second that an instance receives: with more instances, each publishes
 less often."""
 ALONE_S = 10.0
-"""How often an instance publishes while it hears no other."""
+"""How often an instance publishes while it receives no other's beacons."""
 UNHEARING_S = 60.0
-"""How often an instance without sessions publishes. It hears nobody, and may be one of many."""
+"""How often an instance without sessions publishes. It receives none, and may be one of many."""
 REORDER_S = 1.0
 """A missing number may still arrive for this long, since an engine may reorder signals."""
 GAP_EVERY_S = 10.0
@@ -41,7 +41,7 @@ SILENT_AFTER = 3
 FORGET_S = 60.0
 """A silent instance is forgotten after this time, unless it is a member of the cluster."""
 OLDER_BY_S = 5.0
-"""Of two instances that disagree, the one that began this much earlier stays ready."""
+"""Of two instances that disagree, one that started this much earlier stays ready."""
 MAX_PEERS = 10_000
 LOG_AGAIN_S = 1.0
 """One line in this time for a setting that disagrees, however many instances are made up."""
@@ -165,7 +165,7 @@ class Beacons:
         return self._stamped(now)
 
     def farewell(self, now: float) -> Beacon:
-        """The last beacon, so that nobody waits for another."""
+        """The last beacon, so that no instance waits for another."""
         return msgspec.structs.replace(self._stamped(now), last=True)
 
     def sent(self, beacon: Beacon) -> None:
@@ -250,7 +250,7 @@ class Beacons:
         """Look for losses; to be called about once a second.
 
         Returns:
-            Why everything must be treated as after a gap; ``None`` if nothing must.
+            Why there must have been a gap of all subscriptions; ``None`` if there was none.
         """
         lost = sum(peer.take_lost(now) for peer in self._peers.values())
         self.lost += lost
@@ -293,7 +293,7 @@ class Beacons:
 
     @property
     def silent_members(self) -> int:
-        """How many members of the cluster renew their lease and are not heard, or no longer."""
+        """How many members of the cluster renew their lease, but were never heard or no longer are."""
         heard = {peer.beacon.sender for peer in self._mine() if not peer.silent}
         silent = {peer.beacon.sender for peer in self._mine() if peer.silent} | self._unheard
         return len((silent - heard) & (self.members or frozenset()))
@@ -310,7 +310,7 @@ class Beacons:
 
     @property
     def trouble(self) -> str | None:
-        """What this instance must not serve with: settings that an older instance has otherwise.
+        """Why this instance must not serve: settings that differ from an older instance's.
 
         An instance that began clearly earlier stays ready, so that one wrong instance does not take
         all the others away.

@@ -21,9 +21,9 @@ class GatewayConfig:
     max_sessions_per_recipient: int
     """A session beyond this limit replaces the recipient's oldest one."""
     group_prefixes: tuple[str, ...] = ()
-    """How the recipients begin that are groups. A group may have any number of sessions."""
+    """The prefixes of recipients that are groups. A group may have any number of sessions."""
     audience_pulls_per_s: float = 1000.0
-    """The rate to which the pulls are spread that a poke to a large audience causes."""
+    """The rate to which the pulls after a poke to a large audience are spread."""
     verify_every_s: float
     """How often each session is compared with its recipient's mailbox."""
     allowed_origins: frozenset[str] | None = frozenset()
@@ -52,7 +52,7 @@ class GatewayConfig:
     mode: Mode = "fanout"
     """The mode until the first shard map arrives."""
     deaf_after_s: float = 5.0
-    """After this time in which the transport is in doubt, the instance is deaf."""
+    """When the transport has been in doubt for this long, the instance is deaf."""
     placement: PlacementRules = field(default_factory=PlacementRules)
     max_session_s: float = inf
     """The longest life of a session. Each session gets a random share of it, 80 to 100 %, so that

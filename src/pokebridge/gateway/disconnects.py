@@ -1,7 +1,7 @@
 """The disconnects of the last minutes, and the revocations that are in force.
 
-A signal may be lost in a gap, and so may a disconnect. So each instance keeps the recent ones, and
-repeats them for an instance that says that it has missed signals.
+A signal may be lost in a gap, and so may a disconnect. So each instance keeps the recent
+disconnects, and repeats them for an instance that reports missed signals.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ MAX_RECENT = 10_000
 # How far the clocks of two instances may differ. A session that began so long after the disconnect,
 # or longer, is left alone when the disconnect is repeated.
 SLACK_S = 5.0
-# How many revocations are added before those that have run out are looked for.
+# How many revocations are added before the expired ones are removed.
 _SWEEP_AFTER = 1000
 
 

@@ -43,13 +43,13 @@ from pokebridge.wire import Beacon, Listen, encode_beacon
 
 log = structlog.get_logger(__name__)
 
-# How often all sessions are poked while the transport is in doubt, when there is no mailbox that
-# could tell who is behind.
+# How often all sessions are poked while the transport is in doubt, if there is no mailbox to tell
+# which are behind.
 _DOUBT_POKE_EVERY_S = 30
 # Sessions that had to wait for ``ready`` get it in batches, one in this time.
 _READY_EVERY_S = 0.1
 _BEACON_TIMEOUT_S = 2.0
-# What an instance bears until it has been measured.
+# The pulls a second that an instance is assumed to handle until they are measured.
 _PULLS_PER_S = 1000.0
 
 
@@ -120,8 +120,8 @@ class Gateway:
     async def start(self, *, serves: bool = True) -> None:
         """Subscribe, and begin to take sessions. Unless it ``serves``, refuse them all.
 
-        It publishes beacons either way, since other settings than those of the instances with
-        sessions would lead its pokes astray.
+        It publishes beacons either way, so that a setting that differs from those of the instances
+        with sessions, and would misroute its pokes, is noticed.
 
         Raises:
             TransportError: the transport is unavailable.
@@ -169,7 +169,7 @@ class Gateway:
 
     @property
     def sockets(self) -> Sockets:
-        """The HTTP connections, which become sessions here or stay what they are."""
+        """The HTTP connections. Some of them become sessions here."""
         return self.entrance.sockets
 
     @property
@@ -189,7 +189,7 @@ class Gateway:
 
     @property
     def _audience_pulls_per_s(self) -> float:
-        """As was set, and less in proportion while the instance bears less than at its start."""
+        """The setting, reduced in proportion while the instance is slower than at its start."""
         return self._config.audience_pulls_per_s * min(1.0, self.pulls_per_s / _PULLS_PER_S)
 
     @property
@@ -259,7 +259,7 @@ class Gateway:
                 await asyncio.sleep(1 / self._config.moves_per_s)
 
     def _send_away(self, connection: Listener, code: int) -> None:
-        """Move the client to its shard's owner, or close with ``code`` when that is nobody else."""
+        """Move the client to its shard's owner, or close with ``code`` if there is no other."""
         url = self.shard_routing.url_for(connection.recipient)
         if url is None:
             connection.close(code, "this instance can't serve you now")
@@ -269,7 +269,7 @@ class Gateway:
 
     @property
     def is_deaf(self) -> bool:
-        """Whether the transport has been in doubt for long: pokes for the sessions may be lost."""
+        """Whether the transport has been in doubt for long, so that pokes may be lost."""
         return self._doubt_s >= self._config.deaf_after_s
 
     def let_go(self, *, lets_go: bool) -> None:
@@ -302,7 +302,8 @@ class Gateway:
     def add(self, session: Listener, *, moved: bool, response: bytes = b"") -> None:
         """Accept the handshake of a session, and add it or send it to its shard's owner.
 
-        ``moved``: its client was sent here, and is not sent on. ``response`` accepts the handshake.
+        ``moved``: its client was redirected here, and is not redirected again. ``response`` accepts
+        the handshake.
         """
         self._all_gone.clear()
         recipient = session.recipient
@@ -314,7 +315,7 @@ class Gateway:
         self.hear(session, response)
 
     def hear(self, session: Listener, response: bytes = b"") -> None:
-        """Add a session, or what one listens to, and open it once its shard is live."""
+        """Add a session, or what a session listens to, and open it once its shard is live."""
         recipient = session.recipient
         replaced = self.sessions.add(session)
         if self.shard_routing.enter(recipient):
@@ -375,7 +376,7 @@ class Gateway:
             self._opener = self._loop.call_later(_READY_EVERY_S, self._open_next)
 
     def _on_missed(self, concerns: Callable[[str], bool]) -> None:
-        """Make up for what may have been lost in a gap: pokes, and disconnects."""
+        """Recover what may have been lost in a gap: pokes and disconnects."""
         self.bridge.wake(concerns, self.pulls_per_s)
         self._recall.on_missed()
 
@@ -389,7 +390,7 @@ class Gateway:
     def _watch_doubt(self) -> None:
         """Count the seconds in which the transport was in doubt, and pokes may have been lost.
 
-        Poke everybody now and then if no mailbox can tell whom.
+        Without a mailbox, poke all sessions now and then.
         """
         was_deaf = self.is_deaf
         self._doubt_s = self._doubt_s + 1 if self.subscriptions.is_in_doubt else 0
@@ -462,7 +463,7 @@ class Gateway:
         self.remove(connection)
 
     def remove(self, session: Listener) -> None:
-        """Forget ``session``, whose socket is closed, or what a session listened to."""
+        """Forget ``session``, whose socket is closed, or a recipient that a session listened to."""
         if self.sessions.remove(session):
             self.shard_routing.leave(session.recipient)
         self._waiting.pop(session, None)

@@ -72,8 +72,8 @@ def read_handshake(
 ) -> Handshake:
     """Check everything in ``request`` except the token. ``allowed_origins`` ``None`` allows any.
 
-    ``address`` is the one whose limits the session counts against. ``is_proxied``: what a proxy
-    says of the host that was asked for is believed.
+    ``address`` is the one whose limits the session counts against. ``is_proxied``: the requested
+    host is taken from the proxy's headers.
 
     Raises:
         RefusedError: with the status that protocol.md section 3 names.

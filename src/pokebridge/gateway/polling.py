@@ -1,7 +1,7 @@
 """Sessions without a socket: their clients fetch the frames with HTTP calls that wait.
 
 Some networks let no WebSocket pass. To the bridge such a client is a session like any other: it is
-in the session map, and a poke finds it there. While no call waits, the session is one whose peer
+in the session map, where a poke finds it. While no call waits, the session is like one whose peer
 does not read, so pokes merge into its one slot. A call that waits is answered with that slot.
 """
 
@@ -30,7 +30,7 @@ PROOF_WITHIN_S = 2.0
 """How long a pull waits for its recipient's subscription to be proven. Then it answers at once."""
 # A call waits for at most this share of the time that its token has left.
 _TOKEN_SHARE = 0.75
-# What a pull is answered with whose session ends by one of these codes.
+# The error that answers a pull, by the close code with which its session ends.
 _ERRORS: dict[int, type[PokebridgeError]] = {4401: AuthError, 4409: ConflictError}
 
 
@@ -113,9 +113,9 @@ class PolledSession(HasSession):
     async def fetch(self, wait_s: float) -> Sequence[bytes]:
         """The frames for the client, as JSON. Waits up to ``wait_s`` seconds for the first.
 
-        Returns nothing when the time is up, when a newer call takes the place of this one, and when
-        the session ends without a word; ``ending`` then says why. After each call the session
-        stays for ``pong_timeout_s``, and ends if no other call comes.
+        Returns nothing when the time is up, when a newer call replaces this one, and when the
+        session ends without a frame; ``ending`` then says why. After each call the session stays
+        for ``pong_timeout_s``, and ends if no other call comes.
         """
         self._answer()
         self._call = None  # an older call has nothing more to take
@@ -138,7 +138,7 @@ class PolledSession(HasSession):
         read: Callable[[], Awaitable[T]],
         is_news: Callable[[T], bool],
     ) -> T:
-        """What ``read`` returns when that is news, after a poke, or after ``wait_s`` seconds.
+        """What ``read`` returns: at once if that is new, else after a poke or ``wait_s`` seconds.
 
         It waits only while the recipient's subscription is proven live, and ends the session. It
         reads every ``verify_every_s`` seconds, in case a poke was lost.
@@ -197,7 +197,7 @@ class PolledSession(HasSession):
     def open(self, first_ping_s: float, response: bytes = b"") -> None:  # noqa: ARG002 - that of a Listener
         """Say ``ready`` with the call that waits, or the next one.
 
-        A session for one call has nobody to hear it: the call reads what is there when it begins.
+        A session for one call needs no ``ready``: the call reads what is there when it begins.
         """
         if self.session.state is State.WAITING:
             now = self._host.now()
@@ -214,8 +214,8 @@ class PolledSession(HasSession):
     def notify(self, version: int | None, frame: bytes) -> bool:
         """Answer the call that waits, or keep the poke. Returns whether a call is answered.
 
-        A poke that would have the client wait keeps its call waiting instead. So the answers to
-        many clients are spread, too.
+        For a poke with a delay, the call waits in the client's place. So the answers to many
+        clients are spread, too.
         """
         session = self.session
         if version is None:
@@ -261,7 +261,7 @@ class PolledSession(HasSession):
             self.close(4307, "moved")
 
     def abort(self) -> None:
-        """The client is gone, or has heard that the session ends."""
+        """The client is gone, or knows that the session ends."""
         self.session.state = State.CLOSED
         self._answer()
         if not self._is_forgotten:

@@ -1,4 +1,4 @@
-"""Make up for disconnects that were lost in a gap: ask the other instances for the recent ones."""
+"""Recover disconnects that were lost in a gap: ask the other instances for the recent ones."""
 
 import asyncio
 import contextlib
@@ -13,11 +13,11 @@ from pokebridge.sharding import shard_of
 from pokebridge.transport.base import Signal, Transport
 from pokebridge.wire import MISSED, encode_disconnect, encode_probe
 
-# When an instance asks after a gap, each time after a pause. Twice, since whoever knows may have
-# been in the same gap, and hear only the second question.
+# The pauses before an instance asks after a gap. It asks twice, since the instances that know a
+# disconnect may have been in the same gap, and receive only the second question.
 ASK_AFTER_S = (0.5, 10.0)
 ANSWER_WITHIN_S = 1.0
-# How often an answer is tried: whoever knows may be stopped when the second question comes.
+# How often an answer is tried: an instance that knows may be stopped at the second question.
 ANSWER_TRIES = 10
 
 
@@ -49,7 +49,7 @@ class Recall:
         bridge.on_asked = self.on_asked
 
     def on_missed(self) -> None:
-        """This instance may have missed signals, and hears again."""
+        """This instance may have missed signals, and receives again."""
         if not self._will_ask:
             self._will_ask = True
             self._spawn("recall_disconnects", self._ask)

@@ -1,10 +1,10 @@
-"""What this instance has the transport deliver, and the proof that it does.
+"""This instance's subscriptions on the transport, and the proof that they deliver.
 
 In fan-out mode an instance has one subscription for everything. In partitioned mode it has one for
-each shard that it owns or has sessions of. A session gets ``ready`` only once its recipient's
-shard is *proven live*. After a gap the sessions that may have missed a poke are woken. Both are
-decided here, the same for every transport, by probes: an instance publishes a signal and waits
-until its own subscription delivers it.
+each shard that it owns or has sessions of. A session gets ``ready`` only once its recipient's shard
+is *proven live*. After a gap the sessions that may have missed a poke are poked. Both are decided
+here, in the same way for every transport, by probes: an instance publishes a signal and waits until
+its own subscription delivers it.
 """
 
 import asyncio
@@ -106,7 +106,7 @@ class SubscriptionManager:
         self._wanted: frozenset[Selection] = frozenset()
         self._managed: dict[Selection, _ManagedSubscription] = {}
         self._closing: set[asyncio.Task[None]] = set()
-        # Whether all that were wanted have been live at some time.
+        # Whether all wanted subscriptions have been live at some time.
         self._were_live = False
         # What may have missed signals and is live again or replaced, until the timer runs out.
         self._missed: set[Selection] = set()
@@ -115,11 +115,12 @@ class SubscriptionManager:
 
     @property
     def trouble(self) -> str | None:
-        """Why this instance can't hear all that it should. ``None`` when it can.
+        """Why this instance can't receive everything that it should. ``None`` when it can.
 
-        Until all subscriptions were live once, one that is not proven yet is a trouble. Afterwards
-        it is one only when its proof has failed: a rebalance must not take every instance that
-        gains a shard out of service. Sessions of that shard wait for ``ready`` meanwhile.
+        Until all subscriptions have been live once, any that is not proven yet is reported.
+        Afterwards one is reported only when its proof has failed: a rebalance must not take every
+        instance that gains a shard out of service. Meanwhile sessions of that shard wait for
+        ``ready``.
         """
         if not self._wanted:
             return "nothing is subscribed"
@@ -142,7 +143,7 @@ class SubscriptionManager:
 
     @property
     def is_in_doubt(self) -> bool:
-        """Whether this instance can't hear all that it should.
+        """Whether this instance can't receive everything that it should.
 
         Either a subscription that was live may have missed signals and is not proven again, or one
         that is new can't be proven, and nothing else covers it.
@@ -188,7 +189,7 @@ class SubscriptionManager:
         self._step()
 
     def report_gap(self, reason: str) -> None:
-        """Treat everything as after a gap: signals of other instances were lost on the way."""
+        """Treat all subscriptions as after a gap: signals of other instances were lost."""
         self.gaps += 1
         for managed in self._managed.values():
             managed.doubt(reason)
@@ -257,8 +258,8 @@ class SubscriptionManager:
     def _next_steps(self) -> Steps:
         """What to open, and what to close.
 
-        A refused subscription is kept until it is proven, wanted or not. Otherwise the
-        instance would soon seem to hear everything, be given that shard again, and lose it again.
+        A refused subscription is kept until it is proven, wanted or not. Otherwise the instance
+        would soon seem healthy, be given that shard again, and lose it again.
         """
         return next_steps(
             self._wanted,
@@ -341,7 +342,7 @@ class _ManagedSubscription:
             await self._subscription.close()
 
     def retire(self) -> None:
-        """Close as soon as it is known that this subscription has missed nothing."""
+        """Close this subscription as soon as it is known to have missed nothing."""
         if self._retiring is None:
             self._retiring = supervise("subscription_retire", self._retire)
 
@@ -355,8 +356,8 @@ class _ManagedSubscription:
     async def _retire(self) -> None:
         """Let the signals that are on their way arrive, then prove once more that all of them did.
 
-        The transport may not have reported a gap yet. Without this last probe nobody would wake
-        the sessions that the gap affects.
+        The transport may not have reported a gap yet. Without this last probe the sessions that the
+        gap affects would not be poked.
         """
         was_live = self.trouble is None or self.missed
         if was_live:
@@ -389,7 +390,7 @@ class _ManagedSubscription:
         self.doubt(f"a gap in the transport ({selection}): {reason}")
 
     def doubt(self, reason: str) -> None:
-        """Signals may have been lost: prove the subscription anew."""
+        """Signals may have been lost: prove the subscription again."""
         self._lose(reason)
         self._doubt.set()
 

@@ -1,9 +1,9 @@
 """Compare what sessions were poked for with what is in the mailbox, and poke those that are behind.
 
-Probes, gaps and the outbox depend on what an engine says. Verification does not: it asks the
+Probes, gaps and the outbox depend on what an engine reports. Verification does not: it asks the
 mailbox for the newest version of each connected recipient in turn. So a poke that was lost anywhere
-between the publisher and the socket is sent again within ``verify_every_s``: a bound that no
-transport can break.
+between the publisher and the socket is sent again within ``verify_every_s``, whatever the transport
+does.
 """
 
 from collections import deque
@@ -89,8 +89,8 @@ class Verification:
     async def step(self, now: float, *, in_doubt: bool) -> None:
         """Verify the sessions whose turn has come; to be called once in ``STEP_S``.
 
-        A session that is not open yet keeps its turn: its pull at ``ready`` comes first. When the
-        mailbox does not answer the same sessions are first in line at the next step.
+        A session that is not open yet keeps its turn: its pull at ``ready`` comes first. If the
+        mailbox does not answer, the same sessions are first in line at the next step.
         """
         lost = self._settle_suspects(now)
         due = self._take_due(now, in_doubt=in_doubt)

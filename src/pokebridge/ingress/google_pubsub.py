@@ -99,7 +99,7 @@ class GooglePubSubSource:
             await self._api.close()
 
     async def _check_dead_letters(self) -> None:
-        """Look for the subscription. Without one the topic accepts a dead letter and loses it."""
+        """Check that the subscription exists. Without it the topic would lose a dead letter."""
         try:
             kept = await self._api.call("GetSubscription", subscription=self._dead_subscription)
         except PubSubError as error:

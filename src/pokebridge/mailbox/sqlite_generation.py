@@ -1,17 +1,18 @@
 """Notices when the SQLite file went back in time, and begins a new generation of versions then.
 
 The table ``generation`` counts the messages ever appended, and has a random name, the lineage, that
-changes with each generation. Beside the mailbox FILE lies FILE.generation, which repeats both after
-each commit. A restored copy of FILE lacks messages that FILE.generation has counted, or is of
-another lineage. When FILE.generation is missing, or was itself copied or restored, nothing is known
-about FILE, and a generation too many does no harm.
+changes with each generation. FILE.generation, beside the mailbox FILE, records both after each
+commit. A restored copy of FILE lacks messages that FILE.generation has counted, or is of another
+lineage. When FILE.generation is missing, or was itself copied or restored, nothing is known about
+FILE. A new generation then begins, since an unnecessary one does no harm.
 
-FILE itself lags behind, since commits go to FILE-wal first. What it holds without FILE-wal only
-grows, so an older copy that was written over it is noticed as well. A copy that ``VACUUM INTO`` has
-made may hold more than FILE does, in other places. It has a schema version that FILE never had.
+FILE itself lags behind, since commits go to FILE-wal first. Its content without FILE-wal only
+grows, so an older copy that was written over it is noticed as well. A copy made by ``VACUUM INTO``
+may hold more than FILE does, on other pages. It has a schema version that FILE never had.
 
-SQLite itself may write the content of a backup into FILE while it is in use: ``.restore`` of its
-shell does, and so do statements. These are transactions, so the next one looks what they did.
+SQLite itself may write the content of a backup into FILE while FILE is in use, by ``.restore`` of
+its shell or by statements. These are transactions, so the next transaction checks what they
+changed.
 """
 
 import fcntl
@@ -44,9 +45,9 @@ TABLES: Final = (
     END""",
 )
 RESTORED: Final = "restored"
-# By how much the file system's time of a record may be later than the time that it names. A copied
-# or restored file has a later one, which no program can set back. An earlier one is right: the file
-# system's clock may be some ticks behind.
+# By how much the change time of a record in the file system may exceed the time that the record
+# names. A copied or restored file has a later change time, which no program can set back. An
+# earlier one is fine: the file system's clock may be some ticks behind.
 TOLERANCE_NS: Final = 5_000_000
 WRITE_ATTEMPTS: Final = 20
 
@@ -213,7 +214,7 @@ class SideFile:
         self._written = _Record(state, self.held)
 
     def delete(self) -> None:
-        """Have the next start begin a generation, since FILE is not what it was."""
+        """Make the next start begin a generation, since FILE is not what it was."""
         self._path.unlink(missing_ok=True)
 
     def _open(self) -> int:
@@ -230,7 +231,8 @@ class SideFile:
 class RestoreWatch:
     """Begins a generation in the transaction that finds FILE restored while it was in use.
 
-    - ``_version``: what SQLite changes when another connection commits, at the last look
+    - ``_version``: SQLite's ``data_version``, which another connection's commit changes, at the
+      last look
     - ``_base``: the generation's base then
     """
 

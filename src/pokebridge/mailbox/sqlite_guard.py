@@ -45,7 +45,7 @@ class Look(NamedTuple):
 
 
 class FileGuard:
-    """Stands between the threads and the file. Made once the file is open, with its side file.
+    """Guards the threads' access to the file. Created once the file is open, with its side file.
 
     When the file, or SQLite's log of it, was deleted or replaced, a commit would be lost with the
     old one. So every call fails from then on, and only a new start opens the new file. The same
@@ -117,9 +117,9 @@ class FileGuard:
     def copied(self, held: Held | None) -> None:
         """Look at the file after a checkpoint, which may have made it shorter.
 
-        The next one may make it longer. While that is under way the file says a length that it does
-        not have yet, and would look cut if its shorter length were not known. ``held`` is what it
-        holds, flushed, if that is known.
+        The next one may make it longer. While that checkpoint runs, the file's header states a
+        length that the file does not have yet, and the file would look cut if its shorter length
+        were not known. ``held`` is what it holds, flushed, if that is known.
         """
         self._find_gone()
         if held is not None:

@@ -27,7 +27,7 @@ LOCK_TIMEOUT_S: Final = 5.0
 class Job(NamedTuple):
     """Work for a thread to do on its connection, and the future for its outcome.
 
-    ``work`` has no effect but on the connection: a batch in which a job fails is done again.
+    ``work`` has effects only on the connection, because a batch in which a job fails is repeated.
     """
 
     work: Callable[[sqlite3.Connection], Any]

@@ -77,7 +77,7 @@ class Adapters:
 
 
 def check(settings: Settings) -> None:
-    """Check that the settings are safe, and that the chosen adapters can do what they ask for.
+    """Check that the settings are safe, and that the chosen adapters support them.
 
     Raises:
         ConfigError: they aren't.
@@ -150,7 +150,7 @@ def _check_roles(settings: Settings) -> None:
 
 
 def log_warnings(settings: Settings) -> None:
-    """Log what is allowed, and hardly ever meant."""
+    """Log settings that are allowed but hardly ever intended."""
     for network in settings.trusted_proxies:
         if is_too_wide(network):
             log.warning("trusted_proxies_too_wide", network=str(network))
@@ -215,13 +215,13 @@ async def open_adapters(settings: Settings) -> AsyncIterator[Adapters]:
 
 
 def _reads_mailbox(settings: Settings) -> bool:
-    """Whether a gateway that keeps no messages is told where they are."""
+    """Whether a gateway that keeps no messages knows the mailbox that does."""
     is_told = "mailbox" in settings.model_fields_set and not settings.mailbox.startswith("memory:")
     return is_told and not settings.no_mailbox and "gateway" in settings.roles
 
 
 def has_own_mailbox(settings: Settings) -> bool:
-    """Whether each worker opens the mailbox itself: a server takes many writers, a file one."""
+    """Whether each worker opens the mailbox itself: a server accepts many writers, a file one."""
     return settings.mailbox.startswith("postgres")
 
 

@@ -40,17 +40,17 @@ from pokebridge.workers.methods import HttpRequest, HttpResponse
 
 ASK_EVERY_S: Final = 1.0
 STALLED_AFTER: Final = 5
-"""A worker that is not heard in so many rounds of questions stands still, and is killed."""
+"""A worker that answers nothing in so many rounds of questions hangs, and is killed."""
 REFRESH_TIMEOUT_S: Final = 0.5
 """How long a call that shows figures of workers waits for their reports."""
 START_TIMEOUT_S: Final = 60.0
-"""A worker that does not serve so long after its start is killed."""
+"""A worker that does not serve within this time after its start is killed."""
 WELL_AFTER_S: Final = 10.0
-"""A worker that has lived so long is well. Its next death is the first."""
+"""A worker that has lived this long is healthy. Its next death counts as the first."""
 RESTART_FIRST_S: Final = 0.1
 RESTART_CAP_S: Final = 10.0
 FAILING_AFTER: Final = 3
-"""After so many deaths in a row the instance is not ready."""
+"""After this many deaths in a row the instance is not ready."""
 STOP_EXTRA_S: Final = 5.0
 """What a worker may take to stop, beside the time for its requests."""
 
@@ -112,7 +112,7 @@ class Slot:
 
     @property
     def is_failing(self) -> bool:
-        """Whether one process after the other has died, and this one is not well yet."""
+        """Whether several processes died in a row, and this one is not healthy yet."""
         is_well = self.link is not None and time.monotonic() - self._began_s >= WELL_AFTER_S
         return self.deaths >= FAILING_AFTER and not is_well
 

@@ -1,8 +1,9 @@
-"""The end of a recipient's sessions, and revocations: every instance finds these in the mailbox.
+"""Disconnects and revocations of a recipient. Every instance finds revocations in the mailbox.
 
 Revocations are messages of one reserved recipient. So every mailbox keeps them, and deletes them
-when they have run out. A disconnect is kept there as well, for some minutes, if it was asked of an
-instance that does not hear the others: they can't ask it for what they missed in a gap.
+when they have run out. A disconnect is kept there as well, for some minutes, if the instance that
+was asked does not receive the others' signals: they can't ask it for disconnects that they missed
+in a gap.
 """
 
 import asyncio

@@ -1,8 +1,8 @@
 """A worker process: it serves connections that its hub accepts (docs/cores.md).
 
 It answers the calls about messages and pokes. All other HTTP requests concern the whole instance,
-and the hub answers them. A worker ends with its hub, however that ends, and when its hub stands
-still: it would answer the pings of clients whom nobody pokes.
+and the hub answers them. A worker ends with its hub, however the hub ends, and when its hub hangs.
+Otherwise it would answer the pings of clients that get no pokes.
 """
 
 import asyncio
@@ -72,7 +72,7 @@ from pokebridge.workers.methods import HttpRequest, HttpResponse
 from pokebridge.workers.worker_gateway import WorkerGateway
 
 HUB_STALLED_AFTER = 10
-"""A hub that has said nothing for so many seconds stands still. It asks for a report in each."""
+"""A hub that has sent nothing for so many seconds hangs. It asks for a report in each second."""
 _AT_ONCE = 64
 _CONNECTIONS_TO_RELIEVE = 32
 _FAMILIES = {b"4": socket.AF_INET, b"6": socket.AF_INET6}
@@ -264,16 +264,16 @@ class Worker:
         )
 
     def _orphaned(self) -> None:
-        """The hub is gone or stands still: clients must find another instance."""
+        """The hub is gone or hangs: clients must find another instance."""
         if not self._is_done:
             os._exit(1)
 
 
 class SessionVerifier:
-    """Verifies the tokens that come over sessions, and remembers none of them.
+    """Verifies the tokens that come over sessions, and caches none of them.
 
-    A session brings its token once. The client's HTTP calls with the same token may reach any
-    worker. Those that such a call reaches remember it, and no other has to.
+    A session sends its token once. The client's HTTP calls with the same token may reach any
+    worker. Only the workers that such a call reaches cache it.
     """
 
     def __init__(self, verifier: TokenVerifier) -> None:
@@ -358,7 +358,7 @@ _SCOPE = (
 
 
 async def _read_body(receive: Receive) -> bytes | None:
-    """Read the body, or so much of it that the hub sees that it is too large for any call.
+    """Read the body, or enough of it for the hub to see that it is too large for any call.
 
     ``None``: the client went away before it had sent all of it.
     """

@@ -1,7 +1,7 @@
 """Calls of a worker that its hub answers.
 
-A method is a name with the types of its arguments and of its result. What the hub's part raises is
-raised again in the worker, as an error of the same class.
+A method is a name with the types of its arguments and of its result. An error raised in the hub is
+raised again in the worker, with the same class.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from pokebridge.supervisor import note_failure
 from pokebridge.workers.frames import Call, ChannelError, Failure, Message, Result
 
 MAX_WAITING: Final = 10_000
-"""Calls of one worker that wait for their answers at most. Further calls are refused."""
+"""The most calls of one worker that wait for their answers. Further calls are refused."""
 # The attributes that an error has beside its text, with the types that they must have.
 _DETAILS: Final[Mapping[str, Mapping[str, Any]]] = {
     "NotPublishedError": {"recipients": frozenset[str], "too_large": frozenset[str]},
@@ -59,7 +59,7 @@ class Calls:
         self._waiting: dict[int, asyncio.Future[msgspec.Raw]] = {}
 
     async def call(self, method: Method[P, R], *arguments: P.args, **_: P.kwargs) -> R:
-        """Have the hub do ``method``, which is done although its caller may be cancelled.
+        """Call ``method`` on the hub. The hub finishes it even if the caller is cancelled.
 
         Raises:
             InputError: an argument has no encoding.

@@ -15,8 +15,8 @@ from pokebridge.supervisor import note_failure
 from pokebridge.workers.frames import ChannelError, Deframer, Framer, Message
 
 CONGESTED_BYTES: Final = 1024 * 1024
-"""From so many unsent bytes on the channel is congested: what can be made up for is dropped, and
-calls and their answers wait."""
+"""With this many unsent bytes the channel is congested: messages that can be recovered later are
+dropped, and calls and their answers wait."""
 MAX_UNSENT_BYTES: Final = 64 * 1024 * 1024
 """With more unsent bytes the channel breaks. All that may be long waits for room, so only a peer
 that reads nothing causes that."""
@@ -36,7 +36,8 @@ class Channel(asyncio.Protocol, Generic[Received]):
     - ``on_flush``: called before each write, to send what was still being put together
     - ``_decode``, ``_on_message``: decode a frame, and take each message of it
     - ``_on_broken``: called once, when the channel has ended
-    - ``_framer``, ``_deframer``: what is not written yet, and what has not arrived as a whole
+    - ``_framer``, ``_deframer``: messages not written yet, and frames that have not arrived
+      completely
     - ``_flush_is_due``: whether a write is scheduled
     - ``_written``: set when what waits for room may find some
     """

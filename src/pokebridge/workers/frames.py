@@ -4,10 +4,9 @@ A frame is its length, four bytes, and an array of messages in MessagePack: what
 one turn of its loop. So the other end decodes all of it by one call. Both ends are always the same
 release, since the hub starts its workers. So these messages may change at any time.
 
-A session, or what one listens to beside its own recipient, is named by a number, which its worker
-gives it. The worker gives the number of one that has ended to another only when the hub has said
-that it is :class:`Forgotten`. So neither end can mistake one for another, whatever is under way
-between them.
+Sessions, and the further recipients that they listen to, are identified by numbers, which their
+worker assigns. The worker reuses a number only after the hub has confirmed that its last user is
+:class:`Forgotten`. So neither end can confuse two sessions, whatever is in flight between them.
 """
 
 import struct
@@ -31,7 +30,7 @@ _ARRAY = 0xDD
 
 
 class ChannelError(PokebridgeError):
-    """The peer sent what is no frame, or more than fits: the channel can't be used any more."""
+    """The peer sent an invalid frame, or more than fits: the channel can't be used any more."""
 
 
 class Message(msgspec.Struct, array_like=True, gc=False):
@@ -134,7 +133,7 @@ class Ask(Message, tag=11):
 
 
 class Stop(Message, tag=12):
-    """Finish the requests under way and end. The sessions are closed already."""
+    """Finish the running requests and end. The sessions are closed already."""
 
 
 class Forgotten(Message, tag=13):

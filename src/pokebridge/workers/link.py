@@ -1,8 +1,8 @@
 """The hub's end of one worker: the worker's sessions, as the hub's gateway holds them.
 
-To the gateway a session of a worker is one like any other. So readiness, gaps, limits, drains and
-redirects are decided once on a host, by the code that decides them in a single process. A poke for
-a recipient without a session here costs one look-up, however many workers there are.
+To the gateway a worker's session is a session like any other. So readiness, gaps, limits, drains
+and redirects are decided once per host, by the same code as in a single process. A poke for a
+recipient without a session here costs one look-up, however many workers there are.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -115,7 +115,7 @@ class RemoteSession(msgspec.Struct, gc=False, eq=False):
 
 
 class RemoteListening(RemoteSession, gc=False, eq=False):
-    """What a session of a worker listens to beside its own recipient."""
+    """A further recipient that a worker's session listens to."""
 
     is_session: ClassVar[bool] = False
 
@@ -130,7 +130,7 @@ class WorkerLink:
       worker says
     - ``_gateway``: holds the sessions
     - ``_by_number``: the same sessions by their numbers; ``None`` where there is none
-    - ``_has_missed``: whether pokes were dropped since the channel is congested
+    - ``_has_missed``: whether pokes were dropped since the channel became congested
     - ``_poke``: the poke that is being put together
     """
 
@@ -161,7 +161,7 @@ class WorkerLink:
         self.channel.send(message)
 
     def poke(self, session: int, version: int | None, frame: bytes) -> bool:
-        """Have the worker poke a session. False: it is poked later.
+        """Make the worker poke a session. Returns False if it is poked later.
 
         One message pokes all sessions that get the same frame in a turn of the loop.
         """
@@ -225,7 +225,7 @@ class WorkerLink:
         except RefusedError as error:
             self.send(Refuse(number, int(error.status), str(error), error.headers))
             return
-        # One object for all that have the same: an own one takes 32 to 64 bytes of each session.
+        # Sessions with equal texts share one object: separate ones would take 32 to 64 bytes each.
         device = DEFAULT_DEVICE if enter.device == DEFAULT_DEVICE else enter.device
         kind = RemoteSession if enter.is_session else RemoteListening
         session = kind(self, number, enter.recipient, device, address, whole_second(enter.began_at))

@@ -1,4 +1,4 @@
-"""The gateway of a worker: the sockets of its sessions. What becomes of them the hub decides.
+"""The gateway of a worker: the sockets of its sessions. The hub decides what happens to them.
 
 HTTP upgrade → ``Entrance`` → ``Connection`` → ``Enter`` to the hub → ``Open`` or ``Refuse``
 """
@@ -43,12 +43,13 @@ from pokebridge.workers.frames import (
 )
 
 MAX_UNANSWERED: Final = 10_000
-"""Handshakes that wait for the hub at most. Further ones are refused."""
+"""The most handshakes that wait for the hub. Further ones are refused."""
 ANSWER_WITHIN_S: Final = 10.0
-"""A handshake that the hub has not answered for so long is refused, and its client tries again."""
+"""A handshake that the hub does not answer within this time is refused, and its client tries
+again."""
 ACKS_WITHIN_S: Final = 0.1
-"""How long acks wait at most for something else to be sent. An own write for each would wake the
-hub a third more often."""
+"""The longest that acks wait for another message to be sent. A separate write for each would wake
+the hub a third more often."""
 _NO_NUMBER: Final = -1
 
 
@@ -213,7 +214,7 @@ class WorkerGateway:
     def refuse_overdue(self, unix_s: float) -> None:
         """Refuse the handshakes that the hub has left without an answer; to be called every second.
 
-        Otherwise their clients would wait for as long as they have patience.
+        Otherwise their clients would wait until their own timeout.
         """
         for number in list(self._unanswered):
             connection = self._by_number[number]
@@ -259,7 +260,7 @@ class WorkerGateway:
     # --- what the hub says ------------------------------------------------------------------------
 
     def take(self, message: ToWorker) -> None:
-        """Do what the hub says of a session, or of all."""
+        """Carry out a message of the hub about one session, or about all."""
         if isinstance(message, Poke):
             self._poke(message)
         elif isinstance(message, Open | Answer | Refuse):
