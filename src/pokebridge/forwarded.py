@@ -1,4 +1,4 @@
-"""What a proxy says of the request that it forwards. It counts from trusted proxies only.
+"""What a proxy says about the request that it forwards. Only trusted proxies are believed.
 
 ``X-Forwarded-Host``, ``-Port``, ``-Proto`` and ``-Prefix`` are read, and ``Forwarded`` (RFC 7239).
 Where several proxies have added to a field, the first value is the one that the client saw.

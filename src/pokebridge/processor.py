@@ -34,8 +34,8 @@ MAX_PENDING: Final = 10_000
 CONFIRM_EVERY_S: Final = 0.05
 # Longer than the pause after which an unconfirmed entry is claimed again.
 CUT_OFF_S: Final = 5.0
-# A poke that the transport refuses is tried so often, for about 4 minutes in all. Then
-# it is set aside. A connected client is poked by the gateway's verification all the same.
+# How often a poke that the transport refuses is tried, over about 4 minutes. Then it is set aside.
+# The gateway's verification still pokes a connected client.
 MAX_REFUSALS: Final = 10
 REFUSED_FIRST_S: Final = 1.0
 REFUSED_CAP_S: Final = 60.0
@@ -78,12 +78,12 @@ class Processor:
     One loop publishes the pokes of sent messages, a batch at a time. Pokes that are added during a
     publish are merged and share the next batch. A second loop confirms what was published.
 
-    A sweep, every ``sweep_every_s`` seconds, publishes outbox entries older than
-    ``sweep_after_s``. This age must be well above what a publish takes, or pokes are doubled. So
-    what a dead process left is poked within ``sweep_after_s + 1.5 * sweep_every_s`` seconds: 1.6
-    by default. A purge runs every ``purge_every_s`` seconds. Both pauses are jittered by half, so
-    that processes which share a mailbox drift apart. Without ``does_upkeep`` this process neither
-    sweeps nor purges, and relies on others that share the mailbox.
+    A sweep, every ``sweep_every_s`` seconds, publishes outbox entries older than ``sweep_after_s``.
+    This age must be well above the duration of a publish, or pokes are sent twice. So the pokes of
+    a dead process are published within ``sweep_after_s + 1.5 * sweep_every_s`` seconds: 1.6 by
+    default. A purge runs every ``purge_every_s`` seconds. Both pauses are jittered by half, so that
+    processes which share a mailbox drift apart. Without ``does_upkeep`` this process neither sweeps
+    nor purges, and relies on others that share the mailbox.
 
     - ``stats``: the counters.
     - ``_unpublished``: pokes of committed messages, for the publish loop.
@@ -125,8 +125,8 @@ class Processor:
     def is_cut_off(self) -> bool:
         """Whether the last publish failed, CUT_OFF_S seconds ago at most, or several were refused.
 
-        After that nobody knows: another processor may have published the pokes, so that this one
-        has nothing to try again.
+        After CUT_OFF_S it is unknown: another processor may have published the pokes, so that this
+        one has nothing to retry.
         """
         return (
             self._transport.failed_within(CUT_OFF_S)
@@ -221,7 +221,7 @@ class Processor:
                 await asyncio.sleep(CONFIRM_EVERY_S)
 
     async def _publish(self, pokes: Sequence[Poke]) -> Sequence[Poke]:
-        """Publish ``pokes``. Returns those that are done with: published, or set aside."""
+        """Publish ``pokes``. Returns those that need no retry: published, or set aside."""
         refusal = None
         try:
             with self._transport.watched():
@@ -279,8 +279,8 @@ class Processor:
     async def _sweep(self) -> None:
         """Publish and confirm the old entries of the outbox, batch by batch, until none is left.
 
-        A claim makes an entry young again. So a process that can't publish claims later than the
-        others do, and leaves the entries to those that can.
+        A claim resets an entry's age. So a process that can't publish claims later than the others
+        do, and leaves the entries to those that can.
         """
         yield_s = 2 * self._sweep_every_s  # longer than any pause between sweeps
         more = True

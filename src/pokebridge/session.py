@@ -31,7 +31,7 @@ class Timing(NamedTuple):
     ping_interval_s: float = 25.0
     pong_timeout_s: float = 20.0
     ready_timeout_s: float = 30.0
-    """How long a session waits for ``ready``. After it the client is better off elsewhere."""
+    """How long a session waits for ``ready``. After that the client should go elsewhere."""
     close_timeout_s: float = 5.0
     """How long the peer may take to answer our close frame."""
     max_messages_per_ping: int = 1000
@@ -61,7 +61,7 @@ _SPARE_LISTENS = 100
 
 def _merged(pending: int, version: int | None) -> int:
     """``pending``, a slot, together with a poke for ``version``."""
-    # A poke without a version may be newer than any version that we know.
+    # A poke without a version may be newer than any known version.
     if version is None or pending == UNKNOWN_VERSION:
         return UNKNOWN_VERSION
     return max(pending, version)

@@ -47,16 +47,16 @@ class ClusterControl(Protocol):
         """The whole cluster, as far as this instance sees it."""
 
     def home_of(self, recipient: str) -> Home:
-        """Where to connect for ``recipient``; without a URL: to the host that was asked."""
+        """Where to connect for ``recipient``. Without a URL it is the requested host."""
 
     async def whereabouts(self, recipient: str) -> Whereabouts:
         """Where ``recipient`` is connected, and which instances did not say."""
 
     async def migrate(self, mode: Mode, *, force: bool) -> None:
-        """Return when the new mode is written. Raises ConflictError when it can't be had now."""
+        """Return when the new mode is written. Raises ConflictError if it is not possible now."""
 
     async def drain(self, instance: str) -> None:
-        """Have ``instance`` drain. Raises NotFoundError when there is no such instance."""
+        """Drain ``instance``. Raises NotFoundError if there is no such instance."""
 
 
 class SessionCalls:

@@ -38,7 +38,7 @@ from pokebridge.sharding import MAX_SHARD_COUNT
 
 _DEFAULTS = {field.name: field.default for field in fields(Workload)}
 _WIDE_ENOUGH = 200
-# The largest figure that is taken: products of several are still numbers.
+# The largest figure that is accepted, so that products of several stay finite.
 _MOST = 1e12
 
 _ENGINE_TITLES: dict[Engine, str] = {

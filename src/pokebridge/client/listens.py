@@ -1,8 +1,8 @@
 """The recipients that a client's socket carries beside the client's own. Pure, as the core is.
 
-Each of them has a core of its own, whose socket is a part of the client's. So what comes for one is
-given to its core as what a socket of its own would have brought: ``listening`` as ``ready``, a poke
-as a poke, and ``unlistened`` as a close.
+Each of them has its own core, which shares the client's socket. So frames for one are given to its
+core as a separate socket would have brought them: ``listening`` as ``ready``, a poke as a poke, and
+``unlistened`` as a close.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from pokebridge.client.events import Closed, Text
 from pokebridge.client.frames import number, parse_frame
 
 SOCKET_LOST = 1001
-"""The close code for a core whose part of the socket is gone with it: it listens again."""
+"""The close code for a core when the shared socket is lost: it listens again."""
 _ABNORMAL = 1006
 
 
@@ -51,7 +51,7 @@ class Listens:
         return lost
 
     def refuse(self) -> Sequence[Given]:
-        """The socket does not take what is sent. From now on each recipient has its own."""
+        """The socket does not accept ``listen``. From now on each recipient has its own socket."""
         lost = self.lose()
         self.at_most = 0
         return lost
@@ -68,9 +68,9 @@ class Listens:
         return self._carried.pop(recipient, "") is None
 
     def hear(self, text: str) -> Given | None:
-        """What a frame says of a recipient that is carried, or of one that is no longer.
+        """The event in a frame about a recipient that is or was carried.
 
-        ``None``: it says nothing of any, and is for the client's own core.
+        ``None``: the frame is for the client's own core.
         """
         frame = parse_frame(text)
         kind, recipient = frame.pop("type", None), frame.pop("recipient", None)

@@ -76,7 +76,7 @@ class ClusterStatus:
     instances: Sequence[InstanceStatus]
     load: ClusterLoad
     noise_ratio: float
-    """Share of this instance's CPU time that others' pokes cost, 0 to 1."""
+    """Share of this instance's CPU time spent on pokes for other instances' clients, 0 to 1."""
     red_line_ops_per_s: float
     is_over_red_line: bool
     engine: str
@@ -86,7 +86,7 @@ class ClusterStatus:
     history_count: int
     """Number of history entries since that instance's start."""
     trouble: str
-    """What that instance can't reach; empty when all is well."""
+    """What that instance can't reach; empty if it reaches everything."""
 
 
 class InstanceMeter:
@@ -116,7 +116,7 @@ class InstanceMeter:
         self._window.mark(self._totals())
 
     def report(self) -> Report:
-        """What the other instances are told."""
+        """The report for the other instances."""
         gateway = self._gateway
         subscriptions, traffic = gateway.subscriptions, gateway.bridge.traffic
         elapsed_s, totals = self._window.growth(self._totals())

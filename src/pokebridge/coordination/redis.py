@@ -7,8 +7,8 @@ pokebridge:{CLUSTER}:document    hash: the shared document and its revision
 pokebridge:{CLUSTER}:changes     stream with one entry, replaced at each change; waits read it
 
 The braces are Redis's hash tag: on a Redis Cluster one node has all of these keys, and any node
-says which. Each change is one script, and so atomic. When a server has lost its data, the cluster
-is empty until the members renew. They restore the document.
+says which one. Each change is one script, and so atomic. When a server has lost its data, the
+cluster is empty until the members renew. They restore the document.
 """
 
 import asyncio
@@ -53,7 +53,7 @@ local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 """
 # KEYS: members, leases, changes. ARGV: id, record, lease in ms, '1' if it is a change. A lease of
-# more than an hour is nobody's: the server's clock was set back, or another program has written it.
+# more than an hour is ignored: the server's clock was set back, or another program has written it.
 _RENEW = f"""{_NOW}
 local function drop(from, upto)
     for _, gone in ipairs(redis.call('ZRANGE', KEYS[2], from, upto, 'BYSCORE')) do

@@ -1,8 +1,8 @@
-"""Large audiences: what concerns many sessions of one recipient is done to a few at a time.
+"""Large audiences: many sessions of one recipient are poked and closed a few at a time.
 
-To poke 10,000 sessions takes a tenth of a second, and then they all pull. Therefore the event loop
-gets a turn after each slice of them, so that nobody else waits for his poke. And an audience, like
-a session, holds at most one pending poke. It is poked no more often than its clients can pull.
+Poking 10,000 sessions takes a tenth of a second, and then they all pull. So the event loop gets a
+turn after each slice, and other pokes do not wait. An audience, like a session, holds at most one
+pending poke. It is poked no more often than its clients can pull.
 """
 
 import asyncio
@@ -20,20 +20,20 @@ from pokebridge.wire import poke_frame
 LARGE: Final = 100
 """A recipient with more sessions has a large audience."""
 SLICE: Final = 25
-"""The sessions of a large audience that have their turn together: half a millisecond for a poke."""
+"""The sessions of a large audience that share a turn: half a millisecond for a poke."""
 MOST_S: Final = 60.0
 """Pulls are spread over this time at most, so that a client hears of everything in bounded time."""
 
 
 class Walks:
-    """What is done to many sessions, in slices: one slice of one walk in a turn of the loop."""
+    """Actions on many sessions, in slices: one slice of one walk in each turn of the loop."""
 
     def __init__(self) -> None:
         self._walks: deque[tuple[Iterator[Listener], Callable[[Listener], object]]] = deque()
         self._begun = asyncio.Event()
 
     def do(self, sessions: Collection[Listener], act: Callable[[Listener], object]) -> None:
-        """Do ``act`` to the ``sessions`` of now, in their order. To few it is done at once."""
+        """Do ``act`` to the present ``sessions``, in their order; at once if they are few."""
         walk = iter(tuple(sessions))
         if len(sessions) <= LARGE:
             _do(act, walk)
@@ -76,7 +76,7 @@ class _Poked:
     owed: Poke | None = None
 
     def merge(self, poke: Poke) -> None:
-        """Owe ``poke`` too, unless the audience has just been told of its version."""
+        """Merge ``poke`` into the next one, unless the audience was just poked for its version."""
         if poke.version is None:
             self.owed = poke
         elif self.version is None or poke.version > self.version:
@@ -88,9 +88,9 @@ class _Poked:
 class Audiences:
     """Pokes the recipients with more than LARGE sessions.
 
-    The pulls that a poke causes spread over a time that the instance can bear (``within_ms`` of
-    docs/protocol.md). What is published meanwhile is one more poke, after that time. Without that
-    rule each poke would hurry the pulls that are still waiting, and the rate had no bound.
+    The pulls that a poke causes are spread so that the instance can serve them (``within_ms`` of
+    docs/protocol.md). Pokes published meanwhile become one more poke, after that time. Otherwise
+    each poke would hurry the pulls that still wait, and their rate would have no bound.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Audiences:
         self._poked: dict[str, _Poked] = {}
 
     def was_poked(self, recipient: str) -> bool:
-        """Whether ``recipient`` was poked lately, so that what it is owed is sent soon."""
+        """Whether ``recipient`` was poked lately, so that its pending poke is sent soon."""
         return recipient in self._poked
 
     def poke(self, poke: Poke, sessions: Collection[Listener]) -> None:

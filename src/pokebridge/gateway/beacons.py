@@ -293,7 +293,7 @@ class Beacons:
 
     @property
     def silent_members(self) -> int:
-        """How many members of the cluster renew their lease, but were never heard or no longer are."""
+        """How many members of the cluster renew their lease, but no beacons of them arrive."""
         heard = {peer.beacon.sender for peer in self._mine() if not peer.silent}
         silent = {peer.beacon.sender for peer in self._mine() if peer.silent} | self._unheard
         return len((silent - heard) & (self.members or frozenset()))

@@ -1,7 +1,7 @@
 """The signal bridge: from a signal's bytes to this instance's sockets.
 
 ``handle_poke`` is ``handlePoke`` of docs/roadmap.md. It looks the recipient up in the local session
-map, and forwards the poke or drops it. It knows nothing of shards, modes or subscriptions, so a
+map, and forwards the poke or drops it. It knows nothing about shards, modes or subscriptions, so a
 migration does not change it.
 """
 
@@ -67,7 +67,7 @@ class Bridge:
         """Called with each revocation of tokens, before the sessions are closed."""
 
     def on_signal(self, body: bytes) -> None:
-        """Take a signal. A body that is not one is counted and dropped, but for its valid pokes."""
+        """Take a signal. An invalid body is counted and dropped, except for its valid pokes."""
         counters = self.counters
         counters.signals += 1
         if counters.signals % SAMPLE_EVERY:
@@ -112,7 +112,7 @@ class Bridge:
             self.on_asked()
 
     def disconnect(self, disconnect: Disconnect) -> None:
-        """Close the recipient's sessions here, and keep ``disconnect`` for who has missed it."""
+        """Close the recipient's sessions here. Keep ``disconnect`` for instances that missed it."""
         now_s = time.time()
         at_ms = int(now_s * 1000) if disconnect.at_ms is None else disconnect.at_ms
         disconnect = disconnect._replace(at_ms=at_ms)
@@ -153,8 +153,8 @@ class Bridge:
     def wake(self, concerns: Callable[[str], bool], pulls_per_s: float) -> None:
         """Poke the sessions of the recipients for which ``concerns`` is true.
 
-        The poke asks each client to wait a random time first, so long that all of them together
-        pull at most ``pulls_per_s`` times a second.
+        The poke asks each client to wait a random time first, so that all of them together pull at
+        most ``pulls_per_s`` times a second.
         """
         connections = [each for each in self._sessions if concerns(each.recipient)]
         frame = poke_frame(None, within_ms=int(len(connections) / pulls_per_s * 1000))

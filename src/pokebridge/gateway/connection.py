@@ -43,7 +43,7 @@ log = structlog.get_logger(__name__)
 # Knows at once whether a level is logged. structlog takes 8 us to find out, for every session.
 _logger = logging.getLogger(__name__)
 
-# The kernel would buffer megabytes of pokes for a peer that reads nothing. With this limit it
+# The kernel would buffer megabytes of pokes for a peer that does not read. With this limit it
 # reports a full buffer early, and the session merges further pokes (tcp(7), TCP_NOTSENT_LOWAT).
 _UNSENT_BYTES_AT_MOST = 256
 
@@ -55,7 +55,7 @@ def whole_second(second: int) -> int:
 
 
 def _socket_under(transport: asyncio.Transport) -> socket.SocketType | None:
-    """A socket object to send with past ``transport``, if that has a socket.
+    """A socket object to send with, bypassing ``transport``, if that has a socket.
 
     TLS ends before an instance, so what is sent is what the peer reads. The transport owns the
     descriptor: the object must be detached before the transport closes it, in ``connection_lost``.
@@ -158,8 +158,8 @@ class Connection(asyncio.Protocol, HasSession):
     def open(self, first_ping_s: float, response: bytes = b"") -> None:
         """Send ``ready``: the recipient's subscription is live.
 
-        ``response`` accepts the handshake, if that was not answered before. With ``ready`` behind
-        it, it costs one system call for both ends.
+        ``response`` accepts the handshake, if that was not answered before. Sent together with
+        ``ready``, it costs both ends one system call.
         """
         if self.session.state is State.WAITING:
             host = self._host

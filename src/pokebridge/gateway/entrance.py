@@ -42,8 +42,8 @@ log = structlog.get_logger(__name__)
 # Knows at once whether a level is logged. structlog takes 8 us to find out, for every session.
 _logger = logging.getLogger(__name__)
 
-# Not the loop's clock, which stands still during a turn of the loop: after a long turn it would
-# jump, and let too many handshakes pass.
+# Not the loop's clock, which does not advance during a turn of the loop: after a long turn it would
+# jump, and admit too many handshakes.
 _clock = time.monotonic
 
 
@@ -399,7 +399,7 @@ class Entrance:
     def _refuse_to_listen(
         self, connection: Connection | PolledSession, recipient: str | None, error: AuthError
     ) -> None:
-        """Say why. What is listened to already ends, except when no key can be fetched now."""
+        """Send the reason. Listening to that recipient ends, unless no key can be fetched now."""
         listened = (connection.session.listened or {}).get(recipient or "")
         if not isinstance(listened, Listening):
             connection.send(unlistened_frame(recipient, error.close_code, str(error)))

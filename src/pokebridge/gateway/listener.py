@@ -1,4 +1,4 @@
-"""Who hears a recipient's pokes, as the gateway sees it, whichever process holds the socket."""
+"""A receiver of a recipient's pokes, as the gateway sees it, whichever process holds the socket."""
 
 from typing import Protocol
 

@@ -1,7 +1,7 @@
 """Sessions that listen to more than their own recipient.
 
-To the session map each recipient that a session listens to is a :class:`Listener` of its own. So
-pokes, gaps, disconnects, verification and interest in its shard reach it as they reach a session.
+In the session map each recipient that a session listens to is a separate :class:`Listener`. So
+pokes, gaps, disconnects, verification and interest in its shard treat it like a session.
 """
 
 import functools
@@ -27,7 +27,7 @@ class ListeningHost(Protocol):
         """The time on the event loop's clock, in seconds."""
 
     def hear(self, listening: "Listening") -> None:
-        """Have ``listening`` hear its recipient's pokes, and ``open`` it once its shard is live."""
+        """Add ``listening`` to the session map, and ``open`` it once its shard is live."""
 
     def remove(self, listening: "Listening") -> None:
         """``listening`` has ended."""
@@ -110,7 +110,7 @@ class Listening(ListenedRecipient):
         self._leave()
 
     def abort(self) -> None:
-        """End without a word: the session has ended, or its client wants it so."""
+        """End without a frame: the session has ended, or its client has sent ``unlisten``."""
         self.end(0, "")
         self._leave()
 

@@ -1,14 +1,14 @@
 """Which sockets of this instance a recipient has: the ``SessionMap`` of docs/roadmap.md.
 
-It knows nothing of shards, phases or transports; ``handle_poke`` and this map are what a migration
-between the phases leaves untouched (docs/roadmap.md).
+It knows nothing about shards, phases or transports: a migration between the phases leaves
+``handle_poke`` and this map untouched (docs/roadmap.md).
 """
 
 from collections.abc import Collection, Iterator
 from typing import Final, Generic, Protocol, TypeVar
 
-# Up to so many sessions of a recipient are a tuple, more are a dict. A dict for one or two would
-# weigh four times as much, and a tuple of thousands would be copied for each change.
+# Up to this many sessions of a recipient are kept in a tuple, more in a dict. A dict for one or two
+# would take four times the memory, and a tuple of thousands would be copied for each change.
 FEW: Final = 8
 
 

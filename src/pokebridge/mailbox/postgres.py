@@ -39,7 +39,7 @@ DEFAULT_SCHEMA: Final = "pokebridge"
 BATCH: Final = 512
 BATCH_BYTES: Final = 4 * 1024 * 1024
 APPENDERS: Final = 2
-# A call that has waited so long for its turn is refused. With its round trip it ends within 12 s.
+# A call that has waited this long for its turn is refused. With its round trip it ends within 12 s.
 TURN_TIMEOUT_S: Final = 6.0
 # Pulls with new messages that share a round trip: few, so that the answer does not grow too large.
 READ_BATCH: Final = 16
@@ -115,7 +115,7 @@ PURGE_MESSAGES: Final = "SELECT purge_messages($1, $2)"
 PURGE_RECEIPTS: Final = "SELECT purge_receipts($1, now_ms($2) - $3)"
 PURGE_BATCHES: Final = "SELECT purge_batches($1, now_ms($2) - $3)"
 PURGE_DEVICES: Final = "SELECT purge_devices($1, now_ms($2) - $3)"
-# The server, which some do not tell (then it is left out), the database, and the schema.
+# The server (left out if it does not say), the database, and the schema.
 IDENTITY: Final = r"""
 SELECT concat_ws(' ', 'postgresql', substring(current_history() FROM ' (\d{15,})'),
     current_database(), current_schema())
@@ -147,7 +147,7 @@ class PostgresMailbox:
     - ``pushes``: the pending pushes, or ``None``
     - ``identity``: the same for all that have this schema of this database
     - ``_pool``: the connections
-    - ``_position``: how far the server's write-ahead log was, at least (bytes)
+    - ``_position``: a position that the server's write-ahead log has reached (bytes)
     - ``_clock``: Unix time in seconds; ``None``: the database's clock counts
     - ``_limits``: the limits of each recipient
     - ``_append``, ``_revoke``, ``_head``, ``_page``, ``_ack``, ``_see``: batch concurrent calls of
@@ -393,7 +393,7 @@ class PostgresMailbox:
         return answers
 
     async def _compare_position(self, connection: Connection) -> None:
-        """Begin a generation when the server is behind what it once was, with the same files.
+        """Begin a generation if the same server's log is behind a position that it once had.
 
         This happens when its directory was put back as a copy, so every connection is a new one.
         """
@@ -478,7 +478,7 @@ def _check_texts(*texts: str) -> None:
 
 
 def _split_schema(url: str) -> tuple[str, str]:
-    """The URL for the driver, without our own parameter ``schema``, and that schema."""
+    """The URL for the driver, without the parameter ``schema``, and that schema."""
     check_engine_url("mailbox", url)
     parts = urlsplit(url)
     query = dict(parse_qsl(parts.query, keep_blank_values=True))

@@ -1,7 +1,7 @@
 """Brings the schema of a PostgreSQL mailbox up to date, and checks that it is whole.
 
-The migrations are counted in two tables. ``migrations`` are those that earlier releases can't work
-with. They can work with the ``additions``.
+The migrations are counted in two tables: ``migrations`` those that earlier releases can't work
+with, ``additions`` those that they can work with.
 """
 
 from typing import Final

@@ -40,7 +40,7 @@ SERVER_SETTINGS: Final = {
     "lock_timeout": f"{LOCK_TIMEOUT_S * 1000:.0f}",
     # A client that was cut off or stopped within a transaction would keep its locks for hours.
     "idle_in_transaction_session_timeout": f"{IDLE_TIMEOUT_S * 1000:.0f}",
-    # Rows that a policy of row-level security hides would be messages that nobody pulls: an error.
+    # If row-level security hid rows, their messages would never be pulled. So it raises an error.
     "row_security": "off",
     # All our statements are a few look-ups in an index. With these settings they are planned once,
     # by index, even while the tables are tiny, so the plans stay right when the tables grow.
@@ -91,7 +91,7 @@ class PostgresPool:
     - ``_idle``: open connections, the most recently used last
     - ``_under_way``: calls under way; ``_nothing_under_way`` is set while there are none
     - ``_closed``: whether new calls are refused
-    - ``is_open``: whether the mailbox is in use: a refusal is then an outage, no wrong setting
+    - ``is_open``: whether the mailbox is in use. A refusal is then an outage, not a wrong setting
     - ``_log_again_s``: before this time no further refusal is logged
     - ``on_connect``: awaited with each new connection before its first use
     """
@@ -204,7 +204,7 @@ class PostgresPool:
         return await work(connection)
 
     def _raise_unless_transient(self, error: Exception) -> None:
-        """Raise what the caller is to see. Only the log names roles and tables."""
+        """Raise the caller's error unless a retry may help. Only the log names roles and tables."""
         state = ""
         if isinstance(error, asyncpg.PostgresError):
             state = error.sqlstate or ""

@@ -400,4 +400,4 @@ WITH h AS (UPDATE heads SET head = head WHERE false),
     d AS (DELETE FROM devices WHERE false), o AS (DELETE FROM outbox WHERE false)
 SELECT
 """
-"""Changes nothing, and waits as a write does for whoever has locked the tables."""
+"""Changes nothing, but waits for locks on the tables as a write does."""

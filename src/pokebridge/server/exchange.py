@@ -91,7 +91,7 @@ class Exchange:
         if self._head or not self.response_started:  # nothing is written yet
             self._transport.write(refusal_response(500, "a defect of the server: see its log"))
         self.response_complete = True
-        self._transport.close()  # of a response that has begun the client sees that it is not whole
+        self._transport.close()  # the client sees that a response that has begun is incomplete
         self._complete()
 
     @property

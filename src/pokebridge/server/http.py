@@ -1,7 +1,8 @@
 """uvicorn's HTTP protocol with the limits and the rules that a server on the open internet needs.
 
-uvicorn's own class has no limit for a head, no deadline for a request and none for an answer that
-nobody reads. It checks no Host, and answers a mistake before the requests ahead of it. Here are
+uvicorn's own class has no limit for a head, no deadline for a request, and none for an answer that
+nobody reads. It does not check Host, and answers a mistake before the requests ahead of it. This
+class adds
 
 - a deadline for each state of a connection: a request arrives, one is waited for, an answer is
   read;
@@ -44,7 +45,7 @@ _CHUNK_BYTES = 16
 REQUEST_TIMEOUT_S = 10.0
 """How long the head of a request may take to arrive, and SLOW_BODY_BYTES of its body."""
 SLOW_BODY_BYTES = 10 * 1024
-"""With less in REQUEST_TIMEOUT_S a body does not arrive, it drips."""
+"""A body of which less arrives in REQUEST_TIMEOUT_S is too slow."""
 MAX_PIPELINED = 64
 """The most requests of a connection that wait for the answers ahead of theirs."""
 KEEP_ALIVE_S = 75.0

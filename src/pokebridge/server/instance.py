@@ -218,7 +218,7 @@ class Instance:
             self.parts.pulls.note(recipient, version)
 
     async def _keep_pace(self) -> None:
-        """Let the pulls after a gap spread to what this instance has shown to bear."""
+        """Spread the pulls after a gap to the rate that this instance has proven to handle."""
         while True:
             await asyncio.sleep(1.0)
             if descriptors.are_used_up():
@@ -227,7 +227,7 @@ class Instance:
             self.parts.gateway.pulls_per_s = self._capacity.per_s
 
     def start_drain(self) -> None:
-        """Begin to refuse new sessions and to send those there are elsewhere; returns at once."""
+        """Begin to refuse new sessions and to move the open ones elsewhere; returns at once."""
         if self._draining is None:
             self._draining = run_once("drain", self._drain())
 
