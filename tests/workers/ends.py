@@ -1,7 +1,7 @@
 """Both ends of a real channel, in one process."""
 
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -30,6 +30,8 @@ class Ends:
     hub_heard: list[Message] = field(default_factory=list)
     worker_heard: list[Message] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
+    on_hub_heard: Callable[[Message], None] = lambda _: None
+    on_worker_heard: Callable[[Message], None] = lambda _: None
 
     def to_hub(self, message: ToHub) -> None:
         """A message arrives at the hub."""
@@ -37,6 +39,7 @@ class Ends:
             self.answers.answer(message)
         else:
             self.hub_heard.append(message)
+            self.on_hub_heard(message)
 
     def to_worker(self, message: ToWorker) -> None:
         """A message arrives at the worker."""
@@ -44,6 +47,7 @@ class Ends:
             self.calls.settle(message)
         else:
             self.worker_heard.append(message)
+            self.on_worker_heard(message)
 
 
 @asynccontextmanager

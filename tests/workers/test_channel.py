@@ -179,7 +179,7 @@ async def test_a_request_with_too_long_an_answer_fails_alone(
 
     ends.answers.offer(HTTP, http)
     monkeypatch.setattr(frames, "MAX_MESSAGE_BYTES", 500)
-    request = HttpRequest(1, "GET", "/", b"/", b"", "http", "1.1", [], None, None, b"")
+    request = HttpRequest(1, "GET", "/", b"/", b"", "http", "1.1", [], None, None, has_body=False)
     with pytest.raises(PokebridgeError, match="too long"):
         await ends.calls.call(HTTP, request)
     assert not ends.broken

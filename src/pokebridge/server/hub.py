@@ -33,7 +33,7 @@ from pokebridge.supervisor import supervise, task_failures
 from pokebridge.telemetry import Metric
 from pokebridge.wire import Disconnect
 from pokebridge.workers import methods
-from pokebridge.workers.frames import Ask, Report, Revoke, Stop, Welcome
+from pokebridge.workers.frames import Ask, Report, Revoke, Stop, Want, Welcome
 from pokebridge.workers.link import WorkerLink
 from pokebridge.workers.mailbox import offer_mailbox
 from pokebridge.workers.methods import HttpRequest, HttpResponse
@@ -304,13 +304,12 @@ class Hub:
 
     def _offer_methods(self, link: WorkerLink) -> PassedRequests:
         parts, answers = self.instance.parts, link.answers
-        requests = PassedRequests(self._app)
-        link.on_gone = requests.end
+        requests = PassedRequests(self._app, lambda number: link.send(Want(number)))
+        link.on_gone, link.on_body = requests.end, requests.take_body
 
-        async def answer(request: HttpRequest) -> HttpResponse:
-            if request.path in _SHOW_WORKERS:
-                await self._refresh()
-            return await requests.answer(request)
+        def answer(request: HttpRequest) -> Awaitable[HttpResponse]:
+            answering = requests.answer(request)
+            return self._refreshed(answering) if request.path in _SHOW_WORKERS else answering
 
         answers.offer(methods.HTTP, answer)
         answers.offer(methods.PUBLISH, parts.publish)
@@ -367,6 +366,10 @@ class Hub:
             processor.stats.messages_refused += report.refused - before.refused
         self._add_durations(before, report)
         self._show_load()
+
+    async def _refreshed(self, answering: Awaitable[HttpResponse]) -> HttpResponse:
+        await self._refresh()
+        return await answering
 
     async def _refresh(self) -> None:
         """Have the workers report, and wait for it a little."""

@@ -56,6 +56,7 @@ from pokebridge.workers.calls import Calls
 from pokebridge.workers.channel import Channel
 from pokebridge.workers.frames import (
     Ask,
+    Body,
     Failure,
     Gone,
     Pulled,
@@ -64,6 +65,7 @@ from pokebridge.workers.frames import (
     Result,
     Stop,
     ToWorker,
+    Want,
     Welcome,
     decode_to_worker,
 )
@@ -85,10 +87,12 @@ class Worker:
 
     - ``settings``, ``gateway``, ``verifier``: set by the hub's welcome
     - ``calls``, ``tell``: calls and messages to the hub
+    - ``room``: waits until there is room for a message that may be long
     - ``requests``: how long the requests that are answered here take
     - ``processor``: commits messages, where this process has a mailbox of its own
     - ``accepted``: connections that the hub has passed
     - ``server``: serves the connections, once it is made
+    - ``_app``: answers HTTP requests, once it is made
     - ``_channel``: to the hub
     - ``_welcomed``: set by the welcome
     - ``_unheard``: for how many seconds the hub has said nothing, while this process ran
@@ -104,8 +108,9 @@ class Worker:
         self.processor: Processor | None = None
         self.accepted = 0
         self.server: _Server | None = None
+        self._app: App | None = None
         self._channel: Channel[ToWorker] = Channel(decode_to_worker, self._take, self._orphaned)
-        self.tell = self._channel.send
+        self.tell, self.room = self._channel.send, self._channel.room
         self.calls = Calls(self.tell, self._channel.room)
         self._welcomed = asyncio.Event()
         self._unheard = 0
@@ -116,8 +121,8 @@ class Worker:
         await self._channel.connect(channel)
         await self._welcomed.wait()
         async with AsyncExitStack() as opened:
-            app = App(self, await self._routes(opened))
-            config = http_config(app, self.gateway, grace_s=self.settings.grace_s)
+            self._app = App(self, await self._routes(opened))
+            config = http_config(self._app, self.gateway, grace_s=self.settings.grace_s)
             self.server = _Server(config, self, door)
             self.gateway.start(serves="gateway" in self.settings.roles)
             opened.callback(self.gateway.close)
@@ -205,6 +210,9 @@ class Worker:
                 self.server.should_exit = True
         elif isinstance(message, Welcome):
             self._welcome(message)
+        elif isinstance(message, Want):
+            if self._app is not None:
+                self._app.bring(message.number)
         else:
             self.gateway.take(message)
 
@@ -291,15 +299,16 @@ class SessionVerifier:
 class App:
     """The ASGI application of a worker.
 
-    - ``_calls``, ``_tell``: to the hub
+    - ``_calls``, ``_tell``, ``_room``: to the hub
     - ``_answered``: method and path of the calls that are answered here
     - ``_api``: answers them
     - ``_numbers``: of the requests that are passed on
+    - ``_wanted``: of those, set when the hub wants the body
     """
 
     def __init__(self, worker: Worker, routes: Sequence[Route]) -> None:
         self._calls = worker.calls
-        self._tell = worker.tell
+        self._tell, self._room = worker.tell, worker.room
         self._answered = frozenset((route.method, route.path) for route in routes)
         self._api = Api(
             routes,
@@ -309,6 +318,7 @@ class App:
             limit_bytes=BODY_CAP_BYTES,
         )
         self._numbers = count()
+        self._wanted: dict[int, asyncio.Event] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request here, or have the hub answer it."""
@@ -318,11 +328,8 @@ class App:
         if (scope["method"], scope["path"]) in self._answered and not may_wait:
             await self._api(scope, receive, send)
             return
-        body = await _read_body(receive)
-        if body is None:
-            return  # nobody hears the answer
         request = HttpRequest(
-            next(self._numbers), **{name: scope[name] for name in _SCOPE}, body=body
+            next(self._numbers), **{name: scope[name] for name in _SCOPE}, has_body=_has_body(scope)
         )
         try:
             response = await self._pass_on(request, receive)
@@ -333,22 +340,38 @@ class App:
         await send({"type": "http.response.start", **start})
         await send({"type": "http.response.body", "body": response.body})
 
+    def bring(self, number: int) -> None:
+        """The hub wants the body of a request."""
+        if number in self._wanted:
+            self._wanted[number].set()
+
     async def _pass_on(self, request: HttpRequest, receive: Receive) -> HttpResponse:
+        self._wanted[request.number] = asyncio.Event()
         answer = asyncio.ensure_future(self._calls.call(methods.HTTP, request))
-        gone = asyncio.ensure_future(_until_gone(receive))
+        listening = asyncio.ensure_future(self._listen(request, receive))
         try:
-            await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not answer.done():
-                self._tell(Gone(request.number))
             return await answer
         finally:
-            gone.cancel()
+            listening.cancel()
             answer.cancel()
+            del self._wanted[request.number]
+
+    async def _listen(self, request: HttpRequest, receive: Receive) -> None:
+        """Send the hub the body when it wants that, and tell it when the client goes away."""
+        if request.has_body:
+            await self._wanted[request.number].wait()
+        body = await _read_body(receive)
+        if body is not None:
+            if request.has_body:
+                await self._room()
+                self._tell(Body(request.number, body))
+            while (await receive())["type"] != "http.disconnect":
+                pass
+        self._tell(Gone(request.number))
 
 
-async def _until_gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+def _has_body(scope: Scope) -> bool:
+    return any(name in {b"content-length", b"transfer-encoding"} for name, _ in scope["headers"])
 
 
 _SCOPE = (

@@ -142,6 +142,12 @@ class Forgotten(Message, tag=13):
     session: int
 
 
+class Want(Message, tag=14):
+    """Send the body of an HTTP request that was passed on: what answers it reads that."""
+
+    number: int
+
+
 ToWorker = (
     Welcome
     | Answer
@@ -157,6 +163,7 @@ ToWorker = (
     | Ask
     | Stop
     | Forgotten
+    | Want
 )
 
 
@@ -249,7 +256,14 @@ class Gone(Message, tag=7):
     number: int
 
 
-ToHub = Ready | Enter | Leave | Acked | Pulled | Call | Report | Gone
+class Body(Message, tag=8):
+    """The body of an HTTP request, as the hub wanted it."""
+
+    number: int
+    body: bytes
+
+
+ToHub = Ready | Enter | Leave | Acked | Pulled | Call | Report | Gone | Body
 
 decode_to_worker = msgspec.msgpack.Decoder(list[ToWorker]).decode
 """Decode a frame of a hub."""

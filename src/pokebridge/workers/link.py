@@ -20,6 +20,7 @@ from pokebridge.workers.channel import Channel
 from pokebridge.workers.frames import (
     Acked,
     Answer,
+    Body,
     Call,
     Close,
     Enter,
@@ -126,8 +127,8 @@ class WorkerLink:
     - ``number``: the worker's number on this host, from 1
     - ``channel``, ``answers``: to the worker, and what does its calls
     - ``sessions``: how many it has, those that are closing included, and what they listen to
-    - ``on_ready``, ``on_report``, ``on_broken``, ``on_gone``, ``on_pulled``: called with what the
-      worker says
+    - ``on_ready``, ``on_report``, ``on_broken``, ``on_pulled``: called with what the worker says
+    - ``on_gone``, ``on_body``: the same, of the HTTP requests that it passes on
     - ``_gateway``: holds the sessions
     - ``_by_number``: the same sessions by their numbers; ``None`` where there is none
     - ``_has_missed``: whether pokes were dropped since the channel became congested
@@ -145,6 +146,7 @@ class WorkerLink:
         self.on_report: Callable[[Report], None] = lambda _: None
         self.on_broken: Callable[[], None] = lambda: None
         self.on_gone: Callable[[int], None] = lambda _: None
+        self.on_body: Callable[[int, bytes], None] = lambda _number, _body: None
         self.on_pulled: Callable[[str, int], None] = lambda _recipient, _version: None
         self._gateway = gateway
         self._by_number: list[RemoteSession | None] = []
@@ -204,6 +206,8 @@ class WorkerLink:
             self.on_pulled(message.recipient, message.version)
         elif isinstance(message, Gone):
             self.on_gone(message.number)
+        elif isinstance(message, Body):
+            self.on_body(message.number, message.body)
         elif isinstance(message, Ready):
             self.on_ready()
         else:

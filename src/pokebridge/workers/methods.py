@@ -37,7 +37,10 @@ PUBLISH_NOW: Final = Method[[Sequence[Poke]], None]("publish_now", tuple[list[Po
 
 
 class HttpRequest(msgspec.Struct, array_like=True):
-    """A whole HTTP request, as its ASGI scope describes it, with a ``number`` of the worker's."""
+    """An HTTP request, as its ASGI scope describes it, with a ``number`` of the worker's.
+
+    Without ``has_body`` its body is empty. Otherwise the hub says when it wants that.
+    """
 
     number: int
     method: str
@@ -49,7 +52,7 @@ class HttpRequest(msgspec.Struct, array_like=True):
     headers: list[tuple[bytes, bytes]]
     client: tuple[str, int] | None
     server: tuple[str, int] | None
-    body: bytes
+    has_body: bool
 
 
 class HttpResponse(msgspec.Struct, array_like=True):
