@@ -54,6 +54,7 @@ local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 """
 # KEYS: members, leases, changes. ARGV: id, record, lease in ms, '1' if it is a change. A lease of
 # more than an hour is ignored: the server's clock was set back, or another program has written it.
+# A record without a lease means that the server has lost that, as by an eviction: it gets another.
 _RENEW = f"""{_NOW}
 local function drop(from, upto)
     for _, gone in ipairs(redis.call('ZRANGE', KEYS[2], from, upto, 'BYSCORE')) do
@@ -63,6 +64,11 @@ local function drop(from, upto)
 end
 drop('-inf', now)
 drop(now + 3600000, '+inf')
+if redis.call('HLEN', KEYS[1]) > redis.call('ZCARD', KEYS[2]) then
+    for _, id in ipairs(redis.call('HKEYS', KEYS[1])) do
+        redis.call('ZADD', KEYS[2], 'NX', now + ARGV[3], id)
+    end
+end
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
 redis.call('ZADD', KEYS[2], now + ARGV[3], ARGV[1])
 local last = redis.call('ZRANGE', KEYS[2], -1, -1, 'WITHSCORES')[2]
@@ -81,12 +87,15 @@ if record and cjson.decode(record).incarnation == ARGV[2] then
     redis.call('XADD', KEYS[3], 'MAXLEN', 1, '*', 'left', ARGV[1])
 end
 """
-# KEYS: members, leases.
+# KEYS: members, leases. What is lost is an empty record.
 _MEMBERS = f"""{_NOW}
 local ids = redis.call('ZRANGE', KEYS[2], '(' .. now, '+inf', 'BYSCORE')
 local records = {{}}
 for i, id in ipairs(ids) do
     records[i] = redis.call('HGET', KEYS[1], id) or ''
+end
+for _ = redis.call('ZCARD', KEYS[2]) + 1, redis.call('HLEN', KEYS[1]) do
+    table.insert(records, '')
 end
 return records
 """
@@ -199,8 +208,9 @@ class RedisCoordination:
     async def members(self) -> list[Member]:
         """Return the members whose lease lasts, ordered by id.
 
-        A lease without a record means that the server lost data, as by an eviction. The members
-        are unknown then until all have renewed: a list without them would move their shards.
+        A lease without a record, or a record without a lease, means that the server lost data, as
+        by an eviction. The members are unknown then until all have renewed: a list without them
+        would move their shards.
         """
         records = await self._run(_MEMBERS, self._member_keys[:2])
         if lost := sum(not record for record in records):
