@@ -1,4 +1,4 @@
-"""pokebridge: clients stop polling; they sleep on a WebSocket, hear a poke, and pull.
+"""pokebridge: clients stop polling; they sleep on a WebSocket, receive a poke, and pull.
 
 The names that most programs need are here. Each is imported when it is first used, so that a
 backend that pokes does not wait for a web framework::

@@ -1,8 +1,8 @@
 """Who should own which shard: pure functions from members to owners (docs/roadmap.md).
 
-Two ways. The *ring* is rendezvous hashing (Thaler and Ravishankar, 1998): every instance computes
-the same owners from the same members, and nobody has to write them down. The *balanced* way is the
-Coordinator's: it starts from the owners there are, keeps the counts within one of each member's
+There are two ways. The *ring* is rendezvous hashing (Thaler and Ravishankar, 1998): every instance
+computes the same owners from the same members, and nothing has to be stored. The *balanced* way is
+the Coordinator's: it starts from the present owners, keeps the counts within one of each member's
 fair share, and moves only what must move.
 """
 

@@ -1,7 +1,7 @@
 """Random pauses: between attempts that fail, and between the rounds of periodic work.
 
-Many instances do the same work. Without randomness an outage puts all of them in step, and they
-come back as one burst.
+Many instances do the same work. Without randomness an outage would synchronise them, and they would
+all return at once.
 """
 
 import random

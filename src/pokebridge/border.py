@@ -1,8 +1,9 @@
-"""What is said of an error that nobody foresaw where bytes from outside enter.
+"""How unforeseen errors are reported where bytes from outside enter.
 
 HTTP, handshakes, frames, signals, the queue and key sets each have one guard. It answers or drops
-what raised such an error as the contract answers a mistake, and calls ``note_unforeseen``. Nobody
-else of the process suffers. There is no traceback, which a stranger could fill the log with.
+the input that raised such an error like any invalid input, and calls ``note_unforeseen``. Nothing
+else in the process is affected. No traceback is logged, because strangers could fill the log with
+them.
 
 Settings and commands have one guard each as well. They answer with one line on stderr, so they
 call ``describe_unforeseen``, which logs nothing.

@@ -77,7 +77,7 @@ class Api:
         await send({"type": "http.response.start", "status": response.status, "headers": headers})
         await send({"type": "http.response.body", "body": response.body})
         method = request.method if request.method in _METHODS else "other"
-        # What waits says nothing of how quick the instance is.
+        # The duration of a call that waits says nothing about the instance's speed.
         route = f"{request.route} waiting" if request.is_waiting else request.route
         durations = self._durations.by_labels[method, route, str(response.status)]
         durations.add(perf_counter() - began_s)

@@ -43,7 +43,7 @@ def refusal(error: PokebridgeError, request: Request) -> Response:
 
 
 def defect() -> Response:
-    """The response for an error that nobody foresaw. It gives nothing away."""
+    """The response for an unforeseen error. It reveals nothing."""
     return problem(HTTPStatus.INTERNAL_SERVER_ERROR, "a defect of the server: see its log")
 
 

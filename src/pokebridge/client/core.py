@@ -1,16 +1,16 @@
 """The rules of a client as a pure state machine; docs/protocol.md defines them.
 
-:class:`ClientCore` takes events, each with the time and a random number, and returns the actions
-to carry out; after each event ``timer`` says when it wants to hear a :class:`Tick`. No clock, no
-socket, no randomness: a simulator can run it on virtual time, and the JSON of ``tests/vectors`` is
-exactly these events and actions, so a client in another language can be held against the same.
+:class:`ClientCore` takes events, each with the time and a random number, and returns the actions to
+carry out. After each event ``timer`` says when the next :class:`Tick` is due. It has no clock,
+socket or randomness, so a simulator can run it on virtual time. The JSON of ``tests/vectors`` is
+exactly these events and actions, so that clients in other languages can be tested against it.
 
-Four things go on side by side. The **socket** is kept open: after it is lost, a new one is opened
+Four activities run side by side. The **socket** is kept open: after it is lost, a new one is opened
 after a delay with full jitter. The **token** is fetched before the first connection, before it
-expires, and when it was refused. **Pulls** follow from pokes, one at a time, and are retried until
-one succeeds. The client also pulls by the timer: slowly without a socket, very slowly with one.
-**Acks** follow from pulls: on a socket that takes acks the cursor is acked after a pull, unless it
-has carried it already. So an ack that was lost with its socket is repeated.
+expires, and when it was refused. **Pulls** follow pokes, one at a time, and are retried until one
+succeeds. The client also pulls on a timer: slowly without a socket, very slowly with one. **Acks**
+follow pulls: if the socket accepts acks, the cursor is acked after a pull, unless this socket has
+carried that ack already. So an ack that was lost with its socket is repeated.
 """
 
 from enum import Enum
@@ -198,7 +198,7 @@ class ClientCore:
     def _do_what_is_due(self) -> None:
         now = self._now
         if min(self._give_up_at, self._pong_by) <= now:
-            # Something between may hold back its frames. The longer it took the more it counts.
+            # Something in between may hold back its frames. The longer it took, the more it counts.
             gives_up = self._give_up_at <= now
             self._judge_failure(1 + gives_up + (gives_up and self._is_open), silent=True)
             self._actions.append(Disconnect())
@@ -243,7 +243,7 @@ class ClientCore:
                 self._on_frame(parse_frame(text))
             case Closed(code=code):
                 self._on_closed(code)
-            # Where a move led, another instance knows other keys or another time: home takes it.
+            # The instance that a move named may have other keys or another clock: go back.
             case Refused(status=401) if not self._led:
                 self._on_closed(CLOSE_TOKEN)
             case Refused(status=403) if not self._led:
@@ -307,7 +307,7 @@ class ClientCore:
             self._reconnect_later(overload=code == CLOSE_OVERLOAD)
 
     def _judge_failure(self, weight: int = 1, *, silent: bool = False) -> None:
-        """The socket fails without a word of the bridge: it may be the wrong kind of socket."""
+        """The socket failed without an answer from the bridge: WebSockets may be blocked here."""
         if self._polls:
             if not self.ready:
                 self._transports.poll_failed()
@@ -410,7 +410,7 @@ class ClientCore:
             self._fetch_at = self._now + max(lifetime_s - lead_s, MIN_TOKEN_REST_S)
 
     def _on_token_refused(self, token: int) -> None:
-        """Get another one: at once, but after a delay when that one was refused as well."""
+        """Get another token: at once, but after a delay if that one was refused as well."""
         if token != self._token or not self._has_token:
             return  # it was known already
         if self._now - self._refused_at >= self._policy.stable_s:
@@ -426,7 +426,8 @@ class ClientCore:
     def _on_pull(self, event: Pulled | PullFailed) -> None:
         match event:
             case Pulled(cursor=cursor, more=True) if cursor == self.cursor:
-                # More, and no way to get there: a server's fault that must not make a hot loop.
+                # ``more`` without progress is a fault of the server, and must not cause a busy
+                # loop.
                 self._pulls.failed(self._now, self._backoff(self._pulls.failures))
             case Pulled(cursor=cursor, more=more, unacked=unacked):
                 self._pulls.succeeded(cursor)

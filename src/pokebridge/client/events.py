@@ -1,7 +1,7 @@
 """What goes into the client's core and what comes out of it: the events and the actions.
 
-They are plain values, told apart in JSON by ``type``: the scenarios in ``tests/vectors`` hold a
-client in any language against them, and an observer is shown them as they pass.
+They are plain values, with a ``type`` in JSON. The scenarios in ``tests/vectors`` consist of them,
+for clients in any language, and an observer gets each of them.
 """
 
 import msgspec
@@ -10,7 +10,7 @@ import msgspec
 
 
 class Event(msgspec.Struct, frozen=True, tag_field="type", forbid_unknown_fields=True):
-    """Something happened. A ``reason`` is for people: the core does not look at it."""
+    """Something happened. A ``reason`` is for people; the core ignores it."""
 
 
 class Start(Event, frozen=True, tag="start"):
@@ -53,7 +53,7 @@ class Refused(Event, frozen=True, tag="refused"):
 
 
 class Pulled(Event, frozen=True, tag="pulled"):
-    """The pull succeeded: everything up to ``cursor`` is dealt with; ``more`` is known to wait.
+    """The pull succeeded: everything up to ``cursor`` is handled. ``more``: more is waiting.
 
     ``unacked``: ``cursor`` is still to be acked, over the socket.
     """
@@ -64,9 +64,9 @@ class Pulled(Event, frozen=True, tag="pulled"):
 
 
 class PullFailed(Event, frozen=True, tag="pull_failed"):
-    """The pull failed, or dealing with what it brought did.
+    """The pull failed, or the handling of its page did.
 
-    ``unauthorized``: its token was refused. ``cursor``: so far it got nonetheless.
+    ``unauthorized``: its token was refused. ``cursor``: how far it got nonetheless.
     """
 
     unauthorized: bool = False
@@ -78,7 +78,7 @@ class PullFailed(Event, frozen=True, tag="pull_failed"):
 class Upgraded(Event, frozen=True, tag="upgraded"):
     """The WebSocket that :class:`Try` opened has brought its first frame, ``text``: ``ready``.
 
-    It is the client's socket from now on, and what polled before is dropped.
+    It is the client's socket from now on, and polling ends.
     """
 
     text: str
@@ -92,7 +92,7 @@ class TryFailed(Event, frozen=True, tag="try_failed"):
 
 
 class Wake(Event, frozen=True, tag="wake"):
-    """The network came back or the machine woke up: whatever waits out a delay is tried now."""
+    """The network came back or the machine woke up: whatever waits for a delay is retried now."""
 
 
 class Tick(Event, frozen=True, tag="tick"):
@@ -140,7 +140,7 @@ class Connect(Action, frozen=True, tag="connect"):
 
 
 class Try(Action, frozen=True, tag="try"):
-    """Open a WebSocket beside what polls; answer with :class:`Upgraded` or :class:`TryFailed`."""
+    """Open a WebSocket while polling; answer with :class:`Upgraded` or :class:`TryFailed`."""
 
     url: str
     in_query: bool = False
@@ -175,7 +175,7 @@ class Pull(Action, frozen=True, tag="pull"):
 
 
 class Stop(Action, frozen=True, tag="stop"):
-    """The server wants no more of this client; nothing else will follow."""
+    """The server has stopped this client for good; nothing else will follow."""
 
     code: int
 

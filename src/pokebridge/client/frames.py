@@ -4,7 +4,8 @@ from typing import Any
 
 import msgspec
 
-# What a server may ask a client to wait, so that a wrong header or frame can't silence it for long.
+# The longest that a server may make a client wait: a wrong header or frame can't silence it for
+# long.
 MAX_ASKED_DELAY_S = 300.0
 
 

@@ -21,7 +21,7 @@ CLOSE_TIMEOUT_S = 1.0
 # Far above the size of any frame that docs/protocol.md defines.
 MAX_MESSAGE_BYTES = 16 * 1024
 # How long an address that has accepted the connection may take for the handshake before another is
-# tried as well. A server that many clients come back to at once must not see each of them twice.
+# tried as well. Long, so that clients that all return at once do not each connect twice.
 UNANSWERED_S = 3.0
 
 
@@ -37,8 +37,8 @@ class Opener:
     """Opens WebSockets. It remembers which address of a name to begin with.
 
     An address that does not accept costs half a second, as in
-    :func:`~pokebridge.engines.addresses.first_of`, and one that accepts and never answers costs
-    :data:`UNANSWERED_S`. The certificate must be the name's.
+    :func:`~pokebridge.engines.addresses.first_of`, and one that accepts but never answers costs
+    :data:`UNANSWERED_S`. The certificate must be valid for the name.
     """
 
     def __init__(self, tls: SSLContext | None) -> None:

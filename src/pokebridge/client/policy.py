@@ -21,18 +21,18 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     # itself to prove the subscription, lest a slow one be left again and again.
     open_within_s: float = 10.0
     ready_within_s: float = 35.0
-    # Silence after which the server is pinged, and how long it then has to say anything.
+    # Silence after which the server is pinged, and how long it then has to send anything.
     ping_after_s: float = 30.0
     pong_within_s: float = 10.0
     # Without a socket: when slow polling starts (jitter makes it up to twice that), and its mean
     # interval.
     poll_after_s: float = 10.0
     poll_every_s: float = 30.0
-    # With a socket: the mean time between two pulls without a poke, 20 % more or less. The last net
-    # under everything that a server between the bridge and the client can get wrong.
+    # With a socket: the mean time between two pulls without a poke, 20 % more or less. The last
+    # safety net against faults of anything between the bridge and the client.
     idle_pull_s: float = 750.0
     # The shortest time between two acks over the socket, which count against the limit of frames.
     ack_every_s: float = 0.25
-    # Where no WebSocket gets through: from one try to the next, growing up to the cap.
+    # If no WebSocket works: the time between two tries, growing up to the cap.
     try_base_s: float = 10.0
     try_cap_s: float = 1800.0

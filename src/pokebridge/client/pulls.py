@@ -1,4 +1,4 @@
-"""When a client pulls. Pure, as ``client.core`` is, which it is a part of."""
+"""When a client pulls. Pure, since it is a part of ``client.core``."""
 
 from math import inf
 

@@ -1,20 +1,20 @@
-"""By which transport a client connects: a WebSocket, or long-polling where none gets through.
+"""Which transport a client uses: a WebSocket, or long-polling if no WebSocket works.
 
-Pure, as ``client.core`` is, which it is a part of. A WebSocket comes first. Some networks refuse
-its handshake, hold back its frames or cut it after a moment. Such failures come without a word of
-the bridge, and again and again. Then the client polls. A failure to poll as well means that the
-bridge is away, and a WebSocket is next. A client that polls tries a WebSocket beside it, after
-pauses that grow, and changes over when the bridge has said ``ready`` on it.
+Pure, since it is a part of ``client.core``. A WebSocket is tried first. Some networks refuse its
+handshake, hold back its frames or soon cut it. After several such failures without an answer from
+the bridge the client polls. If polling fails as well, the bridge is unreachable, and a WebSocket is
+tried next. While it polls, the client tries a WebSocket after growing pauses, and switches to it
+when ``ready`` arrives on it.
 """
 
 from math import inf
 from typing import Literal
 
 Transport = Literal["auto", "websocket", "poll"]
-"""``auto``: a WebSocket, and polling where none gets through. The others: nothing else."""
+"""``auto``: a WebSocket, or polling if none works. The others: only that transport."""
 
 FAILURES_TO_POLL = 3
-"""A client polls after so many WebSockets in a row that failed without a word of the bridge."""
+"""A client polls after this many WebSockets in a row failed without an answer of the bridge."""
 YOUNG_S = 10.0
 """A WebSocket that ends sooner after its ``ready`` has failed."""
 
@@ -44,7 +44,7 @@ class Transports:
         self._is_refused = False
 
     def failed(self, weight: int = 1) -> None:
-        """A WebSocket has failed without a word of the bridge.
+        """A WebSocket has failed without an answer from the bridge.
 
         One that has kept the client waiting counts for more than one that failed at once.
         """

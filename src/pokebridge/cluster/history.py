@@ -1,7 +1,7 @@
-"""What has happened to the cluster, in plain words: derived from what differs between two views.
+"""What has happened to the cluster, in plain words: derived from two successive views.
 
-It is for people, who read it in the console. Every instance keeps its own history. The same event
-has the same id in each, so whoever asks several instances can merge the answers.
+People read it in the console. Every instance keeps its own history. An event has the same id on
+every instance, so a caller that asks several can merge the answers.
 """
 
 import time

@@ -217,7 +217,7 @@ class Membership:
     async def _keep_up(self) -> None:
         while True:
             try:
-                # At a third of a lease, one renewal may be lost and the next one late.
+                # Three renewals per lease: one may be lost and the next one late.
                 pause_s = spread(self._lease_s / 3, 0.8, 1.0)
                 await self._coordination.wait_for_change(pause_s)
                 async with asyncio.timeout(self._lease_s):
@@ -281,7 +281,7 @@ class Membership:
         return planned
 
     def _remembers(self, shard_map: ShardMap) -> bool:
-        """Whether ``shard_map`` is the one remembered here, because the store has none as new."""
+        """Whether ``shard_map`` is remembered here, and the store's is older or missing."""
         return shard_map is self._view.shard_map
 
     async def _restore(self, shard_map: ShardMap, stored: Document | None) -> ShardMap:

@@ -39,7 +39,7 @@ _TICK_S = 1.0
 _LOGGED_ELSEWHERE = frozenset({"gap", "moved"})
 
 
-# What Python and the drivers say of an address that can't be reached, and before it.
+# The texts of Python and the drivers about an address that can't be reached, and before it.
 _REFUSED = re.compile(
     r"(?:Multiple exceptions: )?(?:(?:, )?\[Errno \d+\] Connect call failed \([^)]*\))+"
 )
@@ -58,7 +58,7 @@ class Home(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterConfig:
-    """What an instance is in its cluster, and how the cluster is run."""
+    """An instance's part in its cluster, and the settings of the cluster."""
 
     instance: str
     """This instance's id."""
@@ -263,7 +263,7 @@ class Cluster:
     async def whereabouts(self, recipient: str) -> Whereabouts:
         """Where ``recipient`` is connected. All instances are asked.
 
-        An instance without the role ``gateway`` hears no answers, so all others are silent.
+        An instance without the role ``gateway`` receives no answers, so all others count as silent.
         """
         me = self._config.instance
         others = sorted(member for member in self._members() if member != me)
@@ -299,7 +299,7 @@ class Cluster:
         await self._membership.change(lambda shard_map: replace(shard_map, mode=mode))
 
     async def drain(self, instance: str) -> None:
-        """Have ``instance`` give up its shards, then its sessions.
+        """Make ``instance`` give up its shards, then its sessions.
 
         Raises:
             NotFoundError: the cluster has no such instance.
@@ -434,5 +434,5 @@ def connect_url(base: str) -> str:
 
 
 def _without_reports(view: View) -> tuple[object, ...]:
-    """What of ``view`` the gateway depends on."""
+    """The parts of ``view`` that the gateway depends on."""
     return view.shard_map, frozenset(member.standing for member in view.members.values())

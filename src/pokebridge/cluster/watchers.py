@@ -1,8 +1,8 @@
 """Pokes for clients that watch the cluster, as the console does.
 
 A watcher is a recipient like any other: it holds a session, is poked when there is something new to
-see, and pulls it (``GET /v1/cluster``). A watch runs out unless it is renewed, so a watcher that
-has gone leaves nothing behind. Without watchers nothing is compared.
+see, and pulls it (``GET /v1/cluster``). A watch expires unless it is renewed, so a watcher that has
+gone leaves no state. Without watchers nothing is compared.
 """
 
 import asyncio

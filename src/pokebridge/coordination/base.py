@@ -14,7 +14,7 @@ class WorkerLoad:
     """One worker process of a member."""
 
     number: int
-    """From 1. A process that takes a dead one's place has its number."""
+    """From 1. A process that replaces a dead one has the same number."""
     sessions: int = 0
     """Number of open sessions."""
     starts: int = 0

@@ -8,7 +8,7 @@ document     the shared document; the entry's revision is the document's
 
 The server's clock times the leases: the time at which it stored an entry, and the time that it
 reports now. NATS's own expiry (``Nats-TTL``) counts whole seconds, so it only cleans up. The
-reader's clock would not do: after its start a reader could not tell how old an entry is.
+reader's clock would not suffice: after its start a reader could not tell how old an entry is.
 
 An empty message on ``pokebridge.CLUSTER.changed`` announces each change. A watcher of the bucket
 would receive every renewal of every member, which is N² messages.

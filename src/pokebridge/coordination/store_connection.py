@@ -1,4 +1,4 @@
-"""What the adapters over a real store share: a connection that is replaced when it breaks."""
+"""Common to the adapters over a real store: a connection that is replaced when it breaks."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable

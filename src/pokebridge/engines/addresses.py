@@ -1,6 +1,6 @@
 """Dialling a server that has several hosts, or a name with several addresses.
 
-One of them may be mute: it accepts no connection and refuses none, or it accepts and never answers.
+One of them may be mute: it neither accepts nor refuses connections, or accepts but never answers.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""A connection to NATS: the URL, and nats-py's client with some defects mended.
+"""A connection to NATS: the URL, and nats-py's client with some defects corrected.
 
 The URL is ``nats://USER:PASSWORD@HOST:PORT,HOST:PORT``, or ``TOKEN@`` instead of a user, or without
 credentials. The servers are interchangeable. ``tls://`` refuses a server without TLS. Options:
@@ -40,7 +40,7 @@ _STATUS = ("Status", "Description")
 # The subject that acks a message of a stream.
 _ACK = b"$JS.ACK."
 
-# nats-py takes a vertical tab or a form feed for white space, and would end the connection at a
+# nats-py treats a vertical tab or a form feed as white space, and would end the connection at a
 # subject that has one. The server accepts such subjects.
 _ARGUMENTS = rb"[ \t]+([^ \t\r\n]+)[ \t]+([^ \t\r\n]+)[ \t]+(([^ \t\r\n]+)[ \t]+)?"
 parser.MSG_RE = re.compile(rb"\AMSG" + _ARGUMENTS + rb"(\d+)[ \t]*\r\n")
@@ -138,8 +138,8 @@ class NatsClient(Client):
     ) -> None:
         """Accept names that are not UTF-8, and take no message of a stream for a status.
 
-        Anybody may publish those. nats-py would stop reading at the former, and never hand out the
-        latter, so that they would come again for ever.
+        Anybody may publish such names and messages. nats-py would stop reading at such a name. It
+        would never deliver such a message, which would be redelivered forever.
         """
         if headers and reply.startswith(_ACK):
             headers = _HEADERS_BEGIN + b"\r\n" + headers.partition(b"\r\n")[2]

@@ -5,11 +5,11 @@ as ``?host=HOST,HOST&port=PORT,PORT``, or by the variables PGHOST and PGPORT. It
 libpq's, such as ``sslmode``, ``sslrootcert`` and ``passfile``, and ``password_file``. Both files
 are read at each connection, since they may have changed.
 
-A pooler such as PgBouncer may be between us and the server. It refuses or ignores settings among
-the startup parameters. In its transaction mode each transaction may be on another server
-connection, where neither settings nor prepared statements of the last one exist. So behind a pooler
-each piece of work is a transaction of its own, which begins with the settings. That works in its
-session mode as well.
+A pooler such as PgBouncer may be in front of the server. It refuses or ignores settings among the
+startup parameters. In its transaction mode each transaction may be on another server connection,
+where neither settings nor prepared statements of the last one exist. So behind a pooler each piece
+of work is a transaction of its own, which begins with the settings. That works in its session mode
+as well.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ class _Pooled(Connection):
 
 
 class PostgresDialler:
-    """Dials the hosts of a URL. A host or an address that is mute costs half a second.
+    """Dials the hosts of a URL. A host or address that does not answer costs half a second.
 
     The one that answered last is dialled first. Where there is a choice, only a server that takes
     writes is used: a standby that answers sooner than the primary must not be taken for it.
@@ -245,7 +245,7 @@ class _LoopTo:
 
 
 async def _is_pooler(connection: Connection) -> bool:
-    """Whether something between us and the server has made up the process id in its greeting.
+    """Whether a pooler in between has made up the process id in the server's greeting.
 
     The simple protocol is used, because it prepares no statement.
     """

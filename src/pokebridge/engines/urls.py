@@ -1,4 +1,4 @@
-"""What engine URLs have in common: options and TLS files.
+"""The common parts of engine URLs: options and TLS files.
 
 ``part`` is the setting that holds the URL, for errors: "transport", "coordination".
 """

@@ -17,7 +17,7 @@ from pokebridge.errors import UnavailableError
 from pokebridge.outgoing import http_client
 
 TIMEOUT_S: Final = 10.0
-# So much of a response is read, so that its connection can be reused. A larger one closes it.
+# The most that is read of a response, so that its connection can be reused. A larger one closes it.
 ANSWER_BYTES: Final = 16 * 1024
 
 
@@ -35,7 +35,7 @@ def signature(key: bytes, webhook_id: str, timestamp: int, body: bytes) -> str:
 class Webhook:
     """One receiver, at the operator's ``url``: https, or http for development.
 
-    Redirects are not followed, so nobody else can decide where a notification goes.
+    Redirects are not followed: only the operator decides where a notification goes.
 
     - ``timeout_s``: the time for a whole attempt
     - ``_url``: the receiver

@@ -19,10 +19,10 @@ from pokebridge.model import Ack
 RecordAcks = Callable[[Sequence[Ack]], Awaitable[None]]
 """Records 1 to ``ACKS_BATCH`` acks in the mailbox."""
 
-# Devices with a pending ack at most. What is dropped is sent again in the client's next session.
+# The most devices with a pending ack. A dropped ack is sent again in the client's next session.
 MAX_PENDING: Final = 100_000
 RECORD_EVERY_S: Final = 0.1
-"""The mean pause between two calls of the mailbox. What a client has acked is in no hurry."""
+"""The mean pause between two calls of the mailbox. Acks are not urgent."""
 
 
 class Acks:
@@ -45,7 +45,7 @@ class Acks:
         self._wanted = Event()
 
     def add(self, recipient: str, device: str, version: int) -> None:
-        """Have ``version`` recorded soon, unless a newer one of the device is pending."""
+        """Record ``version`` soon, unless a newer one of the device is pending."""
         self.heard += 1
         pending, key = self._pending, (recipient, device)
         if version > pending.get(key, -1) and (key in pending or len(pending) < MAX_PENDING):
