@@ -1,8 +1,8 @@
-"""Single users beside a large audience: how long their pokes take, before and while it is poked.
+"""Single users beside a large audience: how long their pokes take before and while it is poked.
 
-A real instance has both. The audience is poked ten times a second, and so are users, one after the
-other at a steady rate. Once the audience is poked as by default, at the rate of its pulls, and once
-so that each poke reaches all of it.
+A real instance has both. The audience is poked ten times a second, and the users one after the
+other at a steady rate. The audience is poked once with the default, at the rate of its pulls, and
+once so that each poke reaches all of it.
 """
 
 import asyncio

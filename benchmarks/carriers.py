@@ -1,4 +1,4 @@
-"""What carries messages from a sender to clients, for ``cycle``: a process, and its clients."""
+"""A process that carries messages from a sender to clients, and its clients, for ``cycle``."""
 
 import asyncio
 import itertools
@@ -13,7 +13,7 @@ CALLERS = 32
 
 
 class Cost(NamedTuple):
-    """CPU of a request or a message in µs; that of the engines is told apart."""
+    """CPU of a request or a message in µs; the CPU of the engines is separate."""
 
     server_us: float
     engines_us: float
@@ -74,7 +74,7 @@ class Carrier:
         return list(itertools.chain(*await asyncio.gather(*map(send_some, self.receivers))))
 
     async def cost(self, work: Callable[[], Awaitable[int]]) -> Cost:
-        """CPU of ``work``, which returns how much of it there was, and of all that follows it."""
+        """CPU of ``work``, which returns its amount, and of everything that follows it."""
         with self.on_one_core():
             server_s, engines_s = self._cpu_s()
             count = await work()

@@ -1,10 +1,10 @@
-"""CPU of a message from send to ack, on a real instance with each mailbox, beside what others take.
+"""CPU of a message from send to ack, on a real instance with each mailbox, beside other servers.
 
-By part: the calls that a message makes, on connections that are kept alive. As a whole: a message
-is sent, its client hears the poke, pulls and acknowledges. In the same rounds a bare ASGI
-application on uvicorn, an httptools protocol and Node's HTTP server answer as many requests, and
-NATS JetStream over WebSocket carries as many messages. Then the capacity of a server on one core,
-and the time from send to client at a steady rate.
+By part: the calls of a message, on connections that are kept alive. As a whole: a message is sent,
+and its client receives the poke, pulls and acks. In the same rounds a bare ASGI application on
+uvicorn, an httptools protocol and Node's HTTP server answer as many requests, and NATS JetStream
+over WebSocket carries as many messages. Then the capacity of a server on one core, and the time
+from send to client at a steady rate.
 
 CPU is user and system time of all threads of a server. What follows a call counts as well, such as
 the confirmation of its poke.

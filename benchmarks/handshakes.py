@@ -1,8 +1,8 @@
 """CPU of an authenticated handshake, of a real instance and of the websockets library.
 
-Both send ``ready``. The reference verifies every token with PyJWT. We remember tokens: in every
-round each client connects with a token that is new to us, as after a restart, and comes back with
-it, as after an outage of its network.
+Both send ``ready``. The reference verifies every token with PyJWT. pokebridge caches tokens: in
+every round each client connects with a new token, as after a restart, and reconnects with it, as
+after an outage of its network.
 """
 
 from benchmarks.harness import (

@@ -23,8 +23,8 @@ SECRET = "a secret for benchmarks, which guards nothing"
 PATIENCE_S = 60.0
 _POLL_S = 0.02
 _POKES_NOT_COUNTED = 1 << 40
-# A server is quiet when it uses less than 1% of a core for so long, which is longer than it puts
-# off confirmations and acks. It is looked at so often at most.
+# A server is quiet when it uses less than 1% of a core for this long, which is longer than it
+# delays confirmations and acks; and how often it is checked at most.
 _LOOK_S, _QUIET_SHARE, _LOOKS = 0.25, 0.01, 20
 
 
@@ -163,7 +163,7 @@ async def until(condition: Callable[[], bool], what: str) -> None:
 
 
 async def quiet(server: Server) -> None:
-    """Return when ``server`` has done what follows the calls, or does not come to rest."""
+    """Return when ``server`` has done the work that follows the calls, or does not become quiet."""
     for _ in range(_LOOKS):
         before_s = server.cpu_s()
         await asyncio.sleep(_LOOK_S)

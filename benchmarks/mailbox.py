@@ -1,4 +1,4 @@
-"""The mailbox's appends and pulls, SQLite and PostgreSQL, to the bare driver doing the same.
+"""The mailbox's appends and pulls, on SQLite and PostgreSQL, compared with the bare driver.
 
 A million messages are appended to a hundred thousand recipients, among nine times as many others.
 At that size the mailbox is compared with a bare driver, in rounds that alternate: asyncpg on ten
@@ -120,7 +120,7 @@ async def measure(
     calls: int = 5_000,
     rounds: int = 4,
 ) -> list[Figure]:
-    """Append all messages; then append, pull and pull in vain, ``calls`` each in every round."""
+    """Append all messages; then measure ``calls`` of each kind in every round."""
     figures = []
     for open_store in (_sqlite_store, _postgres_store):
         async with open_store(size) as store:
@@ -216,7 +216,7 @@ def _calls(
 
 
 def _strangers(recipients: int, size: Size) -> range:
-    """Those whose messages have all been read and deleted; the active ones get theirs later."""
+    """Recipients whose messages are all read and deleted; the active ones get theirs later."""
     return range(size.active if recipients == size.many else 0, recipients)
 
 

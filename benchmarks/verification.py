@@ -1,4 +1,4 @@
-"""What the bound that no transport can break costs: 10,000 sessions compared with their mailbox.
+"""The cost of verification: 10,000 sessions compared with their mailbox.
 
 The real ``Verification`` looks up the real mailbox, one step for each second of a minute, without
 waiting in between. Nobody is behind, which is the usual case.

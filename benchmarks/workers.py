@@ -2,8 +2,8 @@
 
 Memory of a session, CPU of a handshake and of a poke for another instance: all processes of the
 host together. The capacity of the whole message: CPU of the process that uses most of it, since
-that one is the first to fill its core. For that all processes of a host share one core, which is
-busy all the time: a process that finds more to do in a turn needs less for each.
+that one is the first to fill its core. For this all processes of a host share one core, which is
+busy all the time, because a process that finds more to do in a turn needs less for each message.
 Memory is measured with as many sessions on one port as two processes can open, and half of that.
 """
 
@@ -55,7 +55,7 @@ _SESSIONS = re.compile(r'^pokebridge_worker_sessions\{worker="\d+"\} (\S+)$', re
 
 
 _Pair = tuple[list[float], list[float]]
-"""What the rounds gave, with workers and with one process."""
+"""The results of the rounds, with workers and with one process."""
 
 
 class Sizes(NamedTuple):

@@ -1,10 +1,10 @@
-"""A transport that loses, doubles and reorders signals, and keeps no more than its port promises.
+"""A transport that loses, duplicates and reorders signals, and does no more than its port promises.
 
 A subscription is accepted before it delivers. Signals come in any order, and some come twice. When
 a live subscription loses signals, it reports a gap once it is restored.
 
-The promises end where the engine itself is wrong about itself: between its servers (``servers.py``)
-signals are lost and nobody reports it.
+The promises do not cover losses that the engine does not notice: between its servers
+(``servers.py``) signals are lost without a report.
 """
 
 import asyncio

@@ -29,7 +29,7 @@ class SimCaller:
     - ``name``, ``recipient``: what it is
     - ``instance``: who has its call, or had the last one
     - ``ready``: whether its last call was taken, and has not failed
-    - ``trouble``: that of its own, which it never has
+    - ``trouble``: its own trouble; it never has any
     """
 
     active = True

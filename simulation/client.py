@@ -1,7 +1,7 @@
 """A client: the real, pure :class:`ClientCore`, with simulated connections, HTTP and token issuer.
 
-It may listen to further recipients. Each of them has a core of its own, whose socket is a part of
-the client's as long as that carries it.
+It may listen to further recipients. Each of them has its own core, which shares the client's socket
+as long as that carries it.
 """
 
 from collections.abc import Callable

@@ -110,7 +110,7 @@ def _virtual(
 
 @contextmanager
 def _logging_to(on_log: OnLog) -> Iterator[None]:
-    """Have what the code logs told to ``on_log``, and put the configuration back afterwards."""
+    """Pass the log lines of the code to ``on_log``, and restore the configuration afterwards."""
 
     def tell(_logger: object, _method: str, event: MutableMapping[str, Any]) -> Any:
         loop = asyncio._get_running_loop()  # noqa: SLF001 - the same

@@ -18,7 +18,7 @@ from simulation.workers import SimWorker
 from simulation.world import Fault, World
 
 _STALLED_AFTER_S = 5.0
-"""When a hub kills a worker that stands still, about."""
+"""About how long a hub waits before it kills a worker that hangs."""
 _ONE_POKE_BYTES = 150
 """Room for a signal with one poke, and not for two."""
 _POISON = (
@@ -62,7 +62,7 @@ async def kill(world: World) -> None:
 
 
 async def lose_power(world: World) -> None:
-    """A machine is gone, and nobody tells its clients."""
+    """A machine is gone, and its clients' connections are not closed."""
     if victim := _victim(world, well=False):
         victim.kill(machine=True)
 
@@ -243,7 +243,7 @@ async def cut_from_broker(world: World) -> None:
 
 
 async def deafen(world: World) -> None:
-    """An instance loses its line to the broker for long; its clients and its mailbox are well."""
+    """An instance loses its connection to the broker for long; its clients and its mailbox work."""
     if victim := _victim(world):
         await _cut(world, victim, world.broker, victim.line, world.rng.uniform(20.0, 45.0))
 
@@ -263,7 +263,7 @@ async def deny_subscriptions(world: World) -> None:
 
 
 async def lose_broker(world: World) -> None:
-    """The broker is away for long, for all instances."""
+    """The broker is down for long, for all instances."""
     broker = world.broker
     world.trace.note("broker", "goes down for long")
     broker.trouble.begin()
@@ -295,7 +295,7 @@ async def lag_route(world: World) -> None:
 async def demote_server(world: World) -> None:
     """A server is no longer the primary: it still accepts, and forwards to nobody.
 
-    New connections go to the others. Those that there are stay, until somebody asks for its role.
+    New connections go to the others. Existing ones stay until somebody asks for its role.
     """
     servers = world.broker.servers
     if not servers.routes:
@@ -333,7 +333,7 @@ async def limit_signals(world: World) -> None:
 
 
 async def poison(world: World) -> None:
-    """Another program publishes what nobody can use, and writes an entry into the outbox."""
+    """Another program publishes invalid signals, and writes an invalid entry into the outbox."""
     rng = world.rng
     for _ in range(rng.randint(1, 20)):
         recipient = rng.choice(world.clients).recipient
@@ -393,7 +393,7 @@ async def _cut(
 
 
 async def stop_mailbox(world: World) -> None:
-    """The database is away for a while."""
+    """The database is down for a while."""
     await _go_down(world, world.post, world.rng.uniform(0.3, 6.0))
 
 
@@ -413,7 +413,7 @@ async def forgetful_broker(world: World) -> None:
 
 
 async def stop_store(world: World) -> None:
-    """The coordination store is away; no client may notice."""
+    """The coordination store is down; no client may notice."""
     store = world.store
     world.trace.note("store", "goes down")
     store.trouble.begin()
@@ -523,7 +523,7 @@ async def sleep_and_wake(world: World) -> None:
 
 
 async def slow_reader(world: World) -> None:
-    """A client reads nothing for a while, and is sent much."""
+    """A client does not read for a while, and is sent many pokes."""
     client = _client(world)
     if client is None or client.wire is None:
         return
@@ -574,7 +574,7 @@ def _sessions_of(world: World, recipient: str) -> Sequence[tuple[SimShell, objec
 
 
 async def block_sockets(world: World) -> None:
-    """What is between a client and the bridge lets no WebSocket work, and HTTP passes."""
+    """Something between a client and the bridge blocks WebSockets, but not HTTP."""
     client = _client(world)
     if client is None:
         return
@@ -589,7 +589,7 @@ async def block_sockets(world: World) -> None:
 
 
 async def listen(world: World) -> None:
-    """A client begins to listen to somebody, perhaps again, or ends it."""
+    """A client begins to listen to a recipient, perhaps again, or stops."""
     client = _client(world)
     if client is None:
         return

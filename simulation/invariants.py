@@ -23,8 +23,8 @@ from simulation.sockets import ClientEnd, Wire
 from simulation.stores import Written
 
 SILENCE_BOUND_S: Final = 5.0
-"""How long a message may wait for a client that is undisturbed, where the broker reports what it
-loses. This much more than ``verify_every_s``, whatever the broker does."""
+"""How long a message may wait for an undisturbed client while the broker reports its losses.
+Whatever the broker does, the limit is ``verify_every_s`` plus this."""
 UNSENT_BOUND_BYTES: Final = 512
 """How many bytes may wait for a client that does not read: a few small frames."""
 _LOOK_AGAIN_S: Final = 1.0
@@ -440,7 +440,7 @@ class Oracle:
     def look_at_deaf(
         self, instance: Peer, clients: Iterable[WatchedClient], since_s: float
     ) -> None:
-        """``instance`` hears nothing since ``since_s``: others must have its shards and clients."""
+        """``instance`` is deaf since ``since_s``: others must have its shards and clients."""
         if self._owned_for_long(instance, since_s):
             self.fail("a deaf instance lets go", f"{instance.name} still owns shards")
         for client in clients:

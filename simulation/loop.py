@@ -23,14 +23,14 @@ _log = logging.getLogger(__name__)
 
 EPOCH_S = 1_800_000_000.0
 """The Unix time at which every simulation begins."""
-# So many callbacks at one instant are a loop that feeds itself.
+# This many callbacks at one instant mean that code reschedules itself forever.
 _LIVELOCK = 200_000
 # The rounds in which what is left at the end may unwind.
 _UNWINDINGS = 20
 
 
 class LivelockError(Exception):
-    """Virtual time no longer advances: some code schedules itself for ever."""
+    """Virtual time no longer advances: some code reschedules itself forever."""
 
 
 class Handle:
@@ -122,7 +122,7 @@ class Scheduler:
         heappush(self._timers, (when, self._number, handle))
 
     def stop(self) -> None:
-        """Have :meth:`run` return before anything else happens."""
+        """Make :meth:`run` return before anything else happens."""
         self._stopped = True
 
     def run(self, deadline_s: float = math.inf) -> bool:
@@ -217,7 +217,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         return EPOCH_S + self.scheduler.now + self._wall_ahead_s
 
     def not_before(self, when: float) -> None:
-        """A timer of ``when`` fires: let rounding not show it a time before that."""
+        """A timer for ``when`` fires: rounding must not show it an earlier time."""
         self._not_before = max(self._not_before, when)
 
     def call_soon(  # type: ignore[override] # asyncio's handles are slower, and no better here
@@ -281,9 +281,9 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         self.paused = False
 
     def reap(self) -> None:
-        """Unwind what still runs, when the simulation is over and nobody looks any more.
+        """Unwind what still runs when the simulation is over.
 
-        Otherwise the garbage collector would, at a time of its own, and complain.
+        Otherwise the garbage collector would do so at any time, with warnings.
         """
         self.dead = self.paused = False
         self._reaped = True

@@ -1,7 +1,7 @@
 """Processes, the servers that they call, and when either is in trouble.
 
 A :class:`Server` (broker, coordination store, mailbox) answers calls over a network that may be
-slow or cut, or lose an answer. It then does what its port promises, and nothing better.
+slow or cut, or lose an answer. It does what its port promises, and no more.
 """
 
 import asyncio

@@ -25,7 +25,7 @@ def simulate(seed: int, *, kinds: Collection[str] = (), lines_kept: int = 60) ->
 
 
 def outcomes(seeds: range, jobs: int, kinds: Collection[str] = ()) -> Iterator[Outcome]:
-    """What comes of ``seeds``, as they are done, on ``jobs`` processes."""
+    """The outcomes of ``seeds``, as they finish, on ``jobs`` processes."""
     run = partial(simulate, kinds=kinds)
     if jobs == 1:
         _collect_rarely()

@@ -1,8 +1,8 @@
 """The servers of an engine, and the routes between them: what crosses a broken route is lost.
 
-A server delivers to its own connections. It forwards a signal to another server only once it has
-heard that this one has a subscription for it: that news takes a route's delay too, and is told
-again after the route was broken. Nobody reports what is lost meanwhile.
+A server delivers to its own connections. It forwards a signal to another server only once that
+server has announced a subscription for it. The announcement takes the route's delay too, and is
+repeated after the route was broken. Signals lost meanwhile are not reported.
 """
 
 from collections.abc import Sequence
@@ -59,11 +59,11 @@ class Servers:
         return self._homes[peer]
 
     def lead_away_from(self, server: int) -> None:
-        """Lead new connections to the other servers; those that there are stay."""
+        """Direct new connections to the other servers; existing ones stay."""
         self._entries = [each for each in range(self.count) if each != server]
 
     def lead_to_all(self) -> None:
-        """Lead new connections to any server."""
+        """Direct new connections to any server."""
         self._entries = range(self.count)
 
     def connect_anew(self, peer: Peer) -> None:

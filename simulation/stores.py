@@ -122,7 +122,7 @@ class Store(Server):
     # --- changes ----------------------------------------------------------------------------------
 
     def watch(self, peer: Peer) -> asyncio.Future[None]:
-        """Done at the next change, a little later: or never, for a watch may miss one."""
+        """Done a little after the next change, or never, since a watch may miss a change."""
         changed: asyncio.Future[None] = peer.loop.create_future()
         self._waiting.append((peer, changed))
         return changed
@@ -231,7 +231,7 @@ class RestorableMailbox(MemoryMailbox):
         at_once(self.begin_generation())
 
     def spoil_outbox(self) -> None:
-        """Have an entry in the outbox that nobody can publish, as by another program's hand."""
+        """Put an entry that nobody can publish into the outbox, as another program might."""
         self._outbox["urn:user:jos\u00e9"] = (1, 0)
 
     def acked(self, recipient: str, device: str) -> int:
@@ -245,7 +245,7 @@ class RestorableMailbox(MemoryMailbox):
 
 
 class Post(Server):
-    """The mailboxes of everybody: the in-process one, at the other end of a network."""
+    """All mailboxes: the in-process one, at the other end of a network."""
 
     def __init__(
         self,

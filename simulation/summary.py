@@ -93,7 +93,7 @@ class Summary:
 
 
 def report(outcome: Outcome) -> Iterable[str]:
-    """What a failed run has to say."""
+    """The report of a failed run."""
     violation = outcome.violation
     if violation is None:
         return

@@ -1,4 +1,4 @@
-"""What instances must notice by themselves, and the oracle that sees whether they do.
+"""The events that instances must notice by themselves, and the oracle that checks whether they do.
 
 The broker shows the oracle every signal that it delivers. So the oracle knows which beacons an
 instance has not heard, and which disconnects.

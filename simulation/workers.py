@@ -23,9 +23,9 @@ from simulation.loop import VirtualLoop
 from simulation.sockets import Port
 
 _NARROW: Final = 2048
-"""A pipe takes so many times fewer bytes than a real one, so that few pokes congest it."""
+"""A pipe is this many times narrower than a real one, so that a few pokes congest it."""
 _WINDOW_BYTES: Final = 256
-"""What is on its way through a pipe at most. The rest waits at the sender."""
+"""The most bytes on their way through a pipe. The rest waits at the sender."""
 _DELAY_S: Final = (0.00005, 0.001)
 _STARTS_IN_S: Final = (0.05, 0.4)
 
@@ -82,7 +82,7 @@ class PipeEnd(asyncio.Transport):
         self._end()
 
     def cut(self) -> None:
-        """This end's process has died: the other end is told, and nobody here."""
+        """This end's process has died: only the other end is told."""
         if not self._is_gone:
             self._is_gone = True
             self._peer.loop.deliver(self._delay_s, self._peer.lose)

@@ -44,7 +44,8 @@ WORKERS: Sequence[int] = (1, 1, 2, 3)
 RECOVERY_BOUND_S = 110.0
 """How long the cluster has to recover after the last fault; derived in docs/simulation.md."""
 DEAF_BOUND_S = 17.0
-"""After this and three leases an instance that hears nothing owns no shard, if others hear."""
+"""After this plus three leases an instance that receives nothing owns no shard, if others
+receive."""
 STEADY_BOUND_S = 1.0
 """How long a message may take to every client once the cluster has recovered."""
 _START_BOUND_S = 30.0
@@ -57,7 +58,7 @@ _DRAINED_LOOKS = 40
 def _apart(rng: Random) -> Random:
     """Another generator, which takes nothing from ``rng``.
 
-    Who listens or polls is drawn from it. So a seed's world is the same as if nobody could.
+    It decides which clients listen or poll. So the rest of a seed's world does not depend on that.
     """
     return Random(str(rng.getstate()))  # noqa: S311 - it is to be repeated
 
@@ -95,7 +96,7 @@ def draw_config(rng: Random, faults: Collection[str]) -> Config:
 
 @contextmanager
 def _large_audiences(sessions: int) -> Iterator[None]:
-    """Have instances take more than ``sessions`` of a recipient for a large audience."""
+    """Make instances treat more than ``sessions`` of a recipient as a large audience."""
     slice_ = min(sessions, audiences.SLICE)
     with (
         patch.multiple(audiences, LARGE=sessions, SLICE=slice_),
@@ -300,7 +301,7 @@ class World(Scene):
         if url != HOME_URL:
             return self._by_name.get(url.removeprefix("wss://").partition(".")[0])
         rotation = [each for each in self._all if self._is_in_rotation(each)]
-        if not rotation:  # it fails open, as most balancers can: none is ready, so all are used
+        if not rotation:  # fails open, as most balancers can: if none is ready, all are used
             rotation = [each for each in self.running if each.listens and not each.stopping]
         if not rotation:
             return None
