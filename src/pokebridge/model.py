@@ -25,7 +25,7 @@ _VISIBLE_ASCII = re.compile(r"[\x21-\x7e]+")
 
 
 class Poke(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
-    """A wake-up: ``recipient`` may lack ``version``, or an unknown version if it is ``None``."""
+    """A wake-up: ``recipient`` may lack ``version``; ``None`` stands for an unknown version."""
 
     recipient: str
     version: Version | None = None

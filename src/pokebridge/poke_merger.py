@@ -16,7 +16,7 @@ MAX_PENDING_RECIPIENTS = 10_000
 # Several at once, so that a slow answer does not delay the pokes behind it; limited, so that
 # requests do not pile up.
 MAX_CONCURRENT_SENDS = 8
-# How long close() waits for what is under way. Then the callers get an error.
+# How long close() waits for running sends. Then the callers get an error.
 CLOSE_TIMEOUT_S = 15.0
 
 
@@ -42,8 +42,8 @@ class PokeMerger:
     """Gathers pokes while others are being sent, and sends them as one batch.
 
     A batch is sent at the end of the loop's turn while nothing else is being sent. Otherwise it is
-    sent when a send has ended, or ``linger_s`` after its first poke, so that a slow send holds up
-    no other. There are at most :data:`MAX_CONCURRENT_SENDS` sends: beyond that the batch goes on
+    sent when a send has ended, or ``linger_s`` after its first poke, so that a slow send does not
+    block others. There are at most :data:`MAX_CONCURRENT_SENDS` sends: beyond that the batch keeps
     gathering.
 
     - ``_gathering``: the batch that takes new pokes, if there is one.

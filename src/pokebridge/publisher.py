@@ -27,8 +27,8 @@ __all__ = ["HttpPublisher", "Publisher"]
 MAX_POKES_PER_SIGNAL = 500
 # More than a signal with a single poke has beside the recipient.
 MAX_OVERHEAD_BYTES = 64
-# An engine that fails within this time is there, and its signals are tried one by one. After so
-# many errors more than successes it counts as away.
+# An engine that fails within this time is reachable, and its signals are tried one by one. After
+# this many more errors than successes it counts as down.
 SOON_S = 1.0
 MAX_ERRORS = 2
 

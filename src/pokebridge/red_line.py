@@ -55,8 +55,8 @@ class RedLineWatch:
         """Take a figure, and return what it changed, if anything.
 
         ``ops_per_s`` is what fan-out does *or would do*: messages per second in the whole cluster
-        times instances. What a partitioned cluster really delivers falls with the migration, and
-        would call for the way back.
+        times instances. A partitioned cluster's real deliveries fall with the migration, and would
+        cause the migration back.
         """
         if self.over:
             is_turning = ops_per_s < self._line_ops_per_s * self._rules.leave_at

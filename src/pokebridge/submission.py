@@ -150,7 +150,7 @@ def _ttl_s(request: SendRequest) -> float | None:
 
 
 def _check_body(body: bytes) -> None:
-    """Raise unless every client can parse ``body``: one that can't would pull it for ever."""
+    """Raise unless every client can parse ``body``: one that can't would pull it forever."""
     if len(body) > MAX_BODY_BYTES:
         raise TooLargeError(f"a message's body may have at most {MAX_BODY_BYTES} bytes")
     value = decode_json(msgspec.json.decode, body)

@@ -1,8 +1,8 @@
-"""Background tasks that survive every error, and say when they or a part they need have failed.
+"""Background tasks that survive every error, and report when they or a part they need have failed.
 
-A task that ends without a word is silence for whoever depends on it. So every loop in the
-background runs here: an error that nobody foresaw is logged with its trace, counted by the task's
-name, and the loop is started again after a growing pause. ``failing_tasks`` is for readiness.
+A task that ends unnoticed can leave clients silent. So every background loop runs here: an
+unforeseen error is logged with its traceback, counted by the task's name, and the loop is started
+again after a growing pause. ``failing_tasks`` is for readiness.
 
 The counts belong to the process, as its metrics do.
 """
@@ -23,7 +23,7 @@ from pokebridge.telemetry import LogPace
 
 BACKOFF_FIRST_S: Final = 0.1
 BACKOFF_CAP_S: Final = 2.0
-# A task that has run for so long since its last failure is well again.
+# A task that has run for this long since its last failure counts as recovered.
 WELL_AFTER_S: Final = 5.0
 # The same failure of the same task is logged again after this time. Its count always rises.
 LOG_AGAIN_S: Final = 600.0
@@ -54,7 +54,7 @@ def failing_tasks() -> Sequence[str]:
 
 
 class Part:
-    """A part that we depend on. Logs when it fails, and when it is back."""
+    """A part that this process depends on. Logs when it fails, and when it is back."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -90,9 +90,9 @@ class Part:
 class Attempts:
     """The attempts of one task. No error ends it. A growing pause follows each failure.
 
-    An UnavailableError is foreseen, and its :class:`Part` logs it. Any other error is a failure
-    of ``task``. So is a cancellation that was not meant for this task: a driver cancels its
-    futures when it breaks, and whoever awaits one of them would end without a word.
+    An UnavailableError is foreseen, and its :class:`Part` logs it. Any other error is a failure of
+    ``task``. So is a cancellation that was not meant for this task: a driver that breaks cancels
+    its futures, and a task that awaits one of them would end unnoticed.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The rate of signals at this instance, and the share of its CPU time that others' pokes take.
+"""The rate of signals at this instance, and the share of CPU time for other instances' pokes.
 
 The CPU time of one signal in ``SAMPLE_EVERY`` is measured, with the thread's CPU clock. Reading
 that clock costs about as much as decoding a signal. So not every signal is measured, and the cost

@@ -1,8 +1,8 @@
-"""Who is connected, on which instance: what an operator asks of the whole cluster.
+"""Which instances a recipient is connected to, for an operator.
 
-No instance knows the sessions of others, so it asks them on the transport, and each instance with
-the role ``gateway`` answers, also that it has none. It costs a signal and one for each instance,
-and only an operator's question causes it.
+No instance knows the sessions of others, so it asks them on the transport. Each instance with the
+role ``gateway`` answers, even if it has none. That costs one signal and one for each instance, and
+only an operator's question causes it.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from pokebridge.wire import ListedSession, Lookup, encode_lookup
 ANSWER_WITHIN_S = 2.0
 """How long the other instances have to answer."""
 MAX_LISTED = 1000
-"""Sessions of one recipient that an instance tells of."""
+"""The most sessions of one recipient that an instance reports."""
 
 
 class Whereabouts(NamedTuple):

@@ -47,8 +47,8 @@ class ShardRouting:
         """Take over a shard map and the URLs of its members.
 
         Returns the shards that are now served elsewhere, and were not before: their sessions here
-        should follow. That includes the shards of an owner that restarted within its lease,
-        because its sessions have fled to other instances.
+        should follow. That includes the shards of an owner that restarted within its lease, because
+        its sessions have moved to other instances.
         """
         owners = {shard: self._owner_of(shard) for shard in self._interest}
         self._map, self._members = shard_map, members
@@ -62,7 +62,8 @@ class ShardRouting:
         """The URL of the member that should serve ``recipient``.
 
         It is the owner of the recipient's shard. ``None`` if that is this instance or unknown, and
-        while the owner is deaf. While this instance lets go, another member takes its place.
+        while the owner is deaf. While this instance gives up its sessions, another member replaces
+        it.
         """
         url = self._url_of(shard_of(recipient, self._map.shard_count))
         if url is None and self.lets_go and (refuge := self.refuge_for(recipient)) is not None:

@@ -1,8 +1,8 @@
 """The HTTP connections of an instance: how many there may be, and which one gives way.
 
-A descriptor is worth more to a session, or to a request, than to a connection that waits for one.
-So at a limit the connection that has waited longest is closed for the new one, which HTTP clients
-expect of any server. Only while all others are served is the new one refused.
+A session or a request needs a descriptor more than an idle connection does. So at a limit the
+connection that has been idle longest is closed for the new one, which HTTP clients expect from any
+server. The new one is refused only if no connection is idle.
 """
 
 import time

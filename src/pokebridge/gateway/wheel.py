@@ -17,7 +17,7 @@ _STALL_TICKS = 8
 
 
 class Timed(Protocol):
-    """What can be put on the wheel. ``wheel_slot`` is for the wheel alone, and starts as 0."""
+    """What can be put on the wheel. ``wheel_slot`` is only for the wheel, and starts as 0."""
 
     wheel_slot: int
 
@@ -83,7 +83,7 @@ class Wheel:
     def _turn(self, loop: asyncio.AbstractEventLoop, *, late: bool = False) -> None:
         now = loop.time()
         # After a stall (the process was stopped, the loop was blocked) timers run before sockets
-        # are read: let the loop read first what peers sent in time, or they would be dropped.
+        # are read. Let the loop first read what peers sent in time, or they would be dropped.
         if now / self._tick_s - self._last_slot > _STALL_TICKS and not late:
             turn = functools.partial(self._turn, loop, late=True)
         else:

@@ -24,10 +24,10 @@ from pokebridge.telemetry import LogPace
 # Messages that are taken at once. The next are taken after these were settled.
 BATCH: Final = 256
 RETRY_DELAY_S: Final = 1.0
-# A message that raised an unexpected error, or was refused, so often is buried, if others were
-# committed meanwhile. When none is, it is an outage that nobody foresaw: all stay in the queue.
+# How often a message may raise an unexpected error or be refused before it is buried, if others
+# were committed meanwhile. If none was, it is an unforeseen outage: all stay in the queue.
 MAX_DEFECTS: Final = 5
-# After so many dead letters that were not accepted the queue counts as away.
+# After this many dead letters that were not accepted the queue counts as down.
 MAX_UNBURIED: Final = 3
 _MAX_REMEMBERED = 1_000
 
@@ -148,7 +148,7 @@ class Ingress:
             raise unburied
 
     async def _bury(self, refused: list[tuple[Delivery, str]]) -> UnavailableError | None:
-        """Bury each, in any order: one that can't be must not keep the others back for ever.
+        """Bury each, in any order: one that can't be buried must not block the others forever.
 
         What is left after MAX_UNBURIED failures is delivered again. Returns the last failure.
         """

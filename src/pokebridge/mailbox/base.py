@@ -16,17 +16,17 @@ SEEN_EVERY_MS: Final = DAY_MS
 PAGE_BYTES: Final = 1024 * 1024
 """The largest total size of a page's bodies, so that 500 large messages are several pages."""
 YOUNG_MS: Final = SEEN_EVERY_MS
-"""How long after a generation began acks delete nothing, until all devices are known again."""
+"""For this long after a generation began acks delete nothing, until all devices are known again."""
 HEADS_BATCH: Final = 1000
 """Recipients whose heads one call may ask for."""
 ACKS_BATCH: Final = 256
-"""Acks that one call records at most. Each may delete many messages."""
+"""The most acks that one call records. Each may delete many messages."""
 FORGET_BATCH: Final = 10
-"""Devices that one purge forgets at most. Each may free a whole mailbox of messages."""
+"""The most devices that one purge forgets. Each may free a whole mailbox of messages."""
 MAX_DEVICES: Final = 100
-"""Known devices of a recipient at most. With one more, the least recently seen is forgotten."""
+"""The most known devices of a recipient. With one more, the least recently seen is forgotten."""
 MAX_WAITING: Final = 10_000
-"""Calls that wait for a store at most. Further calls are refused."""
+"""The most calls that wait for a store. Further calls are refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +38,9 @@ class Limits:
     for all others. One message of any size is always within the share. A device unseen for
     ``forget_device_s`` seconds is forgotten, so that messages do not wait for its acks for ever.
 
-    A recipient that begins with one of ``group_prefixes`` is a group: many readers, of whom no ack
-    is taken. Each of its messages expires, after ``group_ttl_s`` seconds if it names no time.
+    A recipient that begins with one of ``group_prefixes`` is a group: it has many readers, whose
+    acks are ignored. Each of its messages expires, after ``group_ttl_s`` seconds if it names no
+    time.
     """
 
     max_messages: int = 10_000
@@ -60,7 +61,7 @@ class Limits:
         return max(min(self.max_bytes, MAX_BODY_BYTES), int(self.max_bytes * self.max_share))
 
     def of(self, recipient: str) -> "Limits":
-        """Those of one recipient. Revocations have none, since no token may stay in force."""
+        """The limits of one recipient. Revocations have none, because none may be refused."""
         return UNLIMITED if recipient == REVOCATIONS else self
 
     def is_group(self, recipient: str) -> bool:
@@ -163,7 +164,7 @@ class Wanted(NamedTuple):
 
 
 class PageReader(Protocol):
-    """Reads a store that another process of this host, its hub, has open and watches over."""
+    """Reads a store that another process of this host, the hub, has open and guards."""
 
     async def read(self, wanted: Wanted) -> tuple[Page | None, object]:
         """The page, unless the hub must be asked; and how the store looks."""
@@ -182,9 +183,9 @@ class Mailbox(Protocol):
 
     - **Dense**: a recipient's versions are 1, 2, 3, … in commit order, also under concurrent
       senders in several processes. A reader never sees version n before n - 1 is committed.
-    - **Never twice**: no version is given out twice. When a store that others share has gone back
-      in time, a new generation begins, far above every version that was given out. What can't be
-      noticed is told by ``begin_generation`` (docs/backup.md).
+    - **Never twice**: no version is assigned twice. When a store that others share has gone back in
+    time, a new generation begins, far above every assigned version. If that can't be noticed, call
+    ``begin_generation`` (docs/backup.md).
     - **Idempotent**: a message with an idempotency key, its (sender, id), is committed once. An
       append that repeats the key commits nothing and returns the first receipt, marked
       ``duplicate``. This holds for at least a week, also after the message itself is deleted.
@@ -196,8 +197,8 @@ class Mailbox(Protocol):
       :class:`~pokebridge.errors.InputError`, and harms no other call.
     - **Bounded**: every call ends in bounded time, and each recipient's mailbox has its
       :class:`Limits`.
-    - **Shared by a group**: a message for a group is there for every reader until it expires. What
-      :meth:`ack`, :meth:`ack_all` and :meth:`see_device` are told of a group changes nothing.
+    - **Shared by a group**: a message for a group is there for every reader until it expires.
+    :meth:`ack`, :meth:`ack_all` and :meth:`see_device` change nothing for a group.
 
     Every call raises :class:`~pokebridge.errors.MailboxError` when the store is unavailable,
     overloaded or closed.
@@ -266,8 +267,8 @@ class Mailbox(Protocol):
 
         The outbox has one entry for each recipient with an unconfirmed poke, with the newest
         version. Its age is that of the oldest commit that no confirmed poke covers, so a steady
-        sender can't keep it young. An entry from the future (the clock was set back) counts as
-        old: a poke too many is better than silence.
+        sender can't keep it young. An entry from the future (the clock was set back) counts as old:
+        an extra poke is better than silence.
 
         A claim resets an entry's age. So each entry goes to one of several sweepers. When that
         sweeper dies, the entry can be claimed again.
@@ -284,8 +285,8 @@ class Mailbox(Protocol):
         """Delete at most ``limit`` expired items. Returns how many; 0 when none is left.
 
         These are expired messages, receipts older than RECEIPT_KEPT_MS, and devices that were
-        unseen for longer than the limits allow (FORGET_BATCH at most). With a device go the
-        messages that only waited for its acks.
+        unseen for longer than the limits allow (FORGET_BATCH at most). Forgetting a device deletes
+        the messages that only waited for its acks.
         """
 
     async def clear(self, recipient: str) -> int:

@@ -1,4 +1,4 @@
-"""Group commit: calls that arrive while others are under way share the next round trip."""
+"""Group commit: calls that arrive while others are in flight share the next round trip."""
 
 import asyncio
 from collections import deque
@@ -29,10 +29,10 @@ class _Call(NamedTuple, Generic[Job, Result]):
 class Batcher(Generic[Job, Result]):
     """Does jobs by ``do``, many at a time, in the order in which they came.
 
-    ``do`` returns a result or an error for each job. What it raises is the error of every job, but
-    for MailboxRefusedError: then the batch is split, so that one bad job fails alone. So it is for
-    LockedError, until all jobs have one ``key``. These are tried again whenever no others wait.
-    A batch has at most ``max_count`` jobs with a total ``cost`` of at most ``max_cost``, or a
+    ``do`` returns a result or an error for each job. What it raises is the error of every job,
+    except MailboxRefusedError: then the batch is split, so that one bad job fails alone. It is also
+    split for LockedError, until all jobs have one ``key``. These are retried whenever no others
+    wait. A batch has at most ``max_count`` jobs with a total ``cost`` of at most ``max_cost``, or a
     single job that costs more. Up to ``workers`` batches run at once. Each takes its share of the
     waiting jobs, so that one is prepared here while the store works on another.
 
@@ -144,7 +144,7 @@ class Batcher(Generic[Job, Result]):
     def _take_from(
         self, calls: deque[_Call[Job, Result]], limit: int, trouble: str
     ) -> list[_Call[Job, Result]]:
-        """Take up to ``limit`` calls. Those that have waited too long hear of the ``trouble``."""
+        """Take up to ``limit`` calls. Those that have waited too long fail with ``trouble``."""
         now_s = asyncio.get_running_loop().time()
         batch: list[_Call[Job, Result]] = []
         cost = 0

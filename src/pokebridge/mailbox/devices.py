@@ -1,4 +1,4 @@
-"""Makes devices known to a mailbox, without a call for those that were told before."""
+"""Makes devices known to a mailbox, without a call for those it was told before."""
 
 import asyncio
 import time
@@ -20,10 +20,10 @@ AT_ONCE: Final = 256
 class KnownDevices:
     """Remembers the devices that this process made known within a day, KNOWN at most.
 
-    A reconnect of such a device is a look-up in a dictionary. After a restart nothing is
-    remembered and all devices reconnect. Then ``note`` makes nobody wait: it passes AT_ONCE
-    devices at a time to the mailbox, which looks them up together and writes only the unknown
-    ones. ``clock`` gives seconds.
+    A reconnect of such a device is a look-up in a dictionary. After a restart nothing is remembered
+    and all devices reconnect. Then ``note`` delays no session: it passes AT_ONCE devices at a time
+    to the mailbox, which looks them up together and writes only the unknown ones. ``clock`` gives
+    seconds.
     """
 
     def __init__(self, mailbox: Mailbox, clock: Callable[[], float] = time.monotonic) -> None:

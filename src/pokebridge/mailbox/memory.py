@@ -92,7 +92,7 @@ class _Log:
 
 
 class MemoryMailbox:
-    """Gives every guarantee of the port but durability: nothing survives the process.
+    """Gives every guarantee of the port except durability: nothing survives the process.
 
     No call suspends, so each is atomic. ``clock`` gives Unix time in seconds. With a
     ``push_timing`` appends lead to pushes.

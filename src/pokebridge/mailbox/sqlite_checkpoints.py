@@ -1,9 +1,9 @@
 """Copies SQLite's write-ahead log into the file while commits go on.
 
-SQLite does that itself, in the commit that finds the log longer than ``wal_autocheckpoint``. It
-copies and flushes the whole log, and everybody who waits for the writer waits for that as well. A
-thread that has copied most of the log before leaves the commit little to do. Only the copying
-moves: what a commit flushes, and when the log begins anew, stay as they are.
+SQLite does that itself, in the commit that finds the log longer than ``wal_autocheckpoint``. That
+commit copies and flushes the whole log, and every call that waits for the writer waits for this as
+well. A thread that has copied most of the log in advance leaves the commit little to do. Only the
+copying moves: what a commit flushes, and when the log restarts, do not change.
 """
 
 import sqlite3

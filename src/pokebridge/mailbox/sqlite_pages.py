@@ -52,9 +52,9 @@ def read_page(db: sqlite3.Connection, wanted: Wanted, now_ms: int) -> Page:
 class SqliteReader:
     """A :class:`~pokebridge.mailbox.base.PageReader` of a file.
 
-    It trusts the file only while that looks as it did when the other process has read it last. That
-    changes with every copy of the write-ahead log into the file. So whoever reads here asks the
-    other process when :meth:`read` has no page, and calls :meth:`trust` once that has answered.
+    It trusts the file only while the file looks as it did when the other process last read it.
+    Every copy of the write-ahead log into the file changes that. So when :meth:`read` has no page,
+    its caller asks the other process, and calls :meth:`trust` once that has answered.
 
     - ``_files``: the file, SQLite's own beside it, and the link that leads to it, if any
     - ``_trusted``: how they looked before the other process answered last

@@ -1,7 +1,7 @@
 """From settings to a running instance.
 
 This module and ``from_settings.py`` are the one place that reads the settings. A setting is
-declared, documented and checked in ``settings.py``, and handed here to the part that it is for.
+declared, documented and checked in ``settings.py``, and passed here to the part that uses it.
 """
 
 import time

@@ -1,9 +1,8 @@
 """How many pulls per second this instance can answer: measured, because any guess is wrong.
 
-With a figure that is too high, the pulls after a gap arrive in a wave that overloads the mailbox.
-With one that is too low, clients wait for nothing. So the figure is found the way TCP finds the
-rate of a path (RFC 5681): it grows while pulls are quick and use it up, and falls at once when
-pulls become slow.
+If the figure is too high, the pulls after a gap arrive in a wave that overloads the mailbox. If it
+is too low, clients wait needlessly. So the figure is found as TCP finds the rate of a path (RFC
+5681): it grows while pulls are quick and use it up, and falls at once when pulls become slow.
 """
 
 from pokebridge.durations import Durations

@@ -1,9 +1,9 @@
 """The port of a host: connections are accepted by the hub, and passed to its workers.
 
-Each goes to the worker with the fewest. So sockets are spread evenly, also after a worker was
-replaced, and a worker that stands still gets none. With SO_REUSEPORT the kernel would choose by a
-hash: it would leave a new worker almost empty, give connections to one that stands still, reset
-what waits for one that dies, and let a second server take the same port unnoticed.
+Each goes to the worker with the fewest connections. So sockets are spread evenly, even after a
+worker was replaced, and a hung worker gets none. With SO_REUSEPORT the kernel would choose by a
+hash: it would leave a new worker almost empty, give connections to a hung one, reset those queued
+for one that dies, and let a second server take the same port unnoticed.
 """
 
 import asyncio

@@ -1,8 +1,8 @@
-"""The fork server of a host: it has imported what a worker needs, and forks one when it is asked.
+"""The fork server of a host: it has imported what a worker needs, and forks workers on request.
 
-A fork takes milliseconds where a new Python takes a second to import everything. So a worker that
-died is back at once, also on a busy host, and the workers share the memory of what was imported. A
-hub can't fork itself: it has an event loop and threads.
+A fork takes milliseconds, where a new Python process takes a second to import everything. So a
+worker that died is replaced at once, even on a busy host, and the workers share the memory of the
+imported modules. The hub itself can't fork, because it has an event loop and threads.
 
 The fork server ends with its hub, and the workers end with it.
 """
@@ -110,7 +110,7 @@ def main() -> None:
 
 
 def _die_with_the_parent() -> None:
-    """Have Linux kill this process when its parent dies, even while it stands still."""
+    """Make Linux kill this process when its parent dies, even while it is stopped."""
     with contextlib.suppress(OSError, AttributeError):  # elsewhere the end of the channel must do
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
 

@@ -1,7 +1,7 @@
-"""The mailbox as a gateway without other roles reads it: it serves on while that is unavailable.
+"""The mailbox of a gateway without other roles, which serves even without the mailbox.
 
-It compares sessions with the newest versions, and follows the revocations. Messages are stored and
-served by other instances.
+The gateway compares sessions with the newest versions, and follows the revocations. Other instances
+store and serve messages.
 """
 
 import asyncio

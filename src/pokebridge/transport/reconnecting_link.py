@@ -155,7 +155,7 @@ class ReconnectingLink(Generic[C]):
     async def unsubscribe(self, subscription: "_RoutedSubscription") -> None:
         """Stop delivering to ``subscription``. Idempotent.
 
-        It is told of a gap that is not over yet: nobody else knows what it has missed.
+        A gap that is not over yet is reported to it now, since nobody will report it later.
         """
         if subscription in self._subscriptions and self._gap is not None:
             report_gap(subscription.receiver, subscription.selection, self._gap)

@@ -9,9 +9,9 @@ from pokebridge.publisher import Publisher
 class HostPublisher(Publisher):
     """A publisher that calls ``deliver`` with each poke for a version before it publishes it.
 
-    The signal comes back through the engine later. A session that was told that version is not
-    told again (:meth:`~pokebridge.workers.link.RemoteSession.notify`). A poke without a version
-    takes the way through the engine alone: its echo could not be told from the next poke.
+    The signal comes back through the engine later. A session that was poked for that version is not
+    poked again (:meth:`~pokebridge.workers.link.RemoteSession.notify`). A poke without a version
+    goes only through the engine: its echo could not be distinguished from the next poke.
     """
 
     deliver: Callable[[Poke], None] = staticmethod(lambda _: None)

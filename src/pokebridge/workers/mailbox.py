@@ -1,8 +1,8 @@
-"""The mailbox of a worker: the calls are its hub's, which alone writes the store.
+"""The mailbox of a worker: it passes calls to its hub, which alone writes the store.
 
-So a store that takes one writer has one, and messages that several workers send at the same time
-share the hub's group commits. Pages of a file are read by the worker, as long as the hub would give
-the same.
+So a store that accepts one writer has one, and messages that several workers send at the same time
+share the hub's group commits. The worker reads pages of a file itself, as long as the hub would
+return the same.
 """
 
 from collections.abc import Mapping, Sequence
@@ -114,7 +114,7 @@ class HubMailbox:
 
 
 def _cut(version: int) -> int:
-    """A version that means the same, and has an encoding."""
+    """An equivalent version that has an encoding."""
     return max(0, min(version, MAX_VERSION))
 
 
