@@ -18,7 +18,7 @@ JUSTIFIED = {
     ("gateway/recall.py", "(self._ask)"): "asks a few times",
     ("server/hub.py", "(work)"): "one part of a worker's start, awaited there",
     ("server/hub.py", "wait"): "the end of the instance, awaited beside that start",
-    ("server/worker.py", "_listen"): "one call's client, for as long as the call lasts",
+    ("server/worker_http.py", "_listen"): "one call's client, for as long as the call lasts",
     ("transport/google_pubsub_subscription.py", "(part)"): "the supervised stream awaits its parts",
     ("transport/reconnecting_link.py", "(work)"): "one call on the connection, which ends with it",
 }

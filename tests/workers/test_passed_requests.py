@@ -8,9 +8,9 @@ import pytest
 
 from pokebridge.api.pokes import POKES_CAP_BYTES
 from pokebridge.asgi import ASGIApp, Message, Receive, Scope, Send
+from pokebridge.durations import RequestDurations
 from pokebridge.server.hub_http import PassedRequests
-from pokebridge.server.worker import App, Worker
-from pokebridge.settings import Settings
+from pokebridge.server.worker_http import App
 from pokebridge.tokens import TokenVerifier
 from pokebridge.workers import methods
 from pokebridge.workers.frames import Body, Gone, Want
@@ -60,10 +60,14 @@ def worker_app(ends: Ends, hub_app: ASGIApp) -> App:
     requests = PassedRequests(hub_app, lambda number: ends.hub.send(Want(number)))
     ends.answers.offer(methods.HTTP, requests.answer)
     ends.on_hub_heard, ends.on_worker_heard = on_hub_heard, on_worker_heard
-    worker = Worker()
-    worker.calls, worker.tell, worker.room = ends.calls, ends.worker.send, ends.worker.room
-    worker.settings, worker.verifier = Settings(dev=True), TokenVerifier(secret=SECRET)
-    app = App(worker, ())
+    app = App(
+        (),
+        TokenVerifier(secret=SECRET),
+        RequestDurations(),
+        ends.calls,
+        ends.worker,
+        allowed_origins=(),
+    )
     return app
 
 

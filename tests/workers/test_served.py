@@ -8,7 +8,7 @@ import re
 import signal
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from time import monotonic
 
 import httpx
@@ -230,6 +230,35 @@ async def test_sigterm_drains_all_workers(serve: Serve) -> None:
         assert socket.close_code == 1012
     assert await ended == 0
     await wait_until(lambda: not any(map(psutil.pid_exists, pids)))
+
+
+async def test_a_revocation_reaches_a_worker_that_is_just_starting(serve: Serve) -> None:
+    """What is revoked after a worker was told what is, and before it serves, holds there too."""
+    instance = await asyncio.to_thread(serve, workers=2, mailbox="memory://")
+    before = instance.worker_pids()
+    bob = instance.headers("urn:user:bob")
+    os.kill(before[0], signal.SIGKILL)
+    deadline_s = monotonic() + 30
+    while not (started := {*instance.worker_pids()} - {*before}):  # without a pause: it is quick
+        assert monotonic() < deadline_s
+    (starting,) = started
+
+    async def is_revoked() -> bool:
+        async with instance.async_http("urn:admin", "admin") as http:
+            with suppress(httpx.TransportError):  # it served already, and is killed as it is silent
+                await http.delete("/v1/sessions/urn:user:bob", params={"revoke": True})
+                return True
+        return False
+
+    os.kill(starting, signal.SIGSTOP)
+    await wait_until(is_revoked)
+    with suppress(ProcessLookupError):
+        os.kill(starting, signal.SIGCONT)
+    serves = re.compile(rf"worker_serves .*\bpid={starting}\b")
+    await wait_until(lambda: serves.search(instance.log()))
+    for _ in range(8):  # each on a connection of its own, so that both workers are asked
+        async with instance.async_http("urn:user:bob") as http:
+            assert (await http.get("/v1/messages", headers=bob)).status_code == 401
 
 
 @pytest.mark.long

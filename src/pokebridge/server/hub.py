@@ -165,6 +165,7 @@ class Hub:
     - ``_reported``: set by each report
     - ``_stops``: whether workers that end are not replaced
     - ``_cpu_s``: of the workers that are gone
+    - ``_links``: the workers, those that do not serve yet included
     - ``_tasks``: one for each place, and the one that asks
     """
 
@@ -181,6 +182,7 @@ class Hub:
         self._reported = asyncio.Event()
         self._stops = False
         self._cpu_s = 0.0
+        self._links: set[WorkerLink] = set()
         self._tasks: list[asyncio.Task[None]] = []
         instance.more_reasons = self._reasons
         instance.more_metrics = self._metrics
@@ -285,22 +287,24 @@ class Hub:
             with its_channel, its_door:
                 fds = (its_channel.fileno(), its_door.fileno())
                 slot.pid = await self._fork_server.fork(fds)
-            self._welcome(link)
             try:
+                await self._welcome(link)
                 await ended.wait()
             finally:
+                self._links.discard(link)
                 link.channel.close()
                 requests.end_all()
                 if not self._stops:
                     slot.kill()
 
-    def _welcome(self, link: WorkerLink) -> None:
+    async def _welcome(self, link: WorkerLink) -> None:
+        """Tell the worker all that is revoked, and then what it needs to serve."""
+        self._links.add(link)
         gateway = self.instance.gateway
-        revocations = [_frame(each) for each in gateway.bridge.disconnects.in_force(time.time())]
-        takes_acks = gateway.on_ack is not None
-        link.send(
-            Welcome(link.number, self._settings, takes_acks=takes_acks, revocations=revocations)
-        )
+        for each in gateway.bridge.disconnects.in_force(time.time()):
+            await link.channel.room()
+            link.send(_frame(each))
+        link.send(Welcome(link.number, self._settings, takes_acks=gateway.on_ack is not None))
 
     def _offer_methods(self, link: WorkerLink) -> PassedRequests:
         parts, answers = self.instance.parts, link.answers
@@ -333,9 +337,8 @@ class Hub:
         return iter(sorted(serving, key=lambda slot: slot.load))
 
     def _revoke(self, disconnect: Disconnect) -> None:
-        for slot in self.slots:
-            if slot.link is not None:
-                slot.link.send(_frame(disconnect))
+        for link in self._links:
+            link.send(_frame(disconnect))
 
     # --- what the workers report ------------------------------------------------------------------
 

@@ -16,24 +16,18 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
-from itertools import count
 from typing import Any, cast
 
 import structlog
 import uvicorn
 import uvloop
 
-from pokebridge.api.app import BODY_CAP_BYTES
-from pokebridge.api.dispatch import Api
 from pokebridge.api.exchange import Route
 from pokebridge.api.messages import MailboxSide, MessageCalls
-from pokebridge.api.pokes import POKES_CAP_BYTES, PokeCalls
-from pokebridge.api.problems import problem
-from pokebridge.asgi import Receive, Scope, Send
+from pokebridge.api.pokes import PokeCalls
 from pokebridge.border import unforeseen
 from pokebridge.cluster.load import memory_bytes
 from pokebridge.durations import RequestDurations
-from pokebridge.errors import PokebridgeError
 from pokebridge.mailbox.devices import KnownDevices
 from pokebridge.model import NewMessage, Poke, Receipt
 from pokebridge.processor import Processor
@@ -47,6 +41,7 @@ from pokebridge.server.from_settings import (
 from pokebridge.server.garbage import keep_what_exists
 from pokebridge.server.token_keys import token_verifier
 from pokebridge.server.uvicorn_server import http_config
+from pokebridge.server.worker_http import App
 from pokebridge.settings import Settings
 from pokebridge.supervisor import failing_tasks, supervise, task_failures
 from pokebridge.telemetry import configure_logging
@@ -56,13 +51,12 @@ from pokebridge.workers.calls import Calls
 from pokebridge.workers.channel import Channel
 from pokebridge.workers.frames import (
     Ask,
-    Body,
     Failure,
-    Gone,
     Pulled,
     Ready,
     Report,
     Result,
+    Revoke,
     Stop,
     ToWorker,
     Want,
@@ -70,7 +64,6 @@ from pokebridge.workers.frames import (
     decode_to_worker,
 )
 from pokebridge.workers.mailbox import HubMailbox
-from pokebridge.workers.methods import HttpRequest, HttpResponse
 from pokebridge.workers.worker_gateway import WorkerGateway
 
 HUB_STALLED_AFTER = 10
@@ -87,13 +80,13 @@ class Worker:
 
     - ``settings``, ``gateway``, ``verifier``: set by the hub's welcome
     - ``calls``, ``tell``: calls and messages to the hub
-    - ``room``: waits until there is room for a message that may be long
     - ``requests``: how long the requests that are answered here take
     - ``processor``: commits messages, where this process has a mailbox of its own
     - ``accepted``: connections that the hub has passed
     - ``server``: serves the connections, once it is made
     - ``_app``: answers HTTP requests, once it is made
     - ``_channel``: to the hub
+    - ``_revoked``: the revocations that come before the welcome
     - ``_welcomed``: set by the welcome
     - ``_unheard``: for how many seconds the hub has said nothing, while this process ran
     - ``_is_done``: whether the worker has stopped as it was told
@@ -110,8 +103,9 @@ class Worker:
         self.server: _Server | None = None
         self._app: App | None = None
         self._channel: Channel[ToWorker] = Channel(decode_to_worker, self._take, self._orphaned)
-        self.tell, self.room = self._channel.send, self._channel.room
+        self.tell = self._channel.send
         self.calls = Calls(self.tell, self._channel.room)
+        self._revoked: list[Revoke] = []
         self._welcomed = asyncio.Event()
         self._unheard = 0
         self._is_done = False
@@ -121,7 +115,14 @@ class Worker:
         await self._channel.connect(channel)
         await self._welcomed.wait()
         async with AsyncExitStack() as opened:
-            self._app = App(self, await self._routes(opened))
+            self._app = App(
+                await self._routes(opened),
+                self.verifier,
+                self.requests,
+                self.calls,
+                self._channel,
+                allowed_origins=self.settings.allowed_origins,
+            )
             config = http_config(self._app, self.gateway, grace_s=self.settings.grace_s)
             self.server = _Server(config, self, door)
             self.gateway.start(serves="gateway" in self.settings.roles)
@@ -213,6 +214,8 @@ class Worker:
         elif isinstance(message, Want):
             if self._app is not None:
                 self._app.bring(message.number)
+        elif isinstance(message, Revoke) and not self._welcomed.is_set():
+            self._revoked.append(message)
         else:
             self.gateway.take(message)
 
@@ -242,8 +245,9 @@ class Worker:
         self.verifier.refuses = lambda recipient, issued_at: disconnects.refuses(
             recipient, issued_at, time.time()
         )
-        for revoke in welcome.revocations:
+        for revoke in self._revoked:
             self.gateway.revoke(revoke)
+        self._revoked.clear()
         self._welcomed.set()
 
     def _report(self, number: int) -> Report:
@@ -294,105 +298,6 @@ class SessionVerifier:
     async def verify(self, token: str) -> Claims:
         """As :meth:`TokenVerifier.verify`."""
         return await self._verifier.verify(token, remember=False)
-
-
-class App:
-    """The ASGI application of a worker.
-
-    - ``_calls``, ``_tell``, ``_room``: to the hub
-    - ``_answered``: method and path of the calls that are answered here
-    - ``_api``: answers them
-    - ``_numbers``: of the requests that are passed on
-    - ``_wanted``: of those, set when the hub wants the body
-    """
-
-    def __init__(self, worker: Worker, routes: Sequence[Route]) -> None:
-        self._calls = worker.calls
-        self._tell, self._room = worker.tell, worker.room
-        self._answered = frozenset((route.method, route.path) for route in routes)
-        self._api = Api(
-            routes,
-            worker.verifier,
-            worker.requests,
-            allowed_origins=worker.settings.allowed_origins,
-            limit_bytes=BODY_CAP_BYTES,
-        )
-        self._numbers = count()
-        self._wanted: dict[int, asyncio.Event] = {}
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request here, or have the hub answer it."""
-        query = scope["query_string"]
-        # The sessions of calls that wait are the hub's.
-        may_wait = scope["method"] == "GET" and (b"wait_s" in query or b"%" in query)
-        if (scope["method"], scope["path"]) in self._answered and not may_wait:
-            await self._api(scope, receive, send)
-            return
-        request = HttpRequest(
-            next(self._numbers), **{name: scope[name] for name in _SCOPE}, has_body=_has_body(scope)
-        )
-        try:
-            response = await self._pass_on(request, receive)
-        except PokebridgeError as error:
-            refused = problem(error.status, str(error))
-            response = HttpResponse(refused.status, refused.headers, refused.body)
-        start = {"status": response.status, "headers": response.headers}
-        await send({"type": "http.response.start", **start})
-        await send({"type": "http.response.body", "body": response.body})
-
-    def bring(self, number: int) -> None:
-        """The hub wants the body of a request."""
-        if number in self._wanted:
-            self._wanted[number].set()
-
-    async def _pass_on(self, request: HttpRequest, receive: Receive) -> HttpResponse:
-        self._wanted[request.number] = asyncio.Event()
-        answer = asyncio.ensure_future(self._calls.call(methods.HTTP, request))
-        listening = asyncio.ensure_future(self._listen(request, receive))
-        try:
-            return await answer
-        finally:
-            listening.cancel()
-            answer.cancel()
-            del self._wanted[request.number]
-
-    async def _listen(self, request: HttpRequest, receive: Receive) -> None:
-        """Send the hub the body when it wants that, and tell it when the client goes away."""
-        if request.has_body:
-            await self._wanted[request.number].wait()
-        body = await _read_body(receive)
-        if body is not None:
-            if request.has_body:
-                await self._room()
-                self._tell(Body(request.number, body))
-            while (await receive())["type"] != "http.disconnect":
-                pass
-        self._tell(Gone(request.number))
-
-
-def _has_body(scope: Scope) -> bool:
-    return any(name in {b"content-length", b"transfer-encoding"} for name, _ in scope["headers"])
-
-
-_SCOPE = (
-    *("method", "path", "raw_path", "query_string", "scheme", "http_version"),
-    *("headers", "client", "server"),
-)
-
-
-async def _read_body(receive: Receive) -> bytes | None:
-    """Read the body, or enough of it for the hub to see that it is too large for any call.
-
-    ``None``: the client went away before it had sent all of it.
-    """
-    body, more = b"", True
-    while more and len(body) <= POKES_CAP_BYTES:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        body += message.get("body", b"")
-        more = message.get("more_body", False)
-    return body
 
 
 class _ShownSocket:

@@ -41,7 +41,7 @@ class Message(msgspec.Struct, array_like=True, gc=False):
 
 
 class Welcome(Message, tag=0):
-    """The first message: what the worker needs before it serves.
+    """What the worker needs before it serves. Only revocations come before it.
 
     ``settings`` are pickled. ``takes_acks``: whether clients may ack over their sockets.
     """
@@ -49,7 +49,6 @@ class Welcome(Message, tag=0):
     worker: int
     settings: bytes
     takes_acks: bool
-    revocations: Sequence["Revoke"]
 
 
 class Answer(Message, tag=1):
