@@ -425,7 +425,7 @@ class SimListening(SimShell):
         self._stop(code)
 
     def leave(self) -> None:
-        """Listen no more."""
+        """Stop listening."""
         self._shared.forget(self.recipient)
         self._part = None
         super().leave()

@@ -315,7 +315,7 @@ class Oracle:
     # --- sessions ---------------------------------------------------------------------------------
 
     def readiness_changed(self, client: WatchedClient) -> None:
-        """The core of ``client`` is ready now, or is no more."""
+        """The core of ``client`` has become ready, or no longer is."""
         if client.ready:
             self._ready_at[client] = self._scene.scheduler.now
             if not self.is_up_to_date(client):

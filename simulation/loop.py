@@ -348,7 +348,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         return task.result()
 
     def run_forever(self) -> None:
-        """See asyncio; here for ever ends when nothing is left to do."""
+        """See asyncio; here it ends when nothing is left to do."""
         self.scheduler.run()
 
     def stop(self) -> None:

@@ -233,7 +233,7 @@ class World(Scene):
             await asyncio.sleep(self.rng.choice((0.3, 6.0)) * self.rng.uniform(0.5, 1.5))
 
     def deny(self, base: str, selections: frozenset[Selection]) -> None:
-        """Have the broker refuse ``selections`` to an instance and to those that replace it."""
+        """Make the broker refuse ``selections`` to an instance and to those that replace it."""
         self.denials[base] = selections
         for instance in self.running:
             if instance.base == base:

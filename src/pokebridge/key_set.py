@@ -161,7 +161,7 @@ class KeySet:
 
 
 def _public_keys(key_set: Any) -> list[jwt.PyJWK]:
-    """The keys of a JWK set that are for signatures, of an algorithm of ours, and long enough.
+    """The keys of a JWK set that are for signatures, of a supported algorithm, and long enough.
 
     Raises ``ValueError`` when there is none, or too many.
     """

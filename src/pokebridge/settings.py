@@ -100,8 +100,8 @@ class Settings(BaseModel):
     token."""
 
     dev_on_network: bool = False
-    """Allow dev together with a host that other machines reach. Whoever reaches it can make tokens
-    for anybody, also such that may administrate."""
+    """Allow dev together with a host that other machines reach. Anybody who reaches it can make
+    tokens for any recipient and scope, admin included."""
 
     # Loopback, because an instance that nobody has looked at yet must not be open to the network;
     # a container sets 0.0.0.0.
@@ -115,8 +115,8 @@ class Settings(BaseModel):
         _ALL_ROLES
     )
     """What this instance does, separated by commas: gateway (holds the sockets), api (serves HTTP),
-    processor (resends owed pokes, purges, pushes, reads the ingress), coordinator (can be elected).
-    All four by default."""
+    processor (resends unpublished pokes, purges, pushes, reads the ingress), coordinator (can be
+    elected). All four by default."""
     workers: Annotated[int, Field(ge=1, le=256)] | Literal["auto"] = 1
     """Worker processes that serve the port together, as one instance. auto: as many as there are
     cores for this process. 1: one process does everything (docs/cores.md)."""
@@ -124,7 +124,7 @@ class Settings(BaseModel):
     """Relative capacity. An instance of weight 2 owns twice as many shards as one of weight 1."""
     advertise_url: AdvertiseUrl | None = None
     """WebSocket URL at which clients reach this instance and no other, like wss://b1.example.com.
-    Needed to lead clients to the owner of their shard. Unset: clients are not redirected."""
+    Needed to redirect clients to the owner of their shard. Unset: clients are not redirected."""
 
     path_prefix: PathPrefix = ""
     """Beginning of every path at which clients reach the instance through a proxy, like /bridge.
@@ -135,7 +135,7 @@ class Settings(BaseModel):
 
     cluster: Name = "default"
     """Name of the cluster. Instances with the same name, transport and mailbox form one cluster.
-    Clusters with different names do not hear each other, even on one engine."""
+    Clusters with different names do not receive each other's signals, even on one engine."""
     signal_cluster: Name | None = None
     """Name of the cluster whose subjects, channels or topics carry the signals. Unset: this
     cluster's own. Needed only to change the number of shards (docs/partitioned.md)."""
@@ -162,7 +162,8 @@ class Settings(BaseModel):
     """Seconds without a sign of life after which an instance counts as dead and its shards move."""
     deaf_after_s: Seconds = 5
     """Seconds in which the transport delivers nothing to this instance, after which it reports
-    itself deaf. Two leases later its shards and sessions go to instances that hear."""
+    itself deaf. Two leases later its shards and sessions go to instances that still receive
+    signals."""
     red_line_ops_per_s: Factor = RED_LINE_OPS_PER_S
     """The red line: deliveries per second in the whole cluster (messages per second times
     instances) above which fan-out is no longer advisable."""
@@ -177,16 +178,16 @@ class Settings(BaseModel):
     group_prefixes: Annotated[tuple[GroupPrefix, ...], BeforeValidator(split_list)] = Field(
         default_factory=lambda given: ("urn:group:",) if given.get("dev") else ()
     )
-    """How the recipients begin that are groups, separated by commas, like urn:room:, urn:doc:. A
-    group is heard and read by many: it may have any number of sessions, and its messages stay until
-    they expire (docs/groups.md). Must be the same on all instances of a cluster. Unset: every
-    recipient is a user."""
+    """Prefixes of the recipients that are groups, separated by commas, like urn:room:, urn:doc:. A
+    group has many readers: it may have any number of sessions, and its messages stay until they
+    expire (docs/groups.md). Must be the same on all instances of a cluster. Unset: every recipient
+    is a user."""
     group_ttl_s: Seconds = _LIMITS.group_ttl_s
-    """Seconds after which a message for a group expires that names no ttl_s of its own."""
+    """Seconds after which a message for a group expires if it has no ttl_s."""
     audience_pulls_per_s: Factor = 1000
-    """Pulls per second over which a poke spreads that more than 100 sessions of this instance hear.
-    They are poked again when all have had the time to pull. Raise it if your own API answers the
-    pulls and bears more."""
+    """Most pulls per second that a poke to more than 100 sessions of this instance causes. They are
+    poked again when all have had the time to pull. Raise it if your own API answers the pulls and
+    can serve more."""
 
     # --- Transport ---
 
@@ -201,9 +202,9 @@ class Settings(BaseModel):
 
     mailbox: PartUrl = "sqlite:///pokebridge.db"
     """Where messages are stored: sqlite:///FILE (one machine), postgresql://HOST/DB, or memory://
-    (one process, lost at exit). An instance with the role gateway alone stores none. Set it there
-    all the same: it verifies its sessions and reads revocations, and runs on while that is
-    unavailable."""
+    (one process, lost at exit). An instance with only the role gateway stores none, but set it
+    there too: the instance verifies its sessions with it and reads revocations, and keeps running
+    while it is unavailable."""
     no_mailbox: bool = False
     """Store no messages. Clients pull from your own API, and your backend pokes after each
     commit."""
@@ -278,7 +279,7 @@ class Settings(BaseModel):
     """Most open sessions of one recipient on this instance. One more closes the oldest. For a
     group there is no such limit."""
     max_listened_recipients: Annotated[int, Field(ge=0, le=10_000)] = 100
-    """To how many recipients beside its own a session may listen. 0: to none."""
+    """Most further recipients that a session may listen to. 0: none."""
     max_sessions_per_address: Limit = unless_dev(1000)
     """Most open sessions from one client address, or from one /64 network of IPv6. 0: no limit. Set
     trusted_proxies if clients come through a proxy."""
@@ -308,7 +309,7 @@ class Settings(BaseModel):
     drain_s: Annotated[float, Field(ge=0, le=86400, allow_inf_nan=False)] = 5
     """Seconds over which a stopping instance spreads the closing of its sessions."""
     grace_s: Seconds = 10
-    """Seconds that a stopping instance gives to requests under way."""
+    """Seconds that a stopping instance gives to running requests."""
 
     # --- Observability ---
 

@@ -81,7 +81,7 @@ class SendRequest(Struct, forbid_unknown_fields=True):
 
 
 class QueuedMessage(SendRequest, kw_only=True):
-    """A message from a queue. Whoever may publish there is trusted to name the sender."""
+    """A message from a queue. Every publisher there is trusted to name the sender."""
 
     sender: Recipient
 

@@ -88,10 +88,10 @@ class Beacon(
     omit_defaults=True,
     rename={"sender": "from", "number": "n"},
 ):
-    """The signal by which instances hear of each other. Its numbers show when some were lost.
+    """The signal by which instances notice each other. Its numbers show when some were lost.
 
-    On the wire it is a probe with more in it, since release 0.1.0 drops a probe of another instance
-    and counts it as nothing else.
+    On the wire it is a probe with more fields, since release 0.1.0 drops probes of other instances
+    without counting them as invalid.
     """
 
     sender: _Name
@@ -135,7 +135,7 @@ class ListedSession(msgspec.Struct, frozen=True):
 class Lookup(msgspec.Struct, frozen=True, omit_defaults=True, rename={"sender": "from"}):
     """A question for the sessions of a recipient, or with ``sessions`` an instance's answer.
 
-    On the wire it is a probe with more in it, as a beacon is: earlier releases drop it.
+    On the wire it is a probe with more fields, like a beacon: earlier releases drop it.
     """
 
     id: Annotated[str, msgspec.Meta(min_length=1, max_length=64)]

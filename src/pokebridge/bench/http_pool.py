@@ -65,7 +65,7 @@ class HttpPool:
         try:
             await loop.create_connection(lambda: _Connection(self), HOST, self.port)
         except OSError:
-            # The instance is down. Without an answer the waiting requests would hang for ever.
+            # The instance is down. Without an answer the waiting requests would hang forever.
             if not self._open:
                 waiting, self._waiting = self._waiting, deque()
                 for _, done in waiting:

@@ -216,7 +216,7 @@ class SharedSocket:
         return self._listens.carry(recipient)
 
     def drop(self, recipient: str) -> None:
-        """``recipient`` needs its part of the socket no more."""
+        """``recipient`` no longer needs the shared socket."""
         if self._listens.drop(recipient):
             self.say({"type": "unlisten", "recipient": recipient})
 
@@ -290,7 +290,7 @@ class Listening:
         return await self._shell.wait_stopped()
 
     async def close(self) -> None:
-        """Listen to this recipient no more. A running handler is cancelled."""
+        """Stop listening to this recipient. A running handler is cancelled."""
         await self._shell.close()
 
     async def __aenter__(self) -> Self:

@@ -64,7 +64,7 @@ class Listens:
         return True
 
     def drop(self, recipient: str) -> bool:
-        """Carry ``recipient`` no more. Returns whether ``unlisten`` is to be sent."""
+        """Stop carrying ``recipient``. Returns whether ``unlisten`` is to be sent."""
         return self._carried.pop(recipient, "") is None
 
     def hear(self, text: str) -> Given | None:

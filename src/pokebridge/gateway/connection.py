@@ -1,4 +1,4 @@
-"""The socket of a session: an asyncio protocol that does what its session says, and no more.
+"""The socket of a session: an asyncio protocol that only does what its session says.
 
 An instance has tens of thousands of connections, and nearly all are silent. So a connection has no
 task, timer, queue or buffer: its deadline is on the instance's wheel, its parser exists only while

@@ -237,7 +237,7 @@ class PolledSession(HasSession):
         return True
 
     def send(self, frame: bytes) -> None:
-        """Have the call that waits, or the next one, bring ``frame``."""
+        """Send ``frame`` with the call that waits, or with the next one."""
         self._frames.append(frame)
         if self.is_awaited:
             self.session.block(self._host.now())

@@ -36,7 +36,7 @@ class Limits:
     ``max_messages`` and ``max_bytes`` (of bodies) count stored messages. An expired message counts
     until it is purged. One sender may use ``max_share`` of both, so that none can fill a mailbox
     for all others. One message of any size is always within the share. A device unseen for
-    ``forget_device_s`` seconds is forgotten, so that messages do not wait for its acks for ever.
+    ``forget_device_s`` seconds is forgotten, so that messages do not wait for its acks forever.
 
     A recipient that begins with one of ``group_prefixes`` is a group: it has many readers, whose
     acks are ignored. Each of its messages expires, after ``group_ttl_s`` seconds if it names no
@@ -173,7 +173,7 @@ class PageReader(Protocol):
         """The hub has read the store after this ``look``: trust it as long as it looks so."""
 
     async def close(self) -> None:
-        """Read no more."""
+        """Stop reading."""
 
 
 class Mailbox(Protocol):

@@ -232,7 +232,7 @@ def _decode(text: bytes) -> str:
 def _bring_up_to_date(
     db: sqlite3.Connection, path: Path, side_file: SideFile, now_s: float
 ) -> None:
-    """Check that the file is ours or new, and apply the missing migrations.
+    """Check that the file is a mailbox or new, and apply the missing migrations.
 
     Begins a new generation when the file has gone back in time.
     """

@@ -21,7 +21,7 @@ SUFFIXES: Final = ("", "-wal", "-shm")
 _DAMAGED: Final = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 # What is now at the path is another file.
 _OTHER_FILE: Final = {"deleted", "replaced"}
-# A file that has not changed for so long is not being written.
+# A file that has not changed for this long is not being written.
 SETTLED_NS: Final = 1_000_000_000
 _UNWRITABLE: Final = {
     sqlite3.SQLITE_CANTOPEN,

@@ -11,12 +11,11 @@ import structlog
 
 from pokebridge.errors import ConfigError
 
-# Where there is no limit. Linux takes no more either, unless it is told to (fs.nr_open).
+# Used if there is no limit. It is also Linux's default maximum (fs.nr_open).
 _ENDLESS = 1_048_576
 # For what the mailbox, the transport and the libraries open later.
 _LEAST_RESERVE, _MOST_RESERVE = 24, 256
-# Of the sockets, a quarter is for HTTP connections, which pulls need; but no more than this on a
-# host.
+# A quarter of the sockets is for HTTP connections, which pulls need; at most this many on a host.
 _MOST_CONNECTIONS = 1_000
 _LEAST_SOCKETS = 16
 

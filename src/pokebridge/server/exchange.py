@@ -259,7 +259,7 @@ class ExchangeProtocol(HttpToolsProtocol):
         }
 
     def serve(self, scope: Any, *, waits_for_100: bool) -> None:
-        """Have the application answer, at once or after the requests ahead."""
+        """Let the application answer, at once or after the requests ahead."""
         before: Any = self.cycle
         exchange: Any = Exchange(
             scope,
@@ -279,7 +279,7 @@ class ExchangeProtocol(HttpToolsProtocol):
             self.pipeline.appendleft((exchange, self.app))
 
     def pause_reading(self) -> None:
-        """Read no more until it is needed, or go on if that is how a client's end is noticed."""
+        """Stop reading until more is needed, unless reading is how a client's end is noticed."""
         if self.running is None or not self.running.awaits_end:
             self.flow.pause_reading()
 

@@ -218,7 +218,7 @@ class HttpProtocol(ExchangeProtocol):
             self._hang_up(431, f"head and trailer of a request have at most {MAX_HEAD_BYTES} bytes")
 
     def _refuse(self, error: httptools.HttpParserError) -> None:
-        """Answer what the parser, or a call of ours in it, did not accept."""
+        """Answer what the parser, or one of its callbacks here, did not accept."""
         cause = error.__context__
         if isinstance(cause, RefusedError):
             self._hang_up(cause.status, str(cause))

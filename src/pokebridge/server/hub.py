@@ -228,7 +228,7 @@ class Hub:
         self._door.open()
 
     async def _stop(self) -> None:
-        """Have the workers finish their requests and end. Those that do not are killed."""
+        """Let the workers finish their requests and end. Those that do not are killed."""
         self._stops = True
         self._door.close()
         for slot in self.slots:
@@ -375,7 +375,7 @@ class Hub:
         return await answering
 
     async def _refresh(self) -> None:
-        """Have the workers report, and wait for it a little."""
+        """Ask the workers for reports, and wait briefly for them."""
         for slot in self.slots:
             slot.ask()
         with contextlib.suppress(TimeoutError):

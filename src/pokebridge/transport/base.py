@@ -112,8 +112,8 @@ class Transport(Protocol):
       it succeeds. It never gives up silently.
     - **Liveness**: ``subscribe`` returns when the engine has accepted the subscription. Delivery
       may begin later. A caller that needs to know publishes a probe and waits for it. If the engine
-      has several servers, all of them have had time to hear of the subscription by then, since a
-      probe tests one of them only. The same holds before ``on_gap`` is called.
+      has several servers, all of them have had time to learn of the subscription by then, since a
+      probe tests only one. The same holds before ``on_gap`` is called.
     - **Bounds**: every queue has a limit. What exceeds it is a gap.
     """
 

@@ -1,10 +1,10 @@
 """Finds and deletes the subscriptions of dead instances, without any coordination.
 
 A subscription is alive if somebody reads it. The sweep tests exactly that, and relies on no
-heartbeat, clock or list of members. Every reader of ours acknowledges on receipt. So the sweep
-publishes probes, later pulls what each subscription still holds, and gives it back at once. A
-message that stays unacknowledged for 45 s, although every reader was offered it repeatedly, proves
-that there is no reader.
+heartbeat, clock or list of members. Every instance acknowledges on receipt. So the sweep publishes
+probes, later pulls what each subscription still holds, and gives it back at once. A message that
+stays unacknowledged for 45 s, although every reader was offered it repeatedly, proves that there is
+no reader.
 
 The service's clock times this: a message's publish time, against the latest publish time seen
 anywhere plus the time since. This is a lower bound of the message's age. So an error can only make

@@ -231,7 +231,7 @@ class _NatsConnection:
 
     @property
     def spread_s(self) -> float:
-        """In a cluster of servers each must hear of a subscription before it forwards to it."""
+        """In a cluster each server must learn of a subscription before it forwards to it."""
         if self._spread_s is not None:
             return self._spread_s
         return INTEREST_SPREAD_S if self._client.is_clustered else 0.0

@@ -109,7 +109,8 @@ class ReconnectingLink(Generic[C]):
         self._lock = asyncio.Lock()
         # Background tasks, cancelled when the connection is lost.
         self._work: set[asyncio.Task[Any]] = set()
-        # Connections that are being closed; whoever waits for that may be cancelled, they may not.
+        # Connections that are being closed. A caller that waits may be cancelled; the closing may
+        # not.
         self._closing: set[asyncio.Task[None]] = set()
         # The task that watches the connection and replaces it.
         self._keeper: asyncio.Task[None] | None = None

@@ -85,7 +85,7 @@ class RemoteSession(msgspec.Struct, gc=False, eq=False):
             self.link.send(Open(self.number))
 
     def notify(self, version: int | None, frame: bytes) -> bool:
-        """Have the worker send a poke. None is needed before ``ready``, nor for a known version.
+        """Make the worker send a poke. None is needed before ``ready``, nor for a known version.
 
         The session was told that before the signal came back from the engine.
         """
