@@ -13,6 +13,7 @@ from pokebridge.server.hub_http import PassedRequests
 from pokebridge.server.worker_http import App
 from pokebridge.tokens import TokenVerifier
 from pokebridge.workers import methods
+from pokebridge.workers.channel import CONGESTED_BYTES
 from pokebridge.workers.frames import Body, Gone, Want
 from tests.gateway.harness import SECRET
 from tests.workers.ends import Ends
@@ -123,11 +124,12 @@ async def test_a_body_that_nobody_wants_is_not_read(ends: Ends) -> None:
     assert ends.hub_heard == []
 
 
+@pytest.mark.parametrize("unsent", [b"", b"x" * 4 * CONGESTED_BYTES], ids=["free", "congested"])
 @pytest.mark.parametrize("headers", [(), (CHUNKED,)])
 async def test_the_hub_hears_that_a_client_is_gone(
-    ends: Ends, headers: tuple[tuple[bytes, bytes], ...]
+    ends: Ends, headers: tuple[tuple[bytes, bytes], ...], unsent: bytes
 ) -> None:
-    """While it waits for the body, and while the call waits after that."""
+    """While it waits for the body, and while the call waits after that; never before the call."""
 
     async def wait(_: Scope, receive: Receive, send: Send) -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -136,6 +138,7 @@ async def test_the_hub_hears_that_a_client_is_gone(
 
     caller = Caller(len(headers), goes_away=True)
     app = worker_app(ends, wait)
+    ends.worker.send(Body(-1, unsent))
     async with asyncio.timeout(5):
         await app(scope(*headers), caller.receive, caller.send)
-    assert [type(each) for each in ends.hub_heard] == [Gone]
+    assert [type(each) for each in ends.hub_heard] == [Body, Gone]

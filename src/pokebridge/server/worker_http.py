@@ -100,6 +100,8 @@ class App:
                 self._channel.send(Body(request.number, body))
             while (await receive())["type"] != "http.disconnect":
                 pass
+        # The call may be waiting for room as well, and the hub must hear of it first.
+        await self._channel.room()
         self._channel.send(Gone(request.number))
 
 
