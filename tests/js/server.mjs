@@ -35,6 +35,10 @@ told.invalid = (await failure(direct.send("no recipient", 1))).status;
 const dead = new Publisher({ url: "http://127.0.0.1:9", token, timeout_s: 0.3 });
 told.dead = (await failure(dead.poke("urn:user:bob"))).message;
 
+const chunk = new Uint8Array(256 * 1024).fill(32);
+const endless = async () => new Response(new ReadableStream({ pull: (controller) => controller.enqueue(chunk) }));
+told.endless = (await failure(new Publisher({ url, token, fetch: endless, timeout_s: 0 }).poke("urn:user:bob"))).message;
+
 const withSecrets = [() => new Publisher({ url: "https://shop:secret@bridge", token })];
 for (const bad of ["secret\n.2", "sécret", ""]) {
   withSecrets.push(() => new Publisher({ url, token: bad }));

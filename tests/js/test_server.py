@@ -41,6 +41,7 @@ async def test_a_backend_in_node(serve: Serve, client_package: Path, tmp_path: P
     assert told["dead"].startswith("http://127.0.0.1:9/v1/pokes can't be reached: ")
     assert all(each.startswith("TypeError: `") for each in told["withSecrets"])
     assert not any("cret" in each for each in told["withSecrets"])
+    assert "more than" in told["endless"], "what stands between may send without end"
     assert told["cjs"] == "function"
     with instance.http("urn:user:bob") as http:
         assert [each["body"]["text"] for each in http.get("/v1/messages").json()["messages"]] == [

@@ -1,6 +1,7 @@
 // What a backend does: send messages, poke, end sessions. For Node ≥ 20, and any runtime with `fetch`.
 
 import { checkUrl, HttpError, isToken, problemDetail } from "./answers.js";
+import { readText } from "./pulling.js";
 
 // For one attempt, and longer by what a large message takes on a slow line.
 const ATTEMPT_MS = 10_000;
@@ -123,7 +124,7 @@ export class Publisher {
     let text: string;
     try {
       response = await send(url, { method, headers, signal, redirect: "manual", ...(content && { body: content }) });
-      text = await response.text();
+      text = await readText(response);
     } catch (error: any) {
       const why = error?.cause?.message || error?.cause?.code || error?.message;
       throw new Error(`${url} can't be reached: ${why}`, { cause: error });
