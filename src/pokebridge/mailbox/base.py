@@ -184,8 +184,8 @@ class Mailbox(Protocol):
     - **Dense**: a recipient's versions are 1, 2, 3, … in commit order, also under concurrent
       senders in several processes. A reader never sees version n before n - 1 is committed.
     - **Never twice**: no version is assigned twice. When a store that others share has gone back in
-    time, a new generation begins, far above every assigned version. If that can't be noticed, call
-    ``begin_generation`` (docs/backup.md).
+      time, a new generation begins, far above every assigned version. If that can't be noticed,
+      call ``begin_generation`` (docs/backup.md).
     - **Idempotent**: a message with an idempotency key, its (sender, id), is committed once. An
       append that repeats the key commits nothing and returns the first receipt, marked
       ``duplicate``. This holds for at least a week, also after the message itself is deleted.
@@ -198,7 +198,7 @@ class Mailbox(Protocol):
     - **Bounded**: every call ends in bounded time, and each recipient's mailbox has its
       :class:`Limits`.
     - **Shared by a group**: a message for a group is there for every reader until it expires.
-    :meth:`ack`, :meth:`ack_all` and :meth:`see_device` change nothing for a group.
+      :meth:`ack`, :meth:`ack_all` and :meth:`see_device` change nothing for a group.
 
     Every call raises :class:`~pokebridge.errors.MailboxError` when the store is unavailable,
     overloaded or closed.

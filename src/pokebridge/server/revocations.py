@@ -44,8 +44,8 @@ class Revocations:
 
     Args:
         mailbox: keeps the revocations; ``None``: only instances that receive the signal know it.
-        publisher: tells the instances at once. on_known: called with each disconnect that is asked
-        for here, and with each revocation that
+        publisher: tells the instances at once.
+        on_known: called with each disconnect that is asked for here, and with each revocation that
             is found in the mailbox.
         keep_s: how long a revocation lasts: as long as the longest-lived token, or longer.
         hears: whether this instance hears the others.
