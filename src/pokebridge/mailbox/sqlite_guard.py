@@ -67,13 +67,11 @@ class FileGuard:
         self.objects = objects
         self.path = path
         self.side_file = side_file
-        real = path.resolve()
-        paths = [path, *(real.with_name(real.name + suffix) for suffix in SUFFIXES)]
-        looks = {str(it): found for it in paths if (found := look_at(it)) is not None}
+        looks = {it: found for it in files_of(path) if (found := look_at(it)) is not None}
         self._identities = {it: found.identity for it, found in looks.items()}
-        self._real = real
-        self._seen = looks[str(real)]
-        self._held = side_file.held = held_in(real) or Held()
+        self._real = path.resolve()
+        self._seen = looks[str(path)]
+        self._held = side_file.held = held_in(self._real) or Held()
         self._gone: str | None = None
         self._is_recorded = True
         self._lock = threading.Lock()
@@ -81,7 +79,7 @@ class FileGuard:
     @property
     def identity(self) -> str:
         """What no other file on this machine has."""
-        device, inode = self._identities[str(self._real)]
+        device, inode = self._identities[str(self.path)]
         return f"sqlite {device}:{inode}"
 
     def reading(self, do_batch: DoBatch) -> DoBatch:
@@ -136,14 +134,11 @@ class FileGuard:
         return [Outcome(job, None, MailboxError(gone)) for job in jobs]
 
     def _find_gone(self) -> str | None:
-        now, real = self._seen, str(self._real)
-        for path, identity in self._identities.items():
-            found = look_at(path)
-            if found is None or found.identity != identity:
+        looks = {path: look_at(path) for path in self._identities}
+        for path, found in looks.items():
+            if found is None or found.identity != self._identities[path]:
                 return self._give_up(path, "deleted" if found is None else "replaced")
-            if path == real:
-                now = found
-        if now != self._seen and (what := self._what_changed()) is not None:
+        if looks[str(self.path)] != self._seen and (what := self._what_changed()) is not None:
             return self._give_up(self.path, what)
         return None
 
@@ -205,6 +200,13 @@ class FileGuard:
             if self._is_recorded:
                 log.warning("mailbox_state_unrecorded", path=str(self.path), reason=str(error))
             self._is_recorded = False
+
+
+def files_of(path: Path) -> list[str]:
+    """``path`` first, then the file that it leads to if it is a link, and SQLite's own files."""
+    real = path.resolve()
+    files = [path, *(real.with_name(real.name + suffix) for suffix in SUFFIXES)]
+    return list(dict.fromkeys(map(str, files)))
 
 
 def look_at(path: str | Path) -> Look | None:

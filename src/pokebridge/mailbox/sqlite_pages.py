@@ -11,7 +11,7 @@ from typing import Final
 from pokebridge.errors import MailboxError
 from pokebridge.mailbox.base import Wanted, page_of
 from pokebridge.mailbox.sqlite_file import connect
-from pokebridge.mailbox.sqlite_guard import SUFFIXES, look_at
+from pokebridge.mailbox.sqlite_guard import files_of, look_at
 from pokebridge.mailbox.sqlite_workers import WorkerPool, do_each
 from pokebridge.model import Message, Page
 
@@ -56,7 +56,7 @@ class SqliteReader:
     Every copy of the write-ahead log into the file changes that. So when :meth:`read` has no page,
     its caller asks the other process, and calls :meth:`trust` once that has answered.
 
-    - ``_files``: the file, SQLite's own beside it, and the link that leads to it, if any
+    - ``_files``: the file, and SQLite's own beside it
     - ``_trusted``: how they looked before the other process answered last
     - ``_reads``: the thread
     - ``_clock``: gives Unix time in seconds
@@ -113,6 +113,4 @@ def _open(path: Path) -> tuple[Sequence[str], sqlite3.Connection]:
         db.execute("SELECT 1 FROM heads").fetchone()  # opens SQLite's log as well
     except sqlite3.Error as error:
         raise MailboxError(f"the mailbox {path} can't be read: {error}") from error
-    real = path.resolve()
-    files = [*(real.with_name(real.name + suffix) for suffix in SUFFIXES), path]
-    return [str(file) for file in dict.fromkeys(files)], db
+    return files_of(path), db
