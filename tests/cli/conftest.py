@@ -27,8 +27,7 @@ Run = Callable[..., Result]
 @pytest.fixture(scope="session")
 def instance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
     """One instance for all, that knows the secret and hands out no tokens."""
-    environ = {k: v for k, v in os.environ.items() if not k.startswith("POKEBRIDGE_")}
-    environ |= {
+    environ = os.environ | {
         "POKEBRIDGE_JWT_SECRET": JWT_SECRET,
         "POKEBRIDGE_MAILBOX": "memory://",
         "POKEBRIDGE_DRAIN_S": "0",
@@ -51,19 +50,7 @@ def ask(instance: Instance, run: Run) -> Run:
 
 
 @pytest.fixture
-def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing of this machine's own settings reaches the command."""
-    for variable in os.environ:
-        if variable.startswith("POKEBRIDGE_"):
-            monkeypatch.delenv(variable)
-
-
-@pytest.fixture
-def run(
-    clean_environment: None,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> Run:
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
     """``run("poke", "urn:user:bob", POKEBRIDGE_URL=…)``: the command, in this process."""
 
     def run_it(*args: str, **environ: str) -> Result:
@@ -79,7 +66,7 @@ def run(
 
 
 @pytest.fixture
-def run_process(clean_environment: None) -> Run:
+def run_process() -> Run:
     """The same in a process of its own, as a shell would start it."""
 
     def run_it(*args: str, stdin: str = "", **environ: str) -> Result:

@@ -58,9 +58,7 @@ def small_server(tmp_path: Path) -> Iterator[Daemon]:
 
 
 @pytest.fixture
-def use(
-    clean_environment: None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[str], Serve]:
+def use(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Serve]:
     """``use(address)``: from now on that is Pub/Sub; returns what starts instances on it."""
 
     def use_it(address: str) -> Serve:

@@ -64,7 +64,7 @@ class Listener:
 
 
 @pytest.fixture
-def listeners(clean_environment: None) -> Iterator[list[Listener]]:
+def listeners() -> Iterator[list[Listener]]:
     """Those that the test starts; its end ends them."""
     started: list[Listener] = []
     yield started

@@ -179,7 +179,7 @@ def test_dev_is_not_opened_to_the_network_by_accident(run: Run, host: str) -> No
     assert "--dev-on-network" in result.err
 
 
-def test_an_interrupt_is_quiet(clean_environment: None) -> None:
+def test_an_interrupt_is_quiet() -> None:
     """Ctrl-C while a command waits for an instance that does not answer: status 130, no words."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
@@ -196,7 +196,7 @@ def test_an_interrupt_is_quiet(clean_environment: None) -> None:
     assert (process.returncode, out.strip()) == (130, "")
 
 
-def test_a_closed_pipe_is_no_traceback(clean_environment: None) -> None:
+def test_a_closed_pipe_is_no_traceback() -> None:
     """`pokebridge … | head` may leave us without a reader."""
     reader, writer = os.pipe()
     os.close(reader)

@@ -220,7 +220,7 @@ def test_who_is_no_instance_is_told_in_one_line(run: Run, answer: str) -> None:
 
 
 def test_what_is_measured_comes_after_flags_and_before_settings(
-    clean_environment: None, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A flag is a what-if; the cluster knows its own red line better than our settings."""
     monkeypatch.setenv("POKEBRIDGE_RED_LINE_OPS_PER_S", "1")
@@ -288,7 +288,7 @@ def test_where_the_line_is_crossed() -> None:
     assert {1, 6, 50, 100} <= set(_counts(Workload(1000, 50)))
 
 
-def test_the_extra_is_named_when_it_is_missing(clean_environment: None, tmp_path: Path) -> None:
+def test_the_extra_is_named_when_it_is_missing(tmp_path: Path) -> None:
     """One line that says what to install, and nothing is drawn."""
     picture = tmp_path / "plan.svg"
     command = [sys.executable, "-c", WITHOUT_MATPLOTLIB, "plan", *SAFE, "--plot", str(picture)]

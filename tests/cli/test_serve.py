@@ -17,7 +17,7 @@ from tests.support import block_until, free_port, wait_until
 from tests.support.serving import JWT_SECRET, POKEBRIDGE, Serve
 
 
-def test_a_configured_instance_serves_and_stops(clean_environment: None, tmp_path: Path) -> None:
+def test_a_configured_instance_serves_and_stops(tmp_path: Path) -> None:
     """Settings from the file reach it; SIGTERM ends it with status 0; the log is JSON."""
     port = free_port()
     config = tmp_path / "pokebridge.toml"

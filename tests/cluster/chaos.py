@@ -28,7 +28,7 @@ import jwt
 import uvloop
 
 from tests.cluster.crowd import Act, Crowd
-from tests.support import CutProxy, Daemon, Instance, free_port, wait_until
+from tests.support import CutProxy, Daemon, Instance, environment, free_port, wait_until
 from tests.support.engines import (
     ask,
     has_role,
@@ -310,8 +310,7 @@ def _instance(name: str, engine_urls: Mapping[str, str], size: Size, directory: 
         "verify_every_s": size.verify_every_s,
         "workers": size.workers,
     }
-    env = {k: v for k, v in os.environ.items() if not k.startswith("POKEBRIDGE_")}
-    env |= {f"POKEBRIDGE_{key.upper()}": str(value) for key, value in settings.items()}
+    env = os.environ | {f"POKEBRIDGE_{key.upper()}": str(value) for key, value in settings.items()}
     return Instance(name, ["--dev"], env, directory)
 
 
@@ -565,4 +564,5 @@ if __name__ == "__main__":
     asked = parser.parse_args()
     full = replace(FULL, clients=asked.clients, workers=asked.workers)
     on: Sequence[Kind] = [asked.on] if asked.on else ["nats", "redis"]
+    environment.clean()
     sys.exit(uvloop.run(_main(full, on)))

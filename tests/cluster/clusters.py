@@ -101,8 +101,7 @@ def _start(
             "valkey": "redis://{}/0",
             "pubsub": f"pubsub://{project}/{TOPIC}",
         }
-        env = {k: v for k, v in os.environ.items() if not k.startswith("POKEBRIDGE_")}
-        env |= {
+        env = os.environ | {
             "PUBSUB_EMULATOR_HOST": cable.address,
             "POKEBRIDGE_JWT_SECRET": JWT_SECRET,
             "POKEBRIDGE_TRANSPORT": schemes[name].format(cable.address),

@@ -121,7 +121,7 @@ def _engines(
 def _start(
     name: str, transport: str, store_url: str, engine: str, directory: Path, opened: ExitStack
 ) -> Instance:
-    env = {k: v for k, v in os.environ.items() if not k.startswith("POKEBRIDGE_")}
+    env = dict(os.environ)
     if transport.startswith("pubsub://"):
         env["PUBSUB_EMULATOR_HOST"] = transport.split("/")[2]
         transport = "pubsub://test-partitioned/pokes"

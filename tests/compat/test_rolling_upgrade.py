@@ -70,7 +70,7 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Release:
 
 def environ(python_path: Path | None) -> dict[str, str]:
     """The environment of the release in ``python_path``, or of the checkout."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith("POKEBRIDGE_")}
+    env = dict(os.environ)
     env.pop("PYTHONPATH", None)
     return env | ({"PYTHONPATH": str(python_path)} if python_path else {})
 

@@ -148,8 +148,7 @@ def _start(name: str, nats_url: str, directory: Path, opened: ExitStack) -> Inst
         "drain_s": 0.2,
         "workers": WORKERS if name == WITH_WORKERS else 1,
     }
-    env = {k: v for k, v in os.environ.items() if not k.startswith("POKEBRIDGE_")}
-    env |= {f"POKEBRIDGE_{key.upper()}": str(value) for key, value in settings.items()}
+    env = os.environ | {f"POKEBRIDGE_{key.upper()}": str(value) for key, value in settings.items()}
     instance = Instance(name, ["--dev"], env, directory)
     opened.callback(instance.kill)
     instance.start()

@@ -190,12 +190,11 @@ def settings(engine: Daemon, port: int, name: str) -> dict[str, Any]:
 def run_site(directory: Path, engine: Daemon, **more: object) -> Iterator[Site]:
     """Three instances with ``more`` settings, which a whole module may share."""
     port = free_port()
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("POKEBRIDGE_")}
 
     def create(name: str) -> Instance:
         given = {**settings(engine, port, name), "jwt_secret": JWT_SECRET, **more}
         env = {f"POKEBRIDGE_{key.upper()}": str(value) for key, value in given.items()}
-        return Instance(name, ["--dev"], inherited | env, directory)
+        return Instance(name, ["--dev"], os.environ | env, directory)
 
     instances = [create(name) for name in NAMES]
     try:

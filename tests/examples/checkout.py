@@ -26,7 +26,7 @@ SERVES = {
     "run.py": "Ctrl-C stops it",
 }
 WITH_PORTS = {".html", ".js", ".jsx", ".md", ".mjs", ".py", ""}
-FOREIGN = ("POKEBRIDGE_", "MAKE", "MFLAGS", "PUBSUB_", "PYTEST_")
+FOREIGN = ("MAKE", "MFLAGS", "PUBSUB_", "PYTEST_")
 LIMIT_S = 400.0  # for what hangs: npm fetches what is not in its cache
 
 

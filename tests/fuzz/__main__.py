@@ -9,6 +9,7 @@ import structlog
 import uvloop
 
 from tests.fuzz.running import BORDERS, run
+from tests.support import environment
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
@@ -23,6 +24,7 @@ if __name__ == "__main__":
 
     # Most key sets can't be read, and each of them is a line.
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
+    environment.clean()
     with tempfile.TemporaryDirectory() as name:
         chosen = asked.only or BORDERS
         uvloop.run(run(chosen, asked.inputs, asked.seed, Path(name), tell))

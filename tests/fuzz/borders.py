@@ -111,14 +111,16 @@ async def _send_all(instance: Instance, mutator: Mutator, count: int) -> None:
     async def send_one() -> None:
         data = mutator()
         reader, writer = await asyncio.open_connection("127.0.0.1", instance.port)
-        with suppress(ConnectionError):
-            writer.write(data)
-            writer.write_eof()
-            async with asyncio.timeout(TIMEOUT_S):
-                _check_answers(await reader.read(-1))
-        writer.transport.abort()
-        with suppress(ConnectionError):
-            await writer.wait_closed()
+        try:
+            with suppress(ConnectionError):
+                writer.write(data)
+                writer.write_eof()
+                async with asyncio.timeout(TIMEOUT_S):
+                    _check_answers(await reader.read(-1))
+        finally:
+            writer.transport.abort()
+            with suppress(ConnectionError):
+                await writer.wait_closed()
 
     await _many(send_one, count)
 

@@ -196,8 +196,12 @@ class Client:
         sock.setblocking(False)  # noqa: FBT003 - its only form
         if receive_buffer is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", port))
-        return cls(*await asyncio.open_connection(sock=sock, limit=2**16))
+        try:
+            await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", port))
+            return cls(*await asyncio.open_connection(sock=sock, limit=2**16))
+        except BaseException:
+            sock.close()
+            raise
 
     async def handshake(
         self,

@@ -57,11 +57,10 @@ def site(client_package: Path) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def instance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
     """A running instance that the tests share, each with recipients of its own."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith("POKEBRIDGE_")}
     instance = Instance(
         "shared",
         ["--dev", "--mailbox", "memory://"],
-        env | {"POKEBRIDGE_JWT_SECRET": JWT_SECRET},
+        os.environ | {"POKEBRIDGE_JWT_SECRET": JWT_SECRET},
         tmp_path_factory.mktemp("shared"),
     )
     instance.start()

@@ -1,6 +1,6 @@
 """Senders, instances, readers and PostgreSQL are killed in turn; no message is lost or doubled.
 
-A longer run: ``POKEBRIDGE_CHAOS_KILLS=500 .venv/bin/pytest tests/mailbox/test_chaos.py``.
+A longer run: ``TESTED_KILLS=500 .venv/bin/pytest tests/mailbox/test_chaos.py``.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from pokebridge.testing.mailbox_kit import head
 from tests.mailbox import crowd
 from tests.support import Daemon, Serve, wait_until
 
-KILLS = int(os.environ.get("POKEBRIDGE_CHAOS_KILLS", "8"))
+KILLS = int(os.environ.get("TESTED_KILLS", "8"))
 SENDERS = 8
 DEVICES = ("phone", "tablet")
 # Messages of each recipient that must be accepted before the first kill.

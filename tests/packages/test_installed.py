@@ -63,9 +63,8 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def instance(python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
     """An instance of the installed wheel."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith("POKEBRIDGE_")}
     # With a PYTHONPATH it is not forked from these tests' own pokebridge.
-    env |= {"POKEBRIDGE_JWT_SECRET": JWT_SECRET, "PYTHONPATH": ""}
+    env = os.environ | {"POKEBRIDGE_JWT_SECRET": JWT_SECRET, "PYTHONPATH": ""}
     instance = Instance(
         "installed",
         ["--dev", "--mailbox", "sqlite:///mailbox.db"],

@@ -6,10 +6,12 @@ from typing import NoReturn
 
 import pytest
 
+from tests.support.environment import in_ci
+
 
 def missing(what: str) -> NoReturn:
-    """Skip the test because ``what`` is missing; with ``CI=true``, where it must not be, fail."""
-    if os.environ.get("CI") == "true":
+    """Skip the test because ``what`` is missing; in CI, where it must not be, fail."""
+    if in_ci():
         pytest.fail(f"missing in CI: {what}", pytrace=False)
     pytest.skip(f"MISSING: {what}")
 

@@ -127,13 +127,12 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
     """Start instances: ``serve(transport=nats_server.url, mailbox="sqlite:///a.db")``."""
     instances: list[Instance] = []
     numbers = itertools.count(1)  # its own: a test may start several at once, in threads
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("POKEBRIDGE_")}
 
     def start(
         *flags: str, dev: bool = True, started_at: str = "/readyz", **settings: object
     ) -> Instance:
         given = {"jwt_secret": JWT_SECRET, **_TESTED_WITH, **settings}
-        env = inherited | {f"POKEBRIDGE_{k.upper()}": str(v) for k, v in given.items()}
+        env = os.environ | {f"POKEBRIDGE_{k.upper()}": str(v) for k, v in given.items()}
         dev_flags = ["--dev"] if dev else []
         name = f"instance-{next(numbers)}"
         instance = Instance(name, [*dev_flags, *flags], env, tmp_path, started_at=started_at)
