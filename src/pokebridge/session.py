@@ -199,6 +199,15 @@ class Session:
         self._listens += 1
         return self._listens <= 2 * self._timing.max_listened + _SPARE_LISTENS
 
+    def count_anew(self) -> None:
+        """Begin another span in which the client's frames are counted."""
+        self._heard = self._listens = 0
+
+    @property
+    def ping_interval_s(self) -> float:
+        """The time between two pings, in seconds."""
+        return self._timing.ping_interval_s
+
     @property
     def ready_timeout_s(self) -> float:
         """How long a subscription may take to be proven live, in seconds."""
@@ -244,7 +253,7 @@ class Session:
             if is_over:
                 return self.close(code, reason, now)
         self._awaiting_pong = True
-        self._heard = self._listens = 0
+        self.count_anew()
         self._due_at = now + self._timing.pong_timeout_s
         return PING_CONTROL_FRAME
 

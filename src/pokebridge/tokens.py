@@ -357,13 +357,13 @@ def sign_token(
 
 
 def unverified_subject(token: str) -> str | None:
-    """Return the subject that ``token`` claims to have, for messages only: nothing is verified.
+    """Return the subject that ``token`` claims to have. Nothing is verified.
 
     ``None``: the token is malformed, or has no subject.
     """
     try:
         claims: dict[str, Any] = jwt.decode(token, options={"verify_signature": False})
-    except jwt.InvalidTokenError:
+    except (jwt.InvalidTokenError, ValueError, RecursionError):
         return None
     subject = claims.get("sub")
     return subject if isinstance(subject, str) else None

@@ -342,42 +342,89 @@ async def test_the_answers_to_a_large_audience_are_spread() -> None:
                 assert (await call).json()["frames"] == [{"type": "poke"}]
 
 
+class Polling:
+    """The client of a polled session: sends frames, and fetches those for it."""
+
+    def __init__(self, world: World, session: str) -> None:
+        self.world = world
+        self.path = f"/v1/pokes?session={session}"
+        self.sending_path = f"/v1/pokes/frames?session={session}"
+
+    async def send(self, *frames: dict[str, str], subject: str = BOB) -> int:
+        """The status with which the ``frames`` are answered."""
+        bearer = self.world.tokens.setdefault(subject, token(subject))
+        headers = {"Authorization": f"Bearer {bearer}"}
+        body = {"frames": frames}
+        answer = await self.world.http.post(self.sending_path, json=body, headers=headers)
+        return answer.status_code
+
+    async def fetch(self) -> Any:
+        """What is there for it, or comes next."""
+        return (await self.world.call(f"{self.path}&wait_s={LONG_S}")).json()
+
+    async def frames(self) -> Any:
+        """The frames among that."""
+        return (await self.fetch())["frames"]
+
+
+def listen(recipient: str, bearer: str = "") -> dict[str, str]:
+    """The frame that asks to hear ``recipient``."""
+    return {"type": "listen", "recipient": recipient, "token": bearer or token(recipient)}
+
+
+DOC = "urn:doc:7"
+UNLISTEN = {"type": "unlisten", "recipient": DOC}
+
+
 async def test_a_polled_session_listens_to_more() -> None:
     """Its client sends ``listen`` by another call; answers and pokes come as frames."""
     async with serving(timing=Timing(max_listened=2)) as world:
-        session = await world.begin()
-
-        async def send(subject: str = BOB, **frame: str) -> int:
-            headers = {
-                "Authorization": f"Bearer {world.tokens.setdefault(subject, token(subject))}"
-            }
-            path = f"/v1/pokes/frames?session={session}"
-            answer = await world.http.post(path, json={"frames": [frame]}, headers=headers)
-            return answer.status_code
-
-        async def frames(wait_s: float = LONG_S) -> Any:
-            answer = await world.call(f"/v1/pokes?session={session}&wait_s={wait_s}")
-            return answer.json()["frames"]
-
-        assert await send(type="listen", recipient="urn:doc:7", token=token("urn:doc:7")) == 204
-        (answer,) = await frames()
-        assert (answer["type"], answer["recipient"]) == ("listening", "urn:doc:7")
-        call = await world.waiting(f"/v1/pokes?session={session}&wait_s={LONG_S}")
-        await world.server.poke("urn:doc:7", 3)
-        assert (await call).json()["frames"] == [
-            {"type": "poke", "recipient": "urn:doc:7", "version": 3}
-        ]
+        client = Polling(world, await world.begin())
+        assert await client.send(listen(DOC)) == 204
+        (answer,) = await client.frames()
+        assert (answer["type"], answer["recipient"]) == ("listening", DOC)
+        call = await world.waiting(f"{client.path}&wait_s={LONG_S}")
+        await world.server.poke(DOC, 3)
+        assert (await call).json()["frames"] == [{"type": "poke", "recipient": DOC, "version": 3}]
         for version in (4, 6, 5):
-            await world.server.poke("urn:doc:7", version)
+            await world.server.poke(DOC, version)
         await world.server.poke(BOB, 1)
-        assert await frames() == [
+        assert await client.frames() == [
             {"type": "poke", "version": 1},
-            {"type": "poke", "recipient": "urn:doc:7", "version": 6},
+            {"type": "poke", "recipient": DOC, "version": 6},
         ]
-        assert await send(type="listen", recipient="urn:doc:8", token="x.y.z") == 204
-        (refusal,) = await frames()
+        assert await client.send(listen("urn:doc:8", "x.y.z")) == 204
+        (refusal,) = await client.frames()
         assert (refusal["type"], refusal["code"]) == ("unlistened", 4401)
-        assert await send(type="unlisten", recipient="urn:doc:7") == 204
+        assert await client.send(UNLISTEN) == 204
         assert world.server.gateway.sessions.listened == 0
-        assert await send(EVE, type="unlisten", recipient="urn:doc:7") == 404
-        assert await send(type="auth", token="x") == 422
+        assert await client.send(UNLISTEN, subject=EVE) == 404
+        assert await client.send({"type": "auth", "token": "x"}) == 422
+
+
+async def test_the_client_of_a_polled_session_sends_no_more_frames_than_another() -> None:
+    """Beyond a thousand in a ping interval the session ends, and nothing is kept for it."""
+    async with serving(timing=Timing(max_listened=2)) as world:
+        client = Polling(world, await world.begin())
+        for _ in range(10):
+            assert await client.send(*[UNLISTEN] * 100) == 204
+        assert await client.send(*[listen(DOC, "x.y.z")] * 100) == 204
+        answer = await client.fetch()
+        assert (answer["frames"], answer["close"]["code"]) == ([], 1008)
+
+
+async def test_a_polled_session_may_renew_what_it_listens_to_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its ``listen``s are counted anew after a ping interval, although it is never pinged."""
+    async with serving(timing=Timing(max_listened=2)) as world:
+        client, gateway = Polling(world, await world.begin()), world.server.gateway
+        await client.send(*[listen(DOC)] * 100)
+        await client.send(*[listen(DOC)] * 5)
+        frames = await client.frames()
+        assert [each["type"] for each in frames] == ["listening"] * 104 + ["unlistened"]
+        assert frames[-1]["code"] == 1013
+        later = gateway.now() + 25
+        monkeypatch.setattr(gateway, "now", lambda: later)
+        await client.send(listen(DOC))
+        assert (await client.frames())[0]["type"] == "listening"

@@ -124,6 +124,24 @@ async def test_a_token_that_is_refused_at_its_renewal_ends_the_listening() -> No
         await still_serves(server, client)
 
 
+async def test_what_is_refused_is_not_heard() -> None:
+    """Whatever the reason: no poke follows ``unlistened``."""
+    async with running(LISTENS) as server:
+        client = await listening(server, DOC)
+        listen(client, DOC, token(TEAM))
+        assert await refused(client) == 4403
+        assert not server.gateway.sessions.listened
+        listen(client, DOC)
+        assert (await client.message())["type"] == "listening"
+        (connection,) = server.connections
+        while connection.session.may_listen():
+            pass
+        listen(client, DOC)
+        assert await refused(client) == 1013
+        assert not server.gateway.sessions.listened
+        await still_serves(server, client)
+
+
 async def test_each_recipient_has_its_own_expiry() -> None:
     """One ends with its token, and one whose token was renewed goes on."""
     async with running(LISTENS) as server:
@@ -362,6 +380,22 @@ async def test_what_waits_for_a_key_may_be_given_up() -> None:
         keys.fetched.set()
         assert (await client.message())["recipient"] == TEAM
         assert not server.gateway.sessions.find(DOC)
+
+
+async def test_what_waits_for_a_key_need_not_name_its_recipient() -> None:
+    """Each of several is answered, but for the one that was given up."""
+    keys = KeysElsewhere()
+    async with running(LISTENS, keys) as server:
+        client = await server.open()
+        keys.must_be_fetched = True
+        for recipient in (DOC, TEAM, "urn:doc:8"):
+            client.say({"type": "listen", "token": token(recipient)})
+        client.say({"type": "unlisten", "recipient": "urn:doc:8"})
+        client.say({"type": "ping"})
+        assert await client.message() == {"type": "pong"}
+        keys.fetched.set()
+        assert [(await client.message())["recipient"] for _ in range(2)] == [DOC, TEAM]
+        assert server.gateway.sessions.listened == 2
 
 
 async def test_an_outage_of_the_keys_is_overload_and_no_refusal() -> None:

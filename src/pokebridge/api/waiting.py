@@ -102,6 +102,8 @@ class Waiting:
         sent = await self._read_frames(request)
         polled = self._find(request, query.session)
         for frame in sent.frames:
+            if not polled.hear():
+                break
             if isinstance(frame, Listen):
                 self._gateway.listen(polled, frame)
             else:

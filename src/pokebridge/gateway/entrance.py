@@ -36,6 +36,7 @@ from pokebridge.gateway.polling import PolledSession, PollingHost
 from pokebridge.gateway.sockets import Sockets
 from pokebridge.session import Session, State
 from pokebridge.supervisor import run_once
+from pokebridge.tokens import unverified_subject
 from pokebridge.wire import Listen, unlistened_frame
 
 log = structlog.get_logger(__name__)
@@ -125,7 +126,7 @@ class Entrance:
         self._lasting: dict[str, PolledSession] = {}
         # Verifications that wait for a key.
         self._tasks: set[asyncio.Task[None]] = set()
-        # Those of them that a `listen` waits for.
+        # Those of them that a `listen` waits for, by the recipient that is meant.
         self._listens_later: dict[tuple[Connection | PolledSession, str | None], Listen] = {}
 
     @property
@@ -360,12 +361,12 @@ class Entrance:
         if not connection.is_open:
             return
         if not connection.session.may_listen():
-            connection.send(unlistened_frame(wanted.recipient, 1013, "too many `listen`s just now"))
+            self._end_listening(connection, wanted.recipient, 1013, "too many `listen`s just now")
             return
         try:
             identity = self._verifier.verify_now(wanted.token)
         except KeysUnavailableError:
-            self._listens_later[connection, wanted.recipient] = wanted
+            self._listens_later[connection, _meant(wanted)] = wanted
             self._spawn("listen", self._listen_later(connection, wanted))
         except AuthError as error:
             self._refuse_to_listen(connection, wanted.recipient, error)
@@ -390,7 +391,7 @@ class Entrance:
                 self._listen(connection, wanted, identity)
 
     def _is_still_wanted(self, connection: Connection | PolledSession, wanted: Listen) -> bool:
-        key = (connection, wanted.recipient)
+        key = (connection, _meant(wanted))
         if self._listens_later.get(key) is not wanted:
             return False  # the client has changed its mind meanwhile
         del self._listens_later[key]
@@ -400,13 +401,21 @@ class Entrance:
         self, connection: Connection | PolledSession, recipient: str | None, error: AuthError
     ) -> None:
         """Send the reason. Listening to that recipient ends, unless no key can be fetched now."""
-        listened = (connection.session.listened or {}).get(recipient or "")
-        if not isinstance(listened, Listening):
-            connection.send(unlistened_frame(recipient, error.close_code, str(error)))
-        elif isinstance(error, KeysUnavailableError):
+        is_heard = recipient in (connection.session.listened or {})
+        if is_heard and isinstance(error, KeysUnavailableError):
             log.warning("token_renewal_without_keys", session=connection.session.id)
         else:
-            listened.close(error.close_code, str(error))
+            self._end_listening(connection, recipient, error.close_code, str(error))
+
+    def _end_listening(
+        self, connection: Connection | PolledSession, recipient: str | None, code: int, reason: str
+    ) -> None:
+        """Say that ``recipient`` is not heard, or no longer."""
+        listened = (connection.session.listened or {}).get(recipient or "")
+        if isinstance(listened, Listening):
+            listened.close(code, reason)
+        else:
+            connection.send(unlistened_frame(recipient, code, reason))
 
     def _listen(
         self, connection: Connection | PolledSession, wanted: Listen, identity: Identity
@@ -426,7 +435,7 @@ class Entrance:
         else:
             self._host.hear(Listening(self._host, connection, recipient, expires_at))
             return
-        connection.send(unlistened_frame(wanted.recipient or recipient, 4403, refusal))
+        self._end_listening(connection, wanted.recipient or recipient, 4403, refusal)
 
     def _on_the_loops_clock(self, unix_s: float) -> float:
         return self._host.now() + (unix_s - time.time())
@@ -435,3 +444,8 @@ class Entrance:
         task = run_once(name, coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _meant(wanted: Listen) -> str | None:
+    """The recipient that ``wanted`` names, or else its token, which is not verified yet."""
+    return wanted.recipient or unverified_subject(wanted.token)

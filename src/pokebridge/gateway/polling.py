@@ -68,6 +68,7 @@ class PolledSession(HasSession):
     - ``lasts``: whether it is for more than one call
     - ``ending``: why it has ended; ``None`` as long as it has not
     - ``wheel_slot``: a note of the wheel's
+    - ``_counted_until``: when the client's frames are counted anew
     - ``_frames``: what the next call gets beside a poke
     - ``_owes_poke``: whether the next call gets a poke that names no version
     - ``_call``: resolved when the call that waits is to be answered; ``None`` when none waits
@@ -76,8 +77,9 @@ class PolledSession(HasSession):
     """
 
     __slots__ = (
-        *("_answer_at", "_call", "_frames", "_host", "_is_forgotten", "_owes_poke"),
-        *("address", "began_at", "ending", "lasts", "session", "token_expires_at", "wheel_slot"),
+        *("_answer_at", "_call", "_counted_until", "_frames", "_host", "_is_forgotten"),
+        *("_owes_poke", "address", "began_at", "ending", "lasts", "session"),
+        *("token_expires_at", "wheel_slot"),
     )
 
     def __init__(
@@ -97,6 +99,7 @@ class PolledSession(HasSession):
         self.ending: Ending | None = None
         self.wheel_slot = 0
         self._host = host
+        self._counted_until = -inf
         self._frames: list[bytes] = []
         self._owes_poke = False
         self._call: asyncio.Future[None] | None = None
@@ -242,6 +245,21 @@ class PolledSession(HasSession):
         if self.is_awaited:
             self.session.block(self._host.now())
             self._answer()
+
+    def hear(self) -> bool:
+        """Count a frame from the client. Ends the session, and returns False, after too many.
+
+        They are counted for a ping interval. There may be no ping, because a client whose calls
+        follow each other is known to be alive.
+        """
+        now = self._host.now()
+        if now >= self._counted_until:
+            self._counted_until = now + self.session.ping_interval_s
+            self.session.count_anew()
+        if self.session.hear():
+            return True
+        self.close(1008, "too many frames")
+        return False
 
     def renew(self, expires_at: float, token_expires_at: float) -> None:
         """A new token was used. It expires at ``expires_at`` on the loop's clock."""
