@@ -32,6 +32,7 @@ from tests.support import CutProxy, Daemon, Instance, environment, free_port, wa
 from tests.support.engines import (
     ask,
     has_role,
+    promote,
     run_postgres,
     run_standby,
     run_valkey,
@@ -492,7 +493,7 @@ async def fail_over(stage: Stage) -> None:
         pulled = len(crowd.pulled)
         await wait_until(lambda: len(crowd.pulled) > pulled + 20, 30, "messages to lose")
         await asyncio.to_thread(primary.kill)
-        await standby.execute("SELECT pg_promote()")
+        await promote(standby)
         promoted_s, sent = monotonic(), len(crowd.sent)
         act.excused = (lost_since_s, promoted_s)
         await wait_until(lambda: len(crowd.sent) > sent + 100, 60, "messages after the failover")

@@ -17,7 +17,7 @@ from pokebridge.mailbox.postgres import PostgresMailbox
 from pokebridge.model import MAX_VERSION
 from pokebridge.testing.mailbox_kit import BOB, fill, head, message, unpoked, versions
 from tests.support import Daemon, wait_until
-from tests.support.engines import run_standby
+from tests.support.engines import promote, run_standby
 
 # Above the versions of the first generation, below those of a later one.
 GENERATION = 1 << 32
@@ -72,7 +72,7 @@ async def test_a_failover_loses_and_doubles_nothing(own_postgres_server: Daemon)
         await wait_until(lambda: len(given) > 50)
         await asyncio.to_thread(own_postgres_server.kill)
         promoter = await asyncpg.connect(standby.url)
-        await promoter.execute("SELECT pg_promote()")
+        await promote(promoter)
         await promoter.close()
         enough[0] = len(given) + 200
         await senders
@@ -98,7 +98,7 @@ async def test_a_primary_that_stops_answering_is_left(own_postgres_server: Daemo
         await cut_off(on_standby, own_postgres_server)
         stop_all(own_postgres_server, signal.SIGSTOP)
         try:
-            await on_standby.execute("SELECT pg_promote()")
+            await promote(on_standby)
             first = (await mailbox.append(message())).version
             assert first > GENERATION
         finally:
@@ -130,7 +130,7 @@ async def test_a_failover_that_loses_commits_gives_no_version_twice(
         cursor = await head(mailbox, BOB)
         assert cursor == 8
         await asyncio.to_thread(own_postgres_server.kill)
-        await on_standby.execute("SELECT pg_promote()")
+        await promote(on_standby)
         await on_standby.close()
         await fill(mailbox, 4)
         await mailbox.ack(BOB, "phone", cursor)

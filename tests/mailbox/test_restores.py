@@ -25,7 +25,7 @@ from pokebridge.testing.mailbox_kit import message
 from tests.compat.test_rolling_upgrade import POLICY, WHEEL, environ
 from tests.mailbox.test_failover import cut_off
 from tests.support import Daemon, Instance, Serve, wait_until
-from tests.support.engines import POSTGRES, run_standby
+from tests.support.engines import POSTGRES, promote, run_standby
 from tests.support.silence import Silence
 
 LISTEN = Path(__file__).parents[1] / "compat" / "listen.py"
@@ -207,7 +207,7 @@ async def test_a_failover_that_loses_commits(
             await clients.have(await send(instance, "lost", 5))
             heard = silence("PostgreSQL's primary dies, and a standby that lags is promoted")
             await asyncio.to_thread(own_postgres_server.kill)
-            await on_standby.execute("SELECT pg_promote()")
+            await promote(on_standby)
             await on_standby.close()
             await clients.have(await send(instance, "few", 4))
             heard()

