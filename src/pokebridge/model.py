@@ -4,6 +4,7 @@ A recipient is an opaque string. Only its form is checked here (protocol.md sect
 """
 
 import re
+from collections.abc import Awaitable, Callable, Sequence
 from enum import Enum
 from typing import Annotated, Literal, NamedTuple
 
@@ -100,6 +101,12 @@ class Receipt(NamedTuple):
     id: str
     version: int
     duplicate: bool = False
+
+
+SendMessage = Callable[[NewMessage], Awaitable[Receipt]]
+"""Commits a message and pokes its recipient."""
+PublishPokes = Callable[[Sequence[Poke]], Awaitable[None]]
+"""Returns when the transport has accepted the pokes, or raises TransportError."""
 
 
 class Message(msgspec.Struct, frozen=True, gc=False):

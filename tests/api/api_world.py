@@ -7,8 +7,7 @@ from dataclasses import dataclass, field, replace
 import httpx
 from prometheus_client import CollectorRegistry
 
-from pokebridge.api.app import Operations, Parts
-from pokebridge.api.messages import MailboxSide
+from pokebridge.api.app import MailboxSide, Operations, Parts
 from pokebridge.asgi import ASGIApp
 from pokebridge.cluster.history import HistoryEntry
 from pokebridge.cluster.load import ClusterLoad, ClusterStatus, InstanceStatus

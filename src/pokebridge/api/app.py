@@ -29,23 +29,36 @@ from pokebridge.api.exchange import (
     body_reader,
     json_response,
 )
-from pokebridge.api.messages import MailboxSide, MessageCalls
+from pokebridge.api.messages import MessageCalls
 from pokebridge.api.metrics import RequestMetrics, exposition
 from pokebridge.api.openapi import Call, describe
-from pokebridge.api.pokes import PokeCalls, PublishPokes
+from pokebridge.api.pokes import PokeCalls
 from pokebridge.api.waiting import Waiting
 from pokebridge.asgi import ASGIApp
 from pokebridge.cluster.watchers import Watchers
 from pokebridge.durations import RequestDurations
 from pokebridge.errors import UnavailableError
 from pokebridge.gateway.handshake import Network
-from pokebridge.model import check_recipient
+from pokebridge.mailbox.base import Mailbox
+from pokebridge.mailbox.devices import KnownDevices
+from pokebridge.model import PublishPokes, SendMessage, check_recipient
 from pokebridge.tokens import SignToken, TokenVerifier
 from pokebridge.wire import CONNECT_PATH
 
 BODY_CAP_BYTES = 96 * 1024
 """A whole request body, where its call has no other limit: a message of 64 KiB and its envelope."""
 _DESCRIPTION = f"Clients sleep on one WebSocket (`{CONNECT_PATH}`), hear a poke, and pull here."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MailboxSide:
+    """What the calls about messages and the mailbox work on."""
+
+    mailbox: Mailbox
+    devices: KnownDevices
+    send: SendMessage
+    on_pulled: Callable[[str, int], None]
+    """Called with a recipient and the version up to which it has everything now."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,8 +131,11 @@ def _routes(parts: Parts) -> Iterable[Route]:
     if parts.has_calls:
         yield from PokeCalls(parts.publish).routes()
         if parts.mailbox is not None:
-            yield from MessageCalls(parts.mailbox, parts.waiting).routes()
-            yield from MailboxCalls(parts.mailbox.mailbox.stats).routes()
+            side = parts.mailbox
+            yield from MessageCalls(
+                side.mailbox, side.devices, side.send, side.on_pulled, parts.waiting
+            ).routes()
+            yield from MailboxCalls(side.mailbox.stats).routes()
         yield from SessionCalls(
             parts.cluster,
             parts.disconnect,

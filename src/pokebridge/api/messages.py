@@ -4,8 +4,7 @@ import hashlib
 import random
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
 from http import HTTPStatus
 
@@ -26,14 +25,13 @@ from pokebridge.api.exchange import (
 )
 from pokebridge.api.openapi import Call
 from pokebridge.api.waiting import Waiting
-from pokebridge.mailbox.base import Mailbox
+from pokebridge.mailbox.base import Inbox
 from pokebridge.mailbox.devices import KnownDevices
 from pokebridge.model import (
     DEFAULT_DEVICE,
     Message,
-    NewMessage,
     Page,
-    Receipt,
+    SendMessage,
     check_device,
 )
 from pokebridge.submission import SendRequest, new_message
@@ -46,27 +44,25 @@ log = structlog.get_logger(__name__)
 _TAG = re.compile(r'(?:W/)?"(0|[1-9]\d{0,15})-([0-9a-f]{32})"')
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MailboxSide:
-    """What the calls about messages work on."""
-
-    mailbox: Mailbox
-    send: Callable[[NewMessage], Awaitable[Receipt]]
-    """Commits a message; its poke follows."""
-    on_pulled: Callable[[str, int], None]
-    """Called with a recipient and the version up to which it has everything now."""
-    devices: KnownDevices
-
-
 class MessageCalls:
-    """The handlers of ``/v1/messages``."""
+    """The handlers of ``/v1/messages``.
 
-    def __init__(self, side: MailboxSide, waiting: Waiting | None = None) -> None:
+    ``on_pulled`` is called with a recipient and the version up to which it has everything now.
+    """
+
+    def __init__(
+        self,
+        inbox: Inbox,
+        devices: KnownDevices,
+        send: SendMessage,
+        on_pulled: Callable[[str, int], None],
+        waiting: Waiting | None = None,
+    ) -> None:
+        self._inbox = inbox
+        self._devices = devices
+        self._send = send
+        self._on_pulled = on_pulled
         self._waiting = waiting
-        self._mailbox = side.mailbox
-        self._send = side.send
-        self._on_pulled = side.on_pulled
-        self._devices = side.devices
         self._read_message = body_reader(SendRequest)
         self._read_ack = body_reader(schema.AckRequest)
 
@@ -106,7 +102,7 @@ class MessageCalls:
         return json_response(schema.Pulled(messages, page.version, page.more), headers=headers)
 
     async def _read(self, reader: str, query: schema.PullQuery, known_head: int | None) -> Page:
-        page = await self._mailbox.read(
+        page = await self._inbox.read(
             reader, after=query.after, limit=query.limit, unless_head=known_head
         )
         self._on_pulled(reader, page.version if page.more else page.head)
@@ -119,7 +115,7 @@ class MessageCalls:
         acked = await self._read_ack(request)
         given = (acked.device, query.device)
         devices = [check_device(device) for device in given if device is not UNSET]
-        await self._mailbox.ack(reader, [*devices, DEFAULT_DEVICE][0], acked.version)
+        await self._inbox.ack(reader, [*devices, DEFAULT_DEVICE][0], acked.version)
         self._on_pulled(reader, acked.version)
         return no_content()
 

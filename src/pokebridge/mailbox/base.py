@@ -176,7 +176,45 @@ class PageReader(Protocol):
         """Stop reading."""
 
 
-class Mailbox(Protocol):
+class Inbox(Protocol):
+    """The part of a :class:`Mailbox` that the devices of its recipients use."""
+
+    async def read(
+        self,
+        recipient: str,
+        *,
+        after: int,
+        limit: int,
+        max_bytes: int = PAGE_BYTES,
+        unless_head: int | None = None,
+    ) -> Page:
+        """The messages of ``recipient`` with a version above ``after``: at most ``limit`` (>= 1).
+
+        The bodies of a page have at most ``max_bytes`` together, except that the first message
+        always fits. Messages beyond that are not read from the store. Expired messages are left
+        out. A pull without new messages costs one indexed look-up. For a cursor above the head the
+        page is empty and has the head as its version. The page is empty as well when the head
+        equals ``unless_head``.
+        """
+
+    async def see_device(self, recipient: str, device: str) -> None:
+        """Make ``device`` known: from now on messages are kept until it has acked them too.
+
+        For a known device that was seen within SEEN_EVERY_MS nothing is written. Of more than
+        MAX_DEVICES devices the least recently seen are forgotten, as :meth:`purge` forgets them.
+        """
+
+    async def ack(self, recipient: str, device: str, version: int) -> None:
+        """Record that ``device`` has everything up to ``version``.
+
+        A version above the head counts as the head; one below an earlier ack changes nothing.
+        Makes the device known, as :meth:`see_device` does. Deletes the messages that every known
+        device has acked, unless the generation is younger than YOUNG_MS: the store may have
+        forgotten a device.
+        """
+
+
+class Mailbox(Inbox, Protocol):
     """A durable log for each recipient.
 
     Guarantees, tested by ``pokebridge.testing.mailbox.MailboxContract`` against every adapter:
@@ -216,44 +254,10 @@ class Mailbox(Protocol):
         duplicate is never refused. Revocations have no limits (see :meth:`Limits.of`).
         """
 
-    async def read(
-        self,
-        recipient: str,
-        *,
-        after: int,
-        limit: int,
-        max_bytes: int = PAGE_BYTES,
-        unless_head: int | None = None,
-    ) -> Page:
-        """The messages of ``recipient`` with a version above ``after``: at most ``limit`` (>= 1).
-
-        The bodies of a page have at most ``max_bytes`` together, except that the first message
-        always fits. Messages beyond that are not read from the store. Expired messages are left
-        out. A pull without new messages costs one indexed look-up. For a cursor above the head the
-        page is empty and has the head as its version. The page is empty as well when the head
-        equals ``unless_head``.
-        """
-
     async def heads(self, recipients: Sequence[str]) -> Mapping[str, int]:
         """The newest version ever given to each of ``recipients``; 0 for one that has none.
 
         One round trip for up to HEADS_BATCH recipients, one look-up by key for each.
-        """
-
-    async def see_device(self, recipient: str, device: str) -> None:
-        """Make ``device`` known: from now on messages are kept until it has acked them too.
-
-        For a known device that was seen within SEEN_EVERY_MS nothing is written. Of more than
-        MAX_DEVICES devices the least recently seen are forgotten, as :meth:`purge` forgets them.
-        """
-
-    async def ack(self, recipient: str, device: str, version: int) -> None:
-        """Record that ``device`` has everything up to ``version``.
-
-        A version above the head counts as the head; one below an earlier ack changes nothing.
-        Makes the device known, as :meth:`see_device` does. Deletes the messages that every known
-        device has acked, unless the generation is younger than YOUNG_MS: the store may have
-        forgotten a device.
         """
 
     async def ack_all(self, acks: Sequence[Ack]) -> None:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Final
 
 from pokebridge.errors import InputError, MailboxError
-from pokebridge.mailbox.base import SEEN_EVERY_MS, Mailbox
+from pokebridge.mailbox.base import SEEN_EVERY_MS, Inbox
 from pokebridge.supervisor import supervise
 
 KNOWN: Final = 50_000
@@ -26,7 +26,7 @@ class KnownDevices:
     seconds.
     """
 
-    def __init__(self, mailbox: Mailbox, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, mailbox: Inbox, clock: Callable[[], float] = time.monotonic) -> None:
         self._mailbox = mailbox
         self._clock = clock
         self._told_s: OrderedDict[tuple[str, str], float] = OrderedDict()

@@ -34,8 +34,8 @@ from pokebridge.telemetry import Metric
 from pokebridge.wire import Disconnect
 from pokebridge.workers import methods
 from pokebridge.workers.frames import Ask, Report, Revoke, Stop, Want, Welcome
+from pokebridge.workers.inbox import offer_inbox
 from pokebridge.workers.link import WorkerLink
-from pokebridge.workers.mailbox import offer_mailbox
 from pokebridge.workers.methods import HttpRequest, HttpResponse
 
 ASK_EVERY_S: Final = 1.0
@@ -321,7 +321,7 @@ class Hub:
         if parts.send is not None:
             answers.offer(methods.SEND, parts.send)
         if parts.mailbox is not None:
-            offer_mailbox(answers, parts.mailbox)
+            offer_inbox(answers, parts.mailbox)
         return requests
 
     def _serve(self, slot: Slot, link: WorkerLink, door: socket.socket) -> None:

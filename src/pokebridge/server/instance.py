@@ -16,8 +16,6 @@ from prometheus_client import CollectorRegistry
 
 from pokebridge.api import app as api
 from pokebridge.api import metrics
-from pokebridge.api.messages import MailboxSide
-from pokebridge.api.pokes import PublishPokes
 from pokebridge.api.waiting import Waiting
 from pokebridge.asgi import ASGIApp
 from pokebridge.border import unforeseen
@@ -33,7 +31,7 @@ from pokebridge.gateway.listener import Listener
 from pokebridge.ingress.ingress import Ingress
 from pokebridge.mailbox.base import Mailbox
 from pokebridge.mailbox.devices import KnownDevices
-from pokebridge.model import DEFAULT_DEVICE, NewMessage, Receipt
+from pokebridge.model import DEFAULT_DEVICE, PublishPokes, SendMessage
 from pokebridge.processor import Processor
 from pokebridge.publisher import Publisher
 from pokebridge.server import descriptors
@@ -95,7 +93,7 @@ class Parts:
     verifier: TokenVerifier
     publisher: Publisher
     processor: Processor | None
-    send: Callable[[NewMessage], Awaitable[Receipt]] | None
+    send: SendMessage | None
     publish: PublishPokes
     revocations: Revocations
     requests: RequestDurations
@@ -160,7 +158,7 @@ class Instance:
         registry = CollectorRegistry()
         metrics.expose(registry, self._read_metrics)
         if parts.mailbox is not None and parts.send is not None and parts.devices is not None:
-            mailbox = MailboxSide(
+            mailbox = api.MailboxSide(
                 mailbox=parts.mailbox,
                 send=parts.send,
                 on_pulled=self.note_pulled,

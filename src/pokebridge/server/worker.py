@@ -23,13 +23,14 @@ import uvicorn
 import uvloop
 
 from pokebridge.api.exchange import Route
-from pokebridge.api.messages import MailboxSide, MessageCalls
+from pokebridge.api.messages import MessageCalls
 from pokebridge.api.pokes import PokeCalls
 from pokebridge.border import unforeseen
 from pokebridge.cluster.load import memory_bytes
 from pokebridge.durations import RequestDurations
+from pokebridge.mailbox.base import Inbox
 from pokebridge.mailbox.devices import KnownDevices
-from pokebridge.model import NewMessage, Poke, Receipt
+from pokebridge.model import NewMessage, Poke, Receipt, SendMessage
 from pokebridge.processor import Processor
 from pokebridge.server import descriptors
 from pokebridge.server.from_settings import (
@@ -63,7 +64,7 @@ from pokebridge.workers.frames import (
     Welcome,
     decode_to_worker,
 )
-from pokebridge.workers.mailbox import HubMailbox
+from pokebridge.workers.inbox import HubInbox
 from pokebridge.workers.worker_gateway import WorkerGateway
 
 HUB_STALLED_AFTER = 10
@@ -139,34 +140,27 @@ class Worker:
         self.tell(Ready())
 
     async def _routes(self, opened: AsyncExitStack) -> Sequence[Route]:
-        settings = self.settings
-        if "api" not in settings.roles:
+        if "api" not in self.settings.roles:
             return []
         routes = [*PokeCalls(self._publish).routes()]
-        if settings.no_mailbox:
+        if self.settings.no_mailbox:
             return routes
-        if has_own_mailbox(settings):
-            mailbox = await open_mailbox(settings)
+        inbox, send = await self._open_inbox(opened)
+        devices = KnownDevices(inbox)
+        opened.push_async_callback(devices.close)
+        return [*routes, *MessageCalls(inbox, devices, send, self._note_pulled).routes()]
+
+    async def _open_inbox(self, opened: AsyncExitStack) -> tuple[Inbox, SendMessage]:
+        """Where pulls are answered, and what commits a message."""
+        if has_own_mailbox(self.settings):
+            mailbox = await open_mailbox(self.settings)
             opened.push_async_callback(mailbox.close)
             self.processor = Processor(mailbox, self, does_upkeep=False)
             await opened.enter_async_context(self.processor)
-            side = MailboxSide(
-                mailbox=mailbox,
-                send=self.processor.send,
-                on_pulled=self._note_pulled,
-                devices=KnownDevices(mailbox),
-            )
-        else:
-            hubs = HubMailbox(self.calls, await open_reader(settings))
-            opened.push_async_callback(hubs.close)
-            side = MailboxSide(
-                mailbox=hubs,
-                send=self._send,
-                on_pulled=self._note_pulled,
-                devices=KnownDevices(hubs),
-            )
-        opened.push_async_callback(side.devices.close)
-        return [*routes, *MessageCalls(side).routes()]
+            return mailbox, self.processor.send
+        inbox = HubInbox(self.calls, await open_reader(self.settings))
+        opened.push_async_callback(inbox.close)
+        return inbox, self._send
 
     async def publish_now(self, pokes: Sequence[Poke]) -> None:
         """Publish through the hub, as :class:`~pokebridge.processor.PokePublisher` says."""

@@ -1,32 +1,18 @@
 """The methods that a worker may call on its hub, and their types."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 import msgspec
 
-from pokebridge.mailbox.base import MailboxStats, RecipientStats
-from pokebridge.model import Ack, NewMessage, Page, Poke, Receipt
+from pokebridge.model import NewMessage, Page, Poke, Receipt
 from pokebridge.workers.calls import Method
 
-APPEND: Final = Method[[NewMessage], Receipt]("append", tuple[NewMessage], Receipt)
 READ: Final = Method[[str, int, int, int, int | None], Page](
     "read", tuple[str, int, int, int, int | None], Page
 )
-HEADS: Final = Method[[Sequence[str]], Mapping[str, int]]("heads", tuple[list[str]], dict[str, int])
 SEE_DEVICE: Final = Method[[str, str], None]("see_device", tuple[str, str], None)
 ACK: Final = Method[[str, str, int], None]("ack", tuple[str, str, int], None)
-ACK_ALL: Final = Method[[Sequence[Ack]], None]("ack_all", tuple[list[Ack]], None)
-CLAIM_OUTBOX: Final = Method[[float, int], Sequence[Poke]](
-    "claim_outbox", tuple[float, int], list[Poke]
-)
-CONFIRM_OUTBOX: Final = Method[[Sequence[Poke]], None]("confirm_outbox", tuple[list[Poke]], None)
-PURGE: Final = Method[[int], int]("purge", tuple[int], int)
-CLEAR: Final = Method[[str], int]("clear", tuple[str], int)
-BEGIN_GENERATION: Final = Method[[], int]("begin_generation", tuple[()], int)
-STATS: Final = Method[[], MailboxStats]("stats", tuple[()], MailboxStats)
-INSPECT: Final = Method[[str], RecipientStats]("inspect", tuple[str], RecipientStats)
-CHECK: Final = Method[[], None]("check", tuple[()], None)
 
 SEND: Final = Method[[NewMessage], Receipt]("send", tuple[NewMessage], Receipt)
 """Commit a message and poke its recipient: the processor's ``send``."""

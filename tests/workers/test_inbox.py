@@ -1,10 +1,10 @@
-"""A worker's mailbox keeps the contract, over a real channel to its hub."""
+"""A worker's inbox keeps the contract of a mailbox, over a real channel to its hub."""
 
 import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -17,28 +17,46 @@ from pokebridge.model import Page
 from pokebridge.testing.mailbox import MailboxContract
 from pokebridge.testing.mailbox_kit import BOB, ManualClock, message
 from pokebridge.workers.calls import MAX_WAITING
-from pokebridge.workers.mailbox import HubMailbox, offer_mailbox
+from pokebridge.workers.inbox import HubInbox, offer_inbox
 from tests.workers.ends import Ends, connected
 
 
 @asynccontextmanager
 async def in_a_worker(
     mailbox: Mailbox, reader: SqliteReader | None = None
-) -> AsyncIterator[HubMailbox]:
+) -> AsyncIterator[HubInbox]:
     """The worker's end of ``mailbox``."""
     async with connected() as ends:
-        offer_mailbox(ends.answers, mailbox)
-        yield HubMailbox(ends.calls, reader)
+        offer_inbox(ends.answers, mailbox)
+        yield HubInbox(ends.calls, reader)
+
+
+class _Both:
+    """``mailbox``, whose recipients are served by a worker's ``inbox``."""
+
+    def __init__(self, mailbox: Mailbox, inbox: HubInbox) -> None:
+        self._mailbox, self._inbox = mailbox, inbox
+        self.read, self.see_device, self.ack = inbox.read, inbox.see_device, inbox.ack
+
+    def __getattr__(self, name: str) -> Any:
+        """The calls that a worker does not make."""
+        return getattr(self._mailbox, name)
+
+    async def close(self) -> None:
+        """Close both."""
+        await self._inbox.close()
+        await self._mailbox.close()
 
 
 class TestMemoryMailbox(MailboxContract):
     """The shipped suite, over the hub's memory."""
 
     @pytest.fixture
-    async def mailbox(self, clock: ManualClock, limits: Limits) -> AsyncIterator[HubMailbox]:
+    async def mailbox(self, clock: ManualClock, limits: Limits) -> AsyncIterator[Mailbox]:
         """An empty mailbox."""
-        async with in_a_worker(MemoryMailbox(clock, limits)) as mailbox:
-            yield mailbox
+        store = MemoryMailbox(clock, limits)
+        async with in_a_worker(store) as inbox:
+            yield cast("Mailbox", _Both(store, inbox))
 
 
 class TestSqliteMailbox(MailboxContract):
@@ -47,14 +65,14 @@ class TestSqliteMailbox(MailboxContract):
     @pytest.fixture
     async def mailbox(
         self, clock: ManualClock, limits: Limits, tmp_path: Path
-    ) -> AsyncIterator[HubMailbox]:
+    ) -> AsyncIterator[Mailbox]:
         """An empty mailbox."""
         path = tmp_path / "m.db"
         store = await SqliteMailbox.open(path, clock=clock, limits=limits)
-        async with in_a_worker(store, await SqliteReader.open(path, clock=clock)) as mailbox:
-            yield mailbox
+        async with in_a_worker(store, await SqliteReader.open(path, clock=clock)) as inbox:
+            mailbox = _Both(store, inbox)
+            yield cast("Mailbox", mailbox)
             await mailbox.close()
-        await store.close()
 
 
 class TestReadingTheFile:
@@ -68,9 +86,9 @@ class TestReadingTheFile:
         await store.close()
 
     @pytest.fixture
-    async def mailbox(
+    async def inbox(
         self, store: SqliteMailbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> AsyncIterator[HubMailbox]:
+    ) -> AsyncIterator[HubInbox]:
         """The worker's."""
         self.asked = 0
         read = store.read
@@ -80,40 +98,40 @@ class TestReadingTheFile:
             return await read(recipient, **wanted)
 
         monkeypatch.setattr(store, "read", count)
-        async with in_a_worker(store, await SqliteReader.open(tmp_path / "m.db")) as mailbox:
-            yield mailbox
-            await mailbox.close()
+        async with in_a_worker(store, await SqliteReader.open(tmp_path / "m.db")) as inbox:
+            yield inbox
+            await inbox.close()
 
     async def test_it_asks_the_hub_once_while_the_file_stays_as_it_is(
-        self, mailbox: HubMailbox
+        self, inbox: HubInbox, store: SqliteMailbox
     ) -> None:
         """What was committed is in the next page, whoever reads it."""
         for version in range(1, 4):
-            await mailbox.append(message(id=str(version)))
-            page = await mailbox.read(BOB, after=0, limit=9)
+            await store.append(message(id=str(version)))
+            page = await inbox.read(BOB, after=0, limit=9)
             assert [each.version for each in page.messages] == list(range(1, version + 1))
         assert self.asked == 1
 
     async def test_a_copy_of_the_log_into_the_file_is_no_trouble(
-        self, mailbox: HubMailbox, store: SqliteMailbox
+        self, inbox: HubInbox, store: SqliteMailbox
     ) -> None:
         """The file has changed, so the hub is asked once more."""
-        await mailbox.append(message())
-        await mailbox.read(BOB, after=0, limit=9)
+        await store.append(message())
+        await inbox.read(BOB, after=0, limit=9)
         with closing(sqlite3.connect(store._guard._real)) as db:
             db.execute("PRAGMA wal_checkpoint(PASSIVE)")
         for _ in range(2):
-            assert len((await mailbox.read(BOB, after=0, limit=9)).messages) == 1
+            assert len((await inbox.read(BOB, after=0, limit=9)).messages) == 1
         assert self.asked == 2
 
     @pytest.mark.parametrize("suffix", ["", "-wal", "-shm"])
     @pytest.mark.parametrize("becomes", ["deleted", "replaced"])
     async def test_a_file_that_the_hub_gives_up_is_read_no_more(
-        self, mailbox: HubMailbox, tmp_path: Path, suffix: str, becomes: str
+        self, inbox: HubInbox, store: SqliteMailbox, tmp_path: Path, suffix: str, becomes: str
     ) -> None:
         """The worker refuses as the hub does, although it could still read what it has open."""
-        await mailbox.append(message())
-        await mailbox.read(BOB, after=0, limit=9)
+        await store.append(message())
+        await inbox.read(BOB, after=0, limit=9)
         file = tmp_path / f"m.db{suffix}"
         content = file.read_bytes()
         file.unlink()
@@ -121,34 +139,34 @@ class TestReadingTheFile:
             file.write_bytes(content)
         for _ in range(2):
             with pytest.raises(MailboxError, match=becomes):
-                await mailbox.read(BOB, after=0, limit=9)
+                await inbox.read(BOB, after=0, limit=9)
 
     async def test_an_older_copy_written_over_the_file_is_not_read(
-        self, mailbox: HubMailbox, store: SqliteMailbox, tmp_path: Path
+        self, inbox: HubInbox, store: SqliteMailbox, tmp_path: Path
     ) -> None:
         """The hub notices it, and the worker asks the hub."""
         older = (tmp_path / "m.db").read_bytes()
-        await mailbox.append(message())
-        await mailbox.read(BOB, after=0, limit=9)
+        await store.append(message())
+        await inbox.read(BOB, after=0, limit=9)
         with closing(sqlite3.connect(store._guard._real)) as db:
             db.execute("PRAGMA wal_checkpoint(PASSIVE)")
-        await mailbox.read(BOB, after=0, limit=9)
+        await inbox.read(BOB, after=0, limit=9)
         (tmp_path / "m.db").write_bytes(older)
         with pytest.raises(MailboxError, match="older copy"):
-            await mailbox.read(BOB, after=0, limit=9)
+            await inbox.read(BOB, after=0, limit=9)
 
 
 async def test_a_lone_surrogate_harms_no_other_call(ends: Ends) -> None:
     """Text that has no encoding is refused, and the calls beside it are answered."""
-    offer_mailbox(ends.answers, MemoryMailbox())
-    mailbox = HubMailbox(ends.calls)
+    offer_inbox(ends.answers, MemoryMailbox())
+    inbox = HubInbox(ends.calls)
     with pytest.raises(InputError, match="no encoding"):
-        await mailbox.append(message(id="\ud800"))
-    assert (await mailbox.append(message())).version == 1
+        await inbox.see_device(BOB, "\ud800")
+    assert (await inbox.read(BOB, after=0, limit=1)).head == 0
 
 
 async def test_calls_that_nobody_answers_are_limited(ends: Ends) -> None:
     """A worker whose hub is stuck refuses calls as an overloaded store does."""
     ends.calls._waiting.update(dict.fromkeys(range(-MAX_WAITING, 0)))  # type: ignore[arg-type]
     with pytest.raises(MailboxError, match="overloaded"):
-        await HubMailbox(ends.calls).check()
+        await HubInbox(ends.calls).see_device(BOB, "phone")
