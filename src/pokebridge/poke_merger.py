@@ -1,12 +1,12 @@
 """Merging pokes of many callers into few sends, and the calls of a publisher that does so."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
 from pokebridge.errors import InputError, NotPublishedError, TransportError
-from pokebridge.model import MAX_VERSION, Poke, check_recipient
+from pokebridge.model import MAX_VERSION, Poke, PublishPokes, check_recipient
 
 # How long a poke waits for others at most, while an earlier batch is being sent.
 LINGER_S = 0.003
@@ -52,9 +52,7 @@ class PokeMerger:
     - ``_pending``: recipients in all these batches; ``_room`` is set when it has fallen.
     """
 
-    def __init__(
-        self, send: Callable[[Sequence[Poke]], Awaitable[None]], linger_s: float, max_pending: int
-    ) -> None:
+    def __init__(self, send: PublishPokes, linger_s: float, max_pending: int) -> None:
         self._send = send
         self._linger_s = linger_s
         self._max_pending = max_pending
@@ -167,9 +165,7 @@ def _newest(one: int | None, other: int | None) -> int | None:
 class PokeCalls:
     """The calls that both publishers have. Each publisher merges on its own."""
 
-    def __init__(
-        self, send: Callable[[Sequence[Poke]], Awaitable[None]], linger_s: float, max_pending: int
-    ) -> None:
+    def __init__(self, send: PublishPokes, linger_s: float, max_pending: int) -> None:
         self._merger = PokeMerger(send, linger_s, max_pending)
 
     async def poke(self, recipient: str, version: int | None = None) -> None:

@@ -14,7 +14,7 @@ that does not know the key ignores it. No span names a recipient.
 
 import asyncio
 import sys
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import inf
 from typing import Annotated
@@ -31,7 +31,14 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from pokebridge.asgi import ASGIApp, Receive, Scope, Send
 from pokebridge.errors import SignalError
-from pokebridge.model import NewMessage, Poke, Receipt, Selection
+from pokebridge.model import (
+    NewMessage,
+    Poke,
+    PublishPokes,
+    Receipt,
+    Selection,
+    SendMessage,
+)
 from pokebridge.transport.base import HasLimit, Receiver, Signal, Subscription, Transport
 from pokebridge.wire import Beacon, Disconnect, Lookup, Probe, decode_signal
 
@@ -42,9 +49,6 @@ _MAX_TRACES_PER_SIGNAL = 500
 _START = b'{"traces":'
 
 _propagator = TraceContextTextMapPropagator()
-
-SendMessage = Callable[[NewMessage], Awaitable[Receipt]]
-PublishPokes = Callable[[Sequence[Poke]], Awaitable[None]]
 
 
 class _Traces(msgspec.Struct):

@@ -1,6 +1,6 @@
 """The call that pokes."""
 
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from http import HTTPStatus
 
 from msgspec import UNSET
@@ -9,14 +9,10 @@ from pokebridge.api import schema
 from pokebridge.api.exchange import Request, Response, Route, body_reader, json_response
 from pokebridge.api.openapi import Call
 from pokebridge.errors import InputError
-from pokebridge.model import Poke, check_recipient
+from pokebridge.model import Poke, PublishPokes, check_recipient
 
 POKES_CAP_BYTES = 384 * 1024
 """A whole request body: a thousand recipients."""
-
-
-PublishPokes = Callable[[Sequence[Poke]], Awaitable[None]]
-"""Returns when the transport has accepted the pokes, or raises TransportError."""
 
 
 class PokeCalls:

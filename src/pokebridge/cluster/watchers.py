@@ -8,13 +8,13 @@ gone leaves no state. Without watchers nothing is compared.
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import msgspec
 
 from pokebridge.errors import TransportError
-from pokebridge.model import Poke
+from pokebridge.model import Poke, PublishPokes
 from pokebridge.supervisor import supervise
 
 CONSOLE_DEVICE = "console"
@@ -41,7 +41,7 @@ class Watchers:
     def __init__(
         self,
         look: Callable[[], object],
-        publish: Callable[[Sequence[Poke]], Awaitable[None]],
+        publish: PublishPokes,
         poke_console: Callable[[str], bool],
         poke_here: Callable[[Poke], None],
     ) -> None:

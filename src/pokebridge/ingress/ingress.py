@@ -3,7 +3,7 @@
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from time import monotonic
 from typing import Final, Literal
 
@@ -17,7 +17,7 @@ from pokebridge.errors import (
     UnavailableError,
 )
 from pokebridge.ingress.base import Delivery, Source
-from pokebridge.model import NewMessage, Receipt
+from pokebridge.model import NewMessage, SendMessage
 from pokebridge.supervisor import Attempts, Part, supervise
 from pokebridge.telemetry import LogPace
 
@@ -64,7 +64,7 @@ class Ingress:
         self,
         source: Source,
         read: Callable[[bytes, str], NewMessage],
-        send: Callable[[NewMessage], Awaitable[Receipt]],
+        send: SendMessage,
     ) -> None:
         self.results: Counter[Result] = Counter(_NOTHING)
         self._source = source

@@ -5,7 +5,7 @@ declared, documented and checked in ``settings.py``, and passed here to the part
 """
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import replace
 
 from pokebridge.cluster.node import Cluster, ClusterConfig
@@ -17,7 +17,7 @@ from pokebridge.ingress.base import Source
 from pokebridge.ingress.ingress import Ingress
 from pokebridge.mailbox.devices import KnownDevices
 from pokebridge.mailbox.pushes import PushQueue, pushes_of
-from pokebridge.model import NewMessage, Receipt
+from pokebridge.model import SendMessage
 from pokebridge.processor import Processor
 from pokebridge.publisher import Publisher
 from pokebridge.red_line import MIGRATE_RULES
@@ -39,8 +39,6 @@ from pokebridge.submission import read_queued
 from pokebridge.tokens import TokenVerifier
 from pokebridge.transport.base import Transport
 from pokebridge.workers.host_publisher import HostPublisher
-
-_Send = Callable[[NewMessage], Awaitable[Receipt]]
 
 
 async def serve(
@@ -92,7 +90,7 @@ def assemble(
     publisher = _publisher(settings, opened.transport, gateway)
     upkeep = "processor" in settings.roles
     processor = None if mailbox is None else Processor(mailbox, publisher, does_upkeep=upkeep)
-    send: _Send | None = None if processor is None else processor.send
+    send: SendMessage | None = None if processor is None else processor.send
     publish = publisher.publish if tracing is None else tracing.poking(publisher.publish)
     if tracing is not None:
         tracing.is_here = lambda recipient: bool(gateway.sessions.find(recipient))
@@ -178,7 +176,7 @@ def _revocations(
     )
 
 
-def _ingress(source: Source | None, send: _Send | None) -> Ingress | None:
+def _ingress(source: Source | None, send: SendMessage | None) -> Ingress | None:
     return None if source is None or send is None else Ingress(source, read_queued, send)
 
 
