@@ -404,6 +404,9 @@ class TestPull:
             assert response.content == b""
         else:
             assert len(response.json()["messages"]) == 1 - after
+        if header != "*":
+            lines = [("If-None-Match", '"another"'), *headers.items()]
+            assert (await http.get(url, headers=lines)).status_code == status
 
     async def test_a_tag_belongs_to_its_reader(self, http: httpx.AsyncClient) -> None:
         """Another reader's tag, or one of 0.1.0, is no 304 at the same head."""

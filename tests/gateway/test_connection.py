@@ -11,6 +11,7 @@ import jwt
 import pytest
 from websockets.frames import Frame, Opcode
 
+from pokebridge.forwarded import forwarded_for
 from pokebridge.gateway.connection import Connection
 from pokebridge.gateway.handshake import client_address
 from pokebridge.model import Poke
@@ -330,8 +331,12 @@ async def test_handshakes_have_a_rate() -> None:
 
 
 async def test_a_proxys_word_counts_only_when_it_is_trusted() -> None:
-    """X-Forwarded-For sets the address that is counted, from a trusted proxy alone."""
+    """X-Forwarded-For sets the address that is counted, from a trusted proxy alone.
+
+    Forwarded does where there is none.
+    """
     headers = ("X-Forwarded-For: 203.0.113.7",)
+    standard = ('Forwarded: for=198.51.100.9;proto=https, For="203.0.113.7:4711";by=10.0.0.1',)
     trusted = [ip_network("127.0.0.0/8")]
     async with running(max_sessions_per_address=1, trusted_proxies=trusted) as server:
         await server.open(headers=headers)
@@ -339,6 +344,9 @@ async def test_a_proxys_word_counts_only_when_it_is_trusted() -> None:
         again = await server.dial()
         bearer = (f"Authorization: Bearer {token()}",)
         assert await again.handshake(headers=(*bearer, *headers)) == 429
+        again = await server.dial()
+        assert await again.handshake(headers=(*bearer, *standard)) == 429
+        await server.open(headers=("X-Forwarded-For: 203.0.113.9", *standard))
     async with running(max_sessions_per_address=1) as server:
         await server.open(headers=headers)
         other = await server.dial()
@@ -382,6 +390,30 @@ def test_what_an_address_is(peer: str, forwarded: str, counted: str) -> None:
     """Ports and brackets are no part of it, mapped addresses are IPv4, and IPv6 is by /64."""
     trusted = [ip_network("127.0.0.0/8")]
     assert client_address(peer, [forwarded] if forwarded else [], trusted) == counted
+
+
+@pytest.mark.parametrize(
+    ("fields", "counted"),
+    [
+        (["for=192.0.2.60;proto=http;by=203.0.113.43"], "192.0.2.60"),
+        (["for=198.51.100.17, for=192.0.2.43"], "192.0.2.43"),
+        (["for=198.51.100.17", "for=192.0.2.43, for=127.0.0.9"], "192.0.2.43"),
+        (['For="[2001:db8:cafe::17]:4711"'], "2001:db8:cafe::/64"),
+        (["proto=https; FOR = 192.0.2.43 "], "192.0.2.43"),
+        (['for="_gazonk"'], "127.0.0.1"),
+        (["for=192.0.2.43, for=unknown"], "127.0.0.1"),
+        (["for=192.0.2.43, proto=https"], "127.0.0.1"),
+        (['for="192.0.2.1, for=198.51.100.2'], "198.51.100.2"),
+        ([""], "127.0.0.1"),
+    ],
+)
+def test_what_address_the_standard_field_names(fields: list[str], counted: str) -> None:
+    """``Forwarded`` (RFC 7239) is read as X-Forwarded-For is, if there is none of those."""
+    trusted = [ip_network("127.0.0.0/8")]
+    headers = [(b"forwarded", field.encode()) for field in fields]
+    assert client_address("127.0.0.1", forwarded_for(headers), trusted) == counted
+    headers.append((b"x-forwarded-for", b"203.0.113.5"))
+    assert client_address("127.0.0.1", forwarded_for(headers), trusted) == "203.0.113.5"
 
 
 async def test_a_poke_reaches_every_session_of_its_recipient_and_no_other() -> None:

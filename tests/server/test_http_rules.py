@@ -117,6 +117,7 @@ async def answers(server: Running, request: str, methods: str = "GET") -> list[i
         (HANDSHAKE.replace("/v1", "//x/v1") + "\r\n", 404),
         (HANDSHAKE.replace("1.1", "1.0") + "\r\n", 404),  # there is no upgrade in HTTP/1.0
         (HANDSHAKE.replace("GET", "POST") + "\r\n", 400),
+        (HANDSHAKE.replace("\r\n", " \t\r\n").replace("1.1 \t", "1.1") + "\r\n", 401),
     ],
 )
 async def test_a_request_is_taken_or_refused(
@@ -158,7 +159,7 @@ async def test_what_follows_a_close_is_not_answered(server: Running) -> None:
 async def test_the_authority_of_the_target_counts(server: Running) -> None:
     """An absolute target replaces Host, where the own origin is concerned too."""
     bearer = f"Authorization: Bearer {token()}"
-    for origin, status in (("http://own.example", 101), ("http://localhost", 403)):
+    for origin, status in (("http://own.example \t", 101), ("http://localhost", 403)):
         client = await server.dial()
         headers = (bearer, f"Origin: {origin}")
         assert await client.handshake("http://own.example/v1/connect", headers) == status
@@ -166,7 +167,7 @@ async def test_the_authority_of_the_target_counts(server: Running) -> None:
 
 async def test_the_continue_is_said_once_and_to_http_1_1_alone(server: Running) -> None:
     """RFC 9110, section 10.1.1: a client that waits for it gets it, and then the answer."""
-    expecting = "Host: x\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n"
+    expecting = "Host: x\r\nExpect: 100-Continue \t\r\nContent-Length: 2\r\n\r\n"
     client = await server.dial()
     assert await client.request(f"POST / HTTP/1.1\r\n{expecting}") == 100
     assert await client.request("{}") == 404

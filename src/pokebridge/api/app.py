@@ -99,7 +99,7 @@ class Parts:
     allowed_origins: Sequence[str] = ()
     """Origins that may call from a browser; ``"*"`` allows any."""
     trusted_proxies: Sequence[Network] = ()
-    """Proxies whose ``X-Forwarded-`` fields are believed."""
+    """Proxies whose forwarding fields are believed."""
     path_prefix: str = ""
     """The beginning of every path that clients use, which a proxy may have removed."""
     revoke: Callable[[str], Awaitable[None]] | None = None

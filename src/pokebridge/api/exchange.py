@@ -1,7 +1,7 @@
 """One request and its response, and what the handlers do with them: read, decode, answer."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from http import HTTPStatus
 from typing import TypeVar
@@ -35,7 +35,7 @@ class Request:
 
     - ``scope``: the ASGI scope
     - ``method``, ``path``: the path is decoded
-    - ``headers``: the value of each header, by its name in lower case; the first of repeated ones
+    - ``headers``: the value of each header, by its name in lower case
     - ``route``: the route in metrics
     - ``rest``: the part of the path that stands for the parameter of the template
     - ``limit_bytes``: the largest body that is read
@@ -53,7 +53,7 @@ class Request:
         self.scope = scope
         self.method: str = scope["method"]
         self.path: str = scope["path"]
-        self.headers: dict[bytes, bytes] = dict(scope["headers"][::-1])
+        self.headers = _joined(scope["headers"])
         self.route = "none"
         self.rest = ""
         self.limit_bytes = limit_bytes
@@ -107,6 +107,16 @@ class Request:
 
     def _too_large(self) -> TooLargeError:
         return TooLargeError(f"a body may have at most {self.limit_bytes} bytes here")
+
+
+def _joined(headers: Sequence[Header]) -> dict[bytes, bytes]:
+    """The values of ``headers`` by name. Repeated fields are one list (RFC 9110, section 5.3)."""
+    joined = dict(headers)
+    if len(joined) < len(headers):
+        joined = {}
+        for name, value in headers:
+            joined[name] = joined[name] + b", " + value if name in joined else value
+    return joined
 
 
 class Response:

@@ -25,8 +25,9 @@ from pokebridge.api.exchange import (
 from pokebridge.api.openapi import Call
 from pokebridge.api.pokes import POKES_CAP_BYTES
 from pokebridge.errors import NotFoundError, RefusedError
+from pokebridge.forwarded import forwarded_for
 from pokebridge.gateway.gateway import Gateway
-from pokebridge.gateway.handshake import client_address, forwarded_for
+from pokebridge.gateway.handshake import client_address
 from pokebridge.gateway.polling import PolledSession
 from pokebridge.model import DEFAULT_DEVICE, check_device
 from pokebridge.wire import Listen

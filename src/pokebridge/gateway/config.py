@@ -29,7 +29,7 @@ class GatewayConfig:
     allowed_origins: frozenset[str] | None = frozenset()
     """The values of ``Origin`` that are accepted. ``None`` accepts every Origin."""
     trusted_proxies: Sequence[Network] = ()
-    """The proxies whose ``X-Forwarded-For`` is believed."""
+    """The proxies whose forwarding fields are believed."""
     path_prefix: str = ""
     """The beginning of every path that clients use, which a proxy may have removed."""
     max_sockets: int | None = None

@@ -18,6 +18,7 @@ import structlog
 from pokebridge.backoff import spread
 from pokebridge.border import note_unforeseen
 from pokebridge.errors import AuthError, KeysUnavailableError, PokebridgeError, RefusedError
+from pokebridge.forwarded import forwarded_for
 from pokebridge.gateway.admission import Admission, retry_within
 from pokebridge.gateway.config import GatewayConfig
 from pokebridge.gateway.connection import Connection, ConnectionHost
@@ -25,7 +26,6 @@ from pokebridge.gateway.handshake import (
     Handshake,
     UpgradeRequest,
     client_address,
-    forwarded_for,
     is_trusted,
     read_handshake,
     refusal_response,

@@ -174,7 +174,7 @@ class Gateway:
 
     @property
     def trusted_proxies(self) -> Sequence[Network]:
-        """The proxies whose ``X-Forwarded-For`` is believed."""
+        """The proxies whose forwarding fields are believed."""
         return self._config.trusted_proxies
 
     @property

@@ -32,7 +32,7 @@ _WITH_PORT = re.compile(r"\[([^]]*)\](?::\d*)?|([\d.]+):\d*")
 # The fields that are read. The others, most of a browser's, are not even decoded.
 _READ = frozenset(
     (
-        *(b"authorization", b"connection", b"host", b"origin", b"upgrade", b"x-forwarded-for"),
+        *(b"authorization", b"connection", b"host", b"origin", b"upgrade"),
         *(b"sec-websocket-key", b"sec-websocket-protocol", b"sec-websocket-version"),
         *(b"forwarded", b"x-forwarded-host", b"x-forwarded-port"),
     )
@@ -205,22 +205,15 @@ def _find_token(fields: _Fields, offered: Sequence[str], in_query: Sequence[str]
     )
 
 
-def forwarded_for(headers: Iterable[tuple[bytes, bytes]]) -> list[str]:
-    """The values of ``X-Forwarded-For``, of headers as in :class:`UpgradeRequest`."""
-    return [value.decode("latin-1") for name, value in headers if name == b"x-forwarded-for"]
-
-
-def client_address(
-    peer: str, forwarded_for: Iterable[str], trusted_proxies: Sequence[Network]
-) -> str:
+def client_address(peer: str, forwarded: Iterable[str], trusted_proxies: Sequence[Network]) -> str:
     """Return the address whose limit a connection counts against, for IPv6 its /64 network.
 
-    ``X-Forwarded-For`` is read from the right, for as long as each hop is a trusted proxy. A hop
-    that is no address, like ``unknown``, ends the reading.
+    ``forwarded``, lists of hops, is read from the right, for as long as each hop is a trusted
+    proxy. A hop that is no address, like ``unknown``, ends the reading.
     """
     if not trusted_proxies and ":" not in peer:
         return peer  # an IPv4 address already
-    hops = [hop for value in forwarded_for for hop in value.split(",")] if trusted_proxies else []
+    hops = [hop for value in forwarded for hop in value.split(",")] if trusted_proxies else []
     address = _parse_address(peer)
     if address is None:
         return peer

@@ -25,6 +25,7 @@ import httptools
 
 from pokebridge.border import note_unforeseen
 from pokebridge.errors import RefusedError
+from pokebridge.forwarded import forwarded_for
 from pokebridge.gateway.entrance import Entrance
 from pokebridge.gateway.handshake import (
     Network,
@@ -74,7 +75,7 @@ class HttpHost(Protocol):
 
     @property
     def trusted_proxies(self) -> Sequence[Network]:
-        """The proxies whose ``X-Forwarded-For`` is believed."""
+        """The proxies whose forwarding fields are believed."""
 
     @property
     def path_prefix(self) -> str:
@@ -242,12 +243,15 @@ class HttpProtocol(ExchangeProtocol):
             raise _too_large()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Count a field, and drop it if it belongs to the trailer."""
+        """Count a field, and drop it if it belongs to the trailer.
+
+        llhttp leaves the white space at its end, which is no part of it (RFC 9112, section 5.1).
+        """
         self._field_bytes += len(name) + len(value) + 4  # with ": " and the line's end
         if self._field_bytes > MAX_HEAD_BYTES:
             raise _too_large()
         if self._in_head:
-            self.headers.append((name.lower(), value))
+            self.headers.append((name.lower(), value.rstrip(b" \t")))
 
     def on_headers_complete(self) -> None:
         """Check the head, and begin to serve the request."""
@@ -350,7 +354,7 @@ class HttpProtocol(ExchangeProtocol):
         ):
             raise RefusedError(HTTPStatus.BAD_REQUEST, "a request needs exactly one Host")
         if host is not None and host != self._host:
-            if not _HOST.fullmatch(host.strip(b" \t")):
+            if not _HOST.fullmatch(host):
                 raise RefusedError(HTTPStatus.BAD_REQUEST, "the Host is not valid")
             self._host = host
         if b"transfer-encoding" in fields:
@@ -362,7 +366,7 @@ class HttpProtocol(ExchangeProtocol):
         if version == "1.0":
             raise RefusedError(HTTPStatus.BAD_REQUEST, "HTTP/1.0 has no Transfer-Encoding")
         for name, coding in self.headers:
-            if name == b"transfer-encoding" and coding.strip().lower() != b"chunked":
+            if name == b"transfer-encoding" and coding.lower() != b"chunked":
                 raise RefusedError(
                     HTTPStatus.NOT_IMPLEMENTED, "the only transfer coding is chunked"
                 )
@@ -371,10 +375,8 @@ class HttpProtocol(ExchangeProtocol):
 
     def _attribute(self) -> None:
         """Count the connection for the client that the proxy names."""
-        forwarded = [
-            value.decode("latin-1") for name, value in self.headers if name == b"x-forwarded-for"
-        ]
-        address = client_address(self._peer, forwarded, self._gateway.trusted_proxies)
+        forwarded, trusted = forwarded_for(self.headers), self._gateway.trusted_proxies
+        address = client_address(self._peer, forwarded, trusted)
         if not self._gateway.sockets.attribute(self, address):
             raise RefusedError(
                 HTTPStatus.TOO_MANY_REQUESTS, "too many connections from this address"

@@ -78,7 +78,7 @@ class Parts:
         tracing: records traces; it is around the transport already.
         sign_dev_token: signs a token for anybody who asks; given with ``--dev`` alone.
         allowed_origins: whose pages may call the API from a browser; ``"*"`` stands for any.
-        trusted_proxies: whose ``X-Forwarded-For`` is believed.
+        trusted_proxies: whose forwarding fields are believed.
         red_line_ops_per_s: deliveries a second above which fan-out is no longer advisable.
         drain_s: seconds over which a drain spreads the closing of sessions.
     """

@@ -156,7 +156,7 @@ class WorkerGateway:
 
     @property
     def trusted_proxies(self) -> Sequence[Network]:
-        """The proxies whose ``X-Forwarded-For`` is believed."""
+        """The proxies whose forwarding fields are believed."""
         return self._config.trusted_proxies
 
     @property
