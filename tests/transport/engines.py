@@ -25,10 +25,10 @@ from pokebridge.testing.transport import (
 )
 from pokebridge.tokens import TokenVerifier
 from pokebridge.transport import reconnecting_link
-from pokebridge.transport.base import Feed, Signal, Transport
+from pokebridge.transport.base import Explains, Feed, Signal, Transport
 from tests.support import free_port, wait_until
 from tests.transport.certificates import Certificates
-from tests.transport.outages import assert_hears, is_away
+from tests.transport.outages import assert_hears
 
 ConnectUrl = Callable[..., Awaitable[Any]]
 PublishByHand = Callable[[str, bytes], Awaitable[None]]
@@ -141,8 +141,8 @@ class PermissionContract:
     """What a user may not do.
 
     Fixtures ``restricted``, a transport whose user may publish on the topic and on shard 7's, and
-    listen to the latter; ``take_away`` and ``give_back``, async functions that change what it may
-    listen to.
+    listen to both; ``take_away`` and ``give_back``, async functions that change whether it may
+    listen to the latter.
     """
 
     async def test_permissions_are_kept_apart(self, restricted: Transport) -> None:
@@ -157,19 +157,26 @@ class PermissionContract:
         await assert_hears(restricted, receiver, 7)
         assert receiver.gaps == []
 
-    async def test_a_permission_that_is_taken_away_is_no_silence(
+    async def test_a_permission_that_is_taken_away_costs_nothing_else(
         self,
         restricted: Transport,
         take_away: Callable[[], Awaitable[None]],
         give_back: Callable[[], Awaitable[None]],
     ) -> None:
-        """A subscription that may not be any more comes back, with a gap, when it may again."""
-        _, receiver = await subscribe_live(restricted, 7)
+        """Other subscriptions deliver, publishing works, and with the permission comes a gap."""
+        subscription, receiver = await subscribe_live(restricted, 7)
+        _, other = await subscribe_live(restricted, Feed.UNTAGGED)
         await take_away()
-        await wait_until(lambda: is_away(restricted))
+        assert isinstance(subscription, Explains)
+        await wait_until(lambda: "permission" in (subscription.trouble or ""))
+        await other.wait_for(lambda heard: bool(heard.gaps))
+        await assert_hears(restricted, other, None)
+        assert receiver.gaps == []
         await give_back()
         await receiver.wait_for(lambda heard: bool(heard.gaps))
         await assert_hears(restricted, receiver, 7)
+        assert subscription.trouble is None
+        assert len(other.gaps) == 1
 
 
 class TlsContract:

@@ -372,7 +372,7 @@ class TestPermissions(PermissionContract):
 
     USER = """authorization {{ users = [ {{ user: me, password: pw, permissions: {{
         publish: ["push-notifications", "push-notifications.7"]
-        subscribe: ["{}"] }} }} ] }}"""
+        subscribe: ["push-notifications", "{}"] }} }} ] }}"""
 
     @pytest.fixture
     async def server(self, run_server: RunServer) -> Daemon:
@@ -489,6 +489,21 @@ async def test_what_the_server_refuses_for_its_size_is_halved(
     recipients = {f"{n:0200}" for n in range(50)}
     await Publisher(transport, shard_count=2).publish_now([Poke(each) for each in recipients])
     await receiver.wait_for(lambda heard: _poked(heard.payloads) == recipients)
+
+
+async def test_a_subscription_too_many_is_refused_alone(
+    run_server: RunServer, connect_url: ConnectUrl
+) -> None:
+    """An account's or server's limit of subscriptions: those that fit deliver, without a gap."""
+    transport = await connect_url(run_server("max_subscriptions: 2").url)
+    _, receiver = await subscribe_live(transport, 1)
+    second, _ = await subscribe_live(transport, 2)
+    with pytest.raises(TransportError, match="maximum subscriptions"):
+        await transport.subscribe(3, RecordingReceiver())
+    await assert_hears(transport, receiver, 1)
+    await second.close()
+    await subscribe_live(transport, 3)
+    assert receiver.gaps == []
 
 
 async def test_a_limit_that_is_lowered_is_learnt(

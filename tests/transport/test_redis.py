@@ -338,8 +338,9 @@ class TestCredentials(PermissionContract):
 
     @pytest.fixture
     def take_away(self, server: Daemon) -> Callable[[], Awaitable[None]]:
-        """Every channel."""
-        return partial(asyncio.to_thread, self._set_user, server, "resetchannels")
+        """Shard 7's channel."""
+        rules = ("resetchannels", "&push-notifications")
+        return partial(asyncio.to_thread, self._set_user, server, *rules)
 
     @pytest.fixture
     def give_back(self, server: Daemon) -> Callable[[], Awaitable[None]]:
@@ -347,9 +348,9 @@ class TestCredentials(PermissionContract):
         return partial(asyncio.to_thread, self._set_user, server, "&push-notifications.7")
 
     @staticmethod
-    def _set_user(server: Daemon, rule: str) -> None:
+    def _set_user(server: Daemon, *rules: str) -> None:
         with valkey.Valkey(port=server.port, password="d3fault") as client:
-            client.execute_command("ACL", "SETUSER", "me", rule)
+            client.execute_command("ACL", "SETUSER", "me", *rules)
 
 
 class TestTls(TlsContract):

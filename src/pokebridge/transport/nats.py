@@ -41,6 +41,7 @@ INTEREST_SPREAD_S = 1.0
 have a delay of some 100 ms, and the servers are busy at times."""
 
 _OPTION = "interest_spread_s"
+_FULL = "maximum subscriptions exceeded"
 _REFUSAL = re.compile(r'permissions violation for (publish|subscription) to "([^"]+)"')
 
 
@@ -158,6 +159,13 @@ class _Client(NatsClient):
         await self._send_ping(pong)
         await pong
 
+    async def _process_err(self, err_msg: str) -> None:
+        """Go on when the server takes no more subscriptions: it does, and nats-py would close."""
+        if _FULL in err_msg:
+            await self._error_cb(errors.Error(_FULL))
+        else:
+            await super()._process_err(err_msg)
+
     async def _process_msg(
         self,
         sid: int,
@@ -192,6 +200,8 @@ class _NatsConnection:
         self._asking: set[str] = set()
         # What the server has refused: "publish" or "subscription", and the subject in lower case.
         self._refused: set[tuple[str, str]] = set()
+        # Whether it has just refused a subscription because there are too many.
+        self._is_full = False
 
     @classmethod
     async def dial(
@@ -250,6 +260,9 @@ class _NatsConnection:
                     inlet = partial(self._deliver, topic)
                     self._subscriptions[topic] = await self._client.listen(topic, inlet)
             await self._accepted("subscription", topics)
+        except SignalRefusedError:
+            await self.unsubscribe(topics)
+            raise
         finally:
             self._asking -= subjects
 
@@ -274,6 +287,9 @@ class _NatsConnection:
     async def _accepted(self, what: str, subjects: Iterable[str]) -> None:
         """Make a round trip: the server reports what it refuses before it answers."""
         await self._client.round_trip()
+        if self._is_full and what == "subscription":
+            self._is_full = False
+            raise SignalRefusedError(f"{self._server}: {_FULL}")
         if self._refused and (
             refused := self._refused & {(what, subject.lower()) for subject in subjects}
         ):
@@ -281,7 +297,9 @@ class _NatsConnection:
             raise SignalRefusedError(f"{self._server}: no {what} permission for {min(refused)[1]}")
 
     async def _on_error(self, error: Exception) -> None:
-        if refusal := _REFUSAL.search(str(error)):
+        if str(error) == _FULL:
+            self._is_full = True
+        elif refusal := _REFUSAL.search(str(error)):
             what, subject = refusal.groups()
             if what == "subscription" and subject not in self._asking:
                 self._lose(f"the server withdrew the permission for {subject}")

@@ -21,7 +21,7 @@ import structlog
 
 from pokebridge.backoff import backoff_s
 from pokebridge.engines.addresses import first_of
-from pokebridge.errors import ConfigError, PokebridgeError, TransportError
+from pokebridge.errors import ConfigError, PokebridgeError, SignalRefusedError, TransportError
 from pokebridge.supervisor import supervise
 from pokebridge.transport.base import Receiver, Selection, deliver, report_gap
 
@@ -66,7 +66,10 @@ class EngineConnection(Protocol):
         """How long an accepted subscription may miss what is published at other servers."""
 
     async def subscribe(self, topics: Collection[str]) -> None:
-        """Ask for ``topics``, and return when the engine has accepted all of them."""
+        """Ask for ``topics``, and return when the engine has accepted all of them.
+
+        Raises SignalRefusedError when it refuses some, and then has subscribed to none of them.
+        """
 
     async def unsubscribe(self, topics: Collection[str]) -> None:
         """Stop receiving ``topics``."""
@@ -105,6 +108,8 @@ class ReconnectingLink(Generic[C]):
         # All subscriptions, in the order in which they were made, and those of each topic.
         self._subscriptions: dict[_RoutedSubscription, None] = {}
         self._routes: dict[str, tuple[_RoutedSubscription, ...]] = {}
+        # The topics that the engine refuses on this connection, and why.
+        self.refused: dict[str, str] = {}
         # Held while the set of topics that the engine delivers is changed.
         self._lock = asyncio.Lock()
         # Background tasks, cancelled when the connection is lost.
@@ -158,8 +163,9 @@ class ReconnectingLink(Generic[C]):
 
         A gap that is not over yet is reported to it now, since nobody will report it later.
         """
-        if subscription in self._subscriptions and self._gap is not None:
-            report_gap(subscription.receiver, subscription.selection, self._gap)
+        gap = self._gap or subscription.trouble
+        if subscription in self._subscriptions and gap is not None:
+            report_gap(subscription.receiver, subscription.selection, gap)
         self._remove(subscription)
         await self._unsubscribe_unused()
 
@@ -269,7 +275,8 @@ class ReconnectingLink(Generic[C]):
         if restored.lost.done():
             return
         for subscription in tuple(self._subscriptions):
-            report_gap(subscription.receiver, subscription.selection, reason)
+            if subscription.trouble is None:
+                report_gap(subscription.receiver, subscription.selection, reason)
         self._gap = None
         self.spawn(self._unsubscribe_unused())  # closed while the connection was restored
 
@@ -282,6 +289,8 @@ class ReconnectingLink(Generic[C]):
             await asyncio.wait({connection.lost}, timeout=HEARTBEAT_S)
             if beat.done() and not beat.exception():
                 beat, silent_beats = None, 0
+                if self.refused:
+                    self.spawn(self._ask_again(connection))
                 continue
             silent_beats += 1
             if silent_beats == SILENT_BEATS and not connection.lost.done():
@@ -314,12 +323,42 @@ class ReconnectingLink(Generic[C]):
         except TimeoutError:
             raise TransportError(f"{self._name}: no answer") from None
         try:
-            if topics := set(self._routes):
-                await self.call(connection, connection.subscribe(topics))
+            self.refused = await self._ask_for(connection, list(self._routes))
         except BaseException:
             await self._discard(connection)
             raise
+        if self.refused:
+            reason = next(iter(self.refused.values()))
+            log.error("transport_topics_refused", topics=len(self.refused), reason=reason)
         return connection
+
+    async def _ask_for(self, connection: C, topics: Sequence[str]) -> dict[str, str]:
+        """Ask for ``topics``. Returns those that the engine refuses, as for a permission, and why.
+
+        They must cost neither the other subscriptions nor what this instance publishes.
+        """
+        try:
+            if topics:
+                await self.call(connection, connection.subscribe(topics))
+        except SignalRefusedError as error:
+            if len(topics) == 1:
+                return {topics[0]: str(error)}
+            middle = len(topics) // 2
+            refused = await self._ask_for(connection, topics[:middle])
+            return refused | await self._ask_for(connection, topics[middle:])
+        return {}
+
+    async def _ask_again(self, connection: C) -> None:
+        """Ask for what was refused, and report the gaps that this ends."""
+        async with self._lock:
+            waiting = [each for each in self._subscriptions if each.trouble is not None]
+            topics = self.refused.keys() & self._routes.keys() - connection.topics
+            self.refused = await self._ask_for(connection, sorted(topics))
+        await asyncio.sleep(connection.spread_s)
+        for subscription in waiting:
+            if subscription.trouble is None and subscription in self._subscriptions:
+                reason = "the engine had refused it"
+                report_gap(subscription.receiver, subscription.selection, reason)
 
     async def _discard(self, connection: C) -> None:
         """Close ``connection``, and go on with it even when the caller is cancelled meanwhile."""
@@ -347,6 +386,12 @@ class _RoutedSubscription:
     topics: Collection[str]
     receiver: Receiver
     selection: Selection
+
+    @property
+    def trouble(self) -> str | None:
+        """Why the engine refuses a part of it."""
+        refused = self.link.refused
+        return next((refused[topic] for topic in self.topics if topic in refused), None)
 
     async def close(self) -> None:
         """Stop receiving."""

@@ -311,7 +311,7 @@ class _Listener:
         self._pongs: deque[asyncio.Future[None]] = deque()
         # Whether a subscription is being changed, and the server's error if it refused.
         self._asking = False
-        self._refusal: str | None = None
+        self._refusal: ResponseError | None = None
         self._reader = supervise("redis_reader", self._read)
 
     @property
@@ -322,7 +322,11 @@ class _Listener:
         for topic in topics:
             names, name = self._names(topic)
             names[name] = topic
-        await self._ask("SUBSCRIBE", topics)
+        try:
+            await self._ask("SUBSCRIBE", topics)
+        except SignalRefusedError:
+            await self.unsubscribe(topics)  # the server has accepted some
+            raise
 
     async def unsubscribe(self, topics: Collection[str]) -> None:
         for topic in topics:
@@ -369,6 +373,8 @@ class _Listener:
             await self.round_trip()
         finally:
             self._asking = False
+        if isinstance(self._refusal, NoPermissionError):
+            raise SignalRefusedError(f"{self._name}: {self._refusal}")
         if self._refusal is not None:
             raise TransportError(f"{self._name}: {self._refusal}")
 
@@ -391,7 +397,7 @@ class _Listener:
                 self._take(response)
             except ResponseError as error:
                 if self._asking:
-                    self._refusal = str(error)
+                    self._refusal = error
                 else:
                     self.lose(str(error))
             except (RedisError, OSError) as error:
