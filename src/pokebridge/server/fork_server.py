@@ -10,6 +10,7 @@ The fork server ends with its hub, and the workers end with it.
 import asyncio
 import contextlib
 import ctypes
+import errno
 import gc
 import os
 import signal
@@ -23,8 +24,11 @@ from typing import Final
 from pokebridge.errors import UnavailableError
 
 _PR_SET_PDEATHSIG: Final = 1
-_PID = struct.Struct("!I")
+# The process id, or the error's number below 0.
+_PID = struct.Struct("!i")
 _DESCRIPTORS: Final = 2
+ANSWER_TIMEOUT_S: Final = 60.0
+"""A fork takes milliseconds, but the first one waits for all imports."""
 
 
 class ForkServer:
@@ -44,19 +48,23 @@ class ForkServer:
         """Fork a worker that has ``descriptors``. Returns its process id.
 
         Raises:
-            UnavailableError: the fork server has died. The next call starts another.
+            OSError, UnavailableError: there is no room for another process, or the fork server has
+                died or hangs. Then it is ended, and the next call starts another.
         """
         async with self._lock:
             control = self._control or await self._start()
             try:
                 socket.send_fds(control, [b"f"], descriptors)
-                answer = await asyncio.get_running_loop().sock_recv(control, _PID.size)
-            except OSError:
+                async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                    answer = await asyncio.get_running_loop().sock_recv(control, _PID.size)
+            except OSError:  # TimeoutError is one
                 answer = b""
             if len(answer) < _PID.size:
                 await self.close()
-                raise UnavailableError("the fork server has died")
+                raise UnavailableError("the fork server has died, or does not answer")
             (pid,) = _PID.unpack(answer)
+            if pid < 0:
+                raise UnavailableError(f"the system starts no process: {os.strerror(-pid)}")
             return int(pid)
 
     async def close(self) -> None:
@@ -66,17 +74,23 @@ class ForkServer:
         if control is not None:
             control.close()
         if process is not None:
+            with contextlib.suppress(ProcessLookupError):  # it has ended
+                process.kill()  # it may stand still
             await process.wait()
 
     async def _start(self) -> socket.socket:
         own, its = socket.socketpair()
         own.settimeout(0)
-        with its:
-            self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "pokebridge.server.fork_server", str(its.fileno())),
-                stdin=DEVNULL,
-                pass_fds=(its.fileno(),),
-            )
+        try:
+            with its:
+                self._process = await asyncio.create_subprocess_exec(
+                    *(sys.executable, "-m", "pokebridge.server.fork_server", str(its.fileno())),
+                    stdin=DEVNULL,
+                    pass_fds=(its.fileno(),),
+                )
+        except BaseException:
+            own.close()
+            raise
         self._control = own
         return own
 
@@ -97,7 +111,10 @@ def main() -> None:
         asked, descriptors, _, _ = socket.recv_fds(control, 1, _DESCRIPTORS)
         if not asked:
             return
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:  # the workers that there are go on
+            pid = -(error.errno or errno.EAGAIN)
         if not pid:
             control.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
