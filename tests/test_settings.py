@@ -187,6 +187,10 @@ def test_a_value_is_brought_into_its_normal_form(name: str, value: str, meant: A
         ("advertise_url", "wss://10.0.0.256", "IP address"),
         ("coordination", "redis://[:::]:6379", "IP address"),
         ("ingress", "nats://10.0.0.1,10.0.0.256/S/x", "IP address"),
+        ("transport", "nats://a..b:4222", "valid name"),
+        ("transport", f"redis://{'a' * 64}.example", "valid name"),
+        ("ingress", "nats://nats.example,.example/S/x", "valid name"),
+        ("jwks_url", "https://issuer..example/jwks", "valid name"),
         ("transport", "nats", "URL"),
         ("mailbox", "pokebridge.db", "URL"),
         ("jwt_secret", "hunter2", "32 bytes"),
@@ -194,6 +198,8 @@ def test_a_value_is_brought_into_its_normal_form(name: str, value: str, meant: A
         ("jwt_secret", " " * 40, "32 bytes"),
         ("jwt_issuer", "", "not empty"),
         ("jwt_audience", " ", "not empty"),
+        ("jwt_audience", "bridge ", "white space"),
+        ("jwt_issuer", "https://issuer.example/\t", "white space"),
         ("jwt_leeway_s", -1, "0"),
         ("jwt_leeway_s", "nan", "finite"),
         ("jwks_url", "file:///etc/passwd", "http"),
@@ -213,6 +219,7 @@ def test_a_value_is_brought_into_its_normal_form(name: str, value: str, meant: A
         ("allowed_origins", "wss://a.example", "not wss://"),
         ("allowed_origins", "https://straße.example", "in ASCII"),
         ("trusted_proxies", "10.0.0.1/8", "networks like"),
+        ("workers", "all", "integer, unable to parse string as an integer, or must be 'auto'"),
         ("handshakes_per_s", -1, "0"),
         ("max_sessions", 0, "1"),
         ("max_sessions", 10**400, "less than"),
@@ -316,6 +323,10 @@ def test_true_is_no_number(tmp_path: Path) -> None:
     for name in ("port", "max_sessions", "lease_s", "workers"):
         path = toml(tmp_path, f"{name} = true\n")
         assert refusal(config_file=path) == f"{name} in {path}: must not be true or false"
+    path = toml(tmp_path, "trusted_proxies = [5]\n")
+    assert refusal(config_file=path).endswith(
+        ": must be networks like 10.0.0.0/8, separated by commas"
+    )
     path.write_text("\ufeffport = 80\ndev = true\n", encoding="utf-8")
     assert load_settings(path, {}, {}).port == 80
 

@@ -120,7 +120,7 @@ def matching(pattern: str, meaning: str) -> AfterValidator:
 def network(value: Any) -> IPv4Network | IPv6Network:
     """Return ``value`` as a network. One of mapped IPv4 addresses is that of the IPv4 addresses."""
     try:
-        found = ip_network(value)
+        found = ip_network(str(value))  # a number would be taken for an address
     except ValueError:
         raise ValueError("must be networks like 10.0.0.0/8, separated by commas") from None
     if found.version == 6 and found.prefixlen >= 96:
@@ -193,7 +193,9 @@ PathPrefix = Annotated[str, AfterValidator(_check_path_prefix)]
 GroupPrefix = Annotated[
     str, matching(r"[\x21-\x7e]{1,256}", "the beginning of a recipient, like urn:room:")
 ]
-Claim = Annotated[str, matching(r"(?s)\S.*", "a text that is not empty")]
+Claim = Annotated[
+    str, matching(r"(?s)\S(.*\S)?", "a text that is not empty, without white space around it")
+]
 PartUrl = Annotated[str, matching(r"[a-z]+://\S*", "a URL, like memory://"), _with_credentials()]
 HttpUrl = Annotated[
     str,

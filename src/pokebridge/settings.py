@@ -484,9 +484,12 @@ def _did_you_mean(name: str) -> str:
 
 
 def _one_line(error: ValidationError, given: Mapping[str, _Given]) -> str:
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    meaning = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    if not first["loc"]:
+    errors = error.errors(include_url=False, include_context=False, include_input=False)
+    where = errors[0]["loc"][:1]
+    # One value may fail in several ways, where a setting may be a number or a word.
+    said = dict.fromkeys(each["msg"] for each in errors if each["loc"][:1] == where)
+    meaning = ", or ".join(said).replace("Value error, ", "").replace("Input should be", "must be")
+    if not where:
         return meaning
-    name = str(first["loc"][0])
+    name = str(where[0])
     return f"{given[name].origin if name in given else name}: {meaning}"

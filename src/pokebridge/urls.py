@@ -48,14 +48,16 @@ def check_url(url: str, schemes: Collection[str]) -> None:
 
 
 def _check_host(host: str) -> None:
-    """Raise ``ValueError`` if ``host`` is an IP address that there can't be."""
+    """Raise ``ValueError`` if ``host`` is a name or an IP address that there can't be."""
     try:
         if host.startswith("["):
             IPv6Address(host[1:-1])
         elif _FOUR_NUMBERS.fullmatch(host):
             IPv4Address(host)
+        else:
+            host.encode("idna")  # as whoever resolves it: no part of a name is empty or too long
     except ValueError:
-        raise ValueError("a host must be a name, or a valid IP address") from None
+        raise ValueError("a host must be a valid name or IP address") from None
 
 
 def check_bridge_url(name: str, url: str) -> str:

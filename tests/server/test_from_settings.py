@@ -93,6 +93,8 @@ def test_a_role_that_nobody_can_fill_is_refused(given: dict[str, object], missin
         ({"trusted_proxies": "0.0.0.0/0"}, "trusted_proxies_too_wide"),
         ({"trusted_proxies": "10.0.0.0/8,::/0"}, "trusted_proxies_too_wide"),
         ({"jwks_url": "http://issuer.example/jwks"}, "jwks_url_unencrypted"),
+        ({"jwt_secret": "s" * 40 + "\n"}, "secret_has_white_space"),
+        ({"jwt_previous_secret": "\r" + "s" * 40}, "secret_has_white_space"),
         ({"trusted_proxies": "10.0.0.0/8,fd00::/16"}, None),
         ({"jwks_url": "http://127.0.0.1/jwks"}, None),
         ({"jwks_url": "https://issuer.example/jwks"}, None),

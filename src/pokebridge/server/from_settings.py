@@ -154,6 +154,10 @@ def log_warnings(settings: Settings) -> None:
     for network in settings.trusted_proxies:
         if is_too_wide(network):
             log.warning("trusted_proxies_too_wide", network=str(network))
+    for name in ("jwt_secret", "jwt_previous_secret"):
+        secret = getattr(settings, name)
+        if secret is not None and secret.get_secret_value() != secret.get_secret_value().strip():
+            log.warning("secret_has_white_space", setting=name)
     url = urlsplit(settings.jwks_url or "")
     if url.scheme == "http" and not is_loopback(url.hostname or ""):
         log.warning("jwks_url_unencrypted", host=url.hostname)
