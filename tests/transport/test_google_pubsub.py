@@ -513,6 +513,22 @@ async def test_what_an_earlier_life_left_is_replaced(either: World) -> None:
     assert list(await either.subscriptions()) == ["poke-sub-i-1"]
 
 
+async def test_two_instances_of_one_name_do_not_fight(world: World) -> None:
+    """The later one takes the name and the other another, with one gap. Both hear everything."""
+    one, two = [await world.connect("same") for _ in range(2)]
+    _, first = await subscribe_live(one, Feed.ALL)
+    _, second = await subscribe_live(two, Feed.ALL)
+    await hear_gap(first)
+    for _ in range(10):
+        await assert_hears(two, first)
+        await assert_hears(one, second)
+    assert (len(first.gaps), len(second.gaps)) == (1, 0)
+    assert len(await world.subscriptions()) == 2
+    assert (await one.sweep(dry_run=True, dead_after_s=0.1)).examined == 1  # the other's
+    await one.close()
+    assert list(await world.subscriptions()) == ["poke-sub-same"]
+
+
 async def test_somebody_elses_subscription_is_never_replaced(world: World) -> None:
     """A subscription of that name with other labels is left alone, and the start fails."""
     name = f"projects/{world.project}/subscriptions/poke-sub-i-1"

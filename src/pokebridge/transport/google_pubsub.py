@@ -99,7 +99,7 @@ class GooglePubSubTransport:
         self._shared = self._topic_named(
             f"projects/{api.project}/topics/{topic_of(cluster, topic)}"
         )
-        # Open subscriptions by full name, and numbers for names that are in use.
+        # Open subscriptions by the full name that each got first, and numbers for names in use.
         self._subscriptions: dict[str, PulledSubscription] = {}
         self._spare_numbers = itertools.count(2)
         self._sweeper: asyncio.Task[None] | None = None
@@ -194,7 +194,7 @@ class GooglePubSubTransport:
             self._api,
             self._shared.name,
             self._cluster,
-            keep=self._subscriptions.keys(),
+            keep={each.name for each in self._subscriptions.values()},
             publish=self._publish_probes,
             dead_after_s=dead_after_s,
             dry_run=dry_run,

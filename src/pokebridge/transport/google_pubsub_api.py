@@ -113,6 +113,7 @@ class PubSubError(TransportError):
         super().__init__(message)
         self.is_missing = code in _MISSING
         """The resource does not exist, or is unusable."""
+        self.is_deleted = code is StatusCode.NOT_FOUND
         self.is_taken = code is StatusCode.ALREADY_EXISTS
         self.is_denied = code is StatusCode.PERMISSION_DENIED
         self.is_timeout = code is StatusCode.DEADLINE_EXCEEDED

@@ -6,7 +6,8 @@ What can happen to it, and how it recovers:
   jitter. The subscription keeps what is published meanwhile, so this is a gap only when it took
   nearly as long as messages are retained.
 - The subscription is missing, or attached to a topic that was deleted: it is created anew, and a
-  gap is reported.
+  gap is reported. If somebody else has its name then, as an instance of the same name has, it gets
+  another. Otherwise the two would delete each other's for ever.
 - Nothing arrives for :data:`SILENT_S`: the service is asked whether the subscription is attached to
   the topic. It is not when somebody has deleted the topic and created it again, and no error tells.
 - Nothing arrives for :data:`QUIET_S`: a probe tests whether the subscription delivers. If not,
@@ -142,8 +143,8 @@ class PulledSubscription:
         self._heard_s = self._good_s = self._loop.time()
         self._denied: asyncio.Future[PubSubError] = self._loop.create_future()
         self._task: asyncio.Task[None] | None = None
-        # Whether there may be something to delete.
-        self._may_exist = False
+        # Whether it was ever created, and whether there may be something to delete.
+        self._has_existed = self._may_exist = False
         self._closed = False
 
     async def open(self, *, await_refusal_s: float) -> None:
@@ -199,12 +200,22 @@ class PulledSubscription:
     # --- the subscription -----------------------------------------------------------------------
 
     async def _create(self) -> None:
+        is_anothers = self._has_existed and not self._may_exist
         try:
             await self._topic.needed_by(self._call_create)
         except PubSubError as error:
             if not error.is_taken:
                 raise
-            await self._replace()
+            if is_anothers:
+                self._leave_the_name()
+            else:
+                await self._delete_leftover()
+            await self._topic.needed_by(self._call_create)
+
+    def _leave_the_name(self) -> None:
+        """Take another name, since another instance of this name uses it."""
+        taken, self.name = self.name, f"{self.name.partition('~')[0]}~{secrets.token_hex(4)}"
+        log.error("pubsub_subscription_taken", subscription=taken, instead=self.name)
 
     async def _call_create(self) -> None:
         self._may_exist = True
@@ -222,10 +233,11 @@ class PulledSubscription:
         except PubSubError as error:
             self._may_exist = error.is_transient
             raise
+        self._has_existed = True
         self._topic.attached.add(self)
 
-    async def _replace(self) -> None:
-        """Replace a subscription that an earlier process or a lost answer left behind.
+    async def _delete_leftover(self) -> None:
+        """Delete a subscription that an earlier process or a lost answer left behind.
 
         It must not be shared: two readers of one subscription would receive half of it each.
         """
@@ -240,7 +252,6 @@ class PulledSubscription:
         if self._api.is_emulator:
             # Every 50 ms it ends the streams of deleted subscriptions, which it finds by name.
             await asyncio.sleep(EMULATOR_FORGETS_S)
-        await self._topic.needed_by(self._call_create)
 
     async def _is_attached(self) -> bool:
         """Whether it exists and is attached to the topic, not to a deleted one of that name."""
@@ -273,6 +284,8 @@ class PulledSubscription:
 
     def _note(self, error: PubSubError) -> None:
         self.trouble = str(error)
+        if error.is_deleted:
+            self._may_exist = False
         if error.is_missing:
             log.warning("pubsub_subscription_missing", subscription=self.name, reason=str(error))
             self.lose("the subscription was gone")
