@@ -49,6 +49,9 @@ def hs256(**changes: Any) -> str:
 
 
 RSA_JWK = RSAAlgorithm.to_jwk(RSA_KEY.public_key(), as_dict=True) | {"kid": "r"}
+OTHER_CURVE_JWK = ECAlgorithm.to_jwk(
+    ec.generate_private_key(ec.SECP384R1()).public_key(), as_dict=True
+)
 EC_JWK = ECAlgorithm.to_jwk(EC_KEY.public_key(), as_dict=True) | {"kid": "e"}
 ED_JWK = OKPAlgorithm.to_jwk(ED_KEY.public_key(), as_dict=True) | {"kid": "d"}
 
@@ -766,7 +769,9 @@ async def test_an_unreachable_issuer_is_unavailable() -> None:
         EC_JWK | {"alg": "ES384"},
         EC_JWK | {"kid": ["e"]},
         EC_JWK | {"kty": ["EC"]},
+        EC_JWK | {"key_ops": ["deriveKey"]},
         EC_JWK | {"crv": "P-384"},
+        OTHER_CURVE_JWK | {"kid": "e", "alg": "ES256"},
         EC_JWK | {"crv": ["P-256"]},
         EC_JWK | {"x": "AAAA"},
         EC_JWK | {"x": None},
@@ -778,7 +783,7 @@ async def test_an_unusable_key_is_left_out(jwks: TokenVerifier, issuer: Issuer, 
     """A strange key in the set is not used, and does not spoil the others."""
     issuer.answer = {"keys": [jwk, ED_JWK]}
     assert (await jwks.verify(signed(ED_KEY, "EdDSA", "d"))).subject == BOB
-    with pytest.raises(AuthError):
+    with pytest.raises(AuthError, match="not one of the issuer's"):
         jwks.verify_now(signed(EC_KEY, "ES256", "e"))
 
 

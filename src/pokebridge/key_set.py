@@ -35,6 +35,10 @@ KEYS_KEPT_S = 24 * 3600.0
 
 # The members of a public key (RFC 7517, RFC 7518). Private members are not read.
 _PUBLIC_TYPES = ("RSA", "EC", "OKP")
+# The curve that an algorithm demands (RFC 7518, section 3.4), whatever the key says.
+_CURVES = {"ES256": "P-256", "EdDSA": "Ed25519"}
+# Some issuers publish what they do with the private key.
+_SIGNING = {"verify", "sign"}
 _PUBLIC_MEMBERS = ("kty", "kid", "alg", "crv", "x", "y", "n", "e")
 
 log = structlog.get_logger(__name__)
@@ -179,11 +183,15 @@ def _public_key(member: Any) -> jwt.PyJWK | None:
         return None
     if member.get("kty") not in _PUBLIC_TYPES:
         return None
+    operations = member.get("key_ops")
+    if isinstance(operations, list) and not any(each in _SIGNING for each in operations):
+        return None
     try:
         given = {name: member.get(name) for name in _PUBLIC_MEMBERS}
         key = jwt.PyJWK({name: value for name, value in given.items() if value is not None})
         is_usable = (
             key.algorithm_name in PUBLIC_ALGORITHMS
+            and member.get("crv") == _CURVES.get(key.algorithm_name)
             and key.Algorithm.check_key_length(key.key) is None
         )
     except Exception:  # noqa: BLE001 - whatever is wrong with one key, the others are used

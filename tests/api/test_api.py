@@ -785,6 +785,19 @@ class TestProblems:
         assert_problem(response, 413, str(BODY_CAP_BYTES))
         assert read == 0
 
+    @pytest.mark.parametrize(
+        ("coding", "status"), [("gzip", 415), ("br, gzip", 415), ("Identity", 202)]
+    )
+    async def test_coding(self, http: httpx.AsyncClient, coding: str, status: int) -> None:
+        """A body is not decompressed, and the answer says so (RFC 9110, section 8.4)."""
+        headers = {**bearer(ALICE, "send"), "Content-Encoding": coding}
+        body = b'{"recipient":"urn:user:bob","body":1}'
+        response = await http.post("/v1/messages", content=body, headers=headers)
+        assert response.status_code == status
+        if status == 415:
+            assert response.headers["accept-encoding"] == "identity"
+            assert_problem(response, 415, "Content-Encoding")
+
     async def test_streamed_length(self, http: httpx.AsyncClient) -> None:
         """A body without a declared length is given up where it crosses the cap."""
         read = 0
@@ -868,6 +881,11 @@ class TestProblems:
                 assert (response.headers.get("access-control-allow-headers") == names) == (
                     allowed is not None
                 )
+            preflight["Access-Control-Request-Private-Network"] = "true"
+            response = await http.options("/v1/messages", headers=preflight)
+            assert response.status_code == (400 if allowed is None else 200)
+            may_reach = "true" if allowed == origin else None
+            assert response.headers.get("access-control-allow-private-network") == may_reach
             preflight["Access-Control-Request-Headers"] = "a(b), c"
             assert (await http.options("/v1/messages", headers=preflight)).status_code == 400
 

@@ -42,17 +42,19 @@ class Cors:
         """The answer to ``request`` if it asks whether a page may call; otherwise ``None``.
 
         An allowed page may send any header: tracing adds some by itself (traceparent, baggage,
-        sentry-trace, …), and a program that is no browser may send any.
+        sentry-trace, …), and a program that is no browser may send any. A page that is allowed by
+        name may also call a bridge in a private network. Where any page is allowed, the browser
+        decides.
         """
         method = request.headers.get(b"access-control-request-method")
         if request.method != "OPTIONS" or method is None or b"origin" not in request.headers:
             return None
         asked = request.header(b"access-control-request-headers").strip()
+        is_named = is_allowed(request.header(b"origin"), self._allowed)
         allowed = {
-            "origin": self._allows_any or self._allows(request),
+            "origin": self._allows_any or is_named,
             "method": method.decode("latin-1") in _METHODS,
             "headers": _NAMES.fullmatch(asked) is not None,
-            "private-network": b"access-control-request-private-network" not in request.headers,
         }
         wrong = [name for name, is_allowed in allowed.items() if not is_allowed]
         if wrong:
@@ -60,7 +62,6 @@ class Cors:
             return problem(HTTPStatus.BAD_REQUEST, detail, _PREFLIGHT)
         headers = {"Content-Type": "text/plain; charset=utf-8", **_PREFLIGHT}
         headers["Access-Control-Allow-Headers"] = asked or ", ".join(_REQUEST_HEADERS)
+        if is_named and b"access-control-request-private-network" in request.headers:
+            headers["Access-Control-Allow-Private-Network"] = "true"
         return Response(HTTPStatus.OK, header_list(headers), b"OK")
-
-    def _allows(self, request: Request) -> bool:
-        return is_allowed(request.header(b"origin"), self._allowed)

@@ -69,8 +69,14 @@ class Request:
 
         Raises:
             TooLargeError: the body is larger than ``limit_bytes``.
-            RefusedError: it did not arrive in time, or not whole.
+            RefusedError: it is compressed, or did not arrive in time, or not whole.
         """
+        if self.header(b"content-encoding").lower() not in {"", "identity"}:
+            raise RefusedError(
+                HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+                "a body must not be compressed: send it without Content-Encoding",
+                {"Accept-Encoding": "identity"},
+            )
         if IN_TIME in self.scope.get("extensions", ()):
             return await self._whole_body()
         try:

@@ -23,12 +23,13 @@ _PROBLEMS = {
     408: "The body took too long to arrive.",
     409: "That can't be done in the present state.",
     413: "The body is too large.",
+    415: "The body is compressed.",
     422: "The request is not one that the contract allows.",
     429: "The caller's address has all the sessions that it may have.",
     503: "A part that this depends on does not answer: worth a retry.",
     507: "The recipient's mailbox is full: not taken, and no retry helps before some is acked.",
 }
-_OF_A_BODY = (400, 408, 422)
+_OF_A_BODY = (400, 408, 415, 422)
 _IF_NONE_MATCH = {
     "name": "If-None-Match",
     "in": "header",
