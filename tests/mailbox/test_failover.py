@@ -140,6 +140,22 @@ async def test_a_failover_that_loses_commits_gives_no_version_twice(
         await mailbox.close()
 
 
+async def test_a_failover_to_a_clock_that_is_behind(postgres_database: str) -> None:
+    """Whatever is lost of the generation of a server whose clock was ahead is not given again."""
+    mailbox = await PostgresMailbox.open(postgres_database)
+    by_hand = await asyncpg.connect(postgres_database)
+    await mailbox.begin_generation()
+    await by_hand.execute("UPDATE pokebridge.generation SET base = base + (3 * 3600000 << 11)")
+    await fill(mailbox, 5)
+    newest = await head(mailbox, BOB)
+    await by_hand.execute("UPDATE pokebridge.heads SET head = head - 4")
+    await mailbox.begin_generation()
+    await fill(mailbox, 1)
+    assert newest < await head(mailbox, BOB) < MAX_VERSION
+    await by_hand.close()
+    await mailbox.close()
+
+
 async def test_a_restored_dump_gives_no_version_twice(postgres_database: str) -> None:
     """Tables that went back in time under a running instance: new messages are above the cursor."""
     mailbox = await PostgresMailbox.open(postgres_database)

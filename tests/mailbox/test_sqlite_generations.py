@@ -52,9 +52,9 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path / "saved"
 
 
-async def send(path: Path, count: int) -> int:
+async def send(path: Path, count: int, clock: Callable[[], float] = time.time) -> int:
     """Open the mailbox, append ``count`` messages and close it. Returns the head."""
-    mailbox = await SqliteMailbox.open(path)
+    mailbox = await SqliteMailbox.open(path, clock)
     await fill(mailbox, count)
     newest = await head(mailbox, BOB)
     await mailbox.close()
@@ -182,6 +182,33 @@ async def test_two_restores_of_one_copy(path: Path, saved: Path) -> None:
         newest = await send(path, 5)
         assert newest - 5 > seen
         seen = newest
+
+
+async def test_a_restore_after_the_clock_was_set_back(path: Path, saved: Path) -> None:
+    """Generations that begin in hours that were there before give no version twice."""
+    await send(path, 3)
+    copy_the_file(path.parent, saved)
+    seen = 0
+    for hours in range(3):
+        copy_the_file(saved, path.parent)
+        newest = await send(path, 5, lambda: time.time() - hours * 3600)  # noqa: B023 - used now
+        assert newest - 5 >= seen
+        seen = newest
+    assert seen < MAX_VERSION
+
+
+async def test_everything_is_put_back_after_the_clock_was(
+    path: Path, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A restored ``.generation`` is not trusted because it seems to be from the future."""
+    real = time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: real() + 3600 * 10**9)
+    await send(path, 3)
+    monkeypatch.undo()
+    copy_all(path.parent, saved)
+    cursor = await send(path, 5)
+    copy_all(saved, path.parent)
+    assert await send(path, 5) - 5 >= cursor
 
 
 async def test_a_generation_goes_on(path: Path) -> None:

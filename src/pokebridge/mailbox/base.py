@@ -17,6 +17,8 @@ PAGE_BYTES: Final = 1024 * 1024
 """The largest total size of a page's bodies, so that 500 large messages are several pages."""
 YOUNG_MS: Final = SEEN_EVERY_MS
 """For this long after a generation began acks delete nothing, until all devices are known again."""
+GENERATION_VERSIONS: Final = 1 << 32
+"""More than a recipient ever gets in a generation."""
 HEADS_BATCH: Final = 1000
 """Recipients whose heads one call may ask for."""
 ACKS_BATCH: Final = 256
@@ -341,9 +343,11 @@ def next_base(old: int, now_s: float) -> int:
 
     It follows the clock: 2¹¹ versions a millisecond are more than a recipient ever gets. So it is
     above versions of later generations too, which a restored store does not know. It stays below
-    MAX_VERSION until the year 2109.
+    MAX_VERSION until the year 2109. If the clock was set back it is above what was given out since
+    ``old``, even what is lost.
     """
-    return max(int(now_s * 1000) << 11, old + 1)
+    by_clock = int(now_s * 1000) << 11
+    return by_clock if by_clock > old else old + GENERATION_VERSIONS
 
 
 def is_young(base: int, now_ms: int) -> bool:

@@ -5,7 +5,7 @@ Their functions keep names and arguments, and do more. The table ``additions`` c
 
 from typing import Final
 
-from pokebridge.mailbox.base import MAX_DEVICES
+from pokebridge.mailbox.base import GENERATION_VERSIONS, MAX_DEVICES
 
 _GENERATIONS = """
 -- The versions of a generation are above its base. history says which database gave them.
@@ -345,6 +345,25 @@ $$;
 UPDATE generation SET history = current_history() WHERE history = 'current';
 """
 
+_CLOCKS = f"""
+-- The clock may be behind the one that timed the last generation. Then the base is above what was
+-- given out in that, even what is lost.
+CREATE OR REPLACE FUNCTION begin_generation(a_forced boolean) RETURNS bigint LANGUAGE plpgsql AS $$
+DECLARE
+    answer bigint;
+BEGIN
+    INSERT INTO generation
+        VALUES (true, (extract(epoch FROM clock_timestamp()) * 1000)::bigint << 11,
+            current_history())
+    ON CONFLICT (one) DO UPDATE SET history = current_history(),
+        base = CASE WHEN excluded.base > generation.base
+            THEN excluded.base ELSE generation.base + {GENERATION_VERSIONS} END
+        WHERE a_forced OR generation.history <> current_history();
+    SELECT base INTO answer FROM generation WHERE one;
+    RETURN answer;
+END $$;
+"""  # noqa: S608 - a constant of ours
+
 ADDITIONS: Final = (
     _GENERATIONS,
     _DEVICES_LIMIT,
@@ -352,5 +371,6 @@ ADDITIONS: Final = (
     _RESTORED_SHARES,
     _CRASHES,
     _DISABLED_TRIGGERS,
+    _CLOCKS,
 )
 """The statements of each addition, after the migrations of ``postgres_schema``."""

@@ -252,7 +252,7 @@ def _bring_up_to_date(
         _migrate(db, done)
         known, exists = side_file.read()
         if (reason := generation.why_new(db, known, exists=exists)) is not None:
-            generation.begin(db, now_s)
+            generation.begin(db, now_s, side_file.recorded())
             side_file.held = generation.Held()
         side_file.write(generation.state_of(db))  # under the lock: another opens the file next
         db.execute("COMMIT")

@@ -46,20 +46,28 @@ TABLES: Final = (
 )
 RESTORED: Final = "restored"
 # By how much the change time of a record in the file system may exceed the time that the record
-# names. A copied or restored file has a later change time, which no program can set back. An
-# earlier one is fine: the file system's clock may be some ticks behind.
+# names. A copied or restored file has a later change time, which no program can set back, or a much
+# earlier one if the clock was set back. The file system's clock may be some ticks behind.
 TOLERANCE_NS: Final = 5_000_000
+BEHIND_NS: Final = 1_000_000_000
 WRITE_ATTEMPTS: Final = 20
 
 log = structlog.get_logger(__name__)
 
 
 class State(NamedTuple):
-    """The mailbox's ``lineage``, how many messages were ``appended``, and SQLite's ``schema``."""
+    """What the mailbox says of itself.
+
+    - ``lineage``: differs in each generation
+    - ``appended``: how many messages were ever appended
+    - ``schema``: SQLite's schema version
+    - ``base``: of the generation
+    """
 
     lineage: str
     appended: int
     schema: int
+    base: int
 
 
 class Held(NamedTuple):
@@ -113,8 +121,8 @@ def held_in(path: Path) -> Held | None:
 
 def state_of(db: sqlite3.Connection) -> State:
     """What the mailbox says of itself."""
-    _, appended, lineage = _row(db)
-    return State(lineage, appended, _schema_of(db))
+    base, appended, lineage = _row(db)
+    return State(lineage, appended, _schema_of(db), base)
 
 
 def _schema_of(db: sqlite3.Connection) -> int:
@@ -131,9 +139,9 @@ def count_appended(db: sqlite3.Connection, messages: int) -> None:
     db.execute("UPDATE generation SET appended = appended + ?", (messages,))
 
 
-def begin(db: sqlite3.Connection, now_s: float) -> int:
-    """Begin a new generation, within a transaction. Returns its base."""
-    base = next_base(base_of(db), now_s)
+def begin(db: sqlite3.Connection, now_s: float, known: State | None = None) -> int:
+    """Begin a new generation, within a transaction, after what is ``known``. Returns its base."""
+    base = next_base(max(base_of(db), known.base if known else 0), now_s)
     db.execute("UPDATE generation SET base = ?, lineage = ?", (base, uuid.uuid4().hex))
     return base
 
@@ -262,7 +270,7 @@ class RestoreWatch:
                 self._version, self._base = version, base
                 return
         # The version is not noted, since this transaction may be undone.
-        begin(db, self._clock())
+        begin(db, self._clock(), known)
         log.warning("mailbox_generation_begun", path=str(self._mailbox), reason=reason)
 
     def _is_back(self, state: State, base: int, known: State) -> bool:
@@ -285,16 +293,16 @@ def _locked(file: int, kind: int) -> Iterator[int]:
 def _read(file: int, *, check_time: bool) -> _Record | None:
     try:
         lineage, *numbers = os.pread(file, 200, 0).decode().split()
-        appended, recorded_ns, schema, *held = map(int, numbers)
-        record = _Record(State(lineage, appended, schema), Held(*held))
+        appended, recorded_ns, schema, base, *held = map(int, numbers)
+        record = _Record(State(lineage, appended, schema, base), Held(*held))
     except (ValueError, TypeError):
         return None
     return None if check_time and not _is_from(file, recorded_ns) else record
 
 
 def _write(file: int, record: _Record) -> None:
-    (lineage, appended, schema), held = record
-    rest = " ".join(f"{number:020}" for number in (schema, *held))
+    (lineage, appended, *more), held = record
+    rest = " ".join(f"{number:020}" for number in (*more, *held))
     for _ in range(WRITE_ATTEMPTS):  # a busy machine may pause between the clock and the write
         now_ns = time.time_ns()
         line = f"{lineage} {appended:020} {now_ns:020} {rest}\n"
@@ -304,5 +312,5 @@ def _write(file: int, record: _Record) -> None:
 
 
 def _is_from(file: int, at_ns: int) -> bool:
-    """Whether the file was last changed then. Copies and restores change it later."""
-    return os.fstat(file).st_ctime_ns - at_ns < TOLERANCE_NS
+    """Whether the file was last changed then. Copies and restores change it at another time."""
+    return -BEHIND_NS < os.fstat(file).st_ctime_ns - at_ns < TOLERANCE_NS
