@@ -1,5 +1,5 @@
 # One short entry for every habit. `make` alone lists them.
-# Needs: Python >= 3.11 with venv, make, gcc. Node and npm serve only the tests of the JavaScript client.
+# Needs: Python >= 3.11 with venv, and make. Node and npm serve the tests of the JavaScript client, cc the benchmarks.
 
 PORT ?= 8080
 # Most tests wait for a server more than they compute, so there may be more of them than cores.

@@ -28,6 +28,7 @@ Each class has the HTTP status and the WebSocket close code of its answer, so th
 table. Messages are for people, say what to change, and never contain a secret.
 """
 
+import sys
 from http import HTTPStatus
 
 __all__ = [
@@ -73,7 +74,8 @@ class MissingExtraError(ConfigError):
 
     def __init__(self, what: str, extra: str) -> None:
         super().__init__(
-            f"{what} needs a library that is not installed: pip install 'pokebridge[{extra}]'"
+            f"{what} needs a library that is not installed:"
+            f" {sys.executable or 'python'} -m pip install 'pokebridge[{extra}]'"
         )
 
 

@@ -196,7 +196,11 @@ GroupPrefix = Annotated[
 Claim = Annotated[
     str, matching(r"(?s)\S(.*\S)?", "a text that is not empty, without white space around it")
 ]
-PartUrl = Annotated[str, matching(r"[a-z]+://\S*", "a URL, like memory://"), _with_credentials()]
+PartUrl = Annotated[
+    str,
+    matching(r"[a-z]+://\S*", "a URL, like memory://, sqlite:///FILE or nats://HOST:PORT"),
+    _with_credentials(),
+]
 HttpUrl = Annotated[
     str,
     _with_credentials("http", "https"),

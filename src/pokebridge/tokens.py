@@ -10,6 +10,7 @@ times as long, which matters when all clients return with new tokens. The result
 """
 
 import base64
+import binascii
 import functools
 import hashlib
 import json
@@ -251,7 +252,12 @@ def _from_base64url(text: str) -> bytes:
 @functools.lru_cache(maxsize=64)
 def _read_header(text: str) -> _Header:
     """The header in ``text``. All tokens that were signed with one key have the same."""
-    return _decode_header(_from_base64url(text))
+    try:
+        return _decode_header(_from_base64url(text))
+    except msgspec.ValidationError:
+        raise
+    except (msgspec.DecodeError, binascii.Error):
+        raise ValueError("it is no JWT, whose header is JSON in Base64url") from None
 
 
 def _decode_payload(text: str) -> _Payload:

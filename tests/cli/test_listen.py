@@ -162,6 +162,16 @@ def test_what_is_wrong_at_the_start_is_one_line(
     assert result.err.count("\n") == 1
 
 
+def test_a_refusal_is_not_logged_beside_the_error(
+    instance: Instance, listeners: list[Listener]
+) -> None:
+    """The client's log would repeat it. The reason says what a token is."""
+    listeners.append(Listener(instance.url, "bob", "--token", "abc"))
+    assert listeners[0].ended() == 1
+    assert len(listeners[0].err) == 1
+    assert "401: the token is not valid: it is no JWT" in listeners[0].err[0]
+
+
 def test_somebody_elses_token_is_refused(instance: Instance, ask: Run) -> None:
     """It would show, and acknowledge, another mailbox than the one that was named."""
     token = instance.token("urn:user:bob")

@@ -86,6 +86,7 @@ def test_the_module_is_the_command() -> None:
         (["poke"], "Missing argument"),
         (["poke", "bob", "--what"], "No such option"),
         (["poke", "bob", "--url", "ftp://x"], "--url: must be an http:// or https:// URL"),
+        (["poke", "bob", "--url", "127.0.0.1:8080"], "--url: must be an http:// or https:// URL"),
         (["poke", "bob", "--url", "http://"], "--url: must be an http:// or https:// URL"),
         (
             ["poke", "bob", "--url", "http://127.0.0.1:x"],
@@ -108,6 +109,10 @@ def test_the_module_is_the_command() -> None:
         (["serve", "--dev", "--port", "http"], "--port: must be a valid integer"),
         (["serve", "--dev", "--transport", "kafka://x"], "transport: must be memory://"),
         (["serve", "--dev", "--mailbox", "mysql://x"], "mailbox: must be sqlite:///FILE"),
+        (
+            ["serve", "--dev", "--mailbox", "sqlite:x.db"],
+            "--mailbox: must be a URL, like memory://, sqlite:///FILE",
+        ),
         (["serve", "--dev", "--mailbox", "sqlite:////no/such/dir/x.db"], "/no/such/dir"),
         (
             ["serve", "--dev", "--mode", "partitioned", "--transport", "nats://h:1"],

@@ -1,8 +1,12 @@
 """From URLs to adapters."""
 
+import re
+import sys
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from pokebridge.coordination.base import Coordination
 from pokebridge.coordination.memory import MemoryCoordination
@@ -13,6 +17,7 @@ from pokebridge.mailbox.sqlite import SqliteMailbox
 from pokebridge.model import Mode
 from pokebridge.server import adapters
 from pokebridge.server.adapters import (
+    claim_file,
     open_coordination,
     open_mailbox,
     open_sweeper,
@@ -124,7 +129,8 @@ async def test_a_missing_driver_names_the_extra(monkeypatch: pytest.MonkeyPatch)
 
     table = {"far": adapters._Adapter(load, "far://HOST", "faraway")}
     monkeypatch.setattr(adapters, "_TRANSPORTS", table)
-    with pytest.raises(MissingExtraError, match=r"pip install 'pokebridge\[faraway\]'"):
+    command = f"{sys.executable} -m pip install 'pokebridge[faraway]'"
+    with pytest.raises(MissingExtraError, match=re.escape(command)):
         await open_transport("far://host", instance="a", cluster="c")
     missing = "pokebridge.transport.far"
     with pytest.raises(ModuleNotFoundError):
@@ -167,3 +173,20 @@ async def test_running_engines_coordinate_by_their_urls(
         store = await store_at(url)
         assert await store.read() is None
         await store.close()
+
+
+async def test_a_second_instance_on_one_file_is_told(tmp_path: Path) -> None:
+    """With memory:// it pokes only its own clients, so the start says that the file is shared."""
+    url = f"sqlite:///{tmp_path / 'a.db'}"
+    with capture_logs() as logged:
+        async with AsyncExitStack() as first:
+            await claim_file(url, first)
+            await claim_file(f"sqlite:///{tmp_path / 'b.db'}", first)
+            await claim_file("memory://", first)
+            assert logged == []
+            async with AsyncExitStack() as second:
+                await claim_file(url, second)
+            assert [entry["event"] for entry in logged] == ["mailbox_file_shared"]
+        async with AsyncExitStack() as third:
+            await claim_file(url, third)
+    assert len(logged) == 1

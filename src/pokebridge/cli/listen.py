@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
@@ -13,7 +14,15 @@ from pokebridge.cli.api import Access, api_options
 from pokebridge.cli.options import json_option, printable
 from pokebridge.client import PokeClient, ReceivedMessage
 from pokebridge.client.core import CLOSE_TOKEN
-from pokebridge.client.events import AnyAction, AnyEvent, Closed, Refused, Text
+from pokebridge.client.events import (
+    AnyAction,
+    AnyEvent,
+    Closed,
+    PullFailed,
+    Refused,
+    Text,
+    TokenFailed,
+)
 from pokebridge.client.frames import parse_frame
 from pokebridge.errors import AuthError, ForbiddenError, InputError, UnavailableError
 from pokebridge.model import MAX_VERSION
@@ -45,6 +54,8 @@ def listen(recipient: str, after: int, device: str, *, as_json: bool, **access: 
     If the instance cannot be reached at the start, the command fails. If the connection is lost
     later, the command reconnects.
     """
+    # The terminal shows what happens: without a handler Python would print the log beside it.
+    logging.getLogger("pokebridge.client").addHandler(logging.NullHandler())
     asyncio.run(_listen(recipient, after, device, Access(**access), as_json=as_json))
 
 
@@ -112,6 +123,10 @@ class _Terminal:
                 self._on_loss(status == HTTPStatus.UNAUTHORIZED, reason)
             case Closed(code=code, reason=reason):
                 self._on_loss(code == CLOSE_TOKEN, f"closed with {code} {reason}".rstrip())
+            case PullFailed(reason=reason):
+                click.echo(printable(f"a pull failed ({reason}), trying again"), err=True)
+            case TokenFailed(reason=reason):
+                click.echo(printable(f"no new token ({reason}), trying again"), err=True)
             case _:
                 pass
 

@@ -52,7 +52,7 @@ async def _poke(recipients: tuple[str, ...], access: Access) -> int:
     "--id", "message_id", help="Id of the message. A second message with the same id is not sent."
 )
 @click.option(
-    "--ttl-s", type=Number(), help="Seconds after which the message may be deleted unread."
+    "--ttl-s", type=Number(min=0.001), help="Seconds after which the message may be deleted unread."
 )
 @api_options()
 @json_option

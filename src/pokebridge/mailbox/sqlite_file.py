@@ -1,11 +1,13 @@
 """The SQLite mailbox's file: its schema, how it is opened, and how it is brought up to date."""
 
+import fcntl
 import os
 import sqlite3
 import stat
 import threading
 import time
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -205,6 +207,25 @@ def _close_to_others(path: Path) -> None:
             mode = stat.S_IMODE(file.stat().st_mode)
             if mode & stat.S_IRWXO:
                 file.chmod(mode & ~stat.S_IRWXO)
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Claim the file at ``path`` for this instance; yield whether no other instance has claimed it.
+
+    The claim is a lock on ``FILE.instance``, which ends with this process at the latest. SQLite
+    does not know it. It is not a lock on ``FILE``, because closing that would end SQLite's locks.
+    """
+    lock = os.open(path.with_name(f"{path.name}.instance"), os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(lock)
 
 
 def connect(path: Path, *, must_exist: bool = False) -> sqlite3.Connection:

@@ -8,10 +8,12 @@ then.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, NoReturn, Protocol, TypeVar
+
+import structlog
 
 from pokebridge.coordination.base import Coordination
 from pokebridge.errors import ConfigError, MailboxError, MissingExtraError
@@ -26,6 +28,8 @@ from pokebridge.transport.names import DEFAULT_TOPIC
 if TYPE_CHECKING:  # their modules import drivers, which may be missing
     from pokebridge.tracing import Tracing
     from pokebridge.transport.google_pubsub_sweep import SweepReport
+
+log = structlog.get_logger(__name__)
 
 _Part = TypeVar("_Part")
 
@@ -327,6 +331,22 @@ def _sqlite_mailbox() -> tuple[type[Mailbox], _Open[Mailbox]]:
         return await SqliteMailbox.open(path, limits=choice.limits, push_timing=choice.push_timing)
 
     return SqliteMailbox, open_it
+
+
+async def claim_file(url: str, claims: AsyncExitStack) -> None:
+    """Claim the mailbox's file until ``claims`` ends. Warn if another instance has claimed it.
+
+    For instances with the transport memory://, of which none pokes another's clients.
+    """
+    path = url.removeprefix("sqlite:///")
+    if path == url:
+        return
+    from pokebridge.mailbox.sqlite_file import claimed
+
+    with suppress(OSError):  # the mailbox works without a claim
+        if not await asyncio.to_thread(claims.enter_context, claimed(Path(path))):
+            meaning = "another instance uses it, and memory:// does not poke that one's clients"
+            log.warning("mailbox_file_shared", path=path, meaning=meaning)
 
 
 async def open_reader(url: str) -> PageReader | None:

@@ -6,6 +6,7 @@ declared, documented and checked in ``settings.py``, and passed here to the part
 
 import time
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from dataclasses import replace
 
 from pokebridge.cluster.node import Cluster, ClusterConfig
@@ -61,8 +62,10 @@ async def serve(
     """
     check(settings)
     log_warnings(settings)
-    async with open_adapters(settings) as opened:
+    async with open_adapters(settings) as opened, AsyncExitStack() as claims:
         listener = uvicorn_server.listen(settings.host, settings.port)
+        if opened.mailbox is not None and not opened.transport.is_shared:
+            await adapters.claim_file(settings.mailbox, claims)
         url = uvicorn_server.own_url(settings.advertise_url, listener, dev=settings.dev)
         if settings.worker_count > 1:
             raise_limit()

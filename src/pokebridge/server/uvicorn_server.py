@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import functools
 import signal
 import socket
@@ -75,8 +76,12 @@ def listen(host: str, port: int) -> socket.socket:
             dualstack_ipv6=host == "::" and socket.has_dualstack_ipv6(),
         )
     except OSError as error:
+        reason = (error.strerror or str(error)).partition(" (while")[0]  # which repeats the address
+        remedy = ""
+        if error.errno == errno.EADDRINUSE:
+            remedy = "; stop what listens there, or choose another --port (PORT=9000 for make run)"
         raise ConfigError(
-            f"host, port: cannot listen on {_url_host(host)}:{port} ({error.strerror})"
+            f"host, port: cannot listen on {_url_host(host)}:{port}: {reason}{remedy}"
         ) from None
 
 
