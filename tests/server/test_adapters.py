@@ -124,7 +124,7 @@ async def test_a_missing_driver_names_the_extra(monkeypatch: pytest.MonkeyPatch)
     """A part whose driver is not installed says what to install; a bug of ours stays a bug."""
     missing = "no_such_driver"
 
-    def load() -> tuple[type[Transport], adapters._Open[Transport]]:
+    def load(_: adapters._Choice) -> adapters._Loaded[Transport]:
         raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
 
     table = {"far": adapters._Adapter(load, "far://HOST", "faraway")}

@@ -59,22 +59,23 @@ class _Choice:
     must_exist: bool = False
 
 
-_Open = Callable[[_Choice], Awaitable[_Part]]
+_Loaded = tuple[type[_Part], Callable[[], Awaitable[_Part]]]
+"""The class of an adapter, and what opens the one that was chosen."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Adapter(Generic[_Part]):
     """An adapter: how it is imported, what its URL looks like, and what installs its driver.
 
-    ``load`` imports the adapter and returns its class and what opens it. ``extra`` is the extra
-    that installs the driver. ``open_sweeper`` is set where the engine keeps the subscriptions of
-    an instance that was killed; the sweeper creates nothing in its engine.
+    ``load`` imports the adapter. ``extra`` is the extra that installs the driver. ``open_sweeper``
+    is set where the engine keeps the subscriptions of an instance that was killed; the sweeper
+    creates nothing in its engine.
     """
 
-    load: Callable[[], tuple[type[_Part], _Open[_Part]]]
+    load: Callable[[_Choice], _Loaded[_Part]]
     form: str
     extra: str | None = None
-    open_sweeper: _Open[Sweeper] | None = None
+    open_sweeper: Callable[[_Choice], Awaitable[Sweeper]] | None = None
 
 
 def engine_of(url: str) -> str:
@@ -90,17 +91,17 @@ def transport_class(url: str) -> type[Transport]:
         ConfigError: no transport has this scheme.
         MissingExtraError: its driver is not installed.
     """
-    return _load("transport", _TRANSPORTS, url)[0]
+    return _load("transport", _TRANSPORTS, _Choice(url))[0]
 
 
 def mailbox_class(url: str) -> type[Mailbox]:
     """As :func:`transport_class`, for a mailbox."""
-    return _load("mailbox", _MAILBOXES, url)[0]
+    return _load("mailbox", _MAILBOXES, _Choice(url))[0]
 
 
 def coordination_class(url: str) -> type[Coordination]:
     """As :func:`transport_class`, for a coordination store."""
-    return _load("coordination", _COORDINATIONS, url)[0]
+    return _load("coordination", _COORDINATIONS, _Choice(url))[0]
 
 
 async def open_transport(
@@ -171,6 +172,34 @@ async def open_mailbox(
     return await _open("mailbox", _MAILBOXES, choice)
 
 
+async def open_reader(url: str) -> PageReader | None:
+    """A reader of the file that a hub has open; ``None`` for a mailbox that is no file."""
+    path = url.removeprefix("sqlite:///")
+    if path == url:
+        return None
+    from pokebridge.mailbox.sqlite_pages import SqliteReader
+
+    with suppress(MailboxError):  # the hub knows why, and says so
+        return await SqliteReader.open(path)
+    return None
+
+
+async def claim_file(url: str, claims: AsyncExitStack) -> None:
+    """Claim the mailbox's file until ``claims`` ends. Warn if another instance has claimed it.
+
+    For instances with the transport memory://, of which none pokes another's clients.
+    """
+    path = url.removeprefix("sqlite:///")
+    if path == url:
+        return
+    from pokebridge.mailbox.sqlite_file import claimed
+
+    with suppress(OSError):  # the mailbox works without a claim
+        if not await asyncio.to_thread(claims.enter_context, claimed(Path(path))):
+            meaning = "another instance uses it, and memory:// does not poke that one's clients"
+            log.warning("mailbox_file_shared", path=path, meaning=meaning)
+
+
 async def open_ingress(url: str, *, cluster: str) -> Source:
     """The queue that ``url`` names, read by all processors of ``cluster`` together.
 
@@ -199,16 +228,14 @@ async def open_coordination(
 
 
 async def _open(part: str, adapters: Mapping[str, _Adapter[_Part]], choice: _Choice) -> _Part:
-    _, open_it = _load(part, adapters, choice.url)
-    return await open_it(choice)
+    _, open_it = _load(part, adapters, choice)
+    return await open_it()
 
 
-def _load(
-    part: str, adapters: Mapping[str, _Adapter[_Part]], url: str
-) -> tuple[type[_Part], _Open[_Part]]:
-    adapter = _adapter(part, adapters, url)
-    with _named_extra(url, adapter.extra):
-        return adapter.load()
+def _load(part: str, adapters: Mapping[str, _Adapter[_Part]], choice: _Choice) -> _Loaded[_Part]:
+    adapter = _adapter(part, adapters, choice.url)
+    with _named_extra(choice.url, adapter.extra):
+        return adapter.load(choice)
 
 
 @contextmanager
@@ -238,57 +265,46 @@ def _refuse(part: str, form: str) -> NoReturn:
 # --- the adapters ---------------------------------------------------------------------------------
 
 
-def _memory_transport() -> tuple[type[Transport], _Open[Transport]]:
+async def _in_memory(part: str, choice: _Choice, make: Callable[[], _Part]) -> _Part:
+    if choice.url != "memory://":
+        _refuse(part, "memory:// and nothing behind it")
+    return make()
+
+
+def _memory_transport(choice: _Choice) -> _Loaded[Transport]:
     from pokebridge.transport.memory import MemoryTransport
 
-    async def open_it(choice: _Choice) -> Transport:
-        if choice.url != "memory://":
-            _refuse("transport", "memory:// and nothing behind it")
-        return MemoryTransport()
-
-    return MemoryTransport, open_it
+    return MemoryTransport, lambda: _in_memory("transport", choice, MemoryTransport)
 
 
-def _nats_transport() -> tuple[type[Transport], _Open[Transport]]:
+def _nats_transport(choice: _Choice) -> _Loaded[Transport]:
     from pokebridge.transport.nats import NatsTransport
 
-    async def open_it(choice: _Choice) -> Transport:
-        return await NatsTransport.connect(
-            choice.url, cluster=choice.cluster, instance=choice.instance
-        )
-
-    return NatsTransport, open_it
+    return NatsTransport, lambda: NatsTransport.connect(
+        choice.url, cluster=choice.cluster, instance=choice.instance
+    )
 
 
-def _redis_transport() -> tuple[type[Transport], _Open[Transport]]:
+def _redis_transport(choice: _Choice) -> _Loaded[Transport]:
     from pokebridge.transport.redis import RedisTransport
 
-    async def open_it(choice: _Choice) -> Transport:
-        return await RedisTransport.connect(
-            choice.url,
-            cluster=choice.cluster,
-            instance=choice.instance,
-            shard_count=choice.shard_count,
-        )
-
-    return RedisTransport, open_it
+    return RedisTransport, lambda: RedisTransport.connect(
+        choice.url, cluster=choice.cluster, instance=choice.instance, shard_count=choice.shard_count
+    )
 
 
-def _google_transport() -> tuple[type[Transport], _Open[Transport]]:
+def _google_transport(choice: _Choice) -> _Loaded[Transport]:
     from pokebridge.transport.google_pubsub import GooglePubSubTransport
 
-    async def open_it(choice: _Choice) -> Transport:
-        project, topic = _project_and_topic(choice.url)
-        return await GooglePubSubTransport.connect(
-            project,
-            topic,
-            instance=choice.instance,
-            cluster=choice.cluster,
-            carrier=choice.carrier,
-            shard_count=choice.shard_count,
-        )
-
-    return GooglePubSubTransport, open_it
+    project, topic = _project_and_topic(choice.url)
+    return GooglePubSubTransport, lambda: GooglePubSubTransport.connect(
+        project,
+        topic,
+        instance=choice.instance,
+        cluster=choice.cluster,
+        carrier=choice.carrier,
+        shard_count=choice.shard_count,
+    )
 
 
 async def _google_sweeper(choice: _Choice) -> Sweeper:
@@ -305,21 +321,19 @@ def _project_and_topic(url: str) -> tuple[str, str]:
     return project, topic or DEFAULT_TOPIC
 
 
-def _memory_mailbox() -> tuple[type[Mailbox], _Open[Mailbox]]:
+def _memory_mailbox(choice: _Choice) -> _Loaded[Mailbox]:
     from pokebridge.mailbox.memory import MemoryMailbox
 
-    async def open_it(choice: _Choice) -> Mailbox:
-        if choice.url != "memory://":
-            _refuse("mailbox", "memory:// and nothing behind it")
+    def make() -> MemoryMailbox:
         return MemoryMailbox(limits=choice.limits, push_timing=choice.push_timing)
 
-    return MemoryMailbox, open_it
+    return MemoryMailbox, lambda: _in_memory("mailbox", choice, make)
 
 
-def _sqlite_mailbox() -> tuple[type[Mailbox], _Open[Mailbox]]:
+def _sqlite_mailbox(choice: _Choice) -> _Loaded[Mailbox]:
     from pokebridge.mailbox.sqlite import SqliteMailbox
 
-    async def open_it(choice: _Choice) -> Mailbox:
+    async def open_it() -> SqliteMailbox:
         path = choice.url.removeprefix("sqlite:///")
         if path in {choice.url, "", ":memory:"}:
             _refuse("mailbox", "sqlite:///FILE, or sqlite:////FILE for an absolute path")
@@ -333,113 +347,61 @@ def _sqlite_mailbox() -> tuple[type[Mailbox], _Open[Mailbox]]:
     return SqliteMailbox, open_it
 
 
-async def claim_file(url: str, claims: AsyncExitStack) -> None:
-    """Claim the mailbox's file until ``claims`` ends. Warn if another instance has claimed it.
-
-    For instances with the transport memory://, of which none pokes another's clients.
-    """
-    path = url.removeprefix("sqlite:///")
-    if path == url:
-        return
-    from pokebridge.mailbox.sqlite_file import claimed
-
-    with suppress(OSError):  # the mailbox works without a claim
-        if not await asyncio.to_thread(claims.enter_context, claimed(Path(path))):
-            meaning = "another instance uses it, and memory:// does not poke that one's clients"
-            log.warning("mailbox_file_shared", path=path, meaning=meaning)
-
-
-async def open_reader(url: str) -> PageReader | None:
-    """A reader of the file that a hub has open; ``None`` for a mailbox that is no file."""
-    path = url.removeprefix("sqlite:///")
-    if path == url:
-        return None
-    from pokebridge.mailbox.sqlite_pages import SqliteReader
-
-    with suppress(MailboxError):  # the hub knows why, and says so
-        return await SqliteReader.open(path)
-    return None
-
-
-def _postgres_mailbox() -> tuple[type[Mailbox], _Open[Mailbox]]:
+def _postgres_mailbox(choice: _Choice) -> _Loaded[Mailbox]:
     from pokebridge.mailbox.postgres import PostgresMailbox
 
-    async def open_it(choice: _Choice) -> Mailbox:
-        return await PostgresMailbox.open(
-            choice.url, limits=choice.limits, push_timing=choice.push_timing
-        )
-
-    return PostgresMailbox, open_it
+    return PostgresMailbox, lambda: PostgresMailbox.open(
+        choice.url, limits=choice.limits, push_timing=choice.push_timing
+    )
 
 
-def _memory_coordination() -> tuple[type[Coordination], _Open[Coordination]]:
+def _memory_coordination(choice: _Choice) -> _Loaded[Coordination]:
     from pokebridge.coordination.memory import MemoryCoordination
 
-    async def open_it(choice: _Choice) -> Coordination:
-        if choice.url != "memory://":
-            _refuse("coordination", "memory:// and nothing behind it")
-        return MemoryCoordination()
-
-    return MemoryCoordination, open_it
+    return MemoryCoordination, lambda: _in_memory("coordination", choice, MemoryCoordination)
 
 
-def _static_coordination() -> tuple[type[Coordination], _Open[Coordination]]:
+def _static_coordination(choice: _Choice) -> _Loaded[Coordination]:
     from pokebridge.coordination.static import StaticCoordination
 
-    async def open_it(choice: _Choice) -> Coordination:
-        return await StaticCoordination.connect(
-            choice.url,
-            instance=choice.instance,
-            shard_count=choice.shard_count,
-            mode=choice.mode,
-        )
-
-    return StaticCoordination, open_it
+    return StaticCoordination, lambda: StaticCoordination.connect(
+        choice.url, instance=choice.instance, shard_count=choice.shard_count, mode=choice.mode
+    )
 
 
-def _postgres_coordination() -> tuple[type[Coordination], _Open[Coordination]]:
+def _postgres_coordination(choice: _Choice) -> _Loaded[Coordination]:
     from pokebridge.coordination.postgres import PostgresCoordination
 
-    async def open_it(choice: _Choice) -> Coordination:
-        return await PostgresCoordination.connect(choice.url, cluster=choice.cluster)
+    return PostgresCoordination, lambda: PostgresCoordination.connect(
+        choice.url, cluster=choice.cluster
+    )
 
-    return PostgresCoordination, open_it
 
-
-def _nats_coordination() -> tuple[type[Coordination], _Open[Coordination]]:
+def _nats_coordination(choice: _Choice) -> _Loaded[Coordination]:
     from pokebridge.coordination.nats import NatsCoordination
 
-    async def open_it(choice: _Choice) -> Coordination:
-        return await NatsCoordination.connect(choice.url, cluster=choice.cluster)
-
-    return NatsCoordination, open_it
+    return NatsCoordination, lambda: NatsCoordination.connect(choice.url, cluster=choice.cluster)
 
 
-def _redis_coordination() -> tuple[type[Coordination], _Open[Coordination]]:
+def _redis_coordination(choice: _Choice) -> _Loaded[Coordination]:
     from pokebridge.coordination.redis import RedisCoordination
 
-    async def open_it(choice: _Choice) -> Coordination:
-        return await RedisCoordination.connect(choice.url, cluster=choice.cluster)
-
-    return RedisCoordination, open_it
+    return RedisCoordination, lambda: RedisCoordination.connect(choice.url, cluster=choice.cluster)
 
 
-def _nats_ingress() -> tuple[type[Source], _Open[Source]]:
+def _nats_ingress(choice: _Choice) -> _Loaded[Source]:
     from pokebridge.ingress.nats import NatsSource
 
-    async def open_it(choice: _Choice) -> Source:
+    async def open_it() -> NatsSource:
         return NatsSource(choice.url, cluster=choice.cluster)
 
     return NatsSource, open_it
 
 
-def _google_ingress() -> tuple[type[Source], _Open[Source]]:
+def _google_ingress(choice: _Choice) -> _Loaded[Source]:
     from pokebridge.ingress.google_pubsub import GooglePubSubSource
 
-    async def open_it(choice: _Choice) -> Source:
-        return await GooglePubSubSource.connect(choice.url)
-
-    return GooglePubSubSource, open_it
+    return GooglePubSubSource, lambda: GooglePubSubSource.connect(choice.url)
 
 
 _NATS = _Adapter(_nats_transport, "nats://HOST:PORT", "nats")
