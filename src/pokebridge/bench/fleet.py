@@ -20,7 +20,6 @@ from pokebridge.settings import ENV_PREFIX
 
 START_TIMEOUT_S = 60.0
 _POLL_S = 0.1
-_STOP_TIMEOUT_S = 10.0
 # Few, so that a storm of pulls queues here, as behind a load balancer, and not in the kernel.
 _HTTP_CONNECTIONS = 32
 

@@ -22,7 +22,7 @@ from pokebridge.bench.traffic import (
     Watcher,
     make_clients,
     most_in_a_second,
-    percentile,
+    percentiles_ms,
     start_clients,
 )
 from pokebridge.errors import UnavailableError
@@ -296,12 +296,8 @@ def _pokes_by_second(storm: Storm) -> list[dict[str, Any]]:
 
 
 def _percentiles_ms(times: Sequence[PokeTime]) -> dict[str, Any]:
-    took_s = [each.took_s for each in times]
-    shares = {"p50": 0.5, "p99": 0.99, "max": 1.0}
-    return {"count": len(took_s)} | {
-        name: None if (value_s := percentile(took_s, share)) is None else round(value_s * 1000, 2)
-        for name, share in shares.items()
-    }
+    found = percentiles_ms([each.took_s for each in times], digits=2)
+    return {"count": len(times)} | (found or dict.fromkeys(("p50", "p99", "max")))
 
 
 def storm_failures(report: dict[str, Any]) -> Sequence[str]:

@@ -71,7 +71,6 @@ class Watcher(Observer):
     """Counts what clients and senders report, and matches messages with pulls."""
 
     def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
         self._waiting: dict[str, Message] = {}
         self.connected = 0
         self.pulls = 0
@@ -145,7 +144,6 @@ class Sampler:
     def __init__(self, watcher: Watcher, fleet: Fleet) -> None:
         self._watcher = watcher
         self._fleet = fleet
-        self._loop = asyncio.get_running_loop()
         self._counts = self._count()
         self._cpu_s: dict[str, float] = {}
         self._cpu_read_s = 0.0
@@ -216,10 +214,15 @@ def most_in_a_second(handshakes: Iterable[tuple[float, float]]) -> int:
     return max(accumulate(change for _, change in sorted(edges)), default=0)
 
 
-def percentile(times_s: Sequence[float], share: float) -> float | None:
-    """The nearest-rank percentile of ``times_s``; ``None`` when they are empty."""
-    ranked = sorted(times_s)
-    return ranked[round((len(ranked) - 1) * share)] if ranked else None
+def percentiles_ms(times_s: Sequence[float], digits: int) -> dict[str, float] | None:
+    """The nearest-rank percentiles in milliseconds; ``None`` when there is nothing to rank."""
+    if not times_s:
+        return None
+    ranked, last = sorted(times_s), len(times_s) - 1
+    shares = {"p50": 0.5, "p99": 0.99, "max": 1.0}
+    return {
+        name: round(ranked[round(last * share)] * 1000, digits) for name, share in shares.items()
+    }
 
 
 _SEND_EVERY_S = 0.01

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -11,6 +10,7 @@ import uvloop
 from click.core import ParameterSource
 
 from pokebridge.bench.load_generator import LoadGenerator, Plan, Tally
+from pokebridge.bench.traffic import percentiles_ms
 from pokebridge.cli.api import Access, api_options
 from pokebridge.cli.options import Number, allow_clients, json_option
 from pokebridge.cli.storm import storm
@@ -135,26 +135,16 @@ def _report(plan: Plan, tally: Tally) -> dict[str, Any]:
     return {
         "clients": plan.clients,
         "connected": len(tally.handshakes_s),
-        "handshake_ms": _percentiles_ms(tally.handshakes_s),
+        "handshake_ms": percentiles_ms(tally.handshakes_s, digits=3),
         "kind": "messages" if plan.messages else "pokes",
         "sent": tally.sent,
         "sent_per_s": round(tally.sent / tally.sending_s, 1) if tally.sending_s else 0,
         "wanted_per_s": plan.rate_per_s,
         "heard": len(tally.latencies_s),
         "lost": tally.lost,
-        "latency_ms": _percentiles_ms(tally.latencies_s),
+        "latency_ms": percentiles_ms(tally.latencies_s, digits=3),
         "failures": dict(tally.failures),
     }
-
-
-def _percentiles_ms(times_s: Sequence[float]) -> dict[str, float] | None:
-    """The nearest-rank percentiles; ``None`` when there is nothing to rank."""
-    if not times_s:
-        return None
-    ranked = sorted(times_s)
-    last = len(ranked) - 1
-    shares = {"p50": 0.5, "p99": 0.99, "max": 1.0}
-    return {name: round(ranked[round(last * share)] * 1000, 3) for name, share in shares.items()}
 
 
 def _table(report: dict[str, Any]) -> str:
