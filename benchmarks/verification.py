@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -79,14 +79,21 @@ async def _verify(
     mailbox: Mailbox, server: psutil.Process | None, sessions: int
 ) -> tuple[float, float]:
     """CPU seconds of this process, and of ``server`` and its children, for all rounds."""
-    verification = Verification(mailbox.heads, EVERY_S)
+    looked_up = 0
+
+    async def heads(recipients: Sequence[str]) -> Mapping[str, int]:
+        nonlocal looked_up
+        looked_up += len(recipients)
+        return await mailbox.heads(recipients)
+
+    verification = Verification(heads, EVERY_S)
     for n in range(sessions):
         verification.add(_Session(recipient(n)))
     await verification.step(0.0, in_doubt=False)
     theirs_s, mine_s = _tree_cpu_s(server), time.process_time()
     for second in range(1, EVERY_S * ROUNDS + 1):
         await verification.step(float(second), in_doubt=False)
-    assert verification.verified >= sessions * ROUNDS - ROUNDS
+    assert looked_up >= sessions * ROUNDS - ROUNDS
     return time.process_time() - mine_s, _tree_cpu_s(server) - theirs_s
 
 

@@ -137,10 +137,6 @@ def _path_parameters(types: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _request_body(struct: type[Struct]) -> dict[str, Any]:
-    return {"required": True, "content": _json(struct)}
-
-
 def _json(struct: type[Struct]) -> dict[str, Any]:
     return {"application/json": {"schema": {"$ref": _REF.format(name=struct.__name__)}}}
 

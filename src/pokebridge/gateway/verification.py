@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 import structlog
 
 from pokebridge.errors import MailboxError
+from pokebridge.mailbox.base import HEADS_BATCH
 from pokebridge.session import UNKNOWN_VERSION
 from pokebridge.wire import poke_frame
 
@@ -26,7 +27,6 @@ GRACE_S = 3.0
 """How long the poke of a new commit may still be on its way."""
 STEP_S = 1.0
 """The time between two steps."""
-BATCH = 1000
 
 
 class Verified(Protocol):
@@ -62,7 +62,6 @@ class Verification:
     """Verifies every session in turn. Callers pass ``now`` in seconds of a monotonic clock.
 
     Attributes:
-        verified: sessions compared with the mailbox so far.
         is_blind: whether the mailbox did not answer last time.
         lost: sessions that were behind: their pokes were lost on the way.
     """
@@ -78,7 +77,6 @@ class Verification:
         self._suspects: deque[_Suspect] = deque()
         self._budget = 0.0
         self._stepped_at: float | None = None
-        self.verified = 0
         self.is_blind = False
         self.lost = 0
 
@@ -95,8 +93,8 @@ class Verification:
         lost = self._settle_suspects(now)
         due = self._take_due(now, in_doubt=in_doubt)
         try:
-            for start in range(0, len(due), BATCH):
-                await self._verify(due[start : start + BATCH], now)
+            for start in range(0, len(due), HEADS_BATCH):
+                await self._verify(due[start : start + HEADS_BATCH], now)
         except BaseException as error:  # whatever it was, none of them may be lost
             self.is_blind = True
             self._budget += len(due)
@@ -134,7 +132,6 @@ class Verification:
             head = heads.get(session.recipient, 0)
             if not session.is_open or not head:
                 continue
-            self.verified += 1
             if told > head:
                 # A version that nobody has committed yet: what the client has is unknown again.
                 session.notify(None, poke_frame(None))
