@@ -15,7 +15,7 @@ import structlog
 from pokebridge.border import note_unforeseen
 from pokebridge.errors import AnswerTooLongError, AuthError, KeysUnavailableError
 from pokebridge.outgoing import http_client, read_body
-from pokebridge.supervisor import run_once
+from pokebridge.supervisor import cancel, run_once
 
 PUBLIC_ALGORITHMS = ("RS256", "ES256", "EdDSA")
 # The keys that a token is tried with. A stranger's token costs as many verifications.
@@ -114,9 +114,7 @@ class KeySet:
 
     async def close(self) -> None:
         """Cancel a fetch that is under way and close the HTTP client."""
-        if self._fetch is not None:
-            self._fetch.cancel()
-            await asyncio.gather(self._fetch, return_exceptions=True)
+        await cancel(self._fetch)
         await self._http.aclose()
 
     def _may_fetch(self) -> bool:

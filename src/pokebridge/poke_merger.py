@@ -7,6 +7,7 @@ from typing import Self
 
 from pokebridge.errors import InputError, NotPublishedError, TransportError
 from pokebridge.model import MAX_VERSION, Poke, PublishPokes, check_recipient
+from pokebridge.supervisor import cancel
 
 # How long a poke waits for others at most, while an earlier batch is being sent.
 LINGER_S = 0.003
@@ -96,9 +97,7 @@ class PokeMerger:
             if self._gathering:
                 self._gathering.fail("the publisher is closed")
                 self._gathering = None
-            for send in self._sends:
-                send.cancel()
-            await asyncio.gather(*self._sends, return_exceptions=True)
+            await cancel(*self._sends)
 
     async def _finish(self) -> None:
         while self._gathering or self._sends:

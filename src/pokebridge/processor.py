@@ -22,7 +22,7 @@ from pokebridge.errors import InputError, MailboxFullError, NotPublishedError
 from pokebridge.mailbox.base import Mailbox
 from pokebridge.model import REVOCATIONS, NewMessage, Poke, Receipt, check_recipient
 from pokebridge.poke_merger import check_pokes
-from pokebridge.supervisor import Attempts, Part, keep_doing, supervise
+from pokebridge.supervisor import Attempts, Part, cancel, keep_doing, supervise
 
 # Pokes in one publish, one confirmation and one step of a sweep.
 BATCH: Final = 1_000
@@ -188,9 +188,7 @@ class Processor:
         except TimeoutError:
             log.warning("pokes_left_in_the_outbox", deadline_s=deadline_s)
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await cancel(*tasks)
 
     async def __aenter__(self) -> Self:
         await self.start()

@@ -187,5 +187,13 @@ def run_once(task: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
     return asyncio.create_task(run(), name=task)
 
 
+async def cancel(*tasks: asyncio.Future[Any] | None) -> None:
+    """Cancel ``tasks``, and return when all have ended. ``None``: there is no such task."""
+    running = [task for task in tasks if task is not None]
+    for task in running:
+        task.cancel()
+    await asyncio.gather(*running, return_exceptions=True)
+
+
 def _now_s() -> float:
     return asyncio.get_running_loop().time()

@@ -21,6 +21,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketExce
 
 from pokebridge.api_client import ApiClient
 from pokebridge.errors import PokebridgeError
+from pokebridge.supervisor import cancel
 from pokebridge.wire import CONNECT_PATH
 
 HANDSHAKE_TIMEOUT_S = 30.0
@@ -124,9 +125,7 @@ class LoadGenerator:
                 await self._stragglers()
             self.tally.present = self.connected
         finally:
-            for session in sessions:
-                session.cancel()
-            await asyncio.gather(*sessions, return_exceptions=True)
+            await cancel(*sessions)
 
     # --- clients ---
 

@@ -26,6 +26,7 @@ from pokebridge.bench.traffic import (
     start_clients,
 )
 from pokebridge.errors import UnavailableError
+from pokebridge.supervisor import cancel
 
 # The rate of first connects. In the storm the clients decide when they connect.
 _RAMP_PER_S = 400.0
@@ -209,9 +210,7 @@ class Storm:
         return task
 
     async def _end(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await cancel(*self._tasks)
         for client in self._clients:
             client.stop()
         gc.unfreeze()

@@ -18,7 +18,7 @@ from pokebridge.coordination.base import Coordination, Document, Member
 from pokebridge.errors import ConfigError, CoordinationError, PokebridgeError
 from pokebridge.model import Mode
 from pokebridge.placement import ShardMap
-from pokebridge.supervisor import supervise
+from pokebridge.supervisor import cancel, supervise
 
 log = structlog.get_logger(__name__)
 
@@ -174,10 +174,8 @@ class Membership:
 
     async def close(self) -> None:
         """Leave at once, so that the other members need not wait for the lease to run out."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-            self._task = None
+        await cancel(self._task)
+        self._task = None
         try:
             if self._leads:
                 await self._coordination.resign(self._holder)

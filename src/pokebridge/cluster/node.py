@@ -27,7 +27,7 @@ from pokebridge.gateway.shard_routing import Reach
 from pokebridge.model import Mode
 from pokebridge.red_line import WatchRules
 from pokebridge.sharding import shard_of
-from pokebridge.supervisor import supervise
+from pokebridge.supervisor import cancel, supervise
 from pokebridge.wire import CONNECT_PATH
 
 log = structlog.get_logger(__name__)
@@ -186,9 +186,7 @@ class Cluster:
 
     async def close(self) -> None:
         """Leave."""
-        if self._ticker is not None:
-            self._ticker.cancel()
-            await asyncio.gather(self._ticker, return_exceptions=True)
+        await cancel(self._ticker)
         await self._membership.close()
 
     # --- what the shard map asks of this instance -----------------------------------------------

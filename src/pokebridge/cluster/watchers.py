@@ -15,7 +15,7 @@ import msgspec
 
 from pokebridge.errors import TransportError
 from pokebridge.model import Poke, PublishPokes
-from pokebridge.supervisor import supervise
+from pokebridge.supervisor import cancel, supervise
 
 CONSOLE_DEVICE = "console"
 """The device that a console names: such a session is no user's, and is not counted as one."""
@@ -72,9 +72,7 @@ class Watchers:
 
     async def close(self) -> None:
         """Stop poking."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await cancel(self._task)
 
     async def _watch(self) -> None:
         shown = None

@@ -18,7 +18,7 @@ import structlog
 from pokebridge.backoff import backoff_s
 from pokebridge.errors import UnavailableError
 from pokebridge.mailbox.pushes import OwedPush, PushQueue
-from pokebridge.supervisor import Attempts, Part, keep_doing, run_once, supervise
+from pokebridge.supervisor import Attempts, Part, cancel, keep_doing, run_once, supervise
 
 AT_ONCE: Final = 32
 LOOK_EVERY_S: Final = 0.5
@@ -121,15 +121,11 @@ class Pusher:
 
         A push whose attempt is cut off is claimed and posted again. May be called twice.
         """
-        for loop in self._loops:
-            loop.cancel()
-        await asyncio.gather(*self._loops, return_exceptions=True)
+        await cancel(*self._loops)
         self._loops.clear()
         if self._under_way:
             await asyncio.wait(self._under_way, timeout=deadline_s)
-        for task in self._under_way:
-            task.cancel()
-        await asyncio.gather(*self._under_way, return_exceptions=True)
+        await cancel(*self._under_way)
         await self._receiver.close()
 
     async def _push_due(self) -> None:
@@ -226,8 +222,7 @@ class Pulls:
     async def close(self) -> None:
         """Record the remaining pulls, if the mailbox is available."""
         if self._telling is not None:
-            self._telling.cancel()
-            await asyncio.gather(self._telling, return_exceptions=True)
+            await cancel(self._telling)
             self._telling = None
             await Attempts("pulls_tell")(self._tell())
 

@@ -9,7 +9,7 @@ from typing import Final
 
 from pokebridge.errors import InputError, MailboxError
 from pokebridge.mailbox.base import SEEN_EVERY_MS, Inbox
-from pokebridge.supervisor import supervise
+from pokebridge.supervisor import cancel, supervise
 
 KNOWN: Final = 50_000
 # Noted devices that wait. A device that does not fit is made known by its first pull.
@@ -53,9 +53,7 @@ class KnownDevices:
 
     async def close(self) -> None:
         """Stop, and drop the noted devices that the mailbox was not told yet."""
-        if self._telling is not None:
-            self._telling.cancel()
-            await asyncio.gather(self._telling, return_exceptions=True)
+        await cancel(self._telling)
 
     def _is_known(self, key: tuple[str, str]) -> bool:
         told_s = self._told_s.get(key)

@@ -29,7 +29,7 @@ from pokebridge.server.hub_http import PassedRequests
 from pokebridge.server.instance import Instance
 from pokebridge.server.uvicorn_server import tell_address
 from pokebridge.settings import Settings
-from pokebridge.supervisor import supervise, task_failures
+from pokebridge.supervisor import cancel, supervise, task_failures
 from pokebridge.telemetry import Metric
 from pokebridge.wire import Disconnect
 from pokebridge.workers import methods
@@ -244,9 +244,7 @@ class Hub:
         self._door.close()
         for slot in self.slots:
             slot.kill()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await cancel(*self._tasks)
         await self._fork_server.close()
 
     # --- one worker -------------------------------------------------------------------------------
@@ -448,9 +446,7 @@ async def _unless(stopped: asyncio.Event, work: Coroutine[None, None, None]) -> 
     tasks = asyncio.ensure_future(work), asyncio.ensure_future(stopped.wait())
     await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     is_done = tasks[0].done()
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    await cancel(*tasks)
     if is_done:
         tasks[0].result()
     return is_done

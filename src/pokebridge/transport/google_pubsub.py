@@ -20,7 +20,7 @@ import structlog
 from pokebridge.backoff import spread
 from pokebridge.errors import ConfigError, SignalRefusedError, TransportError
 from pokebridge.sharding import DEFAULT_SHARD_COUNT
-from pokebridge.supervisor import supervise
+from pokebridge.supervisor import cancel, supervise
 from pokebridge.transport.base import (
     Carrier,
     Feed,
@@ -210,9 +210,7 @@ class GooglePubSubTransport:
         if self._closed:
             return
         self._closed = True
-        if self._sweeper is not None:
-            self._sweeper.cancel()
-            await asyncio.gather(self._sweeper, return_exceptions=True)
+        await cancel(self._sweeper)
         await asyncio.gather(*(s.close() for s in tuple(self._subscriptions.values())))
         await self._api.close()
 

@@ -28,7 +28,7 @@ import structlog
 
 from pokebridge.backoff import backoff_s
 from pokebridge.errors import TransportError
-from pokebridge.supervisor import supervise
+from pokebridge.supervisor import cancel, supervise
 from pokebridge.transport.base import Feed, Receiver, Selection, Signal, deliver, report_gap
 from pokebridge.transport.google_pubsub_api import (
     PubSubApi,
@@ -174,9 +174,7 @@ class PulledSubscription:
         self._closed = True
         if self._gap is not None and not self._is_new:
             report_gap(self._receiver, self._source.selection, self._gap)
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await cancel(self._task)
         try:
             if self._may_exist:
                 await self._api.call(
@@ -322,9 +320,7 @@ class PulledSubscription:
                     if task.done() and not task.cancelled():
                         task.result()
             finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+                await cancel(*tasks)
 
     async def _read(self, call: StreamingCall) -> None:
         async for response in call:

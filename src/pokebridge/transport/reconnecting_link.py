@@ -22,7 +22,7 @@ import structlog
 from pokebridge.backoff import backoff_s
 from pokebridge.engines.addresses import first_of
 from pokebridge.errors import ConfigError, PokebridgeError, SignalRefusedError, TransportError
-from pokebridge.supervisor import supervise
+from pokebridge.supervisor import cancel, supervise
 from pokebridge.transport.base import Receiver, Selection, deliver, report_gap
 
 # A connection counts as lost after two heartbeats without an answer, so 4 to 6 s after it was cut.
@@ -195,9 +195,7 @@ class ReconnectingLink(Generic[C]):
 
     async def close(self) -> None:
         """Close the connection and drop every subscription. Idempotent."""
-        if self._keeper is not None:
-            self._keeper.cancel()
-            await asyncio.gather(self._keeper, return_exceptions=True)
+        await cancel(self._keeper)
         self._routes.clear()
         self._subscriptions.clear()
         connection, self._connection, self._trouble = self._connection, None, "closed"

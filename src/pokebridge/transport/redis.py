@@ -36,7 +36,7 @@ from pokebridge.engines.redis import (
 from pokebridge.engines.urls import check_engine_url, without_secrets
 from pokebridge.errors import SignalRefusedError, TransportError
 from pokebridge.sharding import DEFAULT_SHARD_COUNT
-from pokebridge.supervisor import supervise
+from pokebridge.supervisor import cancel, supervise
 from pokebridge.transport.base import Feed, Receiver, Selection, Signal, Subscription
 from pokebridge.transport.names import DEFAULT_CLUSTER, DEFAULT_TOPIC, topic_of
 from pokebridge.transport.reconnecting_link import (
@@ -343,8 +343,7 @@ class _Listener:
 
     async def close(self) -> None:
         self.lose("closed")
-        self._reader.cancel()
-        await asyncio.gather(self._reader, return_exceptions=True)
+        await cancel(self._reader)
         with suppress(RedisError, OSError):
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
                 await self._connection.disconnect()
