@@ -75,7 +75,7 @@ async def send_frames(
     polled = find(gateway, session, await verifier.verify(token))
     for frame in msgspec.json.decode(body, type=schema.SentFrames).frames:
         if isinstance(frame, Listen):
-            gateway.listen(polled, frame)
+            gateway.entrance.listen(polled, frame)
         else:
-            gateway.unlisten(polled, frame.recipient)
+            gateway.entrance.unlisten(polled, frame.recipient)
     return True

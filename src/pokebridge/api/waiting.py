@@ -106,9 +106,9 @@ class Waiting:
             if not polled.hear():
                 break
             if isinstance(frame, Listen):
-                self._gateway.listen(polled, frame)
+                self._gateway.entrance.listen(polled, frame)
             else:
-                self._gateway.unlisten(polled, frame.recipient)
+                self._gateway.entrance.unlisten(polled, frame.recipient)
         return no_content()
 
     def _find(self, request: Request, session: str) -> PolledSession:

@@ -69,15 +69,8 @@ def _socket_under(transport: asyncio.Transport) -> socket.SocketType | None:
     return own
 
 
-class ConnectionHost(ListeningHost, Protocol):
-    """What a connection needs from the gateway that it belongs to."""
-
-    instance: str
-    """The instance's id."""
-
-    @property
-    def on_ack(self) -> Callable[[str, str, int], None] | None:
-        """Takes the recipient, the device and the version of an ack. ``None``: none is taken."""
+class Doorkeeper(Protocol):
+    """What judges the tokens that come over a connection."""
 
     def renew(self, connection: "Connection", token: str) -> None:
         """The client of ``connection`` has sent a new token."""
@@ -87,6 +80,21 @@ class ConnectionHost(ListeningHost, Protocol):
 
     def unlisten(self, connection: "Connection", recipient: str) -> None:
         """The client of ``connection`` need not hear ``recipient`` any more."""
+
+
+class ConnectionHost(ListeningHost, Protocol):
+    """What a connection needs from the gateway that it belongs to."""
+
+    instance: str
+    """The instance's id."""
+
+    @property
+    def entrance(self) -> Doorkeeper:
+        """Judges tokens."""
+
+    @property
+    def on_ack(self) -> Callable[[str, str, int], None] | None:
+        """Takes the recipient, the device and the version of an ack. ``None``: none is taken."""
 
     def forget(self, connection: "Connection") -> None:
         """The socket of ``connection`` is closed."""
@@ -313,13 +321,13 @@ class Connection(asyncio.Protocol, HasSession):
         elif isinstance(message, Ping):
             self._transport.write(PONG_FRAME)
         elif isinstance(message, Auth):
-            self._host.renew(self, message.token)
+            self._host.entrance.renew(self, message.token)
         elif not self.session.listens_at_most:
             raise FrameError(1008, "this instance takes no `listen`: `ready` did not offer it")
         elif isinstance(message, Listen):
-            self._host.listen(self, message)
+            self._host.entrance.listen(self, message)
         else:
-            self._host.unlisten(self, message.recipient)
+            self._host.entrance.unlisten(self, message.recipient)
 
     def _on_ack(self, version: int) -> None:
         on_ack, session = self._host.on_ack, self.session

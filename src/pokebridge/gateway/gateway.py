@@ -39,7 +39,7 @@ from pokebridge.placement import Placement, ShardMap
 from pokebridge.sharding import shard_of
 from pokebridge.supervisor import keep_doing, run_once, supervise
 from pokebridge.transport.base import Signal, Transport
-from pokebridge.wire import Beacon, Listen, encode_beacon
+from pokebridge.wire import Beacon, encode_beacon
 
 log = structlog.get_logger(__name__)
 
@@ -442,18 +442,6 @@ class Gateway:
         task.add_done_callback(self._tasks.discard)
 
     # --- called by a connection -------------------------------------------------------------------
-
-    def renew(self, connection: Connection, token: str) -> None:
-        """The client of ``connection`` has sent a new token."""
-        self.entrance.renew(connection, token)
-
-    def listen(self, connection: Connection | PolledSession, wanted: Listen) -> None:
-        """The client of ``connection`` wants to hear a further recipient."""
-        self.entrance.listen(connection, wanted)
-
-    def unlisten(self, connection: Connection | PolledSession, recipient: str) -> None:
-        """The client of ``connection`` need not hear ``recipient`` any more."""
-        self.entrance.unlisten(connection, recipient)
 
     def forget(self, connection: Connection | PolledSession) -> None:
         """The session of ``connection`` is over."""

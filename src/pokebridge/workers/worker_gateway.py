@@ -24,7 +24,7 @@ from pokebridge.gateway.sockets import Sockets
 from pokebridge.gateway.wheel import Wheel
 from pokebridge.model import Ack
 from pokebridge.supervisor import run_once
-from pokebridge.wire import Disconnect, Listen, poke_frame
+from pokebridge.wire import Disconnect, poke_frame
 from pokebridge.workers.frames import (
     Acked,
     Answer,
@@ -226,18 +226,6 @@ class WorkerGateway:
             del self._unanswered[number]
             status, headers = HTTPStatus.SERVICE_UNAVAILABLE, retry_within(1, 5)
             self._refuse(connection, RefusedError(status, "this host does not answer", headers))
-
-    def renew(self, connection: Connection, token: str) -> None:
-        """The client of ``connection`` has sent a new token."""
-        self.entrance.renew(connection, token)
-
-    def listen(self, connection: Connection | PolledSession, wanted: Listen) -> None:
-        """The client of ``connection`` wants to hear a further recipient."""
-        self.entrance.listen(connection, wanted)
-
-    def unlisten(self, connection: Connection | PolledSession, recipient: str) -> None:
-        """The client of ``connection`` need not hear ``recipient`` any more."""
-        self.entrance.unlisten(connection, recipient)
 
     def forget(self, connection: Connection | PolledSession) -> None:
         """The socket of ``connection`` is closed."""
