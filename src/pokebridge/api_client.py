@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from http import HTTPStatus
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import httpx
 import msgspec
@@ -23,26 +23,14 @@ from pokebridge.errors import (
     PokebridgeError,
     UnavailableError,
 )
-from pokebridge.outgoing import http_client, read_body
+from pokebridge.outgoing import Answer, http_client, read_answer
 from pokebridge.tokens import SignToken
 from pokebridge.urls import check_bridge_url
-from pokebridge.wire import problem_detail, refusal_text
 
 TIMEOUT_S = 30.0
 """For a whole call, however its answer drips."""
 MAX_ANSWER_BYTES = 32 * 1024 * 1024
 """Far more than the description of the largest cluster takes."""
-
-
-class _Answer(NamedTuple):
-    status: int
-    media_type: str | None
-    body: bytes
-
-    @property
-    def detail(self) -> str | None:
-        """What the bridge says of a refusal; ``None`` when somebody else answered."""
-        return problem_detail(self.status, self.media_type, self.body)
 
 
 class _Mode(msgspec.Struct):
@@ -138,7 +126,7 @@ class ApiClient:
 
     async def _send_json(
         self, method: str, path: str, headers: dict[str, str], body: Any
-    ) -> _Answer:
+    ) -> Answer:
         content = body if isinstance(body, bytes) else encode_json(body)
         return await self._request(
             method, path, {"Content-Type": "application/json"} | headers, content
@@ -146,21 +134,20 @@ class ApiClient:
 
     async def _request(
         self, method: str, path: str, headers: dict[str, str], content: bytes | None = None
-    ) -> _Answer:
+    ) -> Answer:
         try:
             async with asyncio.timeout(TIMEOUT_S):
                 async with self._http.stream(
                     method, self.url + path, headers=headers, content=content
                 ) as response:
-                    body = await read_body(response, MAX_ANSWER_BYTES)
+                    return await read_answer(self.url, response, MAX_ANSWER_BYTES)
         except TimeoutError:
             raise UnavailableError(f"{self.url} did not answer within {TIMEOUT_S:g} s") from None
         except httpx.HTTPError as error:
             reason = str(error) or type(error).__name__
             raise UnavailableError(f"{self.url} can't be reached: {reason}") from error
-        return _Answer(response.status_code, response.headers.get("Content-Type"), body)
 
-    def _result(self, path: str, answer: _Answer) -> dict[str, Any]:
+    def _result(self, path: str, answer: Answer) -> dict[str, Any]:
         """Return the JSON, or raise the refusal. What stands between may answer anything."""
         status, detail = answer.status, answer.detail
         if status // 100 == 2:
@@ -169,11 +156,11 @@ class ApiClient:
                 msgspec.convert(content, _answer_of(path))
                 return content
         if detail is None:
-            raise UnavailableError(refusal_text(self.url, status, None))
+            raise UnavailableError(answer.text)
         if status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
             raise AuthError(f"the token was refused ({status}): {detail}")
         kind = NotFoundError if status == HTTPStatus.NOT_FOUND else PokebridgeError
-        raise kind(refusal_text(self.url, status, detail))
+        raise kind(answer.text)
 
 
 def _answer_of(path: str) -> type[msgspec.Struct]:

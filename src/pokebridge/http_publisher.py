@@ -20,10 +20,9 @@ from pokebridge.errors import (
     TransportError,
 )
 from pokebridge.model import Poke, Receipt, check_recipient
-from pokebridge.outgoing import check_token, http_client, read_body
+from pokebridge.outgoing import Answer, check_token, http_client, read_answer
 from pokebridge.poke_merger import LINGER_S, MAX_PENDING_RECIPIENTS, PokeCalls
 from pokebridge.urls import check_bridge_url
-from pokebridge.wire import problem_detail, refusal_text
 
 # The limit of one POST /v1/pokes (docs/protocol.md, section 4).
 MAX_RECIPIENTS_PER_REQUEST = 1000
@@ -35,7 +34,7 @@ MAX_ANSWER_BYTES = 64 * 1024
 FIRST_RETRY_S = 0.2
 LAST_RETRY_S = 5.0
 
-_Answer = TypeVar("_Answer", bound=msgspec.Struct)
+_Content = TypeVar("_Content", bound=msgspec.Struct)
 
 
 class _Accepted(msgspec.Struct):
@@ -144,36 +143,31 @@ class HttpPublisher(PokeCalls):
             content = msgspec.json.encode({"recipients": some})
             await self._post("/v1/pokes", content, _Accepted)
 
-    async def _post(
-        self, path: str, content: bytes, kind: type[_Answer]
-    ) -> tuple[HTTPStatus, _Answer]:
-        """The status of the answer, and the answer. Raises when nothing was accepted."""
+    async def _post(self, path: str, content: bytes, kind: type[_Content]) -> tuple[int, _Content]:
+        """The status of the answer, and its content. Raises when nothing was accepted."""
         timeout_s = HTTP_TIMEOUT_S + len(content) / SLOW_LINE_BYTES_PER_S
         url = self._url + path
         try:
             # httpx limits each step only, so an answer that drips would never end.
             async with asyncio.timeout(timeout_s):
-                response, body = await self._call(url, content)
+                answer = await self._call(url, content)
         except TimeoutError:
             raise TransportError(f"{url} did not answer within {timeout_s:.0f} s") from None
         except httpx.HTTPError as error:
             raise TransportError(f"{url} can't be reached: {error!r}") from error
-        return HTTPStatus(response.status_code), _accepted(response, body, kind)
+        return answer.status, _accepted(answer, kind)
 
-    async def _call(self, url: str, content: bytes) -> tuple[httpx.Response, bytes]:
+    async def _call(self, url: str, content: bytes) -> Answer:
         token = self._token if isinstance(self._token, str) else await self._token()
         headers = {
             "Authorization": f"Bearer {check_token(token)}",
             "Content-Type": "application/json",
         }
-        request = self._http.build_request("POST", url, content=content, headers=headers)
-        response = await self._http.send(request, stream=True)
         try:
-            return response, await read_body(response, MAX_ANSWER_BYTES)
+            async with self._http.stream("POST", url, content=content, headers=headers) as response:
+                return await read_answer(str(response.url), response, MAX_ANSWER_BYTES)
         except AnswerTooLongError as error:
             raise TransportError(str(error)) from None
-        finally:
-            await response.aclose()
 
 
 def _chunks(recipients: Sequence[str]) -> Iterator[Sequence[str]]:
@@ -181,20 +175,18 @@ def _chunks(recipients: Sequence[str]) -> Iterator[Sequence[str]]:
         yield recipients[start : start + MAX_RECIPIENTS_PER_REQUEST]
 
 
-def _accepted(response: httpx.Response, body: bytes, kind: type[_Answer]) -> _Answer:
+def _accepted(answer: Answer, kind: type[_Content]) -> _Content:
     """What the instance answered. Raises unless it has accepted the request.
 
-    What stands between, a proxy or a login page, may answer anything. Then a retry may succeed.
+    If somebody else answered, a retry may succeed.
     """
-    status = response.status_code
+    status, said = answer.status, answer.text
     if status in {HTTPStatus.OK, HTTPStatus.ACCEPTED}:
         try:
-            return msgspec.json.decode(body, type=kind)
+            return msgspec.json.decode(answer.body, type=kind)
         except (ValueError, RecursionError):
             pass
-    detail = problem_detail(status, response.headers.get("Content-Type"), body)
-    said = refusal_text(str(response.url), status, detail)
-    if detail is None:
+    if answer.detail is None:
         raise TransportError(said)
     if status == HTTPStatus.UNAUTHORIZED:
         raise AuthError(said)
@@ -202,6 +194,6 @@ def _accepted(response: httpx.Response, body: bytes, kind: type[_Answer]) -> _An
         raise ForbiddenError(said)
     if status == HTTPStatus.INSUFFICIENT_STORAGE:
         raise MailboxFullError(said)
-    if response.is_client_error and status != HTTPStatus.TOO_MANY_REQUESTS:
+    if 400 <= status < 500 and status != HTTPStatus.TOO_MANY_REQUESTS:
         raise InputError(said)
     raise TransportError(said)

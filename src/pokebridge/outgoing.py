@@ -10,13 +10,14 @@ import re
 from collections.abc import Callable, Mapping
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from ssl import SSLContext
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import httpx
 
 from pokebridge.engines.addresses import addresses_of
 from pokebridge.errors import AnswerTooLongError, AuthError, ConfigError
+from pokebridge.wire import problem_detail, refusal_text
 
 _DEFAULT_PORTS = {"http": 80, "ws": 80, "https": 443, "wss": 443}
 _VARIABLES = {
@@ -79,6 +80,48 @@ async def read_body(
         if on_size is not None:
             on_size(len(body))
     return bytes(body)
+
+
+class Answer(NamedTuple):
+    """What a bridge answered, or what stands between: a proxy or a login page answers anything."""
+
+    url: str
+    status: int
+    media_type: str | None
+    retry_after: str | None
+    body: bytes
+
+    @property
+    def detail(self) -> str | None:
+        """Why the bridge refused; ``None`` when it did not, or somebody else answered."""
+        return problem_detail(self.status, self.media_type, self.body)
+
+    @property
+    def text(self) -> str:
+        """What happened, for people."""
+        return refusal_text(self.url, self.status, self.detail)
+
+    @property
+    def retry_after_s(self) -> float | None:
+        """The seconds that the header ``Retry-After`` names, if it does."""
+        return retry_after_s(self.retry_after)
+
+
+async def read_answer(
+    url: str,
+    response: httpx.Response,
+    max_bytes: int,
+    on_size: Callable[[int], None] | None = None,
+) -> Answer:
+    """Return the whole answer of ``url``. The rest is as for :func:`read_body`."""
+    body = await read_body(response, max_bytes, on_size)
+    media_type, retry_after = map(response.headers.get, ("Content-Type", "Retry-After"))
+    return Answer(url, response.status_code, media_type, retry_after, body)
+
+
+def retry_after_s(header: str | None) -> float | None:
+    """The header's seconds, or ``None``. Its other form, a date, is ignored."""
+    return float(header) if header and header.isdecimal() else None
 
 
 def check_token(token: str) -> str:

@@ -31,11 +31,11 @@ from pokebridge.client.events import (
     Token,
 )
 from pokebridge.client.policy import Policy
-from pokebridge.client.pulling import retry_after_s
+from pokebridge.client.polling import ABNORMAL_CLOSURE
 from pokebridge.framing import Opcode
+from pokebridge.outgoing import retry_after_s
 from pokebridge.wire import CONNECT_PATH
 
-ABNORMAL_CLOSURE = 1006
 # Names the balancer; the URL of a ``move`` frame names an instance.
 BALANCER_URL = f"ws://balancer{CONNECT_PATH}"
 _POLICY = Policy()

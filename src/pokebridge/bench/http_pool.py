@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import httptools
 
-from pokebridge.client.pulling import retry_after_s
+from pokebridge.outgoing import retry_after_s
 
 HOST = "127.0.0.1"
 

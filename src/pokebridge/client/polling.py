@@ -10,9 +10,10 @@ import httpx
 import msgspec
 
 from pokebridge.client.events import Closed, Refused
+from pokebridge.client.pulling import KEEPALIVE_S, MAX_ANSWER_BYTES
 from pokebridge.errors import AnswerTooLongError
-from pokebridge.outgoing import http_client, read_body
-from pokebridge.wire import CONNECT_PATH, problem_detail, refusal_text
+from pokebridge.outgoing import Answer, http_client, read_answer
+from pokebridge.wire import CONNECT_PATH
 
 POKES_PATH = "/v1/pokes"
 FRAMES_PATH = "/v1/pokes/frames"
@@ -26,9 +27,6 @@ WAIT_S = 25.0
 LEAST_WAIT_S = 3.0
 # After something has cut a call, the next calls wait for this share of the time that it lasted.
 _SHARE = 0.7
-KEEPALIVE_S = 3.0
-# The pokes of all recipients that a session may listen to take less.
-MAX_ANSWER_BYTES = 8 * 1024 * 1024
 # Shows the core that the bridge is alive although it has sent no frame.
 NOTHING_NEW = '{"type":"pong"}'
 
@@ -164,14 +162,14 @@ class PolledSocket:
             async with self._poller.http.stream(
                 method, url, params=query, headers=headers, json=json
             ) as response:
-                body = await read_body(response, MAX_ANSWER_BYTES)
+                answer = await read_answer(url, response, MAX_ANSWER_BYTES)
         except AnswerTooLongError as error:
             raise PollEndedError(Closed(ABNORMAL_CLOSURE, str(error))) from None
         except httpx.HTTPError as error:
             raise PollEndedError(Closed(ABNORMAL_CLOSURE, repr(error))) from error
-        if response.status_code != expected:
-            raise PollEndedError(_refused(url, response, body))
-        return body
+        if answer.status != expected:
+            raise PollEndedError(refused(answer))
+        return answer.body
 
 
 def _http_url(url: str) -> str:
@@ -180,26 +178,8 @@ def _http_url(url: str) -> str:
     return f"http{base.removeprefix('ws')}{POKES_PATH}"
 
 
-def _refused(url: str, response: httpx.Response, body: bytes) -> Refused | Closed:
-    return refusal(
-        url,
-        response.status_code,
-        response.headers.get("Content-Type"),
-        response.headers.get("Retry-After"),
-        body,
-    )
-
-
-def refusal(
-    url: str, status: int, media_type: str | None, retry_after: str | None, body: bytes
-) -> Refused | Closed:
-    """The answer to a handshake that was not accepted. Only the bridge's own can be about a token.
-
-    What stands between, a proxy or a login page, may answer with any status.
-    """
-    detail = problem_detail(status, media_type, body)
-    reason = refusal_text(url, status, detail)
-    if detail is None and status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
-        return Closed(ABNORMAL_CLOSURE, reason)
-    wait_s = float(retry_after) if retry_after and retry_after.isdecimal() else None
-    return Refused(status, wait_s, reason)
+def refused(answer: Answer) -> Refused | Closed:
+    """What ``answer`` to a handshake means. Only the bridge's own can be about a token."""
+    if answer.detail is None and answer.status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
+        return Closed(ABNORMAL_CLOSURE, answer.text)
+    return Refused(answer.status, answer.retry_after_s, answer.text)

@@ -13,8 +13,7 @@ import msgspec
 
 from pokebridge.client.events import Pulled, PullFailed
 from pokebridge.errors import AnswerTooLongError
-from pokebridge.outgoing import http_client, read_body
-from pokebridge.wire import problem_detail, refusal_text
+from pokebridge.outgoing import Answer, http_client, read_answer
 
 # An answer may take as long as it needs, but each KiB of it must come within this time.
 PROGRESS_WITHIN_S = 10.0
@@ -189,7 +188,7 @@ class MailboxPuller:
         headers: dict[str, str] | None = None,
         json: object = None,
     ) -> tuple[httpx.Response, bytes]:
-        """The answer and its body; its status is one of those ``expected``."""
+        """The response and its body; its status is one of those ``expected``."""
         request = self._http.build_request(
             method,
             path,
@@ -202,7 +201,7 @@ class MailboxPuller:
             async with asyncio.timeout(PROGRESS_WITHIN_S) as deadline:
                 response = await self._http.send(request, stream=True)
                 try:
-                    body = await _read(response, deadline)
+                    answer = await _read(response, deadline)
                 finally:
                     await response.aclose()
         except TimeoutError:
@@ -213,13 +212,13 @@ class MailboxPuller:
             if response is not None:
                 raise _IncompleteError(f"{request.url} broke off: {error!r}") from error
             raise _RequestError(f"{self._http.base_url} can't be reached: {error!r}") from error
-        if response.status_code in expected:
-            return response, body
-        raise _RefusedError(str(request.url.copy_with(query=None)), response, body)
+        if answer.status in expected:
+            return response, answer.body
+        raise _RefusedError(answer)
 
 
-async def _read(response: httpx.Response, deadline: asyncio.Timeout) -> bytes:
-    """The whole body. Each KiB of it moves ``deadline``: an answer that drips would never end."""
+async def _read(response: httpx.Response, deadline: asyncio.Timeout) -> Answer:
+    """The whole answer. Each KiB of it moves ``deadline``: one that drips would never end."""
     loop = asyncio.get_running_loop()
     ends_at = loop.time() + ANSWER_WITHIN_S
     awaited = PROGRESS_BYTES
@@ -230,7 +229,8 @@ async def _read(response: httpx.Response, deadline: asyncio.Timeout) -> bytes:
             awaited = size_bytes + PROGRESS_BYTES
             deadline.reschedule(min(loop.time() + PROGRESS_WITHIN_S, ends_at))
 
-    return await read_body(response, MAX_ANSWER_BYTES, on_size)
+    url = str(response.url.copy_with(query=None))
+    return await read_answer(url, response, MAX_ANSWER_BYTES, on_size)
 
 
 class _RequestError(Exception):
@@ -242,24 +242,18 @@ class _RequestError(Exception):
 
 
 class _RefusedError(_RequestError):
-    """An answer with another status than expected.
+    """An answer with another status than expected."""
 
-    Only the bridge's own says anything about the token. What stands between, a proxy or a login
-    page, may answer with any status.
-    """
-
-    def __init__(self, url: str, response: httpx.Response, body: bytes) -> None:
-        status = response.status_code
-        detail = problem_detail(status, response.headers.get("Content-Type"), body)
-        super().__init__(refusal_text(url, status, detail))
-        self._is_token_refused = detail is not None and status == HTTPStatus.UNAUTHORIZED
-        self._retry_after_s = retry_after_s(response.headers.get("Retry-After"))
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(answer.text)
+        self._answer = answer
 
     def as_event(self, cursor: int | None = None) -> PullFailed:
-        """The same for the core."""
+        """The same for the core. Only the bridge's own answer says anything about the token."""
+        answer = self._answer
         return PullFailed(
-            unauthorized=self._is_token_refused,
-            retry_after_s=self._retry_after_s,
+            unauthorized=answer.detail is not None and answer.status == HTTPStatus.UNAUTHORIZED,
+            retry_after_s=answer.retry_after_s,
             cursor=cursor,
             reason=str(self),
         )
@@ -267,8 +261,3 @@ class _RefusedError(_RequestError):
 
 class _IncompleteError(_RequestError):
     """An answer that stalled or broke off."""
-
-
-def retry_after_s(header: str | None) -> float | None:
-    """The header's seconds, or ``None``. Its other form, a date, is ignored."""
-    return float(header) if header and header.isdecimal() else None

@@ -44,7 +44,7 @@ from pokebridge.client.polling import (
     PolledSocket,
     PollEndedError,
     Poller,
-    refusal,
+    refused,
 )
 from pokebridge.client.pulling import (
     MailboxPuller,
@@ -56,7 +56,7 @@ from pokebridge.client.pulling import (
 from pokebridge.client.transports import Transport
 from pokebridge.errors import ConfigError, ForbiddenError
 from pokebridge.model import check_device
-from pokebridge.outgoing import check_token, proxy_for
+from pokebridge.outgoing import Answer, check_token, proxy_for
 from pokebridge.urls import check_bridge_url
 from pokebridge.wire import CONNECT_PATH
 
@@ -318,8 +318,8 @@ class Shell(Driver):
             socket = await self._opener.open(
                 action.url, query, self._token, in_query=action.in_query
             )
-        except InvalidStatus as refused:
-            event = _refused(action.url, refused.response)
+        except InvalidStatus as answered:
+            event = _refused(action.url, answered.response)
             _log.warning("%s", event.reason)
             self._feed(event)
         except _OPENING_ERRORS as error:
@@ -423,4 +423,5 @@ class Shell(Driver):
 def _refused(url: str, response: Response) -> Refused | Closed:
     types, waits = (response.headers.get_all(name) for name in ("Content-Type", "Retry-After"))
     media_type, retry_after = types[0] if types else None, waits[0] if waits else None
-    return refusal(url, response.status_code, media_type, retry_after, bytes(response.body))
+    status, body = response.status_code, bytes(response.body)
+    return refused(Answer(url, status, media_type, retry_after, body))
