@@ -34,6 +34,7 @@ MAX_ANSWER_BYTES = 64 * 1024
 FIRST_RETRY_S = 0.2
 LAST_RETRY_S = 5.0
 
+T = TypeVar("T")
 _Content = TypeVar("_Content", bound=msgspec.Struct)
 
 
@@ -139,7 +140,8 @@ class HttpPublisher(PokeCalls):
                 return Receipt(sent.id, sent.version, duplicate=status == HTTPStatus.OK)
 
     async def _send_pokes(self, pokes: Sequence[Poke]) -> None:
-        for some in _chunks([poke.recipient for poke in pokes]):
+        recipients = [poke.recipient for poke in pokes]
+        for some in chunks(recipients, MAX_RECIPIENTS_PER_REQUEST):
             content = msgspec.json.encode({"recipients": some})
             await self._post("/v1/pokes", content, _Accepted)
 
@@ -170,9 +172,10 @@ class HttpPublisher(PokeCalls):
             raise TransportError(str(error)) from None
 
 
-def _chunks(recipients: Sequence[str]) -> Iterator[Sequence[str]]:
-    for start in range(0, len(recipients), MAX_RECIPIENTS_PER_REQUEST):
-        yield recipients[start : start + MAX_RECIPIENTS_PER_REQUEST]
+def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """Cut ``items`` into pieces of at most ``size``."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
 
 
 def _accepted(answer: Answer, kind: type[_Content]) -> _Content:

@@ -8,13 +8,12 @@ and raises when they may not have been.
 """
 
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import inf
 from time import monotonic
-from typing import TypeVar
 
 from pokebridge.errors import InputError, NotPublishedError, SignalRefusedError
-from pokebridge.http_publisher import HttpPublisher
+from pokebridge.http_publisher import HttpPublisher, chunks
 from pokebridge.model import Poke, check_recipient
 from pokebridge.poke_merger import LINGER_S, MAX_PENDING_RECIPIENTS, PokeCalls, check_pokes
 from pokebridge.sharding import DEFAULT_SHARD_COUNT, check_shard_count, shard_of
@@ -31,8 +30,6 @@ MAX_OVERHEAD_BYTES = 64
 # this many more errors than successes it counts as down.
 SOON_S = 1.0
 MAX_ERRORS = 2
-
-T = TypeVar("T")
 
 
 class Publisher(PokeCalls):
@@ -110,7 +107,7 @@ class Publisher(PokeCalls):
             by_shard[shard_of(poke.recipient, self._shard_count)].append(poke)
         attempt = _Attempt(self._transport)
         for shard, its_pokes in by_shard.items():
-            for some in _chunks(its_pokes, self._max_pokes_per_signal):
+            for some in chunks(its_pokes, self._max_pokes_per_signal):
                 attempt.add(some, shard)
         try:
             await attempt.publish()
@@ -212,8 +209,3 @@ def _limit_of(transport: Transport) -> float:
     # To ask whether it is one would take several microseconds, for each poke.
     limit: float = getattr(transport, "max_signal_bytes", inf)
     return limit
-
-
-def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]

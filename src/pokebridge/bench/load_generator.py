@@ -21,6 +21,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketExce
 
 from pokebridge.api_client import ApiClient
 from pokebridge.errors import PokebridgeError
+from pokebridge.http_publisher import MAX_RECIPIENTS_PER_REQUEST, chunks
 from pokebridge.supervisor import cancel
 from pokebridge.wire import CONNECT_PATH
 
@@ -29,7 +30,6 @@ CLOSE_TIMEOUT_S = 1.0
 # The interval between batches of pokes, and how long the last pokes have to arrive.
 TICK_S = 0.01
 STRAGGLERS_S = 5.0
-RECIPIENTS_PER_REQUEST = 1000
 MAX_REQUESTS = 64
 # Nobody reads the mailboxes after the benchmark.
 MESSAGE_TTL_S = 60.0
@@ -205,11 +205,11 @@ class LoadGenerator:
             target = int(elapsed_s * self._plan.rate_per_s)
             clients = self._take_idle(target - due)
             due += len(clients)
-            size = 1 if self._plan.messages else RECIPIENTS_PER_REQUEST
-            for start in range(0, len(clients), size):
+            size = 1 if self._plan.messages else MAX_RECIPIENTS_PER_REQUEST
+            for some in chunks(clients, size):
                 while len(requests) >= MAX_REQUESTS:
                     await asyncio.wait(requests, return_when=asyncio.FIRST_COMPLETED)
-                request = asyncio.create_task(self._send(token, clients[start : start + size]))
+                request = asyncio.create_task(self._send(token, some))
                 requests.add(request)
                 request.add_done_callback(requests.discard)
             await asyncio.sleep(TICK_S)

@@ -11,9 +11,8 @@ import click
 from pokebridge.api_client import encode_json
 from pokebridge.cli.api import SUBJECT, Access, api_options
 from pokebridge.cli.options import Number, json_option
+from pokebridge.http_publisher import MAX_RECIPIENTS_PER_REQUEST, chunks
 
-# The limit of one POST /v1/pokes (protocol.md section 4).
-RECIPIENTS_PER_REQUEST = 1000
 _STRING_OR_SPACE = re.compile(r'("(?:[^"\\]|\\.)*")|\s+')
 
 
@@ -33,9 +32,8 @@ async def _poke(recipients: tuple[str, ...], access: Access) -> int:
     accepted = 0
     async with access.open() as api:
         token = await api.token_for(SUBJECT, ["poke"])
-        for start in range(0, len(recipients), RECIPIENTS_PER_REQUEST):
-            body = {"recipients": recipients[start : start + RECIPIENTS_PER_REQUEST]}
-            accepted += (await api.post("/v1/pokes", token, body))["accepted"]
+        for some in chunks(recipients, MAX_RECIPIENTS_PER_REQUEST):
+            accepted += (await api.post("/v1/pokes", token, {"recipients": some}))["accepted"]
     return accepted
 
 
