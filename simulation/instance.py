@@ -72,15 +72,12 @@ class SimInstance(Peer):
             audience_pulls_per_s=config.audience_pulls_per_s,
         )
         self._mailbox = scene.post.connect(self)
-        self.real = assemble(
-            settings,
-            Adapters(
-                transport=scene.broker.connect(self),
-                coordination=scene.store.connect(self),
-                mailbox=self._mailbox,
-            ),
-            url=self.url,
+        self._adapters = Adapters(
+            transport=scene.broker.connect(self),
+            coordination=scene.store.connect(self),
+            mailbox=self._mailbox,
         )
+        self.real = assemble(settings, self._adapters, url=self.url)
         self.real.gateway.bridge.on_revoked = self._tell_workers
         self.port = self._new_port(self.real.gateway.entrance)
         """Where clients connect, if it has no workers."""
@@ -150,6 +147,8 @@ class SimInstance(Peer):
             while self.calls and self.loop.time() < waits_until:  # noqa: ASYNC110 - as uvicorn does
                 await asyncio.sleep(0.1)
         await self.real.close()
+        for adapter in (self._adapters.coordination, self._adapters.transport, self._mailbox):
+            await adapter.close()
         self._exit()
 
     def _exit(self) -> None:

@@ -82,7 +82,7 @@ async def serve(
 def assemble(
     settings: Settings, opened: Adapters, *, url: str = "", room: Room | None = None
 ) -> Instance:
-    """Put an instance together. It closes ``opened`` when it is closed.
+    """Put an instance together. Close it before ``opened``.
 
     ``url`` is where clients reach this instance alone, if they can. ``room`` is what fits into this
     process; ``None`` without sockets, as in the simulation.
@@ -112,8 +112,6 @@ def assemble(
         Parts(
             name=settings.instance,
             roles=settings.roles,
-            transport=opened.transport,
-            coordination=opened.coordination,
             mailbox=mailbox,
             gateway=gateway,
             cluster=cluster,
@@ -124,7 +122,6 @@ def assemble(
             publish=publish,
             revocations=_revocations(settings, opened, publisher, gateway, verifier),
             requests=requests,
-            late_mailbox=opened.late_mailbox,
             devices=None if mailbox is None else KnownDevices(mailbox),
             pulls=None if queue is None else Pulls(queue),
             pusher=None if queue is None else _pusher(settings, queue),

@@ -21,7 +21,6 @@ from pokebridge.asgi import ASGIApp
 from pokebridge.border import unforeseen
 from pokebridge.cluster.node import Cluster
 from pokebridge.cluster.watchers import CONSOLE_DEVICE, Watchers
-from pokebridge.coordination.base import Coordination
 from pokebridge.durations import RequestDurations
 from pokebridge.errors import PokebridgeError
 from pokebridge.fallback.push import Pulls, Pusher
@@ -36,12 +35,10 @@ from pokebridge.processor import Processor
 from pokebridge.publisher import Publisher
 from pokebridge.server import descriptors
 from pokebridge.server.capacity import PullCapacity
-from pokebridge.server.late_mailbox import LateMailbox
 from pokebridge.server.revocations import Revocations
 from pokebridge.supervisor import failing_tasks, run_once, supervise, task_failures
 from pokebridge.telemetry import Metric
 from pokebridge.tokens import SignToken, TokenVerifier
-from pokebridge.transport.base import Transport
 from pokebridge.wire import poke_frame
 
 if TYPE_CHECKING:  # its libraries are an extra
@@ -58,10 +55,7 @@ class Parts:
     Attributes:
         name: the instance's name.
         roles: what the instance does.
-        transport: carries signals between instances.
-        coordination: where the instances of the cluster meet.
         mailbox: keeps the messages; ``None`` on an instance that keeps none.
-        late_mailbox: what a gateway without other roles reads of the mailbox.
         gateway: the sessions.
         cluster: the instance's place in its cluster.
         verifier: verifies the tokens of callers.
@@ -85,8 +79,6 @@ class Parts:
 
     name: str
     roles: AbstractSet[str]
-    transport: Transport
-    coordination: Coordination
     mailbox: Mailbox | None
     gateway: Gateway
     cluster: Cluster
@@ -97,7 +89,6 @@ class Parts:
     publish: PublishPokes
     revocations: Revocations
     requests: RequestDurations
-    late_mailbox: LateMailbox | None
     devices: KnownDevices | None
     pulls: Pulls | None
     pusher: Pusher | None
@@ -241,7 +232,7 @@ class Instance:
         await self._draining
 
     async def close(self) -> None:
-        """Stop every part, those that others still need last."""
+        """Stop every part, those that others still need last. The adapters stay open."""
         if self._pacer is not None:
             self._pacer.cancel()
         await self._watchers.close()
@@ -257,11 +248,6 @@ class Instance:
             parts.cluster,
             parts.gateway,
             parts.verifier,
-            parts.coordination,
-            parts.transport,
-            parts.mailbox,
-            parts.late_mailbox,
-            parts.tracing,
         ):
             if part is not None:
                 await part.close()
