@@ -213,9 +213,7 @@ class Outcome:
     obstacles: tuple[str, ...]
 
 
-def evaluate(
-    load: Workload, strategy: Strategy, prices: Prices = PRICES, costs: CpuCosts = CPU_COSTS
-) -> Outcome:
+def evaluate(load: Workload, strategy: Strategy, prices: Prices = PRICES) -> Outcome:
     """What ``load`` costs under ``strategy``."""
     copies, subscriptions, topics = _spread(load, strategy)
     filtered = max(subscriptions - copies, 0.0) if strategy.is_filtered else 0.0
@@ -224,7 +222,7 @@ def evaluate(
     is_google = strategy.engine == "pubsub"
     per_min = LISTINGS_PER_MIN * math.ceil(subscriptions / SUBSCRIPTIONS_PER_LISTING)
     admin_ops_per_min = load.instances * per_min if is_google else 0
-    wasted_us = _received_us(load, strategy, costs)
+    wasted_us = _received_us(load, strategy)
     wasted_per_s = deliveries_per_s * discarded_share
     return Outcome(
         strategy=strategy,
@@ -323,16 +321,16 @@ def _prefixes(load: Workload) -> int:
     return max(fitting, default=counts[0])
 
 
-def _received_us(load: Workload, strategy: Strategy, costs: CpuCosts) -> Range:
+def _received_us(load: Workload, strategy: Strategy) -> Range:
     """CPU time of a message that is received and dropped."""
-    decode_us = load.pokes_per_message * costs.poke.at(load.pokes_per_message)
+    decode_us = load.pokes_per_message * CPU_COSTS.poke.at(load.pokes_per_message)
     match strategy.engine:
         case "nats":
-            receive_us = costs.nats_receive_us
+            receive_us = CPU_COSTS.nats_receive_us
         case "redis":
-            receive_us = costs.redis_receive_us
+            receive_us = CPU_COSTS.redis_receive_us
         case "pubsub":
-            batch, cost = load.messages_per_request, costs.pubsub_receive
+            batch, cost = load.messages_per_request, CPU_COSTS.pubsub_receive
             receive_us = Range(cost.at(batch.high), cost.at(batch.low))
     return Range(receive_us.low + decode_us, receive_us.high + decode_us)
 

@@ -342,14 +342,13 @@ def sign_token(
     *,
     issuer: str | None = None,
     audience: str | None = None,
-    now: float | None = None,
 ) -> str:
-    """An HS256 token for ``subject``, valid ``ttl_s`` seconds from ``now`` (Unix seconds).
+    """An HS256 token for ``subject``, valid for ``ttl_s`` seconds.
 
     Raises :class:`~pokebridge.errors.ConfigError` for a secret under 32 bytes and
     :class:`~pokebridge.errors.InputError` when ``subject`` is no recipient.
     """
-    issued_at = time.time() if now is None else now
+    issued_at = time.time()
     claims = {
         "sub": check_recipient(subject),
         "iat": int(issued_at),

@@ -307,7 +307,6 @@ def ready_frame(
     session: str,
     instance: str,
     expires_in_s: int,
-    version: int | None = None,
     takes_acks: bool = False,
     listens: int = 0,
 ) -> bytes:
@@ -322,8 +321,6 @@ def ready_frame(
         "instance": instance,
         "expires_in": expires_in_s,
     }
-    if version is not None:
-        message["version"] = version
     if takes_acks:
         message["acks"] = True
     if listens:

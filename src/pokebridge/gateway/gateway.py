@@ -206,7 +206,7 @@ class Gateway:
         """Refuse new sessions from now on. Open sessions are not affected."""
         self.entrance.shut()
 
-    async def drain(self, window_s: float, code: int = 1012) -> None:
+    async def drain(self, window_s: float) -> None:
         """Refuse new sessions, and close the open ones spread over ``window_s`` seconds.
 
         Returns when all connections are closed, or when the last had its time to answer.
@@ -222,7 +222,7 @@ class Gateway:
             ahead_s = start + window_s * position / len(connections) - self.now()
             if ahead_s > 0:
                 await asyncio.sleep(ahead_s)
-            self._send_away(connection, code)
+            self._send_away(connection)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._config.timing.close_timeout_s + 1):
                 await self._all_gone.wait()
@@ -255,14 +255,14 @@ class Gateway:
         for connection in leaving:
             # The map may have changed since.
             if self.shard_routing.url_for(connection.recipient) is not None:
-                self._send_away(connection, 1012)
+                self._send_away(connection)
                 await asyncio.sleep(1 / self._config.moves_per_s)
 
-    def _send_away(self, connection: Listener, code: int) -> None:
-        """Move the client to its shard's owner, or close with ``code`` if there is no other."""
+    def _send_away(self, connection: Listener) -> None:
+        """Move the client to its shard's owner, or close if there is no other."""
         url = self.shard_routing.url_for(connection.recipient)
         if url is None:
-            connection.close(code, "this instance can't serve you now")
+            connection.close(1012, "this instance can't serve you now")
         else:
             self.moved += 1
             connection.move(url)
@@ -286,7 +286,7 @@ class Gateway:
         for connection in leaving:
             if not self.shard_routing.lets_go:
                 return
-            self._send_away(connection, 1012)
+            self._send_away(connection)
             await asyncio.sleep(1 / self._config.moves_per_s)
 
     # --- sessions -----------------------------------------------------------------------------
@@ -310,7 +310,7 @@ class Gateway:
         if not moved and self.shard_routing.url_for(recipient) is not None:
             self._leaving.add(session)
             session.answer(response)
-            self._send_away(session, 1012)
+            self._send_away(session)
             return
         self.hear(session, response)
 
