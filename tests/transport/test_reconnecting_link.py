@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Collection
+from collections.abc import Set as AbstractSet
 
 import pytest
 
@@ -10,7 +11,7 @@ from pokebridge.supervisor import task_failures
 from pokebridge.testing.transport import RecordingReceiver
 from pokebridge.transport import reconnecting_link
 from pokebridge.transport.base import Feed
-from pokebridge.transport.reconnecting_link import Deliver, ReconnectingLink
+from pokebridge.transport.reconnecting_link import Deliver, EngineConnection, ReconnectingLink
 from tests.support import wait_until
 
 
@@ -22,15 +23,15 @@ def test_the_limits_are_those_that_the_docs_state() -> None:
     assert link.BACKOFF_CAP_S + link.DIAL_TIMEOUT_S < 5
 
 
-class FakeConnection:
+class FakeConnection(EngineConnection):
     """A connection without a server. Its driver has defects."""
 
     spread_s = 0.0
+    topics: AbstractSet[str] = frozenset()
 
     def __init__(self, deliver: Deliver) -> None:
+        super().__init__()
         self.deliver = deliver
-        self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self.topics: set[str] = set()
         self.defect: Exception | None = None
         self.may_close = asyncio.Event()
         self.may_close.set()

@@ -32,6 +32,7 @@ from pokebridge.transport.names import DEFAULT_CLUSTER, DEFAULT_TOPIC, topic_of
 from pokebridge.transport.reconnecting_link import (
     DIAL_TIMEOUT_S,
     Deliver,
+    EngineConnection,
     ReconnectingLink,
     check_topic,
 )
@@ -184,11 +185,11 @@ class _Client(NatsClient):
             inlet(subject, data)
 
 
-class _NatsConnection:
-    """One connection to one server (a ``reconnecting_link.EngineConnection``)."""
+class _NatsConnection(EngineConnection):
+    """One connection to one server."""
 
     def __init__(self, server: str, deliver: Deliver, spread_s: float | None) -> None:
-        self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        super().__init__()
         self._server = server
         self._deliver = deliver
         # As the URL has it; None: as the server's greeting has it.
@@ -302,16 +303,12 @@ class _NatsConnection:
         elif refusal := _REFUSAL.search(str(error)):
             what, subject = refusal.groups()
             if what == "subscription" and subject not in self._asking:
-                self._lose(f"the server withdrew the permission for {subject}")
+                self.lose(f"the server withdrew the permission for {subject}")
             else:
                 self._refused.add((what, subject))
 
     def _on_lost(self) -> None:
-        self._lose(refusal_of(self._client.last_error or self._client.trouble))
-
-    def _lose(self, reason: str) -> None:
-        if not self.lost.done():
-            self.lost.set_result(reason)
+        self.lose(refusal_of(self._client.last_error or self._client.trouble))
 
     @contextmanager
     def _translated(self) -> Iterator[None]:

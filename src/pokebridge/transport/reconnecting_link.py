@@ -53,9 +53,16 @@ class EngineConnection(Protocol):
     :class:`ReconnectingLink` limits how long.
     """
 
-    @property
-    def lost(self) -> asyncio.Future[str]:
-        """Done when the connection is broken, with the reason. The link may resolve it as well."""
+    lost: asyncio.Future[str]
+    """Done when the connection is broken, with the reason."""
+
+    def __init__(self) -> None:
+        self.lost = asyncio.get_running_loop().create_future()
+
+    def lose(self, reason: str) -> None:
+        """Take the connection for broken."""
+        if not self.lost.done():
+            self.lost.set_result(reason)
 
     @property
     def topics(self) -> AbstractSet[str]:
@@ -182,8 +189,7 @@ class ReconnectingLink(Generic[C]):
             return task.result()
         if task.cancelled():
             raise TransportError(f"{self._name}: {self._trouble}")
-        if not connection.lost.done():
-            connection.lost.set_result(f"no answer for {ANSWER_TIMEOUT_S:.0f} s")
+        connection.lose(f"no answer for {ANSWER_TIMEOUT_S:.0f} s")
         raise TransportError(f"{self._name}: {connection.lost.result()}")
 
     def spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
@@ -291,8 +297,8 @@ class ReconnectingLink(Generic[C]):
                     self.spawn(self._ask_again(connection))
                 continue
             silent_beats += 1
-            if silent_beats == SILENT_BEATS and not connection.lost.done():
-                connection.lost.set_result(f"no answer for {SILENT_BEATS * HEARTBEAT_S:.0f} s")
+            if silent_beats == SILENT_BEATS:
+                connection.lose(f"no answer for {SILENT_BEATS * HEARTBEAT_S:.0f} s")
         return connection.lost.result()
 
     async def _restore(self) -> C:

@@ -44,6 +44,7 @@ from pokebridge.transport.reconnecting_link import (
     CLOSE_TIMEOUT_S,
     DIAL_TIMEOUT_S,
     Deliver,
+    EngineConnection,
     ReconnectingLink,
     check_topic,
 )
@@ -287,8 +288,8 @@ def _sharded(channel: str) -> str:
     return f"{_SHARDED}{channel}"
 
 
-class _Listener:
-    """A connection that receives (a ``reconnecting_link.EngineConnection``).
+class _Listener(EngineConnection):
+    """A connection that receives.
 
     A topic is a channel, a pattern (it ends in ``*``), or a sharded channel. Redis distinguishes a
     sharded channel from the plain one of the same name, so its topic has the prefix ``_SHARDED``.
@@ -300,7 +301,7 @@ class _Listener:
     spread_s = 0.0
 
     def __init__(self, name: str, connection: AbstractConnection, deliver: Deliver) -> None:
-        self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        super().__init__()
         self._name = name
         self._connection = connection
         self._deliver = deliver
@@ -347,11 +348,6 @@ class _Listener:
         with suppress(RedisError, OSError):
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
                 await self._connection.disconnect()
-
-    def lose(self, reason: str) -> None:
-        """Mark the connection as lost."""
-        if not self.lost.done():
-            self.lost.set_result(reason)
 
     def _names(self, topic: str) -> tuple[dict[bytes, str], bytes]:
         """The dictionary that ``topic`` belongs in, and the channel's name as its key."""
@@ -433,8 +429,8 @@ async def _leave(found: _Found) -> None:
     await found.connection.disconnect(nowait=True)
 
 
-class _ClusterListener:
-    """A connection to every node of a Redis Cluster (a ``reconnecting_link.EngineConnection``).
+class _ClusterListener(EngineConnection):
+    """A connection to every node of a Redis Cluster.
 
     When one of them is lost, or a slot moves, all are replaced, with a new slot map.
     """
@@ -442,7 +438,7 @@ class _ClusterListener:
     spread_s = 0.0  # a node forwards what it is given whether or not anybody has subscribed
 
     def __init__(self, slots: Slots, listeners: Mapping[str, _Listener]) -> None:
-        self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        super().__init__()
         self._slots = slots
         self._listeners = listeners
         for listener in listeners.values():
@@ -463,11 +459,6 @@ class _ClusterListener:
 
     async def close(self) -> None:
         await asyncio.gather(*(listener.close() for listener in self._listeners.values()))
-
-    def lose(self, reason: str) -> None:
-        """Mark the connection as lost."""
-        if not self.lost.done():
-            self.lost.set_result(reason)
 
     def _by_node(self, topics: Collection[str]) -> Iterator[tuple[_Listener, list[str]]]:
         """Which topics to request from which node. Any node delivers the plain channels."""
