@@ -33,11 +33,13 @@ $(BIN)/python:
 	    python=; \
 	  done; \
 	  test -n "$$python" || { echo "setup: needs Python 3.11 or newer with its venv module (Debian: apt-get install python3-venv)" >&2; exit 1; }; \
+	  echo "Creating a virtual environment in $(VENV)." >&2; \
 	  $$python -m venv --clear $(VENV); \
 	fi
 
 # Only pip comes with Python. It brings the one uv that the lock names, by its hash; uv does the rest.
 $(STAMP): requirements.lock pyproject.toml | $(BIN)/python
+	@echo "Installing pokebridge and everything that its tests need into $(VENV), once: about 900 MB." >&2
 	@awk '/^[^ #]/ {wanted = /^uv==/} wanted' requirements.lock > $(VENV)/uv.lock
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --require-hashes -r $(VENV)/uv.lock
 	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip sync --quiet --compile-bytecode --require-hashes requirements.lock

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import httpx
 from fastapi import FastAPI
+from fastapi.responses import PlainTextResponse
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel, Field
 
@@ -160,3 +161,9 @@ async def pull(asked: Pull) -> dict[str, Any]:
 
 if PAGE.is_dir():  # it is built
     app.mount("/", StaticFiles(directory=PAGE, html=True))
+else:
+
+    @app.get("/")
+    async def no_page() -> PlainTextResponse:
+        """What to do."""
+        return PlainTextResponse("Run npm ci && npm run build in examples/replicache/web first.\n")

@@ -4,8 +4,9 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from playwright.async_api import Browser, Page, expect
+from playwright.async_api import Browser, Page, Route, expect
 
+from tests.docs.blocks import ROOT
 from tests.examples.apps import run_app
 from tests.support import Daemon, Instance, Serve
 
@@ -82,3 +83,18 @@ async def test_who_may_not_read_hears_nothing(
             for method, path in (("POST", "documents/1/token"), ("GET", "documents/1")):
                 answer = await eve.request.fetch(f"{app.url}/{path}?user=eve", method=method)
                 assert answer.status == 404
+
+
+@pytest.mark.parametrize("example", ["document", "page"])
+async def test_a_page_without_its_client_says_what_to_build(browser: Browser, example: str) -> None:
+    """It would say "connecting" for ever."""
+    text = (ROOT / "examples" / example / "index.html").read_text()
+
+    async def answer(route: Route) -> None:
+        is_page = route.request.resource_type == "document"
+        await route.fulfill(status=200 if is_page else 404, content_type="text/html", body=text)
+
+    page = await (await browser.new_context()).new_page()
+    await page.route("**", answer)
+    await page.goto("http://127.0.0.1:1/examples/")
+    await expect(page.locator("#state")).to_contain_text("npm run build in clients/js")
