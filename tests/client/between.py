@@ -17,7 +17,8 @@ def answer(
     status: int, *fields: str, body: str = HTML, media_type: str = "text/html"
 ) -> list[bytes]:
     """An answer in one piece."""
-    phrase = HTTPStatus(status).phrase
+    # 520 is one of those that only a proxy vendor knows.
+    phrase = HTTPStatus(status).phrase if status != 520 else "Web Server Returned an Unknown Error"
     length = len(body.encode())
     own = [f"Content-Type: {media_type}", f"Content-Length: {length}", "Connection: close"]
     head = [f"HTTP/1.1 {status} {phrase}", *own, *fields]
@@ -37,7 +38,7 @@ UPGRADE = "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: w
 STRANGERS: Mapping[str, Sequence[bytes]] = {
     **{
         f"{status} page": answer(status)
-        for status in (400, 401, 402, 403, 404, 407, 410, 418, 451, 500, 502, 503, 504, 511)
+        for status in (400, 401, 402, 403, 404, 407, 410, 418, 451, 500, 502, 503, 504, 511, 520)
     },
     "login page": answer(200),
     "redirect to a login page": answer(302, LOGIN),
