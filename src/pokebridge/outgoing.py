@@ -57,7 +57,16 @@ def http_client(
         transport = httpx.AsyncHTTPTransport(verify=verify, proxy=proxy, limits=limits)
     else:
         transport = _NextAddress(verify=verify, limits=limits)
-    return httpx.AsyncClient(transport=transport, trust_env=False, **options)
+    hooks = {"response": [_forget_location]}
+    return httpx.AsyncClient(transport=transport, trust_env=False, event_hooks=hooks, **options)
+
+
+async def _forget_location(response: httpx.Response) -> None:
+    """Keep httpx from looking where a redirect leads.
+
+    It looks even if it does not follow, and raises what is no HTTPError if that is no URL.
+    """
+    response.headers.pop("Location", None)
 
 
 async def read_body(

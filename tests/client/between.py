@@ -43,6 +43,7 @@ STRANGERS: Mapping[str, Sequence[bytes]] = {
     "login page": answer(200),
     "redirect to a login page": answer(302, LOGIN),
     "lasting redirect": answer(301, LOGIN),
+    "redirect to what is no URL": answer(302, "Location: portal:login"),
     "redirect that keeps the method": answer(307, LOGIN),
     "an API gateway's 401": answer(
         401,

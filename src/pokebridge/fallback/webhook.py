@@ -82,7 +82,7 @@ class Webhook:
                 await _read_some(answer)
         except TimeoutError:
             raise WebhookError(f"no answer within {self.timeout_s:g} s") from None
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
+        except httpx.HTTPError as error:
             raise WebhookError(f"{type(error).__name__}: {error}") from error
         if not answer.is_success:
             raise WebhookError(f"it answered {answer.status_code} {answer.reason_phrase}")
