@@ -95,6 +95,7 @@ def test_the_module_is_the_command() -> None:
         (["poke", "bob", "--token", "two words"], "--token: must be a JWT"),
         (["poke", "bob", "--config", "/no/such/file"], "config /no/such/file: No such file"),
         (["send", "bob", "x", "--ttl-s", "soon"], "--ttl-s"),
+        (["send", "bob", "x", "--ttl-s", "-1"], "--ttl-s': -1.0 is not in the range"),
         (["send", "bob", "x", "--ttl-s", "nan"], "--ttl-s': 'nan' is not a finite number"),
         (["token", "bob", "--ttl-s", "inf"], "--ttl-s': 'inf' is not a finite number"),
         (["token", "bob", "--ttl-s", "1e400"], "--ttl-s': '1e400' is not a finite number"),
