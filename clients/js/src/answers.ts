@@ -1,10 +1,10 @@
-// What the bridge is called with, what it answers when it refuses (RFC 9457), and what is no answer of the bridge.
+// Checks the bridge's address and the token, and tells the bridge's refusals (RFC 9457) from answers of others.
 
 /**
- * An HTTP answer with another status than expected, with the reason that the bridge gave (RFC 9457).
+ * An HTTP answer whose status was not expected, with the reason that the bridge gave (RFC 9457).
  *
- * What stands between, a proxy or a login page, may answer with any status. Only what `isTheBridges` says
- * anything about the token.
+ * A proxy or a login page on the way may answer with any status. Only an answer whose `isTheBridges` is true
+ * says anything about the token.
  */
 export class HttpError extends Error {
   readonly isTheBridges: boolean;
@@ -20,19 +20,19 @@ export class HttpError extends Error {
   }
 }
 
-/** @throws TypeError `url` is not the bridge's address. The text shows nothing of it, as a password may be in it. */
+/** @throws TypeError `url` is not a valid address. The error does not show `url`, which may hold a password. */
 export function checkUrl(url: unknown): void {
   if (typeof url !== "string" || !/^https?:\/\/[^/?#@]+(\/[^?#]*)?$/.test(url)) {
     throw new TypeError("`url` must be the bridge's address, http://… or https://… without user, ? and #");
   }
 }
 
-/** Whether `token` can be in an HTTP header. `fetch` would show any other in its error. */
+/** Whether an HTTP header can hold `token`. If not, `fetch` would show the token in its error. */
 export function isToken(token: unknown): token is string {
   return typeof token === "string" && /^[!-~]+$/.test(token);
 }
 
-/** Why the bridge refused with `status` (RFC 9457); undefined if the answer is not the bridge's. */
+/** Why the bridge refused with `status` (RFC 9457). Undefined if the answer does not come from the bridge. */
 export function problemDetail(status: number, type: string | null, text: string): string | undefined {
   if (type?.split(";")[0]!.trim().toLowerCase() !== "application/problem+json") return undefined;
   try {

@@ -11,22 +11,22 @@ import { Tabs, type Note } from "./tabs.js";
 import type { Transport } from "./transports.js";
 
 const TOKEN_TIMEOUT_MS = 30_000;
-// No timer is set for longer, so that a machine's sleep is noticed soon after it ends.
+// The longest timer. Shorter timers notice the end of a machine's sleep sooner.
 const MAX_NAP_MS = 10_000;
-// A timer this late means that the machine, or the page, was asleep.
+// If a timer is this late, the machine or the page was asleep.
 const ASLEEP_MS = 5_000;
-// A tab that starts to lead fetches a new token when its own expires sooner than this.
+// A tab that starts to lead fetches a new token if its own expires within this time.
 const OLD_TOKEN_MS = 30_000;
-// A leading tab that does not answer within this time is taken to be asleep.
+// A leading tab that does not answer within this time counts as asleep.
 const LEADER_ANSWERS_WITHIN_MS = 2_000;
 const ABNORMAL_CLOSURE = 1006; // RFC 6455, section 7.4.1: no close frame came
 const CLOSE_OVERLOAD = 1013;
 const CLOSE_TOKEN = 4401;
-// A browser does not say why a handshake failed, so HTTP is asked: at the first failure of a client that
-// has never had a socket, and then at every third in a row. More questions would double a storm's load.
+// A browser does not say why a handshake failed, so the client asks by HTTP: at its first failure if it has
+// never had a socket, and at every third failure in a row. More requests would double the load of a storm.
 const FAILURES_PER_QUESTION = 3;
 
-/** The part of a WebSocket that is used: a browser's, Node's, or the `ws` package's. */
+/** The part of a WebSocket that the client uses. Those of browsers, Node and the `ws` package have it. */
 export interface SocketLike {
   onopen: ((event: any) => void) | null;
   onmessage: ((event: any) => void) | null;
@@ -46,7 +46,7 @@ interface CommonOptions {
   token: string | (() => string | Promise<string>);
   /** The name of this device. A message is kept until each known device of its recipient has acked it. */
   device?: string;
-  /** The version up to which everything is handled already: store `client.cursor` to go on from there. */
+  /** The version up to which everything is handled. Store `client.cursor` to continue from there. */
   cursor?: number;
   /**
    * Whether tabs of this browser that have the same `url`, `device` and recipient share one socket.
@@ -57,11 +57,11 @@ interface CommonOptions {
   WebSocket?: new (url: string, protocols: string[]) => SocketLike;
   fetch?: typeof fetch;
   /**
-   * `auto`, the default, connects by WebSocket, and polls over HTTP where none gets through; then it tries one again
-   * and again. `websocket` and `poll` do nothing else.
+   * `auto`, the default, connects by WebSocket. Where no WebSocket gets through, it polls over HTTP and tries a
+   * WebSocket from time to time. `websocket` and `poll` use only the one or the other.
    */
   transport?: Transport;
-  /** Delays to change. */
+  /** Delays that differ from the defaults. */
   policy?: Partial<Policy>;
 }
 
@@ -70,10 +70,10 @@ type Handlers = { onMessages: OnMessages; onPoke?: never } | { onPoke: OnPoke; o
 
 export type Options = CommonOptions & Handlers;
 
-/** Of a recipient that a client listens to beside its own: as the client's. */
+/** Options for a further recipient. They mean the same as the client's. */
 export type ListenOptions = Pick<CommonOptions, "token" | "cursor"> & Handlers;
 
-/** What a client listens to beside its own recipient, until it is closed; it ends with the client, too. */
+/** Listens to a further recipient until it, or its client, is closed. */
 export type Listening = Pick<Client, "cursor" | "state" | "stopCode" | "on" | "close">;
 
 /** The client whose socket carries the recipient. */
@@ -90,7 +90,7 @@ export interface ClientEvents {
   state: State;
   /** Why something failed. The client will try again. */
   error: unknown;
-  /** Everything that happens, and what the client does about it. No step holds a token. */
+  /** Each event, and what the client does about it. No step holds a token. */
   step: Event | Action;
 }
 
@@ -115,16 +115,16 @@ export class Client {
   #timer: ReturnType<typeof setTimeout> | undefined;
   #asleepMs = 0;
   #socket: SocketLike | undefined;
-  /** The WebSocket that is tried beside what polls. */
+  /** The WebSocket that the client tries while it polls. */
   #tried: SocketLike | undefined;
   #failedHandshakes = 0;
   #hadSocket = false;
   #tabs: Tabs | undefined;
   #sharesNothing: boolean;
-  /** In a tab that follows: the connection that it would make if it led. */
+  /** In a tab that follows: the connection that the tab would open if it led. */
   #wanted: Connect | undefined;
   #leaderIsConnected = false;
-  /** The first frame of the socket, this tab's or the leading one's. */
+  /** The first frame of the socket of this tab, or of the leading tab. */
   #ready: string | undefined;
   readonly #shared = new SharedSocket((frame) => this.#say(frame));
   readonly #id = Math.random().toString(36).slice(2);
@@ -146,7 +146,7 @@ export class Client {
     this.#device = options.device ?? "default";
     this.#sharesNothing = !(options.share ?? typeof document === "object");
     this.#listeners = { state: new Set(), error: new Set(), step: new Set() };
-    // Not called as a method: a browser's fetch accepts no other `this`.
+    // A browser's fetch must not be called as a method of another object.
     const send: typeof fetch = (...call) => (options.fetch ?? fetch)(...call);
     this.#http = new Http(this.#url, this.#device, send);
     this.#poller = new Poller(
@@ -167,7 +167,7 @@ export class Client {
     const transport = options.transport ?? "auto";
     this.#core = new Core(`ws${this.#url.slice(4)}/v1/connect`, cursor, options.policy, transport);
     this.#listenToThePage();
-    // Not yet: the caller may want to listen to the first events.
+    // Later, so that the caller can subscribe to the first events.
     setTimeout(() => this.#feed({ type: "start" }));
   }
 
@@ -176,7 +176,7 @@ export class Client {
     return this.#core.cursor;
   }
 
-  /** The client's state; a `state` event tells each change. */
+  /** The client's state. Each change is a `state` event. */
   get state(): State {
     return this.#state;
   }
@@ -192,8 +192,8 @@ export class Client {
   }
 
   /**
-   * Listen to `recipient` as well: to a document, a room or a team. Its pokes come over this client's socket, and its
-   * pulls use its own token and cursor. If the instance carries no further recipient, it has a socket of its own.
+   * Listen to `recipient` as well: to a document, a room or a team. Its pokes come over this client's socket. Its pulls
+   * use its own token and cursor. If the instance does not accept a further recipient, it gets its own socket.
    *
    * @throws TypeError an option is missing or invalid, or the client listens to `recipient` already.
    */
@@ -230,18 +230,18 @@ export class Client {
     };
   }
 
-  /** Call `listener` at each such event. Returns a function that ends this. */
+  /** Call `listener` at each event of this name. Returns a function that unsubscribes it. */
   on<Name extends keyof ClientEvents>(name: Name, listener: Listener<Name>): () => void {
     this.#listeners[name].add(listener);
     return () => this.#listeners[name].delete(listener);
   }
 
-  /** Retry at once whatever waits out a delay: the network is back, or the machine woke up. */
+  /** Retry at once instead of waiting for a delay to end: the network is back, or the machine woke up. */
   wake(): void {
     this.#feed({ type: "wake" });
   }
 
-  /** Close for good. Messages whose handler is still running are not acked. */
+  /** Close for good. Messages that the handler is still handling are not acked. */
   close(): void {
     this.#end("closed");
   }
@@ -333,7 +333,7 @@ export class Client {
     this.#timer = setTimeout(() => {
       const passedMs = Date.now() - wall;
       if (passedMs - napMs < ASLEEP_MS) return this.#feed({ type: "tick" });
-      // Some systems' monotonic clocks stand still while the machine sleeps, but tokens expire meanwhile.
+      // On some systems the monotonic clock stands still while the machine sleeps, but tokens expire.
       this.#asleepMs += Math.max(0, passedMs - (performance.now() - mono));
       this.wake();
     }, napMs);
@@ -349,7 +349,7 @@ export class Client {
       if (this.#socket) this.#lose("offline");
     });
     listen(page, "visibilitychange", () => page?.hidden || this.wake());
-    // The browser may keep the page that it leaves, for the way back. It would cut the socket then.
+    // The browser may keep this page in its back/forward cache. Then it cuts the socket.
     listen(globalThis as unknown as EventTarget, "pagehide", (event) => {
       if (this.#socket && (event as PageTransitionEvent).persisted) this.#lose("the page was left");
     });
@@ -423,7 +423,7 @@ export class Client {
       const query: Record<string, string> = { device: this.#device, ...(moved ? { moved: "1" } : {}) };
       socket = part ?? (poll ? this.#poller.open(url, query) : this.#dial(url, query, in_query));
     } catch (error) {
-      // The address of a move is invalid, or the page's policy forbids it. Not now: an action is running.
+      // The address of a move is invalid, or the page's policy forbids it. Report it later: an action is running.
       setTimeout(() => this.#lose(String(error)));
       return;
     }
@@ -441,18 +441,18 @@ export class Client {
     };
   }
 
-  /** Open a WebSocket. The token goes into the query if something between refuses it as a sub-protocol. */
+  /** Open a WebSocket. The token goes into the query if a proxy refuses it as a sub-protocol. */
   #dial(url: string, query: Record<string, string>, inQuery = false): SocketLike {
     const target = new URL(url);
     const all = inQuery ? { ...query, access_token: this.#token } : query;
     for (const [name, value] of Object.entries(all)) target.searchParams.set(name, value);
-    // The token first: some proxies keep only the first of them.
+    // The token comes first, because some proxies keep only the first sub-protocol.
     const protocols = inQuery ? ["pokebridge.v1"] : [`bearer.${this.#token}`, "pokebridge.v1"];
     const WebSocket = this.#webSocket!;
     return new WebSocket(target.href, protocols);
   }
 
-  /** Let `socket` be the client's. */
+  /** Make `socket` the client's socket. */
   #own(socket: SocketLike): void {
     this.#socket = socket;
     const feed = (event: Event) => this.#socket === socket && this.#feed(event);
@@ -464,7 +464,7 @@ export class Client {
     socket.onerror = () => {}; // a close follows
   }
 
-  /** The socket has brought a frame. */
+  /** Handle a frame that the socket received. */
   #onText(text: string): void {
     if (this.#shared.hear(text)) {
       this.#tabs?.tell({ type: "down", text });
@@ -486,7 +486,7 @@ export class Client {
     this.#failedHandshakes = 0;
   }
 
-  /** Open a WebSocket beside what polls, and change over to it when it is `ready`. */
+  /** Open a WebSocket while the client polls, and switch to it when it is `ready`. */
   #try({ url, in_query }: Try): void {
     let opened = false;
     const fail = (reason: string) => this.#feed({ type: "try_failed", opened, reason });
@@ -530,13 +530,13 @@ export class Client {
     socket?.close();
   }
 
-  /** A handshake has failed: whether to find out why. */
+  /** Whether to ask why a handshake has failed. */
   #shouldAskWhy(): boolean {
     const failures = ++this.#failedHandshakes;
     return (failures === 1 && !this.#hadSocket) || failures % FAILURES_PER_QUESTION === 0;
   }
 
-  /** Tell the application why a handshake at `url` failed. Returns whether its token was refused. */
+  /** Report to the application why a handshake at `url` failed. Returns whether the token was refused. */
   async #askWhyRefused(url: string): Promise<boolean> {
     let why: unknown = new Error(
       `${url} takes no WebSocket, though the bridge answers over HTTP: check that proxies on the way, and` +
@@ -553,7 +553,7 @@ export class Client {
     return why instanceof HttpError && why.status === 401 && why.isTheBridges;
   }
 
-  /** Drop the socket; no event of it follows. */
+  /** Drop the socket. It causes no further event. */
   #drop(): void {
     const socket = this.#socket;
     this.#socket = this.#wanted = undefined;
@@ -570,14 +570,14 @@ export class Client {
     this.#socket?.send(JSON.stringify(message));
   }
 
-  /** Send `frame` over the socket, whichever tab has it. */
+  /** Send `frame` over the socket of this tab or of the leading tab. */
   #say(frame: ListenFrame): void {
     this.#leads ? this.#send(frame) : this.#tabs?.tell({ type: "up", frame, by: this.#id });
   }
 
   // --- the other tabs ---
 
-  /** Whether the socket is this client's own. */
+  /** Whether this tab has the socket. */
   get #leads(): boolean {
     return !this.#tabs || this.#tabs.leads;
   }
@@ -594,7 +594,7 @@ export class Client {
         (note) => this.#onNote(note),
       );
     } catch {
-      // An old browser, an insecure page, or a token that is not a JWT: each tab has its own socket.
+      // In an old browser, on an insecure page or with a token that is not a JWT, each tab has its own socket.
       this.#sharesNothing = true;
     }
   }
@@ -606,7 +606,7 @@ export class Client {
     if (wanted) {
       this.#open(wanted);
     } else {
-      // A tab's token is not renewed while it follows.
+      // While a tab follows, its token is not renewed.
       const isOld = claims(this.#token).exp * 1000 < Date.now() + OLD_TOKEN_MS;
       const code = isOld ? CLOSE_TOKEN : ABNORMAL_CLOSURE;
       this.#feed({ type: "closed", code, reason: "the leading tab is gone" });
@@ -653,7 +653,7 @@ export class Client {
     }
   }
 
-  /** The socket carries no more: the other tab tries again later. */
+  /** The socket carries this recipient no longer. The other tab tries again later. */
   #refuseToRelay({ recipient }: ListenFrame): void {
     const frame = { type: "unlistened", recipient, code: CLOSE_OVERLOAD, reason: "the tabs listen to too many" };
     this.#tabs?.tell({ type: "down", text: JSON.stringify(frame) });
@@ -685,7 +685,7 @@ export class Client {
   }
 }
 
-/** @throws TypeError with what is wrong, what was expected. */
+/** @throws TypeError an option is missing or invalid. The error names the option and what was expected. */
 function checkOptions(options: Options): void {
   const { url, token, device, cursor, transport, onMessages, onPoke } = (options ?? {}) as Record<string, any>;
   checkUrl(url);
@@ -709,7 +709,7 @@ function checkOptions(options: Options): void {
   }
 }
 
-/** The claims of a JWT that are used (RFC 7519, section 4.1): its recipient, and when it expires. */
+/** The claims of a JWT that the client reads (RFC 7519, section 4.1): its recipient, and when it expires. */
 function claims(token: string): { sub: string; exp: number } {
   const payload = token.split(".")[1] ?? "";
   return JSON.parse(atob(payload.replace(/-/g, "+").replace(/_/g, "/")));

@@ -20,7 +20,7 @@ const CLOSE_MOVED = 4307;
 const CLOSE_TOKEN = 4401;
 const CLOSE_FORBIDDEN = 4403;
 
-// The longest wait that a server may ask for: a wrong header or frame must not silence a client for long.
+// The longest wait that a server may ask for. A wrong header or frame must not silence a client for long.
 const MAX_ASKED_DELAY_S = 300;
 // A token is renewed this long before it expires, or a quarter of its life if that is shorter.
 const TOKEN_LEAD_S = 60;
@@ -47,20 +47,20 @@ export interface Policy {
   ready_within_s: number;
   /** How long the server may be silent before it is pinged. */
   ping_after_s: number;
-  /** How long the server then has to send anything. */
+  /** How long the server has to send anything after that ping. */
   pong_within_s: number;
-  /** Without a socket: when slow polling starts; jitter makes it up to twice that. */
+  /** Without a socket: the time until slow polling starts. Jitter makes it up to twice as long. */
   poll_after_s: number;
   /** The mean interval of slow polling. */
   poll_every_s: number;
   /**
-   * With a socket: the mean time between two pulls without a poke, 20 % more or less. The last net
-   * under everything that a server between the bridge and the client can get wrong.
+   * With a socket: the mean time between two pulls without a poke, plus or minus 20 %. These pulls find what
+   * was missed because a server between the bridge and the client lost pokes.
    */
   idle_pull_s: number;
-  /** The shortest time between two acks over the socket, which count against the limit of frames. */
+  /** The shortest time between two acks over the socket, because acks count against the limit of frames. */
   ack_every_s: number;
-  /** Where no WebSocket gets through: from one try to the next, growing up to the cap. */
+  /** Where no WebSocket gets through: the time from one try to the next. It grows up to the cap. */
   try_base_s: number;
   try_cap_s: number;
 }
@@ -98,7 +98,7 @@ class Pulls {
   failures = 0;
   #running = false;
   #wantedAt = Infinity;
-  /** Infinity: unknown, so that no cursor makes the pull needless. */
+  /** The version to reach. Infinity: unknown, so the pull is necessary whatever the cursor is. */
   #wantedVersion = 0;
   #notBefore = -Infinity;
 
@@ -106,7 +106,7 @@ class Pulls {
     this.cursor = cursor;
   }
 
-  /** When the next pull is to start; never while one is running. */
+  /** When the next pull starts. Infinity while one is running. */
   get dueAt(): number {
     return this.#running ? Infinity : Math.max(this.#wantedAt, this.#notBefore);
   }
@@ -119,13 +119,13 @@ class Pulls {
     this.#wantedAt = Math.min(this.#wantedAt, at);
   }
 
-  /** A pull starts. It covers all pokes until now. */
+  /** A pull starts. It answers all pokes so far. */
   start(): void {
     this.#running = true;
     this.#wantedAt = Infinity;
   }
 
-  /** Everything up to `cursor` is handled. A poke that came meanwhile may need no pull any more. */
+  /** Everything up to `cursor` is handled. A poke that came during the pull may need no further pull. */
   succeeded(cursor: number): void {
     this.#running = false;
     this.cursor = cursor;
@@ -159,9 +159,9 @@ export class Core {
   #socket: "down" | "connecting" | "ready" = "down";
   /** The handshake is done. */
   #isOpen = false;
-  /** The socket is polled. */
+  /** The frames are polled over HTTP. */
   #polls = false;
-  /** When the WebSocket that is being tried is given up. */
+  /** When the client gives up the WebSocket that it tries. */
   #tryUntil = Infinity;
   #failures = 0;
   #connectAt = Infinity;
@@ -170,20 +170,20 @@ export class Core {
   #pingAt = Infinity;
   #pongBy = Infinity;
   #pollAt = Infinity;
-  /** As the server said in `ready`. */
+  /** From the server's `ready`. */
   #takesAcks = false;
-  /** The version that this socket has carried. */
+  /** The newest version that was acked over this socket. */
   #acked = 0;
   #ackedAt = -Infinity;
   #ackAt = Infinity;
-  /** Announced, for when the socket closes with 4307. */
+  /** The address that a `move` announced. It is used when the socket closes with 4307. */
   #moveUrl: string | undefined;
-  /** Where to connect next, for once. */
+  /** Where the next connection goes. Later ones go to `url` again. */
   #nextUrl: string | undefined;
   #moved = false;
-  /** The socket goes to the address of a move, and is not ready there yet. */
+  /** The socket goes to the address of a move and is not ready yet. */
   #led = false;
-  /** Nobody answered at a move's address: the next connection says `moved`, so that it is kept. */
+  /** Nobody answered at a move's address. The next connection says `moved`, so the instance keeps it. */
   #stranded = false;
 
   #hasToken = false;
@@ -192,13 +192,13 @@ export class Core {
   #fetchFailures = 0;
   #refusals = 0;
   #refusedAt = -Infinity;
-  // Tokens are numbered. These are the newest, the socket's, and the running pull's.
+  // The numbers of the newest token, of the socket's token and of the running pull's token.
   #token = 0;
   #socketToken = 0;
   #tryToken = 0;
   #pullToken = 0;
 
-  // The event that is being handled: its time, its random number, and the actions so far.
+  // Of the event that is being handled: its time, its random number, and the actions so far.
   #now = 0;
   #random = 0;
   #actions: Action[] = [];
@@ -206,7 +206,7 @@ export class Core {
   /**
    * @param url the WebSocket address, `wss://…/v1/connect`
    * @param cursor the version up to which everything is handled already
-   * @param transport by what it connects
+   * @param transport how the client connects
    */
   constructor(
     url: string,
@@ -235,12 +235,12 @@ export class Core {
     return this.#polls && this.#socket !== "down";
   }
 
-  /** Whether the socket takes acks, so that a pull leaves its ack to it. */
+  /** Whether the socket takes acks, so that a pull does not ack over HTTP. */
   get acksBySocket(): boolean {
     return this.ready && this.#takesAcks;
   }
 
-  /** The version of an ack whose time has not come: a client that leaves should send it. */
+  /** The version of an ack that is not due yet. A client that closes should send it. */
   get waitingAck(): number | undefined {
     return this.#ackAt < Infinity ? this.cursor : undefined;
   }
@@ -307,14 +307,14 @@ export class Core {
         break;
       case "wake":
         this.#onWake();
-      // A tick has no effect of its own: whatever is due is done after each event.
+      // A tick needs no handling here: after each event the core does whatever is due.
     }
   }
 
   #doWhatIsDue(): void {
     const now = this.#now;
     if (Math.min(this.#giveUpAt, this.#pongBy) <= now) {
-      // Something between may hold back its frames. The longer it took the more it counts.
+      // A proxy may hold back the frames. A failure that took longer counts for more.
       const givesUp = this.#giveUpAt <= now;
       this.#judgeFailure(1 + Number(givesUp) + Number(givesUp && this.#isOpen), true);
       this.#actions.push({ type: "disconnect" });
@@ -369,7 +369,7 @@ export class Core {
         this.#onClosed(event.code);
         break;
       case "refused":
-        // Where a move led, another instance knows other keys or another time: home takes it.
+        // The instance at a move's address may have other keys or another time. The first address accepts the token.
         if (event.status === 401 && !this.#led) {
           this.#onClosed(CLOSE_TOKEN);
         } else if (event.status === 403 && !this.#led) {
@@ -400,7 +400,7 @@ export class Core {
         break;
       }
       case "move":
-        // The token is sent there, too: an encrypted connection must not move to an unencrypted one.
+        // The token is sent to the new address, too. So an encrypted connection must not move to an unencrypted one.
         if (typeof frame.url === "string" && (isWss(frame.url) || !isWss(this.#url))) {
           this.#moveUrl = frame.url;
         }
@@ -415,15 +415,15 @@ export class Core {
     this.#giveUpAt = Infinity;
     this.#pollLater();
     this.#pingAt = this.#now + this.#policy.ping_after_s;
-    // The server answers again, so there is no reason to wait after an earlier failure.
+    // The server answers again, so an earlier failure is no reason to wait.
     this.#pulls.retryNow();
-    // Even if `ready` has a version: it may have been read before the subscription was live.
+    // Pull even if `ready` has a version: the server may have read it before the subscription was live.
     this.#pulls.want(this.#now);
     if (this.#socketToken !== this.#token) this.#authenticate();
   }
 
   #onClosed(code: number): void {
-    // A second move before `ready` is a circle. After `ready` it is not: shards do move.
+    // A second move before `ready` is a loop. After `ready` a move is normal, because shards move.
     const movedAgain = this.#moved && !this.ready;
     if (this.#now - this.#readySince >= YOUNG_S && !this.#polls) this.#transports.lasted();
     else if (code === CLOSE_ABNORMAL) this.#judgeFailure();
@@ -442,7 +442,7 @@ export class Core {
     }
   }
 
-  /** The socket fails without a word of the bridge: it may be the wrong kind of socket. */
+  /** The socket failed before the bridge sent anything. Perhaps this transport does not get through. */
   #judgeFailure(weight = 1, silent = false): void {
     if (this.#polls) {
       if (!this.ready) this.#transports.pollFailed();
@@ -497,7 +497,7 @@ export class Core {
     this.#giveUpAt = this.#now + this.#policy.open_within_s;
   }
 
-  // --- a WebSocket beside what polls ---
+  // --- a WebSocket that is tried while the client polls ---
 
   get #inQuery(): { in_query?: true } {
     return this.#transports.inQuery ? { in_query: true } : {};
@@ -557,7 +557,7 @@ export class Core {
     }
   }
 
-  /** Fetch another token: at once, or after a delay when the last one was refused as well. */
+  /** Fetch another token: at once, or after a delay if the last token was refused, too. */
   #onTokenRefused(token: number): void {
     if (token !== this.#token || !this.#hasToken) return; // a newer token is there, or on its way
     if (this.#now - this.#refusedAt >= this.#policy.stable_s) this.#refusals = 0;
@@ -572,7 +572,7 @@ export class Core {
 
   #onPulled({ cursor, more, unacked }: Event & { type: "pulled" }): void {
     if (more && cursor === this.cursor) {
-      // `more` without progress is a fault of the server. It must not make a hot loop.
+      // `more` without progress is a fault of the server. It must not cause a busy loop.
       this.#pulls.failed(this.#now, this.#backoff(this.#pulls.failures));
     } else {
       this.#pulls.succeeded(cursor);

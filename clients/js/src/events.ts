@@ -1,7 +1,7 @@
-// What goes into the client's core and what comes out of it. The names are those of the scenarios in
-// tests/vectors/client, which hold every client of pokebridge to the same behaviour.
+// The events that go into the client's core, and the actions that come out of it. The scenarios in
+// tests/vectors/client use the same names. They hold every client of pokebridge to the same behaviour.
 
-/** Something happened. A `reason` is for people: the core does not look at it. */
+/** Something happened. A `reason` is for people; the core ignores it. */
 export type Event =
   /** The client was started: the first event, once. */
   | { type: "start" }
@@ -17,13 +17,13 @@ export type Event =
   /** The handshake was answered with an HTTP status other than 101. */
   | { type: "refused"; status: number; retry_after_s?: number | null; reason?: string }
   /**
-   * The pull succeeded: everything up to `cursor` is handled; `more`: more messages wait. `unacked`: `cursor`
-   * is still to be acked, over the socket.
+   * The pull succeeded: everything up to `cursor` is handled. `more`: more messages wait. `unacked`: the core has
+   * to ack `cursor` over the socket.
    */
   | { type: "pulled"; cursor: number; more?: boolean; unacked?: boolean }
   /**
-   * The pull failed, or its handler did. `unauthorized`: its token was refused. `cursor`: how far it got
-   * nonetheless.
+   * The pull or its handler failed. `unauthorized`: the token was refused. `cursor`: the version that the pull
+   * reached before it failed.
    */
   | {
       type: "pull_failed";
@@ -33,13 +33,13 @@ export type Event =
       reason?: string;
     }
   /**
-   * The WebSocket that `try` opened has brought its first frame, `ready`. It is the client's socket from now on,
-   * and what polled before is dropped.
+   * The WebSocket that `try` opened has received its first frame, `ready`. From now on it is the client's socket,
+   * and polling ends.
    */
   | { type: "upgraded"; text: string }
-  /** The WebSocket that `try` opens has failed; `opened`: after its handshake. */
+  /** The WebSocket that `try` opened has failed. `opened`: it failed after its handshake. */
   | { type: "try_failed"; opened?: boolean; reason?: string }
-  /** The network came back or the machine woke up: retry at once whatever waits out a delay. */
+  /** The network came back or the machine woke up: retry at once instead of waiting for a delay to end. */
   | { type: "wake" }
   /** The time is `timer`, or later. */
   | { type: "tick" };
@@ -49,15 +49,15 @@ export type Action =
   /** Get a new token; answer with `token` or `token_failed`. */
   | { type: "fetch_token" }
   /**
-   * Open the socket; answer with `opened`, or `refused` or `closed`. `poll`: the frames are to be polled over HTTP.
-   * `in_query`: the token goes into the query, because something between refuses it elsewhere.
+   * Open the socket; answer with `opened`, `refused` or `closed`. `poll`: poll the frames over HTTP. `in_query`: put
+   * the token into the query, because a proxy refuses it elsewhere.
    */
   | { type: "connect"; url: string; moved: boolean; poll?: true; in_query?: true }
-  /** Open a WebSocket beside what polls; answer with `upgraded` or `try_failed`. */
+  /** Open a WebSocket while the client polls; answer with `upgraded` or `try_failed`. */
   | { type: "try"; url: string; in_query?: true }
-  /** Drop the WebSocket that is being tried; no event of it may follow. */
+  /** Drop the WebSocket that is being tried. It may cause no further event. */
   | { type: "abandon" }
-  /** Drop the socket, whatever its state; no event of it may follow. */
+  /** Drop the socket, whatever its state. It may cause no further event. */
   | { type: "disconnect" }
   /** Send a `ping` message. */
   | { type: "ping" }

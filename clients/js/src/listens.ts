@@ -1,10 +1,10 @@
-// The recipients that a client's socket carries beside the client's own. Each has a core of its own, whose socket is
-// a part of the client's: what comes for one is given to its core as what a socket of its own would have brought.
+// The further recipients that a client's socket carries. Each recipient has its own core, which treats a part of the
+// client's socket as its socket: it gets the frames about its recipient as if they had come over a separate socket.
 
 import { number, parseFrame } from "./core.js";
 import type { Event } from "./events.js";
 
-/** The close code for a core whose part of the socket is gone with it: it listens again. */
+/** The close code for a recipient's core when the client's socket is lost. The core then listens again. */
 export const SOCKET_LOST = 1001;
 const ABNORMAL_CLOSURE = 1006;
 
@@ -14,7 +14,7 @@ export interface Given {
   event: Event & { type: "text" | "closed" };
 }
 
-/** What a socket carries. */
+/** The further recipients that a socket carries. */
 export class Listens {
   /** How many recipients the socket may carry, as its `ready` said; undefined while there is no socket. */
   atMost: number | undefined;
@@ -36,26 +36,26 @@ export class Listens {
     return lost;
   }
 
-  /** The socket does not take what is sent. From now on each recipient has its own. */
+  /** The socket does not accept `listen` messages. From now on each recipient has its own socket. */
   refuse(): Given[] {
     const lost = this.lose();
     this.atMost = 0;
     return lost;
   }
 
-  /** Whether the socket takes `recipient`. Then `listen` is to be sent. */
+  /** Whether the socket can carry `recipient`. If so, the caller sends `listen`. */
   carry(recipient: string): boolean {
     if (this.#carried.size >= (this.atMost ?? 0) && !this.#carried.has(recipient)) return false;
     this.#carried.add(recipient);
     return true;
   }
 
-  /** Carry `recipient` no more. Returns whether `unlisten` is to be sent. */
+  /** Stop carrying `recipient`. Returns whether the caller has to send `unlisten`. */
   drop(recipient: string): boolean {
     return this.#carried.delete(recipient);
   }
 
-  /** What a frame says of a recipient; undefined if it says nothing of any, and is for the client's own core. */
+  /** What a frame says about a further recipient. Undefined if the frame is for the client's own core. */
   hear(text: string): Given | undefined {
     const { type, recipient, ...frame } = parseFrame(text);
     if (typeof recipient !== "string" || !["poke", "listening", "unlistened"].includes(type as string)) return;

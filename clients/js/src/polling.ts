@@ -1,4 +1,4 @@
-// A socket for networks that let no WebSocket pass: HTTP calls that wait fetch its frames (docs/protocol.md,
+// A socket for networks that let no WebSocket pass. HTTP calls that wait fetch its frames (docs/protocol.md,
 // section 4).
 
 import type { SocketLike } from "./client.js";
@@ -11,11 +11,11 @@ const FRAMES_AT_ONCE = 20;
 const OPEN_WAIT_S = 5;
 const WAIT_S = 25;
 const LEAST_WAIT_S = 3;
-// Of the time after which something cut a call, the share that the next calls wait.
+// If a proxy cuts a call after some time, the next calls wait for this share of that time.
 const SHARE = 0.7;
 const ABNORMAL_CLOSURE = 1006;
 
-/** How a polled socket has ended: as a WebSocket does, or refused by the bridge. */
+/** How a polled socket has ended: closed like a WebSocket, or refused by the bridge. */
 export interface PollEnd {
   code: number;
   reason: string;
@@ -24,14 +24,14 @@ export interface PollEnd {
 
 /** Opens polled sockets, and remembers how long a call may wait on this network. */
 export class Poller {
-  /** How long a call waits. Shorter once something between has cut one. */
+  /** How long a call waits. It is shorter after a proxy has cut a call. */
   waitS = WAIT_S;
 
   constructor(
     readonly send: typeof fetch,
-    /** The token of the next call. */
+    /** Returns the token for the next call. */
     readonly token: () => string,
-    /** A frame that the client has sent did not arrive. */
+    /** Called when a frame that the client sent did not arrive. */
     readonly onUnsent: () => void,
   ) {}
 
@@ -41,7 +41,7 @@ export class Poller {
   }
 }
 
-/** One session. It looks like a WebSocket. Of what is sent only `listen` and `unlisten` leave, in calls of their own. */
+/** One session, with the interface of a WebSocket. */
 class PolledSocket implements SocketLike {
   onopen: ((event: any) => void) | null = null;
   onmessage: ((event: any) => void) | null = null;
@@ -65,7 +65,10 @@ class PolledSocket implements SocketLike {
     void this.#run();
   }
 
-  /** A waiting call has a token of its own, acks go over HTTP, and an answer is a sign of life. */
+  /**
+   * Send `listen` and `unlisten`. Other frames are not needed: each call has its token, acks go over HTTP, and an
+   * answer is a sign of life.
+   */
   send(data: string): void {
     const frame = JSON.parse(data);
     if (!["listen", "unlisten"].includes(frame.type)) return;

@@ -7,11 +7,11 @@ import type { Event } from "./events.js";
 // An answer may take as long as it needs, but each KiB of it must come within this time.
 const PROGRESS_WITHIN_MS = 10_000;
 const PROGRESS_BYTES = 1024;
-// The longest that a whole answer may take, and its largest size. The bodies of a page have 1 MiB.
+// The longest time and the largest size of a whole answer. The bodies of a page have at most 1 MiB.
 const ANSWER_WITHIN_MS = 120_000;
 const MAX_ANSWER_CHARS = 8 * 1024 * 1024;
 const PAGE_LIMIT = 50;
-// After an answer that did not come to its end, the next page is this much smaller.
+// After an incomplete answer, the next page is smaller by this factor.
 const SMALLER_PAGE = 4;
 // How many of the leading tab's pages a tab keeps. A tab that falls further behind pulls for itself.
 const MAX_RELAYED_PAGES = 20;
@@ -42,7 +42,7 @@ export interface Page {
 /** What the tab that pulls tells the other tabs. */
 export type Relayed = { type: "page"; after: number; page: Page } | { type: "poke" };
 
-/** How a pull ended, for the core; and the error that made it fail, for the application. */
+/** How a pull ended, for the core, and why it failed, for the application. */
 export interface PullResult {
   event: Event & { type: "pulled" | "pull_failed" };
   error?: unknown;
@@ -63,7 +63,7 @@ export interface Sharing {
   relay(note: Relayed): void;
 }
 
-/** An answer that stood still, or that broke off. */
+/** An answer that stalled or broke off. */
 class IncompleteError extends Error {}
 
 /** Leaves the pull to a function of the application. */
@@ -93,7 +93,7 @@ export class OwnPuller implements Puller {
 export class MailboxPuller implements Puller {
   #acked: number;
   #limit = PAGE_LIMIT;
-  // The mailbox's head as of the last page that left nothing to pull.
+  // The mailbox's head when the last page left nothing to pull.
   #head = { after: -1, etag: "" };
   #relayed: { after: number; page: Page }[] = [];
 
@@ -115,7 +115,7 @@ export class MailboxPuller implements Puller {
     let handled: number | undefined;
     try {
       const read = this.#kept(after) ?? (await this.#read(after, token));
-      // The leading tab may have acked a page during this request. Then only its relayed copy is left.
+      // The leading tab may have acked a page during this request. Then only the relayed copy is left.
       const page = this.#kept(after) ?? read;
       if (page.version < after) {
         // The mailbox was started anew: its head is below the cursor.
@@ -142,7 +142,7 @@ export class MailboxPuller implements Puller {
   #kept(after: number): Page | undefined {
     this.#relayed = this.#relayed.filter(({ page }) => page.version > after);
     const first = this.#relayed.find((relayed) => relayed.after <= after);
-    // A tab that leads by now has to ask for what came after the relayed page.
+    // If this tab leads by now, it has to ask for what came after the relayed page.
     return first && { ...first.page, more: this.#relayed.length > 1 || this.sharing.leads() };
   }
 
@@ -188,7 +188,7 @@ export class Http {
   /**
    * POST `body`, or GET without one. Any status but those `expected` throws an HttpError.
    *
-   * What else it throws names the URL as well: a server that can't be reached, an answer that stands still.
+   * Its other errors name the URL, too: the server can't be reached, or the answer stalls.
    */
   async request(
     path: string,
@@ -256,7 +256,7 @@ class Progress {
     return this.#controller.signal;
   }
 
-  /** So many bytes have come. Fewer than a KiB do not count: an answer that drips would never end. */
+  /** Count bytes that have arrived. The deadline moves only after a full KiB, so that a dripping answer ends. */
   add(bytes: number): void {
     this.#bytes += bytes;
     if (this.#bytes < PROGRESS_BYTES) return;
@@ -264,7 +264,7 @@ class Progress {
     this.#abortIn(PROGRESS_WITHIN_MS);
   }
 
-  /** The rest of the answer comes in one piece, so nobody sees its progress. */
+  /** The rest of the answer comes in one piece, so its progress can't be seen. */
   isUnseen(): void {
     this.#abortIn(ANSWER_WITHIN_MS);
   }
@@ -280,7 +280,7 @@ class Progress {
   }
 }
 
-/** The whole body as text, of a length that a page may have: whatever stands between may answer. */
+/** The whole body as text. Its length is limited to a page's, because a proxy may answer with anything. */
 export async function readText(response: Response, progress?: Progress): Promise<string> {
   const reader = response.body?.getReader?.();
   if (!reader) {
@@ -302,7 +302,7 @@ export async function readText(response: Response, progress?: Progress): Promise
 }
 
 /**
- * The end of a pull that failed; `cursor` if it got somewhere nonetheless. An error of the application
+ * The event for a pull that failed. `cursor`: the version that it reached before. An error of the application
  * may have a `status` and a `retry_after_s`, too.
  */
 function failed(error: any, cursor?: number): PullResult {

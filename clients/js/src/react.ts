@@ -5,15 +5,15 @@ import { connect, type Client, type Listening, type ListenOptions, type Options,
 /**
  * Stay connected while the component is mounted; returns the client's state.
  *
- * It connects anew when `url`, `device` or `key` changes: let `key` name the user, so that each user
- * gets their own connection. The functions in `options` may change with every rendering. Pass `null`
- * instead of options when nobody is signed in: that closes the connection.
+ * It reconnects when `url`, `device` or `key` changes. Let `key` name the user, so that each user gets their
+ * own connection. The functions in `options` may change with every rendering. If nobody is signed in, pass
+ * `null` instead of options: that closes the connection.
  */
 export function usePokebridge(options: Options | null, key = ""): State {
   return useStateOf(usePokebridgeClient(options, key), options ? "connecting" : "closed");
 }
 
-/** The same, but returns the client, for `useListen`; null while there is none. */
+/** Like `usePokebridge`, but returns the client, for `useListen`. Null while there is none. */
 export function usePokebridgeClient(options: Options | null, key = ""): Client | null {
   const [client, setClient] = useState<Client | null>(null);
   const latest = useLatest(options);
@@ -28,10 +28,10 @@ export function usePokebridgeClient(options: Options | null, key = ""): Client |
 }
 
 /**
- * Listen to `recipient` as well while the component is mounted: `client.listen`; returns the state of that.
+ * Call `client.listen` for `recipient` while the component is mounted. Returns the state of that listening.
  *
- * The functions in `options` may change with every rendering. A client listens to a recipient once: let one
- * component do it, and pass on what it gets.
+ * The functions in `options` may change with every rendering. A client can listen to a recipient only once: let
+ * one component do it and pass the data on.
  */
 export function useListen(client: Client | null, recipient: string | null, options: ListenOptions): State {
   const [listening, setListening] = useState<Listening | null>(null);
@@ -53,7 +53,7 @@ function useLatest<T>(value: T): { current: T } {
   return latest;
 }
 
-/** The state of `client`; `without` one, another. */
+/** The state of `client`, or `without` if there is no client. */
 function useStateOf(client: Listening | null, without: State): State {
   const [state, setState] = useState<State>(without);
   useEffect(() => {
@@ -64,7 +64,7 @@ function useStateOf(client: Listening | null, without: State): State {
   return state;
 }
 
-/** Options whose functions call those of the latest rendering. What is missing stays missing. */
+/** Options whose functions call those of the latest rendering. Missing functions stay missing. */
 function forwarding<T extends ListenOptions>(latest: { current: T | null }): T {
   const options: Record<string, any> = latest.current!;
   const now = (): Record<string, any> => latest.current ?? options;

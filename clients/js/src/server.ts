@@ -1,9 +1,9 @@
-// What a backend does: send messages, poke, end sessions. For Node ≥ 20, and any runtime with `fetch`.
+// For backends: send messages, poke, close sessions. Works in Node ≥ 20 and in any runtime with `fetch`.
 
 import { checkUrl, HttpError, isToken, problemDetail } from "./answers.js";
 import { readText } from "./pulling.js";
 
-// For one attempt, and longer by what a large message takes on a slow line.
+// The limit for one attempt. A large message gets more time, because the line may be slow.
 const ATTEMPT_MS = 10_000;
 const SLOW_LINE_BYTES_PER_MS = 16;
 const FIRST_PAUSE_MS = 200;
@@ -26,11 +26,11 @@ export interface PublisherOptions {
   fetch?: typeof fetch;
 }
 
-/** What may be said of a message. */
+/** Options of a message. */
 export interface SendOptions {
   /**
-   * The same id from the same sender commits nothing again. Default: a random one, which all attempts of the
-   * call share. Give one of your own to repeat a send yourself, also after a crash.
+   * A second send with the same id from the same sender commits nothing. Default: a random id, which all attempts
+   * of the call share. Give your own id if you repeat sends yourself, for example after a crash.
    */
   id?: string;
   /** Seconds after which the message may be deleted unread. Default: never. */
@@ -50,9 +50,9 @@ export interface Receipt {
 /**
  * Sends messages and pokes through the bridge's HTTP API.
  *
- * A call that fails for want of an answer, or with 429 or 5xx, is repeated with growing pauses. Every call is
- * safe to repeat. A call throws {@link HttpError} when the bridge refuses it, and the last error when no
- * attempt got through in time: then the message may have been committed all the same.
+ * A call without an answer, or with the answer 429 or 5xx, is repeated with growing pauses. Every call is safe to
+ * repeat. A call throws {@link HttpError} if the bridge refuses it. If no attempt succeeds in time, it throws the
+ * last error. In that case the message may still have been committed.
  */
 export class Publisher {
   readonly #url: string;
@@ -90,7 +90,7 @@ export class Publisher {
     }
   }
 
-  /** Close the recipient's sessions, on every instance. `revoke`: refuse the tokens issued before now, too. */
+  /** Close the recipient's sessions on every instance. `revoke`: also refuse the tokens issued before now. */
   async disconnect(recipient: string, { revoke = false }: { revoke?: boolean } = {}): Promise<void> {
     const path = `/v1/sessions/${encodeURIComponent(recipient)}${revoke ? "?revoke=true" : ""}`;
     await this.#call("DELETE", path, undefined, [204]);
@@ -154,7 +154,7 @@ function isOurs(text: string): boolean {
   }
 }
 
-/** How long to wait before the next attempt; undefined when another would be refused as well. */
+/** How long to wait before the next attempt. Undefined if the next attempt would be refused, too. */
 function pauseAfter(error: unknown, failures: number): number | undefined {
   const isFinal = error instanceof TypeError || (error instanceof HttpError && error.isTheBridges && !isPassing(error));
   if (isFinal) return undefined;
@@ -162,5 +162,5 @@ function pauseAfter(error: unknown, failures: number): number | undefined {
   return error instanceof HttpError ? Math.max(drawn, (error.retry_after_s ?? 0) * 1000) : drawn;
 }
 
-/** 507, a full mailbox, does not pass by itself. */
+/** Whether to repeat. Not after 507: a full mailbox does not empty by itself. */
 const isPassing = ({ status }: HttpError) => status === 429 || (status >= 500 && status !== 507);

@@ -1,10 +1,10 @@
-// A client's socket, as far as it carries what the client listens to beside its own recipient.
+// The part of a client's socket that carries further recipients.
 
 import type { SocketLike } from "./client.js";
 import type { Event } from "./events.js";
 import { Listens, SOCKET_LOST, type Given } from "./listens.js";
 
-/** What a client sends of a further recipient. */
+/** The frames that a client sends about a further recipient. */
 export interface ListenFrame {
   type: "listen" | "unlisten";
   recipient: string;
@@ -25,11 +25,11 @@ export class SharedSocket {
   readonly #listens = new Listens();
   readonly #listeners = new Map<string, Listener>();
   readonly #parts = new Map<string, Part>();
-  /** By recipient, who needs the socket to carry it: this tab, an empty string, and other tabs' clients. */
+  /** For each recipient, the clients that listen to it: other tabs' by their names, this tab's as an empty string. */
   readonly #holders = new Map<string, Set<string>>();
 
   constructor(
-    /** Sends a message over the socket, if there is one. */
+    /** Sends a message over the socket if there is one. */
     readonly say: (message: ListenFrame) => void,
   ) {}
 
@@ -41,19 +41,19 @@ export class SharedSocket {
     this.#listeners.set(recipient, create());
   }
 
-  /** Nobody listens to `recipient` any more. */
+  /** Forget `recipient`, to which nobody listens any more. */
   forget(recipient: string): void {
     this.#listeners.delete(recipient);
   }
 
-  /** Listen to nothing any more. */
+  /** Stop listening to all recipients. */
   close(code?: number): void {
     for (const each of [...this.#listeners.values()]) code ? each.stop(code) : each.close();
   }
 
   // --- what happens to the socket ---
 
-  /** Take a frame. Returns whether it was for what the client listens to. */
+  /** Handle a frame. Returns whether it was about a further recipient. */
   hear(text: string): boolean {
     const given = this.#listens.hear(text);
     if (given) this.#give([given]);
@@ -72,7 +72,7 @@ export class SharedSocket {
     this.#give(this.#listens.lose());
   }
 
-  /** The socket does not take what is sent. */
+  /** The socket does not accept `listen` messages. */
   refuse(): void {
     this.#holders.clear();
     this.#give(this.#listens.refuse());
@@ -85,9 +85,9 @@ export class SharedSocket {
   // --- called by what listens ---
 
   /**
-   * A part of the socket for `recipient`, or undefined if it needs a socket of its own.
+   * A part of the socket for `recipient`. Undefined if the recipient needs its own socket.
    *
-   * @throws Error there is no socket now, so nobody knows what it would carry.
+   * @throws Error there is no socket now, so its limit is unknown.
    */
   open(recipient: string): Part | undefined {
     if (this.#listens.atMost === undefined) throw new Error("the client has no socket");
@@ -98,7 +98,7 @@ export class SharedSocket {
     return part;
   }
 
-  /** `part` is needed no more. */
+  /** Give `part` back. */
   drop(recipient: string, part: Part): void {
     if (this.#parts.get(recipient) !== part) return;
     this.#parts.delete(recipient);
@@ -107,7 +107,7 @@ export class SharedSocket {
 
   // --- called for other tabs ---
 
-  /** Send what the client `by` of another tab sends. Returns false if the socket does not take it. */
+  /** Send a frame for the client `by` of another tab. Returns false if the socket does not accept it. */
   relay(frame: ListenFrame, by: string): boolean {
     const { type, recipient } = frame;
     if (type === "unlisten") {
@@ -134,7 +134,7 @@ export class SharedSocket {
   }
 }
 
-/** The part of a client's socket that carries one further recipient. It looks like a WebSocket. */
+/** The part of a client's socket for one further recipient, with the interface of a WebSocket. */
 export class Part implements SocketLike {
   onopen: ((event: any) => void) | null = null;
   onmessage: ((event: any) => void) | null = null;
@@ -153,7 +153,7 @@ export class Part implements SocketLike {
     });
   }
 
-  /** The client watches over the socket, and acks go over HTTP. */
+  /** Handle a frame of the core. A ping is answered here, because the client checks the socket. Acks go over HTTP. */
   send(data: string): void {
     const { type } = JSON.parse(data);
     if (type === "auth") this.#ask();
@@ -177,5 +177,5 @@ export class Part implements SocketLike {
   }
 }
 
-/** What a core hears that wants a socket while the client has none. */
+/** The event for a core that wants a socket while the client has none. */
 export const noSocket: Event = { type: "closed", code: SOCKET_LOST, reason: "the client has no socket" };

@@ -1,19 +1,19 @@
 // Several tabs of one browser share one socket. A Web Lock decides which of them leads; a BroadcastChannel
-// carries what the leading tab hears to the others.
+// carries what the leading tab receives to the others.
 
 import type { Relayed } from "./pulling.js";
 import type { ListenFrame } from "./sharing.js";
 
-// How long the lock is kept after `stop`. No other tab may lead before it has heard of the stop.
+// How long the lock is kept after `stop`, so that no other tab leads before it has received the stop.
 const STOP_LINGER_MS = 1_000;
 
-/** What tabs tell one another. */
+/** The messages between tabs. */
 export type Note =
   /** A tab that follows asks for a sign of life. */
   | { type: "hello" }
-  /** The leading tab's sign of life; `connected`: whether it hears pokes. `ready`: its socket's first frame. */
+  /** The leading tab's sign of life. `connected`: whether it receives pokes. `ready`: its socket's first frame. */
   | { type: "lead"; connected: boolean; ready?: string | undefined }
-  /** A tab that follows has the leading one send a frame: it listens to a further recipient. */
+  /** A tab that follows asks the leading tab to send a frame about a further recipient. */
   | { type: "up"; frame: ListenFrame; by: string }
   /** A frame about a further recipient. */
   | { type: "down"; text: string }
@@ -32,7 +32,7 @@ export class Tabs {
   /** @throws Error the runtime has no Web Locks or no BroadcastChannel. */
   constructor(
     private readonly name: string,
-    /** This tab leads from now on, or no longer. */
+    /** Called when this tab starts to lead, and when it no longer leads. */
     private readonly onChange: (leads: boolean) => void,
     onNote: (note: Note) => void,
   ) {
@@ -46,7 +46,7 @@ export class Tabs {
     this.#channel.postMessage(note);
   }
 
-  /** Lead at once: the leading tab does not answer. Some systems stop a hidden page, which keeps its lock. */
+  /** Lead at once, because the leading tab does not answer. Some systems stop a hidden page, and it keeps its lock. */
   takeOver(): void {
     this.#queued.abort();
     void this.#hold({ steal: true });

@@ -1,16 +1,16 @@
-// By which transport a client connects: a WebSocket, or long-polling where none gets through.
+// Chooses a client's transport: a WebSocket, or long polling where no WebSocket gets through.
 //
-// A part of the core, and pure as it is. A WebSocket comes first. Some networks refuse its handshake, hold back
-// its frames or cut it after a moment. Such failures come without a word of the bridge, and again and again. Then the
-// client polls. A failure to poll as well means that the bridge is away, and a WebSocket is next. A client that
-// polls tries a WebSocket beside it, after pauses that grow, and changes over when the bridge has said `ready` on it.
+// This is a part of the core, and pure like it. The client starts with a WebSocket. Some networks refuse its
+// handshake, hold back its frames or cut it after a moment. If WebSockets fail repeatedly before the bridge has sent
+// anything, the client polls. If polling fails, too, the bridge is away, and the client tries a WebSocket next. While
+// a client polls, it also tries a WebSocket after growing pauses, and switches to it when the bridge has sent `ready`.
 
-/** `auto`: a WebSocket, and polling where none gets through. The others: nothing else. */
+/** `auto`: a WebSocket, or polling where none gets through. The others use only that transport. */
 export type Transport = "auto" | "websocket" | "poll";
 
-// A client polls after so many WebSockets in a row that failed without a word of the bridge.
+// A client polls after this many WebSockets in a row failed before the bridge sent anything.
 const FAILURES_TO_POLL = 3;
-/** A WebSocket that ends sooner after its `ready` has failed. */
+/** A WebSocket that ends sooner than this after its `ready` counts as failed. */
 export const YOUNG_S = 10;
 
 /** Chooses the transport of each connection, and when a WebSocket is tried beside a poll. */
@@ -19,12 +19,12 @@ export class Transports {
   polls: boolean;
   /** The next WebSocket's token goes into the query. */
   inQuery = false;
-  /** When a client that polls tries a WebSocket. */
+  /** When a client that polls next tries a WebSocket. */
   tryAt = Infinity;
   readonly #isFixed: boolean;
   #failures = 0;
   #tries = 0;
-  /** No WebSocket of this row of failures has got beyond its handshake. */
+  /** Whether no WebSocket since the last success got beyond its handshake. */
   #isRefused = true;
 
   constructor(
@@ -42,8 +42,8 @@ export class Transports {
   }
 
   /**
-   * A WebSocket has failed without a word of the bridge. One that has kept the client waiting counts for more than
-   * one that failed at once.
+   * A WebSocket failed before the bridge sent anything. A WebSocket that kept the client waiting counts for more
+   * than one that failed at once.
    */
   failed(weight: number): void {
     if (this.#isFixed) return;
@@ -51,13 +51,13 @@ export class Transports {
     this.polls = this.#failures >= FAILURES_TO_POLL;
   }
 
-  /** A WebSocket has ended that worked for long enough. */
+  /** A WebSocket that worked for long enough has ended. */
   lasted(): void {
     this.#failures = this.#tries = 0;
     this.#isRefused = true;
   }
 
-  /** A poll has failed before its `ready`: perhaps all fails. A WebSocket is next. */
+  /** A poll failed before its `ready`. Perhaps nothing works now. A WebSocket is next. */
   pollFailed(): void {
     if (this.#isFixed) return;
     this.polls = false;
@@ -71,14 +71,14 @@ export class Transports {
     this.#tryLater(now, random);
   }
 
-  /** The WebSocket that was tried beside the poll has failed, perhaps once it was `opened`. */
+  /** The WebSocket that was tried during polling has failed. `opened`: it failed after its handshake. */
   tryFailed(now: number, random: number, opened: boolean): void {
     if (opened) this.#isRefused = false;
     this.#changeWay();
     this.#tryLater(now, random);
   }
 
-  /** The WebSocket that was tried is ready. It has to last, or the client polls again. */
+  /** The WebSocket that was tried is ready. If it does not last, the client polls again. */
   changedOver(): void {
     this.polls = false;
     this.tryAt = Infinity;
@@ -86,12 +86,12 @@ export class Transports {
     this.#failures = FAILURES_TO_POLL - 1;
   }
 
-  /** The network may be another one. */
+  /** The network may have changed. */
   wake(now: number): void {
     if (this.tryAt < Infinity) this.tryAt = now;
   }
 
-  /** Send the token in another way if no handshake succeeds although HTTP does. */
+  /** Send the token in another way if no handshake succeeds although HTTP requests do. */
   #changeWay(): void {
     if (this.#isRefused) this.inQuery = !this.inQuery;
   }
