@@ -19,7 +19,7 @@ import structlog
 
 from pokebridge.backoff import backoff_s
 from pokebridge.errors import InputError, MailboxFullError, NotPublishedError
-from pokebridge.mailbox.base import Mailbox
+from pokebridge.mailbox.base import Mailbox, in_parts
 from pokebridge.model import REVOCATIONS, NewMessage, Poke, Receipt, check_recipient
 from pokebridge.poke_merger import check_pokes
 from pokebridge.supervisor import Attempts, Part, cancel, keep_doing, supervise
@@ -272,7 +272,7 @@ class Processor:
 
     async def _confirm(self, pokes: Sequence[Poke]) -> None:
         with self._store.watched():
-            await self._mailbox.confirm_outbox(pokes)
+            await in_parts(self._mailbox.confirm_outbox, pokes)  # the sweep finds what is refused
 
     async def _sweep(self) -> None:
         """Publish and confirm the old entries of the outbox, batch by batch, until none is left.

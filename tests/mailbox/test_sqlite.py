@@ -14,7 +14,13 @@ from typing import Any
 
 import pytest
 
-from pokebridge.errors import ConfigError, InputError, MailboxError, MailboxFullError
+from pokebridge.errors import (
+    ConfigError,
+    InputError,
+    MailboxError,
+    MailboxFullError,
+    MailboxRefusedError,
+)
 from pokebridge.mailbox import base, sqlite, sqlite_checkpoints, sqlite_file, sqlite_workers
 from pokebridge.mailbox.base import Limits, Mailbox
 from pokebridge.mailbox.sqlite import SqliteMailbox
@@ -185,7 +191,7 @@ class TestTheWriter:
         both = asyncio.gather(add("parent", 1), add("child", 2), return_exceptions=True)
         await asyncio.sleep(0)
         released.set()
-        assert [type(answer) for answer in await both] == [MailboxError, MailboxError]
+        assert [type(answer) for answer in await both] == [MailboxRefusedError] * 2
         assert await first
         await add("parent", 1)
         await pool.close()

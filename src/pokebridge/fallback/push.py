@@ -6,7 +6,7 @@ within its grace. A recipient that is only slow gets one push too many.
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from time import monotonic
@@ -17,6 +17,7 @@ import structlog
 
 from pokebridge.backoff import backoff_s
 from pokebridge.errors import UnavailableError
+from pokebridge.mailbox.base import in_parts
 from pokebridge.mailbox.pushes import OwedPush, PushQueue
 from pokebridge.supervisor import Attempts, Part, cancel, keep_doing, run_once, supervise
 
@@ -237,8 +238,11 @@ class Pulls:
         while self._versions:
             some = dict(islice(self._versions.items(), TELL_BATCH))
             with self._store.watched():
-                await self._queue.pulled(some)
+                await in_parts(self._record_pulls, list(some))
             for recipient, version in some.items():
                 if self._versions[recipient] == version:
                     del self._versions[recipient]
         self._changed.clear()
+
+    async def _record_pulls(self, recipients: Sequence[str]) -> None:
+        await self._queue.pulled({each: self._versions[each] for each in recipients})

@@ -13,7 +13,7 @@ from itertools import islice
 from typing import Final
 
 from pokebridge.errors import UnavailableError
-from pokebridge.mailbox.base import ACKS_BATCH
+from pokebridge.mailbox.base import ACKS_BATCH, in_parts
 from pokebridge.model import Ack
 
 RecordAcks = Callable[[Sequence[Ack]], Awaitable[None]]
@@ -53,7 +53,7 @@ class Acks:
             self._wanted.set()
 
     async def record(self) -> None:
-        """Wait for an ack, and record all that are pending.
+        """Wait for an ack, and record all that are pending. One that is refused is dropped.
 
         Raises:
             UnavailableError: the mailbox is unavailable. The acks stay pending.
@@ -63,13 +63,14 @@ class Acks:
         while pending:
             batch = [Ack(*key, pending.pop(key)) for key in list(islice(pending, ACKS_BATCH))]
             try:
-                await self._record(batch)
+                refused = set(await in_parts(self._record, batch))
             except (UnavailableError, CancelledError):  # a broken driver cancels what it waits for
                 for recipient, device, version in batch:
                     newer = pending.get((recipient, device), version)
                     pending[recipient, device] = max(version, newer)
                 raise
-            self.recorded += len(batch)
-            for recipient, _, version in batch:
-                self.on_recorded(recipient, version)
+            self.recorded += len(batch) - len(refused)
+            for ack in batch:
+                if ack not in refused:
+                    self.on_recorded(ack.recipient, ack.version)
         self._wanted.clear()

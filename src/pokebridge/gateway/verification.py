@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import structlog
 
 from pokebridge.errors import MailboxError
-from pokebridge.mailbox.base import HEADS_BATCH
+from pokebridge.mailbox.base import HEADS_BATCH, in_parts
 from pokebridge.session import UNKNOWN_VERSION
 from pokebridge.wire import poke_frame
 
@@ -127,7 +127,12 @@ class Verification:
 
     async def _verify(self, sessions: Sequence[Verified], now: float) -> None:
         told_before = [session.told for session in sessions]
-        heads = await self._heads(list({session.recipient for session in sessions}))
+        heads: dict[str, int] = {}
+
+        async def look_up(recipients: Sequence[str]) -> None:
+            heads.update(await self._heads(recipients))
+
+        await in_parts(look_up, list({session.recipient for session in sessions}))
         for session, told in zip(sessions, told_before, strict=True):
             head = heads.get(session.recipient, 0)
             if not session.is_open or not head:

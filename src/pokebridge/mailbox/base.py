@@ -1,12 +1,14 @@
 """The mailbox port: a durable log for each recipient, and its guarantees."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol, TypeVar
 
-from pokebridge.errors import MailboxError, MailboxFullError
+from pokebridge.errors import MailboxError, MailboxFullError, MailboxRefusedError
 from pokebridge.model import MAX_VERSION, REVOCATIONS, Ack, Message, NewMessage, Page, Poke, Receipt
 from pokebridge.submission import MAX_BODY_BYTES
+
+T = TypeVar("T")
 
 DAY_MS: Final = 24 * 3600 * 1000
 RECEIPT_KEPT_MS: Final = 7 * DAY_MS
@@ -327,6 +329,23 @@ def admit(*, waiting: int, closed: bool) -> None:
         raise MailboxError("the mailbox is closed")
     if waiting >= MAX_WAITING:
         raise MailboxError(f"the mailbox is overloaded: {MAX_WAITING} calls are waiting")
+
+
+async def in_parts(call: Callable[[Sequence[T]], Awaitable[None]], items: Sequence[T]) -> list[T]:
+    """Await ``call`` with ``items``, or with fewer at a time while the mailbox refuses them.
+
+    So one item that it refuses, as for a damaged row, harms no other. Returns those that it refuses
+    alone. Raises what ``call`` raises otherwise.
+    """
+    try:
+        await call(items)
+    except MailboxRefusedError:
+        if len(items) == 1:
+            return [items[0]]
+        middle = len(items) // 2
+        refused = await in_parts(call, items[:middle])
+        return refused + await in_parts(call, items[middle:])
+    return []
 
 
 def is_utf8(text: str) -> bool:

@@ -73,6 +73,8 @@ _OF_DATA: Final = (
     "44",  # WITH CHECK OPTION of a view
     "54",  # too long for an index
     "P0",  # an error that a trigger raised
+    "XX001",  # a damaged page
+    "XX002",  # a damaged index
 )
 
 

@@ -20,8 +20,13 @@ READ_BATCH: Final = 16
 
 
 def head_of(db: sqlite3.Connection, recipient: str) -> int:
-    """The version of the newest message of ``recipient``; 0 if there never was one."""
-    row = db.execute("SELECT head FROM heads WHERE recipient = ?", (recipient,)).fetchone()
+    """The version of the newest message of ``recipient``; 0 if there never was one.
+
+    A number even if another program has written something else there.
+    """
+    row = db.execute(
+        "SELECT CAST(head AS INTEGER) FROM heads WHERE recipient = ?", (recipient,)
+    ).fetchone()
     return row[0] if row else 0
 
 

@@ -15,7 +15,7 @@ from traceback import clear_frames
 from typing import Any, Final, NamedTuple, TypeVar
 
 from pokebridge.backoff import spread
-from pokebridge.errors import InputError, MailboxError
+from pokebridge.errors import InputError, MailboxError, MailboxRefusedError
 from pokebridge.mailbox.base import admit
 from pokebridge.supervisor import note_failure
 
@@ -81,6 +81,8 @@ class WorkerPool:
         self._jobs.put(job)
         try:
             result: T = await job.done
+        except sqlite3.IntegrityError as error:  # a constraint or a trigger of another program
+            raise MailboxRefusedError(f"the mailbox's SQLite file refuses this: {error}") from error
         except sqlite3.Error as error:
             raise MailboxError(f"the mailbox's SQLite file is unavailable: {error}") from error
         except (UnicodeEncodeError, OverflowError) as error:
