@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import httpx
 from prometheus_client import CollectorRegistry
 
-from pokebridge.api.app import MailboxSide, Operations, Parts
+from pokebridge.api.app import MailboxSide, Parts
 from pokebridge.asgi import ASGIApp
 from pokebridge.cluster.history import HistoryEntry
 from pokebridge.cluster.load import ClusterLoad, ClusterStatus, InstanceStatus
@@ -58,11 +58,9 @@ class World:
             mailbox=self.mailbox_side(self.mailbox),
             cluster=self,
             watchers=_Watchers(self),
-            operations=Operations(
-                not_ready=self._not_ready,
-                registry=CollectorRegistry(),
-                requests=RequestDurations(),
-            ),
+            not_ready=self._not_ready,
+            registry=CollectorRegistry(),
+            requests=RequestDurations(),
         )
 
     def mailbox_side(self, mailbox: Mailbox) -> MailboxSide:

@@ -659,7 +659,7 @@ class TestOperations:
             Metric.POKES: 2,
             Metric.HANDSHAKES: {("101",): 4, ("401",): 1},
         }
-        expose(parts.operations.registry, lambda: numbers)
+        expose(parts.registry, lambda: numbers)
         async with http_client(create_api(parts)) as http:
             numbers[Metric.POKES] = 3
             await send(http, 1)
@@ -756,8 +756,7 @@ class TestProblems:
         async def not_ready() -> list[str]:
             raise asyncio.CancelledError
 
-        operations = replace(world.parts().operations, not_ready=not_ready)
-        parts = replace(world.parts(), operations=operations)
+        parts = replace(world.parts(), not_ready=not_ready)
         async with http_client(create_api(parts)) as http:
             assert_problem(await http.get("/readyz"), 500, "log")
 

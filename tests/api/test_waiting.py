@@ -121,7 +121,7 @@ async def test_a_pull_waits_for_the_next_message_and_no_longer() -> None:
         await world.commit()
         assert (await call).status_code == 200
         assert len(world.server.gateway.sessions) == world.server.gateway.entrance.sessions == 0
-        quick = world.built.operations.requests.by_labels
+        quick = world.built.requests.by_labels
         assert (*PULL, "200") not in quick  # or the rate of pulls would follow what waits
 
 

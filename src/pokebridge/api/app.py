@@ -62,17 +62,6 @@ class MailboxSide:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Operations:
-    """What health checks and monitoring read."""
-
-    not_ready: Callable[[], Awaitable[Sequence[str]]]
-    """Why the instance can't serve now; empty when it can."""
-    registry: CollectorRegistry
-    requests: RequestDurations
-    """Where the durations of the requests are counted."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Parts:
     """What the API needs of its instance.
 
@@ -89,7 +78,12 @@ class Parts:
     cluster: ClusterControl
     watchers: Watchers
     """The recipients that are poked when the cluster changes."""
-    operations: Operations
+    not_ready: Callable[[], Awaitable[Sequence[str]]]
+    """Why the instance can't serve now; empty when it can."""
+    registry: CollectorRegistry
+    """The metrics."""
+    requests: RequestDurations
+    """Where the durations of the requests are counted."""
     waiting: Waiting | None = None
     """Lets calls wait; ``None``: each is answered at once."""
     has_calls: bool = True
@@ -110,13 +104,13 @@ class Parts:
 
 def create_api(parts: Parts) -> ASGIApp:
     """The ASGI app that serves the API."""
-    parts.operations.registry.register(RequestMetrics(parts.operations.requests))
+    parts.registry.register(RequestMetrics(parts.requests))
     routes = [*_routes(parts)]
     calls = [route for route in routes if isinstance(route, Call)]
     app: ASGIApp = Api(
         [*routes, *pages.docs_routes(), _description(calls)],
         parts.verifier,
-        parts.operations.requests,
+        parts.requests,
         allowed_origins=parts.allowed_origins,
         limit_bytes=BODY_CAP_BYTES,
     )
@@ -145,7 +139,7 @@ def _routes(parts: Parts) -> Iterable[Route]:
             None if parts.mailbox is None else parts.mailbox.mailbox.inspect,
         ).routes()
         yield from ClusterCalls(parts.cluster, parts.watchers).routes()
-    yield from _operations(parts.operations)
+    yield from _operations(parts)
     if parts.sign_dev_token is not None:
         yield _dev_token(parts.sign_dev_token)
     if parts.has_calls:
@@ -165,18 +159,18 @@ def _description(calls: Sequence[Call]) -> Route:
     return Route("GET", "/openapi.json", openapi, scope=None)
 
 
-def _operations(operations: Operations) -> Iterable[Route]:
+def _operations(parts: Parts) -> Iterable[Route]:
     async def healthz(_: Request) -> Response:
         return json_response(schema.Health())
 
     async def readyz(_: Request) -> Response:
-        reasons = await operations.not_ready()
+        reasons = await parts.not_ready()
         if reasons:
             raise UnavailableError("; ".join(reasons))
         return json_response(schema.Health())
 
     async def metrics(_: Request) -> Response:
-        return exposition(operations.registry)
+        return exposition(parts.registry)
 
     ok = {200: schema.Health}
     yield Call("GET", "/healthz", healthz, "Is it alive", scope=None, answers=ok)

@@ -163,9 +163,9 @@ class Instance:
                 mailbox=mailbox,
                 cluster=parts.cluster,
                 watchers=self._watchers,
-                operations=api.Operations(
-                    not_ready=self._not_ready, registry=registry, requests=parts.requests
-                ),
+                not_ready=self._not_ready,
+                registry=registry,
+                requests=parts.requests,
                 waiting=Waiting(parts.gateway) if "gateway" in parts.roles else None,
                 has_calls="api" in parts.roles,
                 middleware=[] if parts.tracing is None else [parts.tracing.middleware],
