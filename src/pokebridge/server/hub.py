@@ -27,7 +27,7 @@ from pokebridge.server.fork_server import ForkServer
 from pokebridge.server.garbage import keep_what_exists
 from pokebridge.server.hub_http import PassedRequests
 from pokebridge.server.instance import Instance
-from pokebridge.server.uvicorn_server import tell_address
+from pokebridge.server.uvicorn_server import on_stop_signals, tell_address
 from pokebridge.settings import Settings
 from pokebridge.supervisor import cancel, supervise, task_failures
 from pokebridge.telemetry import Metric
@@ -196,7 +196,8 @@ class Hub:
         Raises:
             PokebridgeError: the workers do not start.
         """
-        with _stop_signals() as stopped:
+        stopped = asyncio.Event()
+        with on_stop_signals(lambda _: stopped.set()):
             try:
                 await self.instance.start()
                 if await _unless(stopped, self._start()):
@@ -425,20 +426,6 @@ class Hub:
 
     def _by_worker(self, read: Callable[[Slot], float]) -> Mapping[tuple[str, ...], float]:
         return {(str(slot.number),): read(slot) for slot in self.slots}
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[asyncio.Event]:
-    """An event that is set by SIGTERM and SIGINT."""
-    loop, stopped = asyncio.get_running_loop(), asyncio.Event()
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    for number in numbers:
-        loop.add_signal_handler(number, stopped.set)
-    try:
-        yield stopped
-    finally:
-        for number in numbers:
-            loop.remove_signal_handler(number)
 
 
 async def _unless(stopped: asyncio.Event, work: Coroutine[None, None, None]) -> bool:

@@ -1,12 +1,12 @@
 """Serve an instance on one port with uvicorn: the HTTP API, and the WebSockets beside it."""
 
 import asyncio
-import contextlib
 import errno
 import functools
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 import structlog
@@ -105,6 +105,19 @@ def tell_address(listener: socket.socket, on_listening: Callable[[str], None]) -
     on_listening(url)
 
 
+@contextmanager
+def on_stop_signals(stop: Callable[[int], object]) -> Iterator[None]:
+    """Call ``stop`` with the signal, instead of ending, on SIGTERM and SIGINT."""
+    loop, numbers = asyncio.get_running_loop(), (signal.SIGTERM, signal.SIGINT)
+    for number in numbers:
+        loop.add_signal_handler(number, stop, number)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+
+
 class _Server(uvicorn.Server):
     """uvicorn that drains the sessions before it stops, and exits with status 0."""
 
@@ -116,18 +129,11 @@ class _Server(uvicorn.Server):
         self._on_listening = on_listening
         self._drain: asyncio.Task[None] | None = None
 
-    @contextlib.contextmanager
+    @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Stop on SIGTERM and SIGINT, and do not raise them again."""
-        loop = asyncio.get_running_loop()
-        signals = (signal.SIGTERM, signal.SIGINT)
-        for number in signals:
-            loop.add_signal_handler(number, self.handle_exit, number, None)
-        try:
+        with on_stop_signals(lambda number: self.handle_exit(number, None)):
             yield
-        finally:
-            for number in signals:
-                loop.remove_signal_handler(number)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Log the address, once the server listens."""
