@@ -10,6 +10,7 @@ from pathlib import Path
 import structlog
 
 from pokebridge.errors import ConfigError
+from pokebridge.gateway.sockets import Sockets
 
 # Used if there is no limit. It is also Linux's default maximum (fs.nr_open).
 _ENDLESS = 1_048_576
@@ -18,6 +19,7 @@ _LEAST_RESERVE, _MOST_RESERVE = 24, 256
 # A quarter of the sockets is for HTTP connections, which pulls need; at most this many on a host.
 _MOST_CONNECTIONS = 1_000
 _LEAST_SOCKETS = 16
+_TO_RELIEVE = 32
 
 log = structlog.get_logger(__name__)
 
@@ -63,13 +65,13 @@ def make_room(max_sessions: int | None = None, *, processes: int = 1) -> Room:
     return Room(limit, sockets, sessions)
 
 
-def are_used_up() -> bool:
-    """Whether this process can open no other file now."""
+def relieve(sockets: Sockets) -> None:
+    """Close connections that wait if this process can open no other file now."""
     try:
         os.close(os.dup(2))
     except OSError as error:
-        return error.errno in {errno.EMFILE, errno.ENFILE}
-    return False
+        if error.errno in {errno.EMFILE, errno.ENFILE}:
+            sockets.relieve(_TO_RELIEVE)
 
 
 def raise_limit() -> int:

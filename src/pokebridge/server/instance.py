@@ -45,7 +45,6 @@ if TYPE_CHECKING:  # its libraries are an extra
     from pokebridge.tracing import Tracing
 
 _CHECK_TIMEOUT_S = 2.0
-_CONNECTIONS_TO_RELIEVE = 32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -210,8 +209,7 @@ class Instance:
         """Spread the pulls after a gap to the rate that this instance has proven to handle."""
         while True:
             await asyncio.sleep(1.0)
-            if descriptors.are_used_up():
-                self.gateway.sockets.relieve(_CONNECTIONS_TO_RELIEVE)
+            descriptors.relieve(self.gateway.sockets)
             self._capacity.settle(self.parts.requests.pulls())
             self.parts.gateway.pulls_per_s = self._capacity.per_s
 

@@ -70,7 +70,6 @@ from pokebridge.workers.worker_gateway import WorkerGateway
 HUB_STALLED_AFTER = 10
 """A hub that has sent nothing for so many seconds hangs. It asks for a report in each second."""
 _AT_ONCE = 64
-_CONNECTIONS_TO_RELIEVE = 32
 _FAMILIES = {b"4": socket.AF_INET, b"6": socket.AF_INET6}
 
 log = structlog.get_logger(__name__)
@@ -181,8 +180,7 @@ class Worker:
             await asyncio.sleep(1.0)
             self._watch_hub()
             self.gateway.refuse_overdue(time.time())
-            if descriptors.are_used_up():
-                self.gateway.sockets.relieve(_CONNECTIONS_TO_RELIEVE)
+            descriptors.relieve(self.gateway.sockets)
 
     def _watch_hub(self) -> None:
         self._unheard += 1
