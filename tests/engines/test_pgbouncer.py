@@ -97,6 +97,19 @@ async def test_the_mailbox_works(
     assert [row[0] for row in tables] == ["pokebridge"]
 
 
+async def test_another_isolation_by_default_is_not_ours(
+    pooled: str, postgres_database: str, by_hand: "asyncpg.Connection[asyncpg.Record]"
+) -> None:
+    """A database whose transactions are serializable, with and without the pooler."""
+    name = postgres_database.rpartition("/")[2]
+    await by_hand.execute(f"ALTER DATABASE {name} SET default_transaction_isolation = serializable")
+    for url in (pooled, postgres_database):
+        mailbox = await PostgresMailbox.open(url)
+        level = await mailbox._pool.run(lambda it: it.fetchval("SHOW transaction_isolation"))
+        await mailbox.close()
+        assert level == "read committed"
+
+
 async def test_each_statement_has_the_settings(pooled: str) -> None:
     """What bounds a call and keeps its plan holds on every connection, and stays ours."""
     mailbox = await PostgresMailbox.open(f"{pooled}?schema=own")

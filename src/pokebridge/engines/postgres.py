@@ -31,6 +31,9 @@ else:
     Connection = asyncpg.Connection  # takes no parameter outside its stubs
 
 DEFAULT_PORT = 5432
+# All statements are made for it. With another, which a database or role may have as its default,
+# they fail when two of them meet.
+_ISOLATION = {"default_transaction_isolation": "read committed"}
 
 T = TypeVar("T")
 
@@ -66,7 +69,7 @@ class PostgresDialler:
         **options: Any,
     ) -> None:
         check_engine_url(part, url)
-        self._settings = settings or {}
+        self._settings = _ISOLATION | dict(settings or {})
         # The hosts where the last connection was to a pooler.
         self._poolers: set[str] = set()
         self._part = part
@@ -132,9 +135,8 @@ class PostgresDialler:
         """Do ``work`` on ``connection``, with the settings. Raises what it raises."""
         if not self.is_pooled(connection):
             return await work(connection)
-        async with connection.transaction():
-            if self._settings:
-                await connection.execute(_assignments("SET LOCAL", self._settings))
+        async with connection.transaction(isolation="read_committed"):
+            await connection.execute(_assignments("SET LOCAL", self._settings))
             return await work(connection)
 
     @staticmethod
@@ -184,7 +186,7 @@ class PostgresDialler:
             try:
                 is_pooler = await _is_pooler(connection)
                 if is_pooler == expects_pooler:
-                    if not is_pooler and self._settings:
+                    if not is_pooler:
                         await connection.execute(_assignments("SET", self._settings))
                     return connection
             except BaseException:
