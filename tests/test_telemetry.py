@@ -52,10 +52,13 @@ def test_a_traceback_stays_on_its_line(capsys: pytest.CaptureFixture[str]) -> No
 def test_console_is_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     """The other form, with the same secrets hidden."""
     configure_logging("console", "info")
-    structlog.get_logger("pokebridge.x").warning("refused", token=JWT)
+    forged = "i-2\n2026-11-27 [info     ] listening\x1b[2J"
+    structlog.get_logger("pokebridge.x").warning("refused", token=JWT, peer=forged, names=[forged])
     written = capsys.readouterr().err
     assert "refused" in written
     assert "token=[hidden]" in written
+    assert written.count("\n") == 1
+    assert "\x1b" not in written
 
 
 @pytest.mark.parametrize(("level", "expected"), [("debug", 3), ("INFO", 2), ("error", 1)])

@@ -45,7 +45,7 @@ def http_client(
     Raises:
         ConfigError: the host of ``url`` can't be, or the proxy in the environment can't be used.
     """
-    if not _has_valid_host(url):
+    if not has_valid_host(url):
         raise ConfigError(f"no server can have the host {urlsplit(url).hostname}: correct the URL")
     proxy = proxy_for(url)
     if tls is None and urlsplit(url).scheme == "https":
@@ -202,8 +202,8 @@ def proxy_for(url: str, environ: Mapping[str, str] | None = None) -> str | None:
     return None
 
 
-def _has_valid_host(url: str) -> bool:
-    """Whether httpx accepts the host. Otherwise each call would raise what is no HTTPError."""
+def has_valid_host(url: str) -> bool:
+    """Whether httpx accepts the URL's host. Otherwise a call would raise what is no HTTPError."""
     try:
         return bool(httpx.URL(url).host)
     except (httpx.InvalidURL, ValueError):  # of an address, or of a name that has no IDNA encoding
@@ -279,7 +279,7 @@ def _checked_proxy(variable: str, value: str, host: str) -> str:
         url = value if "://" in value else f"http://{value}"
         parts = urlsplit(url)
         port = parts.port or _DEFAULT_PORTS[parts.scheme]
-        is_valid = parts.scheme in {"http", "https"} and _has_valid_host(url)
+        is_valid = parts.scheme in {"http", "https"} and has_valid_host(url)
     except (ValueError, KeyError):
         is_valid = False
     if not is_valid or parts.path.strip("/") or re.search(r"[?#\s]", value):

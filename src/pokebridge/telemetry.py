@@ -115,6 +115,7 @@ class Metric(StrEnum):
 
 
 _HIDDEN = "[hidden]"
+_OF_LINES = frozenset({"event", "exception", "stack"})
 _SECRET_NAME = re.compile(r"(^|_)(token|secret|authorization|password)$", re.IGNORECASE)
 # The query string of a URL or request target, credentials after their scheme, any JWT.
 _SECRET_TEXT = re.compile(
@@ -162,7 +163,7 @@ def configure_logging(log_format: str, level: str) -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     render: list[Processor] = (
-        [structlog.dev.ConsoleRenderer(colors=False)]
+        [quote_controls, structlog.dev.ConsoleRenderer(colors=False)]
         if log_format == "console"
         else [structlog.processors.EventRenamer("message"), structlog.processors.JSONRenderer()]
     )
@@ -202,6 +203,19 @@ def configure_logging(log_format: str, level: str) -> None:
         logger_factory=structlog.stdlib.LoggerFactory(),
         wrapper_class=structlog.stdlib.BoundLogger,
     )
+
+
+def quote_controls(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """Quote the values that have control characters, as Python would. A structlog processor.
+
+    Otherwise one could look like another line. Messages and tracebacks may have several lines.
+    """
+    return {
+        name: repr(value)
+        if isinstance(value, str) and not value.isprintable() and name not in _OF_LINES
+        else value
+        for name, value in event.items()
+    }
 
 
 def hide_secrets(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:

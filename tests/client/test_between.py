@@ -4,9 +4,11 @@ from collections.abc import AsyncIterator, Sequence
 from urllib.parse import urlsplit
 
 import pytest
+from websockets.exceptions import InvalidURI
 
 from pokebridge.client import PokeClient, Policy, ReceivedMessage, polling, pulling
 from pokebridge.client.events import AnyAction, AnyEvent, FetchToken, PullFailed, Stop
+from pokebridge.client.opening import Opener
 from pokebridge.errors import ForbiddenError
 from tests.client.between import DRIPS, STRANGERS, Between, FirstProtocolOnly, problem
 from tests.client.faulty_bridge import FaultyBridge
@@ -133,6 +135,28 @@ async def test_a_poll_without_end_is_given_up(
         with pytest.raises(polling.PollEndedError, match="more than 100000 bytes"):
             await poller.open(url, {}, "token")
     await poller.close()
+
+
+async def test_what_no_bridge_says_ends_a_poll_and_nothing_else(world: World) -> None:
+    """Neither an address that is none nor a frame that is no text is an unforeseen error."""
+    poller = polling.Poller(world.between.url, None)
+    for address in ("wss://[::1", "wss://\u2603.example", "wss:///x", "wss://h:x", "wss://a\0b"):
+        with pytest.raises(polling.PollEndedError):
+            await poller.open(address + CONNECT, {}, "token")
+    said = b'{"session":"s","frames":["\xff",{"type":"poke"}]}'
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(said)
+    world.between.answers[polling.POKES_PATH] = [[head + said]]
+    polled = await poller.open(world.between.url.replace("http", "ws") + CONNECT, {}, "token")
+    assert [await polled.recv("token") for _ in range(2)] == ['"\ufffd"', '{"type":"poke"}']
+    await poller.close()
+
+
+@pytest.mark.parametrize("address", ["wss:///x", "ws://127.0.0.1:9/x#y"])
+async def test_no_error_of_a_handshake_shows_the_token(address: str) -> None:
+    """Also where it is in the query, and the address that a move named is none."""
+    with pytest.raises(InvalidURI) as refused:
+        await Opener(None).open(address, {}, "secret", in_query=True)
+    assert "secret" not in repr(refused.value)
 
 
 @pytest.mark.parametrize("drip", ["status line", "header fields", "body", "chunk sizes"])

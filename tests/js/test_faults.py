@@ -37,13 +37,13 @@ async def test_what_is_sent(node: NodeRuntime, bridge: FaultyBridge) -> None:
     """The device goes everywhere, the cursor and the ETag with pulls, an ack after each page."""
     bridge.page_size = 2
     bridge.commit(*"abcde")
-    client = await start(node, bridge, device="my phone")
+    client = await start(node, bridge, device="my+phone&tablet")
     await client.wait_shown(*"abcde")
     await client.idle()
     await bridge.say(type="poke")
     await wait_until(lambda: len(bridge.pulls) == 4)
-    assert bridge.connects[0]["device"] == "my phone"
-    common = {"token": TOKEN, "device": "my phone", "limit": "50"}
+    assert bridge.connects[0]["device"] == "my+phone&tablet"
+    common = {"token": TOKEN, "device": "my+phone&tablet", "limit": "50"}
     assert bridge.pulls == [
         {**common, "after": after, "etag": etag}
         for after, etag in (("0", ""), ("2", ""), ("4", ""), ("5", '"5"'))
@@ -197,6 +197,8 @@ async def test_a_token_that_cannot_be_had(node: NodeRuntime, bridge: FaultyBridg
         ({"onMessages": "show"}, "`onMessages` must be a function"),
         ({"onMessages": None, "onPoke": 7}, "`onPoke` must be a function"),
         ({"device": ""}, "`device` must be"),
+        ({"device": "my phone"}, "visible ASCII"),
+        ({"device": "x" * 129}, "1 to 128"),
         ({"cursor": "7"}, "`cursor` must be a version"),
         ({"WebSocket": None}, "pass that of the ws package"),
     ],
@@ -215,6 +217,40 @@ async def test_wrong_options(node: NodeRuntime, options: dict[str, object], comp
     assert said.startswith("TypeError")
     assert complaint in said
     assert "secret" not in said
+
+
+async def test_a_padded_token_goes_into_the_query(node: NodeRuntime, bridge: FaultyBridge) -> None:
+    """No sub-protocol may have a = in it."""
+    client = Client(node)
+    await client.start(bridge.url, "", token=f"{TOKEN}=")
+    await client.wait_state("connected")
+    assert bridge.connects[0]["access_token"] == f"{TOKEN}="
+
+
+async def test_no_step_shows_the_token(node: NodeRuntime) -> None:
+    """Not even when a browser's error does."""
+    steps = await node.evaluate(
+        """new Promise((done) => {
+          const steps = [];
+          const WebSocket = class {
+            constructor(url, protocols) { throw new Error(`refused: ${url} ${protocols}`); }
+          };
+          const options = { url: "https://bridge.invalid", onMessages() {}, WebSocket };
+          for (const token of ["se.cr.et", "se.cr.et="]) {
+            const client = connect({ ...options, token, transport: "websocket" });
+            client.on("error", () => {});
+            client.on("step", (step) => {
+              steps.push(step);
+              if (step.type !== "closed") return;
+              client.close();
+              if (token.endsWith("=")) done(steps);
+            });
+          }
+        })"""
+    )
+    assert "se.cr.et" not in json.dumps(steps)
+    reasons = [step["reason"] for step in steps if step["type"] == "closed"]
+    assert all(reason.startswith("Error: refused: wss://bridge.invalid/") for reason in reasons)
 
 
 async def test_a_dead_port_is_told_at_once(client: Client) -> None:

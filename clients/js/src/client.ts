@@ -20,6 +20,8 @@ const OLD_TOKEN_MS = 30_000;
 // A leading tab that does not answer within this time counts as asleep.
 const LEADER_ANSWERS_WITHIN_MS = 2_000;
 const ABNORMAL_CLOSURE = 1006; // RFC 6455, section 7.4.1: no close frame came
+// What a sub-protocol may consist of (RFC 9110, section 5.6.2). A JWT that is padded with = is none.
+const IS_PROTOCOL = /^[-!#$%&'*+.^_`|~0-9A-Za-z]+$/;
 const CLOSE_OVERLOAD = 1013;
 const CLOSE_TOKEN = 4401;
 // A browser does not say why a handshake failed, so the client asks by HTTP: at its first failure if it has
@@ -424,7 +426,8 @@ export class Client {
       socket = part ?? (poll ? this.#poller.open(url, query) : this.#dial(url, query, in_query));
     } catch (error) {
       // The address of a move is invalid, or the page's policy forbids it. Report it later: an action is running.
-      setTimeout(() => this.#lose(String(error)));
+      const reason = this.#tell(error);
+      setTimeout(() => this.#lose(reason));
       return;
     }
     this.#own(socket);
@@ -444,12 +447,19 @@ export class Client {
   /** Open a WebSocket. The token goes into the query if a proxy refuses it as a sub-protocol. */
   #dial(url: string, query: Record<string, string>, inQuery = false): SocketLike {
     const target = new URL(url);
-    const all = inQuery ? { ...query, access_token: this.#token } : query;
+    const asProtocol = !inQuery && IS_PROTOCOL.test(this.#token);
+    const all = asProtocol ? query : { ...query, access_token: this.#token };
     for (const [name, value] of Object.entries(all)) target.searchParams.set(name, value);
     // The token comes first, because some proxies keep only the first sub-protocol.
-    const protocols = inQuery ? ["pokebridge.v1"] : [`bearer.${this.#token}`, "pokebridge.v1"];
+    const protocols = asProtocol ? [`bearer.${this.#token}`, "pokebridge.v1"] : ["pokebridge.v1"];
     const WebSocket = this.#webSocket!;
     return new WebSocket(target.href, protocols);
+  }
+
+  /** Why a WebSocket could not be made. A browser may show its sub-protocols and its URL, which bring the token. */
+  #tell(error: unknown): string {
+    const token = this.#token;
+    return [token, encodeURIComponent(token)].reduce((text, each) => text.replaceAll(each, "…"), String(error));
   }
 
   /** Make `socket` the client's socket. */
@@ -496,7 +506,8 @@ export class Client {
       if (this.#socket instanceof Part) throw new Error("the client's socket carries this recipient");
       socket = this.#dial(url, { device: this.#device }, in_query);
     } catch (error) {
-      setTimeout(() => fail(String(error))); // not now: an action is running
+      const reason = this.#tell(error);
+      setTimeout(() => fail(reason)); // not now: an action is running
       return;
     }
     this.#tried = socket;
@@ -698,8 +709,8 @@ function checkOptions(options: Options): void {
   if (typeof (onMessages ?? onPoke) !== "function") {
     throw new TypeError(`\`${onPoke === undefined ? "onMessages" : "onPoke"}\` must be a function`);
   }
-  if (device !== undefined && (typeof device !== "string" || !device)) {
-    throw new TypeError("`device` must be the name of this device");
+  if (device !== undefined && (typeof device !== "string" || !/^[!-~]{1,128}$/.test(device))) {
+    throw new TypeError("`device` must be 1 to 128 visible ASCII characters");
   }
   if (transport !== undefined && !["auto", "websocket", "poll"].includes(transport)) {
     throw new TypeError(`\`transport\` must be "auto", "websocket" or "poll": ${transport}`);

@@ -58,6 +58,7 @@ class Opener:
             ConfigError: the proxy in the environment can't be used.
             OSError, WebSocketException, ValueError: it can't be reached, or speaks no WebSocket.
         """
+        where = parse_uri(url)  # without the token, which would be in the error
         url = _with_query(url, query | ({"access_token": token} if in_query else {}))
         options: dict[str, Any] = {
             "subprotocols": [SUBPROTOCOL],
@@ -70,7 +71,6 @@ class Opener:
             "max_size": MAX_MESSAGE_BYTES,
             "proxy": None,
         }
-        where = parse_uri(url)
         if proxy := proxy_for(url):  # which resolves the name
             return await connect(url, **(options | {"proxy": proxy}))
         addresses = await addresses_of(where.host, where.port)

@@ -12,7 +12,7 @@ import msgspec
 from pokebridge.client.events import Closed, Refused
 from pokebridge.client.pulling import KEEPALIVE_S, MAX_ANSWER_BYTES
 from pokebridge.errors import AnswerTooLongError
-from pokebridge.outgoing import Answer, http_client, read_answer
+from pokebridge.outgoing import Answer, has_valid_host, http_client, read_answer
 from pokebridge.wire import CONNECT_PATH
 
 POKES_PATH = "/v1/pokes"
@@ -69,7 +69,11 @@ class Poller:
         Raises:
             PollEndedError: it is refused, or nobody answers.
         """
-        polled = PolledSocket(self, _http_url(url), query)
+        http_url = _http_url(url)
+        if not has_valid_host(http_url):
+            reason = "the address that the bridge has named has no valid host"
+            raise PollEndedError(Closed(ABNORMAL_CLOSURE, reason))
+        polled = PolledSocket(self, http_url, query)
         await polled.fetch(token, min(OPEN_WAIT_S, self.wait_s))
         return polled
 
@@ -115,7 +119,7 @@ class PolledSocket:
                 self._poller.wait_s = max(took_s * _SHARE, LEAST_WAIT_S)
             raise
         self._query = {"session": answer.session}
-        self._frames.extend(bytes(frame).decode() for frame in answer.frames)
+        self._frames.extend(bytes(frame).decode(errors="replace") for frame in answer.frames)
         self._close = answer.close
 
     async def send(self, message: dict[str, Any], token: str) -> None:
