@@ -13,7 +13,7 @@ import pytest
 from nats.js import JetStreamContext
 from nats.js.api import KeyValueConfig, StorageType
 
-from pokebridge.coordination.nats import NatsCoordination
+from pokebridge.coordination.nats import NatsCoordination, _Bucket
 from pokebridge.errors import CoordinationError
 from pokebridge.testing.coordination import Connect, CoordinationContract, member
 from tests.coordination.stores import ConnectTo, LoseData, StoreSuite, answers, connections
@@ -270,3 +270,20 @@ async def test_what_a_server_lacks_is_said_in_a_line(
         with pytest.raises(CoordinationError, match=f"(?i){said}") as error:
             await use()
     assert "secret" not in str(error.value)
+
+
+async def test_leases_from_before_the_clock_was_set_back(
+    connect_to: ConnectTo, nats_server: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dead member is gone, and a dead leader is followed, as if their leases had ended."""
+    store = await connect_to(nats_server.url, f"set-back-{next(_clusters)}")
+    await store.renew(member("dead"), 60)
+    assert await store.lead("dead", 60)
+    now_s = _Bucket._now_s
+
+    async def hours_ago(bucket: _Bucket) -> float:
+        return await now_s(bucket) - 3 * 3600
+
+    monkeypatch.setattr(_Bucket, "_now_s", hours_ago)
+    assert await store.members() == []
+    assert await store.lead("a", 60)

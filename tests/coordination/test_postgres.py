@@ -82,6 +82,21 @@ async def test_members_that_start_together_make_the_tables_once(
     assert len(await ends[0].members()) == 10
 
 
+async def test_leases_from_before_the_clock_was_set_back(
+    connect_to: ConnectTo, postgres_database: str
+) -> None:
+    """A dead member is gone, and a dead leader is followed, as if their leases had ended."""
+    store = await connect_to(postgres_database)
+    await store.renew(member("dead"), 60)
+    assert await store.lead("dead", 60)
+    for table in ("members", "leaders"):
+        later = f"UPDATE pokebridge_{table} SET expires_at = expires_at + interval '3 hours'"
+        await run(postgres_database, later)
+    await store.renew(member("a"), 60)
+    assert await store.members() == [member("a")]
+    assert await store.lead("a", 60)
+
+
 async def test_members_that_a_policy_would_hide_are_told(
     connect_to: ConnectTo, postgres_database: str
 ) -> None:

@@ -63,6 +63,7 @@ _PART = "coordination"
 _OPTIONS = URL_OPTIONS | {"replicas"}
 _MOST_MEMBERS = 1024  # the server's limit for one request
 _LEAVE_ATTEMPTS = 3
+_MOST_AHEAD_S = 3600.0
 # JetStream's error codes.
 _NO_MESSAGE = 10037
 _NAME_IN_USE = 10058
@@ -271,7 +272,7 @@ class _Bucket:
             joined.member
             for entry in await self._list("member.>")
             for joined in _decode(_joined, entry)
-            if now_s - entry.stamped_s < joined.lease_s
+            if _lasts(joined.lease_s, now_s - entry.stamped_s)
         ]
         return sorted(alive, key=lambda member: member.id)
 
@@ -300,7 +301,7 @@ class _Bucket:
             for other in _decode(_led, entry):
                 if other.holder != led.holder:
                     age_s = await self._now_s() - entry.stamped_s
-                    if age_s < other.lease_s:
+                    if _lasts(other.lease_s, age_s):
                         return False
         revision = 0 if entry is None else entry.revision
         return await self._put("leader", encode(led), ttl_s=led.lease_s, revision=revision)
@@ -463,6 +464,14 @@ async def _nothing(_: _Bucket) -> None:
 
 def _decode(decoder: msgspec.json.Decoder[T], entry: _Entry) -> list[T]:
     return [] if entry.is_gone else decode_all(decoder, [entry.value])
+
+
+def _lasts(lease_s: float, age_s: float) -> bool:
+    """Whether a lease lasts. It does not if it seems to be from far in the future.
+
+    Then the server's clock was set back.
+    """
+    return -_MOST_AHEAD_S < age_s < lease_s
 
 
 def _seconds(timestamp: str) -> float:

@@ -55,12 +55,15 @@ SELECT to_regclass('pokebridge_members') IS NULL OR to_regclass('pokebridge_docu
 """
 _LOCK = "SELECT pg_advisory_xact_lock(hashtextextended('pokebridge coordination', 0))"
 
+# A lease that would last for more than an hour has ended: the server's clock was set back, or is
+# behind that of the server before.
+_LASTS = "expires_at BETWEEN clock_timestamp() AND clock_timestamp() + interval '1 hour'"
 # Deletes expired rows, skipping those that another instance is deleting.
-_SWEEP = """
+_SWEEP = f"""
 DELETE FROM pokebridge_members WHERE (cluster, id) IN (
     SELECT cluster, id FROM pokebridge_members
-    WHERE cluster = $1 AND expires_at <= clock_timestamp() FOR UPDATE SKIP LOCKED)
-"""
+    WHERE cluster = $1 AND NOT {_LASTS} FOR UPDATE SKIP LOCKED)
+"""  # noqa: S608 - ours
 _RENEW = """
 INSERT INTO pokebridge_members VALUES ($1, $2, $3, $4, $5, clock_timestamp() + $6::interval)
 ON CONFLICT (cluster, id) DO UPDATE SET
@@ -68,10 +71,9 @@ ON CONFLICT (cluster, id) DO UPDATE SET
     expires_at = clock_timestamp() + $6::interval
 """
 _LEAVE = "DELETE FROM pokebridge_members WHERE cluster = $1 AND id = $2 AND incarnation = $3"
-_MEMBERS = """
-SELECT record FROM pokebridge_members
-WHERE cluster = $1 AND expires_at > clock_timestamp() ORDER BY id COLLATE "C"
-"""
+_MEMBERS = f"""
+SELECT record FROM pokebridge_members WHERE cluster = $1 AND {_LASTS} ORDER BY id COLLATE "C"
+"""  # noqa: S608 - ours
 _READ = "SELECT body, revision FROM pokebridge_documents WHERE cluster = $1"
 # The first revision is the time in µs. So when a document was lost and is created again, no
 # revision is used a second time.
@@ -84,19 +86,19 @@ _REPLACE = """
 UPDATE pokebridge_documents SET revision = revision + 1, body = $2
 WHERE cluster = $1 AND revision = $3 RETURNING true
 """
-_LEAD = """
+_LEAD = f"""
 INSERT INTO pokebridge_leaders AS held VALUES ($1, $2, clock_timestamp() + $3::interval)
 ON CONFLICT (cluster) DO UPDATE
     SET holder = excluded.holder, expires_at = clock_timestamp() + $3::interval
-    WHERE held.holder = excluded.holder OR held.expires_at <= clock_timestamp()
+    WHERE held.holder = excluded.holder OR NOT held.{_LASTS}
 RETURNING true
-"""
+"""  # noqa: S608 - ours
 _RESIGN = "DELETE FROM pokebridge_leaders WHERE cluster = $1 AND holder = $2"
-_STATE = """
+_STATE = f"""
 SELECT (SELECT revision FROM pokebridge_documents WHERE cluster = $1),
     (SELECT md5(string_agg(standing, ' ' ORDER BY id)) FROM pokebridge_members
-     WHERE cluster = $1 AND expires_at > clock_timestamp())
-"""
+     WHERE cluster = $1 AND {_LASTS})
+"""  # noqa: S608 - ours
 
 _members = msgspec.json.Decoder(Member)
 
