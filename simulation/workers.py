@@ -170,8 +170,7 @@ class SimWorker:
 
     def revoke(self, disconnect: Disconnect) -> None:
         """The hub tells it of a revocation."""
-        at_ms, until_ms = disconnect.at_ms or 0, disconnect.until_ms or 0
-        self._link.send(Revoke(disconnect.recipient, at_ms, until_ms))
+        self._link.send(Revoke(disconnect))
 
     def break_channel(self) -> None:
         """The channel breaks, as when too much is unsent."""

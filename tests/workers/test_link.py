@@ -139,7 +139,7 @@ async def test_a_revoked_token_is_refused_by_a_worker() -> None:
     async with running_host() as host:
         gateway = host.workers[0].gateway
         now_ms = int(time.time() * 1000)
-        gateway.take(frames.Revoke(BOB, now_ms, now_ms + 60_000))
+        gateway.take(frames.Revoke(Disconnect(BOB, now_ms, now_ms + 60_000)))
         assert gateway.disconnects.refuses(BOB, now_ms / 1000 - 5, time.time())
         assert not gateway.disconnects.refuses(EVE, now_ms / 1000 - 5, time.time())
 

@@ -302,7 +302,7 @@ class Hub:
         gateway = self.instance.gateway
         for each in gateway.bridge.disconnects.in_force(time.time()):
             await link.channel.room()
-            link.send(_frame(each))
+            link.send(Revoke(each))
         link.send(Welcome(link.number, self._settings, takes_acks=gateway.on_ack is not None))
 
     def _offer_methods(self, link: WorkerLink) -> PassedRequests:
@@ -337,7 +337,7 @@ class Hub:
 
     def _revoke(self, disconnect: Disconnect) -> None:
         for link in self._links:
-            link.send(_frame(disconnect))
+            link.send(Revoke(disconnect))
 
     # --- what the workers report ------------------------------------------------------------------
 
@@ -437,10 +437,6 @@ async def _unless(stopped: asyncio.Event, work: Coroutine[None, None, None]) -> 
     if is_done:
         tasks[0].result()
     return is_done
-
-
-def _frame(disconnect: Disconnect) -> Revoke:
-    return Revoke(disconnect.recipient, disconnect.at_ms or 0, disconnect.until_ms or 0)
 
 
 def _grow(counter: Counter[str], before: Mapping[str, int], now: Mapping[str, int]) -> None:

@@ -17,6 +17,7 @@ import msgspec
 
 from pokebridge.errors import InputError, PokebridgeError
 from pokebridge.model import Ack
+from pokebridge.wire import Disconnect
 
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 """Longer messages are an error. A full page of a mailbox has a little more than 1 MiB."""
@@ -102,11 +103,9 @@ class Wake(Message, tag=7):
 
 
 class Revoke(Message, tag=8):
-    """Refuse the recipient's tokens that were issued before ``at_ms``, until ``until_ms``."""
+    """Refuse tokens from now on."""
 
-    recipient: str
-    at_ms: int
-    until_ms: int
+    disconnect: Disconnect
 
 
 class Result(Message, tag=9):

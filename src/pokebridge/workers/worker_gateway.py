@@ -24,7 +24,7 @@ from pokebridge.gateway.sockets import Sockets
 from pokebridge.gateway.wheel import Wheel
 from pokebridge.model import Ack
 from pokebridge.supervisor import run_once
-from pokebridge.wire import Disconnect, poke_frame
+from pokebridge.wire import poke_frame
 from pokebridge.workers.frames import (
     Acked,
     Answer,
@@ -264,8 +264,7 @@ class WorkerGateway:
 
     def revoke(self, revoke: Revoke) -> None:
         """Refuse tokens from now on."""
-        disconnect = Disconnect(revoke.recipient, revoke.at_ms, revoke.until_ms)
-        self.disconnects.note(disconnect, time.time())
+        self.disconnects.note(revoke.disconnect, time.time())
 
     def _poke(self, poke: Poke) -> None:
         for number in poke.sessions:
