@@ -17,9 +17,9 @@ from pokebridge.errors import CoordinationError
 
 Connect = Callable[[], Awaitable[Coordination]]
 
-# Long enough for a busy machine to renew in time, short enough to wait for.
 __all__ = ["CoordinationContract"]
 
+# Long enough for a busy machine to renew in time, short enough to wait for.
 LEASE_S = 0.6
 TIMEOUT_S = 15.0
 
