@@ -134,10 +134,7 @@ class RedisTransport:
             if node not in by_node:
                 by_node[node] = (await self._client(node)).pipeline(transaction=False)
             by_node[node].execute_command(command, channel, body)
-        publishing = (self._execute(pipeline) for pipeline in by_node.values())
-        for outcome in await asyncio.gather(*publishing, return_exceptions=True):
-            if isinstance(outcome, BaseException):
-                raise outcome
+        await _all(self._execute(pipeline) for pipeline in by_node.values())
 
     async def subscribe(self, selection: Selection, receiver: Receiver) -> Subscription:
         """Subscribe to what ``selection`` matches, and return when the server has accepted it."""
