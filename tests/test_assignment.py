@@ -33,7 +33,7 @@ def within_one(owners: tuple[str | None, ...], members: dict[str, float]) -> boo
 
 @given(shard_counts, weights)
 def test_from_nothing_everyone_gets_a_fair_share(count: int, members: dict[str, float]) -> None:
-    """A first assignment leaves no shard without owner and nobody off by one or more."""
+    """The first assignment gives every shard an owner, and the shares differ by at most one."""
     owners = balance((None,) * count, members)
     assert set(owners) <= members.keys()
     assert within_one(owners, members)
@@ -76,7 +76,7 @@ def test_a_new_member_takes_its_share_and_no_more(
 
 @given(shard_counts, weights, st.integers(0, 2**32))
 def test_balance_is_a_fixed_point(count: int, members: dict[str, float], seed: int) -> None:
-    """Balancing what is balanced moves nothing, from whatever owners it came."""
+    """Balancing a balanced assignment moves nothing, whatever its owners are."""
     names = [*sorted(members), None, "gone"]
     start = tuple(names[(seed * (shard + 1) + shard) % len(names)] for shard in range(count))
     once = balance(start, members)

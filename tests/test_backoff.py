@@ -28,6 +28,6 @@ def test_a_pause_stays_random_at_the_cap() -> None:
 
 
 def test_spread_stays_within_its_bounds() -> None:
-    """A spread interval is random, and neither shorter nor longer than it says."""
+    """A spread interval is random and stays within its bounds."""
     spreads = [spread(10.0, 0.8, 1.2) for _ in range(200)]
     assert 8.0 <= min(spreads) < 10.0 < max(spreads) <= 12.0

@@ -167,7 +167,7 @@ def test_one_topic_a_shard_is_billed_once(load: Workload) -> None:
 
 @given(loads)
 def test_filters_are_never_cheaper_than_fanout(load: Workload) -> None:
-    """What a filter drops is charged, so single shards cost at least as much as everything."""
+    """Filtered messages are charged, so single shards cost at least as much as everything."""
     filtered = evaluate(load, Strategy.PUBSUB_FILTER)
     fanout = evaluate(load, Strategy.PUBSUB_FANOUT)
     charged_per_s = filtered.deliveries_per_s / (1 - filtered.filtered_share)
@@ -177,7 +177,7 @@ def test_filters_are_never_cheaper_than_fanout(load: Workload) -> None:
 
 @given(loads, strategies)
 def test_batching_never_costs(load: Workload, strategy: Strategy) -> None:
-    """The same pokes in fewer messages cost no more of anything."""
+    """The same pokes in fewer messages raise no cost."""
     single = replace(load, pokes_per_message=1)
     batched = replace(
         load, messages_per_s=load.messages_per_s / 10, pokes_per_message=10, sessions=load.sessions
@@ -204,7 +204,7 @@ def test_the_advice_agrees_with_the_figures(load: Workload, engine: Engine) -> N
 
 
 def test_a_cluster_of_one_wastes_nothing() -> None:
-    """There is nobody else whose pokes it could hear, and partitioning changes nothing."""
+    """One instance receives no foreign pokes, so partitioning changes nothing."""
     for strategy in Strategy:
         outcome = evaluate(Workload(messages_per_s=10_000, instances=1), strategy)
         assert outcome.discarded_share == 0
@@ -259,7 +259,7 @@ def test_few_misplaced_sessions_cost_a_little() -> None:
 
 @given(loads)
 def test_the_misplaced_share_is_found_in_what_it_does(load: Workload) -> None:
-    """From how many instances a message reaches, as it is measured in a partitioned cluster."""
+    """It follows from the number of instances per message, measured in partitioned mode."""
     load = replace(load, recipients_per_session=1.0)
     assume(load.instances <= load.shards)
     mean = load.sessions * load.misplaced_share / load.shards / max(load.instances - 1, 1)
@@ -365,7 +365,7 @@ def test_measured_costs_are_met_where_they_were_measured() -> None:
 
 
 def test_the_free_volume_is_free() -> None:
-    """10 GiB a month cost nothing; what is beyond costs $40 a TiB."""
+    """The first 10 GiB a month are free. More costs $40 per TiB."""
     one_per_s = 2 * (50 + PRICES.message_overhead_bytes) * SECONDS_A_MONTH
     assert one_per_s < PRICES.free_bytes_a_month
     assert evaluate(Workload(1, 1), Strategy.PUBSUB_FANOUT).usd_a_month.low == 0
@@ -381,6 +381,6 @@ def test_dollars_for_people() -> None:
 
 
 def test_a_share_is_rounded() -> None:
-    """Three digits, and no more noughts than somebody reads."""
+    """A share is shown with three digits, without useless zeros."""
     shares = (0, 0.0000597, 0.0001, 0.99812, 1)
     assert [format_share(each) for each in shares] == ["0%", "<0.01%", "0.01%", "99.8%", "100%"]

@@ -117,7 +117,7 @@ async def test_one_bad_key_spoils_no_other() -> None:
 
 
 async def test_a_key_that_was_withdrawn_in_a_quiet_week_is_not_used_again() -> None:
-    """Neither for a new token nor for one that is remembered."""
+    """The key is accepted neither for a new token nor for a remembered one."""
     endpoint, now = Endpoint(), [1000.0]
     async with served(endpoint, clock=lambda: now[0]) as verifier:
         await verifier.verify(TOKEN)

@@ -105,7 +105,7 @@ def test_this_machine_is_reached_directly(host: str) -> None:
     ],
 )
 def test_what_no_proxy_exempts(host: str, no_proxy: str, is_exempt: bool) -> None:  # noqa: FBT001
-    """Names with what is below them, addresses, networks, each with a port or without."""
+    """Names with their subdomains, addresses and networks are exempt, with or without a port."""
     assert (proxy_for(f"https://{host}", {**ALL, "NO_PROXY": no_proxy}) is None) == is_exempt
 
 
@@ -194,7 +194,7 @@ async def proxying(port: int) -> AsyncIterator[tuple[str, list[str]]]:
 
 
 async def test_socket_and_pulls_go_through_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The proxy resolves the name, which nobody else knows."""
+    """Only the proxy can resolve the name, so both go through it."""
     got: list[object] = []
 
     async def show(messages: object) -> None:

@@ -27,18 +27,18 @@ def covered(held: dict[Selection, bool]) -> set[int | None]:
 
 
 def test_fan_out_holds_everything() -> None:
-    """In fan-out one unfiltered subscription serves, whoever owns what."""
+    """In fan-out mode there is one unfiltered subscription, whoever owns the shards."""
     assert Placement("me").decide(make_map("fanout", {1}), {2}, 0) == {Feed.ALL}
 
 
 def test_partitioned_holds_owned_and_interesting_shards_and_the_untagged() -> None:
-    """What is wanted is what the map gives, what sessions need, and signals without a shard."""
+    """It subscribes to the shards of the map and of its sessions, and to untagged signals."""
     wanted = Placement("me", RULES).decide(make_map("partitioned", {1, 2}), {2, 7}, 0)
     assert wanted == {1, 2, 7, Feed.UNTAGGED}
 
 
 def test_a_shard_lingers() -> None:
-    """A shard that nobody here needs any more goes after its time, not before."""
+    """A shard that is no longer needed is dropped after its time, not earlier."""
     placement = Placement("me", RULES)
     placement.decide(make_map("partitioned", {1}), {7}, 0)
     assert 7 in placement.decide(make_map("partitioned", {1}), set(), 29.9)

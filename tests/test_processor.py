@@ -279,7 +279,7 @@ class TestSending:
     async def test_a_mailbox_that_fails_is_the_callers_to_know(
         self, mailbox: WatchedMailbox, publisher: Recorder
     ) -> None:
-        """What is not committed raises MailboxError, and is not poked."""
+        """A message that is not committed raises MailboxError, and causes no poke."""
         async with without_sweep(mailbox, publisher) as sender:
             mailbox.error = MailboxError("gone")
             with pytest.raises(MailboxError):
@@ -289,7 +289,7 @@ class TestSending:
         assert sender.stats.messages_committed == 0
 
     async def test_a_full_mailbox_is_the_senders_to_know(self, publisher: Recorder) -> None:
-        """What is refused raises MailboxFullError, is counted and is not poked."""
+        """A refused message raises MailboxFullError, is counted, and causes no poke."""
         mailbox = MemoryMailbox(limits=Limits(max_messages=1))
         async with without_sweep(mailbox, publisher) as sender:
             await sender.send(message())
@@ -336,7 +336,7 @@ class TestSweeping:
         assert survivor.stats.swept == 1
 
     async def test_a_sweep_comes_at_once_on_start(self, publisher: Recorder) -> None:
-        """What is old enough already does not wait for the sweep's interval."""
+        """Entries that are old enough at the start do not wait for the sweep's interval."""
         clock = ManualClock()
         mailbox = MemoryMailbox(clock)
         await fill(mailbox, 1)
@@ -502,7 +502,7 @@ class TestOutages:
     async def test_a_defect_ends_no_loop(
         self, mailbox: WatchedMailbox, publisher: Recorder
     ) -> None:
-        """An error that nobody expected is logged with its traceback, and the work goes on."""
+        """An unforeseen error is logged with its traceback, and the loop continues."""
         publisher.error = RuntimeError("bug")
         with capture_logs() as logs:
             async with sweeping(mailbox, publisher) as sender:
@@ -518,7 +518,7 @@ class TestOutages:
     async def test_pauses_grow_with_full_jitter_to_a_cap(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Each pause is random between nothing and twice the last bound; a success starts anew."""
+        """Each pause is random between zero and twice the last bound. A success resets it."""
         bounds: list[float] = []
 
         def uniform(low: float, high: float) -> float:

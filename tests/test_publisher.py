@@ -180,7 +180,7 @@ async def test_a_bad_poke_harms_only_its_caller(poke: Poke) -> None:
 
 
 async def test_a_cancelled_caller_takes_nobody_along() -> None:
-    """Who gives up leaves the batch to the others, and a failure then disturbs nobody."""
+    """A cancelled caller leaves the batch to the others. A later failure does not reach it."""
     complaints: list[object] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
     transport = Spy()
@@ -243,7 +243,7 @@ async def test_callers_wait_when_too_much_is_pending() -> None:
 
 
 async def test_a_poke_waits_for_no_others_while_nothing_is_sent() -> None:
-    """However long the linger: it is for what is poked while other pokes are being sent."""
+    """A first poke is sent at once. The linger applies only while other pokes are being sent."""
     transport = Spy()
     async with Publisher(transport, linger_s=3600) as publisher:
         await publisher.poke(BOB)
@@ -252,7 +252,7 @@ async def test_a_poke_waits_for_no_others_while_nothing_is_sent() -> None:
 
 
 async def test_pokes_merge_while_others_are_sent() -> None:
-    """What is poked during a send shares one batch, which goes out when the send has ended."""
+    """Pokes during a send share one batch, which is sent when that send has ended."""
     transport = Spy()
     transport.open.clear()
     async with Publisher(transport, linger_s=3600, shard_count=1) as publisher:
@@ -388,7 +388,7 @@ async def test_http_requests_keep_to_the_limit(endpoint: Endpoint) -> None:
 async def test_http_answers_become_errors(
     endpoint: Endpoint, status: int, error: type[Exception]
 ) -> None:
-    """Each kind of refusal has its own error, which tells what the server said."""
+    """Each kind of refusal has its own error, with the server's reason."""
     endpoint.status = status
     async with HttpPublisher(endpoint.url, "token") as publisher:
         with pytest.raises(error, match=f"{status}: as asked") as caught:

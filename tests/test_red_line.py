@@ -24,7 +24,7 @@ def test_the_line_is_crossed_and_left_once() -> None:
 
 
 def test_a_short_peak_does_not_cross() -> None:
-    """One figure at the line starts the time anew."""
+    """One figure at the line restarts the time."""
     watch = RedLineWatch(5000, RULES)
     for second in range(100):
         assert watch.observe(5000 if second % 10 == 9 else 9000, float(second)) is None

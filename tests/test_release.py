@@ -60,7 +60,7 @@ def test_a_release_is_built(checkout: Path) -> None:
 
 
 def test_the_version_is_set_everywhere(tmp_path: Path) -> None:
-    """In both packages, the chart and the changelog, once; without news there is no release."""
+    """It is set once in both packages, the chart and the changelog. An empty changelog fails."""
     (tmp_path / "clients/js").mkdir(parents=True)
     (tmp_path / CHART).parent.mkdir(parents=True)
     names = ("pyproject.toml", "CHANGELOG.md", "clients/js/package.json", str(CHART))

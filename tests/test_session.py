@@ -133,7 +133,7 @@ def test_an_expired_token_closes_4401() -> None:
 
 
 def test_a_session_that_has_lasted_its_time_closes_1012() -> None:
-    """It ends before the platform would cut it; neither pongs nor a new token change that."""
+    """It ends before the platform would cut it, whatever pongs and tokens arrive."""
     session = Session("b", "d", "s", expires_at=1000, now=0, timing=TIMING, ends_at=60)
     session.open(instance="i", now=0, first_ping_s=TIMING.ping_interval_s)
     session.renew(expires_at=5000, now=10)
@@ -168,7 +168,7 @@ def test_close_is_said_once() -> None:
 
 
 def test_a_closed_session_writes_nothing() -> None:
-    """Once the socket is gone, no deadline makes it speak again."""
+    """Once the socket is closed, no deadline writes anything."""
     session = make()
     session.state = State.CLOSED
     assert session.tick(10_000) == b""
@@ -346,7 +346,7 @@ TestManyRecipients = ManyRecipients.TestCase
 
 
 def test_nothing_is_said_of_a_recipient_once_the_session_ends() -> None:
-    """A poke, a deadline or the end of what a closing session listens to writes nothing."""
+    """While a session closes, events of further recipients write nothing."""
     session = make()
     heard = ListenedRecipient(session, "urn:doc:1", expires_at=50, now=0)
     assert text(heard.begin(1))["type"] == "listening"

@@ -228,7 +228,7 @@ def test_the_session_does_what_the_scenario_says(scenario: Scenario) -> None:
 
 @pytest.mark.parametrize("message", [pytest.param(m, id=m.text[:40]) for m in MESSAGES])
 def test_what_a_client_may_say(message: Message) -> None:
-    """The messages of docs/protocol.md, and what a later client adds; all else is 1008."""
+    """Messages of docs/protocol.md, also with added keys, are accepted. Others close with 1008."""
     kinds = {
         "ping": Ping,
         "auth": Auth,

@@ -30,7 +30,7 @@ def test_a_shard_is_always_in_range(recipient: str) -> None:
 
 @given(st.text(st.characters(exclude_categories=[])))
 def test_any_string_has_a_shard(text: str) -> None:
-    """A signal may name what is no recipient, lone surrogates included: the hash takes it."""
+    """The hash accepts any string, also lone surrogates, because a signal may contain them."""
     assert 0 <= shard_of(text) < 100
 
 

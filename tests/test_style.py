@@ -152,7 +152,7 @@ def test_a_lock_is_hashed_and_names_no_index(name: str, at_least: int) -> None:
 
 
 def test_both_locks_name_the_same_releases() -> None:
-    """What `make run` installs is what is tested."""
+    """`make run` installs the releases that the tests use."""
     every, run = (
         set(re.findall(r"^\S+==\S+", (ROOT / name).read_text(), re.MULTILINE))
         for name in ("requirements.lock", "requirements-run.lock")

@@ -71,7 +71,7 @@ def started(tree: ast.Module) -> Iterator[str]:
 
 
 def test_every_background_loop_is_supervised() -> None:
-    """What is started otherwise is a coroutine function without a loop, or justified above."""
+    """Any other task runs a coroutine without a loop, or is listed above with a reason."""
     functions = {
         node.name
         for _, tree in modules()
@@ -88,7 +88,7 @@ def test_every_background_loop_is_supervised() -> None:
 
 
 def test_a_loop_outside_the_supervisor_is_found() -> None:
-    """The search finds a loop in what is started, and in what that calls."""
+    """The search finds a loop in a started coroutine and in the functions that it calls."""
     tree = ast.parse(
         "async def loop():\n while True:\n  await x()\n"
         "async def outer():\n await loop()\n"

@@ -71,7 +71,7 @@ async def test_the_same_failure_is_logged_once_with_its_trace() -> None:
 
 
 async def test_a_foreseen_outage_is_not_a_failure() -> None:
-    """A step that its part keeps from working is tried again, and logged by the part alone."""
+    """A step that fails because its part is unavailable is retried. Only the part logs it."""
     work = Work(MailboxError("away"), TransportError("away"))
     with capture_logs() as logs:
         task = keep_doing("test", work, 0.001)
@@ -82,7 +82,7 @@ async def test_a_foreseen_outage_is_not_a_failure() -> None:
 
 
 async def test_an_outage_that_escapes_a_loop_is_a_failure() -> None:
-    """A whole loop has nobody who would log its outage."""
+    """No part logs the outage of a whole loop, so it counts as a failure."""
     work = Work(TransportError("away"))
     task = supervise("test", work)
     await wait_until(lambda: work.runs == 2)
@@ -110,7 +110,7 @@ async def test_a_cancellation_that_is_not_meant_for_the_task_does_not_end_it() -
 
 
 async def test_failing_tasks_are_named_until_they_are_well(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Readiness sees a task that keeps failing; not one that succeeded, ran on, or is gone."""
+    """Readiness names a task while it keeps failing, until it succeeds, runs on or ends."""
     attempt = Attempts("test")
     await attempt(Work(TypeError())())
     assert failing_tasks() == ["test"]

@@ -20,7 +20,7 @@ def lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
 
 
 def test_structlog_and_stdlib_come_out_alike(capsys: pytest.CaptureFixture[str]) -> None:
-    """One JSON object a line, with the same fields, whoever speaks."""
+    """Each line is a JSON object with the same fields, from either library."""
     configure_logging("json", "info")
     structlog.get_logger("pokebridge.x").info("opened", sessions=3)
     logging.getLogger("uvicorn.error").error("bad %s", "thing", extra={"port": 1})
@@ -76,7 +76,7 @@ def test_the_level_holds_for_both(
 
 
 def test_there_is_no_access_log(capsys: pytest.CaptureFixture[str]) -> None:
-    """Neither uvicorn's nor httpx's: both would write URLs for every request."""
+    """Neither uvicorn nor httpx logs requests: both would log URLs."""
     configure_logging("json", "info")
     logging.getLogger("uvicorn.access").info("GET /?access_token=x")
     logging.getLogger("httpx").info("HTTP Request: GET /?access_token=x")

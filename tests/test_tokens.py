@@ -158,7 +158,7 @@ def test_issuers_write_scopes_in_several_ways(given: dict[str, Any]) -> None:
 
 
 def test_only_spaces_separate_scopes() -> None:
-    """Other white space is a part of a scope, so that nobody smuggles one in."""
+    """Other white space is part of a scope, so it cannot add a second scope."""
     found = TokenVerifier(secret=SECRET).verify_now(hs256(scope=" send  x\u00a0admin y\tadmin "))
     assert found.scopes == {"send", "x\u00a0admin", "y\tadmin"}
 
@@ -373,7 +373,7 @@ def test_a_short_secret_is_refused(secret: str) -> None:
 
 
 def test_a_public_key_can_be_no_secret() -> None:
-    """Whoever configures one has mixed things up, and anybody could sign."""
+    """A public key as the secret is a mistake with which anybody could sign."""
     pem = RSA_KEY.public_key().public_bytes(
         serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
     )
@@ -427,7 +427,7 @@ def test_a_signature_is_checked_once(checks: list[str]) -> None:
 
 
 async def test_a_token_may_be_known_and_yet_not_be_remembered(checks: list[str]) -> None:
-    """What is verified without ``remember`` is forgotten, but what others brought is found."""
+    """Without ``remember`` a token is not stored, but a stored one is found."""
     verifier = TokenVerifier(secret=SECRET)
     token = hs256()
     assert verifier.verify_now(token, remember=False).subject == BOB
@@ -561,7 +561,7 @@ async def test_an_unchanged_key_set_forgets_no_token(
 async def test_a_token_of_a_withdrawn_key_is_forgotten(
     jwks: TokenVerifier, issuer: Issuer, clock: Clock, checks: list[str]
 ) -> None:
-    """Whatever made the verifier fetch the keys, it checks the remembered tokens anew."""
+    """After each fetch of the keys the remembered tokens are checked again."""
     token, other = signed(EC_KEY, "ES256", "e"), signed(RSA_KEY, "RS256", "r")
     for each in (token, other):
         await jwks.verify(each)
@@ -678,7 +678,7 @@ async def test_secret_and_key_set_work_side_by_side(issuer: Issuer) -> None:
 
 
 async def test_one_fetch_serves_all_who_wait(jwks: TokenVerifier, issuer: Issuer) -> None:
-    """A reconnect storm costs one request, and one caller that gives up disturbs nobody."""
+    """A reconnect storm costs one request. A caller that gives up does not cancel it."""
     issuer.release.clear()
     token = signed(EC_KEY, "ES256", "e")
     waiting = [asyncio.create_task(jwks.verify(token)) for _ in range(50)]
@@ -704,7 +704,7 @@ async def test_garbage_key_ids_do_not_hammer_the_issuer(
 
 
 async def test_a_rotated_key_is_found(jwks: TokenVerifier, issuer: Issuer, clock: Clock) -> None:
-    """A new id is fetched; the key that is gone from the set is refused from then on."""
+    """A new key id causes a fetch. A key that is no longer in the set is refused."""
     new = ec.generate_private_key(ec.SECP256R1())
     await jwks.verify(signed(EC_KEY, "ES256", "e"))
     issuer.answer = {"keys": [ECAlgorithm.to_jwk(new.public_key(), as_dict=True) | {"kid": "new"}]}
@@ -755,7 +755,7 @@ async def test_keys_outlive_an_outage(
 
 
 async def test_an_unreachable_issuer_is_unavailable() -> None:
-    """Nobody listens: the caller hears 'try again', not 'your token is bad'."""
+    """If the issuer is unreachable, the caller is told to retry, not that its token is bad."""
     verifier = TokenVerifier(jwks_url="http://127.0.0.1:9/keys", audience="pokes")
     with pytest.raises(KeysUnavailableError):
         await verifier.verify(signed(EC_KEY, "ES256", "e"))

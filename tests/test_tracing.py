@@ -129,7 +129,7 @@ async def test_pokes_asked_for_are_traced() -> None:
 
 
 async def test_only_who_has_the_recipient_makes_a_span() -> None:
-    """In fan-out the other instances hear it too, and that is no part of the trace."""
+    """In fan-out mode the other instances receive the poke, too, but add no span."""
     traced, heard = Traced(), Heard()
     traced.tracing.is_here = {"urn:user:eve"}.__contains__
     transport = traced.tracing.over(MemoryTransport())
@@ -216,7 +216,7 @@ def test_waiting_pokes_are_bounded_and_merged() -> None:
     ["7", "[]", '{"urn:user:bob":7}', '{"urn:user:bob":"00-zz-zz-01"}', "{}", '{"\xff":""}', "{"],
 )
 async def test_nonsense_for_traces_never_harms(traces: str) -> None:
-    """The receiver hears the body all the same."""
+    """The receiver still gets the body."""
     traced, heard = Traced(), Heard()
     bus = MemoryTransport()
     await traced.tracing.over(bus).subscribe(Feed.ALL, heard)
@@ -243,7 +243,7 @@ async def test_the_rest_of_the_port_is_the_transports() -> None:
 
 @pytest.mark.parametrize("header", [TRACEPARENT, "nonsense", None])
 async def test_the_callers_trace_goes_on(header: str | None) -> None:
-    """With a valid ``traceparent`` the send is a part of the caller's trace, else of its own."""
+    """A valid ``traceparent`` makes the send part of the caller's trace. Else it starts one."""
     traced = Traced()
 
     async def nothing(_: Sequence[Poke]) -> None:

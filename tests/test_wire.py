@@ -75,7 +75,7 @@ def test_a_lookup_round_trips(sessions: list[wire.ListedSession] | None) -> None
 
 @pytest.mark.parametrize("recipient", ["", "a b", "b\n", "grüße", "x" * 257])
 def test_a_malformed_recipient_spoils_no_batch(recipient: str) -> None:
-    """Its poke is one for nobody, which is noise; the others of the signal are taken."""
+    """A poke with a malformed recipient counts as noise. The signal's others are handled."""
     body = json.dumps({"pokes": [{"recipient": recipient}, {"recipient": "urn:user:bob"}]})
     assert wire.decode_signal(body.encode()) == [Poke(recipient), Poke("urn:user:bob")]
 
@@ -135,7 +135,7 @@ _BEACON = (
     ],
 )
 def test_anything_else_is_a_signal_error(body: bytes) -> None:
-    """A body that is none of ours is refused as a whole, never half taken, and never harms."""
+    """A foreign body is refused as a whole, and causes no other error."""
     with pytest.raises(SignalError):
         wire.decode_signal(body)
 
@@ -170,7 +170,7 @@ def test_garbage_is_a_signal_error_or_a_signal(garbage: bytes) -> None:
 
 @given(st.none() | st.integers(1, MAX_VERSION), st.integers(0, 10**6))
 def test_poke_frames_are_valid_frames(version: int | None, within_ms: int) -> None:
-    """The hand-made frame of a poke is what the general encoder would write."""
+    """The frame built by hand equals what the general encoder writes."""
     message: dict[str, object] = {"type": "poke"}
     if within_ms:
         message["within_ms"] = within_ms
@@ -181,7 +181,7 @@ def test_poke_frames_are_valid_frames(version: int | None, within_ms: int) -> No
 
 
 def test_ready_names_the_session_and_its_instance() -> None:
-    """``ready`` carries what the contract says, and ``version`` only when it is known."""
+    """``ready`` has the contract's fields, and ``version`` only when it is known."""
     frame = wire.ready_frame(session="s", instance="i", expires_in_s=900)
     assert json.loads(frame[2:]) == {
         "type": "ready",

@@ -457,7 +457,7 @@ def _from_file(path: Path) -> dict[str, _Given]:
     except ValueError as error:
         raise ConfigError(f"config {path}: not TOML: {error}") from None
     except RecursionError:
-        raise ConfigError(f"config {path}: nested too deeply, and no setting is") from None
+        raise ConfigError(f"config {path}: nested too deeply: no setting is nested") from None
     return {name: _Given(value, f"{name} in {path}") for name, value in table.items()}
 
 

@@ -257,7 +257,7 @@ def _read_header(text: str) -> _Header:
     except msgspec.ValidationError:
         raise
     except (msgspec.DecodeError, binascii.Error):
-        raise ValueError("it is no JWT, whose header is JSON in Base64url") from None
+        raise ValueError("it is not a JWT: the header must be JSON in Base64url") from None
 
 
 def _decode_payload(text: str) -> _Payload:

@@ -82,7 +82,7 @@ class TestWhoMayCall:
 
     @pytest.mark.parametrize("value", ["Bearer", "Bearer x.y.z", "Basic YTpi", "x"])
     async def test_bad_token(self, http: httpx.AsyncClient, value: str) -> None:
-        """What is no valid bearer token is refused."""
+        """Anything but a valid bearer token is refused."""
         response = await http.get("/v1/messages", headers={"Authorization": value})
         assert_problem(response, 401, "token")
         assert response.headers["www-authenticate"] == 'Bearer error="invalid_token"'
@@ -121,7 +121,7 @@ class TestWhoMayCall:
         assert "insufficient_scope" in response.headers["www-authenticate"]
 
     async def test_keys_unavailable(self, world: World) -> None:
-        """When the issuer's keys can't be had the caller is asked to come again, not logged out."""
+        """While the issuer's keys are unavailable, the caller is told to retry, not to log in."""
         verifier = TokenVerifier(jwks_url="http://127.0.0.1:9/keys")
         parts = replace(world.parts(), verifier=verifier)
         # An ES256 header and made-up rest: the key must be fetched before it can be refused.
@@ -222,7 +222,7 @@ class TestSend:
         ],
     )
     async def test_body_kept_as_written(self, http: httpx.AsyncClient, text: str) -> None:
-        """The body comes back as the text that was sent, whatever its numbers and spaces."""
+        """The body is returned as the text that was sent, with its numbers and spaces unchanged."""
         request = f'{{"recipient":"{BOB}","body":{text}}}'.encode()
         sent = await http.post("/v1/messages", content=request, headers=bearer(ALICE, "send"))
         if text == "1e400":  # it would be unreadable to most parsers
@@ -238,7 +238,7 @@ class TestSend:
         assert_problem(await send(http, "x" * (65_536 - 1)), 413, "65536")
 
     async def test_deep_body(self, http: httpx.AsyncClient) -> None:
-        """Wide is fine; a nesting that could break the parser of whoever pulls it is refused."""
+        """A wide body is accepted. A nesting that could break a reader's parser is refused."""
 
         def nested(depth: int) -> bytes:
             body = "[" * depth + "]" * depth
@@ -257,7 +257,7 @@ class TestSend:
         [b"", b"{", b"recipient=bob", b'{"recipient":"b","body":"\xff"}', b'{"body":"\\ud800"}'],
     )
     async def test_not_json(self, http: httpx.AsyncClient, content: bytes) -> None:
-        """What is not JSON, a broken string within it included, is a 400."""
+        """A body that is not JSON, or has a broken string in it, gets 400."""
         headers = bearer(ALICE, "send")
         response = await http.post("/v1/messages", content=content, headers=headers)
         assert_problem(response, 400, "not JSON")
@@ -343,7 +343,7 @@ class TestPull:
         assert await pull(http, after=3) == {"messages": [], "version": 3, "more": False}
 
     async def test_large_messages_come_in_several_pages(self, http: httpx.AsyncClient) -> None:
-        """A page is bounded in bytes too, and the cursor goes on just where it was cut."""
+        """A page is bounded in bytes, too. The next page begins where it was cut."""
         for _ in range(40):
             await send(http, "x" * 60_000)
         after = 0
@@ -356,7 +356,7 @@ class TestPull:
         assert versions == list(range(1, 41))
 
     async def test_empty_mailbox(self, http: httpx.AsyncClient) -> None:
-        """Whoever never got anything is at version 0."""
+        """A recipient that never got a message is at version 0."""
         assert await pull(http) == {"messages": [], "version": 0, "more": False}
 
     async def test_sent_at(self, world: World) -> None:
@@ -368,7 +368,7 @@ class TestPull:
         assert page["messages"][0]["sent_at"] == "2023-11-14T22:13:20.007Z"  # type: ignore[index]  # it is JSON
 
     async def test_only_ones_own(self, http: httpx.AsyncClient) -> None:
-        """The reader is the token's subject: nobody pulls another's messages."""
+        """The reader is the token's subject, so nobody can pull another user's messages."""
         await send(http, "for bob")
         response = await http.get("/v1/messages?recipient=urn:user:bob", headers=bearer(ALICE))
         assert response.json()["messages"] == []
@@ -409,7 +409,7 @@ class TestPull:
             assert (await http.get(url, headers=lines)).status_code == status
 
     async def test_a_tag_belongs_to_its_reader(self, http: httpx.AsyncClient) -> None:
-        """Another reader's tag, or one of 0.1.0, is no 304 at the same head."""
+        """A tag of another reader, or of release 0.1.0, gets no 304, even at the same head."""
         for recipient in (ALICE, BOB):
             body = {"recipient": recipient, "body": recipient}
             await http.post("/v1/messages", json=body, headers=bearer("urn:backend", "send"))
@@ -422,7 +422,7 @@ class TestPull:
         "path", ["/v1/messages", "/v1/connect-info", "/v1/messages?after=x", "/nothing"]
     )
     async def test_no_cache_keeps_an_answer(self, http: httpx.AsyncClient, path: str) -> None:
-        """An answer is for the caller alone, and an error too: no cache may store it."""
+        """An answer, or an error, is for its caller only: no cache may store it."""
         for headers in (bearer(BOB), {}):
             response = await http.get(path, headers=headers)
             assert response.headers["cache-control"] == "private, no-store"
@@ -474,7 +474,7 @@ class TestAck:
     """POST /v1/messages/ack."""
 
     async def test_deletes(self, http: httpx.AsyncClient) -> None:
-        """What the only device has acked is gone; the version stays."""
+        """A message that the only device has acked is deleted. The version stays."""
         await send(http, 1)
         await send(http, 2)
         response = await http.post("/v1/messages/ack", json={"version": 1}, headers=bearer(BOB))
@@ -520,7 +520,7 @@ class TestSessionsAndCluster:
 
     @pytest.mark.parametrize("host", ["", ":80", "x:99999", "x:0", "[::1"])
     async def test_connect_info_needs_a_host(self, http: httpx.AsyncClient, host: str) -> None:
-        """Without a valid one there is no URL to connect to."""
+        """Without a valid Host the instance knows no URL to connect to."""
         response = await http.get("/v1/connect-info", headers=bearer(BOB) | {"Host": host})
         assert response.status_code == 400
 
@@ -551,7 +551,7 @@ class TestSessionsAndCluster:
         assert world.disconnected == [recipient]
 
     async def test_disconnect_nobody(self, http: httpx.AsyncClient, world: World) -> None:
-        """What is no recipient is refused."""
+        """A path that names no valid recipient is refused."""
         for path in ("/v1/sessions/", "/v1/sessions/b%C3%B3b"):
             response = await http.delete(path, headers=bearer("root", "admin"))
             assert_problem(response, 422, "recipient")
@@ -693,13 +693,13 @@ class TestDev:
     """What exists with ``--dev`` only."""
 
     async def test_no_dev(self, http: httpx.AsyncClient) -> None:
-        """Without ``--dev`` nobody makes tokens here, nor is there a page."""
+        """Without ``--dev`` the instance serves no tokens and no page."""
         response = await http.post("/v1/dev/token", json={"sub": BOB})
         assert_problem(response, 404, "nothing")
         assert_problem(await http.get("/"), 404, "nothing")
 
     async def test_token(self, dev_http: httpx.AsyncClient) -> None:
-        """The token is for whom was asked, with the scopes asked for, or all."""
+        """The token has the subject and the scopes of the request, or all scopes by default."""
         verify = TokenVerifier(secret=SECRET).verify
         response = await dev_http.post("/v1/dev/token", json={"sub": BOB})
         claims = await verify(response.json()["token"])
@@ -761,7 +761,7 @@ class TestProblems:
             assert_problem(await http.get("/readyz"), 500, "log")
 
     async def test_only_http(self, world: World) -> None:
-        """A server that offers a lifespan is told by an exception that there is none."""
+        """A server that starts a lifespan gets an exception, because the app has none."""
 
         async def nothing(*_: object) -> Message:
             raise AssertionError
@@ -825,7 +825,7 @@ class TestProblems:
         assert_problem(response, 408, "too long")
 
     async def test_vanished_caller(self, world: World) -> None:
-        """A caller that goes away in the middle of its body is no defect of the server."""
+        """A caller that disconnects in the middle of its body is not a defect of the server."""
         events: list[Message] = [
             {"type": "http.request", "body": b"{", "more_body": True},
             {"type": "http.disconnect"},

@@ -25,7 +25,7 @@ async def http(world: World) -> AsyncIterator[httpx.AsyncClient]:
 
 
 async def test_a_whole_page_reaches_the_head(http: httpx.AsyncClient, world: World) -> None:
-    """What is left out of it has expired: nothing is left to pull."""
+    """Messages missing from the page have expired, so nothing is left to pull."""
     await fill(world.mailbox, 2, BOB)
     await world.mailbox.append(message(BOB, ttl_s=0))
     assert (await http.get("/v1/messages")).json()["version"] == 2
@@ -51,7 +51,7 @@ async def test_who_has_the_head_says_so(http: httpx.AsyncClient, world: World) -
 
 
 async def test_a_pull_that_fails_is_none(http: httpx.AsyncClient, world: World) -> None:
-    """Neither a refused call nor one that the mailbox could not answer."""
+    """A refused call, or one that the mailbox could not answer, does not count as a pull."""
     await http.get("/v1/messages", headers={"Authorization": "Bearer nonsense"})
     await http.get("/v1/messages", params={"after": "x"})
     await world.mailbox.close()

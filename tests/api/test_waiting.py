@@ -103,7 +103,7 @@ async def serving(**config: Any) -> AsyncIterator[World]:
 
 
 async def test_a_pull_waits_for_the_next_message_and_no_longer() -> None:
-    """It answers at once with what is there, else with what is committed, else when time is up."""
+    """It returns existing messages at once, else the next commit, else an empty page in time."""
     async with serving() as world:
         first = await world.commit()
         page = await world.call(f"/v1/messages?wait_s={LONG_S}")
@@ -416,7 +416,7 @@ async def test_the_client_of_a_polled_session_sends_no_more_frames_than_another(
 async def test_a_polled_session_may_renew_what_it_listens_to_for_ever(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Its ``listen``s are counted anew after a ping interval, although it is never pinged."""
+    """After each ping interval its ``listen``s count from zero, although it is never pinged."""
     async with serving(timing=Timing(max_listened=2)) as world:
         client, gateway = Polling(world, await world.begin()), world.server.gateway
         await client.send(*[listen(DOC)] * 100)

@@ -43,7 +43,7 @@ def between(low: float, figure: Figure, high: float) -> bool:
 
 
 async def test_memory() -> None:
-    """A session of ours takes memory, and less than one of the websockets library."""
+    """A session takes memory, but less than one of the websockets library."""
     figures = await taken(memory.measure(clients=1000, warm_up=20))
     assert between(0.5, figures["at 1,000"], 10)
     assert between(0.01, figures["to websockets"], 0.9)
@@ -132,7 +132,7 @@ async def test_a_missing_poke_is_an_error() -> None:
 
 
 async def test_the_yardstick_checks_tokens() -> None:
-    """The websockets server refuses a wrong token, so its handshakes do the work of ours."""
+    """The websockets server refuses a wrong token, so its handshakes do the same work as ours."""
     async with websockets_server() as server:
         with pytest.raises(BenchmarkError, match="load read has ended"):
             async with herd(server.port, ["not.a.token"]):
@@ -156,7 +156,7 @@ def test_a_target_is_met_or_missed() -> None:
 def test_the_command_prints_and_writes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """``--only`` takes the measures asked for, and ``--json`` writes what the table prints."""
+    """``--only`` selects measures, and ``--json`` writes the figures of the table."""
 
     async def measure() -> Sequence[Figure]:
         return [Figure("noise", "a figure", 0.5, "x", at_most=0.7)]

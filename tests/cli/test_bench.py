@@ -124,7 +124,7 @@ async def test_pokes_that_do_not_come_are_lost(bench: Bench) -> None:
 
 
 async def test_requests_that_fail_are_told_from_lost_pokes(faulty: Faulty, bench: Bench) -> None:
-    """What was not accepted is not expected either."""
+    """A poke that was not accepted is not expected to arrive."""
     faulty.status = 503
     report = json.loads((await bench()).out)
     assert (report["sent"], report["lost"]) == (0, 0)
@@ -134,7 +134,7 @@ async def test_requests_that_fail_are_told_from_lost_pokes(faulty: Faulty, bench
 
 
 async def test_sessions_that_end_are_counted(faulty: Faulty, bench: Bench) -> None:
-    """With their close code; nothing is sent to who is gone."""
+    """They are counted by close code, and nothing more is sent to them."""
     faulty.close_code = 1012
     report = json.loads((await bench()).out)
     assert report["connected"] == 20
@@ -144,7 +144,7 @@ async def test_sessions_that_end_are_counted(faulty: Faulty, bench: Bench) -> No
 
 
 async def test_a_server_of_another_kind_is_a_failure(faulty: Faulty, bench: Bench) -> None:
-    """A WebSocket server that is none of ours, in one line."""
+    """A WebSocket server of another program is reported in one line."""
     faulty.frame = "hello"
     result = await bench()
     assert (result.status, result.out) == (1, "")

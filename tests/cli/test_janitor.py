@@ -152,7 +152,7 @@ def test_what_can_not_be_swept_is_one_line(run: Run, url: str, status: int, text
 
 
 def test_what_can_not_be_deleted_is_said() -> None:
-    """With the reason, beside what could be."""
+    """It is reported with the reason, and the other subscriptions are deleted."""
     orphans = (
         Orphan("projects/p/subscriptions/poke-sub-a", "a", 45.4, deleted=True),
         Orphan("projects/p/subscriptions/poke-sub-b", "b", 61.0, deleted=False, problem="denied"),

@@ -80,7 +80,7 @@ def send(instance: Instance, recipient: str, body: Any) -> None:
 
 
 def test_messages_are_shown_as_they_come(instance: Instance, listeners: list[Listener]) -> None:
-    """What waited already, then each new one; an interrupt ends it quietly."""
+    """Waiting messages come first, then each new one. An interrupt ends the command quietly."""
     send(instance, "urn:listen:1", "before")
     listener = Listener(instance.url, "urn:listen:1")
     listeners.append(listener)
@@ -152,7 +152,7 @@ def test_a_reader_that_goes_ends_it(instance: Instance, listeners: list[Listener
 def test_what_is_wrong_at_the_start_is_one_line(
     instance: Instance, ask: Run, args: list[str], status: int, text: str
 ) -> None:
-    """A smart client would try for ever; a person wants to know."""
+    """The client would retry for ever, but a person wants to know."""
     filled = [
         arg.replace("{url}", instance.url).replace("{free_port}", str(free_port())) for arg in args
     ]
@@ -169,7 +169,7 @@ def test_a_refusal_is_not_logged_beside_the_error(
     listeners.append(Listener(instance.url, "bob", "--token", "abc"))
     assert listeners[0].ended() == 1
     assert len(listeners[0].err) == 1
-    assert "401: the token is not valid: it is no JWT" in listeners[0].err[0]
+    assert "401: the token is not valid: it is not a JWT" in listeners[0].err[0]
 
 
 def test_somebody_elses_token_is_refused(instance: Instance, ask: Run) -> None:
@@ -183,7 +183,7 @@ def test_somebody_elses_token_is_refused(instance: Instance, ask: Run) -> None:
 def test_a_given_token_that_is_revoked_ends_it(
     instance: Instance, listeners: list[Listener]
 ) -> None:
-    """There is no other to go on with."""
+    """The command has no other token to continue with."""
     listener = Listener(
         instance.url, "urn:listen:4", "--token", instance.token("urn:listen:4", ttl_s=60)
     )
@@ -198,7 +198,7 @@ def test_a_given_token_that_is_revoked_ends_it(
 def test_a_lost_connection_is_made_anew_and_a_replaced_one_is_not(
     serve: Serve, listeners: list[Listener]
 ) -> None:
-    """What the instance means for good ends the command; its own death does not."""
+    """A close that is final ends the command. The instance's death does not."""
     own = serve(mailbox="memory://", max_sessions_per_recipient=1)
     for _ in range(2):
         listeners.append(Listener(own.url, "bob"))

@@ -86,7 +86,7 @@ def test_purge_expired(run: Run, url: str) -> None:
 
 
 def test_purge_a_recipient(run: Run, url: str) -> None:
-    """Everything of one recipient goes when nobody need be asked."""
+    """With ``--yes`` all messages of one recipient are deleted without a question."""
     result = run("mailbox", "purge", BOB, "--yes", "--mailbox", url, "--json")
     assert (result.status, json.loads(result.out)) == (0, {"purged": 2})
     assert left(url) == {BOB: [], EVE: [1]}
@@ -126,7 +126,7 @@ def test_a_purge_is_confirmed(
     ],
 )
 def test_what_is_asked_for_wrongly(run: Run, arguments: tuple[str, ...], said: str) -> None:
-    """One line that says what is wrong; nothing is made."""
+    """One line says what is wrong, and no file is created."""
     result = run("mailbox", *arguments)
     assert result.status == 2
     assert result.err.startswith("pokebridge: ")

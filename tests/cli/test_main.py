@@ -57,7 +57,7 @@ def test_the_list_says_of_a_command_what_it_says_of_itself(run: Run) -> None:
 
 
 def test_without_a_command_the_help_is_shown(run: Run) -> None:
-    """It is a usage error all the same, so it goes to stderr."""
+    """It is still a usage error, so the help goes to stderr."""
     result = run()
     assert result.status == 2
     assert "Usage: pokebridge" in result.err
@@ -159,7 +159,7 @@ def test_a_wrong_variable_is_one_line_and_status_2(run: Run) -> None:
     "args", [["poke", "bob"], ["send", "bob", "x"], ["bench", "--ramp-s", "0"]]
 )
 def test_a_refused_connection_is_one_line_and_status_1(run: Run, args: list[str]) -> None:
-    """Nobody listens there."""
+    """No server listens at the address."""
     url = f"http://127.0.0.1:{free_port()}"
     result = run(*args, "--url", url, POKEBRIDGE_JWT_SECRET="x" * 32)
     assert result.status == 1
@@ -179,7 +179,7 @@ def test_a_port_that_is_taken_is_one_line_and_status_2(run: Run) -> None:
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "bridge.example"])
 def test_dev_is_not_opened_to_the_network_by_accident(run: Run, host: str) -> None:
-    """Whoever connects would get tokens for everything; a second flag allows it."""
+    """Anyone who connects would get tokens for everything, so it takes a second flag."""
     result = run("serve", "--dev", "--host", host, "--mailbox", "memory://")
     assert (result.status, result.err.count("\n")) == (2, 1)
     assert "--dev-on-network" in result.err

@@ -55,7 +55,7 @@ def test_the_table_fits_a_terminal(run: Run) -> None:
 
 
 def test_json_has_the_contracts_shape(run: Run) -> None:
-    """What protocol.md section 6 promises, and every strategy beside."""
+    """The JSON has the keys of protocol.md section 6, and every strategy."""
     report = json.loads(run("plan", *CRITICAL, "--json").out)
     promised = {"global_ops_per_s", "discarded_share", "over_red_line"}
     assert promised <= report["fanout"].keys()
@@ -156,7 +156,7 @@ def test_broken_limits_are_named(run: Run) -> None:
     ],
 )
 def test_a_wrong_use_is_one_line(run: Run, args: list[str], text: str) -> None:
-    """It names what is wrong, and nothing else is printed."""
+    """One line names what is wrong, and nothing else is printed."""
     result = run("plan", *args)
     assert result.status == 2
     assert result.out == ""
@@ -169,7 +169,7 @@ def test_a_wrong_use_is_one_line(run: Run, args: list[str], text: str) -> None:
 
 
 def test_figures_of_a_running_cluster(run: Run, instance: Instance) -> None:
-    """With a token that is signed here, or given, and flags instead of what was measured."""
+    """The token is signed or given, and flags replace measured figures."""
     report = json.loads(
         run("plan", "--from", instance.url, "--json", POKEBRIDGE_JWT_SECRET=JWT_SECRET).out
     )

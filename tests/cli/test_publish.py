@@ -190,7 +190,7 @@ def test_this_machine_needs_no_proxy(instance: Instance, ask: Run, bob: str, pro
 async def test_what_is_not_the_bridge_is_one_line(
     instance: Instance, ask: Run, bob: str, stranger: str
 ) -> None:
-    """A login page or a proxy that answers is not taken for an instance, nor for its refusal."""
+    """The answer of a login page or a proxy counts neither as an instance's nor as a refusal."""
     async with Between(instance.port).run() as between:
         between.answers["/v1/messages"] = [STRANGERS[stranger]]
         result = await asyncio.to_thread(ask, "send", bob, "1", POKEBRIDGE_URL=between.url)
@@ -201,7 +201,7 @@ async def test_what_is_not_the_bridge_is_one_line(
 
 
 async def test_an_answer_without_end_is_one_line(instance: Instance, ask: Run, bob: str) -> None:
-    """A command reads no more of an answer than any answer of an instance has."""
+    """A command stops reading an answer that is longer than any answer of an instance."""
     head = b"HTTP/1.1 200 OK\r\n\r\n"
     async with Between(instance.port).run() as between:
         between.answers["/v1/messages"] = [[head, *[b" " * 1_000_000] * 100]]

@@ -48,7 +48,7 @@ def test_a_configured_instance_serves_and_stops(tmp_path: Path) -> None:
 
 
 def test_every_setting_but_the_secrets_has_a_flag(run: Run) -> None:
-    """A secret in a command line is no secret."""
+    """Secrets have no flags, because other users can read a command line."""
     shown = run("serve", "--help").out
     for name in Settings.model_fields:
         has_flag = f" --{name.replace('_', '-')} " in shown

@@ -35,7 +35,7 @@ def instances(serve: Serve, nats_server: Daemon) -> list[Instance]:
 async def test_a_recipient_is_looked_up_and_disconnected(
     instances: list[Instance], run: Run
 ) -> None:
-    """One instance tells what the other knows: where Bob is, what he was poked for, what he has."""
+    """Any instance shows where Bob is connected, what he was poked for and what he has acked."""
     one, two = instances
 
     def ask(*args: str) -> Result:
@@ -83,7 +83,7 @@ async def test_a_recipient_is_looked_up_and_disconnected(
 
 
 def test_what_can_not_be_looked_up(ask: Run) -> None:
-    """A name that is no recipient is said in a line."""
+    """A name that is not a valid recipient is reported in one line."""
     result = ask("sessions", "no recipient")
     assert (result.status, result.out) == (2, "")
     assert "a recipient is" in result.err
@@ -111,7 +111,7 @@ def test_what_can_not_be_looked_up(ask: Run) -> None:
 async def test_json_that_is_not_the_bridges_is_one_line(
     run: Run, args: list[str], path: str, body: str
 ) -> None:
-    """A server that answers something similar is no instance, and no defect of ours."""
+    """Similar JSON of another server is reported in one line, without a traceback."""
     secret = "" if args[0] == "token" else JWT_SECRET
     async with Between(free_port()).run() as between:
         between.answers[path] = [answer(200, body=body, media_type="application/json")]

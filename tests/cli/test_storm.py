@@ -29,7 +29,7 @@ Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 def test_a_storm_loses_nobody_and_nothing(
     run_process: Run, nats_server: Daemon, tmp_path: Path
 ) -> None:
-    """One of two instances is killed under traffic: all come back, no faster than is allowed."""
+    """One of two instances is killed under traffic. All clients return at the allowed rate."""
     figures, picture = tmp_path / "storm.json", tmp_path / "storm.svg"
     options = {
         "transport": nats_server.url,
@@ -97,7 +97,7 @@ def test_options_at_the_wrong_place_are_not_ignored(run: Run) -> None:
 
 
 async def test_an_instance_that_does_not_start_has_the_last_word(tmp_path: Path) -> None:
-    """What it said is why there is no storm."""
+    """Its last output is shown as the reason why there is no storm."""
     command = [sys.executable, "-c", "print('so be it\\nI quit')"]
     instance = StormInstance("instance-1", free_port(), command, tmp_path / "log")
     with pytest.raises(UnavailableError, match=r"^instance-1 has ended by itself: I quit$"):

@@ -161,7 +161,7 @@ async def test_no_error_of_a_handshake_shows_the_token(address: str) -> None:
 
 @pytest.mark.parametrize("drip", ["status line", "header fields", "body", "chunk sizes"])
 async def test_a_handshake_that_drips_is_given_up(world: World, drip: str) -> None:
-    """The client connects anew after ``open_within_s``."""
+    """The client reconnects after ``open_within_s``."""
     world.between.answers[CONNECT] = [DRIPS[drip]]
     async with world.client() as client:
         await client.wait_ready(30)

@@ -249,7 +249,7 @@ def test_the_delay_is_bounded_however_long_it_lasts(codes: list[int], random: fl
 
 @given(st.text() | st.binary().map(lambda raw: raw.decode(errors="surrogateescape")))
 def test_no_text_does_any_harm(text: str) -> None:
-    """Whatever the server says, the core stays as it is or does something that it may do."""
+    """Whatever text the server sends, the core ignores it or takes an allowed action."""
     world = World()
     world.fetched(Token())
     world.feed(Text(text))

@@ -150,7 +150,7 @@ async def test_a_refusal_concerns_one_recipient() -> None:
 
 
 async def test_a_token_is_renewed_before_it_expires(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And fetched anew when it was refused, as that of a client is."""
+    """A refused token is fetched again, too, as a client's own token is."""
     monkeypatch.setattr(core, "MIN_TOKEN_REST_S", 0.1)
     async with serving(timing=LISTENS) as world:
         own, doc, fetched = Inbox(), Inbox(), 0
@@ -171,7 +171,7 @@ async def test_a_token_is_renewed_before_it_expires(monkeypatch: pytest.MonkeyPa
 
 
 async def test_a_wake_concerns_all_of_it() -> None:
-    """Whatever waits out a delay is tried at once, also what the client listens to."""
+    """All delays end at once, also those of further recipients."""
     async with serving(timing=LISTENS) as world:
         fetched = 0
 

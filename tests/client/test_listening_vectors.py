@@ -79,7 +79,7 @@ def plain(given: Any) -> Any:
 
 @pytest.mark.parametrize("scenario", [pytest.param(s, id=s.name) for s in SCENARIOS])
 def test_the_socket_carries_what_the_scenario_says(scenario: Scenario) -> None:
-    """Every event does and gives exactly what the scenario has."""
+    """Every event has exactly the actions of the scenario."""
     listens = Listens()
     for number, step in enumerate(scenario.steps, 1):
         does, gives = carry_out(listens, step.event)

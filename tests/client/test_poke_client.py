@@ -98,7 +98,7 @@ def handler() -> Handler:
 
 
 async def test_messages_come_in_order_and_are_acked(bridge: FaultyBridge, handler: Handler) -> None:
-    """What was there before, in pages, and what a poke announces; cursor and acks follow."""
+    """Old messages come in pages, new ones after a poke. The cursor and the acks follow."""
     bridge.page_size = 2
     bridge.commit("a", "b", "c", "d", "e")
     async with PokeClient(bridge.url, "token", handler, device="phone") as client:
@@ -119,7 +119,7 @@ async def test_messages_come_in_order_and_are_acked(bridge: FaultyBridge, handle
 
 
 async def test_it_goes_on_from_a_cursor(bridge: FaultyBridge, handler: Handler) -> None:
-    """A client that was told its cursor pulls only what is newer, and acks nothing twice."""
+    """A client with a given cursor pulls only newer messages, and acks nothing twice."""
     bridge.commit("a", "b", "c")
     async with PokeClient(bridge.url, "token", handler, cursor=2):
         await handler.has("c")
@@ -209,7 +209,7 @@ async def test_acks_go_over_a_socket_that_takes_them(
 async def test_an_ack_that_a_socket_lost_is_repeated_on_the_next(
     bridge: FaultyBridge, handler: Handler
 ) -> None:
-    """Nobody says what became of it, so each new socket carries the newest ack once more."""
+    """Its fate is unknown, so each new socket carries the newest ack again."""
     bridge.ready["acks"] = True
     bridge.commit("a")
     async with PokeClient(bridge.url, "token", handler, policy=QUICK) as client:
@@ -227,7 +227,7 @@ async def test_an_ack_that_a_socket_lost_is_repeated_on_the_next(
 async def test_without_its_socket_a_client_acks_over_http(
     bridge: FaultyBridge, handler: Handler
 ) -> None:
-    """What a lost socket had carried, and what is pulled meanwhile, is acked by a request."""
+    """Without a socket, a lost ack and the acks of later pulls go by HTTP."""
     bridge.ready["acks"] = True
     bridge.commit("a")
     policy = Policy(base_s=600, cap_s=600, poll_after_s=0.05, poll_every_s=0.05)
@@ -344,7 +344,7 @@ async def test_after_an_incomplete_page_a_smaller_one(
 async def test_a_mailbox_that_was_begun_anew_is_read_from_its_start(
     bridge: FaultyBridge, handler: Handler, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A cursor ahead of the server's head is no reason to be silent until the head gets there."""
+    """A client whose cursor is ahead of the head reads the new mailbox from its start."""
     bridge.commit("a", "b")
     async with PokeClient(bridge.url, "token", handler, cursor=17) as client:
         await handler.has("a", "b")
@@ -357,7 +357,7 @@ async def test_a_mailbox_that_was_begun_anew_is_read_from_its_start(
 
 
 async def test_a_lost_connection_is_had_again(bridge: FaultyBridge, handler: Handler) -> None:
-    """What was committed while it was gone is pulled when it is back, without any poke."""
+    """Messages committed during the outage are pulled on reconnect, without a poke."""
     async with PokeClient(bridge.url, "token", handler, policy=QUICK) as client:
         await client.wait_ready(5)
         for number, lose in enumerate([1001, 1012, 1013, 1008, 4307, None]):
@@ -421,7 +421,7 @@ async def test_a_move_is_followed(bridge: FaultyBridge, handler: Handler) -> Non
 async def test_a_move_to_nowhere_leads_home(
     bridge: FaultyBridge, handler: Handler, url: str
 ) -> None:
-    """An address that can't be had costs an attempt and no more."""
+    """An unreachable address costs one attempt."""
     async with PokeClient(bridge.url, "token", handler, policy=QUICK) as client:
         await client.wait_ready(5)
         await bridge.say(type="move", url=url)
@@ -478,7 +478,7 @@ async def test_stopping_waits_for_no_token(bridge: FaultyBridge, handler: Handle
 async def test_what_can_t_be_sent_any_more_is_dropped(
     bridge: FaultyBridge, handler: Handler
 ) -> None:
-    """A message for a socket that has just closed is no fault; its close is heard anyway."""
+    """A send on a socket that has just closed is ignored. The close is handled as usual."""
     async with PokeClient(bridge.url, "token", handler) as client:
         await client.wait_ready(5)
         bridge.refusals = [Bad(503, {"Retry-After": "200"})]
@@ -512,7 +512,7 @@ async def test_half_open_connections_are_noticed(bridge: FaultyBridge, handler: 
 async def test_a_bridge_that_never_gets_ready_is_left(
     bridge: FaultyBridge, handler: Handler, stage: str
 ) -> None:
-    """Neither a handshake nor a ``ready`` is waited for without a limit."""
+    """The waits for the handshake and for ``ready`` are limited."""
     bridge.silent = stage == "handshake"
     bridge.ready = {"type": "later"}
     policy = Policy(base_s=0.01, cap_s=0.05, open_within_s=0.1, ready_within_s=0.1)
@@ -527,7 +527,7 @@ async def test_a_bridge_that_never_gets_ready_is_left(
 async def test_it_polls_slowly_while_it_can_t_connect(
     bridge: FaultyBridge, handler: Handler
 ) -> None:
-    """Where no WebSocket gets through, messages come all the same; with one, polling ends."""
+    """Where no WebSocket gets through, polling brings the messages. It ends with a WebSocket."""
     bridge.refusals = [Bad(502)] * 10_000
     bridge.commit("a")
     policy = Policy(base_s=0.01, cap_s=0.05, poll_after_s=0.05, poll_every_s=0.05)
@@ -541,7 +541,7 @@ async def test_it_polls_slowly_while_it_can_t_connect(
 
 
 async def test_wake_ends_a_delay(bridge: FaultyBridge, handler: Handler) -> None:
-    """After a long outage nobody has to wait for the next attempt."""
+    """After a long outage a wake makes the next attempt at once."""
     bridge.refusals = [Bad(503, {"Retry-After": "200"})]
     async with PokeClient(bridge.url, "token", handler) as client:
         await wait_until(lambda: bridge.connects)
@@ -552,7 +552,7 @@ async def test_wake_ends_a_delay(bridge: FaultyBridge, handler: Handler) -> None
 
 
 async def test_tls(tmp_path: Path, handler: Handler) -> None:
-    """Over https and wss with an authority of one's own; without it the bridge is not trusted."""
+    """HTTPS and WSS work with a private authority. Without it the bridge is not trusted."""
     files = make_certificates(tmp_path)
     client_tls = files.client_tls()
     async with FaultyBridge().run(files.server_tls()) as bridge:
@@ -731,7 +731,7 @@ async def test_a_pull_s_refused_token_is_replaced(bridge: FaultyBridge, handler:
 async def test_a_token_that_can_t_be_had_is_asked_for_again(
     bridge: FaultyBridge, handler: Handler
 ) -> None:
-    """Whatever the provider raises, and whatever it returns that is no token."""
+    """The provider is called again after any exception and any value that is not a token."""
     tokens = Tokens()
     tokens.failures = [OSError("down"), "", "two words", "a\r\nHost: evil", "é", None, 7]
     async with PokeClient(bridge.url, tokens, handler, policy=QUICK) as client:
@@ -772,7 +772,7 @@ async def test_leaving_before_anything_happened(bridge: FaultyBridge, handler: H
 
 
 async def test_leaving_in_a_hurry_drops_the_socket(bridge: FaultyBridge, handler: Handler) -> None:
-    """Who is cancelled while the close is not answered leaves no socket behind."""
+    """A task that is cancelled while the close is unanswered leaves no socket open."""
     async with CutProxy("127.0.0.1", int(bridge.url.rpartition(":")[2])) as proxy:
         entered = AsyncExitStack()
         client = PokeClient(f"http://{proxy.address}", "token", handler)
@@ -813,7 +813,7 @@ async def test_a_handler_that_ignores_its_cancellation_does_no_harm(
 async def test_the_user_s_own_error_comes_through_as_it_is(
     bridge: FaultyBridge, handler: Handler
 ) -> None:
-    """What the body of ``async with`` raises is not wrapped in a group."""
+    """An exception of the ``async with`` body is not wrapped in a group."""
     with pytest.raises(KeyError, match="mine"):
         async with PokeClient(bridge.url, "token", handler):
             raise KeyError("mine")
@@ -822,7 +822,7 @@ async def test_the_user_s_own_error_comes_through_as_it_is(
 async def test_a_fault_of_the_client_s_own_is_not_silent(
     bridge: FaultyBridge, handler: Handler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It reaches whoever waits, and whoever leaves."""
+    """The error is raised in pending waits and when the client is left."""
 
     def broken(*_: object, **__: object) -> list[Any]:
         raise ZeroDivisionError
@@ -839,7 +839,7 @@ async def test_a_fault_of_the_client_s_own_is_not_silent(
 
 
 async def test_own_pulls(bridge: FaultyBridge) -> None:
-    """With ``on_poke`` the mailbox is left alone; it gets the cursor, and is retried."""
+    """``on_poke`` replaces the mailbox's pulls: it gets the cursor, and is retried."""
     asked: list[int] = []
     errors = [OSError("my database is down")]
 
@@ -877,7 +877,7 @@ async def test_own_pulls_need_no_cursor(bridge: FaultyBridge) -> None:
 async def test_an_observer_is_shown_what_happens(
     bridge: FaultyBridge, handler: Handler, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Every step but no token; an observer that raises is logged and no more."""
+    """The observer gets every step without tokens. Its exceptions are only logged."""
     seen: list[object] = []
 
     def observe(event: object) -> None:
@@ -914,7 +914,7 @@ async def test_no_token_is_logged(
 
 
 async def test_what_is_wrong_from_the_start_is_said_at_once(handler: Handler) -> None:
-    """A wrong argument, or a call out of turn, is no matter for the network."""
+    """A wrong argument, or a call out of order, is refused without the network."""
     with pytest.raises(ConfigError, match="http"):
         PokeClient("ws://127.0.0.1", "token", handler)
     with pytest.raises(InputError, match="device"):

@@ -124,7 +124,7 @@ async def test_a_revoked_session_comes_back_with_a_new_token(serve: Serve) -> No
 
 
 async def test_a_replaced_client_stops(serve: Serve) -> None:
-    """Over the recipient's session limit the oldest goes, and does not come back."""
+    """Above the recipient's session limit the oldest client stops for good."""
     instance = await asyncio.to_thread(serve, mailbox="memory://", max_sessions_per_recipient=1)
     token = instance.token(BOB)
     async with PokeClient(instance.url, token, Inbox()) as old:

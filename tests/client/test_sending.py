@@ -49,7 +49,7 @@ async def bodies(instance: Instance) -> list[object]:
 
 
 async def test_a_message_is_sent(instance: Instance, publisher: HttpPublisher) -> None:
-    """With an id of its own, or with the caller's, which commits once."""
+    """The id is random or the caller's. With the caller's id a repeat commits nothing."""
     first = await publisher.send(BOB, {"text": "grüezi"})
     again = [await publisher.send(BOB, [1], message_id="order-7") for _ in range(2)]
     assert (first.version, first.duplicate) == (1, False)
@@ -124,7 +124,7 @@ async def test_no_error_shows_a_token(token: str) -> None:
 
 
 async def test_patience_ends(instance: Instance, publisher: HttpPublisher) -> None:
-    """Nobody answers: the error says where."""
+    """Without an answer the error names the URL."""
     await asyncio.to_thread(instance.kill)
     with pytest.raises(TransportError, match=instance.url):
         await publisher.send(BOB, None, timeout_s=0.1)

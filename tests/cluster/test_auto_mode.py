@@ -72,7 +72,7 @@ async def test_without_auto_the_line_is_only_told() -> None:
 
 
 async def test_an_operator_who_goes_back_is_not_overruled() -> None:
-    """What auto has done once it does not repeat before the line is crossed anew."""
+    """Auto mode does not repeat a migration before the line is crossed again."""
     cluster = Cluster()
     red_line = RedLineMonitor(LINE, RULES, cluster.migrate)
     await pass_time(red_line, cluster, (1000, 10), range(60))
@@ -82,7 +82,7 @@ async def test_an_operator_who_goes_back_is_not_overruled() -> None:
 
 
 async def test_only_the_leader_acts_and_a_new_one_knows_the_past() -> None:
-    """A follower that watched takes over what was due, and what its forerunner has done."""
+    """A new leader knows what was due and what its predecessor did."""
     cluster = Cluster()
     red_line = RedLineMonitor(LINE, RULES, cluster.migrate)
     await pass_time(red_line, cluster, (1000, 10), range(60), is_leader=False)
@@ -95,7 +95,7 @@ async def test_only_the_leader_acts_and_a_new_one_knows_the_past() -> None:
 
 
 async def test_a_store_that_is_away_is_asked_again_and_a_refusal_is_final() -> None:
-    """What could not be written is tried until it can; what is refused waits for an operator."""
+    """A failed write is retried until it succeeds. A refused one waits for an operator."""
     cluster = Cluster(obstacle=CoordinationError("away"))
     red_line = RedLineMonitor(LINE, RULES, cluster.migrate)
     await pass_time(red_line, cluster, (1000, 10), range(60))

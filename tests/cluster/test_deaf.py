@@ -42,7 +42,7 @@ async def where(instance: Instance, recipient: str) -> str:
 async def test_a_deaf_instance_lets_go(
     nats_server: Daemon, valkey_server: Daemon, serve: Serve, silence: Silence, mode: str
 ) -> None:
-    """Its clients are sent to one that hears, with its shards, and nobody is led to it."""
+    """Its shards and clients move to an instance that receives, and no client is led to it."""
     common: dict[str, Any] = {
         "mailbox": "sqlite:///shared.db",
         "coordination": valkey_server.url,

@@ -76,7 +76,7 @@ async def test_a_disconnect_that_nobody_heard_survives_a_gap(
 async def test_a_disconnect_that_is_asked_of_an_instance_without_sessions(
     nats_server: Daemon, serve: Serve
 ) -> None:
-    """It hears nobody, and every gateway is cut off: the mailbox keeps it until after the gap."""
+    """No gateway can be reached, so the mailbox keeps the disconnect until after the gap."""
     common: dict[str, Any] = {"cluster": "apart", "mailbox": "sqlite:///shared.db"}
     async with asyncio.timeout(TIMEOUT_S), CutProxy("127.0.0.1", nats_server.port) as line:
         api = await asyncio.to_thread(

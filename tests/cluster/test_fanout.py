@@ -96,7 +96,7 @@ async def test_a_poke_reaches_the_recipients_sessions_and_no_other(clusters: Clu
 
 
 async def test_signals_that_others_publish_are_understood(clusters: Clusters) -> None:
-    """Single and batched, with a shard beside them and without; garbage is counted and dropped."""
+    """Single or batched, with or without a shard. Garbage is counted and dropped."""
 
     async def act(cluster: Cluster) -> str:
         instance = cluster.instances[1]
@@ -154,7 +154,7 @@ GARBAGE = [
 
 
 async def test_poison_in_a_row_ends_no_reader(clusters: Clusters, silence: Silence) -> None:
-    """Signals for a recipient that is no ASCII, 64 at once: all are counted, the next is heard."""
+    """64 signals with a non-ASCII recipient at once are counted, and the next one is handled."""
 
     async def act(cluster: Cluster) -> str:
         instance, publish = cluster.instances[1], PUBLISHERS[cluster.name][-1]

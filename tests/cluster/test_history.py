@@ -49,7 +49,7 @@ def test_the_first_view_tells_who_is_there() -> None:
 
 
 def test_joining_restarting_and_moving() -> None:
-    """Who joins, who comes back, and how many shards went from whom to whom."""
+    """The history tells who joined or restarted, and how many shards moved between whom."""
     before = view([member("a"), member("b")], "aab.")
     after = view([member("a"), member("b", life="2"), member("c")], "cabc", epoch=2)
     assert told(before, after) == [
@@ -82,7 +82,7 @@ def test_a_drain_is_told_once() -> None:
 
 
 def test_gaps_are_told_of_the_same_life() -> None:
-    """A count that grows is a gap; one that starts anew is not."""
+    """A growing count is a gap. A count that restarts from zero is not."""
     had = view([member("a", gaps=2), member("b", gaps=5)], "a")
     has = view([member("a", gaps=3), member("b", life="2", gaps=6)], "a")
     assert {kind for kind, _ in told(had, has)} == {"gap", "joined"}
@@ -120,7 +120,7 @@ def test_two_instances_give_an_event_the_same_id() -> None:
 
 
 def test_an_owner_that_comes_and_goes_is_told_every_time() -> None:
-    """With a ring the epoch stays the same, and so may the owners; the ids differ all the same."""
+    """Also with a ring, where the epoch stays and the owners may: the entries' ids differ."""
     history = History(lambda: NOW_S)
     for life in "123":
         history.add(view([member("a")], "aa"))
@@ -130,7 +130,7 @@ def test_an_owner_that_comes_and_goes_is_told_every_time() -> None:
 
 
 def test_only_the_newest_are_kept() -> None:
-    """The count goes on."""
+    """The oldest entries are dropped, and the ids continue."""
     history = History(lambda: NOW_S)
     for life in range(KEPT + 10):
         history.add(view([member("a", life=str(life))], "a"))

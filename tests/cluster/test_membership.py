@@ -43,7 +43,7 @@ def test_a_new_cluster_waits_until_its_members_have_settled() -> None:
 
 
 def test_a_dead_members_shards_move_at_once_and_no_others() -> None:
-    """What must move does not wait to settle, and what need not move stays."""
+    """Shards of a dead member move at once. All others stay."""
     planner = Planner(SETTLE_S)
     before = settled_map(planner, "abc")
     after = planner.plan(before, [member("a"), member("b")], SETTLE_S + 0.1)
@@ -66,7 +66,7 @@ def test_a_newcomer_gets_its_share_only_after_the_settle_time() -> None:
 
 
 def test_a_draining_member_gives_everything_up_at_once() -> None:
-    """Draining moves its shards, and the mark goes when the member has gone."""
+    """A draining member's shards move. The mark is removed once the member has left."""
     planner = Planner(SETTLE_S)
     before = replace(settled_map(planner, "ab"), draining=frozenset("b"))
     after = planner.plan(before, [member("a"), member("b")], 11)
@@ -78,7 +78,7 @@ def test_a_draining_member_gives_everything_up_at_once() -> None:
 
 
 def test_a_leader_of_old_does_not_lead_on_old_knowledge() -> None:
-    """Who comes and goes while another one leads counts too: the settle time begins anew."""
+    """Changes that a former leader did not see restart the settle time."""
     planner = Planner(SETTLE_S)
     three = [member(name) for name in "abc"]
     unfair = replace(settled_map(planner, "abc"), owners=("a",) * COUNT)
@@ -156,7 +156,7 @@ async def test_a_change_is_seen_by_everyone_and_epochs_only_grow() -> None:
 
 
 async def test_a_store_that_lost_its_data_gets_the_map_back() -> None:
-    """An empty store is written anew from what the members remember; no epoch goes back."""
+    """The members write their map into an empty store again, and no epoch goes back."""
     cluster = Cluster()
     one = await cluster.join("a")
     await wait_until(lambda: cluster.agree({"a"}))
@@ -233,7 +233,7 @@ async def test_a_document_that_is_none_is_trouble_and_no_end() -> None:
 
 
 async def test_a_leader_that_slept_is_fenced_by_the_revision() -> None:
-    """A write that was planned from an old revision is refused, whoever believes to lead."""
+    """A write planned from an old revision is refused, even if its writer thinks it leads."""
     cluster = Cluster()
     one = await cluster.join("a")
     await wait_until(lambda: cluster.agree({"a"}))

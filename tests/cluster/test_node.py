@@ -156,7 +156,7 @@ async def test_leaving_fan_out_is_refused_while_traffic_is_untagged(nodes: Nodes
 
 
 async def test_leaving_fan_out_is_refused_while_traffic_is_tagged_wrongly(nodes: Nodes) -> None:
-    """A publisher with another number of shards would wake nobody; a sample of signals tells."""
+    """A publisher with another shard count would wake nobody. A sample of signals shows it."""
     one = await nodes.add("one")
     wrong = (shard_of("bob", SHARDS) + 1) % SHARDS
     await nodes.bus.publish([Signal(b'{"recipient":"bob"}', wrong)] * 200)
@@ -188,7 +188,7 @@ async def test_a_migration_needs_a_store(
 
 
 async def test_a_recipients_home_is_its_owner(nodes: Nodes) -> None:
-    """Whoever is asked names the owner when partitioned, and itself in fan-out."""
+    """Any instance names the owner in partitioned mode, and itself in fan-out mode."""
     one, two = await nodes.add("one"), await nodes.add("two")
     await wait_until(shares(one, two), what="a balanced map")
     shard = shard_of(BOB, SHARDS)
@@ -203,7 +203,7 @@ async def test_a_recipients_home_is_its_owner(nodes: Nodes) -> None:
 
 
 async def test_a_drain_hands_the_shards_over_first(nodes: Nodes) -> None:
-    """When ``hand_over`` returns the shards are others', and all see who is draining."""
+    """When ``hand_over`` returns, others own the shards, and all members see the drain."""
     one, two = (
         await nodes.add("one", mode="partitioned"),
         await nodes.add("two", mode="partitioned"),
@@ -218,7 +218,7 @@ async def test_a_drain_hands_the_shards_over_first(nodes: Nodes) -> None:
 
 
 async def test_any_instance_can_be_asked_to_drain_any(nodes: Nodes) -> None:
-    """The one that is named begins; a name that nobody has is refused."""
+    """The named instance starts to drain. An unknown name is refused."""
     one, two = await nodes.add("one"), await nodes.add("two")
     await wait_until(lambda: "two" in one.cluster.view.members, what="one seeing two")
     await one.cluster.drain("two")

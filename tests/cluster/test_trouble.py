@@ -250,7 +250,7 @@ def pubsub_faults(server: PubSubServer) -> list[Fault]:
 async def test_readiness_says_what_is_wrong_later(
     nats_with_users: Nats, own_valkey_server: Daemon, pubsub: PubSubServer, serve: Serve
 ) -> None:
-    """What is taken away from a running instance and given back ends no task and fills no log."""
+    """An engine that goes and returns ends no task and does not flood the log."""
     admin: Any = valkey.Valkey(port=own_valkey_server.port)
     admin.execute_command("ACL", "SETUSER", "bridge", *ACL, *CHANNELS)
     faults = {

@@ -61,7 +61,7 @@ async def test_a_change_is_poked_once(world: World) -> None:
 
 
 async def test_a_console_here_is_poked_without_a_signal(world: World) -> None:
-    """It would count its own pokes otherwise. A watcher elsewhere is published for all the same."""
+    """Otherwise it would count its own pokes. For a watcher elsewhere a signal is published."""
     world.consoles = {"alice"}
     world.watchers.add("alice")
     world.watchers.add("bob")
@@ -111,5 +111,5 @@ async def test_watchers_are_bounded(world: World) -> None:
     ],
 )
 def test_what_no_eye_sees_is_no_news(value: object, seen: object) -> None:
-    """Two digits of a float, three of a large integer; all else as it is."""
+    """Floats are compared by two digits, large integers by three, the rest exactly."""
     assert legible(value) == seen

@@ -29,7 +29,7 @@ print(decode_signal(body), is_probe(body))
 
 
 def test_it_takes_a_beacon_for_another_instances_probe() -> None:
-    """It drops it, and counts it neither as malformed nor as untagged: no alert fires."""
+    """It drops the beacon and counts it neither as malformed nor as untagged, so no alert fires."""
     read = subprocess.run(
         [sys.executable, "-c", READ_IT],
         input=encode_beacon(BEACON),

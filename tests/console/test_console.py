@@ -169,7 +169,7 @@ async def test_it_is_poked_and_does_not_poll(
 
 
 async def test_lost_pokes_are_told(console: Page, trio: Trio) -> None:
-    """Once verification has found a message that nobody poked for, the page says so."""
+    """The page says so when verification has found a message without a poke."""
     async with session(trio.one, UNPOKED) as socket:
 
         async def is_found() -> bool:
@@ -299,7 +299,7 @@ async def test_over_the_red_line(console: Page, trio: Trio) -> None:
 
 
 async def test_a_broken_transport(console: Page, trio: Trio) -> None:
-    """Just then an operator looks: the page is still poked, and says what is wrong."""
+    """The page still updates, and says what is wrong."""
     trouble = console.locator(".banner.trouble")
     await expect(trouble).to_be_hidden()
     await asyncio.to_thread(trio.nats.kill)

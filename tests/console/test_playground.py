@@ -80,7 +80,7 @@ async def test_both_ways(page: Page) -> None:
 
 
 async def test_the_room(page: Page) -> None:
-    """What is sent to the room is shown to both who joined, over the socket that they have."""
+    """A message to the room appears for both members, over their existing sockets."""
     for user in (alice(page), bob(page)):
         await user.get_by_label("in the room").check()
         await expect(user.locator(".room-state")).to_have_text("connected")
@@ -125,7 +125,7 @@ async def test_without_a_mailbox(browser: Browser, serve: Serve) -> None:
 
 
 async def test_away(page: Page) -> None:
-    """What is sent to somebody who is away arrives by the pull on ``ready``."""
+    """A message to a disconnected user arrives by the pull after ``ready``."""
     await bob(page).get_by_role("button", name="Disconnect").click()
     await expect(bob(page).locator(".state")).to_have_text("disconnected")
     await send(alice(page), "while you were out")
@@ -148,7 +148,7 @@ async def test_two_devices(page: Page, instance: Instance) -> None:
 
 
 async def test_revoked_and_renamed(page: Page, instance: Instance) -> None:
-    """4401 makes the page take a new token and come back; another name is another recipient."""
+    """After 4401 the page gets a new token and reconnects. A new name is a new recipient."""
     sessions = bob(page).locator(".log li", has_text='"ready"')
     await expect(sessions).to_have_count(1)
     async with instance.async_http("root", "admin") as http:
@@ -190,7 +190,7 @@ async def devices(page: Page, step: Callable[[], Awaitable[object]]) -> set[str]
 
 @in_chromium  # over WebDriver BiDi nobody hears of WebSockets
 async def test_a_reload_is_the_same_device(page: Page, instance: Instance) -> None:
-    """A page that is loaded again goes on where it was; a second tab is another device."""
+    """A reloaded page continues where it was. A second tab is another device."""
     await send(alice(page), "once")
     await expect(bob(page).locator(".message.theirs .body")).to_have_text("once")
     await expect(bob(page).locator(".log li", has_text='→ {"type":"ack"')).to_have_count(1)

@@ -64,7 +64,7 @@ def test_no_page_has_anything_inline_or_from_elsewhere(file: Path) -> None:
 
 
 def test_the_chart_library_is_as_it_was_published() -> None:
-    """The release that NOTICE names, unchanged, with its license beside it."""
+    """The file is the release that NOTICE names, unchanged, with its license."""
     library = STATIC / "vendor/uplot"
     script = (library / "uPlot.iife.min.js").read_bytes()
     assert b"uPlot (v1.6.32)" in script
@@ -75,7 +75,7 @@ def test_the_chart_library_is_as_it_was_published() -> None:
 
 
 async def test_events() -> None:
-    """What the instance has seen, for admins."""
+    """Admins get the events that the instance has seen."""
     async with http_client(create_api(World().parts())) as http:
         refused = await http.get("/v1/cluster/events", headers=bearer("bob", "send poke"))
         assert refused.status_code == 403
@@ -85,7 +85,7 @@ async def test_events() -> None:
 
 
 async def test_watching() -> None:
-    """The caller, whom its token names, is to be poked; nobody but an admin."""
+    """The token's subject is poked on changes, and must be an admin."""
     world = World()
     async with http_client(create_api(world.parts())) as http:
         refused = await http.put("/v1/cluster/watch", headers=bearer("bob", "send poke"))

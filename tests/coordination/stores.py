@@ -166,7 +166,7 @@ class StoreSuite:
     async def test_a_silent_server_is_given_up_in_time(
         self, own_server: Daemon, connect_to: ConnectTo, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A network that drops everything costs each call its time limit, and no more."""
+        """On a network that drops everything each call ends at its time limit."""
         async with CutProxy("127.0.0.1", own_server.port) as proxy:
             url = own_server.url.replace(own_server.address, proxy.address)
             end = await connect_to(url)

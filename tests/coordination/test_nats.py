@@ -121,7 +121,7 @@ async def test_a_lease_is_kept_to_more_than_the_second(
 async def test_a_bucket_in_memory_may_be_lost_with_the_server(
     own_nats_server: Daemon, connect_to: ConnectTo, hands: JetStreamContext
 ) -> None:
-    """An operator's own bucket is used as it is; when a restart loses it, one is made."""
+    """An operator's bucket is used unchanged. If a restart loses it, a new one is created."""
     config = KeyValueConfig("pokebridge-default", storage=StorageType.MEMORY, direct=True)
     await hands.create_key_value(config)
     store = await connect_to(own_nats_server.url)
@@ -137,7 +137,7 @@ async def test_a_bucket_in_memory_may_be_lost_with_the_server(
 async def test_a_document_that_was_deleted_by_hand_is_none(
     own_nats_server: Daemon, connect_to: ConnectTo, hands: JetStreamContext
 ) -> None:
-    """What an operator deletes with NATS's own tool is gone, and is written anew."""
+    """A record that an operator deletes with NATS's tool is missing, and is written again."""
     store = await connect_to(own_nats_server.url)
     assert await store.write(b"before", None)
     await store.renew(member("a"), 60)
@@ -257,7 +257,7 @@ async def test_what_a_server_lacks_is_said_in_a_line(
     config: str,
     said: str,
 ) -> None:
-    """The start stops with what the operator has to grant."""
+    """The start fails with one line that names the permission to grant."""
     server = await asyncio.to_thread(run_server, config)
 
     async def use() -> None:

@@ -100,7 +100,7 @@ async def test_leases_from_before_the_clock_was_set_back(
 async def test_members_that_a_policy_would_hide_are_told(
     connect_to: ConnectTo, postgres_database: str
 ) -> None:
-    """Under row-level security a call fails and says so; nobody seems to have left the cluster."""
+    """Under row-level security a call fails with the reason, and no member seems to have left."""
     role = f"bridge_{uuid.uuid4().hex}"
     await run(
         postgres_database,
@@ -162,7 +162,7 @@ async def test_the_documented_permissions_are_enough(
 async def test_a_mute_first_host_gives_way_to_the_second(
     connect_to: ConnectTo, postgres_database: str
 ) -> None:
-    """A host that accepts connections and never answers, like a stopped process, is no outage."""
+    """A first host that accepts connections and never answers causes no outage."""
     address = urlsplit(postgres_database).netloc.rpartition("@")[2]
     with socket.create_server(("127.0.0.1", 0)) as mute:
         hosts = f"127.0.0.1:{mute.getsockname()[1]},{address}"
@@ -174,7 +174,7 @@ async def test_a_mute_first_host_gives_way_to_the_second(
 async def test_rows_of_the_dead_are_swept_when_somebody_starts(
     connect_to: ConnectTo, postgres_database: str
 ) -> None:
-    """Instances with random names leave no rows behind for ever."""
+    """Rows of dead instances with random names are deleted."""
     store = await connect_to(postgres_database)
     await store.renew(member("dead"), 0.01)
     await store.renew(member("a"), 60)

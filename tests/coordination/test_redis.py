@@ -88,7 +88,7 @@ async def test_nothing_is_left_of_the_long_dead(connect_to: ConnectTo, url: str)
 
 
 async def test_a_leader_without_a_lease_is_replaced(connect_to: ConnectTo, url: str) -> None:
-    """Another program has set the key: nobody would ever lead again."""
+    """A leader key without expiry, set by another program, does not block elections for ever."""
     store = await connect_to(url)
     async with Valkey.from_url(url) as client:
         await client.set("pokebridge:{default}:leader", "nobody")
@@ -181,7 +181,7 @@ LOSSES = {
 async def test_a_lost_key_is_restored(
     connect_to: ConnectTo, url: str, loss: tuple[str, ...], silence: Silence
 ) -> None:
-    """A server that evicts keys ends no membership, and all of it comes back: no shard moves."""
+    """After a server evicts keys the members restore them, and no shard moves."""
     owners: set[Sequence[str | None]] = set()
 
     def note(view: View) -> None:
@@ -264,7 +264,7 @@ def two_nodes(tmp_path: Path) -> Iterator[list[Daemon]]:
 async def test_any_node_of_a_redis_cluster_leads_to_the_right_one(
     two_nodes: list[Daemon], connect_to: ConnectTo
 ) -> None:
-    """All keys of a cluster lie on one node, and whoever asks another one is sent there."""
+    """All keys of a cluster are on one node, and other nodes redirect there."""
     first: Any
     second: Any
     async with Valkey(port=two_nodes[0].port) as first, Valkey(port=two_nodes[1].port) as second:
@@ -290,7 +290,7 @@ async def test_any_node_of_a_redis_cluster_leads_to_the_right_one(
 async def test_the_documented_permissions_are_enough(
     own_valkey_server: Daemon, connect_to: ConnectTo
 ) -> None:
-    """With docs/coordination.md's ACL everything works; what is lacking is said in a line."""
+    """The ACL of docs/coordination.md is enough. A missing permission is named in one line."""
     url = f"redis://bridge:secret@{own_valkey_server.address}/0"
     acl = re.search(r"ACL SETUSER bridge (reset on .*?)\n\n", PAGE.read_text(), re.DOTALL)
     assert acl is not None

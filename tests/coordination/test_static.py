@@ -50,7 +50,7 @@ def owned(view: View, instance: str) -> set[int]:
 
 
 async def test_every_replica_computes_the_same_owners() -> None:
-    """Each membership sees shard % replicas, in the mode of the settings, and nobody leads."""
+    """Each member computes shard % replicas in the configured mode, and there is no leader."""
     stores = [await connect(ordinal) for ordinal in range(3)]
     memberships = [await joined(store, f"pokebridge-{n}") for n, store in enumerate(stores)]
     maps = {membership.view.shard_map for membership in memberships}
@@ -76,7 +76,7 @@ async def test_clients_are_led_by_the_pattern() -> None:
 
 
 async def test_without_a_pattern_nobody_is_led() -> None:
-    """The others have no URL, so that interest serves whoever lands on the wrong replica."""
+    """The others have no URL, so the replica that a client reached serves it."""
     store = await connect(1)
     assert [each.url for each in await store.members()] == ["", "", ""]
 

@@ -22,7 +22,7 @@ from tests.support import free_port
     ],
 )
 async def test_nobody_there_is_one_line_without_secrets(adapter: type[Adapter], url: str) -> None:
-    """A store that can't be had is named by its address, and not by the password."""
+    """An unreachable store is named by its address, without the password."""
     port = free_port()
     with pytest.raises(CoordinationError, match=f"127.0.0.1:{port}") as error:
         await adapter.connect(url.format(port=port), cluster="default")

@@ -63,7 +63,7 @@ def test_helm_finds_nothing_wrong(variant: str) -> None:
 
 @pytest.mark.parametrize("version", KUBERNETES)
 def test_kubernetes_knows_every_field(version: str) -> None:
-    """What the chart renders, and the raw manifests, follow the schemas of Kubernetes strictly."""
+    """The rendered chart and the raw manifests match the strict schemas of Kubernetes."""
     raw = [each for path in (ROOT / "deploy/kubernetes").glob("*.yaml") for each in documents(path)]
     objects = [*raw, *(each for variant in VARIANTS for each in rendered(variant))]
     assert {each["kind"] for each in objects} >= FOREIGN
@@ -97,7 +97,7 @@ def _agreeing(each: Object) -> tuple[tuple[str, str], Object]:
 
 @pytest.mark.parametrize("variant", ["fanout", "partitioned"])
 def test_the_raw_manifests_agree(variant: str) -> None:
-    """They are what the chart renders with the same values, but for Helm's own labels."""
+    """They equal what the chart renders with the same values, except for Helm's labels."""
     folder = ROOT / "deploy/kubernetes"
     raw = [each for name in VARIANTS[variant] for each in documents(folder / f"{name}.yaml")]
     assert dict(map(_agreeing, rendered(variant))) == dict(map(_agreeing, raw))

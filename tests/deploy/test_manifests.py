@@ -192,7 +192,7 @@ def test_the_unit_gives_a_drain_its_time() -> None:
 
 
 def test_the_image_is_built_from_what_it_may_see() -> None:
-    """What is copied exists and is not ignored; nothing of the project's but that is sent."""
+    """All copied files exist and are not ignored. No other project file is sent."""
     rules = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line[:1] != "#"]
     assert rules[0] == "*"
     allowed = [rule.removeprefix("!") for rule in rules if rule.startswith("!")]

@@ -94,7 +94,7 @@ def anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("rule", ALERTS, ids=[rule["alert"] for rule in ALERTS])
 def test_every_alert_says_what_it_means_and_what_to_do(rule: dict[str, Any]) -> None:
-    """A summary that names whom it is about, a severity, and a heading in a page that exists."""
+    """It has a summary that names its subject, a severity, and a link to an existing heading."""
     assert rule["labels"]["severity"] in {"critical", "warning", "info"}
     assert "{{ $" in rule["annotations"]["summary"]
     page, _, anchor = rule["annotations"]["runbook_url"].partition("#")
@@ -103,7 +103,7 @@ def test_every_alert_says_what_it_means_and_what_to_do(rule: dict[str, Any]) -> 
 
 
 def test_every_runbook_has_its_alert() -> None:
-    """A heading of an alert that is gone goes too."""
+    """A heading whose alert was removed must be removed, too."""
     headings = anchors(ROOT / "docs/monitoring.md") - {"monitoring", "alerts"}
     assert headings == {rule["alert"].lower() for rule in ALERTS}
 
@@ -125,7 +125,7 @@ def test_every_alert_is_in_a_test() -> None:
 
 
 def test_every_panel_says_what_it_shows() -> None:
-    """A title of its own, a description, a unit, and a source that can be chosen."""
+    """Each panel has a unique title, a description, a unit, and a selectable source."""
     titles = [panel["title"] for panel in PANELS]
     assert len(set(titles)) == len(titles)
     for panel in PANELS:

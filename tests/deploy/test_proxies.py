@@ -411,7 +411,7 @@ async def test_pings_keep_an_idle_socket_open(start: Start, site: Site) -> None:
 
 
 async def test_a_reload_cuts_no_socket(run: Run, site: Site) -> None:
-    """A socket of before hears of what is sent after it, until the old worker's time is up."""
+    """After a reload an old socket still gets pokes, until the old worker's time is up."""
     front = run(site, "fanout")
     async with (
         asyncio.timeout(TIMEOUT_S),
@@ -427,7 +427,7 @@ async def test_a_reload_cuts_no_socket(run: Run, site: Site) -> None:
 
 
 async def test_the_end_of_an_old_worker_leaves_nobody_silent(run: Run, site: Site) -> None:
-    """When its time is up it cuts its sockets; their clients come back to a new one, and pull."""
+    """When its time is up it cuts its sockets. The clients reconnect to a new worker and pull."""
     front = run(site, "fanout", {RELOAD_TIMEOUT: "1s"})
     recipient, seen = f"urn:user:behind-{front.proxy.name}", Seen()
     async with (

@@ -34,7 +34,7 @@ def test_the_page_is_the_codes(package: griffe.Module) -> None:
 
 
 def test_everything_public_is_explained(package: griffe.Module) -> None:
-    """Each public module says what is public, and each public name what it means."""
+    """Each public module has an ``__all__``, and each public name a docstring."""
     for name in api_docs.PUBLIC:
         assert package[name.removeprefix("pokebridge.")].exports, f"{name} has no __all__"
     silent = [name for name, found in api_docs.public_objects(package) if found.docstring is None]

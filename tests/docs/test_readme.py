@@ -88,7 +88,7 @@ def test_the_commands_are_the_codes() -> None:
 
 
 def test_the_contracts_commands_are_the_codes() -> None:
-    """Every command of the contract exists, and there is no other."""
+    """The commands are exactly those of the contract."""
     contract = (ROOT / "docs" / "protocol.md").read_text()
     _, commands = contract.split("## 6. Command line", 1)
     commands, _ = commands.split("## 7. From a checkout", 1)

@@ -155,7 +155,7 @@ async def postgres_secret(own_postgres_server: Daemon, tmp_path: Path) -> Secret
 async def test_postgres(
     own_postgres_server: Daemon, postgres_secret: Secret, silence: Silence
 ) -> None:
-    """A mailbox goes on without a failed call, and the store after a refusal at most."""
+    """No call of the mailbox fails, and at most one of the store."""
     address = own_postgres_server.address
     url = f"postgresql://bridge@{address}/postgres?password_file={postgres_secret.path}"
     mailbox = await PostgresMailbox.open(url)
@@ -173,7 +173,7 @@ async def test_postgres(
 async def test_postgres_s_own_password_file(
     own_postgres_server: Daemon, postgres_secret: Secret, tmp_path: Path
 ) -> None:
-    """Libpq's ``passfile`` is read anew as well."""
+    """Libpq's ``passfile`` is read again at each connection, too."""
 
     async def write(password: str) -> Path:
         path = tmp_path / "pgpass"

@@ -43,7 +43,7 @@ async def submit(page: Page, label: str, text: str, button: str) -> None:
 
 @pytest.mark.usefixtures("client_package")
 async def test_two_browsers(browser: Browser, bridge: Instance, tmp_path: Path) -> None:
-    """What one writes the other sees, also what was written while the bridge was away."""
+    """Each sees what the other writes, also what was written while the bridge was away."""
     async with asyncio.timeout(TIMEOUT_S):
         with run_app("document", bridge, tmp_path) as app:
             ann, bob = [await open_page(browser, app, bridge, user) for user in ("ann", "bob")]
@@ -73,7 +73,7 @@ async def test_two_browsers(browser: Browser, bridge: Instance, tmp_path: Path) 
 async def test_who_may_not_read_hears_nothing(
     browser: Browser, bridge: Instance, tmp_path: Path
 ) -> None:
-    """Whoever is no member of a document gets neither it nor a token for its pokes."""
+    """A user who is not a member gets neither the document nor a token for its pokes."""
     async with asyncio.timeout(TIMEOUT_S):
         with run_app("document", bridge, tmp_path) as app:
             ann, eve = [await open_page(browser, app, bridge, user) for user in ("ann", "eve")]
@@ -87,7 +87,7 @@ async def test_who_may_not_read_hears_nothing(
 
 @pytest.mark.parametrize("example", ["document", "page"])
 async def test_a_page_without_its_client_says_what_to_build(browser: Browser, example: str) -> None:
-    """It would say "connecting" for ever."""
+    """Otherwise it would say "connecting" for ever."""
     text = (ROOT / "examples" / example / "index.html").read_text()
 
     async def answer(route: Route) -> None:

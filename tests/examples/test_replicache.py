@@ -133,7 +133,7 @@ async def test_the_app_is_restarted(browser: Browser, bridge: Instance, tmp_path
 
 
 async def test_a_push_that_comes_twice(bridge: Instance, tmp_path: Path) -> None:
-    """It is applied once; each browser profile hears of its own clients' mutations alone."""
+    """It is applied once. Each browser profile learns only of its own clients' mutations."""
     created = {"id": 1, "name": "putTodo", "args": {"id": "a", "text": "sleep"}, "clientID": "c1"}
     deleted = {"id": 2, "name": "deleteTodo", "args": {"id": "a"}, "clientID": "c1"}
     async with asyncio.timeout(TIMEOUT_S):

@@ -24,7 +24,7 @@ def is_genuine() -> Any:
 
 
 def test_the_docs_check_a_signature() -> None:
-    """What we sign is genuine; another body, id, time or key is not, nor an old one."""
+    """A signed request is genuine. With another body, id, time or key, or when old, it is not."""
     check = is_genuine()
     settings = Settings(
         dev=True, push_webhook_url="https://example.com", push_webhook_secret=SecretStr(SECRET)

@@ -77,7 +77,7 @@ async def test_who_does_not_pull_is_told_of(receiver: Receiver) -> None:
 
 
 async def test_a_pull_in_the_grace_cancels(receiver: Receiver) -> None:
-    """What was pulled in time is never told of; what was not, is."""
+    """A message that was pulled in time causes no push. Any other causes one."""
     mailbox = MemoryMailbox(push_timing=PushTiming(grace_s=0.1))
     pulls = Pulls(pushes_of(mailbox), tell_every_s=0.01)
     await pulls.start()
@@ -121,7 +121,7 @@ async def test_pulls_are_told_when_the_mailbox_is_back(monkeypatch: pytest.Monke
 
 
 async def test_the_pulls_that_wait_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the mailbox is away what waits does not grow for ever; those there still rise."""
+    """While the mailbox is away the waiting pulls are bounded, and known ones still advance."""
     monkeypatch.setattr(push, "MAX_PULLED", 3)
     mailbox = MemoryMailbox(push_timing=AT_ONCE)
     pulls = Pulls(pushes_of(mailbox))
@@ -184,7 +184,7 @@ async def test_a_retry_has_the_same_id(receiver: Receiver) -> None:
 
 
 async def test_it_is_given_up_in_the_end(receiver: Receiver) -> None:
-    """After the last attempt it is put on record, logged and counted, and tried no more."""
+    """After the last attempt the push is recorded, logged and counted, and not tried again."""
     mailbox = MemoryMailbox(push_timing=AT_ONCE)
     receiver.status = "410 Gone"
     retries = Retries(first_s=0.01, longest_s=0.02, attempts=3)
@@ -214,7 +214,7 @@ def test_attempts_are_spread_over_a_day() -> None:
 async def test_a_slow_receiver_holds_up_no_other(
     receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So many requests are under way at once, and no more; each that ends lets one in."""
+    """The number of concurrent requests is limited. Each that ends lets another start."""
     monkeypatch.setattr(push, "AT_ONCE", 4)
     mailbox = MemoryMailbox(push_timing=AT_ONCE)
     receiver.gate.clear()
@@ -228,7 +228,7 @@ async def test_a_slow_receiver_holds_up_no_other(
 
 
 async def test_of_two_pushers_one_sends_each(receiver: Receiver, tmp_path: Path) -> None:
-    """Two processes' worth of pushers on one file: nobody is told of twice."""
+    """Two pushers on one file send each push once."""
     async with AsyncExitStack() as stack:
         mailboxes = []
         for _ in range(2):
@@ -261,7 +261,7 @@ async def test_a_killed_process_leaves_its_push_to_another(
 
 
 async def test_closing_lets_attempts_end(receiver: Receiver) -> None:
-    """An orderly stop amid a request waits for its answer, so that nobody repeats it."""
+    """A stop waits for the answer to a running request, so that it is not repeated."""
     mailbox = MemoryMailbox(push_timing=AT_ONCE)
     await mailbox.append(message())
     receiver.gate.clear()

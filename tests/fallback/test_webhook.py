@@ -18,7 +18,7 @@ def test_the_signature_is_the_specifications() -> None:
 
 
 async def test_a_post_is_signed() -> None:
-    """Id, time and body are what the signature covers; the body is JSON."""
+    """The signature covers id, time and body. The body is JSON."""
     async with receiving() as receiver:
         webhook = Webhook(receiver.url, KEY, clock=lambda: 1614265330.9)
         await webhook.post("push_1", b'{"recipient":"bob","version":3}')
@@ -44,7 +44,7 @@ async def test_whatever_is_no_success_failed(status: str) -> None:
 
 
 async def test_no_redirect_is_followed() -> None:
-    """A receiver can't have the notification sent to an address that nobody has set."""
+    """A receiver cannot redirect the notification to an address that no setting names."""
     async with receiving() as elsewhere, receiving() as receiver:
         receiver.status = "307 Temporary Redirect"
         receiver.extra = f"location: {elsewhere.url}\r\n".encode()
@@ -56,7 +56,7 @@ async def test_no_redirect_is_followed() -> None:
 
 
 async def test_an_endless_answer_is_cut_off() -> None:
-    """What a receiver has to say is not read beyond a bound; its status counts."""
+    """At most a fixed size of the answer is read. Only its status counts."""
     async with receiving() as receiver:
         receiver.status = "200 OK"
         receiver.extra = b"content-length: 1000000000000\r\n\r\n" + b"x" * 1_000_000

@@ -116,7 +116,7 @@ def client_frame(part: bytes, *, first: bool) -> bytes:
     ],
 )
 async def test_a_malformed_ack_closes_1008(frame: object) -> None:
-    """As every other text that is no message of a client, and nothing is recorded."""
+    """It is treated like any other text that is not a client message, and nothing is recorded."""
     mailbox = Mailbox()
     async with running(record_acks=mailbox.ack_all) as server:
         client = await server.open()
@@ -134,7 +134,7 @@ async def test_an_ack_where_none_was_offered_closes_1008() -> None:
 
 
 async def test_acks_count_as_frames() -> None:
-    """More in a ping interval than any client of ours sends: 1008."""
+    """More acks in a ping interval than our clients send close the session with 1008."""
     async with running(record_acks=Mailbox().ack_all) as server:
         client = await server.open()
         for version in range(1, 1002):
@@ -168,7 +168,7 @@ async def test_a_burst_of_acks_makes_few_calls() -> None:
 
 
 async def test_an_outage_of_the_mailbox_closes_no_session() -> None:
-    """What was acked during it is recorded after it, though the session is gone by then."""
+    """Acks during the outage are recorded afterwards, even if the session has ended."""
     mailbox = Mailbox()
     await fill(mailbox, 5, BOB)
     await fill(mailbox, 5, EVE)

@@ -35,7 +35,7 @@ def encoded(value: object) -> bytes:
 
 @given(st.lists(st.binary() | FIELDS.map(encoded), min_size=1, max_size=5), st.none() | st.text())
 def test_no_signal_raises(bodies: list[bytes], tag: str | None) -> None:
-    """Neither the bridge nor the check of tags raises, sampled or not; each signal is counted."""
+    """Neither the bridge nor the check of tags raises, and each signal is counted."""
     bridge = Bridge(SessionMap(1))
     manager = SubscriptionManager(
         MemoryTransport(),

@@ -133,7 +133,7 @@ async def test_a_slow_instance_keeps_no_audience_waiting_for_long() -> None:
 
 
 async def test_pokes_meanwhile_are_merged_into_one() -> None:
-    """It has the newest version, and none if one had none. What is known is not told again."""
+    """It has the newest version, or none if a poke had none. Known versions are not repeated."""
     async with audience(pulls_per_s=10 * MANY) as world:
         for version in (5, 7, 6, 4):
             world.poke(version)

@@ -71,7 +71,10 @@ class TestHoles:
         assert beacons.lost == 0
 
     def test_a_hole_is_a_gap_when_it_stays(self) -> None:
-        """It is none at first, since an engine may reorder; then it is one, and only once."""
+        """A missing number is no gap at first, because an engine may reorder.
+
+        Then it is one gap.
+        """
         beacons = listening()
         hear(beacons, [1, 5])
         assert beacons.step(LONG) is None
@@ -129,7 +132,7 @@ class TestHoles:
         assert (beacons.step(LONG + REORDER_S), beacons.every_s) == (None, ALONE_S)
 
     def test_strangers_without_number_cost_no_memory(self) -> None:
-        """Whoever makes up senders fills a table of limited size."""
+        """Invented senders fill only a table of limited size."""
         beacons = listening()
         for number in range(MAX_PEERS + 10):
             beacons.hear(beacon(f"made-up-{number}"), LONG)
@@ -180,7 +183,7 @@ class TestSilence:
     """A member that renews its lease and is not heard."""
 
     def test_a_silent_member_is_counted_until_it_is_heard(self) -> None:
-        """It is none before it has missed three; and none when it is heard again."""
+        """A member counts as silent after three missed beacons, until it is heard again."""
         beacons = listening()
         beacons.members = {"one", "two"}
         hear(beacons, [1])
@@ -209,7 +212,7 @@ class TestSilence:
 
     @pytest.mark.parametrize("members", [None, {"one"}])
     def test_who_has_left_is_forgotten(self, members: set[str] | None) -> None:
-        """Who is no member may have crashed: nobody waits for it for long."""
+        """A sender that is no longer a member is forgotten soon, because it may have crashed."""
         beacons = listening()
         beacons.members = members
         hear(beacons, [1])
@@ -242,7 +245,7 @@ class TestDisagreement:
         ],
     )
     def test_it_is_told_and_counted(self, setting: str, theirs: Any) -> None:
-        """The younger one is not ready, and says what differs from whom."""
+        """The younger instance is not ready, and names the setting and the other instance."""
         beacons = listening()
         beacons.hear(beacon(up_s=500.0, **{setting: theirs}), 100.0)
         assert beacons.disagreements[setting] == 1
@@ -296,7 +299,7 @@ class TestDisagreement:
 
     @pytest.mark.parametrize(("theirs", "count"), [("", 0), ("file 1", 0), ("file 2", 1)])
     def test_another_mailbox_is_told(self, theirs: str, count: int) -> None:
-        """Once in the log, and as long as it lasts in the count. Who has none agrees with all."""
+        """It is logged once and counted while it lasts. An instance without a mailbox agrees."""
         beacons = listening()
         beacons.mailbox = lambda: "file 1"
         with capture_logs() as logs:
@@ -326,7 +329,7 @@ class TestDisagreement:
         assert beacons.disagreements == {"cluster": 1}
 
     def test_made_up_instances_do_not_fill_the_log(self) -> None:
-        """Whoever may publish can make up a thousand of them in a second."""
+        """A publisher could invent a thousand instances in a second."""
         beacons = listening()
         with capture_logs() as logs:
             for number in range(1000):

@@ -15,7 +15,7 @@ from tests.support.waiting import wait_until
 
 
 async def test_ready_waits_until_the_subscription_is_proven() -> None:
-    """No ``ready`` while probes do not come back; it comes once they do."""
+    """``ready`` is sent only once the probes have come back."""
     async with running() as server:
         server.transport.deaf = True
         await wait_until(lambda: not server.gateway.subscriptions.covers(BOB))
@@ -75,7 +75,7 @@ async def test_a_quiet_bridge_probes_and_a_busy_one_does_not() -> None:
 
 
 async def test_pokes_for_nobody_here_are_noise() -> None:
-    """What is dropped is counted, what is delivered too."""
+    """Dropped and delivered pokes are counted."""
     async with running() as server:
         client = await server.open()
         for recipient in (BOB, "urn:user:nobody", "urn:user:else"):
@@ -144,7 +144,7 @@ async def test_a_gap_in_what_is_about_to_go_wakes_everyone() -> None:
 
 
 async def test_what_goes_without_an_answer_may_have_missed_something() -> None:
-    """A subscription that had gone deaf unnoticed is not replaced without waking its sessions."""
+    """If a subscription was deaf without notice, its replacement wakes its sessions."""
     async with running() as server:
         client = await server.open()
         old = server.transport.receivers[0]
@@ -156,7 +156,7 @@ async def test_what_goes_without_an_answer_may_have_missed_something() -> None:
 
 
 async def test_what_is_needed_again_stays() -> None:
-    """A migration back, before the old subscription has gone, keeps it."""
+    """If the cluster migrates back before the old subscription is closed, it is kept."""
     async with running() as server:
         await server.open()
         subscriptions, mine = server.gateway.subscriptions, bobs_mine(server)
@@ -182,7 +182,7 @@ async def test_a_session_is_not_left_when_what_covers_it_goes() -> None:
 async def test_without_a_mailbox_sessions_are_poked_while_a_member_is_not_heard(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What it publishes may be lost, although all that this instance publishes comes back."""
+    """The member's signals may be lost, although this instance's own signals come back."""
     monkeypatch.setattr("pokebridge.gateway.gateway._DOUBT_POKE_EVERY_S", 1)
     monkeypatch.setattr("pokebridge.gateway.beacons.SILENT_AFTER", 0)
     async with running() as server:
@@ -196,7 +196,7 @@ async def test_without_a_mailbox_sessions_are_poked_while_a_member_is_not_heard(
 async def test_without_a_mailbox_sessions_are_poked_while_the_transport_is_in_doubt(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Nobody can tell who is behind, so all pull now and then, for as long as that lasts."""
+    """It is unknown who is behind, so all sessions are poked regularly while that lasts."""
     monkeypatch.setattr("pokebridge.gateway.gateway._DOUBT_POKE_EVERY_S", 1)
     async with running(deaf_after_s=1) as server:
         client = await server.open()

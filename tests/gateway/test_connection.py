@@ -172,7 +172,7 @@ async def test_websockets_are_served_at_one_path() -> None:
     ],
 )
 async def test_origins_are_checked(origin: str | None, status: int) -> None:
-    """A page of a foreign Origin is refused with 403; a client without one is no browser."""
+    """A page with a foreign Origin gets 403. A client without an Origin is not a browser."""
     async with running(allowed_origins=frozenset({"https://app.example"})) as server:
         client = await server.dial()
         headers = () if origin is None else (f"Origin: {origin}",)
@@ -331,10 +331,7 @@ async def test_handshakes_have_a_rate() -> None:
 
 
 async def test_a_proxys_word_counts_only_when_it_is_trusted() -> None:
-    """X-Forwarded-For sets the address that is counted, from a trusted proxy alone.
-
-    Forwarded does where there is none.
-    """
+    """Only a trusted proxy's X-Forwarded-For, or else Forwarded, sets the counted address."""
     headers = ("X-Forwarded-For: 203.0.113.7",)
     standard = ('Forwarded: for=198.51.100.9;proto=https, For="203.0.113.7:4711";by=10.0.0.1',)
     trusted = [ip_network("127.0.0.0/8")]
@@ -387,7 +384,7 @@ async def test_a_proxys_word_counts_only_when_it_is_trusted() -> None:
     ],
 )
 def test_what_an_address_is(peer: str, forwarded: str, counted: str) -> None:
-    """Ports and brackets are no part of it, mapped addresses are IPv4, and IPv6 is by /64."""
+    """Ports and brackets are removed, mapped addresses are IPv4, and IPv6 counts by /64."""
     trusted = [ip_network("127.0.0.0/8")]
     assert client_address(peer, [forwarded] if forwarded else [], trusted) == counted
 
@@ -408,7 +405,7 @@ def test_what_an_address_is(peer: str, forwarded: str, counted: str) -> None:
     ],
 )
 def test_what_address_the_standard_field_names(fields: list[str], counted: str) -> None:
-    """``Forwarded`` (RFC 7239) is read as X-Forwarded-For is, if there is none of those."""
+    """Without X-Forwarded-For, ``Forwarded`` (RFC 7239) is read in the same way."""
     trusted = [ip_network("127.0.0.0/8")]
     headers = [(b"forwarded", field.encode()) for field in fields]
     assert client_address("127.0.0.1", forwarded_for(headers), trusted) == counted
@@ -585,7 +582,7 @@ async def test_a_clients_close_is_answered_with_its_code() -> None:
 
 
 async def test_a_chatterbox_is_closed() -> None:
-    """More frames in a ping interval than any client of ours sends: 1008."""
+    """More frames in a ping interval than our clients send close the session with 1008."""
     async with running(Timing(max_messages_per_ping=20)) as server:
         client = await server.open()
         for _ in range(21):
@@ -605,7 +602,7 @@ async def test_fragments_count_as_frames() -> None:
 
 
 async def test_a_flood_of_pings_by_one_that_never_reads_is_bounded() -> None:
-    """Answers that nobody reads stop the reading of more questions: the buffer stays small."""
+    """While the client reads no pongs, no more pings are read, so the buffer stays small."""
     async with running(Timing(max_messages_per_ping=10**9)) as server:
         client = await server.open(receive_buffer=2048)
         client.stop_reading()
@@ -693,7 +690,7 @@ async def test_a_bad_new_token_closes(bad: str, code: int) -> None:
 
 
 async def test_a_disconnect_signal_closes_4401() -> None:
-    """``disconnect`` closes every session of the recipient, and nobody else's."""
+    """``disconnect`` closes every session of the recipient, and no other session."""
     async with running() as server:
         mine, eve = [await server.open(), await server.open()], await server.open("urn:user:eve")
         await server.publisher.disconnect(BOB)

@@ -54,7 +54,7 @@ async def still_serves(server: Running, client: Client) -> None:
 
 
 async def test_a_session_hears_what_it_listens_to_until_it_does_not() -> None:
-    """Pokes of others name their recipient; after ``unlisten`` there are none."""
+    """Pokes of further recipients name them. After ``unlisten`` none come."""
     async with running(LISTENS) as server:
         client = await server.connect()
         assert (await client.message())["listens"] == 3
@@ -102,7 +102,7 @@ BAD_TOKENS = {
 
 @pytest.mark.parametrize("bad", BAD_TOKENS.values(), ids=BAD_TOKENS.keys())
 async def test_a_refused_token_ends_nothing_else(bad: str) -> None:
-    """It is 4401 for its recipient, named if the frame does; what else is heard goes on."""
+    """Only that recipient gets 4401, and the session's other recipients are not affected."""
     async with running(LISTENS) as server:
         client = await listening(server, TEAM)
         listen(client, DOC, bad)
@@ -143,7 +143,7 @@ async def test_what_is_refused_is_not_heard() -> None:
 
 
 async def test_each_recipient_has_its_own_expiry() -> None:
-    """One ends with its token, and one whose token was renewed goes on."""
+    """A recipient ends with its token, unless the token is renewed."""
     async with running(LISTENS) as server:
         client = await server.open()
         soon = token(DOC, ttl_s=1.5), token(TEAM, ttl_s=1.5)
@@ -161,7 +161,7 @@ async def test_each_recipient_has_its_own_expiry() -> None:
 
 
 async def test_there_is_a_limit() -> None:
-    """One recipient too many is refused, until another makes room; a renewal is none too many."""
+    """One recipient too many is refused until another one ends. A renewal does not count."""
     async with running(LISTENS) as server:
         client = await listening(server, "urn:doc:1", "urn:doc:2", "urn:doc:3")
         listen(client, DOC)
@@ -214,7 +214,7 @@ async def test_listening_is_said_once_the_shard_is_live() -> None:
 
 
 async def test_the_end_of_a_session_ends_all_that_it_listens_to() -> None:
-    """Nothing is left in the map, nor as an interest."""
+    """The session map and the interests are empty afterwards."""
     async with running(LISTENS, mode="partitioned") as server:
         client = await listening(server, DOC, TEAM)
         await client.close()
@@ -235,7 +235,7 @@ async def test_a_disconnect_of_one_recipient_ends_it_alone() -> None:
 
 
 async def test_a_revoked_token_is_not_listened_to() -> None:
-    """Neither the open one nor the same token again."""
+    """Listening ends, and the same token is refused again."""
     verifier = TokenVerifier(secret=SECRET)
     async with running(LISTENS, verifier) as server:
         disconnects = server.gateway.bridge.disconnects
@@ -300,7 +300,7 @@ async def test_a_slow_reader_owes_one_poke_for_each_recipient() -> None:
 
 
 async def test_a_move_follows_the_sessions_own_recipient() -> None:
-    """The owner of what is only listened to does not matter, and a drain ends the whole session."""
+    """The owner of a further recipient does not matter. A drain ends the whole session."""
     async with running(LISTENS, move_delay_s=0.01, mode="partitioned") as server:
         client = await listening(server, DOC)
         assert shard_of(DOC, 100) != shard_of(BOB, 100)

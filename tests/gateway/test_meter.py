@@ -26,7 +26,7 @@ class Clocks:
 
 
 def test_the_rate_is_that_of_the_window() -> None:
-    """Ten seconds at one rate hide what was before."""
+    """After ten seconds at one rate, earlier rates do not count."""
     clocks = Clocks()
     meter, signals = clocks.meter(), 0
     for per_s in [1000] * 20 + [5] * int(WINDOW_S):

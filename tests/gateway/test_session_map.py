@@ -18,7 +18,7 @@ class Socket:
 
 
 def test_a_recipient_may_have_several_sessions() -> None:
-    """All of a recipient's sessions are found, oldest first, and nobody else's."""
+    """Exactly the recipient's sessions are found, oldest first."""
     sessions = SessionMap[Socket](64)
     one, two, other = Socket("bob"), Socket("bob"), Socket("eve")
     for socket in (one, two, other):
@@ -108,7 +108,7 @@ def test_who_listens_from_another_session_is_found_and_not_counted() -> None:
     st.sampled_from([1, 2, 3, FEW, FEW + 2]),
 )
 def test_the_map_agrees_with_a_plain_list(operations: list[tuple[bool, int]], limit: int) -> None:
-    """Under any adds and removes it holds what a list with the same limit would."""
+    """After any adds and removes it holds the same as a list with the same limit."""
     sessions = SessionMap[Socket](limit)
     model: list[Socket] = []
     for add, who in operations:

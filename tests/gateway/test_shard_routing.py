@@ -48,7 +48,7 @@ def make_routing() -> ShardRouting:
 def test_a_session_follows_its_shard_where_the_owner_can_be_reached(
     owner: str | None, urls: Mapping[str, str], url: str | None
 ) -> None:
-    """To the owner's own URL, and nowhere when there is none that leads to it alone."""
+    """It is sent to the owner's URL, or stays if no URL leads to that instance only."""
     routing = make_routing()
     moved = routing.see(owned_by(owner), reached(urls))
     assert routing.url_for(BOB) == url
@@ -56,7 +56,7 @@ def test_a_session_follows_its_shard_where_the_owner_can_be_reached(
 
 
 def test_sessions_are_not_told_twice() -> None:
-    """A map that changes nothing for their shard sends nobody away again."""
+    """A map that does not change a session's shard sends it no second move."""
     routing, members = make_routing(), reached({"there": "wss://there"})
     assert routing.see(owned_by("there"), members)
     assert not routing.see(owned_by("there", epoch=2), members)
@@ -84,7 +84,7 @@ def test_nobody_is_led_to_a_deaf_owner_until_it_hears_again() -> None:
 
 @pytest.mark.parametrize("mode", ["fanout", "partitioned"])
 def test_an_instance_that_lets_go_leads_to_others_that_hear(mode: Mode) -> None:
-    """In both modes, and for its own shards; nowhere when nobody hears."""
+    """In both modes its clients go to instances that receive, or stay if there are none."""
     routing = make_routing()
     shard_map = replace(owned_by("here"), mode=mode)
     names = ("here", "there", "deaf", "lost")

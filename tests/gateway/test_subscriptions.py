@@ -164,7 +164,7 @@ async def test_a_shard_that_is_gained_is_no_trouble_until_its_proof_fails() -> N
 
 
 async def test_at_the_start_all_must_be_proven() -> None:
-    """What is not proven yet is a trouble until all were live once."""
+    """Until all subscriptions were live once, an unproven one is a trouble."""
     async with managing(Feed.ALL, live=False) as world:
         assert world.manager.trouble == "the subscription is not proven live yet"
         world.bus.deaf.clear()
@@ -172,7 +172,7 @@ async def test_at_the_start_all_must_be_proven() -> None:
 
 
 async def test_a_subscription_is_live_only_once_its_probe_came_back() -> None:
-    """While probes get lost there is no coverage; the first that arrives brings it."""
+    """Coverage begins with the first probe that arrives."""
     async with managing(Feed.ALL, live=False) as world:
         await world.failed_probes()
         assert not world.manager.covers(BOB)
@@ -223,7 +223,7 @@ async def test_the_old_subscription_stays_until_the_new_ones_are_live() -> None:
 
 
 async def test_a_subscription_that_is_needed_again_is_kept() -> None:
-    """Wanted again while it retires, it is neither closed nor opened a second time."""
+    """A retiring subscription that is needed again is neither closed nor opened again."""
     async with managing(Feed.ALL) as world:
 
         def change_back() -> None:
@@ -352,7 +352,7 @@ async def test_a_gap_is_answered_by_a_probe_and_a_wake_up() -> None:
 
 
 async def test_a_gap_of_untagged_signals_affects_everyone() -> None:
-    """Nobody knows for whom a lost signal without a tag was."""
+    """A lost signal without a tag may have been for anyone."""
     async with managing(BOBS, Feed.UNTAGGED) as world:
         world.bus.receivers[Feed.UNTAGGED].on_gap(Feed.UNTAGGED, "cut")
         await wait_until(lambda: world.missed)
@@ -413,14 +413,14 @@ async def test_a_start_without_a_transport_fails() -> None:
 
 
 async def test_a_subscription_explains_itself() -> None:
-    """What the adapter knows of a failure stands in the trouble, in place of a mere time-out."""
+    """The trouble has the adapter's reason instead of a mere time-out."""
     async with managing(Feed.ALL, live=False) as world:
         world.bus.explanation = "permission denied"
         await wait_until(lambda: world.manager.trouble == "permission denied")
 
 
 async def test_signals_are_counted_by_their_tag() -> None:
-    """Owned, of others, without a valid tag: each is counted once; probes are none of them."""
+    """Own, foreign and untagged signals are each counted once. Probes are not counted."""
     async with managing(Feed.ALL) as world:
         manager, hear = world.manager, world.bus.receivers[Feed.ALL].on_signal
         manager.own({BOBS})

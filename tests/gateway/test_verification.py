@@ -108,7 +108,7 @@ async def test_a_poke_that_is_only_late_is_not_lost() -> None:
 
 
 async def test_a_poke_that_is_merged_for_a_while_is_not_lost() -> None:
-    """A session whose audience is being poked is left alone until that is over."""
+    """Verification skips a session while the pokes to its audience are still going out."""
     mailbox, session, busy = Mailbox(bob=8), Session("bob", told=7), {"bob"}
     verification = Verification(mailbox.heads, EVERY_S, busy.__contains__)
     verification.add(session)

@@ -47,7 +47,7 @@ def test_a_new_deadline_replaces_the_old() -> None:
 
 
 def test_a_defect_of_one_item_stops_no_other() -> None:
-    """The others of its slot are woken all the same, and the wheel turns on."""
+    """The other items of its slot are still woken, and the wheel continues."""
 
     class Defect(Item):
         def wake(self, now: float) -> None:

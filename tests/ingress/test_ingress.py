@@ -187,7 +187,7 @@ async def test_poison_is_put_aside_with_the_reason(queue: Queue) -> None:
 
 
 async def test_a_dead_letter_has_room_for_its_reason(queue: Queue) -> None:
-    """Poison as large as the engine allows is cut, so that it does not stay for ever."""
+    """A refused message of the largest size is cut, so that it fits among the dead letters."""
     largest_bytes = 1024 * 1024 if isinstance(queue, NatsQueue) else 9_999_900
     async with reading(await queue.source(), Sender()) as ingress:
         await queue.publish(b"x" * largest_bytes, order())
@@ -197,7 +197,7 @@ async def test_a_dead_letter_has_room_for_its_reason(queue: Queue) -> None:
 
 
 async def test_dead_letters_are_kept_after_their_place_was_deleted(queue: Queue) -> None:
-    """Nothing is published to where nobody keeps it."""
+    """Nothing is published while no subscription keeps it."""
     async with reading(await queue.source(), Sender()):
         await queue.publish(b"no JSON")
         await buried(queue, 1)
@@ -210,7 +210,7 @@ async def test_dead_letters_are_kept_after_their_place_was_deleted(queue: Queue)
 async def test_dead_letters_wait_for_a_subscription_that_keeps_them(
     pubsub_emulator: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that its topic has left keeps none: nothing is published until it is gone."""
+    """A detached subscription keeps nothing, so dead letters wait until it is deleted."""
     monkeypatch.setenv("PUBSUB_EMULATOR_HOST", pubsub_emulator)
     monkeypatch.setattr(ingress_module, "RETRY_DELAY_S", 0.0)
     queue = await PubSubQueue.make(pubsub_emulator)
@@ -256,7 +256,7 @@ async def test_a_stream_that_takes_its_own_dead_letters(
 
 
 async def test_what_a_full_mailbox_refuses_is_put_aside(queue: Queue) -> None:
-    """There is no sender to tell, and nothing else waits for room."""
+    """No sender waits for an answer, so the message becomes a dead letter."""
     sender = Sender(Limits(max_messages=1))
     async with reading(await queue.source(), sender):
         await queue.publish(order(), order(), order(EVE))
@@ -285,7 +285,7 @@ async def test_nothing_is_acked_while_the_mailbox_is_away(
 
 
 async def test_a_defect_holds_nobody_up(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A message that meets a bug of ours again and again is put aside, with the error."""
+    """A message that meets a defect five times becomes a dead letter with the error."""
     monkeypatch.setattr(ingress_module, "RETRY_DELAY_S", 0.0)
     sender = Sender()
     sender.defect_in = "order-7"
@@ -380,7 +380,7 @@ async def test_a_killed_nats_comes_back(
 
 
 async def test_a_restarted_pubsub_server_is_read_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server that stops and comes back costs nothing but the time."""
+    """A restart of the server loses nothing."""
     async with PubSubServer() as server:
         monkeypatch.setenv("PUBSUB_EMULATOR_HOST", server.address)
         queue = await PubSubQueue.make(server.address)
@@ -415,7 +415,7 @@ async def test_a_stream_that_is_missing_is_named(nats_server: Daemon) -> None:
 
 
 async def test_a_consumer_that_is_deleted_is_made_again(nats_queue: NatsQueue) -> None:
-    """Alone or with its stream: what comes next is committed, and what was is not again."""
+    """With or without its stream: new messages are committed, old ones are not repeated."""
     jetstream, sender = nats_queue._jetstream, Sender()
     async with reading(await nats_queue.source(), sender) as ingress:
         await nats_queue.publish(order(body=1))
@@ -522,7 +522,7 @@ async def test_what_the_docs_grant_is_enough(guarded_nats: Callable[[str], Daemo
 async def test_a_permission_that_is_missing_is_named(
     guarded_nats: Callable[[str], Daemon],
 ) -> None:
-    """The error says what the server has refused, not that time ran out."""
+    """The error says what the server refused, instead of a time-out."""
     server = await asyncio.to_thread(guarded_nats, "CONSUMER.INFO")
     async with guarded(server) as (_, source):
         with pytest.raises(TransportError, match=r"(?i)permissions violation.*CONSUMER\.INFO"):

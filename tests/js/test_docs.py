@@ -123,7 +123,7 @@ declare function show(what: unknown): void;
 
 
 async def test_snippets_have_types(project: Path, client_package: Path) -> None:
-    """What is pasted into a TypeScript project compiles there, strictly."""
+    """Every snippet compiles in a strict TypeScript project."""
     installed = client_package / "node_modules"
     (project / "node_modules" / "@types").symlink_to(installed / "@types")
     (project / "node_modules" / "csstype").symlink_to(installed / "csstype")
@@ -199,7 +199,7 @@ async def test_the_hook_that_listens(
 async def test_the_page_without_a_build(
     context: BrowserContext, site: str, instance: Instance
 ) -> None:
-    """The page of the documents, beside the one file that it needs."""
+    """The page of the docs works with the one file that it needs."""
     (html,) = snippets("html")
     token = instance.token("urn:user:plain")
     page = await open_with_token(context, f"{site}/clients/js/dist/", token)
@@ -226,7 +226,7 @@ async def test_the_example_page(context: BrowserContext, site: str, instance: In
 async def test_the_react_example(
     context: BrowserContext, site: str, instance: Instance, project: Path
 ) -> None:
-    """Another user means another connection, and nobody none."""
+    """A new user gets a new connection, and without a user there is none."""
     shutil.copytree(ROOT / "examples" / "react" / "src", project / "src")
     page = await context.new_page()
     await page.goto(f"{site}/tests/js/page.html?bridge={instance.url}")

@@ -66,7 +66,7 @@ async def test_moved(node: NodeRuntime, bridge: FaultyBridge) -> None:
 
 
 async def test_an_address_that_is_none(node: NodeRuntime, bridge: FaultyBridge) -> None:
-    """Moved to where no socket can be had, the client comes back."""
+    """After a move to an unreachable address the client returns."""
     client = await start(node, bridge)
     await bridge.say(type="move", url="nonsense")
     await bridge.close(4307)
@@ -142,7 +142,7 @@ async def test_a_mailbox_begun_anew(node: NodeRuntime, bridge: FaultyBridge) -> 
 
 
 async def test_slow_polling(node: NodeRuntime, bridge: FaultyBridge) -> None:
-    """Without a socket the messages come all the same, by pulls that nobody asked for."""
+    """Without a socket the client pulls by itself, so the messages still arrive."""
     bridge.refusals = [Bad(503)] * 1000
     client = Client(node)
     policy = {**QUICK, "poll_after_s": 0.1, "poll_every_s": 0.2}
@@ -329,7 +329,7 @@ async def test_a_proxy_that_keeps_the_first_sub_protocol(
 
 
 async def test_a_proxy_that_drops_the_sub_protocols(client: Client, instance: Instance) -> None:
-    """The token can't arrive, and the client says at once what is wrong."""
+    """The token does not arrive, and the client reports that at once."""
     async with FirstProtocolOnly(instance.port, kept=0).run() as proxy:
         await client.begin(proxy.url, "", token=instance.token("urn:user:one"))
         await client.wait_errors(1)

@@ -146,7 +146,7 @@ def test_pack_builds(client_package: Path, tmp_path: Path) -> None:
 
 
 def test_the_pages_use_this_client(client_package: Path, tmp_path: Path) -> None:
-    """The copy that the console and the playground load is what the sources build now."""
+    """The vendored copy of the console and the playground equals a fresh build."""
     node = require("node")
     subprocess.run([node, "build.mjs", "vendor", tmp_path], cwd=client_package, check=True)
     current = (tmp_path / "index.js").read_bytes()

@@ -99,7 +99,7 @@ async def scene(
 
 
 async def test_moved_killed_returned_drained(scene: Scene) -> None:
-    """A client is served in one place after the other, once each, and pulls for a reason alone."""
+    """A client moves between instances, gets each message once, and makes no needless pull."""
     asked, owner = scene.asked, scene.owner
     await scene.for_each(lambda sub, client: client.start(asked.url, sub))
     await scene.wait_sessions(asked=0, owner=2)

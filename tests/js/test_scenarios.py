@@ -64,7 +64,7 @@ async def test_own_pulls(client: Client, instance: Instance) -> None:
 async def test_killed_restarted_drained(
     page: PageRuntime, node: NodeRuntime, serve: Serve, tmp_path: Path
 ) -> None:
-    """Nothing is lost when the instance dies, comes back and stops in good order."""
+    """Nothing is lost when the instance is killed, restarted and drained."""
     mailbox = f"sqlite:///{tmp_path / 'mailbox.db'}"
     instance = await asyncio.to_thread(serve, mailbox=mailbox, drain_s=0.1)
     clients = {"urn:user:browser": Client(page), "urn:user:node": Client(node)}
@@ -99,7 +99,7 @@ async def test_killed_restarted_drained(
 
 
 async def test_offline_and_back_in_a_browser(page: PageRuntime, instance: Instance) -> None:
-    """Back online, what was missed is pulled at once, and once: by the browser's own emulation."""
+    """Back online, missed messages are pulled at once. The browser emulates the outage."""
     client, sub = Client(page), f"urn:user:offline-{uuid4().hex}"
     await client.start(instance.url, sub, policy=LAZY)
     await client.idle()
@@ -131,7 +131,7 @@ async def test_the_way_back_to_a_page_that_was_kept(
 
 
 async def test_offline_and_back_in_node(node: NodeRuntime, instance: Instance) -> None:
-    """The same where nobody says that the network is gone: the silence is noticed."""
+    """Node has no online event, so the client notices the silence."""
     client = Client(node)
     async with CutProxy("127.0.0.1", instance.port) as proxy:
         policy = {**QUICK, "ping_after_s": 0.3, "pong_within_s": 1}
@@ -164,7 +164,7 @@ async def test_revoked(client: Client, instance: Instance) -> None:
 
 
 async def test_nodes_own_websocket(client_package: Path, instance: Instance) -> None:
-    """Where Node has a WebSocket of its own none is passed: opened, closed, opened again."""
+    """Node's own WebSocket is used where it exists: opened, closed, opened again."""
     async with run_node(own_websocket=True) as node:
         client = Client(node)
         await client.start(instance.url, "urn:user:native")

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 @in_chromium  # on a busy machine Firefox may hold timers of hidden tabs back for 15 s
 async def test_four_tabs_one_socket(context: BrowserContext, site: str, instance: Instance) -> None:
-    """One socket and one pull a message serve four tabs; another tab takes over when it is gone."""
+    """Four tabs share one socket and one pull per message. Another tab takes over."""
     await wait_sessions(instance, 0)
     before = await pulls(instance)
     tabs = await open_pages(context, site, 4)
@@ -70,7 +70,7 @@ async def test_four_tabs_one_socket(context: BrowserContext, site: str, instance
 async def test_a_new_leader_with_an_old_token(
     context: BrowserContext, site: str, instance: Instance
 ) -> None:
-    """Who has only followed gets a new token first, and no handshake is refused."""
+    """A tab that takes over gets a new token first, so no handshake is refused."""
     await wait_sessions(instance, 0)
     first, second = await open_pages(context, site, 2)
     await Client(first).start(instance.url, "urn:user:old", ttl_s=20)

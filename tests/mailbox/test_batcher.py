@@ -76,7 +76,7 @@ async def test_what_comes_meanwhile_is_the_next_batch(store: Store) -> None:
 
 
 async def test_a_batch_is_bounded(store: Store) -> None:
-    """By its number and by what it costs; one that costs too much goes alone."""
+    """The number and the cost of a batch are limited. An expensive call is a batch of one."""
     double = doubling(store, max_count=3, max_cost=10, cost=lambda n: n)
     await asyncio.gather(*(double(n) for n in (1, 1, 1, 1, 9, 1, 50, 2)))
     assert store.batches == [[1, 1, 1], [1, 9], [1], [50], [2]]
@@ -129,7 +129,7 @@ async def test_who_has_left_costs_nothing(store: Store) -> None:
 
 
 async def test_nobody_waits_for_ever(store: Store) -> None:
-    """Whoever has waited too long for a turn is told so."""
+    """A call that waited too long for its turn fails with an error."""
     double = doubling(store, timeout_s=0.02)
     store.gate.clear()
     first = asyncio.create_task(double(1))
@@ -158,7 +158,7 @@ async def test_closing_does_what_waits(store: Store) -> None:
 
 
 async def test_whatever_a_store_does_no_call_waits_for_ever() -> None:
-    """A driver that cancels its own future, or forgets a result, fails the batch and no more."""
+    """A driver that cancels its future, or omits a result, fails only that batch."""
     answers: list[Callable[[Sequence[int]], list[int]]] = [_cancelled, lambda _: [], list]
 
     async def do(numbers: Sequence[int]) -> list[int]:
@@ -204,7 +204,7 @@ async def test_who_is_locked_out_holds_up_no_other(store: Store) -> None:
 
 
 async def test_who_is_locked_out_for_too_long_is_told() -> None:
-    """Nobody waits for ever."""
+    """Every call ends."""
 
     async def do(_: Sequence[int]) -> list[int]:
         await asyncio.sleep(0.001)

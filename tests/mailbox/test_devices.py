@@ -55,7 +55,7 @@ async def test_a_device_is_told_of_once_a_day(mailbox: WatchedMailbox) -> None:
 
 
 async def test_a_storm_is_told_some_at_a_time(mailbox: WatchedMailbox) -> None:
-    """Thousands noted at once hold up nobody, and reach the mailbox in bounded steps."""
+    """Thousands of notes at once delay no call, and are written in bounded steps."""
     known = KnownDevices(mailbox)
     for n in range(3000):
         known.note(f"r{n}", "phone")
@@ -82,7 +82,7 @@ async def test_what_is_noted_is_bounded(
 
 
 async def test_a_mailbox_that_fails_is_told_again(mailbox: WatchedMailbox) -> None:
-    """A note that fails harms nobody and is not taken for told; whoever waits hears of it."""
+    """A failed write affects no other call and is repeated. A waiting caller gets the error."""
     known = KnownDevices(mailbox)
     mailbox.error = MailboxError("gone")
     known.note(BOB, "phone")

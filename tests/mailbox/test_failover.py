@@ -119,7 +119,7 @@ def stop_all(server: Daemon, number: signal.Signals) -> None:
 async def test_a_failover_that_loses_commits_gives_no_version_twice(
     own_postgres_server: Daemon,
 ) -> None:
-    """The standby lacks the last five messages; what is sent after it is above every cursor."""
+    """The standby lacks five messages. Later messages are above every client's cursor."""
     with run_standby(own_postgres_server) as standby:
         hosts = f"{own_postgres_server.address},{standby.address}"
         mailbox = await PostgresMailbox.open(f"postgresql://postgres@{hosts}/postgres")
@@ -262,7 +262,7 @@ def copy_owned(source: Path, target: Path) -> None:
 
 
 async def test_a_server_that_turns_read_only_is_left(own_postgres_server: Daemon) -> None:
-    """A connection to what is a standby now is given up; appends wait until it can be written."""
+    """Connections to a server that became a standby are dropped. Appends wait for a primary."""
     mailbox = await PostgresMailbox.open(own_postgres_server.url)
     by_hand = await asyncpg.connect(own_postgres_server.url)
 

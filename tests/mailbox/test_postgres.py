@@ -327,7 +327,7 @@ class TestOpening:
     """What can't be a mailbox is refused with one clear line."""
 
     async def test_many_can_make_it_at_once(self, url: str) -> None:
-        """Whoever is first makes the tables; the others wait for it."""
+        """The first one creates the tables, and the others wait."""
         mailboxes = await asyncio.gather(*(PostgresMailbox.open(url) for _ in range(6)))
         await asyncio.gather(*(mailbox.append(message()) for mailbox in mailboxes))
         assert await versions(mailboxes[0]) == list(range(1, 7))
@@ -344,7 +344,7 @@ class TestOpening:
         await other.close()
 
     async def test_a_newer_schema(self, mailbox: PostgresMailbox, url: str, by_hand: Any) -> None:
-        """What a newer version made is not used by guess."""
+        """A schema of a newer release is refused."""
         await by_hand.execute("INSERT INTO migrations VALUES (99, now())")
         with pytest.raises(ConfigError, match="newer release"):
             await PostgresMailbox.open(url)

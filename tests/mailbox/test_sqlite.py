@@ -153,7 +153,10 @@ class TestTheWriter:
         assert await appended(mailbox) == 19
 
     async def test_a_full_disk_is_no_end(self, mailbox: SqliteMailbox) -> None:
-        """While the disk is full appends raise MailboxError and reads work; then it goes on."""
+        """While the disk is full, appends raise MailboxError and reads work.
+
+        Then appends work again.
+        """
         await mailbox.append(message())
         await mailbox._writes.do(lambda db: db.execute("PRAGMA max_page_count = 20"))
         big = message(body=b'"' + b"x" * 60_000 + b'"')
@@ -170,7 +173,7 @@ class TestTheWriter:
         assert (await mailbox.append(big)).version == committed + 1
 
     async def test_a_commit_that_fails_fails_for_all(self) -> None:
-        """When the commit itself fails nobody is told otherwise, and the next one starts clean."""
+        """If the commit fails, all of its callers get the error, and the next one starts clean."""
         db = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
         db.execute("PRAGMA foreign_keys = ON")
         db.execute("CREATE TABLE parent (id INTEGER PRIMARY KEY)")
@@ -197,7 +200,7 @@ class TestTheWriter:
         await pool.close()
 
     async def test_a_defect_ends_no_thread(self) -> None:
-        """An error beside the jobs is told to all who wait, and the next call is done."""
+        """An error outside the jobs reaches all waiting calls, and the next call succeeds."""
         errors = [RuntimeError("a defect")]
 
         def do(db: sqlite3.Connection, jobs: Sequence[Job]) -> list[Outcome]:
@@ -255,7 +258,7 @@ class TestTheWriter:
     async def test_a_cancelled_caller_gives_its_place_back(
         self, path: Path, mailbox: SqliteMailbox, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Callers that went away don't fill the queue for ever."""
+        """Cancelled callers leave the queue."""
         monkeypatch.setattr(base, "MAX_WAITING", 3)
         with closing(sqlite3.connect(path, isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
@@ -291,7 +294,7 @@ class TestCheckpoints:
         assert not [it for it in threading.enumerate() if it.name == "mailbox-checkpointer"]
 
     def test_a_copy_that_fails_is_not_the_last(self, path: Path) -> None:
-        """The thread goes on, since the writer's own checkpoint may succeed, and the next copy."""
+        """The thread continues, because the next copy or the writer's checkpoint may succeed."""
         path.write_text("no database" * 100)
         db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         guard = FileGuard(path, SideFile(path), frozenset())
@@ -366,7 +369,7 @@ class TestReading:
     async def test_a_damaged_text_harms_only_itself(
         self, path: Path, mailbox: SqliteMailbox
     ) -> None:
-        """A message whose sender is no UTF-8 is delivered, and so are those after it."""
+        """A message whose sender is not UTF-8 is delivered, and so are those after it."""
         await fill(mailbox, 3)
         with closing(sqlite3.connect(path)) as by_hand:
             by_hand.execute("UPDATE messages SET sender = CAST(x'ff' AS TEXT) WHERE version = 2")
@@ -422,7 +425,7 @@ class TestVacuuming:
     async def test_purges_shrink_the_file(
         self, path: Path, mailbox: SqliteMailbox, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Step by step, what a backlog took goes back to the disk; a little is kept for reuse."""
+        """The space of a backlog is given back to the disk in steps, except for a small reserve."""
         monkeypatch.setattr(sqlite, "VACUUM_PAGES", 64)
         big = b"1" * 60_000
         await asyncio.gather(*(mailbox.append(message(body=big)) for _ in range(100)))
@@ -461,7 +464,7 @@ class TestOpening:
             await SqliteMailbox.open(tmp_path)
 
     async def test_a_text_file(self, path: Path) -> None:
-        """A file that is no database is a wrong setting."""
+        """A file that is not a database is refused as a wrong setting."""
         path.write_text("Dear diary, " * 100)
         with pytest.raises(ConfigError, match="not a database"):
             await SqliteMailbox.open(path)
@@ -477,7 +480,7 @@ class TestOpening:
         assert path.read_bytes() == before
 
     async def test_an_older_schema_is_brought_up_to_date(self, path: Path) -> None:
-        """What the first version wrote is kept, counted against the limits, and its devices too."""
+        """Messages and devices of the first schema are kept and count against the limits."""
         with closing(sqlite3.connect(path)) as db, db:
             for statement in sqlite_file.MIGRATIONS[0]:
                 db.execute(statement)
@@ -516,7 +519,7 @@ class TestOpening:
     async def test_memory_is_a_file_name(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """SQLite's magic name, with which each connection would have a database of its own."""
+        """``:memory:`` would give each connection its own database, so it names a file here."""
         monkeypatch.chdir(tmp_path)
         mailbox = await SqliteMailbox.open(":memory:")
         await fill(mailbox, 1)
@@ -525,7 +528,7 @@ class TestOpening:
         assert (tmp_path / ":memory:").exists()
 
     async def test_many_can_open_a_new_file_at_once(self, path: Path) -> None:
-        """Whoever is first makes the tables; the others wait for it."""
+        """The first one creates the tables, and the others wait."""
         mailboxes = await asyncio.gather(*(SqliteMailbox.open(path) for _ in range(8)))
         await asyncio.gather(*(mailbox.append(message()) for mailbox in mailboxes))
         assert await versions(mailboxes[0]) == list(range(1, 9))

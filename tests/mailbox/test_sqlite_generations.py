@@ -174,7 +174,7 @@ async def test_a_copy_of_a_file_in_use(path: Path, saved: Path) -> None:
 
 
 async def test_two_restores_of_one_copy(path: Path, saved: Path) -> None:
-    """What was given out after the first restore is not given out again after the second."""
+    """Versions given out after the first restore are not given out after the second."""
     await send(path, 3)
     copy_the_file(path.parent, saved)
     seen = 0
@@ -525,7 +525,7 @@ async def test_a_vacuumed_copy_under_the_log_of_a_killed_process(path: Path, sav
 
 
 async def test_a_link_that_leads_elsewhere(path: Path) -> None:
-    """A link is followed; a mailbox whose link was turned to another file is gone as well."""
+    """A link is followed. If it is changed to another file, the mailbox counts as gone."""
     link = path.with_name("link.db")
     await send(path, 2)
     link.symlink_to(path)
@@ -605,7 +605,7 @@ async def test_a_full_disk_is_told(path: Path) -> None:
 
 
 async def test_the_files_are_private(path: Path) -> None:
-    """Nobody else may read a mailbox, not even one that an earlier release has created."""
+    """Only the owner can read the files, also those that an earlier release created."""
 
     def modes() -> set[int]:
         return {stat.S_IMODE(file.stat().st_mode) for file in path.parent.iterdir()}

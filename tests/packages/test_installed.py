@@ -158,7 +158,7 @@ SERVERS = {
 async def test_a_fresh_app(
     instance: Instance, tarball: Path, browser: Browser, tmp_path: Path, app: str
 ) -> None:
-    """With React and TypeScript: its types are checked, and its built page shows what is sent."""
+    """In a React and TypeScript app the types are valid, and the built page shows messages."""
     project = await asyncio.to_thread(fresh, app, tarball, tmp_path)
     env = os.environ | {"NEXT_TELEMETRY_DISABLED": "1"}
     await asyncio.to_thread(run, require("npm"), "run", "build", cwd=project, env=env)

@@ -121,7 +121,7 @@ def test_an_adapter_tells_what_it_can_do_before_it_is_opened() -> None:
 
 
 async def test_a_missing_driver_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A part whose driver is not installed says what to install; a bug of ours stays a bug."""
+    """A missing driver names the package to install. Other import errors stay as they are."""
     missing = "no_such_driver"
 
     def load(_: adapters._Choice) -> adapters._Loaded[Transport]:

@@ -39,7 +39,7 @@ def test_it_falls_at_once_when_pulls_are_slow() -> None:
 
 @pytest.mark.parametrize(("each_s", "limit"), [(9.0, LEAST_PER_S), (0.0001, MOST_PER_S)])
 def test_it_stays_within_its_limits(each_s: float, limit: float) -> None:
-    """Neither an hour of trouble nor one of bliss takes it beyond."""
+    """Neither an hour of failures nor one of successes takes it beyond its limits."""
     instance = Instance()
     for _ in range(40):
         instance.second(int(instance.capacity.per_s), each_s)

@@ -44,7 +44,7 @@ async def test_a_device_is_known_from_its_first_ready(serve: Serve) -> None:
 async def test_made_up_devices_hold_nobody_up(
     serve: Serve, tmp_path: Path, silence: Silence
 ) -> None:
-    """Bob makes up twice as many devices as are remembered, and nobody waits for it."""
+    """Bob invents twice as many devices as are remembered, and no other call waits."""
     instance = await asyncio.to_thread(serve, mailbox=f"sqlite:///{tmp_path}/mailbox.db")
     async with (
         instance.async_http("urn:user:alice", "send") as alice,

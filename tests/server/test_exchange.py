@@ -129,7 +129,7 @@ async def test_a_body_arrives_in_pieces() -> None:
 
 
 async def test_a_caller_that_vanishes_is_noticed() -> None:
-    """In the middle of its body; what is sent then goes nowhere."""
+    """It disconnects in the middle of its body, and later sends are dropped."""
     last: list[Message] = []
 
     async def app(_scope: Scope, receive: Receive, send: Send) -> None:

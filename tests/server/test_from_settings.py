@@ -23,7 +23,7 @@ def test_a_mode_that_needs_agreement_needs_a_store(mode: str) -> None:
 
 
 def test_a_coordinator_alone_needs_a_store() -> None:
-    """A Coordinator in a process of its own must share the store with the instances."""
+    """A coordinator in its own process must share the store with the instances."""
     with pytest.raises(ConfigError, match=r"coordination must be a store .* for a coordinator"):
         check_given(roles="coordinator")
     check_given(roles="coordinator", coordination="nats://h:1")
@@ -79,7 +79,7 @@ def test_one_process_needs_no_engine(given: dict[str, object]) -> None:
     ],
 )
 def test_a_role_that_nobody_can_fill_is_refused(given: dict[str, object], missing: str) -> None:
-    """What is in this process only needs its roles in this process."""
+    """A part that exists only in this process needs its roles in this process."""
     if "coordinator" not in missing:
         given = {"transport": "nats://h:1", **given}
     with pytest.raises(ConfigError, match=f"^roles: .*{missing}") as said:

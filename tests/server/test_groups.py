@@ -21,7 +21,7 @@ async def pulled(instance: Instance) -> list[int]:
 
 
 async def test_a_room(serve: Serve) -> None:
-    """All hear the poke and pull the message, whoever has acked it meanwhile, in whatever way."""
+    """All members get the poke and pull the message, also after others have acked it."""
     instance = await asyncio.to_thread(
         lambda: serve(group_prefixes="urn:room:", max_sessions_per_recipient=2)
     )

@@ -242,7 +242,7 @@ async def _answer_at_length(_scope: Scope, _receive: Receive, send: Send) -> Non
 
 
 async def test_who_does_not_read_an_answer_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A peer that reads nothing for a while holds no descriptor for ever."""
+    """A peer that does not read is disconnected, so it holds no descriptor for ever."""
     monkeypatch.setattr(http, "UNREAD_TIMEOUT_S", 0.5)
     async with running(create_app=lambda _: _answer_at_length) as server:
         client = await server.dial(receive_buffer=4096)

@@ -83,7 +83,7 @@ async def test_connections_that_wait_give_way_to_sessions_and_requests() -> None
 
 
 async def test_handshakes_that_wait_for_a_key_count() -> None:
-    """They do not give way, and their address has no more of them than sessions."""
+    """They are not closed for others, and count against the sessions of their address."""
     verifier = SlowVerifier()
     async with running(verifier=verifier, max_sockets=2, max_sessions_per_address=1) as server:
         pending = await server.dial()
@@ -102,7 +102,7 @@ async def test_handshakes_that_wait_for_a_key_count() -> None:
 
 @pytest.mark.parametrize("proxied", [False, True])
 async def test_an_address_has_a_share_of_the_connections(*, proxied: bool) -> None:
-    """Of its own ones the longest waiting gives way, and no one else's, also behind a proxy."""
+    """At the limit its own longest waiting connection is closed, also behind a proxy."""
     trusted = [ip_network("127.0.0.0/8")] if proxied else []
     async with running(max_connections_per_address=2, trusted_proxies=trusted) as server:
         other = await waiting(server)
@@ -158,7 +158,7 @@ async def test_strangers_do_not_use_up_the_pace_of_handshakes() -> None:
 async def test_an_unforeseen_error_harms_nobody_else(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Frames, handshakes, HTTP and signals: a refusal, one line, no traceback, and life goes on."""
+    """An error in frames, handshakes, HTTP or signals is one log line, and service continues."""
 
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("made up")

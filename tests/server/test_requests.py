@@ -88,7 +88,7 @@ async def _check_upgrades(instance: Instance) -> None:
     ids=["trailer fields", "a trailer field", "a chunk extension", "many chunk extensions"],
 )
 async def test_chunked_requests_are_limited(serve: Serve, begin: bytes, drip: bytes) -> None:
-    """All that a chunked request has beside its body counts against the limit of a head."""
+    """The trailer and the chunk extensions count against the limit of the head."""
     instance = await asyncio.to_thread(serve, mailbox="memory://")
     async with dialed(instance) as client:
         client.send_raw(CHUNKED + begin)

@@ -11,7 +11,7 @@ from pokebridge.transport.memory import MemoryTransport
 
 
 async def test_a_damaged_entry_harms_only_itself() -> None:
-    """An instance starts beside it, names it in the log, and knows the revocations after it."""
+    """The instance starts, logs the entry, and applies the revocations after it."""
     mailbox = MemoryMailbox()
     for body in (b"no JSON", b'{"recipient":7}', b'{"recipient":"urn:user:bob","at_ms":5}'):
         await mailbox.append(message(REVOCATIONS, sender=REVOCATIONS, body=body))

@@ -250,7 +250,7 @@ async def test_nobody_is_refused_while_the_key_endpoint_is_down(
 async def test_an_instance_that_never_had_the_keys_gets_them_when_they_are_back(
     keys: KeyEndpoint, impatient: Daemon, http: httpx.AsyncClient
 ) -> None:
-    """Until then it is not ready, so that no storm is sent to it, and refuses nobody for good."""
+    """Without keys it is not ready, so it gets no storm, and no refusal is final."""
     assert "tokens: the issuer's keys" in (await http.get("/readyz")).text
     client = await Client.dial(impatient.port)
     assert await client.handshake(headers=(f"Authorization: {bearer(1)}",)) == 503

@@ -86,7 +86,7 @@ async def test_a_poke_that_can_not_be_published_is_made_up_for(
 async def test_a_message_is_pulled_while_the_engine_is_away(
     serve: Serve, own_nats_server: Daemon, tmp_path: Path, silence: Silence
 ) -> None:
-    """Nothing can be published, and a connected client pulls all the same."""
+    """Nothing can be published, but a connected client still pulls."""
     mailbox = f"sqlite:///{tmp_path}/mailbox.db"
     instance = await asyncio.to_thread(
         serve, transport=own_nats_server.url, mailbox=mailbox, verify_every_s=1

@@ -28,7 +28,7 @@ def test_each_process_has_its_own_clocks() -> None:
 
 
 def test_a_paused_process_misses_nothing_and_does_all_at_once() -> None:
-    """After SIGSTOP and SIGCONT, timers and what arrived come late, and all of them come."""
+    """After SIGSTOP and SIGCONT all timers and arrivals are handled, only later."""
     scheduler = Scheduler()
     outside, process = scheduler.process("outside"), scheduler.process("process")
     did: list[tuple[str, float]] = []
@@ -41,7 +41,7 @@ def test_a_paused_process_misses_nothing_and_does_all_at_once() -> None:
 
 
 def test_a_killed_process_does_nothing_more() -> None:
-    """SIGKILL: not even what was due already, nor what is after a finally."""
+    """After SIGKILL neither due callbacks nor ``finally`` blocks run."""
     scheduler = Scheduler()
     process = scheduler.process("process")
     did = []
@@ -84,7 +84,7 @@ def test_what_was_killed_before_its_turn_unwinds_at_the_end() -> None:
 
 
 def test_standing_still_is_noticed() -> None:
-    """Code that calls itself back for ever does not hang the simulation."""
+    """Code that reschedules itself for ever does not hang the simulation."""
     process = Scheduler().process("process")
 
     def again() -> None:
@@ -96,7 +96,7 @@ def test_standing_still_is_noticed() -> None:
 
 
 def test_what_nobody_catches_is_told() -> None:
-    """An error in a callback or in a task is reported, and the loop goes on."""
+    """An error in a callback or in a task is reported, and the loop continues."""
     scheduler = Scheduler()
     process = scheduler.process("process")
     told: list[str] = []

@@ -59,7 +59,7 @@ def test_worlds_differ() -> None:
 
 
 def test_a_failure_says_how_to_replay_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its report has the seed, the invariant, the time, what happened last, and the command."""
+    """The report has the seed, the invariant, the time, the last events and the command."""
     monkeypatch.setattr("simulation.invariants.SILENCE_BOUND_S", 0.001)
     outcome = simulate(7)
     assert outcome.violation is not None

@@ -27,6 +27,6 @@ async def test_a_blocking_call_of_pokebridge_is_caught() -> None:
 
 
 async def test_a_test_and_a_thread_may_block() -> None:
-    """Neither the tests' own calls nor those off the loop are meant."""
+    """Blocking calls of tests, and calls outside the loop, are allowed."""
     time.sleep(0.001)  # noqa: ASYNC251 - that it is let through is the point
     await asyncio.to_thread(_sleeper())

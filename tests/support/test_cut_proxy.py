@@ -38,7 +38,7 @@ async def test_it_forwards(proxy: CutProxy) -> None:
 
 
 async def test_a_cut_is_silent_and_healing_delivers(proxy: CutProxy) -> None:
-    """While it is cut nothing arrives and nothing closes; then what was held comes."""
+    """While it is cut nothing arrives and nothing closes. Afterwards the held bytes arrive."""
     old = await asyncio.open_connection("127.0.0.1", proxy.port)
     assert await _say(old, b"before\n") == b"before\n"
     proxy.cut()

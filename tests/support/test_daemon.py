@@ -28,7 +28,7 @@ def _daemon(directory: Path, program: str) -> Daemon:
 
 
 def test_terminate_returns_the_exit_status(tmp_path: Path) -> None:
-    """A server that stops in good order says how it ended, and is no longer alive."""
+    """After an orderly stop the exit status is returned, and the process is gone."""
     daemon = _daemon(tmp_path, "import signal; signal.pthread_sigmask(0, [15])" + LISTEN)
     daemon.start()
     assert daemon in alive
@@ -39,7 +39,7 @@ def test_terminate_returns_the_exit_status(tmp_path: Path) -> None:
 
 
 def test_kill_leaves_no_child(tmp_path: Path) -> None:
-    """What a killed server had started is gone too."""
+    """The child processes of a killed server are killed, too."""
     daemon = _daemon(tmp_path, LISTEN)
     daemon.start()
     child = psutil.Process(int(daemon.log().split()[1]))
@@ -50,7 +50,7 @@ def test_kill_leaves_no_child(tmp_path: Path) -> None:
 
 
 def test_a_server_that_does_not_start_shows_its_log(tmp_path: Path) -> None:
-    """A start that fails raises at once, with what the server said."""
+    """A failed start raises at once, with the server's output."""
     daemon = _daemon(tmp_path, "raise SystemExit('no such setting: colour')")
     with pytest.raises(RuntimeError, match="no such setting: colour"):
         daemon.start()

@@ -66,7 +66,7 @@ async def test_the_emulator_answers(pubsub_emulator: str) -> None:
 async def test_an_engine_of_ones_own_comes_back_on_its_port(
     engine: str, request: pytest.FixtureRequest
 ) -> None:
-    """Killed, nobody answers; restarted, the same URL answers again."""
+    """After a kill nothing answers. After a restart the same URL answers again."""
     server: Daemon = request.getfixturevalue(f"own_{engine}_server")
     first_pid = server.pid
     await asyncio.to_thread(server.kill)
@@ -97,7 +97,7 @@ async def test_every_database_is_new(postgres_database: str, postgres_server: Da
 def test_postgres_runs_from_a_copy_where_its_user_can_not_reach_it(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A checkout below a private home is no obstacle."""
+    """PostgreSQL also runs from a checkout in a private home directory."""
     hidden = tmp_path_factory.mktemp("private")  # mode 0700, as pytest makes it
     link = hidden / engines.POSTGRES.name
     link.symlink_to(engines.POSTGRES)

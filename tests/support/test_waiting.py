@@ -18,7 +18,7 @@ async def test_it_returns_the_first_true_value() -> None:
 
 
 async def test_it_gives_up_with_a_reason() -> None:
-    """A wait that ends in vain names what was waited for."""
+    """A wait that times out names what it waited for."""
     with pytest.raises(TimeoutError, match=r"not within 0\.05 s: rain"):
         await wait_until(lambda: False, 0.05, "rain")
     with pytest.raises(TimeoutError, match="rain"):

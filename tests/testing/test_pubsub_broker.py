@@ -131,7 +131,7 @@ def test_a_deadline_can_be_moved(world: World) -> None:
 
 
 def test_retention_drops_what_nobody_read(world: World) -> None:
-    """After the retention a message is gone, whether it waited or was handed out."""
+    """After the retention a message is deleted, whether it waited or was delivered."""
     sub = world.subscribe(message_retention_duration={"seconds": 600})
     world.publish(b"waiting", b"leased")
     world.pass_time(300)
@@ -142,7 +142,7 @@ def test_retention_drops_what_nobody_read(world: World) -> None:
 
 
 def test_a_subscription_that_nobody_uses_expires(world: World) -> None:
-    """After its time to live it is gone; a pull or an open stream keeps it."""
+    """It is deleted after its time to live. A pull or an open stream keeps it."""
     short = {"message_retention_duration": {"seconds": 600}}
     policy = {"expiration_policy": {"ttl": {"seconds": DAY_S}}}
     idle, pulled, streamed = (
@@ -181,7 +181,7 @@ def test_streams_of_one_subscription_share_its_messages(world: World) -> None:
     "limits", [{"max_outstanding_messages": 3}, {"max_outstanding_bytes": 3 * 30}]
 )
 def test_flow_control_holds_messages_back(world: World, limits: dict[str, int]) -> None:
-    """No more than the limit is outstanding; each acknowledgement lets one more through."""
+    """The number of outstanding messages is limited. Each ack lets another one through."""
     sub = world.subscribe()
     stream = world.stream(sub, **limits)
     world.publish(*(b"%016d" % n for n in range(10)))
@@ -193,7 +193,7 @@ def test_flow_control_holds_messages_back(world: World, limits: dict[str, int]) 
 
 
 def test_what_a_stream_was_sent_stays_leased_when_it_ends(world: World) -> None:
-    """What the client was sent comes back after the deadline, what it was not sent at once."""
+    """Sent messages come again after the deadline, messages that were not sent at once."""
     sub = world.subscribe()
     stream = world.stream(sub, max_outstanding_messages=600)
     world.publish(*(b"%d" % n for n in range(600)))
@@ -240,7 +240,7 @@ def test_a_deleted_topic_leaves_its_subscriptions_deaf(world: World) -> None:
 
 
 def test_filters_decide_what_is_delivered(world: World) -> None:
-    """Each subscription gets what its filter lets pass, and what has no shard is nobody's."""
+    """Each subscription gets what its filter matches. Messages without a shard match none."""
     shard = world.subscribe("shard", filter='attributes.shard = "4"')
     untagged = world.subscribe("untagged", filter="NOT attributes:shard")
     everything = world.subscribe("everything")
@@ -253,7 +253,7 @@ def test_filters_decide_what_is_delivered(world: World) -> None:
 
 
 def test_a_new_subscription_may_take_time_to_receive(world: World) -> None:
-    """With the delay set, what is published in the first second is missed for good."""
+    """With the delay set, messages published in the first second are never delivered."""
     world.broker.liveness_delay_s = 1.0
     sub = world.subscribe()
     world.publish(b"missed")
@@ -313,7 +313,7 @@ def test_attributes_have_limits(world: World, attributes: dict[str, str]) -> Non
 
 
 def test_labels_and_durations_can_be_changed_filters_not(world: World) -> None:
-    """UpdateSubscription replaces what the mask names, leaves the rest, and guards the filter."""
+    """UpdateSubscription changes only the fields in the mask, and refuses a new filter."""
     sub = world.subscribe(labels={"old": "1"}, filter="attributes:a")
 
     def update(path: str, **fields: Any) -> Any:

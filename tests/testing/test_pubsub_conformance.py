@@ -152,7 +152,7 @@ class Stream:
 
 
 async def test_topics_are_created_listed_and_deleted(client: Client) -> None:
-    """Pages of a list together hold every topic once, and a deleted one is gone."""
+    """The pages of a list hold every topic once, without deleted ones."""
     for name in ("one", "two", "three"):
         await client.create_topic(name)
     pager = await client.publisher.list_topics(request={"project": client.project, "page_size": 2})
@@ -191,7 +191,7 @@ async def test_names_have_a_form(client: Client, name: str) -> None:
 
 
 async def test_a_subscription_keeps_what_it_was_created_with(client: Client) -> None:
-    """Labels, filter, deadline, retention and expiry come back as they were given."""
+    """Labels, filter, deadline, retention and expiry are returned as they were set."""
     await client.subscribe(
         labels={"cluster": "c1", "instance": "1a-b_c"},
         filter='attributes.shard = "42"',
@@ -354,7 +354,7 @@ async def test_a_pull_takes_what_it_asks_for(client: Client) -> None:
 
 
 async def test_what_is_acknowledged_does_not_come_again(client: Client) -> None:
-    """An acknowledged message stays away, what is given back comes at once, the rest in time."""
+    """Acked messages do not come again. Returned ones come at once, others at the deadline."""
     await client.subscribe()
     await client.publish(b"done", b"back", b"late")
     done, back, late = await client.pull()
@@ -369,7 +369,7 @@ async def test_what_is_acknowledged_does_not_come_again(client: Client) -> None:
 
 
 async def test_nonsense_is_refused(client: Client) -> None:
-    """Ack ids that are none, empty lists of them and negative deadlines are errors."""
+    """Invalid ack ids, empty lists and negative deadlines are errors."""
     await client.subscribe()
     sub = client.sub()
     for use in (

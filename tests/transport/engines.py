@@ -117,7 +117,7 @@ class ByHandContract:
     async def test_a_bad_signal_leaves_the_gateway_listening(
         self, connect_topic: ConnectUrl, by_hand: PublishByHand
     ) -> None:
-        """What the decoder or the hash chokes on is counted and dropped, tagged or not."""
+        """Signals that break the decoder or the hash are counted and dropped, tagged or not."""
         config = GatewayConfig(
             instance="bad-signals", max_sessions_per_recipient=1, verify_every_s=60
         )
@@ -146,7 +146,7 @@ class PermissionContract:
     """
 
     async def test_permissions_are_kept_apart(self, restricted: Transport) -> None:
-        """What a user may not do raises, and leaves what it may do as it was."""
+        """A forbidden operation raises, and permitted ones still work."""
         _, receiver = await subscribe_live(restricted, 7)
         for selection in (8, Feed.ALL):
             with pytest.raises(TransportError, match="permission"):

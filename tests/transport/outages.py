@@ -161,7 +161,7 @@ class OutageContract:
     async def test_a_receiver_that_fails_is_survived(
         self, own_server: Daemon, connect_to: ConnectTo
     ) -> None:
-        """One receiver's failure to take a gap keeps no other from it, nor the next restoration."""
+        """If one receiver fails to handle a gap, the others and later gaps are still handled."""
         async with CutProxy("127.0.0.1", own_server.port) as proxy:
             transport = await connect_to(proxy.address)
             failing, (_, receiver) = RecordingReceiver(), await subscribe_live(transport, 7)

@@ -65,7 +65,7 @@ async def _connect_to_a_database(server: Daemon, cluster: str) -> RedisTransport
 
 
 async def test_no_cluster_hears_another(connect: ConnectCluster) -> None:
-    """What each publishes, with a shard and without, comes to its own subscriptions alone."""
+    """Each cluster's signals, with or without a shard, reach only its own subscriptions."""
     clusters = {name: await connect(name) for name in NAMES}
     heard: dict[tuple[str, Selection], RecordingReceiver] = {}
     for name, transport in clusters.items():

@@ -172,7 +172,7 @@ async def test_wrong_names_fail_the_start(wrong: dict[str, str]) -> None:
 async def test_a_missing_topic_is_made_if_that_is_allowed(
     world: World, server: PubSubServer
 ) -> None:
-    """Created by default; else, or without the permission, the start says what is missing."""
+    """It is created by default. Otherwise, or without permission, the start names it."""
     with pytest.raises(ConfigError, match=f"{TOPIC} does not exist"):
         await world.connect(create_topic=False)
     server.deny("CreateTopic")
@@ -232,7 +232,7 @@ async def test_a_deleted_subscription_is_made_anew(either: World, selection: Sel
 async def test_a_gap_ends_only_when_the_new_subscription_delivers(
     world: World, server: PubSubServer
 ) -> None:
-    """Google's need a second to receive: what is published when the gap is reported is heard."""
+    """A new subscription needs a second. Signals published once the gap is reported arrive."""
     transport = await world.connect(instance="i-1")
     _, receiver = await subscribe_live(transport, 42)
     server.broker.liveness_delay_s = 1.0
@@ -259,7 +259,7 @@ async def test_who_may_not_publish_hears_of_gaps_too(
 async def test_broken_streams_lose_nothing(
     world: World, server: PubSubServer, clock: Clock
 ) -> None:
-    """A subscription keeps what is published while its stream is away: no loss, and no gap."""
+    """A subscription keeps signals while its stream is away, so there is no loss and no gap."""
     transport = await world.connect()
     publisher = await world.connect()
     _, receiver = await subscribe_live(transport, Feed.ALL)
@@ -294,7 +294,7 @@ async def test_refused_streams_are_opened_again(world: World, server: PubSubServ
 
 
 async def test_a_quota_that_is_used_up_is_waited_out(world: World, server: PubSubServer) -> None:
-    """A publish is repeated; a subscription that can't be made anew at once is a gap."""
+    """A publish is repeated. A subscription that cannot be created at once is a gap."""
     transport = await world.connect(instance="i-1")
     publisher = await world.connect()
     _, receiver = await subscribe_live(transport, Feed.ALL)
@@ -310,7 +310,7 @@ async def test_a_quota_that_is_used_up_is_waited_out(world: World, server: PubSu
 
 
 async def test_an_outage_of_the_service_is_no_gap(world: World, server: PubSubServer) -> None:
-    """A server that comes back with all it knew has lost nothing."""
+    """A server that returns with its data has lost nothing."""
     transport = await world.connect()
     publisher = await world.connect()
     _, receiver = await subscribe_live(transport, Feed.ALL)
@@ -342,7 +342,7 @@ async def test_an_outage_longer_than_the_retention_is_a_gap(
 async def test_a_server_that_forgets_everything_is_a_gap(
     world: World, server: PubSubServer
 ) -> None:
-    """Restarted empty on its port: topic and subscriptions are made anew, for all instances."""
+    """After an empty restart the topic and all instances' subscriptions are created again."""
     transports = [await world.connect() for _ in range(3)]
     receivers = [(await subscribe_live(t, which))[1] for t in transports for which in (Feed.ALL, 3)]
     port = int(server.address.rpartition(":")[2])
@@ -374,7 +374,7 @@ async def test_a_killed_emulator_is_a_gap(
 
 
 async def test_a_deleted_topic_is_restored(world: World, silence: Silence) -> None:
-    """The next publish makes it anew, and all of this instance's subscriptions with it."""
+    """The next publish creates it again, with all of this instance's subscriptions."""
     transport = await world.connect()
     _, receiver = await subscribe_live(transport, Feed.ALL)
     _, of_shard = await subscribe_live(transport, 42)
@@ -423,7 +423,7 @@ async def test_a_subscription_on_a_deleted_topic_notices(
 async def test_a_subscription_that_hears_nothing_is_probed(
     either: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without an answer it is created anew, where the service does not say what is wrong."""
+    """A subscription whose probe gets no answer is created again."""
     monkeypatch.setattr(google_pubsub_subscription, "QUIET_S", 0.2)
     monkeypatch.setattr(google_pubsub_subscription, "WATCH_S", 0.1)
     monkeypatch.setattr(google_pubsub_subscription, "PROOF_TIMEOUT_S", 3.0)
@@ -483,7 +483,7 @@ async def test_a_cut_connection_is_noticed(
 async def test_a_reset_connection_to_the_emulator_is_a_gap(
     pubsub_emulator: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The emulator goes on feeding the broken stream, so the subscription is made anew."""
+    """The emulator still feeds the broken stream, so the subscription is created again."""
     host, _, port = pubsub_emulator.rpartition(":")
     async with (
         CutProxy(host, int(port)) as proxy,
@@ -502,7 +502,7 @@ async def test_a_reset_connection_to_the_emulator_is_a_gap(
 
 
 async def test_what_an_earlier_life_left_is_replaced(either: World) -> None:
-    """An instance that comes back under its name starts with a new subscription, not the old."""
+    """A restarted instance with the same name starts with a new subscription."""
     earlier = await either.connect("i-1")
     await earlier.subscribe(Feed.ALL, RecordingReceiver())
     await crash(earlier)

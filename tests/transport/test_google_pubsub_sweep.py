@@ -223,7 +223,7 @@ async def test_a_paused_reader_is_given_time(world: World, server: PubSubServer)
 async def test_a_sweep_names_the_permission_it_lacks(
     world: World, server: PubSubServer, method: str, permission: str
 ) -> None:
-    """One line says what the account may not do."""
+    """One line names the missing permission."""
     other = await world.connect()
     await other.subscribe(Feed.ALL, RecordingReceiver())
     janitor = await world.connect()
@@ -235,7 +235,7 @@ async def test_a_sweep_names_the_permission_it_lacks(
 async def test_an_orphan_that_may_not_be_deleted_is_reported(
     world: World, server: PubSubServer
 ) -> None:
-    """The report says why, and the sweep goes on."""
+    """The report has the reason, and the sweep continues."""
     for number in range(2):
         transport = await world.connect(instance=f"crash-{number}")
         await transport.subscribe(Feed.ALL, RecordingReceiver())

@@ -78,7 +78,7 @@ async def test_each_shard_has_a_topic(either: World) -> None:
 async def test_a_signal_is_delivered_to_those_alone_who_take_its_shard(
     world: World, server: PubSubServer
 ) -> None:
-    """The service itself delivers it once, which is what is paid for."""
+    """The service delivers it once, so one delivery is charged."""
     instances = [await connect(world) for _ in range(3)]
     receivers = [(await subscribe_live(one, n))[1] for n, one in enumerate(instances)]
     await instances[0].publish([Signal(b'{"n":%d}' % (n % 3), n % 3) for n in range(9)])
@@ -113,7 +113,7 @@ async def test_what_others_publish_on_a_shards_topic_is_heard_as_the_shards(worl
 async def test_everything_is_live_only_with_its_last_topic(
     world: World, server: PubSubServer
 ) -> None:
-    """A probe comes back when every shard's subscription delivers, and not before."""
+    """A probe comes back only when every shard's subscription delivers."""
     publisher = await connect(world)
     await publisher.publish([Signal(b"{}", SHARD_COUNT - 1)])  # makes the topic
     transport = await connect(world)
@@ -131,7 +131,7 @@ async def test_everything_is_live_only_with_its_last_topic(
 async def test_a_deleted_topic_is_restored(
     world: World, selection: Selection, silence: Silence
 ) -> None:
-    """A shard's topic that is deleted is made anew by the next publish: a gap of what took it."""
+    """The next publish creates a deleted shard topic again, and its subscribers get a gap."""
     transport, publisher = await connect(world), await connect(world)
     _, receiver = await subscribe_live(transport, selection)
     await world.publisher.delete_topic(topic=f"{world.topic}-5")
@@ -158,7 +158,7 @@ async def test_a_deleted_part_of_everything_is_a_gap(either: World) -> None:
 
 
 async def test_everything_and_a_shard_at_once(world: World) -> None:
-    """As in a migration: each has subscriptions of its own, and closing one leaves the other."""
+    """As in a migration: each has its own subscriptions, and closing one keeps the other."""
     transport = await connect(world)
     everything, of_all = await subscribe_live(transport, Feed.ALL)
     _, of_shard = await subscribe_live(transport, 5)
@@ -193,7 +193,7 @@ async def test_orphans_on_every_topic_are_swept(world: World) -> None:
 async def test_a_refused_part_keeps_the_whole_from_being_live(
     world: World, server: PubSubServer
 ) -> None:
-    """While shards' topics may not be made no probe comes back; then they are, and it does."""
+    """A probe comes back only once the shards' topics may be created."""
     transport = await connect(world)
     server.deny("CreateTopic")
     receiver = RecordingReceiver()

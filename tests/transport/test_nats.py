@@ -121,7 +121,7 @@ class TestServersOfACluster:
     async def test_the_url_says_how_long_it_takes(
         self, pair: tuple[Daemon, Daemon, CutProxy], connect_url: ConnectUrl
     ) -> None:
-        """The time in the URL replaces the default; what is no time is refused."""
+        """The time in the URL replaces the default. An invalid time is refused."""
         transport = await connect_url(f"{pair[0].url}?interest_spread_s=30")
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(2):
@@ -189,7 +189,7 @@ class TestByHand(ByHandContract):
         await untagged.wait_for(lambda heard: heard.payloads == [b'{"recipient":"a"}'])
 
     async def test_garbage_does_no_harm(self, nats_server: Daemon, connect_url: ConnectUrl) -> None:
-        """Subjects that are not UTF-8, headers that are none, no body at all: all just bodies."""
+        """Invalid subjects, invalid headers and empty bodies are passed on as bodies."""
         transport = await connect_url(nats_server.url, subject="garbage")
         _, receiver = await subscribe_live(transport, Feed.ALL)
         with raw_client(nats_server.address) as send:

@@ -60,7 +60,7 @@ class FakeConnection(EngineConnection):
 async def test_a_defect_of_the_driver_stops_no_reconnecting(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Neither at closing nor at dialling: the link is restored, and the gap is reported once."""
+    """After a defect at closing or dialling the link is restored, with one gap."""
     monkeypatch.setattr(supervisor, "BACKOFF_CAP_S", 0.001)
     monkeypatch.setattr(reconnecting_link, "BACKOFF_CAP_S", 0.001)
     defects: list[Exception] = []

@@ -110,7 +110,7 @@ class TestByHand(ByHandContract):
     async def test_garbage_does_no_harm(
         self, valkey_server: Daemon, connect_url: ConnectUrl, plain: valkey.Valkey
     ) -> None:
-        """Any bytes on any channel of ours are just bodies."""
+        """Any bytes on a channel are passed on as bodies."""
         transport = await connect_url(valkey_server.url, channel="garbage")
         _, receiver = await subscribe_live(transport, Feed.ALL)
         bodies = [b"", b"\x00\xff\r\n", b"*3\r\n$7\r\nmessage\r\n", b"+PONG", b"y" * 1_000_000]
@@ -130,7 +130,7 @@ class TestPublishing:
     async def test_many_at_once_share_a_few_connections(
         self, valkey_server: Daemon, connect_url: ConnectUrl, plain: valkey.Valkey
     ) -> None:
-        """However many calls there are, the connections to the server stay few."""
+        """The number of connections to the server is limited, whatever the number of calls."""
         name = "many"
         transport = await connect_url(valkey_server.url, channel="many", instance=name)
         _, receiver = await subscribe_live(transport, Feed.ALL)
@@ -200,7 +200,7 @@ class TestReplica:
     async def test_no_start_at_a_replica(
         self, servers: tuple[Daemon, Daemon], connect_url: ConnectUrl
     ) -> None:
-        """What would be published there would reach nobody else, so a start says so."""
+        """Signals published at a replica reach nobody else, so the start fails with that reason."""
         with pytest.raises(TransportError, match=f"{servers[1].address}.*a replica.*a primary"):
             await connect_url(servers[1].url)
 
@@ -307,7 +307,7 @@ class TestCredentials(PermissionContract):
     async def test_a_changed_password_is_read_from_its_file(
         self, server: Daemon, connect_url: ConnectUrl, tmp_path: Path, silence: Silence
     ) -> None:
-        """After a rotation the connections that the server ends come back by themselves."""
+        """After a rotation the connections that the server closed are restored."""
         path = tmp_path / "password"
         await asyncio.to_thread(path.write_text, "p@ss:/w\n")
         transport = await connect_url(f"redis://me@{server.address}?password_file={path}")

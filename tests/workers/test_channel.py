@@ -77,7 +77,7 @@ def test_a_length_from_a_defect_allocates_nothing() -> None:
 
 
 async def test_messages_arrive_in_order(ends: Ends) -> None:
-    """More than the kernel buffers arrives all the same, as it was sent."""
+    """Messages beyond the kernel's buffer arrive in the order of sending."""
     sent = [frames.Poke([0], version, b"x" * 1000) for version in range(3000)]
     for message in sent:
         ends.hub.send(message)
@@ -86,7 +86,7 @@ async def test_messages_arrive_in_order(ends: Ends) -> None:
 
 
 async def test_a_peer_that_reads_slowly_congests_it(ends: Ends) -> None:
-    """The sender is told when too much is unsent, and when that has gone."""
+    """The sender learns when too much is unsent, and when it has been sent."""
     drained: list[bool] = []
     ends.hub.on_drained = lambda: drained.append(True)
     ends.worker._transport.pause_reading()  # type: ignore[union-attr]
@@ -101,7 +101,7 @@ async def test_a_peer_that_reads_slowly_congests_it(ends: Ends) -> None:
 async def test_it_breaks_when_too_much_is_unsent(
     ends: Ends, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The queue has an end: the channel breaks at both ends, and then takes nothing more."""
+    """The queue is bounded: beyond it the channel breaks at both ends and accepts nothing."""
     monkeypatch.setattr(channel_module, "MAX_UNSENT_BYTES", 1000)
     ends.hub.send(frames.Poke([0], None, bytes(1001)))
     await wait_until(lambda: sorted(ends.broken) == ["hub", "worker"])
@@ -126,7 +126,7 @@ async def test_any_number_of_long_calls_breaks_nothing(
 
 
 async def test_what_is_no_message_breaks_it(ends: Ends) -> None:
-    """A defect of the peer does not go on unnoticed."""
+    """A malformed message of the peer breaks the channel."""
     ends.hub._transport.write(b"\0\0\0\x01\xc1")  # type: ignore[union-attr]
     await wait_until(lambda: sorted(ends.broken) == ["hub", "worker"])
 
@@ -159,7 +159,7 @@ async def test_an_error_is_raised_where_the_call_came_from(
 async def test_a_defect_in_the_hub_is_answered(
     ends: Ends, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The caller does not wait for ever when the hub's part has a defect."""
+    """After a defect in the hub the caller gets an error."""
 
     async def publish(_: object) -> None:
         raise ZeroDivisionError
@@ -172,7 +172,7 @@ async def test_a_defect_in_the_hub_is_answered(
 async def test_a_request_with_too_long_an_answer_fails_alone(
     ends: Ends, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The caller hears that the answer did not fit, and the channel goes on."""
+    """The caller gets an error that the answer is too long. The channel continues."""
 
     async def http(_: HttpRequest) -> HttpResponse:
         return HttpResponse(200, [], bytes(1000))

@@ -62,7 +62,7 @@ async def test_a_fork_that_fails_ends_no_worker(
 async def test_a_fork_server_that_stands_still_is_replaced(
     server: ForkServer, descriptors: Sequence[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The caller does not wait for ever, and neither does the end of the instance."""
+    """Neither the caller nor the stop of the instance waits for ever."""
     first = psutil.Process(await server.fork(descriptors))
     os.kill(first.ppid(), signal.SIGSTOP)
     monkeypatch.setattr(fork_server, "ANSWER_TIMEOUT_S", 0.05)

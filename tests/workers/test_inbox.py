@@ -105,7 +105,7 @@ class TestReadingTheFile:
     async def test_it_asks_the_hub_once_while_the_file_stays_as_it_is(
         self, inbox: HubInbox, store: SqliteMailbox
     ) -> None:
-        """What was committed is in the next page, whoever reads it."""
+        """A committed message is in the next page, whether the worker or the hub reads it."""
         for version in range(1, 4):
             await store.append(message(id=str(version)))
             page = await inbox.read(BOB, after=0, limit=9)
@@ -157,7 +157,7 @@ class TestReadingTheFile:
 
 
 async def test_a_lone_surrogate_harms_no_other_call(ends: Ends) -> None:
-    """Text that has no encoding is refused, and the calls beside it are answered."""
+    """Text that cannot be encoded is refused, and the other calls are answered."""
     offer_inbox(ends.answers, MemoryMailbox())
     inbox = HubInbox(ends.calls)
     with pytest.raises(InputError, match="no encoding"):

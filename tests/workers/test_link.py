@@ -79,7 +79,7 @@ async def test_ready_waits_until_the_hub_hears() -> None:
 
 
 async def test_a_gap_pokes_the_sessions_of_all_workers() -> None:
-    """What the hub may have missed, every client makes up for."""
+    """The hub may have missed pokes, so every client pulls."""
     async with running_host() as host:
         clients = [await host.open(0), await host.open(1, EVE)]
         host.gateway.bridge.wake(lambda _: True, pulls_per_s=1000)
@@ -135,7 +135,7 @@ async def test_a_disconnect_closes_the_sessions_on_all_workers() -> None:
 
 
 async def test_a_revoked_token_is_refused_by_a_worker() -> None:
-    """As soon as the worker has heard of the revocation."""
+    """A worker refuses the token as soon as it has received the revocation."""
     async with running_host() as host:
         gateway = host.workers[0].gateway
         now_ms = int(time.time() * 1000)
@@ -175,7 +175,7 @@ async def test_acks_reach_the_hub() -> None:
 
 
 async def test_acks_go_with_what_is_sent_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They wait for that, and no longer."""
+    """Acks are sent with the next frame, or after a short time."""
     monkeypatch.setattr(worker_gateway, "ACKS_WITHIN_S", 3600.0)
     recorded: list[Ack] = []
 
@@ -281,7 +281,7 @@ async def test_a_worker_that_reads_slowly_is_poked_when_it_has_caught_up() -> No
 
 
 async def test_a_drain_closes_the_sessions_of_all_workers() -> None:
-    """Each with 1012, and new ones are refused; it returns when all are gone."""
+    """All sessions close with 1012, and new ones are refused. It returns when all have ended."""
     async with running_host() as host:
         clients = [await host.open(0), await host.open(1, EVE)]
         draining = asyncio.ensure_future(host.gateway.drain(0.1))
@@ -293,7 +293,7 @@ async def test_a_drain_closes_the_sessions_of_all_workers() -> None:
 
 
 async def test_each_session_of_a_group_is_poked_once_on_its_worker() -> None:
-    """Whatever the number, and one alone can be poked, as by the verification."""
+    """Each session is poked once, whatever the number. A single session can be poked, too."""
     async with running_host(group_prefixes=("urn:group:",), audience_pulls_per_s=1e5) as host:
         room = "urn:group:room"
         clients = [await host.open(number % 2, room) for number in range(LARGE + 10)]
@@ -314,7 +314,7 @@ async def test_each_session_of_a_group_is_poked_once_on_its_worker() -> None:
 
 
 async def test_a_session_of_a_worker_listens_to_more() -> None:
-    """The hub hears what it listens to, tells it when that is live, and ends it alone."""
+    """The hub learns what a session listens to, confirms it when live, and can end it alone."""
     listens = Timing(max_listened=2)
     async with running_host(timing=listens, mode="partitioned") as host:
         bob, eve = await host.open(0), await host.open(1, EVE)

@@ -73,7 +73,7 @@ async def _kill_workers(instance: Instance, kills: int) -> tuple[float, Counter[
 
 
 async def test_a_killed_worker_is_replaced_and_nothing_is_lost(serve: Serve) -> None:
-    """Two kills under traffic: its clients come back, pull everything, and others go on."""
+    """After two kills under traffic its clients return and pull everything. Others continue."""
     instance = await asyncio.to_thread(serve, workers=2, mailbox="sqlite:///m.db")
     silence_s, struck = await _kill_workers(instance, 2)
     assert silence_s <= SILENCE_S
@@ -187,7 +187,7 @@ async def test_calls_that_wait_are_sessions_of_the_host(serve: Serve) -> None:
 
 
 def test_workers_that_keep_dying_turn_readiness_red(serve: Serve) -> None:
-    """One death is nobody's concern. After three in a row the instance says what is wrong."""
+    """One death changes nothing. After three in a row readiness names the worker."""
     instance = serve(workers=2, mailbox="memory://")
     with instance.http() as http:
         for deaths in (1, 2, 3):
@@ -233,7 +233,7 @@ async def test_sigterm_drains_all_workers(serve: Serve) -> None:
 
 
 async def test_a_revocation_reaches_a_worker_that_is_just_starting(serve: Serve) -> None:
-    """What is revoked after a worker was told what is, and before it serves, holds there too."""
+    """A revocation between a worker's first copy and its first request applies there, too."""
     instance = await asyncio.to_thread(serve, workers=2, mailbox="memory://")
     before = instance.worker_pids()
     bob = instance.headers("urn:user:bob")
@@ -263,7 +263,7 @@ async def test_a_revocation_reaches_a_worker_that_is_just_starting(serve: Serve)
 
 @pytest.mark.long
 async def test_a_worker_that_stands_still_is_replaced(serve: Serve) -> None:
-    """Stopped, as by a debugger: new clients are served by the others, its own come back."""
+    """While a worker is stopped, others serve new clients, and its own clients reconnect."""
     instance = await asyncio.to_thread(serve, workers=2, mailbox="memory://")
     async with Crowd(instance.url, instance.token, 20) as crowd:
         victim = instance.worker_pids()[0]
@@ -277,7 +277,7 @@ async def test_a_worker_that_stands_still_is_replaced(serve: Serve) -> None:
 
 @pytest.mark.long
 async def test_clients_leave_a_host_whose_hub_stands_still(serve: Serve) -> None:
-    """Its workers would answer their pings and poke nobody: they end, and are back with the hub."""
+    """The workers would answer pings without poking, so they end. They return with the hub."""
     instance = await asyncio.to_thread(serve, workers=2, mailbox="memory://")
     workers = instance.worker_pids()
     headers = instance.headers("urn:user:bob")

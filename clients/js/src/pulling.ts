@@ -221,7 +221,7 @@ export class Http {
       text = await readText(response, progress);
     } catch (error: any) {
       if (progress.signal.aborted) {
-        throw new IncompleteError(`${url} does not get on with its answer`);
+        throw new IncompleteError(`${url} stopped sending its answer`);
       }
       // Node puts what happened into `cause`, with a code when several addresses were tried.
       const why = error?.cause?.message || error?.cause?.code || error?.message;

@@ -205,7 +205,7 @@ class MailboxPuller:
                 finally:
                     await response.aclose()
         except TimeoutError:
-            raise _IncompleteError(f"{request.url} does not get on with its answer") from None
+            raise _IncompleteError(f"{request.url} stopped sending its answer") from None
         except AnswerTooLongError as error:
             raise _RequestError(str(error)) from None
         except httpx.HTTPError as error:

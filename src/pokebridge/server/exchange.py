@@ -172,7 +172,7 @@ class Exchange:
         else:
             self._left_bytes -= len(body)
             if self._left_bytes < 0 or (is_last and self._left_bytes > 0):
-                raise RuntimeError("the response's body has not the length that its head says")
+                raise RuntimeError("the response's body has another length than its head says")
         head, self._head = self._head, b""
         if head or body:
             self._transport.write(head + body)

@@ -64,7 +64,7 @@ class ForkServer:
                 raise UnavailableError("the fork server has died, or does not answer")
             (pid,) = _PID.unpack(answer)
             if pid < 0:
-                raise UnavailableError(f"the system starts no process: {os.strerror(-pid)}")
+                raise UnavailableError(f"the system cannot start a process: {os.strerror(-pid)}")
             return int(pid)
 
     async def close(self) -> None:

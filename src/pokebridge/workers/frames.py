@@ -302,7 +302,7 @@ class Framer:
             self._encode_into(message, pending, start)
         except (UnicodeEncodeError, OverflowError):
             self._drop(start)
-            raise InputError("a text or a number has no encoding") from None
+            raise InputError("a text or a number cannot be encoded") from None
         length = len(pending) - start
         if length > MAX_MESSAGE_BYTES:
             self._drop(start)
