@@ -1,6 +1,7 @@
 """The asyncio client behind proxies, login pages and servers that drip."""
 
 from collections.abc import AsyncIterator, Sequence
+from time import monotonic
 from urllib.parse import urlsplit
 
 import pytest
@@ -148,6 +149,23 @@ async def test_what_no_bridge_says_ends_a_poll_and_nothing_else(world: World) ->
     world.between.answers[polling.POKES_PATH] = [[head + said]]
     polled = await poller.open(world.between.url.replace("http", "ws") + CONNECT, {}, "token")
     assert [await polled.recv("token") for _ in range(2)] == ['"\ufffd"', '{"type":"poke"}']
+    await poller.close()
+
+
+async def test_empty_answers_that_come_at_once_make_no_storm(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Something answers polls without waiting: the next call comes after a pause."""
+    monkeypatch.setattr(polling, "EMPTY_AFTER_S", 0.3)
+    said = b'{"session":"s","frames":[]}'
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(said)
+    world.between.answers[polling.POKES_PATH] = [[head + said]] * 3
+    poller = polling.Poller(world.between.url, None)
+    began_s = monotonic()
+    polled = await poller.open(world.between.url.replace("http", "ws") + CONNECT, {}, "token")
+    for _ in range(2):
+        assert await polled.recv("token") == polling.NOTHING_NEW
+    assert monotonic() - began_s >= 0.9
     await poller.close()
 
 

@@ -227,6 +227,25 @@ async def test_a_padded_token_goes_into_the_query(node: NodeRuntime, bridge: Fau
     assert bridge.connects[0]["access_token"] == f"{TOKEN}="
 
 
+async def test_empty_answers_that_come_at_once_make_no_storm(node: NodeRuntime) -> None:
+    """Something answers polls without waiting: the next call comes after a pause."""
+    calls = await node.evaluate(
+        """new Promise((done) => {
+          let calls = 0;
+          const fetch = async (url) => {
+            calls += url.includes("/v1/pokes");
+            await new Promise((next) => setTimeout(next, 1));
+            return new Response(JSON.stringify({ session: "s", frames: [] }));
+          };
+          const WebSocket = class {};
+          const options = { url: "https://x.invalid", token: "a.b.c", onPoke() {} };
+          const client = connect({ ...options, fetch, WebSocket, transport: "poll" });
+          setTimeout(() => { client.close(); done(calls); }, 300);
+        })"""
+    )
+    assert calls == 1
+
+
 async def test_no_step_shows_the_token(node: NodeRuntime) -> None:
     """Not even when a browser's error does."""
     steps = await node.evaluate(

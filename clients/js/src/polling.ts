@@ -13,6 +13,8 @@ const WAIT_S = 25;
 const LEAST_WAIT_S = 3;
 // If a proxy cuts a call after some time, the next calls wait for this share of that time.
 const SHARE = 0.7;
+// An empty answer that comes sooner did not wait. The next call would not either, so it is delayed until then.
+const EMPTY_AFTER_MS = 1_000;
 const ABNORMAL_CLOSURE = 1006;
 
 /** How a polled socket has ended: closed like a WebSocket, or refused by the bridge. */
@@ -98,6 +100,7 @@ class PolledSocket implements SocketLike {
   async #run(): Promise<void> {
     let isOpen = false;
     for (;;) {
+      const began = performance.now();
       const answer = await this.#fetch(isOpen ? this.poller.waitS : Math.min(OPEN_WAIT_S, this.poller.waitS));
       if ("code" in answer) return this.onclose?.(answer);
       if (!isOpen) this.onopen?.({});
@@ -106,6 +109,8 @@ class PolledSocket implements SocketLike {
       const frames = answer.frames.length || answer.close ? answer.frames : [{ type: "pong" }];
       for (const frame of frames) this.onmessage?.({ data: JSON.stringify(frame) });
       if (answer.close) return this.onclose?.(answer.close);
+      const early = answer.frames.length ? 0 : began + EMPTY_AFTER_MS - performance.now();
+      if (early > 0) await new Promise((resolve) => setTimeout(resolve, early));
       if (this.#controller.signal.aborted) return;
     }
   }

@@ -1,5 +1,6 @@
 """A socket for networks that let no WebSocket pass: HTTP calls that wait fetch its frames."""
 
+import asyncio
 from collections import deque
 from http import HTTPStatus
 from ssl import SSLContext
@@ -27,6 +28,9 @@ WAIT_S = 25.0
 LEAST_WAIT_S = 3.0
 # After something has cut a call, the next calls wait for this share of the time that it lasted.
 _SHARE = 0.7
+# An empty answer that comes sooner did not wait. The next call would not either, so it is delayed
+# until then.
+EMPTY_AFTER_S = 1.0
 # Shows the core that the bridge is alive although it has sent no frame.
 NOTHING_NEW = '{"type":"pong"}'
 
@@ -121,6 +125,9 @@ class PolledSocket:
         self._query = {"session": answer.session}
         self._frames.extend(bytes(frame).decode(errors="replace") for frame in answer.frames)
         self._close = answer.close
+        early_s = began_s + EMPTY_AFTER_S - monotonic()
+        if early_s > 0 and not (answer.frames or answer.close):
+            await asyncio.sleep(early_s)
 
     async def send(self, message: dict[str, Any], token: str) -> None:
         """Send ``message``, together with others that come while an earlier one is on its way.
