@@ -14,7 +14,7 @@ def no_blocking_calls() -> Iterator[None]:
         for function in watch.functions.values():
             function.can_block_in("asyncpg/connect_utils.py", "_parse_connect_dsn_and_args")
             # An instance that is put together counts its descriptors, which waits for no disk.
-            function.can_block_in("server/descriptors.py", "make_room")
+            function.can_block_in("server/descriptors.py", "_count_open")
             # grpc joins its thread where its last channel is collected, which may be anywhere.
             function.can_block_in("threading.py", "_wait_for_tstate_lock")
         yield

@@ -23,7 +23,7 @@ from pokebridge.processor import Processor
 from pokebridge.publisher import Publisher
 from pokebridge.red_line import MIGRATE_RULES
 from pokebridge.server import adapters, uvicorn_server
-from pokebridge.server.descriptors import Room, make_room, raise_limit
+from pokebridge.server.descriptors import Room, make_room, make_room_for_workers
 from pokebridge.server.from_settings import (
     Adapters,
     check,
@@ -68,7 +68,7 @@ async def serve(
             await adapters.claim_file(settings.mailbox, claims)
         url = uvicorn_server.own_url(settings.advertise_url, listener, dev=settings.dev)
         if settings.worker_count > 1:
-            raise_limit()
+            make_room_for_workers(settings.worker_count)
             hub = Hub(settings, assemble(settings, opened, url=url), listener)
             await hub.run(on_listening)
             return

@@ -19,6 +19,8 @@ _LEAST_RESERVE, _MOST_RESERVE = 24, 256
 # A quarter of the sockets is for HTTP connections, which pulls need; at most this many on a host.
 _MOST_CONNECTIONS = 1_000
 _LEAST_SOCKETS = 16
+# Its channel and its door, and their other ends while it is forked.
+_EACH_WORKER = 4
 _TO_RELIEVE = 32
 
 log = structlog.get_logger(__name__)
@@ -51,7 +53,7 @@ def make_room(max_sessions: int | None = None, *, processes: int = 1) -> Room:
     """
     limit = raise_limit()
     reserve = min(_MOST_RESERVE, max(_LEAST_RESERVE, limit // 8))
-    sockets = limit - sum(1 for _ in Path("/dev/fd").iterdir()) - reserve
+    sockets = limit - _count_open() - reserve
     if sockets < _LEAST_SOCKETS:
         raise ConfigError(
             f"only {limit} files may be open, which is too few: raise the limit (ulimit -n,"
@@ -72,6 +74,25 @@ def relieve(sockets: Sockets) -> None:
     except OSError as error:
         if error.errno in {errno.EMFILE, errno.ENFILE}:
             sockets.relieve(_TO_RELIEVE)
+
+
+def make_room_for_workers(workers: int) -> None:
+    """Raise the limit of descriptors to the hard one. Call it when everything else is open.
+
+    Raises:
+        ConfigError: this process can't be the hub of so many workers.
+    """
+    limit = raise_limit()
+    needed = _count_open() + workers * _EACH_WORKER + _LEAST_RESERVE
+    if needed > limit:
+        raise ConfigError(
+            f"the hub of {workers} workers needs {needed} open files, and only {limit} may be open:"
+            " set fewer workers, or raise the limit (ulimit -n, LimitNOFILE)"
+        )
+
+
+def _count_open() -> int:
+    return sum(1 for _ in Path("/dev/fd").iterdir())
 
 
 def raise_limit() -> int:
