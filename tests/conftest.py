@@ -4,7 +4,7 @@ import os
 import signal
 from collections.abc import Generator
 
-# Before grpc is imported by anybody: else it writes to the standard error of what is tested here.
+# Set before grpc is imported. Otherwise grpc writes to the standard error of tested programs.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 import pytest
@@ -63,7 +63,7 @@ settings.register_profile("suite", deadline=None, derandomize=environment.in_ci(
 settings.load_profile("suite")
 
 
-# The files that take longest, the longest first. An entry too few or too many costs time alone.
+# The slowest files, the slowest first. A missing or needless entry only costs time.
 LONGEST = (
     "simulation/test_bugs.py",
     "engines/test_mute_hosts.py",

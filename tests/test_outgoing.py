@@ -243,7 +243,7 @@ async def test_a_mute_address_is_left(
                     lambda: http.get(url),
                 ):
                     await _second_try_at_most(call, may_fail=accepts)
-            await http.get(url)  # there is nobody at the first now, who refuses
+            await http.get(url)  # nothing listens at the first address now, so it refuses
         await webhook.close()
 
 

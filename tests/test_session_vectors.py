@@ -17,7 +17,7 @@ from pokebridge.framing import Opcode
 from pokebridge.session import ListenedRecipient, Session, Timing
 from pokebridge.wire import Ack, Auth, Ping, address_poke, decode_client_message, poke_frame
 
-# A client that does nothing of its own for a while.
+# A client that takes no action by itself for a while.
 UNHURRIED = Policy(open_within_s=1e6, ready_within_s=1e6, poll_after_s=1e6, ping_after_s=1e6)
 VECTORS = Path(__file__).parent / "vectors" / "server"
 

@@ -13,7 +13,7 @@ SRC = ROOT / "src"
 MAX_FUNCTION_LINES = 60
 MAX_FILE_LINES = 500
 
-# Written so that they don't match themselves.
+# Written so that these patterns don't match this file.
 FORBIDDEN = re.compile(
     r"https?://[a-z.]*(pythonhosted|pypi|npmjs|debian)\.[a-z]+"  # a registry's host
     r"|(^|[^\w.])/(w[o]rk|r[o]ot)/"  # a path of one machine

@@ -8,7 +8,7 @@ SRC = Path(__file__).parents[1] / "src/pokebridge"
 # They run in the processes of tools and tests, or in the application of the library's user.
 ELSEWHERE = ("bench", "cli", "client", "testing")
 STARTS = {"create_task", "ensure_future", "run_once", "spawn", "_spawn", "run_coroutine_threadsafe"}
-# What loops, or is only known when it runs, and why it needs no supervisor of its own.
+# Tasks that loop, or are known only at run time, with the reason why they need no supervisor.
 JUSTIFIED = {
     ("coordination/nats.py", "(work)"): "one call on the connection, which its caller awaits",
     ("engines/addresses.py", "waiting.pop(0)"): "one attempt to connect, which the dialling awaits",

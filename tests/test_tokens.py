@@ -323,7 +323,7 @@ def test_a_changed_token_is_refused_or_means_the_same(data: st.DataObject) -> No
     assert changed.rstrip("=") == token
 
 
-# Numbers only: PyJWT takes "4000000000" for one, and we do not.
+# Numbers only: PyJWT accepts the string "4000000000" as a number, and we do not.
 TIMES = st.sampled_from([4 * 10**9, 4e9, 10**30, -10, 0, 10**9])
 NAMES: st.SearchStrategy[object] = st.sampled_from(
     ["us", "else", "", None, 7, ["us"], ["else", "us"], [7], {}]

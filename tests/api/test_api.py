@@ -124,7 +124,7 @@ class TestWhoMayCall:
         """While the issuer's keys are unavailable, the caller is told to retry, not to log in."""
         verifier = TokenVerifier(jwks_url="http://127.0.0.1:9/keys")
         parts = replace(world.parts(), verifier=verifier)
-        # An ES256 header and made-up rest: the key must be fetched before it can be refused.
+        # An ES256 header, the rest invented: the key must be fetched before the token is refused.
         token = "eyJhbGciOiJFUzI1NiJ9.e30.AAAA"
         async with http_client(create_api(parts)) as http:
             response = await http.get("/v1/messages", headers={"Authorization": f"Bearer {token}"})

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 ALICE, BOB = "urn:user:alice", "urn:user:bob"
 
-# As a page would write it that knows nothing of caches.
+# As a page without any care for caches would write it.
 PULL = """async token => {
   const headers = { Authorization: `Bearer ${token}` };
   const answer = await fetch("/v1/messages?after=0", { headers });

@@ -122,7 +122,7 @@ async def test_a_pull_waits_for_the_next_message_and_no_longer() -> None:
         assert (await call).status_code == 200
         assert len(world.server.gateway.sessions) == world.server.gateway.entrance.sessions == 0
         quick = world.built.requests.by_labels
-        assert (*PULL, "200") not in quick  # or the rate of pulls would follow what waits
+        assert (*PULL, "200") not in quick  # else waiting calls would skew the rate
 
 
 async def test_nothing_is_missed_between_the_read_and_the_wait() -> None:

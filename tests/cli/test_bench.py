@@ -139,7 +139,7 @@ async def test_sessions_that_end_are_counted(faulty: Faulty, bench: Bench) -> No
     report = json.loads((await bench()).out)
     assert report["connected"] == 20
     assert report["failures"] == {"a session was closed with 1012": 20}
-    # The last may be told just before it ends; the others ended while it connected.
+    # The last client may get `ready` just before it ends. The others ended while it connected.
     assert report["sent"] < 10
 
 

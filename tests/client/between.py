@@ -17,7 +17,7 @@ def answer(
     status: int, *fields: str, body: str = HTML, media_type: str = "text/html"
 ) -> list[bytes]:
     """An answer in one piece."""
-    # 520 is one of those that only a proxy vendor knows.
+    # 520 is a status that only one vendor's proxies use.
     phrase = HTTPStatus(status).phrase if status != 520 else "Web Server Returned an Unknown Error"
     length = len(body.encode())
     own = [f"Content-Type: {media_type}", f"Content-Length: {length}", "Connection: close"]
@@ -120,7 +120,7 @@ class Between:
             writer.write_eof()
             await reader.read()
             return
-        # One request a connection, so that each is seen.
+        # One request for each connection, so that every request is seen.
         if b"upgrade: websocket" not in head.lower():
             head = head.replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
         await self._forward(head, reader, writer)

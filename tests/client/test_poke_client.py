@@ -20,7 +20,7 @@ from tests.support.mute import LIVE, MUTE, Names, mute_listener
 from tests.support.silence import Silence
 from tests.transport.certificates import make_certificates
 
-# Nothing waits for long; polling and pings stay out of the way where a test does not want them.
+# Short delays. Polling and pings happen only in tests that want them.
 QUICK = Policy(base_s=0.01, cap_s=0.05, overload_base_s=0.01, overload_cap_s=0.05)
 
 

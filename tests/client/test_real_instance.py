@@ -41,7 +41,7 @@ async def test_every_device_gets_every_message(serve: Serve) -> None:
     phone, desk = Inbox(), Inbox()
     token = instance.token(BOB)
     async with instance.async_http(BOB) as http:
-        for device in ("phone", "desk"):  # made known, lest the first one's ack delete a message
+        for device in ("phone", "desk"):  # so that an ack deletes no message
             await http.get("/v1/messages", params={"device": device})
     await send(instance, "before")
     async with (

@@ -43,14 +43,14 @@ from tests.support.serving import JWT_SECRET
 
 NAMES = ("one", "two", "three", "four", "five")
 SETTLED_WITHIN_S = 60.0
-# What each may wait for a message, at most: docs/simulation.md and the contract's delays.
+# The longest wait for a message: from docs/simulation.md and the contract's delays.
 OTHERS_LIMIT_S = 1.0
 STRUCK_LIMIT_S = 2.0
 # A worker commits a message while its hub stands still. The hub can't poke, and the next sweep of
 # the outbox does.
 SWEPT_LIMIT_S = 2.0
 BROKER_LIMIT_S = 5.0
-# From the last commit on the old primary until everybody pulls from the new one.
+# The time from the last commit on the old primary until all clients pull from the new one.
 FAILOVER_LIMIT_S = 10.0
 
 _BALANCER = """
@@ -355,7 +355,7 @@ async def kill_worker(stage: Stage) -> None:
 async def stop_one(stage: Stage) -> None:
     """One instance stands still for longer than its lease, and wakes up believing in it."""
     victim = stage.instances["two"]
-    limit_s = stage.size.stopped_s + STRUCK_LIMIT_S  # its sockets are open, and nobody is there
+    limit_s = stage.size.stopped_s + STRUCK_LIMIT_S  # its sockets stay open, but nothing answers
     others_s = SWEPT_LIMIT_S if stage.size.workers > 1 else OTHERS_LIMIT_S
     async with stage.act("an instance is stopped and woken", "two", others_s, limit_s):
         os.kill(victim.pid, signal.SIGSTOP)
@@ -497,7 +497,7 @@ async def fail_over(stage: Stage) -> None:
         promoted_s, sent = monotonic(), len(crowd.sent)
         act.excused = (lost_since_s, promoted_s)
         await wait_until(lambda: len(crowd.sent) > sent + 100, 60, "messages after the failover")
-        # Nothing that was acked is deleted yet, so what is not here is lost.
+        # Acked messages are not deleted yet, so a missing message is lost.
         kept = {row["id"] for row in await standby.fetch("SELECT id FROM pokebridge.messages")}
         lost = crowd.forget_lost(lost_since_s, promoted_s, kept)
         stage.tell(f"{lost} messages lost with the primary before they were pulled")

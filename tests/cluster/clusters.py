@@ -72,7 +72,7 @@ def clusters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clusters]:
             engine = stack.enter_context(ENGINES[name](directory))
             return _start(stack, threads, name, engine, directory)
 
-        # Not the pool that the instances start in: it would wait for itself.
+        # Not the pool in which the instances start, because it would wait for itself.
         with ThreadPoolExecutor() as starters:
             # Not in threads: two first calls of `mktemp` delete each other's directory.
             started = [

@@ -188,13 +188,13 @@ class Crowd(Observer):
     async def _send(self, http: httpx.AsyncClient, message_id: str) -> None:
         recipient = random.choice(self.clients).recipient
         body = {"recipient": recipient, "body": None, "id": message_id}
-        # It may be pulled before it is answered; it counts when it is.
+        # A message may be pulled before its send is answered. It counts once it is answered.
         message = self.sent[message_id] = Sent(recipient, monotonic())
         answered = False
         try:
             with suppress(httpx.HTTPError):
                 answered = (await http.post("/v1/messages", json=body)).status_code == 202
-        finally:  # also when the sending ends meanwhile
+        finally:  # also if the sending ends meanwhile
             if not answered and message.pulled_s == inf:
                 del self.sent[message_id]
                 self.refused += 1

@@ -13,7 +13,7 @@ from tests.cluster.chaos import (
     stage,
 )
 
-# For a machine that runs other tests too: `make chaos` holds the limits themselves.
+# For a machine that also runs other tests. `make chaos` checks the exact limits.
 PATIENCE_S = 30
 
 

@@ -71,7 +71,7 @@ async def test_a_deaf_instance_lets_go(
         ) as socket:
             assert json.loads(await socket.recv())["type"] == "ready"
             heard()
-            await send(two, bob)  # commits there; the poke is published when its line is back
+            await send(two, bob)  # commits there; the poke is published when its connection is back
             await send(one, bob)
             assert json.loads(await next_frame(socket, "poke"))["version"] >= 1
         if mode == "partitioned":

@@ -32,7 +32,7 @@ TIMEOUT_S = 200.0
 # machine that runs other tests too (`make chaos` holds the limits themselves).
 SILENCE_LIMIT_S = 4 * 5.0
 CUT_S = 10.0
-# What /readyz says while the engine is away.
+# The answer of /readyz while the engine is away.
 REASONS = {
     "nats": "nats://127.0.0.1:",
     "valkey": "redis://127.0.0.1:",

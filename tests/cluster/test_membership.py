@@ -191,7 +191,7 @@ async def test_who_is_late_after_an_outage_keeps_its_shards(
     loses: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All leases have run out when the store is back: the first to renew is not all there is."""
-    cluster = Cluster(lease_s=3)  # so long is the other waited for, and this test may be held up
+    cluster = Cluster(lease_s=3)  # long enough for a delayed test
     one, two = await cluster.join("a"), await cluster.join("b")
     await wait_until(lambda: cluster.agree({"a", "b"}))
     owners = one.view.shard_map.owners

@@ -267,7 +267,7 @@ async def test_carriers_that_differ_are_told(
     """One filters a topic, the other has a topic for each shard: neither is ready."""
     async with PubSubServer() as pubsub:
         monkeypatch.setenv("PUBSUB_EMULATOR_HOST", pubsub.address)
-        serve: Serve = request.getfixturevalue("serve")  # it takes the environment over
+        serve: Serve = request.getfixturevalue("serve")  # it inherits the environment
         instances = await asyncio.gather(
             *(
                 asyncio.to_thread(

@@ -152,7 +152,7 @@ async def test_all_who_tell_of_the_load_agree(own_nats_server: Daemon, serve: Se
     ):
         await wait_until(lambda: _says(instances, "red_line_crossed"), FOLLOWS_WITHIN_S)
         await wait_until(lambda: _is_measured(http, load, 2), FOLLOWS_WITHIN_S)
-        # They are asked one after the other; while the machine is busy the load moves in between.
+        # They are queried one after the other. On a busy machine the load changes in between.
         await wait_until(lambda: _all_agree(one, http), FOLLOWS_WITHIN_S, "all telling the same")
 
 

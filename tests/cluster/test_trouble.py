@@ -123,7 +123,7 @@ async def test_a_start_without_pubsub_is_one_clear_line(
     async with asyncio.timeout(TIMEOUT_S):
         for failure in wrong:
             await assert_fails(failure)
-        # A stream's refusal is awaited for half a second only; readiness tells what comes later.
+        # The start waits only half a second for a stream's refusal. Readiness reports later ones.
         for status, method, permission in (
             (2, "CreateTopic", "pubsub.topics.create"),
             (1, "CreateSubscription", "pubsub.subscriptions.create"),

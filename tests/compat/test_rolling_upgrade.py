@@ -40,7 +40,7 @@ HEARD = [
     *((device, DOC) for device in LISTENING),
 ]
 """Every device, with each recipient whose messages it pulls."""
-# Reconnects soon, and never pulls without being told to: a message that comes was announced.
+# Reconnects soon and never pulls without a poke, so each message that arrives was poked.
 POLICY = {"base_s": 0.05, "cap_s": 1.0, "poll_after_s": 600}
 SEND_EVERY_S = 0.05
 TIMEOUT_S = 30.0

@@ -25,7 +25,7 @@ VERSION = version("pokebridge")
 OPERATED_ON = "urn:user:operated-on"
 UNPOKED = "urn:user:unpoked"
 USERS = [f"urn:user:{number}" for number in range(12)]
-# What Chromium says of a refused sign-in; the page shows the reason.
+# Chromium's message about a refused sign-in. The page shows the reason.
 REFUSED = re.compile(r"Failed to load resource: the server responded with a status of 40[13]")
 
 
@@ -142,7 +142,7 @@ async def test_three_instances(console: Page, trio: Trio) -> None:
     await expect(cell(console, "one", "Pulls")).to_have_text(re.compile(r"^[\d.]+ ms$"))
 
 
-@in_chromium  # over WebDriver BiDi nobody hears of WebSockets
+@in_chromium  # WebDriver BiDi has no events for WebSockets
 async def test_it_is_poked_and_does_not_poll(
     page: Page, trio: Trio, complaints: Complaints
 ) -> None:
@@ -154,7 +154,7 @@ async def test_it_is_poked_and_does_not_poll(
     )
     await page.goto(f"{trio.one.url}/console")
     await sign_in(page, await trio.admin_token())
-    await expect(figure(page, "sessions")).to_have_text("0")  # the console is none
+    await expect(figure(page, "sessions")).to_have_text("0")  # the console does not count
     async with trio.sessions(USERS):
         await expect(figure(page, "sessions")).to_have_text(str(len(USERS)))
         await trio.poke(USERS)
@@ -163,7 +163,7 @@ async def test_it_is_poked_and_does_not_poll(
     asked = [urlsplit(url).path for url in complaints.urls]
     pokes = sum('"poke"' in frame for frame in frames)
     assert pokes >= 2
-    # The rest are the one at the sign-in, and the ones that go with saying that it watches.
+    # The others are the request at the sign-in, and those that register it as a watcher.
     assert asked.count("/v1/cluster") <= 1 + pokes + asked.count("/v1/cluster/watch")
     assert asked.count("/v1/cluster/watch") <= 4
 
@@ -178,7 +178,7 @@ async def test_lost_pokes_are_told(console: Page, trio: Trio) -> None:
                 pass
             return (await metrics(trio.one, Metric.POKES_LOST))[0] > 0
 
-        # The first one is not: the instance does not know yet what the client has.
+        # The first one does not count, because the instance does not know yet what the client has.
         await wait_until(is_found, 60, "a lost poke")
     tile = console.locator("[data-figure=gaps]")
     await expect(tile.locator("small")).to_have_text(re.compile(r"^\d+ lost pokes? sent again$"))

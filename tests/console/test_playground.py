@@ -158,7 +158,7 @@ async def test_revoked_and_renamed(page: Page, instance: Instance) -> None:
 
     name = bob(page).get_by_role("textbox", name="Name of the right user")
     await name.press("ControlOrMeta+a")
-    await name.press_sequentially("carol")  # to a filled field Firefox reports no change
+    await name.press_sequentially("carol")  # Firefox reports no change of a filled field
     await name.press("Enter")
     await expect(bob(page).locator(".facts")).to_contain_text("urn:user:carol · shard")
     await expect(bob(page).locator(".state")).to_have_text("connected")
@@ -188,7 +188,7 @@ async def devices(page: Page, step: Callable[[], Awaitable[object]]) -> set[str]
     return {parse_qs(urlsplit(url).query)["device"][0] for url in urls}
 
 
-@in_chromium  # over WebDriver BiDi nobody hears of WebSockets
+@in_chromium  # WebDriver BiDi has no events for WebSockets
 async def test_a_reload_is_the_same_device(page: Page, instance: Instance) -> None:
     """A reloaded page continues where it was. A second tab is another device."""
     await send(alice(page), "once")

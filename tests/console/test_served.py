@@ -58,7 +58,7 @@ def test_no_page_has_anything_inline_or_from_elsewhere(file: Path) -> None:
     assert "<style" not in page
     assert "//" not in page
     linked = re.findall(r'(?:src|href)="([^"]*)"', page)
-    # Relative, so that the page works below a path prefix too.
+    # Relative, so that the page also works below a path prefix.
     assert all(re.match(r"[a-z]+(/|$)", url) for url in linked)
     assert len(re.findall("<script", page)) == len(re.findall(r'<script[^>]* src="', page))
 

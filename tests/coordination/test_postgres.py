@@ -220,7 +220,7 @@ async def tls_in_front(database: str, made: Certificates) -> AsyncIterator[str]:
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         assert await reader.readexactly(8) == b"\0\0\0\x08\x04\xd2\x16\x2f", "SSLRequest"
         writer.write(b"S")
-        await writer.start_tls(context)  # an OSError where the client does not trust it
+        await writer.start_tls(context)  # an OSError if the client does not trust the certificate
         assert target.hostname is not None
         assert target.port is not None
         await relay(reader, writer, target.port, host=target.hostname)

@@ -75,7 +75,7 @@ def run_proxy(  # the caller kills it
 def _nginx(
     recipe: str, changes: Mapping[str, str], port: int, directory: Path, tls: Certificates
 ) -> Proxy:
-    # Debian's nginx keeps these where only root may write.
+    # Debian's nginx keeps these files where only root may write.
     bodies = "".join(
         f"{name}_temp_path {directory / name}; "
         for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")

@@ -29,12 +29,12 @@ location /bridge/ {{
 }}
 """
 HOST = "proxy_set_header Host $http_host;"
-# As proxies do that keep the instance's own name in Host.
+# As proxies do that set Host to the instance's own name.
 FORWARDED_HOST = (
     "proxy_set_header X-Forwarded-Host $host; proxy_set_header X-Forwarded-Port $server_port;"
 )
 PREFIX = "proxy_set_header X-Forwarded-Prefix /bridge;"
-# Whether nginx removes the prefix, what it says of the request, and the instance's settings.
+# Whether nginx removes the prefix, which headers it sets, and the instance's settings.
 SITES = {
     "removed": ("/", HOST, {"path_prefix": "/bridge"}),
     "kept": ("", HOST, {"path_prefix": "/bridge/"}),

@@ -34,7 +34,7 @@ from tests.transport.certificates import Certificates, make_certificates
 
 BOB, CAROL = "urn:user:bob", "urn:user:carol"
 NAMES = ("b1", "b2", "b3")
-# A session is pinged again when its pong was due, so the longer of the two is the ping's interval.
+# A session is pinged again when its pong is due, so the longer time is the ping interval.
 PING_INTERVAL_S = PONG_TIMEOUT_S = 1.5
 SESSIONS_PER_ADDRESS = 10
 TIMEOUT_S = 100.0
@@ -326,7 +326,7 @@ async def test_a_message_wakes_sessions_on_every_instance(run: Run, site: Site) 
     ):
         sessions: list[ClientConnection] = []
         landed: set[str] = set()
-        while landed != set(NAMES):  # nginx draws lots
+        while landed != set(NAMES):  # nginx chooses at random
             sessions.append(await stack.enter_async_context(front.connect(recipient)))
             landed.add(await ready(sessions[-1]))
         await client.wait_ready(TIMEOUT_S)
@@ -500,7 +500,7 @@ async def test_clients_of_an_instance_that_goes_are_served_by_another(
                 return await nginx.landed(BOB) == await haproxy.landed(CAROL) == left
             return False
 
-        # Two went in a moment: HAProxy's one retry may meet the other one, until a check does.
+        # Two stopped at once. Until a health check, HAProxy's one retry may reach the other one.
         await wait_until(lands, TIMEOUT_S, "new handshakes landing where somebody is")
 
 
@@ -519,7 +519,7 @@ async def test_pulls_go_on_while_the_engine_is_down(
 
         async def is_refused() -> bool:
             with suppress(InvalidStatus):
-                # One that is taken and not ready yet does not answer a close frame either.
+                # A session that is accepted but not ready does not answer a close frame.
                 async with front.connect("urn:user:eve", close_timeout=0.1):
                     return False
             return True

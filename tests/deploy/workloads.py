@@ -10,7 +10,7 @@ import yaml
 
 from pokebridge.settings import Settings, load_settings
 
-# What stands in for a secret, by its key or its name.
+# The value that replaces a secret, by its key or its name.
 SECRETS = {
     "transport": "nats://user:password@nats:4222",
     "mailbox": "postgresql://user:password@postgres/bridge",

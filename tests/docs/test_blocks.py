@@ -27,7 +27,7 @@ from tests.support.serving import JWT_SECRET
 
 # Each is checked here or in tests/js; "" shows what a terminal prints, "calc" is an arithmetic.
 LANGUAGES = {"", "calc", "go", "html", "js", "json", "jsx", "php", "python", "sh", "toml", "yaml"}
-# The pages whose blocks a test runs by name: a block on another page is run by none.
+# The pages whose blocks a test runs by name. No test runs such a block on another page.
 RUN_BY_NAME = {
     "calc": {"docs/redline.md"},
     "go": {"docs/backend.md"},
@@ -56,7 +56,7 @@ def _resolved(arguments: list[str]) -> tuple[click.Command, str, list[str]]:
 def _check(command: Command) -> None:
     """Parse the command as the program would, and its settings, if it takes any."""
     parser, name, rest = _resolved(list(command.arguments))
-    # Without the parent its help would have no -h, and it is kept for whoever asks next.
+    # Without the parent its help would have no -h, and the help is cached for later tests.
     parent = click.Context(cli, **cli.context_settings)
     parsed = parser.make_context(name, rest, parent=parent).params
     if name in {"serve", "coordinator"}:

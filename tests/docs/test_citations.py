@@ -22,7 +22,7 @@ SOURCES = {
     ".conf",
     ".cfg",
 }
-# Where a citation may start from, besides the folder of the file that makes it.
+# The folders from which a citation may start, besides the folder of its own file.
 BUILT = re.compile(r"(^|/)(dist|build|node_modules|var)/")  # not in the repository
 BASES = (
     ROOT,

@@ -16,9 +16,9 @@ PAGE = ROOT / "README.md"
 README = PAGE.read_text()
 DOCUMENTED_URL = "http://127.0.0.1:8080"
 TIMEOUT_S = 120.0
-# What is not typed into the script: the server that it finds running, and what needs a cluster.
+# Blocks that the script leaves out: the server that runs already, and those that need a cluster.
 NOT_TYPED = ("make run", "broker:4222", "cluster mode")
-# What the reader does beside typing: a terminal for each program that listens, and a look at it.
+# The reader's other actions: open a terminal for each program that listens, and look at it.
 BEGIN = """
 set -eu
 until_shown() {{ until "${{@:2}}" | grep -qF "$1"; do sleep 0.1; done; }}

@@ -14,7 +14,7 @@ from tests.docs.blocks import ROOT
 from tests.support.browser import in_chromium
 
 BUILDER = Path(sys.executable).with_name("sphinx-build")
-# What a browser fetches by itself, and not only when it is clicked.
+# URLs that a browser fetches by itself, without a click.
 FETCHED = {
     ("script", "src"),
     ("img", "src"),

@@ -22,8 +22,8 @@ IGNORED = (
     "ignore_startup_parameters = search_path,statement_timeout,plan_cache_mode,jit,"
     "enable_seqscan,enable_bitmapscan,extra_float_digits"
 )
-# Fewer connections to the server than we have, so that transactions of one of ours take turns on
-# several of the server's.
+# PgBouncer has fewer connections to the server than the pool, so transactions of one pool connection
+# use several server connections in turn.
 SHARED = ("default_pool_size = 3", "max_client_conn = 200")
 POOLERS = {
     "session": ("session",),

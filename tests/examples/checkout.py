@@ -14,7 +14,7 @@ from pathlib import Path
 from tests.docs.blocks import ROOT, blocks
 from tests.support import block_until, free_port
 
-# What a server says once it serves. Every other command ends.
+# The text that shows that a server is ready. Every other command ends by itself.
 SERVES = {
     "make run": "Ctrl-C stops it",
     "pokebridge serve": "Ctrl-C stops it",

@@ -21,7 +21,7 @@ from tests.support.stream_server import stream_server
 
 pytestmark = [pytest.mark.long, pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(900)]
 
-# Two of them have a test of their own each.
+# Two of the examples have their own tests.
 NAMES = {each.parent.name for each in EXAMPLES.glob("*/README.md")} - {"fcm", "three-instances"}
 SEND = '.venv/bin/pokebridge send urn:user:bob \'{"text": "hello"}\''
 

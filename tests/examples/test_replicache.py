@@ -41,7 +41,7 @@ def answered(app: Daemon, call: str) -> int:
 async def open_list(browser: Browser, app: Daemon, bridge: Instance) -> Page:
     """The list, in a browser profile of its own, once pokes are heard."""
     page = await (await browser.new_context()).new_page()
-    await page.clock.install()  # it runs as ever, but for a test that moves it
+    await page.clock.install()  # it runs normally, except in a test that moves it
     await page.goto(f"{app.url}/?bridge={bridge.url}")
     await expect(page.locator("output")).to_have_text("connected")
     return page
@@ -72,7 +72,7 @@ async def test_two_browsers(browser: Browser, bridge: Instance, tmp_path: Path) 
                 await page.clock.fast_forward("30:00")
             await add(bob, "half an hour later")
             await expect_list(ann, "half an hour later")
-            # Replicache pulls when it starts, and when it learns that pokes are heard from now on.
+            # Replicache pulls when it starts, and when its client is connected.
             # In half an hour each page also pulls by itself; the clock jumps over a second time.
             at_start, for_pokes, by_itself = 2 * 2, 2 * 3, 2
             assert answered(app, "pull") <= at_start + for_pokes + by_itself
@@ -123,7 +123,7 @@ async def test_the_app_is_restarted(browser: Browser, bridge: Instance, tmp_path
 
             await add(ann, "old")
             await expect_list(bob, "old")
-            # Else Replicache pushes it again, and the new list has it rightly.
+            # Otherwise Replicache pushes it again, and the new list rightly contains it.
             await wait_until(is_confirmed, what="Ann's page learning that her push is applied")
             await asyncio.to_thread(app.kill)
             await asyncio.to_thread(app.start)

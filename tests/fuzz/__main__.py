@@ -22,7 +22,7 @@ if __name__ == "__main__":
         """Print a line."""
         print(line, flush=True)  # noqa: T201 - a program's output
 
-    # Most key sets can't be read, and each of them is a line.
+    # Most key sets are unreadable, and each would be a log line.
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     environment.clean()
     with tempfile.TemporaryDirectory() as name:

@@ -161,7 +161,7 @@ async def frames(instance: Instance, seed: int, count: int) -> None:
         Frame(Opcode.TEXT, texts[0][:5], fin=False).serialize(mask=True)
         + Frame(Opcode.CONT, texts[0][5:]).serialize(mask=True),
     ]
-    # Unmasked, so that a change of the payload is one of what is read.
+    # Unmasked, so that a changed payload changes what the server reads.
     corpus += [b"\x81" + bytes([0x80 | len(text)]) + bytes(4) + text for text in texts[::2]]
     mutator = Mutator(seed, corpus)
     bearer = f"Authorization: Bearer {instance.token('urn:user:eve')}"

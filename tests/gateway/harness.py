@@ -34,7 +34,7 @@ from pokebridge.transport.memory import MemoryTransport
 SECRET = "0123456789abcdef" * 4
 BOB = "urn:user:bob"
 TIMEOUT_S = 5.0
-# Short enough for tests, long enough that a busy machine keeps them.
+# Short enough for tests, and long enough for a busy machine.
 QUICK = Timing(ping_interval_s=0.4, pong_timeout_s=0.6, ready_timeout_s=1.0, close_timeout_s=0.5)
 PATIENT = Timing()
 

@@ -476,7 +476,7 @@ async def test_a_reader_that_reads_nothing_costs_one_pending_poke() -> None:
         while not heard or heard[-1] != 20_000:
             heard.append((await stuck.message())["version"])
         assert heard == sorted(heard)
-        # What the kernels held before they were full, one frame in the buffer, and the merged one.
+        # The frames in the kernels' full buffers, one frame in ours, and the merged one.
         assert len(heard) < 1000
         assert heard[-2] < 10_000
         stuck.say({"type": "ping"})

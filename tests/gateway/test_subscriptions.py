@@ -24,7 +24,7 @@ EVERYTHING: frozenset[Selection] = frozenset({Feed.ALL})
 FOR_BOB: frozenset[Selection] = frozenset({BOBS, Feed.UNTAGGED})
 POKE_BOB = encode_pokes([Poke(BOB)])
 
-# No probe is due unless something goes wrong, and what goes wrong is found and retried at once.
+# Probes are due only after a fault, and faults are found and retried at once.
 CALM = SubscriptionTiming(silence_s=600, probe_timeout_s=0.02, retry_s=0.01, retire_delay_s=0)
 
 
@@ -183,7 +183,7 @@ async def test_a_subscription_is_live_only_once_its_probe_came_back() -> None:
         await wait_until(lambda: world.manager.covers(BOB))
         assert world.manager.settled
         assert world.lives == 1
-        # It was never live before, so nobody was promised anything.
+        # It was never live before, so no session relied on it.
         assert not world.missed
         assert not world.manager.is_in_doubt
 

@@ -671,7 +671,7 @@ REFUSALS = {
         GRANT ALL ON FUNCTION refuse() TO PUBLIC""",
         "DROP FUNCTION refuse CASCADE",
     )
-    # A full disk, a stop, a lock, a defect of the server; what a trigger or a cast may say.
+    # A full disk, a stop, a lock, a defect of the server, and errors of triggers and casts.
     for state in ("53100", "57P01", "55P03", "XX000", "P0001", "22P02")
 }
 

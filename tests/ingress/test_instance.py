@@ -27,7 +27,7 @@ async def test_every_message_is_committed_once_whoever_is_killed(
     Each message is committed once, in dense versions, and its poke is owed to nobody in the end.
     """
     queue = await NatsQueue.make(nats_server.url)
-    await queue.make_consumer(ack_wait_s=2)  # instead of 10 s, after which the killed one's come
+    await queue.make_consumer(ack_wait_s=2)  # instead of 10 s
     path = tmp_path / "mailbox.db"
     start = partial(
         serve,

@@ -82,7 +82,7 @@ async def run_node(*, own_websocket: bool = False) -> AsyncIterator[NodeRuntime]
     """A Node process with the harness in it, with the WebSocket of `ws` or with Node's own."""
     flags, env = [], dict(os.environ)
     if own_websocket:
-        flags = ["--experimental-websocket"]  # what Node 20 wants; later ones have it anyway
+        flags = ["--experimental-websocket"]  # Node 20 needs it; later releases have it by default
         env["OWN_WEBSOCKET"] = "1"
     process = await asyncio.create_subprocess_exec(
         require("node"),

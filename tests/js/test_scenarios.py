@@ -26,7 +26,7 @@ from tests.js.driving import (
 from tests.support import CutProxy, Instance, Serve, wait_until
 from tests.support.browser import in_chromium
 
-# Only the network's return can bring a socket back in time.
+# Only the event that the network is back can bring a socket in time.
 LAZY = {"base_s": 1e4, "cap_s": 1e4}
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -78,7 +78,7 @@ async def test_killed_restarted_drained(
         await client.wait_state("connected")
         await client.idle()
 
-    # Else one that came back by polling would change over, with a pull of its own.
+    # Otherwise a client that returned by polling would switch to a socket, with another pull.
     await for_each(lambda sub, client: client.start(instance.url, sub, transport="websocket"))
     await for_each(lambda sub, client: get(sub, client, "before"))
 

@@ -27,7 +27,7 @@ from tests.support.browser import in_chromium, run_browser
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
-@in_chromium  # on a busy machine Firefox may hold timers of hidden tabs back for 15 s
+@in_chromium  # on a busy machine Firefox may delay timers of hidden tabs by 15 s
 async def test_four_tabs_one_socket(context: BrowserContext, site: str, instance: Instance) -> None:
     """Four tabs share one socket and one pull per message. Another tab takes over."""
     await wait_sessions(instance, 0)

@@ -108,7 +108,7 @@ async def test_every_accepted_message_arrives_once_and_in_order(
     database = own_postgres_server
     mailbox = await PostgresMailbox.open(database.url)
     for recipient, device in itertools.product(crowd.RECIPIENTS, DEVICES):
-        await mailbox.see_device(recipient, device)  # whoever reads first would delete for both
+        await mailbox.see_device(recipient, device)  # the first reader would delete for both
     start = partial(serve, mailbox=database.url, transport=nats_server.url, drain_s=0)
     instances = await asyncio.gather(*(asyncio.to_thread(start) for _ in range(2)))
     urls = [instance.url for instance in instances]

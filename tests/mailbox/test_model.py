@@ -99,7 +99,7 @@ messages = st.builds(
     has_idempotency_key=st.booleans(),
 )
 pokes = st.builds(Poke, recipients, st.none() | numbers)
-# In this order everywhere: what an ack deletes depends on which devices are known by then.
+# The same order everywhere, because an ack deletes depending on the known devices.
 acks = st.lists(
     st.builds(Ack, recipients, devices, numbers),
     min_size=1,

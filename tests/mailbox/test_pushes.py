@@ -143,6 +143,6 @@ async def test_no_statement_reads_the_queue_through(postgres_server: Daemon) -> 
         )
         return [row["seq_scan"] for row in rows] if all(row["idx_scan"] for row in rows) else []
 
-    # Each index that was made has read its empty table once.
+    # The creation of each index has read the empty table once.
     assert sorted(await wait_until(scans)) == [2, 3]
     await connection.close()

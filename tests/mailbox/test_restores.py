@@ -72,7 +72,7 @@ async def connected(instance: Instance, directory: Path) -> AsyncIterator[Client
     await asyncio.to_thread(zipfile.ZipFile(WHEEL).extractall, old)
     clients = Clients()
     async with instance.async_http(BOB) as http:
-        for device in DEVICES:  # made known, lest the first one's ack delete a message
+        for device in DEVICES:  # registered, so that the first device's ack deletes no message
             (await http.get("/v1/messages", params={"device": device})).raise_for_status()
     async with AsyncExitStack() as stack:
         group = await stack.enter_async_context(asyncio.TaskGroup())

@@ -135,7 +135,7 @@ async def test_our_client_acks_over_its_socket(instance: Instance) -> None:
         await send(instance, 20)
         await wait_until(lambda: received == list(range(1, 21)))
         await kept(instance, [])
-        # This one and the last before it come within the shortest time between two acks.
+        # This ack and the one before it come within the shortest time between two acks.
         await send(instance, 1)
         await wait_until(lambda: len(received) == 21)
         await wait_until(lambda: client.cursor == 21)

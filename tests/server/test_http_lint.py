@@ -23,7 +23,7 @@ ACCEPTED = {
     "The no-store cache directive overrides other directives.",
     # What it notes of every response with this status.
     "The server didn't understand the request.",
-    # A preflight's answer varies by what it is asked for.
+    # A preflight's answer varies with the requested method and headers.
     "This resource varies in 4 ways.",
     # RFC 9110, section 12.5.3, has it with 415. The linter knows an older one.
     '"Accept-Encoding" isn\'t valid in a response.',

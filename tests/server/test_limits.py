@@ -93,7 +93,7 @@ async def test_handshakes_that_wait_for_a_key_count() -> None:
         assert await other.handshake(headers=(bearer(),)) == 429
         assert await other.gone()
         another = asyncio.create_task((await waiting(server)).gone())
-        await waiting(server)  # one waits, and gives way to this
+        await waiting(server)  # one waits, and is closed for this one
         await another
         verifier.answers.set()
         assert await handshake == 101
@@ -106,7 +106,7 @@ async def test_an_address_has_a_share_of_the_connections(*, proxied: bool) -> No
     trusted = [ip_network("127.0.0.0/8")] if proxied else []
     async with running(max_connections_per_address=2, trusted_proxies=trusted) as server:
         other = await waiting(server)
-        if proxied:  # all of them are the proxy's: only the requests tell whose they are
+        if proxied:  # all connections come from the proxy; only the requests name the clients
             assert await other.request(f"{GET}X-Forwarded-For: 198.51.100.1\r\n\r\n") == 404
         else:
             await other.close()

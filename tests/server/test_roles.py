@@ -163,7 +163,7 @@ async def test_a_gateway_alone_reads_the_mailbox_that_it_is_told(
         mailbox = await SqliteMailbox.open(path)
         seen = len(poked)
         receipt = await mailbox.append(message())
-        # As if the poke had been published, and lost on its way.
+        # As if the poke had been published and lost.
         await mailbox.confirm_outbox([Poke(BOB, receipt.version)])
         await wait_until(lambda: len(poked) > seen)
         await mailbox.close()

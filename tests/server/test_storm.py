@@ -29,7 +29,7 @@ from tests.support.stream_server import stream_server
 KEY = ec.generate_private_key(ec.SECP256R1())
 KEY_SET = {"keys": [ECAlgorithm.to_jwk(KEY.public_key(), as_dict=True) | {"kid": "e"}]}
 AUDIENCE = "pokes"
-# An instance that takes a key set for old after a moment, and asks for another as often.
+# An instance for which a key set is old after a moment, so that it fetches another.
 IMPATIENT = """
 from pokebridge import cli, key_set
 key_set.KEYS_FRESH_S = key_set.KEYS_RETRY_S = 0.1

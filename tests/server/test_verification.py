@@ -30,7 +30,7 @@ async def test_a_lost_poke_is_made_up_for(serve: Serve, tmp_path: Path, silence:
 
     async with PokeClient(instance.url, instance.token(BOB), take) as client:
         await client.wait_ready()
-        # Not before the third is it certain that the instance knows what Bob was poked for last.
+        # Only the third one proves that the instance knows what Bob was poked for last.
         for n in range(3):
             heard = silence("a poke is lost without a trace, with `verify_every_s` 1")
             await commit_unpoked(path, message(id=f"lost {n}"))

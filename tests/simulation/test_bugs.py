@@ -560,7 +560,7 @@ PLANTS: list[tuple[Plant, str]] = [
 FIRST = {
     "holes_unnoticed": 17,
     "no_sweep": 12,
-    "owners_only": 3,  # where nobody listens to more, and falls silent before the end
+    "owners_only": 3,  # without further recipients and silent clients
     "unversioned_pokes_believed": 32,
     "overflow_forgotten": 64,
     "gap_forgotten_at_retiring": 54,

@@ -26,7 +26,7 @@ _FLAGS = [
     "--disable-sync",
     "--no-first-run",
 ]
-# What Playwright passes, and users do not: theirs keeps pages for the way back, and throttles them.
+# Flags of Playwright that users' browsers do not have: those cache pages, and throttle them.
 _NOT_AS_A_USERS = [
     "--disable-back-forward-cache",
     "--disable-background-timer-throttling",
@@ -34,7 +34,7 @@ _NOT_AS_A_USERS = [
     "--disable-renderer-backgrounding",
 ]
 
-# How long a page may take to show what is expected: a limit for what hangs, as all of them are.
+# How long a page may take to show what is expected. A limit for hangs, like all limits here.
 expect.set_options(timeout=30_000)
 
 
@@ -111,7 +111,7 @@ class Page(Protocol):
         """The value of an expression, awaited."""
 
 
-# A colour is not its own while it fades in; an animation without an end is never waited for.
+# A colour is not final while it fades in. Endless animations are not waited for.
 _ANIMATIONS_END = """Promise.allSettled(document.getAnimations()
   .filter((each) => each.effect.getComputedTiming().endTime !== Infinity)
   .map((each) => each.finished))"""

@@ -14,7 +14,7 @@ import psutil
 
 from tests.support.waiting import block_until
 
-# Limits for what hangs, not for what is slow: a busy machine takes many times a quiet one's time.
+# Limits for hangs, not for slowness: a busy machine takes many times as long as a quiet one.
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 60.0
 LOG_TAIL_LINES = 60

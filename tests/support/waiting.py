@@ -9,7 +9,7 @@ from typing import TypeVar, overload
 T = TypeVar("T")
 
 POLL_S = 0.02
-# A limit for what hangs, not for what is slow: a busy machine takes many times a quiet one's time.
+# A limit for hangs, not for slowness: a busy machine takes many times as long as a quiet one.
 WAIT_S = 30.0
 
 

@@ -104,7 +104,7 @@ async def client(address: str) -> AsyncIterator[Client]:
     await client.channel.close()
 
 
-# pull() warns that return_immediately is discouraged, which is right and beside the point.
+# pull() warns that return_immediately is discouraged, which does not matter here.
 pytestmark = pytest.mark.filterwarnings("ignore:The return_immediately flag is deprecated")
 
 

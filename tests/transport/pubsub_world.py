@@ -64,7 +64,7 @@ class World:
         more = {"sweep_every_s": None, **more}
         instance = instance or secrets.token_hex(4)
         transport = await GooglePubSubTransport.connect(self.project, instance=instance, **more)
-        # It takes whatever is no service of Google's for the emulator.
+        # It treats every address that is not Google's as the emulator.
         transport._api.is_emulator = self.is_emulator
         self.transports.append(transport)
         return transport

@@ -19,7 +19,7 @@ from tests.support.engines import run_valkey
 from tests.transport.pubsub_world import World
 
 SELECTIONS: tuple[Selection, ...] = (Feed.ALL, Feed.UNTAGGED, 42)
-# What may be confused: the bare name, a name like a shard's, a name that begins another.
+# Names that may be confused: the bare name, a name like a shard's, a prefix of another name.
 NAMES = ("default", "42", "red", "red-42")
 
 ConnectCluster = Callable[[str], Awaitable[Transport]]

@@ -268,7 +268,7 @@ async def test_broken_streams_lose_nothing(
         if number % 60 == 0:
             server.break_streams()
         await publisher.publish([Signal(body, 1)])
-    # What a broken stream took along comes back after the ack deadline.
+    # Messages that a broken stream had taken come again after the ack deadline.
     clock.advance(google_pubsub_subscription.ACK_DEADLINE_S)
     await receiver.wait_for(lambda heard: set(heard.payloads) == sent)
     assert receiver.gaps == []
@@ -474,7 +474,7 @@ async def test_a_cut_connection_is_noticed(
         await publisher.publish([Signal(b'{"during":1}', 1)])
         await wait_until(lambda: proxy.connection_count > before, 15.0, "a new connection")
         proxy.heal()
-        clock.advance(google_pubsub_subscription.ACK_DEADLINE_S)  # the old stream took it along
+        clock.advance(google_pubsub_subscription.ACK_DEADLINE_S)  # the old stream had taken it
         await receiver.wait_for(lambda heard: b'{"during":1}' in heard.payloads)
         await assert_hears(publisher, receiver)
         assert receiver.gaps == []

@@ -14,7 +14,7 @@ from pokebridge.errors import UnavailableError
 from pokebridge.server import fork_server
 from pokebridge.server.fork_server import ForkServer
 
-# Python runs it at the start of each process that finds it.
+# Python runs this file at the start of each process that finds it.
 FAILS_ONCE = """
 import errno, os
 fork, forks = os.fork, []

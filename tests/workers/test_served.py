@@ -22,8 +22,8 @@ from tests.cluster.crowd import Act, Crowd
 from tests.support.serving import Instance, Serve
 from tests.support.waiting import block_until, wait_until
 
-# How long others may be silent when a worker is killed. On a machine that is not busy it is 0.5 s.
-SILENCE_S = 30.0  # else verification may have made up for a lost poke
+# How long others may be silent when a worker is killed. On an idle machine it is 0.5 s.
+SILENCE_S = 30.0  # otherwise verification may have replaced a lost poke
 
 
 def metrics_of(instance: Instance) -> dict[str, float]:
@@ -49,7 +49,7 @@ async def kill_one_of(instance: Instance, crowd: Crowd) -> Act:
     os.kill(victim, signal.SIGKILL)
     await wait_until(lambda: len({*instance.worker_pids()} - {victim}) == len(pids))
     await wait_until(lambda: len(crowd.sent) > sent + 10)
-    # Not whether they are back: a client that is struck often waits longer each time.
+    # Not that they are back: a client that loses its socket often waits longer each time.
     struck = frozenset(
         client.recipient
         for client in crowd.clients
