@@ -16,7 +16,7 @@ _WHOLE_TRACE = 1_000_000
 
 
 def _told(told: Iterable[Outcome], count: int) -> Iterator[Outcome]:
-    """The same, with a line about the progress now and then."""
+    """Yield the same outcomes, and print the progress now and then."""
     began_s = told_s = time.monotonic()
     failed = 0
     for number, outcome in enumerate(told, 1):
@@ -58,7 +58,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Run what was asked for; 1 when an invariant did not hold."""
+    """Run the requested seeds. Returns 1 if an invariant did not hold."""
     asked = _arguments()
     if asked.trace:
         outcome = simulate(asked.first, kinds=asked.faults, lines_kept=_WHOLE_TRACE)

@@ -50,7 +50,7 @@ class Broker(Server):
         self.on_delivered: Callable[[Peer, bytes], None] = lambda _peer, _body: None
 
     def connect(self, peer: Peer) -> "SimTransport":
-        """The end of ``peer``."""
+        """Return the broker's end for ``peer``."""
         return SimTransport(self, peer)
 
     def take(self, peer: Peer, signals: Sequence[Signal]) -> None:
@@ -128,7 +128,7 @@ class Broker(Server):
                 link.break_off("no permission")
 
     def lets_subscribe(self, peer: Peer, selection: Selection) -> bool:
-        """Whether ``peer`` gets here, and may have ``selection``."""
+        """Whether ``peer`` reaches the broker and may subscribe to ``selection``."""
         return self.is_reached_by(peer) and selection not in peer.denied
 
     def delivers_all(self, peer: Peer) -> bool:
@@ -145,7 +145,7 @@ class Broker(Server):
 
 
 class Sent(NamedTuple):
-    """A signal on its way to a subscription: it is lost when what carries it breaks."""
+    """A signal on its way to a subscription. It is lost if its connection breaks."""
 
     body: bytes
     tag: str | None
@@ -259,7 +259,7 @@ class Link:
         self._receiver.on_gap(self.selection, reason)
 
     def end(self) -> None:
-        """Hear nothing any more."""
+        """End the subscription."""
         if self._ended:
             return
         self._ended, self.live = True, False

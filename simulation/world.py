@@ -107,7 +107,7 @@ def _large_audiences(sessions: int) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of one seed."""
+    """The result of one seed."""
 
     seed: int
     violation: Violation | None
@@ -203,11 +203,11 @@ class World(Scene):
 
     @property
     def watched(self) -> Sequence[WatchedClient]:
-        """Who must get every message."""
+        """The clients that must get every message."""
         return [*self.hearers, *self.callers]
 
     def hearers_of(self, recipient: str) -> list[SimShell]:
-        """Who hears ``recipient``."""
+        """The clients that listen to ``recipient``."""
         return [each for each in self.hearers if each.recipient == recipient and each.active]
 
     def add_instance(self) -> None:
@@ -531,7 +531,7 @@ class World(Scene):
         )
 
     def _what_is_wrong(self) -> str:
-        """What is not yet right in a cluster without faults; empty when everything is."""
+        """What is still wrong in a cluster without faults. Empty when nothing is."""
         if missing := self._what_is_unaccepted() or self._who_is_missing():
             return f"missing: {missing}"
         for hearer in self.watched:

@@ -24,7 +24,7 @@ _HASH = re.compile(r"--hash=sha256:([0-9a-f]{64})")
 
 
 class ReleaseError(Exception):
-    """What stands in the way, in a line."""
+    """The release is impossible; the message is one line."""
 
 
 def set_version(root: Path, version: str, today: str) -> None:

@@ -46,13 +46,13 @@ def _database() -> Iterator[sqlite3.Connection]:
 
 
 def _owe(database: sqlite3.Connection, recipient: str) -> None:
-    """A poke for ``recipient``, committed with the change that causes it."""
+    """Record a poke for ``recipient``, committed with the change that causes it."""
     database.execute("INSERT OR REPLACE INTO owed (recipient) VALUES (?)", (recipient,))
     app.state.is_owed.set()
 
 
 async def _pay(publisher: HttpPublisher) -> None:
-    """Publish the pokes that are owed, at once and again until the bridge has accepted them."""
+    """Publish the recorded pokes, and repeat each until the bridge has accepted it."""
     while True:
         app.state.is_owed.clear()
         with _database() as database:
@@ -62,7 +62,7 @@ async def _pay(publisher: HttpPublisher) -> None:
         except PokebridgeError:
             await asyncio.sleep(RETRY_S)
             continue
-        with _database() as database:  # a later change has put another id in the place of this one
+        with _database() as database:  # a later change has replaced this id
             database.executemany("DELETE FROM owed WHERE id = ?", [(number,) for number, _ in owed])
         if not owed:
             await app.state.is_owed.wait()
@@ -126,13 +126,13 @@ Member = Annotated[str, Depends(_member)]
 
 @app.post("/token")
 async def user_token(user: User) -> dict[str, str]:
-    """With this the page hears pokes for its user."""
+    """Return the token with which the page gets pokes for its user."""
     return await _client_token(f"urn:user:{user}")
 
 
 @app.post("/documents/{document}/token")
 async def document_token(document: int, _: Member) -> dict[str, str]:
-    """With this it hears pokes for the document: whoever gets a token decides who listens."""
+    """Return the token with which it gets pokes for the document. Only members get one."""
     return await _client_token(f"urn:doc:{document}")
 
 
@@ -153,7 +153,7 @@ async def documents(user: User) -> list[dict[str, Any]]:
 
 @app.post("/documents", status_code=201)
 async def create(user: User, text: Text) -> dict[str, int]:
-    """A new document, whose title is ``text``. Only its user sees it."""
+    """Create a document with the title ``text``. Only its user sees it."""
     with _database() as database:
         number = database.execute(
             "INSERT INTO documents (title) VALUES (?) RETURNING id", (text,)
@@ -164,7 +164,7 @@ async def create(user: User, text: Text) -> dict[str, int]:
 
 @app.put("/documents/{document}/members/{guest}", status_code=204)
 async def share(document: int, guest: str, _: Member) -> None:
-    """Let ``guest`` read and write it. A poke tells the guest's pages that there is another."""
+    """Let ``guest`` read and write it. A poke makes the guest's pages load the list again."""
     with _database() as database:
         _admit(database, guest, document)
 
@@ -205,7 +205,7 @@ async def add(document: int, _: Member, text: Text) -> None:
 
 @app.put("/documents/{document}/paragraphs/{paragraph}", status_code=204)
 async def write(document: int, paragraph: int, _: Member, text: Text) -> None:
-    """Write a paragraph anew. Of two who do so at once, the later one wins."""
+    """Replace a paragraph. If two users do so at once, the later one wins."""
     with _database() as database:
         database.execute(
             "UPDATE paragraphs SET text = ?3, revision = 1 +"

@@ -53,7 +53,7 @@ class Device(BaseModel):
 
 
 class Push(BaseModel):
-    """Who has not pulled, and what: the newest version."""
+    """The recipient that has not pulled, and the newest version of its messages."""
 
     recipient: str
     version: int
@@ -73,7 +73,7 @@ def _database() -> Iterator[sqlite3.Connection]:
 
 @app.post("/devices", status_code=HTTPStatus.NO_CONTENT)
 def add_device(device: Device) -> None:
-    """Somebody logged in on a phone. Your own login goes before this: it says who ``owner`` is."""
+    """Register a phone. Your own login comes first, and determines ``owner``."""
     with _database() as database:
         database.execute(
             "INSERT OR REPLACE INTO devices VALUES (?, ?)", (device.token, device.owner)
@@ -137,7 +137,7 @@ def _tokens_to_wake(owner: str, push_id: str) -> list[str]:
 
 
 async def _wake(fcm: httpx.AsyncClient, push_id: str, token: str, wanted: Push) -> bool:
-    """Whether it is done: FCM took it, or knows the phone no more."""
+    """Whether it is done: FCM accepted it, or no longer knows the phone."""
     message = {
         "token": token,
         "data": {"type": "pull", "version": str(wanted.version)},

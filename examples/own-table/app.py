@@ -33,7 +33,7 @@ SWEEP_EVERY_S = 1.0
 
 
 class NewNote(BaseModel):
-    """Whom it is for, and what it says."""
+    """The owner and the text of a note."""
 
     owner: str
     text: str
@@ -47,7 +47,7 @@ def _database() -> Iterator[sqlite3.Connection]:
 
 
 async def _token() -> str:
-    """What allows to poke: a token that your own service signs, or a development instance's."""
+    """A token that allows pokes: your own service signs it, or a development instance does."""
     if given := os.environ.get("POKEBRIDGE_TOKEN"):
         return given
     wanted = {"sub": "urn:service:notes", "scope": "poke"}
@@ -68,7 +68,7 @@ async def _poke(publisher: HttpPublisher, owner: str, newest: int) -> None:
 
 
 async def _sweep(publisher: HttpPublisher) -> None:
-    """Poke for what was committed and never poked for, because something died or was away."""
+    """Poke for committed notes whose poke failed, because a process died or the bridge was away."""
     while True:
         with _database() as database:
             owed = database.execute(
@@ -100,7 +100,7 @@ app = FastAPI(lifespan=_life)
 
 @app.post("/notes", status_code=201)
 async def add(note: NewNote) -> dict[str, Any]:
-    """Commit first, then poke: who pulls on the poke finds the note."""
+    """Commit first, then poke, so that a pull after the poke finds the note."""
     with _database() as database:
         number = database.execute(
             "INSERT INTO notes (owner, text) VALUES (?, ?) RETURNING id", (note.owner, note.text)

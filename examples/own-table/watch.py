@@ -1,4 +1,4 @@
-"""A client of the app: sleeps, hears a poke, pulls from the app, and prints what is new."""
+"""A client of the app. It sleeps until a poke, pulls from the app, and prints new notes."""
 
 import asyncio
 import os

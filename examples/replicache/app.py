@@ -35,7 +35,7 @@ ClientGroup = Annotated[str, Field(alias="clientGroupID")]
 
 
 class Mutation(BaseModel):
-    """What a client has done to its own copy already."""
+    """A change that a client has already made to its own copy."""
 
     id: int
     name: str
@@ -76,7 +76,7 @@ class Space:
         self.version = self.born
 
     def apply(self, group: str, mutation: Mutation) -> None:
-        """Do it, unless it was done before: a push may come twice."""
+        """Apply a mutation unless it was applied before, because a push may come twice."""
         _, last = self.last_mutations.get((group, mutation.client), (0, 0))
         if mutation.id <= last:
             return
@@ -109,7 +109,7 @@ space = Space(born=time.time_ns() // 1_000_000)
 
 
 async def _token() -> str:
-    """What allows to poke: a token that your own service signs, or a development instance's."""
+    """A token that allows pokes: your own service signs it, or a development instance does."""
     if given := os.environ.get("POKEBRIDGE_TOKEN"):
         return given
     wanted = {"sub": "urn:service:todos", "scope": "poke"}
@@ -122,7 +122,7 @@ async def _token() -> str:
 
 
 async def _poke_on_changes(publisher: HttpPublisher) -> None:
-    """Poke until the bridge has taken it. What changes meanwhile needs no poke of its own."""
+    """Poke until the bridge has accepted it. Changes in between need no further poke."""
     while True:
         await space.changed.wait()
         space.changed.clear()
@@ -147,7 +147,7 @@ app = FastAPI(lifespan=_life)
 
 @app.post("/replicache/push")
 async def push(pushed: Push) -> dict[str, Any]:
-    """Apply the mutations. Everybody who looks at the list is poked, who pushed them included."""
+    """Apply the mutations. Everybody who views the list is poked, also the sender."""
     for mutation in pushed.mutations:
         space.apply(pushed.group, mutation)
     return {}
@@ -155,7 +155,7 @@ async def push(pushed: Push) -> dict[str, Any]:
 
 @app.post("/replicache/pull")
 async def pull(asked: Pull) -> dict[str, Any]:
-    """The patch from the client's version to ours."""
+    """Return the patch from the client's version to the server's."""
     return space.since(asked.group, asked.cookie or 0)
 
 
@@ -165,5 +165,5 @@ else:
 
     @app.get("/")
     async def no_page() -> PlainTextResponse:
-        """What to do."""
+        """Say how to build the page."""
         return PlainTextResponse("Run npm ci && npm run build in examples/replicache/web first.\n")

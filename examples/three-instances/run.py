@@ -26,7 +26,7 @@ PATIENCE_S = 120.0  # for what hangs: a busy machine takes many times as long as
 
 
 def main() -> None:
-    """Start it all, show a poke that crosses, and go on until Ctrl-C."""
+    """Start everything, show a poke that crosses the broker, and run until Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--transport", metavar="URL", help="a broker that runs already")
     parser.add_argument("--port", type=int, default=8081, help="of the first instance")
@@ -78,7 +78,7 @@ def start(
     *,
     stderr: int | None = None,
 ) -> "subprocess.Popen[str]":
-    """A process that ends with the block; its stdout can be read."""
+    """Start a process that ends with the block. Its stdout can be read."""
     process = subprocess.Popen(  # noqa: S603 - our own commands
         command, env=env, stdout=subprocess.PIPE, stderr=stderr, text=True
     )
@@ -140,12 +140,12 @@ def get(port: int, path: str) -> tuple[int, str]:
 
 
 def is_ready(port: int) -> bool:
-    """Whether the instance on ``port`` is."""
+    """Whether the instance on ``port`` is ready."""
     return get(port, "/readyz")[0] == HTTPStatus.OK
 
 
 def metric(port: int, name: str) -> int:
-    """What the instance on ``port`` has counted."""
+    """The value of a metric of the instance on ``port``."""
     found = re.search(rf"^{name} (\S+)$", get(port, "/metrics")[1], re.MULTILINE)
     return int(float(found[1])) if found else 0
 
@@ -166,7 +166,7 @@ def listens(port: int) -> bool:
 
 
 def say(who: str, what: str) -> None:
-    """A line of the story."""
+    """Print a line."""
     print(f"{who:<9} {what}", flush=True)
 
 

@@ -22,7 +22,7 @@ IGNORED = (
     "ignore_startup_parameters = search_path,statement_timeout,plan_cache_mode,jit,"
     "enable_seqscan,enable_bitmapscan,extra_float_digits"
 )
-# PgBouncer has fewer connections to the server than the pool, so transactions of one pool connection
+# Fewer connections to the server than the pool has, so transactions of one pool connection
 # use several server connections in turn.
 SHARED = ("default_pool_size = 3", "max_client_conn = 200")
 POOLERS = {

@@ -45,7 +45,7 @@ function Inbox({ url, user }) {
   );
 }
 
-// Only an instance with --dev hands out tokens; yours come from where your users sign in.
+// Only an instance with --dev hands out tokens. In your app they come from your sign-in service.
 async function getToken(url, user) {
   const response = await fetch(`${url}/v1/dev/token`, {
     method: "POST",

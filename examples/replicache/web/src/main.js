@@ -8,7 +8,7 @@ const replicache = new Replicache({
   name: "todos",
   pushURL: "/replicache/push",
   pullURL: "/replicache/pull",
-  pullInterval: null, // it is told when
+  pullInterval: null, // a poke says when
   logLevel: "error",
   mutators: {
     putTodo: (tx, todo) => tx.set(`todo/${todo.id}`, todo),
@@ -18,7 +18,7 @@ const replicache = new Replicache({
 
 const client = connect({ url, token: getToken, onPoke: () => replicache.pull() });
 client.on("state", (state) => $("output").replaceChildren(state));
-client.on("error", (error) => console.warn(error)); // it will be tried again
+client.on("error", (error) => console.warn(error)); // the client tries again
 
 replicache.subscribe((tx) => tx.scan({ prefix: "todo/" }).values().toArray(), show);
 
@@ -42,7 +42,7 @@ $("form").onsubmit = (event) => {
   event.target.reset();
 };
 
-// Only an instance with --dev hands out tokens; yours come from where your users sign in.
+// Only an instance with --dev hands out tokens. In your app they come from your sign-in service.
 async function getToken() {
   const response = await fetch(`${url}/v1/dev/token`, {
     method: "POST",
