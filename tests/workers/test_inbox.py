@@ -160,7 +160,7 @@ async def test_a_lone_surrogate_harms_no_other_call(ends: Ends) -> None:
     """Text that cannot be encoded is refused, and the other calls are answered."""
     offer_inbox(ends.answers, MemoryMailbox())
     inbox = HubInbox(ends.calls)
-    with pytest.raises(InputError, match="no encoding"):
+    with pytest.raises(InputError, match="cannot be encoded"):
         await inbox.see_device(BOB, "\ud800")
     assert (await inbox.read(BOB, after=0, limit=1)).head == 0
 
