@@ -8,7 +8,7 @@ from playwright.async_api import Browser, Page, Route, expect
 
 from tests.docs.blocks import ROOT
 from tests.examples.apps import run_app
-from tests.support import Daemon, Instance, Serve
+from tests.support import Daemon, Instance, Serve, free_port
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -96,5 +96,5 @@ async def test_a_page_without_its_client_says_what_to_build(browser: Browser, ex
 
     page = await (await browser.new_context()).new_page()
     await page.route("**", answer)
-    await page.goto("http://127.0.0.1:1/examples/")
+    await page.goto(f"http://127.0.0.1:{free_port()}/examples/")
     await expect(page.locator("#state")).to_contain_text("npm run build in clients/js")

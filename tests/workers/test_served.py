@@ -167,7 +167,7 @@ async def test_many_senders_share_the_file_of_one_writer(serve: Serve) -> None:
 
 async def test_calls_that_wait_are_sessions_of_the_host(serve: Serve) -> None:
     """A pull that waits is answered by a poke, and its session ends when its client goes away."""
-    instance = await asyncio.to_thread(serve, workers=2, mailbox="memory://")
+    instance = await asyncio.to_thread(serve, workers=2, mailbox="memory://", pong_timeout_s=2)
 
     async def sessions() -> float:
         return (await asyncio.to_thread(metrics_of, instance))["pokebridge_sessions"]
