@@ -81,6 +81,7 @@ LONGEST = (
     "server/test_verification.py",
     "compat/test_rolling_upgrade.py",
     "console/test_playground.py",
+    "coordination/test_nats.py",
     "coordination/test_redis.py",
     "cluster/test_neighbours.py",
     "examples/test_replicache.py",

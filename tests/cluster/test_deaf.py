@@ -93,6 +93,7 @@ def permissions(*denied: int) -> str:
     ] }}"""
 
 
+@pytest.mark.long
 async def test_an_instance_that_cannot_hear_some_shards_lets_go(
     valkey_server: Daemon, serve: Serve, tmp_path: Path
 ) -> None:

@@ -247,6 +247,7 @@ def pubsub_faults(server: PubSubServer) -> list[Fault]:
     ]
 
 
+@pytest.mark.long
 async def test_readiness_says_what_is_wrong_later(
     nats_with_users: Nats, own_valkey_server: Daemon, pubsub: PubSubServer, serve: Serve
 ) -> None:

@@ -106,9 +106,9 @@ client.nothing();
     ("compiler", "module", "resolution", "name"),
     [
         ("typescript", "esnext", "bundler", "use.ts"),
-        ("typescript", "nodenext", "nodenext", "use.mts"),
+        pytest.param("typescript", "nodenext", "nodenext", "use.mts", marks=pytest.mark.long),
         ("typescript", "nodenext", "nodenext", "use.cts"),
-        ("typescript-5", "node16", "node16", "use.cts"),
+        pytest.param("typescript-5", "node16", "node16", "use.cts", marks=pytest.mark.long),
         ("typescript-5", "commonjs", "node", "use.ts"),
     ],
 )
