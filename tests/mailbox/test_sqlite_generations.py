@@ -2,7 +2,6 @@
 # ruff: noqa: ASYNC240 - what a test does to a file may block
 
 import asyncio
-import itertools
 import os
 import shutil
 import sqlite3
@@ -18,7 +17,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from pokebridge.errors import ConfigError, MailboxError
-from pokebridge.mailbox import sqlite_file, sqlite_generation
+from pokebridge.mailbox import sqlite_generation
 from pokebridge.mailbox.sqlite import SqliteMailbox
 from pokebridge.model import MAX_VERSION
 from pokebridge.testing.mailbox_kit import BOB, fill, head, message, versions
@@ -245,40 +244,6 @@ async def test_a_file_of_an_earlier_release_goes_on(path: Path) -> None:
     assert await send(path, 1) == 3
     await asyncio.to_thread(change, path, "UPDATE heads SET head = head + 1")
     assert await send(path, 1) == 5
-
-
-@pytest.mark.parametrize("left_bytes", [0, 20_000])
-async def test_a_log_that_is_cut(path: Path, left_bytes: int) -> None:
-    """What is committed from then on would be lost: all is refused, and versions go on above."""
-    mailbox = await SqliteMailbox.open(path)
-    await fill(mailbox, 5)
-    os.truncate(f"{path}-wal", left_bytes)
-    with capture_logs() as logs:
-        for call in (mailbox.append(message()), mailbox.check()):
-            with pytest.raises(MailboxError, match="-wal was cut"):
-                await call
-    assert [line["event"] for line in logs] == ["mailbox_file_gone"]
-    await mailbox.close()
-    assert await send(path, 1) > GENERATION
-
-
-async def test_a_log_that_sqlite_shortens(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a copy into the file, by this process or another program, nothing is amiss."""
-    monkeypatch.setattr(sqlite_file, "WAL_SIZE_BYTES", 50_000)
-    monkeypatch.setattr(sqlite_file, "CHECKPOINT_PAGES", 40)
-    mailbox = await SqliteMailbox.open(path)
-    log = path.with_name("mailbox.db-wal")
-    sizes = []
-    for _ in range(20):
-        await fill(mailbox, 5)
-        sizes.append(log.stat().st_size)
-    assert any(later < earlier for earlier, later in itertools.pairwise(sizes))
-    for _ in range(3):
-        await asyncio.to_thread(change, path, "PRAGMA wal_checkpoint(TRUNCATE)")
-        await fill(mailbox, 1)
-    assert await versions(mailbox) == list(range(1, 104))
-    await mailbox.check()
-    await mailbox.close()
 
 
 @pytest.mark.parametrize("suffix", ["", "-wal"])

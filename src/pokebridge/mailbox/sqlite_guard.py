@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 import structlog
 
 from pokebridge.errors import MailboxError
-from pokebridge.mailbox.sqlite_generation import Held, SideFile, State, held_in, state_of
+from pokebridge.mailbox.sqlite_generation import Held, SideFile, held_in, state_of
 from pokebridge.mailbox.sqlite_workers import Job, Outcome, result_code
 
 SUFFIXES: Final = ("", "-wal", "-shm")
@@ -44,20 +44,12 @@ class Look(NamedTuple):
     changed_ns: int
 
 
-class _Log(NamedTuple):
-    """SQLite's log at a look: its size, and the messages that were committed before."""
-
-    size_bytes: int
-    appended: int
-
-
 class FileGuard:
     """Guards the threads' access to the file. Created once the file is open, with its side file.
 
     When the file, or SQLite's log of it, was deleted or replaced, a commit would be lost with the
     old one. So every call fails from then on, and only a new start opens the new file. The same
-    holds for a file that was cut or damaged, or that an older copy was written over. A log gets
-    shorter only when everything in it has been copied into the file; else somebody has cut it.
+    holds for a file that was cut or damaged, or that an older copy was written over.
 
     - ``trouble``: why the last write failed, until one is proven to work; ``None`` when well
     - ``objects``: the names of the tables, indices and triggers, as they were opened
@@ -66,7 +58,6 @@ class FileGuard:
     - ``_real``: the file that a link leads to
     - ``_seen``: how that was at the last look
     - ``_held``: what it held then, without SQLite's log
-    - ``_log_path``, ``_log``: of that log, and how it was at the last look
     - ``_gone``: what happened to the file; ``None`` while it is in its place
     - ``_is_recorded``: whether the side file could be written
     """
@@ -81,8 +72,6 @@ class FileGuard:
         self._real = path.resolve()
         self._seen = looks[str(path)]
         self._held = side_file.held = held_in(self._real) or Held()
-        self._log_path = str(self._real.with_name(self._real.name + "-wal"))
-        self._log = _Log(0, 0)
         self._gone: str | None = None
         self._is_recorded = True
         self._lock = threading.Lock()
@@ -145,28 +134,13 @@ class FileGuard:
         return [Outcome(job, None, MailboxError(gone)) for job in jobs]
 
     def _find_gone(self) -> str | None:
-        known = self.side_file.state  # before the look
         looks = {path: look_at(path) for path in self._identities}
         for path, found in looks.items():
             if found is None or found.identity != self._identities[path]:
                 return self._give_up(path, "deleted" if found is None else "replaced")
-        if self._is_log_cut(looks.get(self._log_path), known):
-            return self._give_up(self._log_path, "cut")
         if looks[str(self.path)] != self._seen and (what := self._what_changed()) is not None:
             return self._give_up(self.path, what)
         return None
-
-    def _is_log_cut(self, found: Look | None, known: State | None) -> bool:
-        if found is None:
-            return False
-        if found.size_bytes < self._log.size_bytes:
-            held = held_in(self._real)
-            if held is None:  # it is just being written: look again
-                return False
-            if held.appended < self._log.appended:
-                return True
-        self._log = _Log(found.size_bytes, known.appended if known else 0)
-        return False
 
     def _give_up(self, path: str | Path, what: str) -> str:
         with self._lock:
